@@ -1,0 +1,43 @@
+# The commands of the project; see CONTRIBUTING.md.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PROTO := proto/modelaverage/v1/parameter_server.proto
+GENERATE = $(BIN)/python -m grpc_tools.protoc -I proto $(PROTO) --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1)
+
+.PHONY: help demo test lint types proto proto-check unit
+
+help: ## this text
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
+
+# One stamp for each set of packages: a second run of a command installs nothing.
+$(VENV)/%.stamp: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing modelaverage[$*] into $(VENV) (the first time takes a minute or two)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$*]'
+	@touch $@
+
+demo: $(VENV)/demo.stamp ## train the digits with one parameter server and two workers
+	@$(BIN)/ma-launch --ps 1 --workers 2 -- digits
+
+test: lint types proto-check unit ## everything that CI runs
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/buf lint
+
+types: $(VENV)/dev.stamp
+	$(BIN)/mypy
+
+unit: $(VENV)/dev.stamp
+	$(BIN)/pytest
+
+proto: $(VENV)/dev.stamp ## generate the protobuf code again
+	$(call GENERATE,proto)
+
+proto-check: $(VENV)/dev.stamp
+	@dir=$$(mktemp -d) && trap 'rm -rf "$$dir"' EXIT && $(call GENERATE,"$$dir") && for f in pb2.py pb2.pyi pb2_grpc.py; do \
+	  diff -u proto/modelaverage/v1/parameter_server_$$f "$$dir"/modelaverage/v1/parameter_server_$$f \
+	    || { echo "the generated code does not match $(PROTO): run 'make proto'"; exit 1; }; done
+	@echo "generated code matches $(PROTO)"

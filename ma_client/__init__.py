@@ -1,0 +1,33 @@
+"""The library inside a worker process: the session (numpy) and, with torch installed, the optimizer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ma_client.cluster import ClusterError, ClusterSpec
+from ma_client.session import InitializeResult, ParameterServerSession, PushResult
+from modelaverage.outcome import Outcome
+
+if TYPE_CHECKING:
+    from ma_client.optimizer import GLOBAL_VARIABLE_NAME, ModelAverageCustomGetter, ModelAverageOptimizer
+
+__all__ = [
+    "GLOBAL_VARIABLE_NAME",
+    "ClusterError",
+    "ClusterSpec",
+    "InitializeResult",
+    "ModelAverageCustomGetter",
+    "ModelAverageOptimizer",
+    "Outcome",
+    "ParameterServerSession",
+    "PushResult",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # torch takes seconds to import and is an extra: only those who use the optimizer need it.
+    if name in {"GLOBAL_VARIABLE_NAME", "ModelAverageCustomGetter", "ModelAverageOptimizer"}:
+        from ma_client import optimizer
+
+        return getattr(optimizer, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

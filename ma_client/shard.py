@@ -1,0 +1,169 @@
+"""One parameter server as the session sees it: fragments out, fragments in, faults as exceptions. The only room of
+the client that knows gRPC."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import cast
+
+import grpc
+
+from ma_client.staging import Staging
+from modelaverage import wire
+from modelaverage.errors import (
+    REASON_METADATA_KEY,
+    DeadlineExceededError,
+    ModelAverageError,
+    ProtocolError,
+    ServerUnavailableError,
+    fault_named,
+)
+from modelaverage.v1 import parameter_server_pb2 as pb
+
+__all__ = ["FragmentSource", "Shard"]
+
+# The bytes of a fragment, as parts to be joined.
+FragmentSource = Callable[[int], Iterable[memoryview]]
+
+_OPTIONS = [
+    # A server that is gone without a word (power, cable) is noticed within 10 s.
+    ("grpc.keepalive_time_ms", 5_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+]
+
+
+def _as_is(message: bytes) -> bytes:
+    return message
+
+
+class Shard:
+    """A connection to one parameter server.
+
+    Args:
+        address: HOST:PORT, or anything that gRPC resolves.
+        connect_timeout_s: how long to wait for the server to be there.
+
+    Raises:
+        ServerUnavailableError: nobody answered in that time.
+    """
+
+    def __init__(self, address: str, connect_timeout_s: float) -> None:
+        self.address = address
+        self._channel = grpc.insecure_channel(address, options=_OPTIONS)
+        self._initialize = self._channel.stream_unary(f"/{wire.SERVICE}/Initialize", _as_is, _as_is)
+        self._pull = self._channel.unary_stream(f"/{wire.SERVICE}/Pull", _as_is, _as_is)
+        self._push = self._channel.stream_stream(f"/{wire.SERVICE}/PushAndAverage", _as_is, _as_is)
+        self._get_status = self._channel.unary_unary(f"/{wire.SERVICE}/GetStatus", _as_is, _as_is)
+        ready = grpc.channel_ready_future(self._channel)
+        try:
+            ready.result(timeout=connect_timeout_s)
+        except grpc.FutureTimeoutError:
+            ready.cancel()
+            self.close()
+            raise ServerUnavailableError(
+                f"no parameter server answers at {address} (waited {connect_timeout_s:g} s); "
+                "is `ps-server serve` running there?"
+            ) from None
+        except BaseException:
+            ready.cancel()
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Ends whatever is under way."""
+        self._channel.close()
+
+    def initialize(
+        self, header: pb.InitializeHeader, fragments: FragmentSource, fragment_count: int
+    ) -> pb.InitializeResponse:
+        """Offers initial values; the server may answer before it has taken any."""
+
+        def requests() -> Iterator[bytes]:
+            yield pb.InitializeRequest(header=header).SerializeToString()
+            for index in range(fragment_count):
+                yield wire.encode_fragment(index, fragments(index))
+
+        with self._faults(None, ""):
+            answer: bytes = self._initialize(requests())
+        return wire.parse(pb.InitializeResponse, answer)
+
+    def pull(
+        self, request: pb.PullRequest, staging_for: Callable[[pb.CenterHeader], Staging], timeout_s: float | None
+    ) -> None:
+        """Reads the center into the staging buffer that ``staging_for`` gives for its header."""
+        with self._faults(timeout_s, "the center was not initialized and sent; is the chief running?"):
+            messages = iter(self._pull(request.SerializeToString(), timeout=timeout_s))
+            header = wire.read_fragment(pb.PullResponse, next(messages))
+            if isinstance(header, tuple) or header.WhichOneof("message") != "header":
+                raise ProtocolError(f"{self.address} sent a center without a header; is it a parameter server?")
+            staging = staging_for(header.header)
+            for data in messages:
+                fragment = wire.read_fragment(pb.PullResponse, data)
+                if isinstance(fragment, tuple):
+                    staging.receive(*fragment)
+            staging.check_complete()
+
+    def push_and_average(
+        self, header: pb.PushHeader, fragments: FragmentSource, staging: Staging, timeout_s: float | None
+    ) -> pb.PushOutcome:
+        """One push: what the server asks for goes up while what is finished comes down into ``staging``.
+
+        The staging buffer holds the new center only if this returns.
+        """
+        admitted: queue.SimpleQueue[int] = queue.SimpleQueue()
+        fragment_count = staging.manifest.fragment_count
+
+        def requests() -> Iterator[bytes]:
+            yield pb.PushAndAverageRequest(header=header).SerializeToString()
+            for index in range(admitted.get(), fragment_count):
+                yield wire.encode_fragment(index, fragments(index))
+
+        staging.begin()
+        with self._faults(timeout_s, f"the round did not commit (base step {header.base_step})"):
+            messages = self._push(requests(), timeout=timeout_s)
+            try:
+                for data in messages:
+                    message = wire.read_fragment(pb.PushAndAverageResponse, data)
+                    if isinstance(message, tuple):
+                        staging.receive(*message)
+                    elif message.WhichOneof("message") == "admission":
+                        admitted.put(message.admission.first_needed_fragment)
+                    elif message.WhichOneof("message") == "outcome":
+                        staging.check_complete()
+                        return message.outcome
+            finally:
+                messages.cancel()  # type: ignore[no-untyped-call]
+                admitted.put(fragment_count)  # lets the requests end if no admission ever came
+        raise ProtocolError(f"{self.address} ended a push without an outcome; is it a parameter server?")
+
+    def status(self, timeout_s: float) -> pb.GetStatusResponse:
+        """What the server is doing."""
+        with self._faults(timeout_s, "no status came"):
+            answer: bytes = self._get_status(pb.GetStatusRequest().SerializeToString(), timeout=timeout_s)
+        return wire.parse(pb.GetStatusResponse, answer)
+
+    @contextmanager
+    def _faults(self, timeout_s: float | None, late: str) -> Iterator[None]:
+        """gRPC's errors -> the table's exceptions; ``late`` says what did not happen in time."""
+        try:
+            yield
+        except grpc.RpcError as error:
+            raise self._fault(error, timeout_s, late) from None
+
+    def _fault(self, error: grpc.RpcError, timeout_s: float | None, late: str) -> ModelAverageError:
+        details = error.details() or ""
+        metadata = dict(cast("Iterable[tuple[str, str]]", error.trailing_metadata() or ()))
+        fault = fault_named(metadata.get(REASON_METADATA_KEY, ""), details)
+        if fault is not None:
+            return fault
+        match error.code():
+            case grpc.StatusCode.DEADLINE_EXCEEDED if timeout_s is not None:
+                return DeadlineExceededError(f"{late}: waited {timeout_s:g} s for {self.address}")
+            case grpc.StatusCode.UNAVAILABLE:
+                return ServerUnavailableError(
+                    f"the parameter server at {self.address} is gone ({details}); local variables are untouched"
+                )
+            case code:
+                return ModelAverageError(f"{self.address} answered {code.name}: {details}")

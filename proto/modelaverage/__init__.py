@@ -1,0 +1,1 @@
+"""The contract between workers and parameter server: messages, flat layout, errors. Imports neither room."""

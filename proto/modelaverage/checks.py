@@ -1,0 +1,61 @@
+"""Rules for single values that both sides check: the client before it sends, the server whatever was sent."""
+
+from __future__ import annotations
+
+from modelaverage.errors import Reason, refusal
+
+__all__ = [
+    "INCARNATION_BYTES",
+    "MAX_WEIGHT",
+    "MAX_WORKER_ID_BYTES",
+    "MIN_WEIGHT",
+    "STEP_LIMIT",
+    "check_global_step",
+    "check_incarnation",
+    "check_weight",
+    "check_worker_id",
+]
+
+MAX_WORKER_ID_BYTES = 128
+INCARNATION_BYTES = 16
+# Weights multiply values in the variables' own precision; within these bounds none turns a value into 0 or infinity
+# that was not near it already.
+MIN_WEIGHT = 1e-9
+MAX_WEIGHT = 1e9
+# Steps fit a signed 64-bit integer, the largest type that every client language has.
+STEP_LIMIT = 2**63
+
+
+def check_worker_id(worker_id: str) -> None:
+    """Raises WORKER_ID_INVALID unless the id has 1 to 128 bytes."""
+    size_bytes = len(worker_id.encode("utf-8", "surrogatepass"))
+    if not 1 <= size_bytes <= MAX_WORKER_ID_BYTES:
+        shown = f"{worker_id[:20]!r}..." if size_bytes > MAX_WORKER_ID_BYTES else repr(worker_id)
+        raise refusal(
+            Reason.WORKER_ID_INVALID,
+            f"worker id {shown} has {size_bytes} bytes; give 1 to {MAX_WORKER_ID_BYTES}",
+        )
+
+
+def check_incarnation(incarnation: bytes) -> None:
+    """Raises INCARNATION_INVALID unless it has 16 bytes."""
+    if len(incarnation) != INCARNATION_BYTES:
+        raise refusal(
+            Reason.INCARNATION_INVALID,
+            f"incarnation has {len(incarnation)} bytes; a process chooses {INCARNATION_BYTES} random ones",
+        )
+
+
+def check_weight(weight: float) -> None:
+    """Raises WEIGHT_INVALID unless the weight is a number from 1e-9 to 1e9."""
+    if not MIN_WEIGHT <= weight <= MAX_WEIGHT:  # also refuses NaN
+        raise refusal(
+            Reason.WEIGHT_INVALID,
+            f"weight {weight:g} is not usable; give a number from {MIN_WEIGHT:g} to {MAX_WEIGHT:g}",
+        )
+
+
+def check_global_step(global_step: int) -> None:
+    """Raises GLOBAL_STEP_INVALID unless the step is from 0 to 2**63 - 1."""
+    if not 0 <= global_step < STEP_LIMIT:
+        raise refusal(Reason.GLOBAL_STEP_INVALID, f"global_step {global_step} is not from 0 to 2**63 - 1")

@@ -1,0 +1,146 @@
+"""The one table of faults: reason <-> gRPC status <-> exception.
+
+The server raises these exceptions and its shell turns them into a status plus the reason's name in the trailing
+metadata; the client turns those back into the same exception. So a fault has one name and one class everywhere.
+This module imports no grpc: the pure core raises these too.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+__all__ = [
+    "FAULTS",
+    "REASON_METADATA_KEY",
+    "REASON_PREFIX",
+    "ConflictError",
+    "DeadlineExceededError",
+    "Fault",
+    "InvalidRequestError",
+    "ModelAverageError",
+    "NotInitializedError",
+    "ProtocolError",
+    "Reason",
+    "RetryPushError",
+    "ServerUnavailableError",
+    "fault_named",
+    "refusal",
+]
+
+REASON_METADATA_KEY = "modelaverage-reason"
+REASON_PREFIX = "ERROR_REASON_"
+
+
+class Reason(enum.Enum):
+    """Why a call was refused. The names are those of the protocol's ``ErrorReason`` without its prefix."""
+
+    MESSAGE_MALFORMED = 1
+    MESSAGE_OUT_OF_ORDER = 2
+    NOT_INITIALIZED = 3
+    MANIFEST_INVALID = 4
+    MANIFEST_MISMATCH = 5
+    MANIFEST_UNKNOWN = 6
+    GLOBAL_STEP_INVALID = 7
+    WORKER_ID_INVALID = 8
+    WORKER_ID_IN_USE = 9
+    INCARNATION_INVALID = 10
+    WEIGHT_INVALID = 11
+    BASE_STEP_AHEAD = 12
+    UNTOUCHED_INVALID = 13
+    ROUND_FULL = 14
+    ROUND_RESTARTED = 15
+    PUSH_SUPERSEDED = 16
+    FRAGMENT_MISSING = 17
+    FRAGMENT_EXTRA = 18
+    FRAGMENT_MISPLACED = 19
+    FRAGMENT_REPEATED = 20
+    FRAGMENT_SIZE_WRONG = 21
+    STREAM_STALLED = 22
+    SERVER_STOPPING = 23
+
+
+class ModelAverageError(Exception):
+    """Base of every fault. ``reason`` is None for faults that no server reported (it could not be reached, say)."""
+
+    def __init__(self, message: str, reason: Reason | None = None) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class InvalidRequestError(ModelAverageError):
+    """What was sent breaks a rule; sending it again will not help. Nothing was changed."""
+
+
+class ProtocolError(InvalidRequestError):
+    """The bytes on the wire break the protocol: a fault of the client library, or of what stands between."""
+
+
+class ConflictError(ModelAverageError):
+    """What was sent is well formed but does not fit the job: another manifest, another process under this id."""
+
+
+class NotInitializedError(ModelAverageError):
+    """There is no center yet: the chief has to initialize it."""
+
+
+class RetryPushError(ModelAverageError):
+    """The push did not come into the round, through no fault of its own; the same push may be made again at once."""
+
+
+class DeadlineExceededError(ModelAverageError):
+    """What was waited for did not happen in the time that was set. Local variables are untouched."""
+
+
+class ServerUnavailableError(ModelAverageError):
+    """No parameter server answers there, or it is going down. Local variables are untouched."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One row of the table: the gRPC status (by name) that carries a reason, and the exception that means it."""
+
+    status: str
+    exception: type[ModelAverageError]
+
+
+_BAD_MESSAGE = Fault("INVALID_ARGUMENT", ProtocolError)
+_BAD_VALUE = Fault("INVALID_ARGUMENT", InvalidRequestError)
+_CONFLICT = Fault("FAILED_PRECONDITION", ConflictError)
+
+FAULTS: dict[Reason, Fault] = {
+    Reason.MESSAGE_MALFORMED: _BAD_MESSAGE,
+    Reason.MESSAGE_OUT_OF_ORDER: _BAD_MESSAGE,
+    Reason.NOT_INITIALIZED: Fault("FAILED_PRECONDITION", NotInitializedError),
+    Reason.MANIFEST_INVALID: _BAD_VALUE,
+    Reason.MANIFEST_MISMATCH: _CONFLICT,
+    Reason.MANIFEST_UNKNOWN: _CONFLICT,
+    Reason.GLOBAL_STEP_INVALID: _BAD_VALUE,
+    Reason.WORKER_ID_INVALID: _BAD_VALUE,
+    Reason.WORKER_ID_IN_USE: Fault("ALREADY_EXISTS", ConflictError),
+    Reason.INCARNATION_INVALID: _BAD_VALUE,
+    Reason.WEIGHT_INVALID: _BAD_VALUE,
+    Reason.BASE_STEP_AHEAD: _CONFLICT,
+    Reason.UNTOUCHED_INVALID: _BAD_VALUE,
+    Reason.ROUND_FULL: Fault("RESOURCE_EXHAUSTED", ConflictError),
+    Reason.ROUND_RESTARTED: Fault("ABORTED", RetryPushError),
+    Reason.PUSH_SUPERSEDED: Fault("ABORTED", ConflictError),
+    Reason.FRAGMENT_MISSING: _BAD_MESSAGE,
+    Reason.FRAGMENT_EXTRA: _BAD_MESSAGE,
+    Reason.FRAGMENT_MISPLACED: _BAD_MESSAGE,
+    Reason.FRAGMENT_REPEATED: _BAD_MESSAGE,
+    Reason.FRAGMENT_SIZE_WRONG: _BAD_MESSAGE,
+    Reason.STREAM_STALLED: Fault("DEADLINE_EXCEEDED", DeadlineExceededError),
+    Reason.SERVER_STOPPING: Fault("UNAVAILABLE", ServerUnavailableError),
+}
+
+
+def refusal(reason: Reason, message: str) -> ModelAverageError:
+    """The exception to raise for ``reason``, with one line that names the thing, the values and what to do."""
+    return FAULTS[reason].exception(message, reason)
+
+
+def fault_named(name: str, message: str) -> ModelAverageError | None:
+    """The exception for a reason's name as it came over the wire; None for a name that this version does not know."""
+    reason = Reason.__members__.get(name.removeprefix(REASON_PREFIX))
+    return None if reason is None else refusal(reason, message)

@@ -1,0 +1,249 @@
+"""What the center variables are, and how they lie in the flat buffer and its fragments. Pure: no I/O, no state.
+
+A manifest is the ordered list of center variables. The flat buffer holds their raw little-endian, row-major bytes in
+that order, each variable at the next multiple of 8 bytes (the largest element), so that no element straddles two
+fragments and every element is aligned. The protocol file states the same for authors of other clients.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from modelaverage.errors import Reason, refusal
+
+__all__ = [
+    "ALIGNMENT_BYTES",
+    "DEFAULT_FRAGMENT_SIZE_BYTES",
+    "DTYPES",
+    "MAX_FRAGMENT_SIZE_BYTES",
+    "MAX_NAME_BYTES",
+    "Manifest",
+    "Piece",
+    "Variable",
+    "dtype_name",
+    "first_difference",
+]
+
+ALIGNMENT_BYTES = 8
+DEFAULT_FRAGMENT_SIZE_BYTES = 1 << 20
+# Keeps every message well under gRPC's default limit of 4 MiB.
+MAX_FRAGMENT_SIZE_BYTES = 2 << 20
+MAX_NAME_BYTES = 1024
+_PADDING = memoryview(bytes(ALIGNMENT_BYTES))
+_MAX_MODEL_BYTES = 2**63 - 1
+_MAX_FRAGMENTS = 2**32 - 1
+
+# What can be averaged, by name. bfloat16 is not a numpy type of its own; ml_dtypes is where JAX has it from, too.
+DTYPES: dict[str, np.dtype[np.generic]] = {
+    "float32": np.dtype("<f4"),
+    "float64": np.dtype("<f8"),
+    "float16": np.dtype("<f2"),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+def dtype_name(dtype: np.dtype[np.generic]) -> str:
+    """The name of an element type as DTYPES has it, or numpy's own name for one that cannot be averaged."""
+    return next((name for name, known in DTYPES.items() if known == dtype), str(dtype))
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One center variable.
+
+    Args:
+        name: unique in its manifest, 1 to 1024 bytes.
+        dtype: a key of DTYPES.
+        shape: extents, outermost first; empty for a scalar.
+
+    Raises:
+        InvalidRequestError: MANIFEST_INVALID, naming the variable and what is wrong with it.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        name_bytes = len(self.name.encode("utf-8", "surrogatepass"))
+        if not 1 <= name_bytes <= MAX_NAME_BYTES:
+            raise _invalid(f"a variable's name has {name_bytes} bytes; give 1 to {MAX_NAME_BYTES}")
+        if self.dtype not in DTYPES:
+            raise _invalid(f"variable {self.name!r} has dtype {self.dtype}; only {', '.join(DTYPES)} can be averaged")
+        if any(extent < 0 for extent in self.shape):
+            raise _invalid(f"variable {self.name!r} has the negative extent {min(self.shape)} in shape {self.shape}")
+        if self.size_bytes > _MAX_MODEL_BYTES:
+            raise _invalid(f"variable {self.name!r} with shape {self.shape} does not fit 63 bits of bytes")
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def size_bytes(self) -> int:
+        """Size without padding."""
+        return self.size * DTYPES[self.dtype].itemsize
+
+    def __str__(self) -> str:
+        return f"{self.dtype}{list(self.shape)}"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The part of one variable that lies in one fragment; never empty.
+
+    Args:
+        variable: index of the variable in the manifest.
+        start: its first element in the flattened variable.
+        count: number of elements.
+        offset_bytes: where it starts in the fragment.
+    """
+
+    variable: int
+    start: int
+    count: int
+    offset_bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The ordered list of center variables and the size of a fragment.
+
+    Args:
+        variables: at least one, with distinct names.
+        fragment_size_bytes: a multiple of 8 from 8 to 2 MiB.
+
+    Raises:
+        InvalidRequestError: MANIFEST_INVALID, naming the rule that is broken.
+    """
+
+    variables: tuple[Variable, ...]
+    fragment_size_bytes: int = DEFAULT_FRAGMENT_SIZE_BYTES
+
+    def __post_init__(self) -> None:
+        if not self.variables:
+            raise _invalid("the manifest has no variables; there is nothing to average")
+        seen: set[str] = set()
+        for variable in self.variables:
+            if variable.name in seen:
+                raise _invalid(f"the manifest has variable {variable.name!r} twice")
+            seen.add(variable.name)
+        size_bytes = self.fragment_size_bytes
+        if size_bytes % ALIGNMENT_BYTES or not ALIGNMENT_BYTES <= size_bytes <= MAX_FRAGMENT_SIZE_BYTES:
+            raise _invalid(
+                f"fragment_size_bytes {size_bytes} is not a multiple of {ALIGNMENT_BYTES} "
+                f"from {ALIGNMENT_BYTES} to {MAX_FRAGMENT_SIZE_BYTES}"
+            )
+        if self.buffer_size_bytes > _MAX_MODEL_BYTES or self.fragment_count > _MAX_FRAGMENTS:
+            raise _invalid(f"a model of {self.size_bytes} bytes is too large for fragments of {size_bytes} bytes")
+
+    @cached_property
+    def id(self) -> str:
+        """A name for these variables, in this order, cut this way: equal manifests have equal ids, in every process."""
+        content = [[v.name, v.dtype, v.shape] for v in self.variables]
+        return hashlib.sha256(json.dumps([self.fragment_size_bytes, content]).encode()).hexdigest()[:32]
+
+    @cached_property
+    def offsets_bytes(self) -> tuple[int, ...]:
+        """Where each variable starts in the flat buffer."""
+        offsets, end = [], 0
+        for variable in self.variables:
+            start = -(-end // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+            offsets.append(start)
+            end = start + variable.size_bytes
+        return tuple(offsets)
+
+    @cached_property
+    def size_bytes(self) -> int:
+        """Size of all variables, without padding."""
+        return sum(variable.size_bytes for variable in self.variables)
+
+    @cached_property
+    def buffer_size_bytes(self) -> int:
+        """Size of the flat buffer: up to the last byte of the last variable that is not empty."""
+        ends = (o + v.size_bytes for o, v in zip(self.offsets_bytes, self.variables, strict=True) if v.size_bytes)
+        return max(ends, default=0)
+
+    @cached_property
+    def fragment_count(self) -> int:
+        """Number of fragments; 0 if every variable is empty."""
+        return -(-self.buffer_size_bytes // self.fragment_size_bytes)
+
+    def fragment_bounds(self, index: int) -> tuple[int, int]:
+        """First byte and end of a fragment in the flat buffer."""
+        start = index * self.fragment_size_bytes
+        return start, min(start + self.fragment_size_bytes, self.buffer_size_bytes)
+
+    @cached_property
+    def pieces(self) -> tuple[tuple[Piece, ...], ...]:
+        """For every fragment, what lies in it, in order."""
+        fragments: list[list[Piece]] = [[] for _ in range(self.fragment_count)]
+        for number, (variable, offset) in enumerate(zip(self.variables, self.offsets_bytes, strict=True)):
+            for index, piece in self._cut(number, variable, offset):
+                fragments[index].append(piece)
+        return tuple(tuple(pieces) for pieces in fragments)
+
+    def _cut(self, number: int, variable: Variable, offset_bytes: int) -> Iterator[tuple[int, Piece]]:
+        itemsize = DTYPES[variable.dtype].itemsize
+        start = 0
+        while start < variable.size:
+            index, within = divmod(offset_bytes + start * itemsize, self.fragment_size_bytes)
+            count = min(variable.size - start, (self.fragment_size_bytes - within) // itemsize)
+            yield index, Piece(number, start, count, within)
+            start += count
+
+    def fragment_parts(self, index: int, values: Sequence[memoryview]) -> list[memoryview]:
+        """What fragment ``index`` consists of, in order: views into the variables' bytes, and padding.
+
+        Args:
+            index: which fragment.
+            values: the bytes of each variable, in manifest order.
+        """
+        parts, at = list[memoryview](), 0
+        for piece in self.pieces[index]:
+            if piece.offset_bytes > at:
+                parts.append(_PADDING[: piece.offset_bytes - at])
+            itemsize = DTYPES[self.variables[piece.variable].dtype].itemsize
+            end = piece.start + piece.count
+            parts.append(values[piece.variable][piece.start * itemsize : end * itemsize])
+            at = piece.offset_bytes + piece.count * itemsize
+        start, end = self.fragment_bounds(index)
+        if at < end - start:
+            parts.append(_PADDING[: end - start - at])
+        return parts
+
+    def arrays(self, buffer: NDArray[np.uint8]) -> dict[str, NDArray[np.generic]]:
+        """The variables in a flat buffer (uint8, `buffer_size_bytes` long), by name; views, nothing is copied."""
+        return {
+            variable.name: buffer[offset : offset + variable.size_bytes]
+            .view(DTYPES[variable.dtype])
+            .reshape(variable.shape)
+            for variable, offset in zip(self.variables, self.offsets_bytes, strict=True)
+        }
+
+
+def first_difference(ours: Sequence[Variable], theirs: Sequence[Variable], whose: str, other: str) -> str | None:
+    """Names the first way in which two lists of variables differ, or None. ``whose`` and ``other`` name the sides."""
+    for index, (mine, their) in enumerate(zip(ours, theirs, strict=False)):
+        if mine.name != their.name:
+            return f"variable {index} is {mine.name!r} {whose} but {their.name!r} {other}"
+        if mine != their:
+            return f"variable {mine.name!r} is {mine} {whose} but {their} {other}"
+    if len(ours) == len(theirs):
+        return None
+    longer, side = (ours, whose) if len(ours) > len(theirs) else (theirs, other)
+    return f"variable {longer[min(len(ours), len(theirs))].name!r} exists only {side}"
+
+
+def _invalid(message: str) -> Exception:
+    return refusal(Reason.MANIFEST_INVALID, message)

@@ -1,0 +1,298 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class DataType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DATA_TYPE_UNSPECIFIED: _ClassVar[DataType]
+    DATA_TYPE_FLOAT32: _ClassVar[DataType]
+    DATA_TYPE_FLOAT64: _ClassVar[DataType]
+    DATA_TYPE_FLOAT16: _ClassVar[DataType]
+    DATA_TYPE_BFLOAT16: _ClassVar[DataType]
+
+class Outcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    OUTCOME_UNSPECIFIED: _ClassVar[Outcome]
+    OUTCOME_COMMITTED: _ClassVar[Outcome]
+    OUTCOME_STALE: _ClassVar[Outcome]
+    OUTCOME_ALREADY_COUNTED: _ClassVar[Outcome]
+
+class Phase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PHASE_UNSPECIFIED: _ClassVar[Phase]
+    PHASE_UNINITIALIZED: _ClassVar[Phase]
+    PHASE_IDLE: _ClassVar[Phase]
+    PHASE_AVERAGING: _ClassVar[Phase]
+    PHASE_STOPPING: _ClassVar[Phase]
+
+class ErrorReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ERROR_REASON_UNSPECIFIED: _ClassVar[ErrorReason]
+    ERROR_REASON_MESSAGE_MALFORMED: _ClassVar[ErrorReason]
+    ERROR_REASON_MESSAGE_OUT_OF_ORDER: _ClassVar[ErrorReason]
+    ERROR_REASON_NOT_INITIALIZED: _ClassVar[ErrorReason]
+    ERROR_REASON_MANIFEST_INVALID: _ClassVar[ErrorReason]
+    ERROR_REASON_MANIFEST_MISMATCH: _ClassVar[ErrorReason]
+    ERROR_REASON_MANIFEST_UNKNOWN: _ClassVar[ErrorReason]
+    ERROR_REASON_GLOBAL_STEP_INVALID: _ClassVar[ErrorReason]
+    ERROR_REASON_WORKER_ID_INVALID: _ClassVar[ErrorReason]
+    ERROR_REASON_WORKER_ID_IN_USE: _ClassVar[ErrorReason]
+    ERROR_REASON_INCARNATION_INVALID: _ClassVar[ErrorReason]
+    ERROR_REASON_WEIGHT_INVALID: _ClassVar[ErrorReason]
+    ERROR_REASON_BASE_STEP_AHEAD: _ClassVar[ErrorReason]
+    ERROR_REASON_UNTOUCHED_INVALID: _ClassVar[ErrorReason]
+    ERROR_REASON_ROUND_FULL: _ClassVar[ErrorReason]
+    ERROR_REASON_ROUND_RESTARTED: _ClassVar[ErrorReason]
+    ERROR_REASON_PUSH_SUPERSEDED: _ClassVar[ErrorReason]
+    ERROR_REASON_FRAGMENT_MISSING: _ClassVar[ErrorReason]
+    ERROR_REASON_FRAGMENT_EXTRA: _ClassVar[ErrorReason]
+    ERROR_REASON_FRAGMENT_MISPLACED: _ClassVar[ErrorReason]
+    ERROR_REASON_FRAGMENT_REPEATED: _ClassVar[ErrorReason]
+    ERROR_REASON_FRAGMENT_SIZE_WRONG: _ClassVar[ErrorReason]
+    ERROR_REASON_STREAM_STALLED: _ClassVar[ErrorReason]
+    ERROR_REASON_SERVER_STOPPING: _ClassVar[ErrorReason]
+DATA_TYPE_UNSPECIFIED: DataType
+DATA_TYPE_FLOAT32: DataType
+DATA_TYPE_FLOAT64: DataType
+DATA_TYPE_FLOAT16: DataType
+DATA_TYPE_BFLOAT16: DataType
+OUTCOME_UNSPECIFIED: Outcome
+OUTCOME_COMMITTED: Outcome
+OUTCOME_STALE: Outcome
+OUTCOME_ALREADY_COUNTED: Outcome
+PHASE_UNSPECIFIED: Phase
+PHASE_UNINITIALIZED: Phase
+PHASE_IDLE: Phase
+PHASE_AVERAGING: Phase
+PHASE_STOPPING: Phase
+ERROR_REASON_UNSPECIFIED: ErrorReason
+ERROR_REASON_MESSAGE_MALFORMED: ErrorReason
+ERROR_REASON_MESSAGE_OUT_OF_ORDER: ErrorReason
+ERROR_REASON_NOT_INITIALIZED: ErrorReason
+ERROR_REASON_MANIFEST_INVALID: ErrorReason
+ERROR_REASON_MANIFEST_MISMATCH: ErrorReason
+ERROR_REASON_MANIFEST_UNKNOWN: ErrorReason
+ERROR_REASON_GLOBAL_STEP_INVALID: ErrorReason
+ERROR_REASON_WORKER_ID_INVALID: ErrorReason
+ERROR_REASON_WORKER_ID_IN_USE: ErrorReason
+ERROR_REASON_INCARNATION_INVALID: ErrorReason
+ERROR_REASON_WEIGHT_INVALID: ErrorReason
+ERROR_REASON_BASE_STEP_AHEAD: ErrorReason
+ERROR_REASON_UNTOUCHED_INVALID: ErrorReason
+ERROR_REASON_ROUND_FULL: ErrorReason
+ERROR_REASON_ROUND_RESTARTED: ErrorReason
+ERROR_REASON_PUSH_SUPERSEDED: ErrorReason
+ERROR_REASON_FRAGMENT_MISSING: ErrorReason
+ERROR_REASON_FRAGMENT_EXTRA: ErrorReason
+ERROR_REASON_FRAGMENT_MISPLACED: ErrorReason
+ERROR_REASON_FRAGMENT_REPEATED: ErrorReason
+ERROR_REASON_FRAGMENT_SIZE_WRONG: ErrorReason
+ERROR_REASON_STREAM_STALLED: ErrorReason
+ERROR_REASON_SERVER_STOPPING: ErrorReason
+
+class Variable(_message.Message):
+    __slots__ = ("name", "data_type", "shape")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DATA_TYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    data_type: DataType
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, name: _Optional[str] = ..., data_type: _Optional[_Union[DataType, str]] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Manifest(_message.Message):
+    __slots__ = ("variables", "fragment_size_bytes")
+    VARIABLES_FIELD_NUMBER: _ClassVar[int]
+    FRAGMENT_SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    variables: _containers.RepeatedCompositeFieldContainer[Variable]
+    fragment_size_bytes: int
+    def __init__(self, variables: _Optional[_Iterable[_Union[Variable, _Mapping]]] = ..., fragment_size_bytes: _Optional[int] = ...) -> None: ...
+
+class Fragment(_message.Message):
+    __slots__ = ("index", "data")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    data: bytes
+    def __init__(self, index: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class InitializeRequest(_message.Message):
+    __slots__ = ("header", "fragment")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    FRAGMENT_FIELD_NUMBER: _ClassVar[int]
+    header: InitializeHeader
+    fragment: Fragment
+    def __init__(self, header: _Optional[_Union[InitializeHeader, _Mapping]] = ..., fragment: _Optional[_Union[Fragment, _Mapping]] = ...) -> None: ...
+
+class InitializeHeader(_message.Message):
+    __slots__ = ("worker_id", "manifest", "global_step")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    GLOBAL_STEP_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    manifest: Manifest
+    global_step: int
+    def __init__(self, worker_id: _Optional[str] = ..., manifest: _Optional[_Union[Manifest, _Mapping]] = ..., global_step: _Optional[int] = ...) -> None: ...
+
+class InitializeResponse(_message.Message):
+    __slots__ = ("initialized", "global_step", "manifest_id", "num_workers")
+    INITIALIZED_FIELD_NUMBER: _ClassVar[int]
+    GLOBAL_STEP_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_ID_FIELD_NUMBER: _ClassVar[int]
+    NUM_WORKERS_FIELD_NUMBER: _ClassVar[int]
+    initialized: bool
+    global_step: int
+    manifest_id: str
+    num_workers: int
+    def __init__(self, initialized: bool = ..., global_step: _Optional[int] = ..., manifest_id: _Optional[str] = ..., num_workers: _Optional[int] = ...) -> None: ...
+
+class PullRequest(_message.Message):
+    __slots__ = ("worker_id", "wait_initialized")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    WAIT_INITIALIZED_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    wait_initialized: bool
+    def __init__(self, worker_id: _Optional[str] = ..., wait_initialized: bool = ...) -> None: ...
+
+class PullResponse(_message.Message):
+    __slots__ = ("header", "fragment")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    FRAGMENT_FIELD_NUMBER: _ClassVar[int]
+    header: CenterHeader
+    fragment: Fragment
+    def __init__(self, header: _Optional[_Union[CenterHeader, _Mapping]] = ..., fragment: _Optional[_Union[Fragment, _Mapping]] = ...) -> None: ...
+
+class CenterHeader(_message.Message):
+    __slots__ = ("manifest", "manifest_id", "global_step", "num_workers")
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_ID_FIELD_NUMBER: _ClassVar[int]
+    GLOBAL_STEP_FIELD_NUMBER: _ClassVar[int]
+    NUM_WORKERS_FIELD_NUMBER: _ClassVar[int]
+    manifest: Manifest
+    manifest_id: str
+    global_step: int
+    num_workers: int
+    def __init__(self, manifest: _Optional[_Union[Manifest, _Mapping]] = ..., manifest_id: _Optional[str] = ..., global_step: _Optional[int] = ..., num_workers: _Optional[int] = ...) -> None: ...
+
+class PushAndAverageRequest(_message.Message):
+    __slots__ = ("header", "fragment")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    FRAGMENT_FIELD_NUMBER: _ClassVar[int]
+    header: PushHeader
+    fragment: Fragment
+    def __init__(self, header: _Optional[_Union[PushHeader, _Mapping]] = ..., fragment: _Optional[_Union[Fragment, _Mapping]] = ...) -> None: ...
+
+class PushHeader(_message.Message):
+    __slots__ = ("worker_id", "incarnation", "push_id", "is_chief", "base_step", "local_step", "weight", "manifest_id", "untouched_variables")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    PUSH_ID_FIELD_NUMBER: _ClassVar[int]
+    IS_CHIEF_FIELD_NUMBER: _ClassVar[int]
+    BASE_STEP_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_STEP_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_ID_FIELD_NUMBER: _ClassVar[int]
+    UNTOUCHED_VARIABLES_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    incarnation: bytes
+    push_id: int
+    is_chief: bool
+    base_step: int
+    local_step: int
+    weight: float
+    manifest_id: str
+    untouched_variables: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[bytes] = ..., push_id: _Optional[int] = ..., is_chief: bool = ..., base_step: _Optional[int] = ..., local_step: _Optional[int] = ..., weight: _Optional[float] = ..., manifest_id: _Optional[str] = ..., untouched_variables: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class PushAndAverageResponse(_message.Message):
+    __slots__ = ("admission", "fragment", "outcome")
+    ADMISSION_FIELD_NUMBER: _ClassVar[int]
+    FRAGMENT_FIELD_NUMBER: _ClassVar[int]
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    admission: PushAdmission
+    fragment: Fragment
+    outcome: PushOutcome
+    def __init__(self, admission: _Optional[_Union[PushAdmission, _Mapping]] = ..., fragment: _Optional[_Union[Fragment, _Mapping]] = ..., outcome: _Optional[_Union[PushOutcome, _Mapping]] = ...) -> None: ...
+
+class PushAdmission(_message.Message):
+    __slots__ = ("first_needed_fragment",)
+    FIRST_NEEDED_FRAGMENT_FIELD_NUMBER: _ClassVar[int]
+    first_needed_fragment: int
+    def __init__(self, first_needed_fragment: _Optional[int] = ...) -> None: ...
+
+class PushOutcome(_message.Message):
+    __slots__ = ("outcome", "global_step", "contributors", "waited_s", "untouched_variables")
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    GLOBAL_STEP_FIELD_NUMBER: _ClassVar[int]
+    CONTRIBUTORS_FIELD_NUMBER: _ClassVar[int]
+    WAITED_S_FIELD_NUMBER: _ClassVar[int]
+    UNTOUCHED_VARIABLES_FIELD_NUMBER: _ClassVar[int]
+    outcome: Outcome
+    global_step: int
+    contributors: _containers.RepeatedScalarFieldContainer[str]
+    waited_s: float
+    untouched_variables: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, outcome: _Optional[_Union[Outcome, str]] = ..., global_step: _Optional[int] = ..., contributors: _Optional[_Iterable[str]] = ..., waited_s: _Optional[float] = ..., untouched_variables: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class GetStatusRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class WorkerStatus(_message.Message):
+    __slots__ = ("worker_id", "is_chief", "local_step", "fragments_given", "waiting", "last_seen_age_s", "nonfinite_values", "pushes_counted")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    IS_CHIEF_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_STEP_FIELD_NUMBER: _ClassVar[int]
+    FRAGMENTS_GIVEN_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    LAST_SEEN_AGE_S_FIELD_NUMBER: _ClassVar[int]
+    NONFINITE_VALUES_FIELD_NUMBER: _ClassVar[int]
+    PUSHES_COUNTED_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    is_chief: bool
+    local_step: int
+    fragments_given: int
+    waiting: bool
+    last_seen_age_s: float
+    nonfinite_values: int
+    pushes_counted: int
+    def __init__(self, worker_id: _Optional[str] = ..., is_chief: bool = ..., local_step: _Optional[int] = ..., fragments_given: _Optional[int] = ..., waiting: bool = ..., last_seen_age_s: _Optional[float] = ..., nonfinite_values: _Optional[int] = ..., pushes_counted: _Optional[int] = ...) -> None: ...
+
+class GetStatusResponse(_message.Message):
+    __slots__ = ("phase", "global_step", "num_workers", "waiting_for", "waiting_for_unknown", "round_age_s", "workers", "model_size_bytes", "manifest_id", "received_bytes", "sent_bytes", "uptime_s", "last_round_s", "rounds_restarted", "stale_pushes")
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    GLOBAL_STEP_FIELD_NUMBER: _ClassVar[int]
+    NUM_WORKERS_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FOR_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FOR_UNKNOWN_FIELD_NUMBER: _ClassVar[int]
+    ROUND_AGE_S_FIELD_NUMBER: _ClassVar[int]
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
+    MODEL_SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_ID_FIELD_NUMBER: _ClassVar[int]
+    RECEIVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    UPTIME_S_FIELD_NUMBER: _ClassVar[int]
+    LAST_ROUND_S_FIELD_NUMBER: _ClassVar[int]
+    ROUNDS_RESTARTED_FIELD_NUMBER: _ClassVar[int]
+    STALE_PUSHES_FIELD_NUMBER: _ClassVar[int]
+    phase: Phase
+    global_step: int
+    num_workers: int
+    waiting_for: _containers.RepeatedScalarFieldContainer[str]
+    waiting_for_unknown: int
+    round_age_s: float
+    workers: _containers.RepeatedCompositeFieldContainer[WorkerStatus]
+    model_size_bytes: int
+    manifest_id: str
+    received_bytes: int
+    sent_bytes: int
+    uptime_s: float
+    last_round_s: float
+    rounds_restarted: int
+    stale_pushes: int
+    def __init__(self, phase: _Optional[_Union[Phase, str]] = ..., global_step: _Optional[int] = ..., num_workers: _Optional[int] = ..., waiting_for: _Optional[_Iterable[str]] = ..., waiting_for_unknown: _Optional[int] = ..., round_age_s: _Optional[float] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., model_size_bytes: _Optional[int] = ..., manifest_id: _Optional[str] = ..., received_bytes: _Optional[int] = ..., sent_bytes: _Optional[int] = ..., uptime_s: _Optional[float] = ..., last_round_s: _Optional[float] = ..., rounds_restarted: _Optional[int] = ..., stale_pushes: _Optional[int] = ...) -> None: ...

@@ -1,0 +1,142 @@
+"""Messages <-> what they mean. Everything that crosses the wire is made and read here.
+
+Fragments carry all the bytes, and protobuf would copy each of them twice on the way out and once on the way in. So a
+fragment message is written by hand, byte for byte as protobuf writes it, and read in place if it looks the way
+protobuf writes it; any other legal encoding (fields in another order, unknown fields) is left to the library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypeVar
+
+from google.protobuf.message import DecodeError, Message
+
+from modelaverage.errors import Reason, refusal
+from modelaverage.manifest import Manifest, Variable
+from modelaverage.v1 import parameter_server_pb2 as pb
+
+__all__ = [
+    "SERVICE",
+    "encode_fragment",
+    "manifest_from_message",
+    "manifest_to_message",
+    "parse",
+    "read_fragment",
+]
+
+SERVICE = "modelaverage.v1.ParameterServer"
+
+_M = TypeVar("_M", bound=Message)
+# The messages that may carry a fragment.
+_Carrier = pb.InitializeRequest | pb.PullResponse | pb.PushAndAverageRequest | pb.PushAndAverageResponse
+_C = TypeVar("_C", bound=_Carrier)
+
+# A message that carries a fragment is `fragment = 2`, itself `index = 1, data = 2`: the same in all four streams.
+_FRAGMENT_TAG = b"\x12"
+_INDEX_TAG = b"\x08"
+_DATA_TAG = b"\x12"
+
+_DATA_TYPES = {
+    "float32": pb.DATA_TYPE_FLOAT32,
+    "float64": pb.DATA_TYPE_FLOAT64,
+    "float16": pb.DATA_TYPE_FLOAT16,
+    "bfloat16": pb.DATA_TYPE_BFLOAT16,
+}
+_DTYPE_NAMES = {number: name for name, number in _DATA_TYPES.items()}
+
+
+def parse(message_type: type[_M], data: bytes) -> _M:
+    """Reads a message. Raises ProtocolError (MESSAGE_MALFORMED) if the bytes are none of its type."""
+    try:
+        return message_type.FromString(data)
+    except DecodeError as error:
+        name = message_type.DESCRIPTOR.name
+        raise refusal(
+            Reason.MESSAGE_MALFORMED, f"{len(data)} bytes are no {name}: {error}; generate the client from the .proto"
+        ) from None
+
+
+def manifest_to_message(manifest: Manifest) -> pb.Manifest:
+    """The manifest as it goes over the wire."""
+    return pb.Manifest(
+        variables=[
+            pb.Variable(name=variable.name, data_type=_DATA_TYPES[variable.dtype], shape=variable.shape)
+            for variable in manifest.variables
+        ],
+        fragment_size_bytes=manifest.fragment_size_bytes,
+    )
+
+
+def manifest_from_message(message: pb.Manifest) -> Manifest:
+    """The manifest as it came over the wire. Raises InvalidRequestError (MANIFEST_INVALID)."""
+    return Manifest(
+        tuple(
+            Variable(v.name, _DTYPE_NAMES.get(v.data_type, f"number {v.data_type}"), tuple(v.shape))
+            for v in message.variables
+        ),
+        message.fragment_size_bytes,
+    )
+
+
+def encode_fragment(index: int, parts: Iterable[bytes | memoryview]) -> bytes:
+    """The message that carries fragment ``index``, in any of the four streams; its data is the parts joined."""
+    parts = list(parts)
+    size_bytes = sum(len(part) for part in parts)
+    head = (_INDEX_TAG + _varint(index) if index else b"") + _DATA_TAG + _varint(size_bytes)
+    return b"".join((_FRAGMENT_TAG, _varint(len(head) + size_bytes), head, *parts))
+
+
+def read_fragment(message_type: type[_C], data: bytes) -> tuple[int, memoryview] | _C:
+    """Index and bytes of the fragment that a message carries, or the message itself if it carries something else.
+
+    Raises ProtocolError (MESSAGE_MALFORMED).
+    """
+    fragment = _read_canonical_fragment(data)
+    if fragment is not None:
+        return fragment
+    message = parse(message_type, data)
+    if message.WhichOneof("message") == "fragment":
+        return message.fragment.index, memoryview(message.fragment.data)
+    return message
+
+
+def _read_canonical_fragment(data: bytes) -> tuple[int, memoryview] | None:
+    # Every step either matches exactly or gives up: what is accepted here means the same to the library.
+    try:
+        if data[:1] != _FRAGMENT_TAG:
+            return None
+        size_bytes, at = _read_varint(data, 1)
+        if at + size_bytes != len(data):
+            return None
+        index = 0
+        if data[at : at + 1] == _INDEX_TAG:
+            index, at = _read_varint(data, at + 1)
+        if data[at : at + 1] != _DATA_TAG:
+            return None
+        size_bytes, at = _read_varint(data, at + 1)
+    except IndexError:
+        return None
+    if at + size_bytes != len(data) or index >= 2**32:
+        return None
+    return index, memoryview(data)[at:]
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def _read_varint(data: bytes, at: int) -> tuple[int, int]:
+    # Five bytes hold every length and index that is possible here; a longer varint is the library's business.
+    value = 0
+    for place in range(5):
+        byte = data[at + place]
+        value |= (byte & 0x7F) << 7 * place
+        if byte < 0x80:
+            return value, at + place + 1
+    raise IndexError

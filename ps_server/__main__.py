@@ -1,0 +1,156 @@
+"""The command `ps-server`: the only place that reads its flags."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import sys
+from pathlib import Path
+
+# gRPC's own log would answer a taken port with a page of C++; set before it is imported.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+from ps_server import status
+from ps_server.server import ServerConfig, UnusableAddressError, serve, stop_on_signals
+from ps_server.service import ServicePolicy
+
+__all__ = ["main"]
+
+_SERVE_EXAMPLES = """\
+examples:
+  ps-server serve --num-workers 2                       on loopback, for workers on this machine
+  ps-server serve --bind 0.0.0.0:2222 --num-workers 8   for workers anywhere: no encryption, no authentication
+  ps-server serve --bind 127.0.0.1:0 --num-workers 2 --ready-file ready.json   on a free port, for scripts
+"""
+_STATUS_EXAMPLES = """\
+examples:
+  ps-server status 127.0.0.1:2222
+  ps-server status 127.0.0.1:2222 --json | jq .waiting_for
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except UnusableAddressError as error:
+        print(f"ps-server: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ps-server", description="The model-averaging parameter server.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser(
+        "serve",
+        help="keep the center variables and average the workers' pushes",
+        description="Keeps the center variables and averages the workers' pushes, until SIGTERM or Ctrl-C.",
+        epilog=_SERVE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument(
+        "--bind",
+        default="127.0.0.1:2222",
+        metavar="HOST:PORT",
+        help="where to listen; port 0: any free one (%(default)s)",
+    )
+    command.add_argument(
+        "--num-workers", type=_count, required=True, metavar="N", help="how many workers every round waits for"
+    )
+    command.add_argument(
+        "--ready-file", type=Path, metavar="FILE", help='when listening, write {"address": ..., "pid": ...} there'
+    )
+    command.add_argument(
+        "--stream-idle-timeout-s",
+        type=_seconds,
+        default=30.0,
+        metavar="SECONDS",
+        help="drop a stream whose client neither sends nor reads for so long; waiting at the barrier does not count "
+        "(%(default)s)",
+    )
+    command.add_argument(
+        "--max-model-bytes",
+        type=_count,
+        default=_third_of_memory_bytes(),
+        metavar="BYTES",
+        help="refuse a larger model; the server needs about twice the model (a third of this machine's memory)",
+    )
+    command.add_argument("--verbose", action="store_true", help="log refused calls and every round")
+    command.set_defaults(run=_serve)
+
+    command = commands.add_parser(
+        "status",
+        help="show what a server is doing and for whom it waits",
+        description="Shows phase, global_step, whom the round waits for, and every worker.",
+        epilog=_STATUS_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("address", metavar="ADDRESS", help="HOST:PORT of the server")
+    command.add_argument("--json", action="store_true", help="the whole status as JSON, times in s, sizes in bytes")
+    command.add_argument(
+        "--timeout-s",
+        type=_seconds,
+        default=5.0,
+        metavar="SECONDS",
+        help="how long to wait for an answer (%(default)s)",
+    )
+    command.set_defaults(run=_status)
+    return parser
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    logging.basicConfig(format="%(asctime)s ps-server: %(message)s")
+    logging.getLogger("ps_server").setLevel(logging.DEBUG if arguments.verbose else logging.WARNING)
+    config = ServerConfig(
+        bind=arguments.bind,
+        policy=ServicePolicy(
+            num_workers=arguments.num_workers,
+            max_model_bytes=arguments.max_model_bytes,
+            stall_timeout_s=arguments.stream_idle_timeout_s,
+        ),
+        ready_file=arguments.ready_file,
+    )
+
+    async def run() -> None:
+        stop = asyncio.Event()
+        stop_on_signals(stop)
+        await serve(config, stop, ready=lambda address: print(f"ps-server: listening on {address}", flush=True))
+
+    asyncio.run(run())
+    return 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    try:
+        answer = status.fetch(arguments.address, arguments.timeout_s)
+    except status.NoAnswerError as error:
+        print(f"ps-server: {error}", file=sys.stderr)
+        return 1
+    print(status.as_json(answer) if arguments.json else status.as_text(answer))
+    return 0
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 on")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1e9:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number of seconds")
+    return value
+
+
+def _third_of_memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 3
+
+
+if __name__ == "__main__":
+    sys.exit(main())

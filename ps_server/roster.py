@@ -1,0 +1,43 @@
+"""What the server remembers of each worker, for the status: nothing here decides anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+__all__ = ["Roster", "WorkerRecord"]
+
+
+@dataclass
+class WorkerRecord:
+    """One worker since the server started. Times are the server's monotonic clock, in seconds."""
+
+    last_seen_at_s: float
+    is_chief: bool = False
+    local_step: int = 0
+    nonfinite_values: int = 0
+    pushes_counted: int = 0
+
+
+@dataclass
+class Roster:
+    """Every worker that was heard of."""
+
+    records: dict[str, WorkerRecord] = field(default_factory=dict)
+
+    def heard_of(self, worker_id: str, now_s: float) -> WorkerRecord:
+        """The record of a worker that has just been heard of."""
+        record = self.records.setdefault(worker_id, WorkerRecord(now_s))
+        record.last_seen_at_s = now_s
+        return record
+
+    def waiting_for(self, complete: frozenset[str], num_workers: int) -> tuple[list[str], int]:
+        """Whom a round waits for: the names of known workers that are not complete, and how many more it needs."""
+        missing = num_workers - len(complete)
+        names = sorted(self.records.keys() - complete) if missing > 0 else []
+        return names, max(0, missing - len(names))
+
+    def count(self, contributors: Iterable[str]) -> None:
+        """A round committed with these workers' pushes."""
+        for worker_id in contributors:
+            self.records[worker_id].pushes_counted += 1

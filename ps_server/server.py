@@ -1,0 +1,115 @@
+"""Assembly: one gRPC server around one service, from configuration to exit."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc.aio
+
+from ps_server.service import ParameterServerService, ServicePolicy
+
+__all__ = ["ServerConfig", "UnusableAddressError", "serve", "stop_on_signals"]
+
+_log = logging.getLogger("ps_server")
+
+_OPTIONS = [
+    # Two servers must not share a port: without this, the second one would start and take half of the calls.
+    ("grpc.so_reuseport", 0),
+    # A client that is gone without a word (power, cable) is noticed within 10 s.
+    ("grpc.keepalive_time_ms", 5_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 4_000),
+]
+
+
+class UnusableAddressError(Exception):
+    """The server cannot listen where it was told to."""
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """Everything that `ps-server serve` can be told.
+
+    Args:
+        bind: HOST:PORT to listen on; port 0 takes a free one.
+        policy: what the service does.
+        ready_file: where to write ``{"address": ..., "pid": ...}`` once it listens; None: nowhere.
+        grace_s: how long calls that are under way may take to finish after SIGTERM.
+    """
+
+    bind: str
+    policy: ServicePolicy
+    ready_file: Path | None = None
+    grace_s: float = 5.0
+
+
+async def serve(config: ServerConfig, stop: asyncio.Event, ready: Callable[[str], None]) -> None:
+    """Serves until ``stop`` is set; calls ``ready`` with the real address once it listens.
+
+    Raises:
+        UnusableAddressError: the address is malformed, not of this machine, or taken.
+    """
+    service = ParameterServerService(config.policy)
+    server = grpc.aio.server(options=_OPTIONS)
+    server.add_generic_rpc_handlers((service.handler(),))
+    address = _listen(server, config.bind)
+    await server.start()
+    if config.ready_file is not None:
+        _write_ready_file(config.ready_file, address)
+    ready(address)
+    await stop.wait()
+    _log.info("stopping")
+    await service.stop(config.grace_s)
+    await server.stop(grace=1.0)
+
+
+def stop_on_signals(stop: asyncio.Event) -> None:
+    """SIGTERM and SIGINT set ``stop``; a second one has its usual effect."""
+    loop = asyncio.get_running_loop()
+
+    def request_stop(number: int) -> None:
+        stop.set()
+        loop.remove_signal_handler(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, request_stop, number)
+
+
+def _listen(server: grpc.aio.Server, bind: str) -> str:
+    host, colon, port_text = bind.rpartition(":")
+    if not colon or not host or not port_text.isdigit() or int(port_text) > 65535:
+        raise UnusableAddressError(f"--bind {bind!r} is not HOST:PORT, such as 127.0.0.1:2222 or [::]:2222")
+    _check_free(host.strip("[]"), int(port_text), bind)
+    try:
+        port = server.add_insecure_port(bind)
+    except RuntimeError as error:
+        raise UnusableAddressError(f"cannot listen on {bind}: {error}") from None
+    return f"{host}:{port}"
+
+
+def _check_free(host: str, port: int, bind: str) -> None:
+    # gRPC does not say why it cannot bind; the socket API does.
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise UnusableAddressError(
+            f"cannot listen on {bind}: {error.strerror or error}; give another --bind (port 0 takes a free port)"
+        ) from None
+
+
+def _write_ready_file(path: Path, address: str) -> None:
+    # Written beside and renamed, so that who waits for the file never reads half of it.
+    beside = path.with_name(f"{path.name}.{os.getpid()}")
+    beside.write_text(json.dumps({"address": address, "pid": os.getpid()}) + "\n")
+    beside.replace(path)

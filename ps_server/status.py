@@ -1,0 +1,76 @@
+"""Asks a running server for its status and shows it to people."""
+
+from __future__ import annotations
+
+import grpc
+from google.protobuf import json_format
+
+from modelaverage import wire
+from modelaverage.v1 import parameter_server_pb2 as pb
+
+__all__ = ["NoAnswerError", "as_json", "as_text", "fetch"]
+
+
+class NoAnswerError(Exception):
+    """No parameter server answers at the address."""
+
+
+def fetch(address: str, timeout_s: float) -> pb.GetStatusResponse:
+    """The status of the server at ``address``. Raises NoAnswerError, naming it, after ``timeout_s`` at most."""
+    with grpc.insecure_channel(address) as channel:
+        call = channel.unary_unary(
+            f"/{wire.SERVICE}/GetStatus",
+            request_serializer=pb.GetStatusRequest.SerializeToString,
+            response_deserializer=pb.GetStatusResponse.FromString,
+        )
+        try:
+            answer: pb.GetStatusResponse = call(pb.GetStatusRequest(), timeout=timeout_s, wait_for_ready=True)
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise NoAnswerError(f"no parameter server answers at {address} (waited {timeout_s:g} s)") from None
+            raise NoAnswerError(f"{address} did not answer as a parameter server: {error.details()}") from None
+    return answer
+
+
+def as_json(status: pb.GetStatusResponse) -> str:
+    """Every field under its name in the protocol."""
+    return json_format.MessageToJson(
+        status, preserving_proto_field_name=True, always_print_fields_with_no_presence=True, indent=2
+    )
+
+
+def as_text(status: pb.GetStatusResponse) -> str:
+    """A few lines for people."""
+    phase = pb.Phase.Name(status.phase).removeprefix("PHASE_").lower()
+    lines = [
+        f"phase        {phase}",
+        f"global_step  {status.global_step}",
+        f"workers      {status.num_workers} in a round",
+        f"model        {_size(status.model_size_bytes)}",
+        f"received     {_size(status.received_bytes)}, sent {_size(status.sent_bytes)}",
+        f"up           {status.uptime_s:.1f} s, last round {status.last_round_s:.3f} s, "
+        f"{status.rounds_restarted} rounds restarted, {status.stale_pushes} stale pushes",
+    ]
+    if status.phase == pb.PHASE_AVERAGING:
+        missing = list(status.waiting_for)
+        if status.waiting_for_unknown:
+            missing.append(f"{status.waiting_for_unknown} not heard of yet")
+        lines.append(f"waiting for  {', '.join(missing) or 'nobody'} (for {status.round_age_s:.1f} s)")
+    for worker in status.workers:
+        state = "waits at the barrier" if worker.waiting else "computes"
+        if worker.fragments_given and not worker.waiting:
+            state = f"has sent {worker.fragments_given} fragments"
+        notes = f", {worker.nonfinite_values} values not finite" if worker.nonfinite_values else ""
+        chief = " (chief)" if worker.is_chief else ""
+        lines.append(
+            f"  {worker.worker_id}{chief}: {state}, local_step {worker.local_step}, {worker.pushes_counted} pushes "
+            f"counted, last seen {worker.last_seen_age_s:.1f} s ago{notes}"
+        )
+    return "\n".join(lines)
+
+
+def _size(size_bytes: int) -> str:
+    for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if size_bytes >= factor:
+            return f"{size_bytes / factor:.1f} {unit}"
+    return f"{size_bytes} bytes"

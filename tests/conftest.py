@@ -1,0 +1,70 @@
+"""What tests of the shell need: a real server on a free port, in this process, on a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from ps_server.server import ServerConfig, serve
+from ps_server.service import ServicePolicy
+
+
+class RunningServer:
+    """A parameter server on a free port of loopback."""
+
+    def __init__(self, num_workers: int, max_model_bytes: int, stall_timeout_s: float) -> None:
+        policy = ServicePolicy(num_workers, max_model_bytes, stall_timeout_s)
+        self._config = ServerConfig("127.0.0.1:0", policy, grace_s=2.0)
+        self._ready = threading.Event()
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        self._ready.wait(timeout=20)
+        if self._failure is not None:
+            raise self._failure
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(self._main())
+        except BaseException as error:
+            self._failure = error
+            self._ready.set()
+
+    async def _main(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._stop = asyncio.Event()
+
+        def ready(address: str) -> None:
+            self.address = address
+            self._ready.set()
+
+        await serve(self._config, self._stop, ready)
+
+    def stop(self) -> None:
+        """Stops it as SIGTERM would, and raises what it raised."""
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(timeout=20)
+        assert not self._thread.is_alive(), "the server did not stop"
+        if self._failure is not None:
+            raise self._failure
+
+
+StartServer = Callable[..., RunningServer]
+
+
+@pytest.fixture
+def start_server() -> Iterator[StartServer]:
+    """start_server(num_workers, max_model_bytes=..., stall_timeout_s=...) -> a running server, stopped at the end."""
+    servers: list[RunningServer] = []
+
+    def start(num_workers: int, max_model_bytes: int = 1 << 30, stall_timeout_s: float = 30.0) -> RunningServer:
+        servers.append(RunningServer(num_workers, max_model_bytes, stall_timeout_s))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.stop()
