@@ -170,14 +170,17 @@ class ParameterServerSession:
         self,
         wait_initialized: bool = True,
         timeout_s: float | None = None,
-        into: Mapping[str, Array] | None = None,
+        *,
+        expected: Mapping[str, ArrayLike] | None = None,
+        copy: bool = True,
     ) -> tuple[Mapping[str, Array], int]:
         """Reads the center variables; what is trained from them has their `global_step` as its base step.
 
         Args:
             wait_initialized: wait for the chief; otherwise an uninitialized center is an error.
             timeout_s: how long to wait altogether; None: as long as it takes.
-            into: arrays to write to, with the center's names, dtypes and shapes; None: new ones.
+            expected: arrays whose names, dtypes and shapes the center has to have.
+            copy: False: the arrays are the session's own, which its next call overwrites.
 
         Returns:
             The center variables by name, and `global_step`.
@@ -185,7 +188,7 @@ class ParameterServerSession:
         Raises:
             NotInitializedError: there is no center, and ``wait_initialized`` is False.
             DeadlineExceededError: there was none within ``timeout_s``.
-            ConflictError: ``into`` does not fit the center, naming the first variable that differs.
+            ConflictError: MANIFEST_MISMATCH, naming the first variable in which ``expected`` differs.
         """
         request = pb.PullRequest(worker_id=self.worker_id, wait_initialized=wait_initialized)
         step = 0
@@ -194,12 +197,14 @@ class ParameterServerSession:
             nonlocal step
             step = header.global_step
             self.num_workers = header.num_workers
-            return self._adopt(wire.manifest_from_message(header.manifest), header.manifest_id)
+            manifest = wire.manifest_from_message(header.manifest)
+            if expected is not None:
+                _in_order(_as_arrays(expected), manifest)
+            return self._adopt(manifest, header.manifest_id)
 
         self._shard.pull(request, staging_for, timeout_s)
-        center = self._install(into, frozenset())
         self.base_step = step
-        return center, step
+        return self._center(copy), step
 
     def push_and_average(
         self,
@@ -208,12 +213,12 @@ class ParameterServerSession:
         *,
         local_step: int = 0,
         untouched: Collection[str] = (),
-        into: Mapping[str, Array] | None = None,
         timeout_s: float | None = None,
+        copy: bool = True,
     ) -> PushResult:
         """One round: gives the local variables to the average, waits at the barrier, returns the new center.
 
-        If it raises, neither ``variables`` nor ``into`` has changed, and the push may be made again.
+        ``variables`` is only read. If this raises, the push may be made again.
 
         Args:
             variables: local variables with the center's names, dtypes and shapes, in any order.
@@ -221,9 +226,8 @@ class ParameterServerSession:
             local_step: this worker's count of optimizer steps; shown in the server's status.
             untouched: names of variables that are as they came from the center, for want of a gradient. What all
                 workers left untouched keeps the center's bytes.
-            into: arrays to write the new center to (may be ``variables`` itself); None: new ones. Variables that no
-                worker had touched are not written.
             timeout_s: how long to wait for the other workers; None: as long as it takes.
+            copy: False: the result's arrays are the session's own, which its next call overwrites.
 
         Raises:
             InvalidRequestError: WEIGHT_INVALID.
@@ -237,7 +241,7 @@ class ParameterServerSession:
         if self._staging is None or self.base_step is None:
             raise NotInitializedError("pull the center (or initialize it) before the push", Reason.NOT_INITIALIZED)
         manifest = self._staging.manifest
-        arrays = _in_order(_as_arrays(variables), manifest, "the push")
+        arrays = _in_order(_as_arrays(variables), manifest)
         values = [_bytes_of(array) for array in arrays.values()]
         numbers = {variable.name: number for number, variable in enumerate(manifest.variables)}
         self._push_id += 1
@@ -253,16 +257,14 @@ class ParameterServerSession:
             untouched_variables=sorted(numbers[name] for name in untouched),
         )
         outcome = self._push(header, manifest, values, timeout_s)
-        kept = frozenset(manifest.variables[number].name for number in outcome.untouched_variables)
-        center = self._install(into, kept)
         self.base_step = outcome.global_step
         return PushResult(
-            center,
+            self._center(copy),
             outcome.global_step,
             Outcome(outcome.outcome),
             tuple(outcome.contributors),
             outcome.waited_s,
-            kept,
+            frozenset(manifest.variables[number].name for number in outcome.untouched_variables),
         )
 
     def status(self, timeout_s: float = 5.0) -> pb.GetStatusResponse:
@@ -294,14 +296,10 @@ class ParameterServerSession:
         self._manifest_id = manifest_id
         return self._staging
 
-    def _install(self, into: Mapping[str, Array] | None, kept: frozenset[str]) -> Mapping[str, Array]:
+    def _center(self, copy: bool) -> Mapping[str, Array]:
         assert self._staging is not None
-        if into is None:
-            return {name: array.copy() for name, array in self._staging.arrays.items()}
-        for name, array in _in_order(into, self._staging.manifest, "the target").items():
-            if name not in kept:
-                array[...] = self._staging.arrays[name]
-        return into
+        arrays = self._staging.arrays
+        return {name: array.copy() for name, array in arrays.items()} if copy else arrays
 
 
 def _as_arrays(variables: Mapping[str, ArrayLike]) -> dict[str, Array]:
@@ -312,17 +310,12 @@ def _variables_of(arrays: Mapping[str, Array]) -> tuple[Variable, ...]:
     return tuple(Variable(name, dtype_name(array.dtype), array.shape) for name, array in arrays.items())
 
 
-def _in_order(arrays: Mapping[str, Array], manifest: Manifest, whose: str) -> dict[str, Array]:
+def _in_order(arrays: Mapping[str, Array], manifest: Manifest) -> dict[str, Array]:
     """The arrays in manifest order. Raises ConflictError, naming the first variable that does not fit."""
     known = {variable.name: variable for variable in manifest.variables}
     ordered = {name: arrays[name] for name in known if name in arrays}
     ordered.update(arrays)
-    difference = first_difference(
-        [Variable(name, dtype_name(a.dtype), a.shape) for name, a in ordered.items()],
-        manifest.variables,
-        f"in {whose}",
-        "in the center",
-    )
+    difference = first_difference(_variables_of(ordered), manifest.variables, "here", "in the center")
     if difference is not None:
         raise ConflictError(f"{difference}; give all workers the same model", Reason.MANIFEST_MISMATCH)
     return ordered

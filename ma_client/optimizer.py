@@ -1,0 +1,390 @@
+"""ModelAverageOptimizer: a torch optimizer whose workers meet every `interval_steps` steps and go on from the average.
+
+Source: ``tf.contrib.opt.ModelAverageOptimizer`` of TensorFlow 1.15, member by member; docs/porting-from-tensorflow.md
+has both side by side. As an algorithm it is local SGD with periodic averaging (McDonald, Hall and Mann, "Distributed
+training strategies for the structured perceptron", 2010; McMahan et al., "Communication-efficient learning of deep
+networks from decentralized data", 2017).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, overload
+
+import torch
+
+from ma_client.cluster import ClusterSpec
+from ma_client.custom_getter import GLOBAL_VARIABLE_NAME, ModelAverageCustomGetter
+from ma_client.hook import ModelAverageHook
+from ma_client.mirror import HostMirror
+from ma_client.session import ParameterServerSession, PushResult
+
+__all__ = ["GLOBAL_VARIABLE_NAME", "ModelAverageCustomGetter", "ModelAverageOptimizer"]
+
+Loss = torch.Tensor | Callable[[], torch.Tensor]
+GradientAndVariable = tuple[torch.Tensor | None, torch.Tensor]
+# Where state_dict keeps what is not the local optimizer's.
+_STATE_KEY = "model_average"
+
+
+class ModelAverageOptimizer(torch.optim.Optimizer):
+    """Wraps a local optimizer; every ``interval_steps`` of its steps the workers average their models.
+
+    Each worker updates its own local variables. When ``interval_steps`` divides `local_step`, it pushes them, waits
+    for the other workers at the barrier, and installs the average. The local optimizer's state (momentum, Adam's
+    moments) stays local and is kept.
+
+    It is a ``torch.optim.Optimizer`` with the local optimizer's ``param_groups``, ``state`` and ``defaults``:
+    learning-rate schedulers, ``GradScaler`` and checkpoints work with it.
+
+    Args:
+        opt: the local optimizer, over parameters of the getter's model.
+        num_worker: how many workers a round waits for, as the server was told; None: as the environment says.
+        is_chief: whether this worker initializes the center; None: as the environment says.
+        ma_custom_getter: the getter that was given the model; knows the center variables.
+        interval_steps: meet the barrier every so many local steps.
+        use_locking: hold `lock` during local update and install, so that a thread that holds it meanwhile (evaluation)
+            reads a consistent model. It is not held during the wait at the barrier.
+        name: what `get_name` returns.
+        session: the connection to the parameter server; None: made from the environment that `ma-launch` and
+            `ps-worker run` set, and closed by the hook.
+
+    Attributes:
+        lock: a reentrant lock; see ``use_locking``.
+        last_round: how this worker's last push ended; its ``center`` is only valid until the next one.
+
+    Raises:
+        ValueError: an argument is out of range or does not fit the others.
+        ClusterError: something was to come from the environment and is not there.
+    """
+
+    GATE_NONE = 0
+    GATE_OP = 1
+    GATE_GRAPH = 2
+
+    def __init__(
+        self,
+        opt: torch.optim.Optimizer,
+        num_worker: int | None,
+        is_chief: bool | None,
+        ma_custom_getter: ModelAverageCustomGetter,
+        interval_steps: int = 100,
+        use_locking: bool = True,
+        name: str = "ModelAverageOptimizer",
+        *,
+        session: ParameterServerSession | None = None,
+    ) -> None:
+        if interval_steps < 1:
+            raise ValueError(f"interval_steps {interval_steps} is not a whole number from 1 on")
+        if num_worker is None or is_chief is None:
+            cluster = ClusterSpec.from_env()
+            num_worker = cluster.num_workers if num_worker is None else num_worker
+            is_chief = cluster.is_chief if is_chief is None else is_chief
+        if num_worker < 1:
+            raise ValueError(f"num_worker {num_worker} is not a whole number from 1 on")
+        if session is not None and session.is_chief != is_chief:
+            raise ValueError(f"is_chief is {is_chief}, but the session was made with is_chief={session.is_chief}")
+        # The base class wants a group; it is replaced by the local optimizer's own, shared from then on.
+        super().__init__([{"params": []}], opt.defaults)
+        self._opt = opt
+        self._share_state()
+        self._getter = ma_custom_getter
+        self._check_parameters(opt.param_groups)
+        self._num_worker = num_worker
+        self._is_chief = bool(is_chief)
+        self._interval_steps = interval_steps
+        self._use_locking = use_locking
+        self._name = name
+        self._local_step = 0
+        self._touched: set[str] = set()
+        self._global_step_tensor: torch.Tensor | None = None
+        self._mirror: HostMirror | None = None
+        self.lock = threading.RLock()
+        self.last_round: PushResult | None = None
+        self._owns_session = session is None
+        self._session = ParameterServerSession.from_env(is_chief=self._is_chief) if session is None else session
+
+    # What torch expects of an optimizer.
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One local update; at the interval also one round: push, barrier, install the average.
+
+        Args:
+            closure: as the local optimizer takes it; runs while `lock` is held.
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            ModelAverageError: the round failed (see `ParameterServerSession.push_and_average`). The local update and
+                `local_step` stand; `average` tries the round again.
+        """
+        with self._locked():
+            loss = self._opt.step(closure)
+            self._local_step += 1
+        self._touched.update(n for n, p in self._getter.model.named_parameters() if p.grad is not None)
+        if self._local_step % self._interval_steps == 0:
+            self.average()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As the local optimizer does it."""
+        self._opt.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The local optimizer's state dict, with `local_step` and the base step under ``"model_average"``."""
+        own = {"local_step": self._local_step, "base_step": self._session.base_step}
+        return {**self._opt.state_dict(), _STATE_KEY: own}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores what `state_dict` gave; also takes a plain local optimizer's, which leaves `local_step` alone.
+
+        If the center has gone on since the base step, the next push is STALE: the worker then goes on from the center.
+        """
+        local = {key: value for key, value in state_dict.items() if key != _STATE_KEY}
+        self._opt.load_state_dict(local)
+        self._share_state()
+        own = state_dict.get(_STATE_KEY)
+        if own is not None:
+            self._local_step = own["local_step"]
+            self._session.base_step = own["base_step"]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds parameters of the getter's model to the local optimizer.
+
+        Raises:
+            ValueError: the center exists already: its variables are fixed.
+        """
+        if "_opt" not in self.__dict__:  # the base class's constructor
+            super().add_param_group(param_group)
+            return
+        if self._mirror is not None:
+            raise ValueError("the center exists already and its variables are fixed: add parameter groups before")
+        self._opt.add_param_group(param_group)
+        self._check_parameters(self._opt.param_groups[-1:])
+
+    # The original's members.
+
+    def compute_gradients(
+        self,
+        loss: Loss,
+        var_list: Sequence[torch.Tensor] | None = None,
+        gate_gradients: int = GATE_OP,
+        aggregation_method: object = None,  # noqa: ARG002
+        colocate_gradients_with_ops: bool = False,  # noqa: ARG002
+        grad_loss: torch.Tensor | None = None,
+    ) -> list[GradientAndVariable]:
+        """Gradients of ``loss``; no ``.grad`` is touched.
+
+        Args:
+            loss: a tensor, or a callable without arguments that returns one. Not a scalar: the sum of its elements.
+            var_list: parameters to differentiate by; None: all of the optimizer's.
+            gate_gradients: GATE_NONE, GATE_OP or GATE_GRAPH; checked, without effect (torch has no such gates).
+            aggregation_method: accepted, without effect.
+            colocate_gradients_with_ops: accepted, without effect.
+            grad_loss: gradient of what is to be minimized by ``loss``, with its shape.
+
+        Returns:
+            (gradient, variable) for each variable; the gradient is None where ``loss`` does not depend on it.
+
+        Raises:
+            ValueError: ``gate_gradients`` is none of the three, or ``var_list`` holds something that is not a parameter
+                of this optimizer.
+        """
+        if gate_gradients not in (self.GATE_NONE, self.GATE_OP, self.GATE_GRAPH):
+            raise ValueError(f"gate_gradients {gate_gradients} is none of GATE_NONE, GATE_OP, GATE_GRAPH (0, 1, 2)")
+        variables = self._parameters() if var_list is None else list(var_list)
+        self._check_known(variables)
+        if callable(loss):
+            with torch.enable_grad():
+                loss = loss()
+        if not loss.requires_grad:
+            return [(None, variable) for variable in variables]
+        weights = torch.ones_like(loss) if grad_loss is None else grad_loss
+        gradients = torch.autograd.grad(loss, variables, weights, allow_unused=True)
+        return list(zip(gradients, variables, strict=True))
+
+    def apply_gradients(
+        self,
+        grads_and_vars: Iterable[GradientAndVariable],
+        global_step: torch.Tensor | int | None = None,
+        name: str | None = None,  # noqa: ARG002
+    ) -> None:
+        """`step` with these gradients. Every ``.grad`` is as it was afterwards.
+
+        Args:
+            grads_and_vars: as `compute_gradients` returns it. Variables that are not in it, or whose gradient is None,
+                are not updated.
+            global_step: required, as in the original. An integer tensor is set to the rounds completed after each
+                round; a number only says that the caller knows.
+            name: accepted, without effect.
+
+        Raises:
+            ValueError: no variables, no ``global_step``, no gradient at all, or something that is not a parameter.
+        """
+        pairs = list(grads_and_vars)
+        if not pairs:
+            raise ValueError("Must supply at least one variable")
+        if global_step is None:
+            raise ValueError("Global step is required")
+        if all(gradient is None for gradient, _ in pairs):
+            raise ValueError("No gradients provided for any variable")
+        self._check_known([variable for _, variable in pairs])
+        if isinstance(global_step, torch.Tensor):
+            self._global_step_tensor = global_step
+        parameters = self._parameters()
+        before = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        try:
+            for gradient, variable in pairs:
+                variable.grad = gradient
+            self.step()
+        finally:
+            for parameter, gradient in zip(parameters, before, strict=True):
+                parameter.grad = gradient
+
+    def minimize(
+        self,
+        loss: Loss,
+        global_step: torch.Tensor | int | None = None,
+        var_list: Sequence[torch.Tensor] | None = None,
+        gate_gradients: int = GATE_OP,
+        aggregation_method: object = None,
+        colocate_gradients_with_ops: bool = False,
+        name: str | None = None,
+        grad_loss: torch.Tensor | None = None,
+    ) -> None:
+        """`compute_gradients`, then `apply_gradients`. Arguments and errors are theirs."""
+        pairs = self.compute_gradients(
+            loss, var_list, gate_gradients, aggregation_method, colocate_gradients_with_ops, grad_loss
+        )
+        self.apply_gradients(pairs, global_step, name)
+
+    def get_init_op(self) -> Callable[[], None]:
+        """A callable that makes the local variables equal to the center; it waits for the chief if there is none.
+
+        It raises ValueError if the server averages another number of workers than ``num_worker``.
+        """
+        return self._pull
+
+    def make_session_run_hook(self) -> ModelAverageHook:
+        """What brings all workers to the same start: ``with opt.make_session_run_hook(): ...`` around the loop."""
+        return ModelAverageHook(self)
+
+    def get_name(self) -> str:
+        """The name given to the constructor."""
+        return self._name
+
+    def get_slot(self, var: torch.Tensor, name: str) -> Any:
+        """The local optimizer's state ``name`` for ``var`` ("momentum_buffer", "exp_avg"); None where there is none."""
+        return self._opt.state[var].get(name) if var in self._opt.state else None
+
+    def get_slot_names(self) -> list[str]:
+        """Names of the local optimizer's states, sorted."""
+        return sorted({name for state in self._opt.state.values() for name in state})
+
+    def variables(self) -> list[torch.Tensor]:
+        """The tensors of the local optimizer's state."""
+        return [v for state in self._opt.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+
+    # What the original kept in graph variables.
+
+    @property
+    def local_step(self) -> int:
+        """Steps of this worker, from 0."""
+        return self._local_step
+
+    @property
+    def global_step(self) -> int:
+        """Rounds completed, as far as this worker knows."""
+        return self._session.base_step or 0
+
+    @property
+    def session(self) -> ParameterServerSession:
+        """The connection to the parameter server."""
+        return self._session
+
+    def initialize_center(self) -> None:
+        """The chief sets the center to its local variables, unless it was set before. For others nothing happens."""
+        if self._is_chief:
+            self._session.initialize(self._host_mirror().gather())
+
+    def average(self) -> None:
+        """One round now, whatever `local_step` is: push, barrier, install the average. `step` calls it.
+
+        Raises:
+            ModelAverageError: the round failed; the local variables are untouched.
+        """
+        mirror = self._host_mirror()
+        parameters = {name for name, _ in self._getter.model.named_parameters()}
+        local = mirror.gather()
+        result = self._session.push_and_average(
+            local,
+            local_step=self._local_step,
+            untouched=(parameters - self._touched) & local.keys(),
+            copy=False,
+        )
+        self._install(result.center, result.untouched)
+        self.last_round = result
+
+    def close(self) -> None:
+        """Closes the session if this optimizer made it."""
+        if self._owns_session:
+            self._session.close()
+
+    # How it is done.
+
+    def _pull(self) -> None:
+        center, _ = self._session.pull(expected=self._host_mirror().gather(), copy=False)
+        if self._session.num_workers != self._num_worker:
+            raise ValueError(
+                f"num_worker is {self._num_worker}, but the server was started with --num-workers "
+                f"{self._session.num_workers}"
+            )
+        self._install(center, frozenset())
+
+    def _install(self, center: Any, untouched: frozenset[str]) -> None:
+        with self._locked():
+            self._host_mirror().scatter(center, skip=untouched)
+        self._touched.clear()
+        if self._global_step_tensor is not None:
+            self._global_step_tensor.fill_(self.global_step)
+
+    def _host_mirror(self) -> HostMirror:
+        if self._mirror is None:
+            self._mirror = HostMirror(self._getter.variables())
+        return self._mirror
+
+    def _locked(self) -> contextlib.AbstractContextManager[Any]:
+        return self.lock if self._use_locking else contextlib.nullcontext()
+
+    def _share_state(self) -> None:
+        self.param_groups = self._opt.param_groups
+        self.state = self._opt.state
+        self.defaults = self._opt.defaults
+
+    def _parameters(self) -> list[torch.Tensor]:
+        return [parameter for group in self._opt.param_groups for parameter in group["params"]]
+
+    def _check_known(self, variables: Iterable[object]) -> None:
+        known = {id(parameter) for parameter in self._parameters()}
+        for variable in variables:
+            if id(variable) not in known:
+                shape = f" of shape {list(variable.shape)}" if isinstance(variable, torch.Tensor) else ""
+                raise ValueError(f"{type(variable).__name__}{shape} is not a parameter of this optimizer")
+
+    def _check_parameters(self, groups: Iterable[dict[str, Any]]) -> None:
+        known = {id(parameter) for parameter in self._getter.model.parameters()}
+        for parameter in (parameter for group in groups for parameter in group["params"]):
+            if id(parameter) not in known:
+                raise ValueError(
+                    f"the optimizer has a parameter of shape {list(parameter.shape)} that is not in the model given to "
+                    "ma_custom_getter; make the optimizer from `getter(Net()).parameters()`"
+                )
