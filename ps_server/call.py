@@ -1,4 +1,4 @@
-"""One streaming call: reads, writes, and ends that come from outside. I/O only; no rules of the round.
+"""One call: messages in, messages out, and ends that come from outside. I/O only; no rules of the round.
 
 A call may end because its client stalls or because something elsewhere decided so (`fail`), while its own tasks are
 blocked in a read or a write. `run` watches for both.
@@ -9,31 +9,47 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Coroutine
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import grpc.aio
 
+from modelaverage import wire
 from modelaverage.errors import ModelAverageError, Reason, refusal
+from modelaverage.v1 import parameter_server_pb2 as pb
 
-__all__ = ["Call"]
+__all__ = ["Call", "Traffic"]
 
-T = TypeVar("T")
+Context = grpc.aio.ServicerContext[bytes, bytes]
 
+_T = TypeVar("_T")
+_Opening = TypeVar("_Opening", bound=pb.InitializeRequest | pb.PushAndAverageRequest)
 _numbers = itertools.count(1)
 
 
+@dataclass
+class Traffic:
+    """Bytes of fragments that went through all calls."""
+
+    received_bytes: int = 0
+    sent_bytes: int = 0
+
+
 class Call:
-    """A streaming call of one client.
+    """A call of one client.
 
     Args:
         context: gRPC's side of it; messages are bytes.
+        traffic: where to count the bytes of fragments.
         stall_timeout_s: the call fails with STREAM_STALLED when the client keeps it waiting for longer.
     """
 
-    def __init__(self, context: grpc.aio.ServicerContext[bytes, bytes], stall_timeout_s: float) -> None:
+    def __init__(self, context: Context, traffic: Traffic, stall_timeout_s: float) -> None:
         self.number = next(_numbers)
-        self.expecting = False  # True while the client owes messages
+        self.expecting = False
+        """True while the client owes messages."""
         self._context = context
+        self._traffic = traffic
         self._stall_timeout_s = stall_timeout_s
         self._writing = False
         self._loop = asyncio.get_running_loop()
@@ -53,13 +69,43 @@ class Call:
         self._active_at_s = self._loop.time()
         return message if isinstance(message, bytes) else None
 
+    async def read_header(self, message_type: type[_Opening]) -> Any:
+        """The header that opens the stream. Raises ProtocolError: MESSAGE_MALFORMED or MESSAGE_OUT_OF_ORDER."""
+        self.expecting = True
+        data = await self.read()
+        message = message_type() if data is None else wire.parse(message_type, data)
+        if message.WhichOneof("message") != "header":
+            came = "the stream ended" if data is None else "another message came"
+            raise refusal(Reason.MESSAGE_OUT_OF_ORDER, f"{came} where the header belongs; send the header first")
+        return message.header
+
+    async def read_fragment(self, message_type: type[_Opening]) -> tuple[int, memoryview] | None:
+        """Index and bytes of the next fragment; None when the client has half-closed.
+
+        Raises:
+            ProtocolError: MESSAGE_MALFORMED or MESSAGE_OUT_OF_ORDER.
+        """
+        data = await self.read()
+        if data is None:
+            return None
+        fragment = wire.read_fragment(message_type, data)
+        if not isinstance(fragment, tuple):
+            raise refusal(Reason.MESSAGE_OUT_OF_ORDER, "another message came where a fragment belongs")
+        self._traffic.received_bytes += len(fragment[1])
+        return fragment
+
     async def write(self, message: bytes) -> None:
         """Sends one message. Returns when gRPC has room for the next: a slow client holds up only its own call."""
         self._writing, self._active_at_s = True, self._loop.time()
         await self._context.write(message)
         self._writing = False
 
-    async def run(self, main: Coroutine[Any, Any, T], beside: Coroutine[Any, Any, None] | None = None) -> T:
+    async def write_fragment(self, index: int, data: memoryview) -> None:
+        """Sends one fragment; its bytes are copied before this first waits."""
+        await self.write(wire.encode_fragment(index, (data,)))
+        self._traffic.sent_bytes += len(data)
+
+    async def run(self, main: Coroutine[Any, Any, _T], beside: Coroutine[Any, Any, None] | None = None) -> _T:
         """Runs ``main`` to its end, with ``beside`` at its side; ends early with the first error, or by `fail`."""
         outcome = asyncio.ensure_future(main)
         tasks: set[asyncio.Future[Any]] = {outcome}

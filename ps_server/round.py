@@ -30,6 +30,7 @@ __all__ = [
     "Restart",
     "Round",
     "Verdict",
+    "check_fragment_order",
 ]
 
 
@@ -207,17 +208,8 @@ class Round:
             ProtocolError: FRAGMENT_EXTRA, FRAGMENT_REPEATED or FRAGMENT_MISPLACED.
         """
         member = self._member_of(stream)
-        given = self.fragment_count if member is None else member.given
-        if index >= self.fragment_count:
-            raise refusal(
-                Reason.FRAGMENT_EXTRA, f"fragment {index} does not exist; the model has {self.fragment_count} fragments"
-            )
-        if member is None or index < given:
-            raise refusal(
-                Reason.FRAGMENT_REPEATED, f"fragment {index} is not wanted again; the first wanted is {given}"
-            )
-        if index > given:
-            raise refusal(Reason.FRAGMENT_MISPLACED, f"fragment {index} came where {given} belongs")
+        check_fragment_order(index, self.fragment_count if member is None else member.given, self.fragment_count)
+        assert member is not None  # every index is EXTRA or REPEATED for a stream that has nothing to give
         return member.push.weight, self._contributions[index] == 0
 
     def record_fragment(self, stream: int, now_s: float) -> list[Decision]:
@@ -357,3 +349,15 @@ class Round:
 
     def _untouched(self) -> frozenset[int]:
         return frozenset.intersection(*(member.push.untouched for member in self._members.values()))
+
+
+def check_fragment_order(index: int, expected: int, fragment_count: int) -> None:
+    """Raises ProtocolError (FRAGMENT_EXTRA, FRAGMENT_REPEATED or FRAGMENT_MISPLACED) unless ``index`` comes next."""
+    if index >= fragment_count:
+        raise refusal(
+            Reason.FRAGMENT_EXTRA, f"fragment {index} does not exist; the model has {fragment_count} fragments"
+        )
+    if index < expected:
+        raise refusal(Reason.FRAGMENT_REPEATED, f"fragment {index} came before; the first wanted is {expected}")
+    if index > expected:
+        raise refusal(Reason.FRAGMENT_MISPLACED, f"fragment {index} came where {expected} belongs")

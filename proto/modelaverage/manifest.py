@@ -24,6 +24,7 @@ __all__ = [
     "ALIGNMENT_BYTES",
     "DEFAULT_FRAGMENT_SIZE_BYTES",
     "DTYPES",
+    "MAX_FRAGMENTS",
     "MAX_FRAGMENT_SIZE_BYTES",
     "MAX_NAME_BYTES",
     "Manifest",
@@ -40,7 +41,8 @@ MAX_FRAGMENT_SIZE_BYTES = 2 << 20
 MAX_NAME_BYTES = 1024
 _PADDING = memoryview(bytes(ALIGNMENT_BYTES))
 _MAX_MODEL_BYTES = 2**63 - 1
-_MAX_FRAGMENTS = 2**32 - 1
+# Bounds what a header alone can make a server allocate; 512 GiB at the largest fragment size.
+MAX_FRAGMENTS = 1 << 18
 
 # What can be averaged, by name. bfloat16 is not a numpy type of its own; ml_dtypes is where JAX has it from, too.
 DTYPES: dict[str, np.dtype[np.generic]] = {
@@ -144,8 +146,11 @@ class Manifest:
                 f"fragment_size_bytes {size_bytes} is not a multiple of {ALIGNMENT_BYTES} "
                 f"from {ALIGNMENT_BYTES} to {MAX_FRAGMENT_SIZE_BYTES}"
             )
-        if self.buffer_size_bytes > _MAX_MODEL_BYTES or self.fragment_count > _MAX_FRAGMENTS:
-            raise _invalid(f"a model of {self.size_bytes} bytes is too large for fragments of {size_bytes} bytes")
+        if self.fragment_count > MAX_FRAGMENTS:
+            raise _invalid(
+                f"a model of {self.size_bytes} bytes has {self.fragment_count} fragments of {size_bytes} bytes; "
+                f"at most {MAX_FRAGMENTS} are possible: choose a larger fragment_size_bytes"
+            )
 
     @cached_property
     def id(self) -> str:

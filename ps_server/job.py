@@ -1,0 +1,238 @@
+"""One job: the round and the center that belong together, and what a pushing or pulling call does with them.
+
+Everything runs on one event loop, so between two awaits nothing else happens: no locks. What to do is decided in
+round.py; how values are stored and averaged is center.py's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from modelaverage import wire
+from modelaverage.errors import ModelAverageError, Reason, refusal
+from modelaverage.manifest import Manifest
+from modelaverage.outcome import Outcome
+from modelaverage.v1 import parameter_server_pb2 as pb
+from ps_server.call import Call
+from ps_server.center import Buffer, Center
+from ps_server.roster import Roster
+from ps_server.round import (
+    Admit,
+    CenterFollows,
+    Commit,
+    Decision,
+    Dismiss,
+    FinishFragment,
+    Push,
+    Restart,
+    Round,
+)
+
+__all__ = ["Job"]
+
+_log = logging.getLogger("ps_server")
+
+
+@dataclass
+class _Average:
+    """The average in the making, or just made: fragments below ``finished`` of ``buffer`` may be sent."""
+
+    buffer: Buffer
+    finished: int = 0
+
+
+@dataclass
+class _Part:
+    """One push that is being answered."""
+
+    call: Call
+    worker_id: str
+    average: _Average
+    outcome: pb.PushOutcome | None = None  # set when its round has committed
+    progress: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Job:
+    """What there is once the chief has initialized the center.
+
+    Args:
+        center: the initial center variables.
+        num_workers: how many distinct workers a round waits for.
+        global_step: where to start counting rounds.
+        roster: where to note what workers do.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self, center: Center, num_workers: int, global_step: int, roster: Roster, clock: Callable[[], float]
+    ) -> None:
+        self.center = center
+        self.round = Round(num_workers, center.manifest.fragment_count, global_step)
+        self.rounds_restarted = 0
+        self.stale_pushes = 0
+        self.last_round_s = 0.0
+        self._average = _Average(center.next)
+        self._parts: dict[int, _Part] = {}  # by the number of the call, as the round names its streams
+        self._roster = roster
+        self._clock = clock
+
+    @property
+    def manifest(self) -> Manifest:
+        """The manifest in force."""
+        return self.center.manifest
+
+    def fail_unless_full(self, error: ModelAverageError) -> None:
+        """Ends every push, unless all workers that the round waits for are there and it can still finish."""
+        if not self.round.full:
+            for part in self._parts.values():
+                part.call.fail(error)
+
+    async def send_pulled(self, call: Call) -> None:
+        """Answers a pull: header, then every fragment, all of one step."""
+        header = pb.CenterHeader(
+            manifest=wire.manifest_to_message(self.manifest),
+            manifest_id=self.manifest.id,
+            global_step=self.round.global_step,
+            num_workers=self.round.num_workers,
+        )
+        with self.center.current.reading() as buffer:
+            await call.write(pb.PullResponse(header=header).SerializeToString())
+            for index in range(self.manifest.fragment_count):
+                await call.write_fragment(index, buffer.fragment(index))
+
+    async def take_part(self, call: Call, header: pb.PushHeader) -> None:
+        """Answers a push, from its header to its outcome."""
+        push = _push_of(header, self.manifest)
+        record = self._roster.heard_of(push.worker_id, self._clock())
+        record.is_chief, record.local_step = header.is_chief, header.local_step
+        part = self._parts[call.number] = _Part(call, push.worker_id, self._average)
+        try:
+            answer = self._apply(part, self.round.open(call.number, push, self._clock()))
+            if isinstance(answer, CenterFollows):
+                await call.run(self._send_center(call, answer.outcome))
+            elif isinstance(answer, Admit):
+                with part.average.buffer.reading():
+                    sending = self._send_average(part, answer.first_needed)
+                    await call.run(sending, beside=self._receive_push(part))
+        finally:
+            self.round.close(call.number)
+            del self._parts[call.number]
+
+    async def _receive_push(self, part: _Part) -> None:
+        """Adds fragments to the average until the client half-closes."""
+        while (fragment := await part.call.read_fragment(pb.PushAndAverageRequest)) is not None:
+            index, data = fragment
+            weight, first = self.round.check_fragment(part.call.number, index)
+            self.center.check_size(index, data)
+            now_s = self._clock()
+            record = self._roster.heard_of(part.worker_id, now_s)
+            record.nonfinite_values += self.center.accumulate(index, data, weight, first)
+            self._apply(part, self.round.record_fragment(part.call.number, now_s))
+            part.call.expecting = index + 1 < self.manifest.fragment_count
+        self.round.check_complete(part.call.number)
+
+    async def _send_average(self, part: _Part, first_needed: int) -> None:
+        """Sends each fragment of the average once it is finished, then the outcome."""
+        part.call.expecting = first_needed < self.manifest.fragment_count
+        admission = pb.PushAdmission(first_needed_fragment=first_needed)
+        await part.call.write(pb.PushAndAverageResponse(admission=admission).SerializeToString())
+        sent = 0
+        while True:
+            part.progress.clear()
+            while sent < part.average.finished:
+                await part.call.write_fragment(sent, part.average.buffer.fragment(sent))
+                sent += 1
+            if part.outcome is not None:
+                await part.call.write(pb.PushAndAverageResponse(outcome=part.outcome).SerializeToString())
+                return
+            await part.progress.wait()
+
+    async def _send_center(self, call: Call, outcome: Outcome) -> None:
+        """Answers a push that is not in the round: the present center, whole, and why."""
+        count = self.manifest.fragment_count
+        admission = pb.PushAdmission(first_needed_fragment=count)
+        last_word = pb.PushOutcome(
+            outcome=pb.Outcome.Name(outcome.value),
+            global_step=self.round.global_step,
+            contributors=self.round.contributors,
+        )
+        call.expecting = False
+        if outcome is Outcome.STALE:
+            self.stale_pushes += 1
+        with self.center.current.reading() as buffer:
+            await call.write(pb.PushAndAverageResponse(admission=admission).SerializeToString())
+            for index in range(count):
+                await call.write_fragment(index, buffer.fragment(index))
+            await call.write(pb.PushAndAverageResponse(outcome=last_word).SerializeToString())
+
+    def _apply(self, part: _Part, decisions: list[Decision]) -> Admit | CenterFollows | None:
+        """Carries out what the round decided on an event of ``part``; the answer to its header, if there is one."""
+        answer: Admit | CenterFollows | None = None
+        for decision in decisions:
+            match decision:
+                case Admit():
+                    answer, part.average = decision, self._average
+                case CenterFollows():
+                    answer = decision
+                case Dismiss(stream, error):
+                    self._parts[stream].call.fail(error)
+                case Restart(cause):
+                    self._average = _Average(self.center.next)
+                    self.rounds_restarted += 1
+                    _log.warning("round %d starts over: %s", self.round.global_step, cause)
+                case FinishFragment(index, total_weight, untouched):
+                    self.center.finish(index, total_weight, untouched)
+                    self._average.finished = index + 1
+                    self._wake(self._average)
+                case Commit():
+                    self._commit(decision)
+        return answer
+
+    def _commit(self, commit: Commit) -> None:
+        self.center.commit()
+        for stream, verdict in commit.verdicts.items():
+            self._parts[stream].outcome = pb.PushOutcome(
+                outcome=pb.Outcome.Name(verdict.outcome.value),
+                global_step=commit.global_step,
+                contributors=commit.contributors,
+                waited_s=verdict.waited_s,
+                untouched_variables=sorted(commit.untouched) if verdict.outcome is Outcome.COMMITTED else (),
+            )
+        self._wake(self._average)
+        self._average = _Average(self.center.next)
+        self._roster.count(commit.contributors)
+        self.last_round_s = commit.round_s
+        _log.debug("global_step %d: averaged %s", commit.global_step, ", ".join(commit.contributors))
+
+    def _wake(self, average: _Average) -> None:
+        for part in self._parts.values():
+            if part.average is average:
+                part.progress.set()
+
+
+def _push_of(header: pb.PushHeader, manifest: Manifest) -> Push:
+    """What a header says, checked against the manifest in force."""
+    untouched = tuple(header.untouched_variables)
+    push = Push(
+        header.worker_id,
+        header.incarnation,
+        header.push_id,
+        header.base_step,
+        header.weight if header.HasField("weight") else 1.0,
+        frozenset(untouched),
+    )
+    if header.manifest_id != manifest.id:
+        raise refusal(
+            Reason.MANIFEST_UNKNOWN,
+            f"{push.worker_id!r} pushes manifest {header.manifest_id[:40]!r}, but {manifest.id!r} is in force; "
+            "pull, and compare the variables",
+        )
+    if list(untouched) != sorted(push.untouched) or any(number >= len(manifest.variables) for number in untouched):
+        raise refusal(
+            Reason.UNTOUCHED_INVALID,
+            f"untouched variables are not ascending indexes below {len(manifest.variables)}: {untouched[:10]}",
+        )
+    return push
