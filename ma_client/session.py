@@ -73,6 +73,7 @@ class ParameterServerSession:
         connect_timeout_s: how long to wait for the server to be there.
         fragment_size_bytes: unit of transfer and averaging, if this session initializes the center: a multiple of 8
             up to 2 MiB.
+        shared_memory: hand bytes over in shared memory if the server is on this host and offers it.
 
     Raises:
         InvalidRequestError: WORKER_ID_INVALID, or not exactly one address.
@@ -93,6 +94,7 @@ class ParameterServerSession:
         is_chief: bool = False,
         connect_timeout_s: float = 30.0,
         fragment_size_bytes: int = DEFAULT_FRAGMENT_SIZE_BYTES,
+        shared_memory: bool = True,
     ) -> None:
         if isinstance(ps_hosts, str) or len(ps_hosts) != 1:
             raise InvalidRequestError(f"ps_hosts is {ps_hosts!r}; give a list with the address of one parameter server")
@@ -104,6 +106,7 @@ class ParameterServerSession:
         self.num_workers: int | None = None
         """How many workers a round of the server waits for; None before the first initialize or pull."""
         self._fragment_size_bytes = fragment_size_bytes
+        self._shared_memory = shared_memory
         self._incarnation = uuid.uuid4().bytes
         self._push_id = 0
         self._manifest_id = ""
@@ -255,6 +258,7 @@ class ParameterServerSession:
             weight=weight,
             manifest_id=self._manifest_id,
             untouched_variables=sorted(numbers[name] for name in untouched),
+            accepts_shared_memory=self._shared_memory,
         )
         outcome = self._push(header, manifest, values, timeout_s)
         self.base_step = outcome.global_step

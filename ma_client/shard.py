@@ -10,6 +10,7 @@ from typing import cast
 
 import grpc
 
+from ma_client.lent_memory import LentMemory, Loan
 from ma_client.staging import Staging
 from modelaverage import wire
 from modelaverage.errors import (
@@ -51,6 +52,7 @@ class Shard:
 
     def __init__(self, address: str, connect_timeout_s: float) -> None:
         self.address = address
+        self._lent = LentMemory()
         self._channel = grpc.insecure_channel(address, options=_OPTIONS)
         self._initialize = self._channel.stream_unary(f"/{wire.SERVICE}/Initialize", _as_is, _as_is)
         self._pull = self._channel.unary_stream(f"/{wire.SERVICE}/Pull", _as_is, _as_is)
@@ -112,13 +114,23 @@ class Shard:
 
         The staging buffer holds the new center only if this returns.
         """
-        admitted: queue.SimpleQueue[int] = queue.SimpleQueue()
+        admitted: queue.SimpleQueue[tuple[int, Loan | None]] = queue.SimpleQueue()
         fragment_count = staging.manifest.fragment_count
+        loan: Loan | None = None
 
         def requests() -> Iterator[bytes]:
             yield pb.PushAndAverageRequest(header=header).SerializeToString()
-            for index in range(admitted.get(), fragment_count):
-                yield wire.encode_fragment(index, fragments(index))
+            first, lent = admitted.get()
+            if lent is None:
+                for index in range(first, fragment_count):
+                    yield wire.encode_fragment(index, fragments(index))
+                return
+            for start in range(first, fragment_count, lent.chunk_fragments):
+                count = min(lent.chunk_fragments, fragment_count - start)
+                if not lent.fill(start, count, fragments):
+                    return
+                shared = pb.SharedFragments(first=start, count=count)
+                yield pb.PushAndAverageRequest(shared=shared).SerializeToString()
 
         staging.begin()
         with self._faults(timeout_s, f"the round did not commit (base step {header.base_step})"):
@@ -128,14 +140,23 @@ class Shard:
                     message = wire.read_fragment(pb.PushAndAverageResponse, data)
                     if isinstance(message, tuple):
                         staging.receive(*message)
-                    elif message.WhichOneof("message") == "admission":
-                        admitted.put(message.admission.first_needed_fragment)
-                    elif message.WhichOneof("message") == "outcome":
-                        staging.check_complete()
-                        return message.outcome
+                        continue
+                    match message.WhichOneof("message"):
+                        case "admission":
+                            loan = self._lent.accept(message.admission, staging.manifest)
+                            admitted.put((message.admission.first_needed_fragment, loan))
+                        case "shared" if loan is not None:
+                            staging.receive_shared(message.shared.first, message.shared.count, loan.average)
+                        case "outcome":
+                            staging.check_complete()
+                            if loan is not None:
+                                loan.check_intact()
+                            return message.outcome
             finally:
                 messages.cancel()  # type: ignore[no-untyped-call]
-                admitted.put(fragment_count)  # lets the requests end if no admission ever came
+                admitted.put((fragment_count, None))  # lets the requests end if no admission ever came
+                if loan is not None:
+                    loan.end()
         raise ProtocolError(f"{self.address} ended a push without an outcome; is it a parameter server?")
 
     def status(self, timeout_s: float) -> pb.GetStatusResponse:

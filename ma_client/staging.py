@@ -38,6 +38,14 @@ class Staging:
         self._bytes[start:end] = np.frombuffer(data, np.uint8)
         self._received += 1
 
+    def receive_shared(self, first: int, count: int, body: NDArray[np.uint8]) -> None:
+        """The next ``count`` fragments lie in ``body``. Raises ProtocolError if others come next."""
+        if first != self._received or first + count > self.manifest.fragment_count or count == 0:
+            raise ProtocolError(f"the server sent {count} fragments from {first} on where {self._received} belongs")
+        start, end = self.manifest.fragment_bounds(first)[0], self.manifest.fragment_bounds(first + count - 1)[1]
+        np.copyto(self._bytes[start:end], body[start:end])
+        self._received += count
+
     def check_complete(self) -> None:
         """Raises ProtocolError unless every fragment has come."""
         if self._received < self.manifest.fragment_count:

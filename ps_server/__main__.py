@@ -22,6 +22,7 @@ _SERVE_EXAMPLES = """\
 examples:
   ps-server serve --num-workers 2                       on loopback, for workers on this machine
   ps-server serve --bind 0.0.0.0:2222 --num-workers 8   for workers anywhere: no encryption, no authentication
+  ps-server serve --bind unix:/tmp/ps.sock --bind 0.0.0.0:2222 --num-workers 4   both: a socket is faster on one host
   ps-server serve --bind 127.0.0.1:0 --num-workers 2 --ready-file ready.json   on a free port, for scripts
 """
 _STATUS_EXAMPLES = """\
@@ -54,9 +55,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--bind",
-        default="127.0.0.1:2222",
-        metavar="HOST:PORT",
-        help="where to listen; port 0: any free one (%(default)s)",
+        action="append",
+        metavar="ADDRESS",
+        help="where to listen: HOST:PORT (port 0: any free one) or unix:PATH; may be given again (127.0.0.1:2222)",
     )
     command.add_argument(
         "--num-workers", type=_count, required=True, metavar="N", help="how many workers every round waits for"
@@ -79,6 +80,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="BYTES",
         help="refuse a larger model; the server needs about twice the model (a third of this machine's memory)",
     )
+    command.add_argument(
+        "--no-shared-memory", action="store_true", help="workers on this host send their bytes inline like all others"
+    )
     command.add_argument("--verbose", action="store_true", help="log refused calls and every round")
     command.set_defaults(run=_serve)
 
@@ -89,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_STATUS_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.add_argument("address", metavar="ADDRESS", help="HOST:PORT of the server")
+    command.add_argument("address", metavar="ADDRESS", help="HOST:PORT or unix:PATH of the server")
     command.add_argument("--json", action="store_true", help="the whole status as JSON, times in s, sizes in bytes")
     command.add_argument(
         "--timeout-s",
@@ -106,11 +110,12 @@ def _serve(arguments: argparse.Namespace) -> int:
     logging.basicConfig(format="%(asctime)s ps-server: %(message)s")
     logging.getLogger("ps_server").setLevel(logging.DEBUG if arguments.verbose else logging.WARNING)
     config = ServerConfig(
-        bind=arguments.bind,
+        binds=tuple(arguments.bind or ["127.0.0.1:2222"]),
         policy=ServicePolicy(
             num_workers=arguments.num_workers,
             max_model_bytes=arguments.max_model_bytes,
             stall_timeout_s=arguments.stream_idle_timeout_s,
+            shared_memory=not arguments.no_shared_memory,
         ),
         ready_file=arguments.ready_file,
     )
@@ -118,7 +123,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     async def run() -> None:
         stop = asyncio.Event()
         stop_on_signals(stop)
-        await serve(config, stop, ready=lambda address: print(f"ps-server: listening on {address}", flush=True))
+        await serve(config, stop, ready=lambda at: print(f"ps-server: listening on {', '.join(at)}", flush=True))
 
     asyncio.run(run())
     return 0

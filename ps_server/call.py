@@ -29,10 +29,11 @@ _numbers = itertools.count(1)
 
 @dataclass
 class Traffic:
-    """Bytes of fragments that went through all calls."""
+    """Bytes of fragments that went through all calls, and how many of them in shared memory."""
 
     received_bytes: int = 0
     sent_bytes: int = 0
+    shared_bytes: int = 0
 
 
 class Call:
@@ -79,8 +80,9 @@ class Call:
             raise refusal(Reason.MESSAGE_OUT_OF_ORDER, f"{came} where the header belongs; send the header first")
         return message.header
 
-    async def read_fragment(self, message_type: type[_Opening]) -> tuple[int, memoryview] | None:
-        """Index and bytes of the next fragment; None when the client has half-closed.
+    async def read_fragment(self, message_type: type[_Opening]) -> tuple[int, memoryview] | pb.SharedFragments | None:
+        """Index and bytes of the next fragment, or which ones lie in shared memory; None when the client has
+        half-closed.
 
         Raises:
             ProtocolError: MESSAGE_MALFORMED or MESSAGE_OUT_OF_ORDER.
@@ -89,10 +91,18 @@ class Call:
         if data is None:
             return None
         fragment = wire.read_fragment(message_type, data)
-        if not isinstance(fragment, tuple):
-            raise refusal(Reason.MESSAGE_OUT_OF_ORDER, "another message came where a fragment belongs")
-        self._traffic.received_bytes += len(fragment[1])
-        return fragment
+        if isinstance(fragment, tuple):
+            self._traffic.received_bytes += len(fragment[1])
+            return fragment
+        if isinstance(fragment, pb.PushAndAverageRequest) and fragment.WhichOneof("message") == "shared":
+            return fragment.shared
+        raise refusal(Reason.MESSAGE_OUT_OF_ORDER, "another message came where a fragment belongs")
+
+    def count_shared(self, received_bytes: int = 0, sent_bytes: int = 0) -> None:
+        """Notes fragments that went through shared memory."""
+        self._traffic.received_bytes += received_bytes
+        self._traffic.sent_bytes += sent_bytes
+        self._traffic.shared_bytes += received_bytes + sent_bytes
 
     async def write(self, message: bytes) -> None:
         """Sends one message. Returns when gRPC has room for the next: a slow client holds up only its own call."""

@@ -8,27 +8,50 @@ them, and a fresh one takes its place.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from modelaverage.errors import Reason, refusal
 from modelaverage.manifest import DTYPES, Manifest
+from modelaverage.shared_memory import Segment
+from ps_server.round import FinishFragment
 
-__all__ = ["Buffer", "Center"]
+__all__ = ["Buffer", "Center", "Contribution"]
 
 _Array = NDArray[np.generic]
+# Elements that are summed, divided and checked before the next ones are fetched: they stay in the cache meanwhile.
+_BLOCK = 1 << 15
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """A worker's bytes for one fragment that lie in shared memory, and stay there until the round is over."""
+
+    worker_id: str
+    weight: float
+    data: memoryview
 
 
 class Buffer:
-    """One flat buffer, and how many streams still read it."""
+    """One flat buffer, and how many streams still read it.
 
-    def __init__(self, manifest: Manifest) -> None:
+    Attributes:
+        segment: the shared memory that it lies in, if it does.
+    """
+
+    def __init__(self, manifest: Manifest, shared: bool) -> None:
         self._manifest = manifest
         self._readers = 0
-        self._bytes: NDArray[np.uint8] = np.zeros(manifest.buffer_size_bytes, np.uint8)
+        size_bytes = manifest.buffer_size_bytes
+        self.segment = Segment.create(size_bytes, for_clients_to_write=False) if shared else None
+        self._bytes = np.zeros(size_bytes, np.uint8) if self.segment is None else self.segment.body
         flat = [array.reshape(-1) for array in manifest.arrays(self._bytes).values()]
         # By fragment: the part of each variable that lies in it, typed.
         self.parts: list[list[_Array]] = [
@@ -55,18 +78,28 @@ class Buffer:
         """Whether somebody reads it."""
         return self._readers > 0
 
+    def retire(self) -> None:
+        """It is no longer the center, and a round may write into it."""
+        if self.segment is not None:
+            self.segment.retire()
+
 
 class Center:
     """The center variables and the average in the making.
 
     Args:
         manifest: what the center variables are; all are zero until `load` has set every fragment.
+        shared: whether buffers lie in shared memory. Raises OSError if the system has none.
     """
 
-    def __init__(self, manifest: Manifest) -> None:
+    def __init__(self, manifest: Manifest, shared: bool = False) -> None:
         self.manifest = manifest
-        self.current = Buffer(manifest)
-        self.next = Buffer(manifest)
+        self._shared = shared
+        self.current = Buffer(manifest, shared)
+        self.next = Buffer(manifest, shared)
+        # Contributions in shared memory to fragments whose sum has not begun.
+        self._deferred: dict[int, list[Contribution]] = {}
+        self._threads = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "center")
         # Sums of 16-bit variables, in float32; None where the next buffer itself is precise enough.
         self._wide: list[list[NDArray[np.float32] | None]] = [
             [
@@ -99,47 +132,110 @@ class Center:
         Returns:
             How many of the values were not finite. They are added as they are.
         """
-        nonfinite = 0
-        with np.errstate(all="ignore"):
-            for total, values in zip(self._sums(index), self._values(index, data), strict=True):
-                weighted = values if weight == 1.0 else np.multiply(values, total.dtype.type(weight), dtype=total.dtype)
-                if first:
-                    total[...] = weighted
-                else:
-                    np.add(total, weighted, out=total)
-                # One fast pass finds out whether there is anything to count.
-                if not np.isfinite(np.sum(values, dtype=total.dtype)):
-                    nonfinite += values.size - int(np.count_nonzero(np.isfinite(values)))
-        return nonfinite
+        for contribution in self._deferred.pop(index, []):
+            # Somebody's bytes came inline: what was to wait for all is added now.
+            self._add(index, contribution.data, contribution.weight, first)
+            first = False
+        return self._add(index, data, weight, first)
 
-    def finish(self, index: int, total_weight: float, untouched: frozenset[int]) -> None:
-        """Turns the sum of fragment ``index`` into the average: sum, then divide (a reciprocal would let equal values
-        drift). ``untouched`` variables, by number, keep the current center's bytes."""
-        pieces, outs, olds = self.manifest.pieces[index], self.next.parts[index], self.current.parts[index]
-        with np.errstate(all="ignore"):
-            for piece, total, out, old in zip(pieces, self._sums(index), outs, olds, strict=True):
-                if piece.variable in untouched:
-                    out[...] = old
-                    continue
-                if total_weight != 1.0:
-                    np.divide(total, total.dtype.type(total_weight), out=total)
-                if total is not out:
-                    out[...] = total
+    def defer(self, index: int, contribution: Contribution, first: bool) -> None:
+        """As `accumulate`, for values in shared memory: they are summed when the fragment is finished, if all are."""
+        if first or index in self._deferred:
+            self._deferred.setdefault(index, []).append(contribution)
+        else:
+            self._add(index, contribution.data, contribution.weight, first)
+
+    def finish(self, fragments: Sequence[FinishFragment]) -> Counter[str]:
+        """Turns the sums of these fragments into averages: sum, then divide (a reciprocal would let equal values
+        drift). Where all contributions wait in shared memory they are summed now, in the order of worker ids.
+
+        Returns:
+            By worker id, how many of the values that are summed only now were not finite.
+        """
+        if len(fragments) == 1:
+            return self._finish(fragments[0])
+        return sum(self._threads.map(self._finish, fragments), Counter[str]())
+
+    def restart(self) -> None:
+        """The round starts over: what was to be summed is void."""
+        self._deferred.clear()
 
     def commit(self) -> None:
         """The next buffer, whose fragments are all finished, becomes the center."""
         spare = self.current
         self.current = self.next
-        self.next = Buffer(self.manifest) if spare.in_use else spare
+        if spare.in_use:
+            self.next = Buffer(self.manifest, self._shared)
+        else:
+            spare.retire()
+            self.next = spare
+
+    # How it is done.
+
+    def _add(self, index: int, data: memoryview, weight: float, first: bool) -> int:
+        nonfinite = 0
+        with np.errstate(all="ignore"):
+            for total, values in zip(self._sums(index), self._values(index, data), strict=True):
+                _add_weighted(total, values, weight, first)
+                # One fast pass finds out whether there is anything to count.
+                if not np.isfinite(np.sum(values, dtype=total.dtype)):
+                    nonfinite += _count_nonfinite(values)
+        return nonfinite
+
+    def _finish(self, fragment: FinishFragment) -> Counter[str]:
+        index = fragment.index
+        deferred = sorted(self._deferred.pop(index, []), key=lambda contribution: contribution.worker_id)
+        by_contribution = [self._values(index, contribution.data) for contribution in deferred]
+        nonfinite = Counter[str]()
+        with np.errstate(all="ignore"):
+            for number, (piece, total) in enumerate(zip(self.manifest.pieces[index], self._sums(index), strict=True)):
+                out = self.next.parts[index][number]
+                if piece.variable in fragment.untouched:
+                    out[...] = self.current.parts[index][number]
+                    continue
+                values = [parts[number] for parts in by_contribution]
+                if not self._average(out, total, values, deferred, fragment.total_weight):
+                    nonfinite.update({c.worker_id: _count_nonfinite(v) for c, v in zip(deferred, values, strict=True)})
+        return nonfinite
+
+    @staticmethod
+    def _average(
+        out: _Array, total: _Array, values: list[_Array], deferred: list[Contribution], total_weight: float
+    ) -> bool:
+        """Sums what was deferred, divides, and rounds into ``out``; False if a deferred value was not finite."""
+        finite = True
+        for block in (slice(start, start + _BLOCK) for start in range(0, out.size, _BLOCK)):
+            for position, contribution in enumerate(deferred):
+                _add_weighted(total[block], values[position][block], contribution.weight, first=position == 0)
+            if total_weight != 1.0:
+                np.divide(total[block], total.dtype.type(total_weight), out=total[block])
+            if total is not out:
+                out[block] = total[block]
+            finite = finite and (not deferred or bool(np.isfinite(np.sum(total[block]))))
+        return finite
 
     def _sums(self, index: int) -> list[_Array]:
         return [
             out if wide is None else wide for out, wide in zip(self.next.parts[index], self._wide[index], strict=True)
         ]
 
-    def _values(self, index: int, data: memoryview) -> Iterator[_Array]:
-        for piece in self.manifest.pieces[index]:
-            yield np.frombuffer(data, self._dtype(piece.variable), piece.count, piece.offset_bytes)
+    def _values(self, index: int, data: memoryview) -> list[_Array]:
+        return [
+            np.frombuffer(data, self._dtype(piece.variable), piece.count, piece.offset_bytes)
+            for piece in self.manifest.pieces[index]
+        ]
 
     def _dtype(self, variable: int) -> np.dtype[np.generic]:
         return DTYPES[self.manifest.variables[variable].dtype]
+
+
+def _add_weighted(total: _Array, values: _Array, weight: float, first: bool) -> None:
+    weighted = values if weight == 1.0 else np.multiply(values, total.dtype.type(weight), dtype=total.dtype)
+    if first:
+        total[...] = weighted
+    else:
+        np.add(total, weighted, out=total)
+
+
+def _count_nonfinite(values: _Array) -> int:
+    return values.size - int(np.count_nonzero(np.isfinite(values)))

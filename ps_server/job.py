@@ -15,9 +15,10 @@ from modelaverage import wire
 from modelaverage.errors import ModelAverageError, Reason, refusal
 from modelaverage.manifest import Manifest
 from modelaverage.outcome import Outcome
+from modelaverage.shared_memory import Segment
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.call import Call
-from ps_server.center import Buffer, Center
+from ps_server.center import Buffer, Center, Contribution
 from ps_server.roster import Roster
 from ps_server.round import (
     Admit,
@@ -29,6 +30,7 @@ from ps_server.round import (
     Push,
     Restart,
     Round,
+    check_fragment_order,
 )
 
 __all__ = ["Job"]
@@ -51,6 +53,8 @@ class _Part:
     call: Call
     worker_id: str
     average: _Average
+    contribution: Segment | None = None  # where the worker may put its fragments
+    shared: bool = False  # whether it does
     outcome: pb.PushOutcome | None = None  # set when its round has committed
     progress: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -76,6 +80,7 @@ class Job:
         self.last_round_s = 0.0
         self._average = _Average(center.next)
         self._parts: dict[int, _Part] = {}  # by the number of the call, as the round names its streams
+        self._lent: dict[str, tuple[bytes, Segment]] = {}  # by worker: its incarnation, its contribution memory
         self._roster = roster
         self._clock = clock
 
@@ -114,6 +119,7 @@ class Job:
             if isinstance(answer, CenterFollows):
                 await call.run(self._send_center(call, answer.outcome))
             elif isinstance(answer, Admit):
+                part.contribution = self._lend(push) if header.accepts_shared_memory else None
                 with part.average.buffer.reading():
                     sending = self._send_average(part, answer.first_needed)
                     await call.run(sending, beside=self._receive_push(part))
@@ -124,31 +130,88 @@ class Job:
     async def _receive_push(self, part: _Part) -> None:
         """Adds fragments to the average until the client half-closes."""
         while (fragment := await part.call.read_fragment(pb.PushAndAverageRequest)) is not None:
-            index, data = fragment
-            weight, first = self.round.check_fragment(part.call.number, index)
-            self.center.check_size(index, data)
-            now_s = self._clock()
-            record = self._roster.heard_of(part.worker_id, now_s)
-            record.nonfinite_values += self.center.accumulate(index, data, weight, first)
-            self._apply(part, self.round.record_fragment(part.call.number, now_s))
-            part.call.expecting = index + 1 < self.manifest.fragment_count
+            if isinstance(fragment, tuple):
+                decisions = self._take_inline(part, *fragment)
+            else:
+                decisions = self._take_shared(part, fragment)
+            self._apply(part, decisions)
         self.round.check_complete(part.call.number)
+
+    def _take_inline(self, part: _Part, index: int, data: memoryview) -> list[Decision]:
+        weight, first = self.round.check_fragment(part.call.number, index)
+        self.center.check_size(index, data)
+        self._note(part, self.center.accumulate(index, data, weight, first))
+        return self._record(part, index)
+
+    def _take_shared(self, part: _Part, fragments: pb.SharedFragments) -> list[Decision]:
+        if part.contribution is None or fragments.count == 0:
+            raise refusal(Reason.MESSAGE_OUT_OF_ORDER, "no memory was lent to this push, or no fragments are named")
+        # All or nothing: what is recorded has consequences.
+        end = fragments.first + fragments.count
+        self.round.check_fragment(part.call.number, fragments.first)
+        check_fragment_order(end - 1, min(end, self.manifest.fragment_count) - 1, self.manifest.fragment_count)
+        decisions = list[Decision]()
+        for index in range(fragments.first, end):
+            weight, first = self.round.check_fragment(part.call.number, index)
+            begin, stop = self.manifest.fragment_bounds(index)
+            data = part.contribution.body[begin:stop].data
+            self.center.defer(index, Contribution(part.worker_id, weight, data), first)
+            decisions += self._record(part, index)
+            part.call.count_shared(received_bytes=stop - begin)
+        part.shared = True
+        self._note(part, 0)
+        return decisions
+
+    def _record(self, part: _Part, index: int) -> list[Decision]:
+        part.call.expecting = index + 1 < self.manifest.fragment_count
+        return self.round.record_fragment(part.call.number, self._clock())
+
+    def _note(self, part: _Part, nonfinite_values: int) -> None:
+        self._roster.heard_of(part.worker_id, self._clock()).nonfinite_values += nonfinite_values
 
     async def _send_average(self, part: _Part, first_needed: int) -> None:
         """Sends each fragment of the average once it is finished, then the outcome."""
         part.call.expecting = first_needed < self.manifest.fragment_count
         admission = pb.PushAdmission(first_needed_fragment=first_needed)
+        if part.contribution is not None and part.average.buffer.segment is not None:
+            admission.contribution.CopyFrom(_shared_memory(part.contribution))
+            admission.average.CopyFrom(_shared_memory(part.average.buffer.segment))
         await part.call.write(pb.PushAndAverageResponse(admission=admission).SerializeToString())
         sent = 0
         while True:
             part.progress.clear()
             while sent < part.average.finished:
-                await part.call.write_fragment(sent, part.average.buffer.fragment(sent))
-                sent += 1
+                sent = await self._send_finished(part, sent)
             if part.outcome is not None:
                 await part.call.write(pb.PushAndAverageResponse(outcome=part.outcome).SerializeToString())
                 return
             await part.progress.wait()
+
+    async def _send_finished(self, part: _Part, first: int) -> int:
+        """Sends what is finished from ``first`` on, in shared memory all of it, else one fragment; where it stopped."""
+        if not part.shared:
+            await part.call.write_fragment(first, part.average.buffer.fragment(first))
+            return first + 1
+        end = part.average.finished
+        shared = pb.SharedFragments(first=first, count=end - first)
+        await part.call.write(pb.PushAndAverageResponse(shared=shared).SerializeToString())
+        begin, stop = self.manifest.fragment_bounds(first)[0], self.manifest.fragment_bounds(end - 1)[1]
+        part.call.count_shared(sent_bytes=stop - begin)
+        return end
+
+    def _lend(self, push: Push) -> Segment | None:
+        """Memory for this worker's contribution: a process keeps what it got; a later one gets its own."""
+        if self.center.current.segment is None:
+            return None
+        incarnation, segment = self._lent.get(push.worker_id, (b"", None))
+        if segment is None or incarnation != push.incarnation:
+            try:
+                segment = Segment.create(self.manifest.buffer_size_bytes, for_clients_to_write=True)
+            except OSError as error:
+                _log.warning("no shared memory for %r: %s; its fragments come inline", push.worker_id, error)
+                return None
+            self._lent[push.worker_id] = push.incarnation, segment
+        return segment
 
     async def _send_center(self, call: Call, outcome: Outcome) -> None:
         """Answers a push that is not in the round: the present center, whole, and why."""
@@ -171,6 +234,12 @@ class Job:
     def _apply(self, part: _Part, decisions: list[Decision]) -> Admit | CenterFollows | None:
         """Carries out what the round decided on an event of ``part``; the answer to its header, if there is one."""
         answer: Admit | CenterFollows | None = None
+        finished = [decision for decision in decisions if isinstance(decision, FinishFragment)]
+        if finished:
+            for worker_id, nonfinite_values in self.center.finish(finished).items():
+                self._roster.heard_of(worker_id, self._clock()).nonfinite_values += nonfinite_values
+            self._average.finished = finished[-1].index + 1
+            self._wake(self._average)
         for decision in decisions:
             match decision:
                 case Admit():
@@ -180,13 +249,10 @@ class Job:
                 case Dismiss(stream, error):
                     self._parts[stream].call.fail(error)
                 case Restart(cause):
+                    self.center.restart()
                     self._average = _Average(self.center.next)
                     self.rounds_restarted += 1
                     _log.warning("round %d starts over: %s", self.round.global_step, cause)
-                case FinishFragment(index, total_weight, untouched):
-                    self.center.finish(index, total_weight, untouched)
-                    self._average.finished = index + 1
-                    self._wake(self._average)
                 case Commit():
                     self._commit(decision)
         return answer
@@ -203,6 +269,7 @@ class Job:
             )
         self._wake(self._average)
         self._average = _Average(self.center.next)
+        self._lent = {worker_id: self._lent[worker_id] for worker_id in commit.contributors if worker_id in self._lent}
         self._roster.count(commit.contributors)
         self.last_round_s = commit.round_s
         _log.debug("global_step %d: averaged %s", commit.global_step, ", ".join(commit.contributors))
@@ -211,6 +278,11 @@ class Job:
         for part in self._parts.values():
             if part.average is average:
                 part.progress.set()
+
+
+def _shared_memory(segment: Segment) -> pb.SharedMemory:
+    address = segment.address
+    return pb.SharedMemory(path=address.path, nonce=address.nonce)
 
 
 def _push_of(header: pb.PushHeader, manifest: Manifest) -> Push:

@@ -39,32 +39,32 @@ class ServerConfig:
     """Everything that `ps-server serve` can be told.
 
     Args:
-        bind: HOST:PORT to listen on; port 0 takes a free one.
+        binds: where to listen, HOST:PORT (port 0 takes a free one) or unix:PATH each.
         policy: what the service does.
-        ready_file: where to write ``{"address": ..., "pid": ...}`` once it listens; None: nowhere.
+        ready_file: where to write ``{"address": ..., "addresses": [...], "pid": ...}`` once it listens; None: nowhere.
         grace_s: how long calls that are under way may take to finish after SIGTERM.
     """
 
-    bind: str
+    binds: tuple[str, ...]
     policy: ServicePolicy
     ready_file: Path | None = None
     grace_s: float = 5.0
 
 
-async def serve(config: ServerConfig, stop: asyncio.Event, ready: Callable[[str], None]) -> None:
-    """Serves until ``stop`` is set; calls ``ready`` with the real address once it listens.
+async def serve(config: ServerConfig, stop: asyncio.Event, ready: Callable[[list[str]], None]) -> None:
+    """Serves until ``stop`` is set; calls ``ready`` with the real addresses once it listens.
 
     Raises:
-        UnusableAddressError: the address is malformed, not of this machine, or taken.
+        UnusableAddressError: an address is malformed, not of this machine, or taken.
     """
     service = ParameterServerService(config.policy)
     server = grpc.aio.server(options=_OPTIONS)
     server.add_generic_rpc_handlers((service.handler(),))
-    address = _listen(server, config.bind)
+    addresses = [_listen(server, bind) for bind in config.binds]
     await server.start()
     if config.ready_file is not None:
-        _write_ready_file(config.ready_file, address)
-    ready(address)
+        _write_ready_file(config.ready_file, addresses)
+    ready(addresses)
     await stop.wait()
     _log.info("stopping")
     await service.stop(config.grace_s)
@@ -84,15 +84,25 @@ def stop_on_signals(stop: asyncio.Event) -> None:
 
 
 def _listen(server: grpc.aio.Server, bind: str) -> str:
+    """Listens on one address; returns the address that clients use."""
+    if bind.startswith("unix:"):
+        _remove_stale_socket(bind)
+        _bind(server, bind)
+        return bind
     host, colon, port_text = bind.rpartition(":")
     if not colon or not host or not port_text.isdigit() or int(port_text) > 65535:
-        raise UnusableAddressError(f"--bind {bind!r} is not HOST:PORT, such as 127.0.0.1:2222 or [::]:2222")
+        raise UnusableAddressError(
+            f"--bind {bind!r} is neither HOST:PORT nor unix:PATH, such as 127.0.0.1:2222, [::]:2222, unix:/tmp/ps.sock"
+        )
     _check_free(host.strip("[]"), int(port_text), bind)
+    return f"{host}:{_bind(server, bind)}"
+
+
+def _bind(server: grpc.aio.Server, bind: str) -> int:
     try:
-        port = server.add_insecure_port(bind)
+        return server.add_insecure_port(bind)
     except RuntimeError as error:
         raise UnusableAddressError(f"cannot listen on {bind}: {error}") from None
-    return f"{host}:{port}"
 
 
 def _check_free(host: str, port: int, bind: str) -> None:
@@ -108,8 +118,26 @@ def _check_free(host: str, port: int, bind: str) -> None:
         ) from None
 
 
-def _write_ready_file(path: Path, address: str) -> None:
+def _remove_stale_socket(bind: str) -> None:
+    # A server that was killed leaves its socket behind; one that still listens must not lose it.
+    path = Path(bind.removeprefix("unix:"))
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except FileNotFoundError:
+            if not path.absolute().parent.is_dir():
+                raise UnusableAddressError(f"cannot listen on {bind}: its directory does not exist") from None
+        except ConnectionRefusedError:
+            path.unlink()
+        except OSError as error:
+            raise UnusableAddressError(f"cannot listen on {bind}: {error.strerror or error}") from None
+        else:
+            raise UnusableAddressError(f"cannot listen on {bind}: another server listens there")
+
+
+def _write_ready_file(path: Path, addresses: list[str]) -> None:
     # Written beside and renamed, so that who waits for the file never reads half of it.
     beside = path.with_name(f"{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps({"address": address, "pid": os.getpid()}) + "\n")
+    content = {"address": addresses[0], "addresses": addresses, "pid": os.getpid()}
+    beside.write_text(json.dumps(content) + "\n")
     beside.replace(path)

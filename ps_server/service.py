@@ -27,6 +27,8 @@ __all__ = ["ParameterServerService", "ServicePolicy"]
 _log = logging.getLogger("ps_server")
 # A status message travels in HTTP/2 headers, whose size is limited.
 _MAX_MESSAGE_CHARS = 1000
+# A smaller model fits one or a few messages: shared memory would only add to them.
+_MIN_SHARED_BYTES = 256 << 10
 _GOING_DOWN = "the parameter server is going down; try again when it is back"
 _T = TypeVar("_T")
 
@@ -39,11 +41,13 @@ class ServicePolicy:
         num_workers: how many distinct workers a round waits for.
         max_model_bytes: the largest center that is accepted; the server holds about twice as much.
         stall_timeout_s: a client that keeps a stream waiting for longer loses it.
+        shared_memory: whether workers on this host are offered it.
     """
 
     num_workers: int
     max_model_bytes: int
     stall_timeout_s: float
+    shared_memory: bool = True
 
 
 class ParameterServerService:
@@ -136,10 +140,10 @@ class ParameterServerService:
                 f"a model of {manifest.size_bytes} bytes is over the server's --max-model-bytes "
                 f"{self._policy.max_model_bytes}",
             )
-        center = Center(manifest)
+        center = self._new_center(manifest)
         for expected in range(manifest.fragment_count):
             fragment = await call.read_fragment(pb.InitializeRequest)
-            if fragment is None:
+            if not isinstance(fragment, tuple):
                 raise refusal(
                     Reason.FRAGMENT_MISSING,
                     f"the stream ended after {expected} of {manifest.fragment_count} fragments; initialize again",
@@ -152,6 +156,14 @@ class ParameterServerService:
                 Reason.FRAGMENT_EXTRA, f"a message came after the last of {manifest.fragment_count} fragments"
             )
         return center
+
+    def _new_center(self, manifest: Manifest) -> Center:
+        if self._policy.shared_memory and manifest.buffer_size_bytes >= _MIN_SHARED_BYTES:
+            try:
+                return Center(manifest, shared=True)
+            except OSError as error:
+                _log.warning("no shared memory for the center: %s; all bytes go inline", error)
+        return Center(manifest)
 
     # Pull
 
@@ -195,6 +207,7 @@ class ParameterServerService:
             num_workers=self._policy.num_workers,
             received_bytes=self._traffic.received_bytes,
             sent_bytes=self._traffic.sent_bytes,
+            shared_bytes=self._traffic.shared_bytes,
             uptime_s=now_s - self._started_at_s,
         )
         complete: frozenset[str] = frozenset()

@@ -17,7 +17,7 @@ class RunningServer:
 
     def __init__(self, num_workers: int, max_model_bytes: int, stall_timeout_s: float) -> None:
         policy = ServicePolicy(num_workers, max_model_bytes, stall_timeout_s)
-        self._config = ServerConfig("127.0.0.1:0", policy, grace_s=2.0)
+        self._config = ServerConfig(("127.0.0.1:0",), policy, grace_s=2.0)
         self._ready = threading.Event()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -37,8 +37,8 @@ class RunningServer:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
 
-        def ready(address: str) -> None:
-            self.address = address
+        def ready(addresses: list[str]) -> None:
+            self.address = addresses[0]
             self._ready.set()
 
         await serve(self._config, self._stop, ready)

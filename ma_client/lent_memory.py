@@ -1,0 +1,81 @@
+"""Memory that the server lends to this worker: found, kept, and filled with fragments."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from modelaverage.errors import Reason, RetryPushError
+from modelaverage.manifest import Manifest
+from modelaverage.shared_memory import Segment, SegmentAddress
+from modelaverage.v1 import parameter_server_pb2 as pb
+
+__all__ = ["LentMemory", "Loan"]
+
+# So much is copied before the server is told, so that it can sum while the next bytes are copied.
+_CHUNK_BYTES = 8 << 20
+
+
+class Loan:
+    """The memory for one push: the worker's contribution goes into one segment, the average comes in another."""
+
+    def __init__(self, manifest: Manifest, contribution: Segment, average: Segment) -> None:
+        self._manifest = manifest
+        self._contribution = contribution.body
+        self._average = average
+        self._generation = average.generation
+        self._lock = threading.Lock()
+        self._over = False
+        self.average = average.body
+        self.chunk_fragments = max(1, _CHUNK_BYTES // manifest.fragment_size_bytes)
+
+    def fill(self, first: int, count: int, fragments: Callable[[int], Iterable[memoryview]]) -> bool:
+        """Copies fragments into the contribution; False if the push is over, whose memory is no longer ours to fill."""
+        with self._lock:
+            if self._over:
+                return False
+            for index in range(first, first + count):
+                at = self._manifest.fragment_bounds(index)[0]
+                for part in fragments(index):
+                    np.copyto(self._contribution[at : at + len(part)], np.frombuffer(part, np.uint8))
+                    at += len(part)
+            return True
+
+    def end(self) -> None:
+        """The push is over; waits for a copy that is under way."""
+        with self._lock:
+            self._over = True
+
+    def check_intact(self) -> None:
+        """Raises RetryPushError if the server has written over the average meanwhile."""
+        if self._average.generation != self._generation:
+            raise RetryPushError("a later round overtook this worker as it copied the average", Reason.ROUND_RESTARTED)
+
+
+class LentMemory:
+    """The segments that this worker has mapped. The server lends the same ones every round."""
+
+    def __init__(self) -> None:
+        self._segments: dict[SegmentAddress, Segment] = {}
+
+    def accept(self, admission: pb.PushAdmission, manifest: Manifest) -> Loan | None:
+        """What an admission offers; None if it offers nothing, or nothing that this process can use."""
+        if not admission.HasField("contribution"):
+            return None
+        contribution = self._find(admission.contribution, manifest, writable=True)
+        average = self._find(admission.average, manifest, writable=False)
+        if contribution is None or average is None:
+            return None
+        return Loan(manifest, contribution, average)
+
+    def _find(self, offer: pb.SharedMemory, manifest: Manifest, writable: bool) -> Segment | None:
+        address = SegmentAddress(offer.path, offer.nonce)
+        segment = self._segments.get(address)
+        if segment is None:
+            segment = Segment.open(address, manifest.buffer_size_bytes, writable)
+            if segment is not None:
+                # A contribution and two averages are in use; older ones belong to a server that is gone.
+                self._segments = dict([*self._segments.items(), (address, segment)][-4:])
+        return segment
