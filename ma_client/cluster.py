@@ -67,11 +67,15 @@ class ClusterSpec:
                 f"{', '.join(missing)} not set; start the script with `ma-launch --workers N -- SCRIPT` or "
                 "`ps-worker run --ps-hosts HOST:PORT --num-workers N --task-index I SCRIPT`"
             )
-        return cls(
-            ps_hosts=tuple(host.strip() for host in environ[_PS_HOSTS].split(",")),
-            num_workers=_whole_number(environ, _NUM_WORKERS),
-            task_index=_whole_number(environ, _TASK_INDEX),
-        )
+        try:
+            return cls(
+                ps_hosts=tuple(host.strip() for host in environ[_PS_HOSTS].split(",")),
+                num_workers=int(environ[_NUM_WORKERS]),
+                task_index=int(environ[_TASK_INDEX]),
+            )
+        except ValueError as error:
+            settings = " ".join(f"{name}={environ[name]!r}" for name in (_PS_HOSTS, _NUM_WORKERS, _TASK_INDEX))
+            raise ClusterError(f"{error} (the environment has {settings})") from None
 
     def to_env(self) -> dict[str, str]:
         """The variables that `from_env` reads."""
@@ -80,10 +84,3 @@ class ClusterSpec:
             _NUM_WORKERS: str(self.num_workers),
             _TASK_INDEX: str(self.task_index),
         }
-
-
-def _whole_number(environ: Mapping[str, str], name: str) -> int:
-    try:
-        return int(environ[name])
-    except ValueError:
-        raise ClusterError(f"{name} is {environ[name]!r}, not a whole number") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import uuid
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ma_client.cluster import ClusterSpec
-from ma_client.shard import Shard
+from ma_client.shard import Deadline, Shard
 from ma_client.staging import Staging
 from modelaverage import wire
 from modelaverage.checks import check_global_step, check_weight, check_worker_id
@@ -205,7 +204,7 @@ class ParameterServerSession:
                 _in_order(_as_arrays(expected), manifest)
             return self._adopt(manifest, header.manifest_id)
 
-        self._shard.pull(request, staging_for, timeout_s)
+        self._shard.pull(request, staging_for, Deadline(timeout_s))
         self.base_step = step
         return self._center(copy), step
 
@@ -233,7 +232,7 @@ class ParameterServerSession:
             copy: False: the result's arrays are the session's own, which its next call overwrites.
 
         Raises:
-            InvalidRequestError: WEIGHT_INVALID.
+            InvalidRequestError: WEIGHT_INVALID, or ``untouched`` has a name that the center has not.
             NotInitializedError: this session has not initialized or pulled the center yet.
             ConflictError: the variables do not fit the center (naming the first that differs), or one of
                 WORKER_ID_IN_USE, ROUND_FULL, BASE_STEP_AHEAD, MANIFEST_UNKNOWN.
@@ -245,8 +244,12 @@ class ParameterServerSession:
             raise NotInitializedError("pull the center (or initialize it) before the push", Reason.NOT_INITIALIZED)
         manifest = self._staging.manifest
         arrays = _in_order(_as_arrays(variables), manifest)
-        values = [_bytes_of(array) for array in arrays.values()]
+        # An array from a result that was not copied lies where the average is about to arrive.
+        values = [_bytes_of(array.copy() if self._staging.overlaps(array) else array) for array in arrays.values()]
         numbers = {variable.name: number for number, variable in enumerate(manifest.variables)}
+        unknown = set(untouched) - numbers.keys()
+        if unknown:
+            raise InvalidRequestError(f"untouched names {min(unknown)!r}, which is no center variable")
         self._push_id += 1
         header = pb.PushHeader(
             worker_id=self.worker_id,
@@ -273,19 +276,18 @@ class ParameterServerSession:
 
     def status(self, timeout_s: float = 5.0) -> pb.GetStatusResponse:
         """What the server is doing; the protocol's own message."""
-        return self._shard.status(timeout_s)
+        return self._shard.status(Deadline(timeout_s))
 
     def _push(
         self, header: pb.PushHeader, manifest: Manifest, values: list[memoryview], timeout_s: float | None
     ) -> pb.PushOutcome:
         assert self._staging is not None
-        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+        deadline = Deadline(timeout_s)
         restarts = 0
         while True:
-            left_s = None if deadline_s is None else max(0.001, deadline_s - time.monotonic())
             try:
                 return self._shard.push_and_average(
-                    header, lambda index: manifest.fragment_parts(index, values), self._staging, left_s
+                    header, lambda index: manifest.fragment_parts(index, values), self._staging, deadline
                 )
             except RetryPushError:
                 # The round was started over for another worker's sake; the same push is as good as before.

@@ -4,6 +4,7 @@ the client that knows gRPC."""
 from __future__ import annotations
 
 import queue
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import cast
@@ -23,7 +24,7 @@ from modelaverage.errors import (
 )
 from modelaverage.v1 import parameter_server_pb2 as pb
 
-__all__ = ["FragmentSource", "Shard"]
+__all__ = ["Deadline", "FragmentSource", "Shard"]
 
 # The bytes of a fragment, as parts to be joined.
 FragmentSource = Callable[[int], Iterable[memoryview]]
@@ -33,6 +34,23 @@ _OPTIONS = [
     ("grpc.keepalive_time_ms", 5_000),
     ("grpc.keepalive_timeout_ms", 5_000),
 ]
+
+
+class Deadline:
+    """A time that is set once and left to run over several calls.
+
+    Args:
+        timeout_s: how long everything together may take; None: as long as it takes.
+    """
+
+    def __init__(self, timeout_s: float | None) -> None:
+        self.timeout_s = timeout_s
+        self._end_s = None if timeout_s is None else time.monotonic() + timeout_s
+
+    @property
+    def left_s(self) -> float | None:
+        """What is left of it; never quite nothing, so that gRPC reports what is late."""
+        return None if self._end_s is None else max(0.001, self._end_s - time.monotonic())
 
 
 def _as_is(message: bytes) -> bytes:
@@ -58,18 +76,15 @@ class Shard:
         self._pull = self._channel.unary_stream(f"/{wire.SERVICE}/Pull", _as_is, _as_is)
         self._push = self._channel.stream_stream(f"/{wire.SERVICE}/PushAndAverage", _as_is, _as_is)
         self._get_status = self._channel.unary_unary(f"/{wire.SERVICE}/GetStatus", _as_is, _as_is)
-        ready = grpc.channel_ready_future(self._channel)
         try:
-            ready.result(timeout=connect_timeout_s)
-        except grpc.FutureTimeoutError:
-            ready.cancel()
+            self.status(Deadline(connect_timeout_s), wait_for_ready=True)
+        except DeadlineExceededError:
             self.close()
             raise ServerUnavailableError(
                 f"no parameter server answers at {address} (waited {connect_timeout_s:g} s); "
                 "is `ps-server serve` running there?"
             ) from None
         except BaseException:
-            ready.cancel()
             self.close()
             raise
 
@@ -87,28 +102,35 @@ class Shard:
             for index in range(fragment_count):
                 yield wire.encode_fragment(index, fragments(index))
 
-        with self._faults(None, ""):
+        with self._faults(Deadline(None), ""):
             answer: bytes = self._initialize(requests())
         return wire.parse(pb.InitializeResponse, answer)
 
     def pull(
-        self, request: pb.PullRequest, staging_for: Callable[[pb.CenterHeader], Staging], timeout_s: float | None
+        self, request: pb.PullRequest, staging_for: Callable[[pb.CenterHeader], Staging], deadline: Deadline
     ) -> None:
         """Reads the center into the staging buffer that ``staging_for`` gives for its header."""
-        with self._faults(timeout_s, "the center was not initialized and sent; is the chief running?"):
-            messages = iter(self._pull(request.SerializeToString(), timeout=timeout_s))
-            header = wire.read_fragment(pb.PullResponse, next(messages))
-            if isinstance(header, tuple) or header.WhichOneof("message") != "header":
-                raise ProtocolError(f"{self.address} sent a center without a header; is it a parameter server?")
-            staging = staging_for(header.header)
-            for data in messages:
-                fragment = wire.read_fragment(pb.PullResponse, data)
-                if isinstance(fragment, tuple):
-                    staging.receive(*fragment)
-            staging.check_complete()
+        with self._faults(deadline, "the center was not initialized and sent; is the chief running?"):
+            messages = self._pull(request.SerializeToString(), timeout=deadline.left_s)
+            try:
+                staging = self._receive_center(iter(messages), staging_for)
+            finally:
+                messages.cancel()  # type: ignore[no-untyped-call]
+        staging.check_complete()
+
+    def _receive_center(self, messages: Iterator[bytes], staging_for: Callable[[pb.CenterHeader], Staging]) -> Staging:
+        header = wire.read_fragment(pb.PullResponse, next(messages))
+        if isinstance(header, tuple) or header.WhichOneof("message") != "header":
+            raise ProtocolError(f"{self.address} sent a center without a header; is it a parameter server?")
+        staging = staging_for(header.header)
+        for data in messages:
+            fragment = wire.read_fragment(pb.PullResponse, data)
+            if isinstance(fragment, tuple):
+                staging.receive(*fragment)
+        return staging
 
     def push_and_average(
-        self, header: pb.PushHeader, fragments: FragmentSource, staging: Staging, timeout_s: float | None
+        self, header: pb.PushHeader, fragments: FragmentSource, staging: Staging, deadline: Deadline
     ) -> pb.PushOutcome:
         """One push: what the server asks for goes up while what is finished comes down into ``staging``.
 
@@ -133,8 +155,8 @@ class Shard:
                 yield pb.PushAndAverageRequest(shared=shared).SerializeToString()
 
         staging.begin()
-        with self._faults(timeout_s, f"the round did not commit (base step {header.base_step})"):
-            messages = self._push(requests(), timeout=timeout_s)
+        with self._faults(deadline, f"the round did not commit (base step {header.base_step})"):
+            messages = self._push(requests(), timeout=deadline.left_s)
             try:
                 for data in messages:
                     message = wire.read_fragment(pb.PushAndAverageResponse, data)
@@ -159,32 +181,35 @@ class Shard:
                     loan.end()
         raise ProtocolError(f"{self.address} ended a push without an outcome; is it a parameter server?")
 
-    def status(self, timeout_s: float) -> pb.GetStatusResponse:
+    def status(self, deadline: Deadline, wait_for_ready: bool = False) -> pb.GetStatusResponse:
         """What the server is doing."""
-        with self._faults(timeout_s, "no status came"):
-            answer: bytes = self._get_status(pb.GetStatusRequest().SerializeToString(), timeout=timeout_s)
+        request = pb.GetStatusRequest().SerializeToString()
+        with self._faults(deadline, "no status came"):
+            answer: bytes = self._get_status(request, timeout=deadline.left_s, wait_for_ready=wait_for_ready)
         return wire.parse(pb.GetStatusResponse, answer)
 
     @contextmanager
-    def _faults(self, timeout_s: float | None, late: str) -> Iterator[None]:
+    def _faults(self, deadline: Deadline, late: str) -> Iterator[None]:
         """gRPC's errors -> the table's exceptions; ``late`` says what did not happen in time."""
         try:
             yield
         except grpc.RpcError as error:
-            raise self._fault(error, timeout_s, late) from None
+            raise self._fault(error, deadline, late) from None
 
-    def _fault(self, error: grpc.RpcError, timeout_s: float | None, late: str) -> ModelAverageError:
+    def _fault(self, error: grpc.RpcError, deadline: Deadline, late: str) -> ModelAverageError:
         details = error.details() or ""
         metadata = dict(cast("Iterable[tuple[str, str]]", error.trailing_metadata() or ()))
         fault = fault_named(metadata.get(REASON_METADATA_KEY, ""), details)
         if fault is not None:
             return fault
         match error.code():
-            case grpc.StatusCode.DEADLINE_EXCEEDED if timeout_s is not None:
-                return DeadlineExceededError(f"{late}: waited {timeout_s:g} s for {self.address}")
+            case grpc.StatusCode.DEADLINE_EXCEEDED if deadline.timeout_s is not None:
+                return DeadlineExceededError(f"{late}: waited {deadline.timeout_s:g} s for {self.address}")
             case grpc.StatusCode.UNAVAILABLE:
                 return ServerUnavailableError(
                     f"the parameter server at {self.address} is gone ({details}); local variables are untouched"
                 )
+            case grpc.StatusCode.UNIMPLEMENTED:
+                return ServerUnavailableError(f"what answers at {self.address} is no parameter server: {details}")
             case code:
                 return ModelAverageError(f"{self.address} answered {code.name}: {details}")

@@ -24,6 +24,10 @@ class Staging:
         self._received = 0
         self.arrays = manifest.arrays(self._bytes)
 
+    def overlaps(self, array: NDArray[np.generic]) -> bool:
+        """Whether an array may lie in this buffer."""
+        return np.may_share_memory(array, self._bytes)
+
     def begin(self) -> None:
         """A new center begins to arrive."""
         self._received = 0

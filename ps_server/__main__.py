@@ -13,7 +13,7 @@ from pathlib import Path
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 from ps_server import status
-from ps_server.server import ServerConfig, UnusableAddressError, serve, stop_on_signals
+from ps_server.server import ServerConfig, UnusableSettingError, serve, stop_on_signals
 from ps_server.service import ServicePolicy
 
 __all__ = ["main"]
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return int(arguments.run(arguments))
-    except UnusableAddressError as error:
+    except UnusableSettingError as error:
         print(f"ps-server: {error}", file=sys.stderr)
         return 1
 
@@ -68,10 +68,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--stream-idle-timeout-s",
         type=_seconds,
-        default=30.0,
+        default=120.0,
         metavar="SECONDS",
-        help="drop a stream whose client neither sends nor reads for so long; waiting at the barrier does not count "
-        "(%(default)s)",
+        help="drop a stream whose client neither sends nor reads for so long; waiting at the barrier does not count. "
+        "A link has to carry a fragment (1 MiB) in that time (%(default)s)",
     )
     command.add_argument(
         "--max-model-bytes",
@@ -140,14 +140,17 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _count(text: str) -> int:
-    value = int(text)
+    value = int(text) if text.isascii() and text.isdigit() else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 on")
     return value
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 0 < value < 1e9:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number of seconds")
     return value

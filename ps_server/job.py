@@ -111,11 +111,12 @@ class Job:
     async def take_part(self, call: Call, header: pb.PushHeader) -> None:
         """Answers a push, from its header to its outcome."""
         push = _push_of(header, self.manifest)
-        record = self._roster.heard_of(push.worker_id, self._clock())
-        record.is_chief, record.local_step = header.is_chief, header.local_step
         part = self._parts[call.number] = _Part(call, push.worker_id, self._average)
         try:
-            answer = self._apply(part, self.round.open(call.number, push, self._clock()))
+            decisions = self.round.open(call.number, push, self._clock())
+            record = self._roster.heard_of(push.worker_id, self._clock())
+            record.has_pushed, record.is_chief, record.local_step = True, header.is_chief, header.local_step
+            answer = self._apply(part, decisions)
             if isinstance(answer, CenterFollows):
                 await call.run(self._send_center(call, answer.outcome))
             elif isinstance(answer, Admit):

@@ -14,6 +14,7 @@ class WorkerRecord:
 
     last_seen_at_s: float
     is_chief: bool = False
+    has_pushed: bool = False
     local_step: int = 0
     nonfinite_values: int = 0
     pushes_counted: int = 0
@@ -34,8 +35,11 @@ class Roster:
     def waiting_for(self, complete: frozenset[str], num_workers: int) -> tuple[list[str], int]:
         """Whom a round waits for: the names of known workers that are not complete, and how many more it needs."""
         missing = num_workers - len(complete)
-        names = sorted(self.records.keys() - complete) if missing > 0 else []
-        return names, max(0, missing - len(names))
+        others = {w: record for w, record in self.records.items() if w not in complete} if missing > 0 else {}
+        names = [worker_id for worker_id, record in others.items() if record.has_pushed]
+        if len(names) < missing:  # somebody may not have pushed yet; an evaluator only pulls, too
+            names = list(others)
+        return sorted(names), max(0, missing - len(names))
 
     def count(self, contributors: Iterable[str]) -> None:
         """A round committed with these workers' pushes."""

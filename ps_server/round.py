@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from modelaverage.checks import check_global_step, check_incarnation, check_weight, check_worker_id
+from modelaverage.checks import check_incarnation, check_weight, check_worker_id
 from modelaverage.errors import ModelAverageError, Reason, refusal
 from modelaverage.outcome import Outcome
 
@@ -39,7 +39,7 @@ class Push:
     """What a push header says. Equal headers mean equal bytes: a retry.
 
     Raises:
-        InvalidRequestError: WORKER_ID_INVALID, INCARNATION_INVALID, WEIGHT_INVALID, GLOBAL_STEP_INVALID.
+        InvalidRequestError: WORKER_ID_INVALID, INCARNATION_INVALID, WEIGHT_INVALID.
     """
 
     worker_id: str
@@ -53,7 +53,6 @@ class Push:
         check_worker_id(self.worker_id)
         check_incarnation(self.incarnation)
         check_weight(self.weight)
-        check_global_step(self.base_step)
 
     @property
     def key(self) -> tuple[bytes, int]:
@@ -294,7 +293,7 @@ class Round:
         raise refusal(
             Reason.ROUND_FULL,
             f"{newcomer!r} is one too many for round {self.global_step}, which has its {self.num_workers} workers "
-            f"({', '.join(sorted(self._members))}); start the server with a higher --num-workers",
+            f"({', '.join(map(repr, sorted(self._members)))}); start the server with a higher --num-workers",
         )
 
     def _detach_older(self, member: _Member, push: Push) -> list[Decision]:

@@ -16,7 +16,7 @@ import grpc.aio
 
 from ps_server.service import ParameterServerService, ServicePolicy
 
-__all__ = ["ServerConfig", "UnusableAddressError", "serve", "stop_on_signals"]
+__all__ = ["ServerConfig", "UnusableSettingError", "serve", "stop_on_signals"]
 
 _log = logging.getLogger("ps_server")
 
@@ -30,8 +30,8 @@ _OPTIONS = [
 ]
 
 
-class UnusableAddressError(Exception):
-    """The server cannot listen where it was told to."""
+class UnusableSettingError(Exception):
+    """The server cannot do what a flag says: listen there, write that file."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ async def serve(config: ServerConfig, stop: asyncio.Event, ready: Callable[[list
     """Serves until ``stop`` is set; calls ``ready`` with the real addresses once it listens.
 
     Raises:
-        UnusableAddressError: an address is malformed, not of this machine, or taken.
+        UnusableSettingError: an address is malformed, not of this machine, or taken; the file cannot be written.
     """
     service = ParameterServerService(config.policy)
     server = grpc.aio.server(options=_OPTIONS)
@@ -63,7 +63,11 @@ async def serve(config: ServerConfig, stop: asyncio.Event, ready: Callable[[list
     addresses = [_listen(server, bind) for bind in config.binds]
     await server.start()
     if config.ready_file is not None:
-        _write_ready_file(config.ready_file, addresses)
+        try:
+            _write_ready_file(config.ready_file, addresses)
+        except OSError as error:
+            await server.stop(grace=None)
+            raise UnusableSettingError(f"cannot write --ready-file {config.ready_file}: {error.strerror}") from None
     ready(addresses)
     await stop.wait()
     _log.info("stopping")
@@ -78,6 +82,7 @@ def stop_on_signals(stop: asyncio.Event) -> None:
     def request_stop(number: int) -> None:
         stop.set()
         loop.remove_signal_handler(number)
+        signal.signal(number, signal.SIG_DFL)  # asyncio would put back the handler that prints a traceback
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, request_stop, number)
@@ -90,8 +95,8 @@ def _listen(server: grpc.aio.Server, bind: str) -> str:
         _bind(server, bind)
         return bind
     host, colon, port_text = bind.rpartition(":")
-    if not colon or not host or not port_text.isdigit() or int(port_text) > 65535:
-        raise UnusableAddressError(
+    if not colon or not host or not (port_text.isascii() and port_text.isdigit()) or int(port_text) > 65535:
+        raise UnusableSettingError(
             f"--bind {bind!r} is neither HOST:PORT nor unix:PATH, such as 127.0.0.1:2222, [::]:2222, unix:/tmp/ps.sock"
         )
     _check_free(host.strip("[]"), int(port_text), bind)
@@ -102,7 +107,7 @@ def _bind(server: grpc.aio.Server, bind: str) -> int:
     try:
         return server.add_insecure_port(bind)
     except RuntimeError as error:
-        raise UnusableAddressError(f"cannot listen on {bind}: {error}") from None
+        raise UnusableSettingError(f"cannot listen on {bind}: {error}") from None
 
 
 def _check_free(host: str, port: int, bind: str) -> None:
@@ -112,9 +117,10 @@ def _check_free(host: str, port: int, bind: str) -> None:
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
-    except OSError as error:
-        raise UnusableAddressError(
-            f"cannot listen on {bind}: {error.strerror or error}; give another --bind (port 0 takes a free port)"
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UnusableSettingError(
+            f"cannot listen on {bind}: {why}; give another --bind (port 0 takes a free port)"
         ) from None
 
 
@@ -126,13 +132,13 @@ def _remove_stale_socket(bind: str) -> None:
             probe.connect(str(path))
         except FileNotFoundError:
             if not path.absolute().parent.is_dir():
-                raise UnusableAddressError(f"cannot listen on {bind}: its directory does not exist") from None
+                raise UnusableSettingError(f"cannot listen on {bind}: its directory does not exist") from None
         except ConnectionRefusedError:
             path.unlink()
         except OSError as error:
-            raise UnusableAddressError(f"cannot listen on {bind}: {error.strerror or error}") from None
+            raise UnusableSettingError(f"cannot listen on {bind}: {error.strerror or error}") from None
         else:
-            raise UnusableAddressError(f"cannot listen on {bind}: another server listens there")
+            raise UnusableSettingError(f"cannot listen on {bind}: another server listens there")
 
 
 def _write_ready_file(path: Path, addresses: list[str]) -> None:

@@ -104,7 +104,6 @@ class ParameterServerService:
         check_worker_id(header.worker_id)
         check_global_step(header.global_step)
         manifest = wire.manifest_from_message(header.manifest)
-        self._roster.heard_of(header.worker_id, self._clock()).is_chief = True
         initialized = False
         if self._job is None:
             center = await self._receive_values(call, manifest)
@@ -126,6 +125,7 @@ class ParameterServerService:
                 Reason.MANIFEST_MISMATCH,
                 f"the center was initialized with another manifest: {difference}; give all workers the same model",
             )
+        self._roster.heard_of(header.worker_id, self._clock()).is_chief = True
         return pb.InitializeResponse(
             initialized=initialized,
             global_step=job.round.global_step,
@@ -137,7 +137,7 @@ class ParameterServerService:
         if manifest.buffer_size_bytes > self._policy.max_model_bytes:
             raise refusal(
                 Reason.MANIFEST_INVALID,
-                f"a model of {manifest.size_bytes} bytes is over the server's --max-model-bytes "
+                f"a model of {manifest.buffer_size_bytes} bytes is over the server's --max-model-bytes "
                 f"{self._policy.max_model_bytes}",
             )
         center = self._new_center(manifest)
@@ -248,7 +248,7 @@ class ParameterServerService:
         call = Call(context, self._traffic, self._policy.stall_timeout_s)
         self._calls.add(call)
         try:
-            if self._stopping:
+            if self._stopping and name != "GetStatus":
                 raise refusal(Reason.SERVER_STOPPING, _GOING_DOWN)
             return await body(call)
         except ModelAverageError as error:

@@ -52,7 +52,7 @@ def as_text(status: pb.GetStatusResponse) -> str:
         f"{status.rounds_restarted} rounds restarted, {status.stale_pushes} stale pushes",
     ]
     if status.phase == pb.PHASE_AVERAGING:
-        missing = list(status.waiting_for)
+        missing = [_name(worker_id) for worker_id in status.waiting_for]
         if status.waiting_for_unknown:
             missing.append(f"{status.waiting_for_unknown} not heard of yet")
         lines.append(f"waiting for  {', '.join(missing) or 'nobody'} (for {status.round_age_s:.1f} s)")
@@ -63,10 +63,14 @@ def as_text(status: pb.GetStatusResponse) -> str:
         notes = f", {worker.nonfinite_values} values not finite" if worker.nonfinite_values else ""
         chief = " (chief)" if worker.is_chief else ""
         lines.append(
-            f"  {worker.worker_id}{chief}: {state}, local_step {worker.local_step}, {worker.pushes_counted} pushes "
+            f"  {_name(worker.worker_id)}{chief}: {state}, local_step {worker.local_step}, {worker.pushes_counted} pushes "
             f"counted, last seen {worker.last_seen_age_s:.1f} s ago{notes}"
         )
     return "\n".join(lines)
+
+
+def _name(worker_id: str) -> str:
+    return worker_id if worker_id.isprintable() else repr(worker_id)
 
 
 def _size(size_bytes: int) -> str:

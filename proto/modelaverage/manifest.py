@@ -24,6 +24,7 @@ __all__ = [
     "ALIGNMENT_BYTES",
     "DEFAULT_FRAGMENT_SIZE_BYTES",
     "DTYPES",
+    "MAX_DIMENSIONS",
     "MAX_FRAGMENTS",
     "MAX_FRAGMENT_SIZE_BYTES",
     "MAX_NAME_BYTES",
@@ -39,6 +40,8 @@ DEFAULT_FRAGMENT_SIZE_BYTES = 1 << 20
 # Keeps every message well under gRPC's default limit of 4 MiB.
 MAX_FRAGMENT_SIZE_BYTES = 2 << 20
 MAX_NAME_BYTES = 1024
+# numpy 1 has no more.
+MAX_DIMENSIONS = 32
 _PADDING = memoryview(bytes(ALIGNMENT_BYTES))
 _MAX_MODEL_BYTES = 2**63 - 1
 # Bounds what a header alone can make a server allocate; 512 GiB at the largest fragment size.
@@ -54,8 +57,8 @@ DTYPES: dict[str, np.dtype[np.generic]] = {
 
 
 def dtype_name(dtype: np.dtype[np.generic]) -> str:
-    """The name of an element type as DTYPES has it, or numpy's own name for one that cannot be averaged."""
-    return next((name for name, known in DTYPES.items() if known == dtype), str(dtype))
+    """The name of an element type, in either byte order, as DTYPES has it; numpy's own if it cannot be averaged."""
+    return next((name for name, known in DTYPES.items() if known == dtype.newbyteorder("<")), str(dtype))
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,10 @@ class Variable:
             raise _invalid(f"variable {self.name!r} has dtype {self.dtype}; only {', '.join(DTYPES)} can be averaged")
         if any(extent < 0 for extent in self.shape):
             raise _invalid(f"variable {self.name!r} has the negative extent {min(self.shape)} in shape {self.shape}")
-        if self.size_bytes > _MAX_MODEL_BYTES:
+        if len(self.shape) > MAX_DIMENSIONS:
+            raise _invalid(f"variable {self.name!r} has {len(self.shape)} dimensions; {MAX_DIMENSIONS} are possible")
+        # A zero makes the variable empty, but the other extents still have to be possible ones.
+        if math.prod(extent or 1 for extent in self.shape) * DTYPES[self.dtype].itemsize > _MAX_MODEL_BYTES:
             raise _invalid(f"variable {self.name!r} with shape {self.shape} does not fit 63 bits of bytes")
 
     @property

@@ -96,14 +96,14 @@ class ParameterServerServicer(object):
 
         Errors: NOT_INITIALIZED, MANIFEST_UNKNOWN, WORKER_ID_INVALID, WORKER_ID_IN_USE, INCARNATION_INVALID, WEIGHT_INVALID,
         BASE_STEP_AHEAD, UNTOUCHED_INVALID, ROUND_FULL, ROUND_RESTARTED, PUSH_SUPERSEDED, MESSAGE_OUT_OF_ORDER,
-        FRAGMENT_*, STREAM_STALLED, SERVER_STOPPING.
+        FRAGMENT_*, STREAM_STALLED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetStatus(self, request, context):
-        """Tells what the server is doing and for whom it waits. Never waits itself. Errors: none of its own.
+        """Tells what the server is doing and for whom it waits. Never waits itself, and is answered by a server that stops.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

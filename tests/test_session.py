@@ -1,0 +1,496 @@
+"""The session: numpy in, numpy out, and nothing of gRPC to be seen."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from ma_client import ClusterError, ClusterSpec, Outcome, ParameterServerSession, PushResult
+from modelaverage.errors import (
+    ConflictError,
+    DeadlineExceededError,
+    InvalidRequestError,
+    NotInitializedError,
+    Reason,
+)
+from tests.conftest import StartServer
+from tests.raw_client import RawClient, push_header, until
+
+Array = NDArray[Any]
+CENTER = {"w": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.array([0.5, -0.5])}
+A = {name: value + 1 for name, value in CENTER.items()}
+B = {name: value + 3 for name, value in CENTER.items()}
+AVERAGE = {name: value + 2 for name, value in CENTER.items()}
+
+
+def session_of(address: str, worker_id: str = "a", **options: Any) -> ParameterServerSession:
+    return ParameterServerSession([address], worker_id=worker_id, **{"is_chief": worker_id == "a", **options})
+
+
+def assert_same(center: Any, expected: dict[str, Array]) -> None:
+    """The same names in the same order, and the same dtypes, shapes and bits."""
+    assert list(center) == list(expected)
+    for name, value in expected.items():
+        assert isinstance(center[name], np.ndarray)
+        assert (center[name].dtype, center[name].shape) == (value.dtype, value.shape)
+        assert center[name].tobytes() == value.tobytes()
+
+
+@pytest.fixture
+def lone(start_server: StartServer) -> Iterator[ParameterServerSession]:
+    """The chief of a job of one worker; nothing is initialized."""
+    with session_of(start_server(num_workers=1).address) as session:
+        yield session
+
+
+class Pair:
+    """Two sessions of a job of two workers that have pulled CENTER."""
+
+    def __init__(self, address: str, a: ParameterServerSession, b: ParameterServerSession, pool: ThreadPoolExecutor):
+        self.address, self.a, self.b, self._pool = address, a, b, pool
+
+    def start(self, call: Callable[..., PushResult], *arguments: Any, **options: Any) -> Future[PushResult]:
+        """Calls it in a thread of its own; it is over within 20 s."""
+        return self._pool.submit(call, *arguments, **{"timeout_s": 20.0, **options})
+
+    def round(self, a: dict[str, Array], b: dict[str, Array], **options: Any) -> tuple[PushResult, PushResult]:
+        """Both push at once; ``options`` are those of a."""
+        first = self.start(self.a.push_and_average, a, **options)
+        second = self.b.push_and_average(b, timeout_s=20.0)
+        return first.result(), second
+
+    def waits(self, worker_id: str) -> None:
+        """Returns once the worker is at the barrier."""
+        until(lambda: any(w.waiting for w in self.b.status().workers if w.worker_id == worker_id), "it waits")
+
+
+@contextmanager
+def pair_of(start_server: StartServer, fragment_size_bytes: int = 8) -> Iterator[Pair]:
+    address = start_server(num_workers=2).address
+    with (
+        session_of(address, fragment_size_bytes=fragment_size_bytes) as a,
+        session_of(address, "b") as b,
+        ThreadPoolExecutor() as pool,
+    ):
+        a.initialize(CENTER)
+        a.pull()
+        b.pull()
+        yield Pair(address, a, b, pool)
+
+
+@pytest.fixture
+def pair(start_server: StartServer) -> Iterator[Pair]:
+    with pair_of(start_server) as pair:
+        yield pair
+
+
+# What goes in and what comes out.
+
+
+def test_a_round_averages_and_both_workers_get_the_center(pair: Pair) -> None:
+    for result in pair.round(A, B, local_step=20):
+        assert (result.outcome, result.global_step) == (Outcome.COMMITTED, 1)
+        assert result.contributors == ("a", "b")
+        assert result.untouched == frozenset()
+        assert result.waited_s >= 0
+        assert_same(result.center, AVERAGE)
+    center, step = pair.b.pull()
+    assert step == 1
+    assert_same(center, AVERAGE)
+    assert pair.b.status().workers[0].local_step == 20
+
+
+def test_one_worker_gets_its_own_values_back_round_after_round(lone: ParameterServerSession) -> None:
+    assert lone.initialize(CENTER, global_step=5).global_step == 5
+    for step in range(6, 9):
+        values = {name: value * step for name, value in CENTER.items()}
+        result = lone.push_and_average(values)
+        assert (result.outcome, result.global_step, result.contributors) == (Outcome.COMMITTED, step, ("a",))
+        assert_same(result.center, values)
+
+
+ARRAYS = {
+    "float64": np.linspace(-1, 1, 7),
+    "float32": np.linspace(-1, 1, 7, dtype=np.float32),
+    "float16": np.linspace(-1, 1, 7, dtype=np.float16),
+    "bfloat16": np.linspace(-1, 1, 7).astype(ml_dtypes.bfloat16),
+    "0-d": np.array(1.5, np.float32),
+    "0-d bfloat16": np.array(1.5, ml_dtypes.bfloat16),
+    "empty": np.zeros((0, 3), np.float16),
+    "empty first": np.zeros((3, 0, 2)),
+    "non-contiguous": np.arange(24, dtype=np.float32)[::2],
+    "backwards": np.arange(5, dtype=np.float16)[::-1],
+    "transposed": np.arange(6.0).reshape(2, 3).T,
+    "Fortran order": np.asfortranarray(np.arange(24, dtype=np.float32).reshape(2, 3, 4)),
+    "broadcast": np.broadcast_to(np.float32(2), (3, 2)),
+    "negative zero": np.array([-0.0, 0.0]),
+    "special": np.array([np.nan, np.inf, -np.inf, 5e-324]),
+    "big": np.arange(1000, dtype=np.float32).reshape(10, 10, 10),
+}
+
+
+def test_every_kind_of_array_comes_back_as_it_went_in(lone: ParameterServerSession) -> None:
+    expected = {kind: np.ascontiguousarray(value).reshape(value.shape) for kind, value in ARRAYS.items()}
+    lone.initialize(ARRAYS)
+    assert_same(lone.pull()[0], expected)
+    assert_same(lone.push_and_average(ARRAYS).center, expected)
+
+
+def test_big_endian_arrays_are_values_like_any_other(lone: ParameterServerSession) -> None:
+    big = {dtype: np.array([1.0, -2.5, 3.0], dtype) for dtype in (">f4", ">f8", ">f2")}
+    little = {dtype: value.astype(value.dtype.newbyteorder("<")) for dtype, value in big.items()}
+    lone.initialize(big)
+    assert_same(lone.pull()[0], little)
+    assert_same(lone.push_and_average(big).center, little)
+
+
+def test_python_floats_and_lists_are_float64(lone: ParameterServerSession) -> None:
+    lone.initialize({"scalar": 1.5, "list": [0.5, 2.0]})
+    result = lone.push_and_average({"scalar": 2.5, "list": [1.0, 4.0]})
+    assert_same(result.center, {"scalar": np.array(2.5), "list": np.array([1.0, 4.0])})
+
+
+def test_what_cannot_be_averaged_is_refused_by_name(lone: ParameterServerSession) -> None:
+    for value in (1, True, "text", 1j, None, np.zeros(2, np.int32), np.zeros(1, np.complex64)):
+        with pytest.raises(InvalidRequestError, match="variable 'x' has dtype") as refused:
+            lone.initialize({"x": value})  # type: ignore[dict-item]
+        assert refused.value.reason is Reason.MANIFEST_INVALID
+
+
+def test_the_order_of_a_push_does_not_matter(pair: Pair) -> None:
+    backwards = dict(reversed(A.items()))
+    assert list(backwards) != list(A)
+    for result in pair.round(backwards, B):
+        assert_same(result.center, AVERAGE)
+
+
+def test_the_workers_weights_are_their_shares(pair: Pair) -> None:
+    expected = {name: value + value.dtype.type(1.5) for name, value in CENTER.items()}
+    for result in pair.round(A, B, weight=3.0):
+        assert_same(result.center, expected)
+
+
+def test_what_both_left_untouched_keeps_the_centers_values(pair: Pair) -> None:
+    first = pair.start(pair.a.push_and_average, A, untouched=["b"])
+    second = pair.b.push_and_average(B, untouched={"b", "w"}, timeout_s=20.0)
+    for result in (first.result(), second):
+        assert result.untouched == {"b"}
+        assert_same(result.center, {"w": AVERAGE["w"], "b": CENTER["b"]})
+
+
+def test_an_unknown_untouched_variable_is_refused_by_name(pair: Pair) -> None:
+    with pytest.raises(InvalidRequestError, match="'nonsense'"):
+        pair.a.push_and_average(A, untouched=["nonsense"])
+    for result in pair.round(A, B):
+        assert_same(result.center, AVERAGE)
+
+
+def test_a_push_leaves_the_pushed_arrays_as_they_are(pair: Pair) -> None:
+    local = {name: value.copy() for name, value in A.items()}
+    for value in local.values():
+        value.flags.writeable = False
+    result, _ = pair.round(local, B)
+    assert_same(local, A)
+    assert not any(np.shares_memory(result.center[name], value) for name, value in local.items())
+
+
+# copy=True and copy=False.
+
+
+def test_a_copied_center_is_the_callers_own(pair: Pair) -> None:
+    pulled, _ = pair.a.pull()
+    result, _ = pair.round(A, B)
+    assert_same(pulled, CENTER)
+    result.center["w"][...] = 0
+    assert_same(pair.a.pull()[0], AVERAGE)
+    assert not result.center["w"].any()
+
+
+def test_a_center_that_is_not_copied_is_overwritten_by_the_next_call(pair: Pair) -> None:
+    pulled, _ = pair.a.pull(copy=False)
+    assert_same(pulled, CENTER)
+    result, _ = pair.round(A, B, copy=False)
+    assert_same(result.center, AVERAGE)
+    assert_same(pulled, AVERAGE)
+    assert all(np.shares_memory(pulled[name], result.center[name]) for name in CENTER)
+
+
+def test_a_center_that_is_not_copied_may_be_trained_in_place_and_pushed(pair: Pair) -> None:
+    center, _ = pair.a.pull(copy=False)
+    for name, value in A.items():
+        center[name][...] = value
+    result, _ = pair.round(dict(center), B)
+    assert_same(result.center, AVERAGE)
+
+
+def test_a_center_that_is_not_copied_is_pushed_whole_when_the_round_starts_over(pair: Pair) -> None:
+    # Fragments of the void average come down before the restart; they must not become part of what is pushed again.
+    center, _ = pair.a.pull(copy=False)
+    for name, value in A.items():
+        center[name][...] = value
+    manifest_id = pair.b.status().manifest_id
+    pushing = pair.start(pair.a.push_and_average, center)
+    pair.waits("a")
+    with RawClient(pair.address) as gone:
+        half = gone.open_push()
+        half.send(push_header(manifest_id, "b"))
+        half.admission()
+        half.give([b"\0" * 8])
+        assert half.receive().fragment.index == 0
+    restarted = pair.start(push_when_free, pair.b, B)
+    assert_same(restarted.result().center, AVERAGE)
+    assert_same(pushing.result().center, AVERAGE)
+
+
+def push_when_free(session: ParameterServerSession, variables: dict[str, Array], timeout_s: float) -> PushResult:
+    """Pushes, once the server has noticed that the process that had this worker id before is gone."""
+    while True:
+        try:
+            return session.push_and_average(variables, timeout_s=timeout_s)
+        except ConflictError as error:
+            if error.reason is not Reason.WORKER_ID_IN_USE:
+                raise
+
+
+# Initialize and pull.
+
+
+def test_only_the_chief_initializes(start_server: StartServer) -> None:
+    with session_of(start_server(num_workers=1).address, "b") as session:
+        with pytest.raises(InvalidRequestError, match="'b' is not the chief"):
+            session.initialize(CENTER)
+        with pytest.raises(NotInitializedError):
+            session.pull(wait_initialized=False)
+
+
+def test_a_second_initialize_changes_nothing_and_tells_the_step(pair: Pair) -> None:
+    pair.round(A, B)
+    again = pair.a.initialize(CENTER, global_step=100)
+    assert (again.initialized, again.global_step) == (False, 1)
+    center, step = pair.a.pull()
+    assert step == 1
+    assert_same(center, AVERAGE)
+
+
+def test_another_model_is_refused_at_the_second_initialize(pair: Pair) -> None:
+    with pytest.raises(ConflictError, match=r"'w' is float32\[3\] .* float32\[2, 3\]") as refused:
+        pair.a.initialize({"w": np.zeros(3, np.float32), "b": CENTER["b"]})
+    assert refused.value.reason is Reason.MANIFEST_MISMATCH
+    assert_same(pair.a.pull()[0], CENTER)
+
+
+def test_a_push_before_a_pull_is_refused(pair: Pair) -> None:
+    with (
+        session_of(pair.address, "late") as session,
+        pytest.raises(NotInitializedError, match="pull the center"),
+    ):
+        session.push_and_average(A)
+
+
+def test_a_chief_that_initialized_may_push_without_a_pull(lone: ParameterServerSession) -> None:
+    assert lone.initialize(CENTER, global_step=5).initialized
+    result = lone.push_and_average(A)
+    assert (result.outcome, result.global_step) == (Outcome.COMMITTED, 6)
+    assert_same(result.center, A)
+
+
+def test_a_pull_waits_for_the_chief(start_server: StartServer) -> None:
+    address = start_server(num_workers=1).address
+    with session_of(address) as chief, session_of(address, "b") as early, ThreadPoolExecutor() as pool:
+        pulling = pool.submit(early.pull, timeout_s=20.0)
+        until(lambda: [w.worker_id for w in chief.status().workers] == ["b"], "the pull waits")
+        chief.initialize(CENTER, global_step=4)
+        center, step = pulling.result()
+    assert step == 4
+    assert_same(center, CENTER)
+
+
+def test_a_pull_that_waits_in_vain_ends_in_time(lone: ParameterServerSession) -> None:
+    with pytest.raises(DeadlineExceededError, match=r"waited 0\.2 s"):
+        lone.pull(timeout_s=0.2)
+    lone.initialize(CENTER)
+    assert_same(lone.pull(timeout_s=20.0)[0], CENTER)
+
+
+@pytest.mark.parametrize(
+    ("expected", "named"),
+    [
+        ({"w": np.zeros((2, 3)), "b": np.zeros(2)}, r"'w' is float64\[2, 3\] .* float32\[2, 3\]"),
+        ({"w": np.zeros((2, 3), np.float32), "b": np.zeros(3)}, r"'b' is float64\[3\] .* float64\[2\]"),
+        ({"w": np.zeros((2, 3), np.float32)}, "'b'"),
+        ({**CENTER, "more": np.zeros(1)}, "'more'"),
+    ],
+)
+def test_a_pull_of_another_center_than_expected_is_refused(pair: Pair, expected: dict[str, Array], named: str) -> None:
+    with pytest.raises(ConflictError, match=named) as refused:
+        pair.a.pull(expected=expected)
+    assert refused.value.reason is Reason.MANIFEST_MISMATCH
+    for result in pair.round(A, B):
+        assert_same(result.center, AVERAGE)
+
+
+def test_the_order_of_what_a_pull_expects_does_not_matter(pair: Pair) -> None:
+    center, _ = pair.a.pull(expected=dict(reversed(A.items())))
+    assert_same(center, CENTER)
+
+
+def test_a_session_tells_how_many_workers_a_round_has(pair: Pair) -> None:
+    assert (pair.a.num_workers, pair.b.num_workers) == (2, 2)
+
+
+# Ends.
+
+
+def test_a_push_that_waits_in_vain_may_be_made_again(pair: Pair) -> None:
+    local = {name: value.copy() for name, value in A.items()}
+    with pytest.raises(DeadlineExceededError, match=r"base step 0.*waited 0\.3 s"):
+        pair.a.push_and_average(local, timeout_s=0.3)
+    assert_same(local, A)
+    assert pair.a.base_step == 0
+    first, second = pair.round(local, B)
+    # The server has the first try whole, and counts the worker once.
+    assert (first.outcome, second.outcome) == (Outcome.ALREADY_COUNTED, Outcome.COMMITTED)
+    for result in (first, second):
+        assert (result.global_step, result.contributors) == (1, ("a", "b"))
+        assert_same(result.center, AVERAGE)
+    # And the next round is like any other.
+    for result in pair.round(A, B):
+        assert (result.outcome, result.global_step) == (Outcome.COMMITTED, 2)
+
+
+def test_a_push_that_waits_in_vain_is_counted_when_the_others_come(pair: Pair) -> None:
+    with pytest.raises(DeadlineExceededError):
+        pair.a.push_and_average(A, timeout_s=0.3)
+    assert_same(pair.b.push_and_average(B, timeout_s=20.0).center, AVERAGE)
+    late = pair.a.push_and_average(A, timeout_s=20.0)
+    assert late.outcome in (Outcome.STALE, Outcome.ALREADY_COUNTED)
+    assert late.global_step == pair.a.base_step == 1
+    assert_same(late.center, AVERAGE)
+
+
+WAITING_WORKER = """
+import sys
+import numpy as np
+from ma_client import ParameterServerSession
+
+with ParameterServerSession([sys.argv[1]], worker_id="c") as session:
+    center, _ = session.pull()
+    try:
+        session.push_and_average(center)
+    except KeyboardInterrupt:
+        print("interrupted")
+"""
+
+
+def test_ctrl_c_ends_a_push_that_waits_at_the_barrier(pair: Pair) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", WAITING_WORKER, pair.address],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            pair.waits("c")
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=5)
+        finally:
+            process.kill()
+        assert (process.returncode, out, err) == (0, "interrupted\n", "")
+
+
+# The cluster in the environment.
+
+ENVIRONMENT = {"MA_PS_HOSTS": "10.0.0.1:2222", "MA_NUM_WORKERS": "2", "MA_TASK_INDEX": "1"}
+
+
+def test_a_cluster_survives_the_way_through_the_environment() -> None:
+    cluster = ClusterSpec(("10.0.0.1:2222", "[::1]:2223"), num_workers=3, task_index=2)
+    environment = cluster.to_env()
+    assert all(isinstance(value, str) for value in environment.values())
+    assert ClusterSpec.from_env(environment) == cluster
+    assert ClusterSpec.from_env({**environment, "PATH": "/bin"}) == cluster
+
+
+@pytest.mark.parametrize(("task_index", "chief"), [(0, True), (1, False)])
+def test_task_0_is_the_chief(task_index: int, chief: bool) -> None:
+    cluster = ClusterSpec(("10.0.0.1:2222",), 2, task_index)
+    assert (cluster.worker_id, cluster.is_chief) == (f"worker-{task_index}", chief)
+
+
+@pytest.mark.parametrize("name", ENVIRONMENT)
+def test_a_missing_variable_is_named(name: str) -> None:
+    environment = {key: value for key, value in ENVIRONMENT.items() if key != name}
+    with pytest.raises(ClusterError, match=name) as refused:
+        ClusterSpec.from_env(environment)
+    assert not any(other in str(refused.value) for other in environment)
+
+
+def test_all_missing_variables_are_named_at_once() -> None:
+    with pytest.raises(ClusterError, match="MA_PS_HOSTS, MA_NUM_WORKERS, MA_TASK_INDEX"):
+        ClusterSpec.from_env({})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("MA_PS_HOSTS", ""),
+        ("MA_PS_HOSTS", "10.0.0.1:2222,"),
+        ("MA_NUM_WORKERS", "two"),
+        ("MA_NUM_WORKERS", "0"),
+        ("MA_NUM_WORKERS", ""),
+        ("MA_TASK_INDEX", "1.0"),
+        ("MA_TASK_INDEX", "-1"),
+        ("MA_TASK_INDEX", "2"),
+    ],
+)
+def test_an_unusable_variable_is_named_with_its_value(name: str, value: str) -> None:
+    with pytest.raises(ClusterError) as refused:
+        ClusterSpec.from_env({**ENVIRONMENT, name: value})
+    message = str(refused.value)
+    assert name in message
+    assert value in message
+    assert message.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("cluster", "named"),
+    [
+        (((), 1, 0), "ps_hosts"),
+        ((("",), 1, 0), "ps_hosts"),
+        ((("h:1",), 0, 0), "num_workers 0"),
+        ((("h:1",), 2, 2), "task_index 2 is not from 0 to 1"),
+        ((("h:1",), 2, -1), "task_index -1"),
+    ],
+)
+def test_a_cluster_that_contradicts_itself_is_refused(cluster: tuple[Any, ...], named: str) -> None:
+    with pytest.raises(ClusterError, match=named):
+        ClusterSpec(*cluster)
+
+
+def test_a_session_reads_the_environment(start_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    address = start_server(num_workers=1).address
+    for name, value in ClusterSpec((address,), num_workers=2, task_index=0).to_env().items():
+        monkeypatch.setenv(name, value)
+    with ParameterServerSession.from_env() as session:
+        assert (session.worker_id, session.is_chief) == ("worker-0", True)
+        session.initialize(CENTER)
+    with ParameterServerSession.from_env(worker_id="evaluator", is_chief=False) as session:
+        assert (session.worker_id, session.is_chief) == ("evaluator", False)
+        assert_same(session.pull()[0], CENTER)
+
+
+def test_a_session_without_an_environment_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ClusterError, match="MA_PS_HOSTS"):
+        ParameterServerSession.from_env()
