@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from ma_client.optimizer import GLOBAL_VARIABLE_NAME, ModelAverageCustomGetter, ModelAverageOptimizer
 
 __all__ = [
-    "GLOBAL_VARIABLE_NAME",
     "ClusterError",
     "ClusterSpec",
+    "GLOBAL_VARIABLE_NAME",
     "InitializeResult",
     "ModelAverageCustomGetter",
     "ModelAverageOptimizer",

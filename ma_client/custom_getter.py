@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -63,6 +63,11 @@ class ModelAverageCustomGetter:
     def variables(self) -> dict[str, torch.Tensor]:
         """The local variables that are averaged, by name, in the model's order."""
         return dict(self._select(self.model))
+
+    def tensors(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """The parameters and buffers of these names as the model has them now: a module may assign a buffer anew."""
+        found = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        return {name: found[name] for name in names}
 
     @property
     def local_to_center(self) -> dict[str, str]:

@@ -28,6 +28,15 @@ class HostMirror:
         self._tensors = dict(tensors)
         self._staging: dict[str, torch.Tensor] = {}
 
+    @property
+    def names(self) -> list[str]:
+        """Names of the tensors."""
+        return list(self._tensors)
+
+    def follow(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """From now on these tensors, of the same names, are mirrored."""
+        self._tensors = dict(tensors)
+
     @torch.no_grad()
     def gather(self) -> dict[str, _Array]:
         """The tensors' values now. Read-only by agreement: an array may be the tensor's own memory."""

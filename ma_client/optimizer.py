@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, overload
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ma_client.cluster import ClusterSpec
 from ma_client.custom_getter import GLOBAL_VARIABLE_NAME, ModelAverageCustomGetter
@@ -21,7 +23,13 @@ from ma_client.hook import ModelAverageHook
 from ma_client.mirror import HostMirror
 from ma_client.session import ParameterServerSession, PushResult
 
-__all__ = ["GLOBAL_VARIABLE_NAME", "ModelAverageCustomGetter", "ModelAverageOptimizer"]
+__all__ = [
+    "GLOBAL_VARIABLE_NAME",
+    "GradientAndVariable",
+    "Loss",
+    "ModelAverageCustomGetter",
+    "ModelAverageOptimizer",
+]
 
 Loss = torch.Tensor | Callable[[], torch.Tensor]
 GradientAndVariable = tuple[torch.Tensor | None, torch.Tensor]
@@ -91,14 +99,16 @@ class ModelAverageOptimizer(torch.optim.Optimizer):
         self._opt = opt
         self._share_state()
         self._getter = ma_custom_getter
-        self._check_parameters(opt.param_groups)
+        self._check_parameters(self._parameters())
         self._num_worker = num_worker
         self._is_chief = bool(is_chief)
         self._interval_steps = interval_steps
         self._use_locking = use_locking
         self._name = name
         self._local_step = 0
-        self._touched: set[str] = set()
+        self._names = self._parameter_names()
+        self._touched: set[str] = set()  # parameters that have had a gradient since the base step
+        self._others: dict[str, bytes] = {}  # variables that `opt` does not update, as they were installed
         self._global_step_tensor: torch.Tensor | None = None
         self._mirror: HostMirror | None = None
         self.lock = threading.RLock()
@@ -128,7 +138,7 @@ class ModelAverageOptimizer(torch.optim.Optimizer):
         with self._locked():
             loss = self._opt.step(closure)
             self._local_step += 1
-        self._touched.update(n for n, p in self._getter.model.named_parameters() if p.grad is not None)
+        self._touched |= {name for parameter, name in self._names.items() if parameter.grad is not None}
         if self._local_step % self._interval_steps == 0:
             self.average()
         return loss
@@ -139,7 +149,11 @@ class ModelAverageOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The local optimizer's state dict, with `local_step` and the base step under ``"model_average"``."""
-        own = {"local_step": self._local_step, "base_step": self._session.base_step}
+        own = {
+            "local_step": self._local_step,
+            "base_step": self._session.base_step,
+            "touched": sorted(self._touched),
+        }
         return {**self._opt.state_dict(), _STATE_KEY: own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -153,7 +167,9 @@ class ModelAverageOptimizer(torch.optim.Optimizer):
         own = state_dict.get(_STATE_KEY)
         if own is not None:
             self._local_step = own["local_step"]
-            self._session.base_step = own["base_step"]
+            if own["base_step"] is not None:  # None: saved before the start
+                self._session.base_step = own["base_step"]
+            self._touched = set(own["touched"])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds parameters of the getter's model to the local optimizer.
@@ -166,8 +182,11 @@ class ModelAverageOptimizer(torch.optim.Optimizer):
             return
         if self._mirror is not None:
             raise ValueError("the center exists already and its variables are fixed: add parameter groups before")
-        self._opt.add_param_group(param_group)
-        self._check_parameters(self._opt.param_groups[-1:])
+        parameters = param_group["params"]
+        parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+        self._check_parameters(p[1] if isinstance(p, tuple) else p for p in parameters)
+        self._opt.add_param_group({**param_group, "params": parameters})
+        self._names = self._parameter_names()
 
     # The original's members.
 
@@ -207,8 +226,10 @@ class ModelAverageOptimizer(torch.optim.Optimizer):
         if not loss.requires_grad:
             return [(None, variable) for variable in variables]
         weights = torch.ones_like(loss) if grad_loss is None else grad_loss
-        gradients = torch.autograd.grad(loss, variables, weights, allow_unused=True)
-        return list(zip(gradients, variables, strict=True))
+        trained = [variable for variable in variables if variable.requires_grad]
+        gradients = torch.autograd.grad(loss, trained, weights, allow_unused=True) if trained else ()
+        by_variable = dict(zip(trained, gradients, strict=True))
+        return [(by_variable.get(variable), variable) for variable in variables]
 
     def apply_gradients(
         self,
@@ -312,9 +333,12 @@ class ModelAverageOptimizer(torch.optim.Optimizer):
         return self._session
 
     def initialize_center(self) -> None:
-        """The chief sets the center to its local variables, unless it was set before. For others nothing happens."""
+        """The chief sets the center to its local variables, unless it was set before. For others nothing happens.
+
+        A chief that was restored from a checkpoint lets `global_step` go on from its base step.
+        """
         if self._is_chief:
-            self._session.initialize(self._host_mirror().gather())
+            self._session.initialize(self._host_mirror().gather(), global_step=self.global_step)
 
     def average(self) -> None:
         """One round now, whatever `local_step` is: push, barrier, install the average. `step` calls it.
@@ -322,14 +346,9 @@ class ModelAverageOptimizer(torch.optim.Optimizer):
         Raises:
             ModelAverageError: the round failed; the local variables are untouched.
         """
-        mirror = self._host_mirror()
-        parameters = {name for name, _ in self._getter.model.named_parameters()}
-        local = mirror.gather()
+        local = self._host_mirror().gather()
         result = self._session.push_and_average(
-            local,
-            local_step=self._local_step,
-            untouched=(parameters - self._touched) & local.keys(),
-            copy=False,
+            local, local_step=self._local_step, untouched=self._untouched(local), copy=False
         )
         self._install(result.center, result.untouched)
         self.last_round = result
@@ -354,12 +373,22 @@ class ModelAverageOptimizer(torch.optim.Optimizer):
         with self._locked():
             self._host_mirror().scatter(center, skip=untouched)
         self._touched.clear()
+        updated = set(self._names.values())
+        self._others = {name: array.tobytes() for name, array in center.items() if name not in updated}
         if self._global_step_tensor is not None:
             self._global_step_tensor.fill_(self.global_step)
+
+    def _untouched(self, local: Mapping[str, NDArray[np.generic]]) -> set[str]:
+        """Parameters without a gradient since the base step; of what is not updated here, what holds what it held."""
+        without_gradient = local.keys() & (set(self._names.values()) - self._touched)
+        unchanged = {name for name, before in self._others.items() if local[name].tobytes() == before}
+        return without_gradient | unchanged
 
     def _host_mirror(self) -> HostMirror:
         if self._mirror is None:
             self._mirror = HostMirror(self._getter.variables())
+        else:
+            self._mirror.follow(self._getter.tensors(self._mirror.names))
         return self._mirror
 
     def _locked(self) -> contextlib.AbstractContextManager[Any]:
@@ -369,6 +398,11 @@ class ModelAverageOptimizer(torch.optim.Optimizer):
         self.param_groups = self._opt.param_groups
         self.state = self._opt.state
         self.defaults = self._opt.defaults
+
+    def _parameter_names(self) -> dict[torch.Tensor, str]:
+        """The parameters that the local optimizer updates, and what the model calls them."""
+        names = {id(parameter): name for name, parameter in self._getter.model.named_parameters()}
+        return {parameter: names[id(parameter)] for parameter in self._parameters()}
 
     def _parameters(self) -> list[torch.Tensor]:
         return [parameter for group in self._opt.param_groups for parameter in group["params"]]
@@ -380,9 +414,9 @@ class ModelAverageOptimizer(torch.optim.Optimizer):
                 shape = f" of shape {list(variable.shape)}" if isinstance(variable, torch.Tensor) else ""
                 raise ValueError(f"{type(variable).__name__}{shape} is not a parameter of this optimizer")
 
-    def _check_parameters(self, groups: Iterable[dict[str, Any]]) -> None:
+    def _check_parameters(self, parameters: Iterable[torch.Tensor]) -> None:
         known = {id(parameter) for parameter in self._getter.model.parameters()}
-        for parameter in (parameter for group in groups for parameter in group["params"]):
+        for parameter in parameters:
             if id(parameter) not in known:
                 raise ValueError(
                     f"the optimizer has a parameter of shape {list(parameter.shape)} that is not in the model given to "

@@ -23,7 +23,7 @@ from modelaverage.v1 import parameter_server_pb2 as pb
 
 __all__ = ["InitializeResult", "ParameterServerSession", "PushResult"]
 
-Array = NDArray[np.generic]
+_Array = NDArray[np.generic]
 # Each restart of a round has a cause of its own, a worker that died; so many in a row are another kind of trouble.
 _MAX_ROUND_RESTARTS = 100
 
@@ -54,7 +54,7 @@ class PushResult:
         untouched: variables that no contributor had changed; the center's values were kept.
     """
 
-    center: Mapping[str, Array]
+    center: Mapping[str, _Array]
     global_step: int
     outcome: Outcome
     contributors: tuple[str, ...]
@@ -175,7 +175,7 @@ class ParameterServerSession:
         *,
         expected: Mapping[str, ArrayLike] | None = None,
         copy: bool = True,
-    ) -> tuple[Mapping[str, Array], int]:
+    ) -> tuple[Mapping[str, _Array], int]:
         """Reads the center variables; what is trained from them has their `global_step` as its base step.
 
         Args:
@@ -302,21 +302,21 @@ class ParameterServerSession:
         self._manifest_id = manifest_id
         return self._staging
 
-    def _center(self, copy: bool) -> Mapping[str, Array]:
+    def _center(self, copy: bool) -> Mapping[str, _Array]:
         assert self._staging is not None
         arrays = self._staging.arrays
         return {name: array.copy() for name, array in arrays.items()} if copy else arrays
 
 
-def _as_arrays(variables: Mapping[str, ArrayLike]) -> dict[str, Array]:
+def _as_arrays(variables: Mapping[str, ArrayLike]) -> dict[str, _Array]:
     return {name: np.asarray(value) for name, value in variables.items()}
 
 
-def _variables_of(arrays: Mapping[str, Array]) -> tuple[Variable, ...]:
+def _variables_of(arrays: Mapping[str, _Array]) -> tuple[Variable, ...]:
     return tuple(Variable(name, dtype_name(array.dtype), array.shape) for name, array in arrays.items())
 
 
-def _in_order(arrays: Mapping[str, Array], manifest: Manifest) -> dict[str, Array]:
+def _in_order(arrays: Mapping[str, _Array], manifest: Manifest) -> dict[str, _Array]:
     """The arrays in manifest order. Raises ConflictError, naming the first variable that does not fit."""
     known = {variable.name: variable for variable in manifest.variables}
     ordered = {name: arrays[name] for name in known if name in arrays}
@@ -327,7 +327,7 @@ def _in_order(arrays: Mapping[str, Array], manifest: Manifest) -> dict[str, Arra
     return ordered
 
 
-def _bytes_of(array: Array) -> memoryview:
+def _bytes_of(array: _Array) -> memoryview:
     """The raw little-endian bytes of an array; a view wherever its memory allows."""
     little = DTYPES[dtype_name(array.dtype)]
     return np.ascontiguousarray(array, little).reshape(-1).view(np.uint8).data

@@ -18,7 +18,7 @@ from modelaverage import wire
 from modelaverage.errors import ModelAverageError, Reason, refusal
 from modelaverage.v1 import parameter_server_pb2 as pb
 
-__all__ = ["Call", "Traffic"]
+__all__ = ["Call", "Context", "Traffic"]
 
 Context = grpc.aio.ServicerContext[bytes, bytes]
 

@@ -63,8 +63,8 @@ def as_text(status: pb.GetStatusResponse) -> str:
         notes = f", {worker.nonfinite_values} values not finite" if worker.nonfinite_values else ""
         chief = " (chief)" if worker.is_chief else ""
         lines.append(
-            f"  {_name(worker.worker_id)}{chief}: {state}, local_step {worker.local_step}, {worker.pushes_counted} pushes "
-            f"counted, last seen {worker.last_seen_age_s:.1f} s ago{notes}"
+            f"  {_name(worker.worker_id)}{chief}: {state}, local_step {worker.local_step}, "
+            f"{worker.pushes_counted} pushes counted, last seen {worker.last_seen_age_s:.1f} s ago{notes}"
         )
     return "\n".join(lines)
 

@@ -11,16 +11,16 @@ import enum
 from dataclasses import dataclass
 
 __all__ = [
-    "FAULTS",
-    "REASON_METADATA_KEY",
-    "REASON_PREFIX",
     "ConflictError",
     "DeadlineExceededError",
+    "FAULTS",
     "Fault",
     "InvalidRequestError",
     "ModelAverageError",
     "NotInitializedError",
     "ProtocolError",
+    "REASON_METADATA_KEY",
+    "REASON_PREFIX",
     "Reason",
     "RetryPushError",
     "ServerUnavailableError",

@@ -16,14 +16,7 @@ from modelaverage.errors import Reason, refusal
 from modelaverage.manifest import Manifest, Variable
 from modelaverage.v1 import parameter_server_pb2 as pb
 
-__all__ = [
-    "SERVICE",
-    "encode_fragment",
-    "manifest_from_message",
-    "manifest_to_message",
-    "parse",
-    "read_fragment",
-]
+__all__ = ["SERVICE", "encode_fragment", "manifest_from_message", "manifest_to_message", "parse", "read_fragment"]
 
 SERVICE = "modelaverage.v1.ParameterServer"
 

@@ -1,0 +1,89 @@
+"""Tensors as numpy arrays: without a copy where that is possible, through memory that is used again elsewhere."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+
+from ma_client.mirror import HostMirror
+
+
+def test_a_contiguous_tensor_on_the_cpu_is_not_copied() -> None:
+    tensors = {
+        "float32": torch.nn.Parameter(torch.ones(2, 3)),
+        "bfloat16": torch.ones(4, dtype=torch.bfloat16),
+        "scalar": torch.tensor(1.0, dtype=torch.float64),
+    }
+    for name, array in HostMirror(tensors).gather().items():
+        assert array.ctypes.data == tensors[name].data_ptr()
+
+
+def test_a_tensor_that_is_not_contiguous_goes_through_memory_that_is_used_again() -> None:
+    tensor = torch.arange(6.0).reshape(2, 3).t()
+    mirror = HostMirror({"x": tensor})
+    first = mirror.gather()["x"]
+    tensor.add_(1.0)
+    second = mirror.gather()["x"]
+    assert second.ctypes.data == first.ctypes.data != tensor.data_ptr()
+    assert second.tolist() == tensor.tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        lambda values: values,
+        lambda values: values.t(),
+        lambda values: values[:, ::2],
+        lambda values: values[0, 1],
+        lambda values: values[:0],
+    ],
+    ids=["plain", "transposed", "strided", "scalar", "empty"],
+)
+def test_gather_and_scatter_are_exact_for_every_layout_and_element_type(layout: object, dtype: torch.dtype) -> None:
+    assert callable(layout)
+    source: torch.Tensor = layout(torch.tensor([[1.5, -2.0, 3.25], [float("inf"), -0.0, 1e-5]], dtype=dtype))
+    target: torch.Tensor = layout(torch.zeros(2, 3, dtype=dtype))
+    address, strides = target.data_ptr(), target.stride()
+    HostMirror({"x": target}).scatter(HostMirror({"x": source}).gather())
+    assert torch.equal(target, source)
+    assert (target.data_ptr(), target.stride()) == (address, strides)
+
+
+def test_bfloat16_is_ml_dtypes_bfloat16() -> None:
+    array = HostMirror({"x": torch.tensor([1.5], dtype=torch.bfloat16)}).gather()["x"]
+    assert array.dtype == np.dtype(ml_dtypes.bfloat16)
+    assert array.tolist() == [1.5]
+
+
+def test_scatter_leaves_out_what_it_is_told_to_skip() -> None:
+    kept, written = torch.zeros(2), torch.zeros(2)
+    HostMirror({"kept": kept, "written": written}).scatter({"written": np.ones(2, np.float32)}, skip={"kept"})
+    assert (kept.tolist(), written.tolist()) == ([0.0, 0.0], [1.0, 1.0])
+
+
+def test_scatter_copies_what_it_is_given() -> None:
+    tensor, array = torch.zeros(2), np.ones(2, np.float32)
+    HostMirror({"x": tensor}).scatter({"x": array})
+    array[:] = 7.0
+    assert tensor.tolist() == [1.0, 1.0]
+
+
+def test_parameters_that_require_a_gradient_can_be_written() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(2, 3).t())
+    HostMirror({"x": parameter}).scatter({"x": np.ones((3, 2), np.float32)})
+    assert parameter.requires_grad
+    assert parameter.tolist() == [[1.0, 1.0]] * 3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can use (CUDA)")
+def test_a_tensor_on_a_gpu_goes_through_pinned_memory_that_is_used_again() -> None:
+    tensor = torch.arange(6.0, device="cuda").reshape(2, 3)
+    mirror = HostMirror({"x": tensor})
+    first = mirror.gather()["x"]
+    assert torch.from_numpy(first).is_pinned()
+    mirror.scatter({"x": np.ones((2, 3), np.float32)})
+    assert tensor.tolist() == [[1.0] * 3] * 2
+    assert mirror.gather()["x"].ctypes.data == first.ctypes.data
