@@ -1,0 +1,160 @@
+"""The command `ps-worker`: the only place that reads its flags."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ps_worker import flags
+from ps_worker.digits_config import MODULES, DigitsConfig, add_training_flags
+from ps_worker.events import EVENTS_FLAG
+from ps_worker.extras import MissingExtraError, require
+
+if TYPE_CHECKING:
+    from ma_client.cluster import ClusterSpec
+
+__all__ = ["main"]
+
+_RUN_EXAMPLES = """\
+examples, for a server on host ps that was started with --num-workers 2:
+  ps-worker run --ps-hosts ps:2222 --num-workers 2 --task-index 0 train.py --epochs 3     on one machine: the chief
+  ps-worker run --ps-hosts ps:2222 --num-workers 2 --task-index 1 train.py --epochs 3     on another
+"""
+_DIGITS_EXAMPLES = """\
+examples:
+  ps-server serve --num-workers 2                                                     in one terminal
+  ps-worker digits --ps-hosts 127.0.0.1:2222 --num-workers 2 --task-index 0           in the next: the chief
+  ps-worker digits --ps-hosts 127.0.0.1:2222 --num-workers 2 --task-index 1           in a third
+  ps-worker digits --alone                                                            half of the images, no server
+"""
+_PARTS_ALONE = 2
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    # Nothing here needs cleaning up: Ctrl-C ends the process at once, even in the middle of an import.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # gRPC's own log would answer a server that is not there with a page of C++; set before it is imported.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    arguments = _parser().parse_args(argv)
+    from modelaverage.errors import ModelAverageError
+
+    try:
+        arguments.run(arguments)
+    except (MissingExtraError, ModelAverageError, OSError, ValueError) as error:
+        print(f"ps-worker: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = flags.Parser(prog="ps-worker", description="One worker of a model-averaging job.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser(
+        "run",
+        help="run your training script as one worker",
+        description="Runs a Python script with the cluster in its environment (MA_PS_HOSTS, MA_NUM_WORKERS,\n"
+        "MA_TASK_INDEX), where ParameterServerSession.from_env() and ModelAverageOptimizer find it.",
+        epilog=_RUN_EXAMPLES,
+        formatter_class=flags.help_format,
+    )
+    _add_cluster_flags(command, required=True)
+    command.add_argument("script", type=flags.script, metavar="SCRIPT", help="a Python file")
+    command.add_argument("args", nargs=argparse.REMAINDER, metavar="ARGS", help="its arguments")
+    command.set_defaults(run=_run)
+
+    command = commands.add_parser(
+        "digits",
+        help="train the built-in workload as one worker",
+        description="Trains a small network on scikit-learn's handwritten digits, each worker on its own part.\n"
+        "Without cluster flags, the cluster is that of the environment (MA_PS_HOSTS, MA_NUM_WORKERS,\n"
+        "MA_TASK_INDEX).",
+        epilog=_DIGITS_EXAMPLES,
+        formatter_class=flags.help_format,
+    )
+    _add_cluster_flags(command, required=False)
+    command.add_argument(
+        "--connect-timeout-s",
+        type=flags.seconds,
+        default=30.0,
+        metavar="SECONDS",
+        help="how long to wait for the server to be there (%(default)g)",
+    )
+    command.add_argument(
+        "--alone",
+        action="store_true",
+        help=f"no server: train alone on what worker 0 of {_PARTS_ALONE} would have (or --task-index of --num-workers)",
+    )
+    command.add_argument(
+        "--save-center", type=Path, metavar="FILE", help="the chief writes the last center there (safetensors)"
+    )
+    command.add_argument(EVENTS_FLAG, type=flags.whole, help=argparse.SUPPRESS)
+    add_training_flags(command)
+    command.set_defaults(run=_digits)
+    return parser
+
+
+def _add_cluster_flags(command: argparse.ArgumentParser, required: bool) -> None:
+    group = command.add_argument_group("cluster")
+    group.add_argument(
+        "--ps-hosts",
+        type=flags.ps_hosts,
+        required=required,
+        metavar="HOST:PORT",
+        help="address of the parameter server",
+    )
+    group.add_argument(
+        "--num-workers", type=flags.count, required=required, metavar="N", help="how many workers the job has"
+    )
+    group.add_argument(
+        "--task-index",
+        type=flags.whole,
+        required=required,
+        metavar="I",
+        help="which of them this one is, from 0; 0 is the chief, which initializes the center",
+    )
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from ma_client.cluster import ClusterSpec
+
+    cluster = ClusterSpec(arguments.ps_hosts, arguments.num_workers, arguments.task_index)
+    command = [sys.executable, str(arguments.script), *arguments.args]
+    os.execvpe(command[0], command, {**os.environ, **cluster.to_env()})
+
+
+def _digits(arguments: argparse.Namespace) -> None:
+    config = DigitsConfig.from_flags(arguments)
+    cluster = None if arguments.alone else _cluster_of(arguments)
+    if arguments.save_center is not None and not os.access(arguments.save_center.parent, os.W_OK):
+        raise ValueError(f"--save-center: cannot write to the directory {str(arguments.save_center.parent)!r}")
+    require(MODULES)
+    from ps_worker import digits
+    from ps_worker.event_sinks import reporter
+
+    report = reporter(arguments.events_fd, config.steps)
+    if cluster is None:
+        num_workers = _PARTS_ALONE if arguments.num_workers is None else arguments.num_workers
+        digits.train_alone(config, num_workers, arguments.task_index or 0, report)
+    else:
+        digits.train_in_cluster(config, cluster, report, arguments.connect_timeout_s, arguments.save_center)
+
+
+def _cluster_of(arguments: argparse.Namespace) -> ClusterSpec:
+    from ma_client.cluster import ClusterError, ClusterSpec
+
+    given = (arguments.ps_hosts, arguments.num_workers, arguments.task_index)
+    if all(value is None for value in given):
+        return ClusterSpec.from_env()
+    if any(value is None for value in given):
+        raise ClusterError("give --ps-hosts, --num-workers and --task-index together (or --alone)")
+    return ClusterSpec(*given)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,193 @@
+"""A run of the built-in workload: a cluster, then one worker alone, then the report."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+import time
+from collections.abc import AsyncIterator, Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from rich.console import Console
+
+from modelaverage.errors import ModelAverageError
+from ps_worker import run_files
+from ps_worker.digits_config import ALONE, DigitsConfig
+from ps_worker.events import Event, ServerEvent, decode, encode
+from ps_worker.local_cluster import LocalCluster
+from ps_worker.processes import LineHandler, Processes, all_end_well
+from ps_worker.record import Record
+from ps_worker.server_watch import ServerWatch
+from ps_worker.summary import Summary
+from ps_worker.view import Cast, View, view_for
+
+__all__ = ["DemoConfig", "run_demo"]
+
+_STATUS_INTERVAL_S = 0.25
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """What to run.
+
+    Args:
+        num_workers: in the cluster.
+        training: how they and the lone worker train.
+        runs: where to make the run's directory.
+    """
+
+    num_workers: int
+    training: DigitsConfig
+    runs: Path
+
+
+async def run_demo(config: DemoConfig, processes: Processes) -> None:
+    """Runs it, shows it, and writes its files.
+
+    Raises:
+        ProcessFailedError: a worker, the server or the report failed.
+        ServerNotReadyError: the server did not start.
+        ModelAverageError: the server did not answer at the end.
+        OSError: the files cannot be written.
+    """
+    view = view_for(Console())
+    directory = run_files.new_run_directory(config.runs)
+    try:
+        with (directory / run_files.METRICS).open("w", encoding="utf-8", buffering=1) as metrics:
+            summary = await _Demo(config, processes, directory, view, metrics).run()
+    finally:
+        view.close()
+        run_files.remove_if_empty(directory)
+    paths = "\n".join(str(directory / name) for name in summary.files)
+    view.table("Handwritten digits, test images", [*summary.rows(), ("files written", paths)])
+
+
+class _Demo:
+    """The parts of one run, in their order, and what they tell."""
+
+    def __init__(self, config: DemoConfig, processes: Processes, directory: Path, view: View, metrics: TextIO) -> None:
+        self._config = config
+        self._processes = processes
+        self._directory = directory
+        self._view = view
+        self._metrics = metrics
+        self._record = Record()
+        self._stage = "the parameter server starts"
+        self._cluster = LocalCluster(processes, config.num_workers, on_message=view.say)
+        self._workers = tuple(f"worker-{index}" for index in range(config.num_workers))
+
+    async def run(self) -> Summary:
+        """All of it."""
+        started_at_s = time.monotonic()
+        async with _beside(self._keep_showing()):
+            await self._cluster.start_server()
+            server, cluster_s = await self._train_together()
+            alone_s = await self._train_alone()
+            await self._draw()
+        summary = self._summary(server, time.monotonic() - started_at_s, cluster_s, alone_s)
+        summary.write(self._directory / run_files.SUMMARY)
+        return summary
+
+    async def _train_together(self) -> tuple[ServerEvent, float]:
+        """Returns how the server stands at the end, and the seconds from the workers' start to their end."""
+        started_at_s = time.monotonic()
+        self._stage = f"{len(self._workers)} workers train together" if len(self._workers) > 1 else "1 worker trains"
+        command = [*self._worker_command(), "--save-center", str(self._directory / run_files.CENTER)]
+        for index, worker in enumerate(self._workers):
+            say = self._say(worker)
+            self._cluster.start_worker(index, command, say, say, self._heard)
+        watch = ServerWatch(self._cluster.address)
+        try:
+            async with _beside(self._keep_watching(watch)):
+                await self._cluster.workers_done()
+            server = await watch.sample()
+        finally:
+            watch.close()
+        self._add(server)
+        return server, time.monotonic() - started_at_s
+
+    async def _train_alone(self) -> float:
+        started_at_s = time.monotonic()
+        self._stage = "one worker trains alone on its part"
+        command = [sys.executable, *self._worker_command(), "--alone", f"--num-workers={self._config.num_workers}"]
+        say = self._say(ALONE)
+        await all_end_well([self._processes.start(f"{ALONE} worker", command, os.environ, say, say, self._heard)])
+        return time.monotonic() - started_at_s
+
+    async def _draw(self) -> None:
+        self._stage = "the report is written"
+        command = [sys.executable, "-m", "ps_worker.report", str(self._directory)]
+        say = self._say("report")
+        await all_end_well([self._processes.start("the report", command, os.environ, say, say)])
+
+    def _worker_command(self) -> list[str]:
+        return ["-m", "ps_worker", "digits", *self._config.training.to_argv()]
+
+    def _summary(self, server: ServerEvent, total_s: float, cluster_s: float, alone_s: float) -> Summary:
+        center_accuracy = self._record.last_accuracy(self._workers[0])
+        alone_accuracy = self._record.last_accuracy(ALONE)
+        assert center_accuracy is not None
+        assert alone_accuracy is not None
+        return Summary(
+            center_accuracy=center_accuracy,
+            alone_accuracy=alone_accuracy,
+            rounds=server.global_step,
+            bytes_moved=server.received_bytes + server.sent_bytes,
+            bytes_received=server.received_bytes,
+            bytes_sent=server.sent_bytes,
+            total_s=total_s,
+            cluster_s=cluster_s,
+            alone_s=alone_s,
+            waited_s={worker: sum(r.waited_s for r in self._record.rounds[worker]) for worker in self._workers},
+            num_workers=self._config.num_workers,
+            config=self._config.training,
+            files=run_files.ALL,
+        )
+
+    def _say(self, name: str) -> LineHandler:
+        return lambda line: self._view.say(f"[{name}] {line}")
+
+    def _heard(self, line: str) -> None:
+        self._add(decode(line))
+
+    def _add(self, event: Event) -> None:
+        self._record.add(event)
+        self._metrics.write(encode(event) + "\n")
+
+    async def _keep_watching(self, watch: ServerWatch) -> None:
+        while True:
+            # A server that is gone ends the run in another way; one that is slow may answer the next time.
+            with contextlib.suppress(ModelAverageError):
+                self._add(await watch.sample())
+            await asyncio.sleep(_STATUS_INTERVAL_S)
+
+    async def _keep_showing(self) -> None:
+        try:
+            while True:
+                self._show()
+                await asyncio.sleep(self._view.refresh_interval_s)
+        finally:
+            self._show()
+
+    def _show(self) -> None:
+        cast = Cast(self._cluster.address, self._workers, ALONE, self._config.training.steps)
+        self._view.show(cast, self._record, self._stage)
+
+
+@contextlib.asynccontextmanager
+async def _beside(work: Coroutine[None, None, None]) -> AsyncIterator[None]:
+    """Runs endless ``work`` until the body ends. An exception of ``work`` ends the body, and is raised."""
+    body = asyncio.current_task()
+    assert body is not None
+    task = asyncio.ensure_future(work)
+    task.add_done_callback(lambda ended: None if ended.cancelled() else body.cancel())
+    try:
+        yield
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task

@@ -1,0 +1,103 @@
+"""What the built-in workload can be told. Needs no torch: the launcher reads the same flags."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+from ps_worker import flags
+
+__all__ = ["ALONE", "DigitsConfig", "MODULES", "add_training_flags"]
+
+ALONE = "alone"
+"""The name of a worker that trains without a server."""
+
+MODULES = ("torch", "sklearn", "safetensors")
+"""What training needs beyond the plain installation."""
+
+
+@dataclass(frozen=True)
+class DigitsConfig:
+    """How to train.
+
+    Args:
+        steps: local steps of each worker; a multiple of ``interval_steps``, so that the last one ends in a round.
+        interval_steps: meet the barrier every so many local steps.
+        batch_size: images in a step of one worker.
+        learning_rate: SGD's.
+        momentum: SGD's, from 0, below 1.
+        seed: of the initial values and of the order of the images.
+
+    Raises:
+        ValueError: ``steps`` is not a multiple of ``interval_steps``.
+    """
+
+    steps: int = 1200
+    interval_steps: int = 20
+    batch_size: int = 32
+    learning_rate: float = 0.03
+    momentum: float = 0.9
+    seed: int = 3
+
+    def __post_init__(self) -> None:
+        if self.steps % self.interval_steps:
+            raise ValueError(
+                f"--steps {self.steps} is not a multiple of --interval-steps {self.interval_steps}: "
+                "the last steps would not come into the center"
+            )
+
+    @classmethod
+    def from_flags(cls, arguments: argparse.Namespace) -> DigitsConfig:
+        """From what `add_training_flags` added. Raises ValueError as the constructor does."""
+        return cls(**{name: getattr(arguments, name) for name in cls.__dataclass_fields__})
+
+    def to_argv(self) -> list[str]:
+        """The flags that give this configuration."""
+        return [f"--{name.replace('_', '-')}={getattr(self, name)}" for name in self.__dataclass_fields__]
+
+
+def add_training_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that `DigitsConfig.from_flags` reads."""
+    group = parser.add_argument_group("training")
+    group.add_argument(
+        "--steps",
+        type=flags.count,
+        default=DigitsConfig.steps,
+        metavar="N",
+        help="local steps of each worker, a multiple of --interval-steps (%(default)s)",
+    )
+    group.add_argument(
+        "--interval-steps",
+        type=flags.count,
+        default=DigitsConfig.interval_steps,
+        metavar="N",
+        help="local steps from one averaging round to the next (%(default)s)",
+    )
+    group.add_argument(
+        "--batch-size",
+        type=flags.count,
+        default=DigitsConfig.batch_size,
+        metavar="N",
+        help="images in one step of one worker (%(default)s)",
+    )
+    group.add_argument(
+        "--learning-rate",
+        type=flags.positive,
+        default=DigitsConfig.learning_rate,
+        metavar="X",
+        help="of SGD (%(default)s)",
+    )
+    group.add_argument(
+        "--momentum",
+        type=flags.fraction,
+        default=DigitsConfig.momentum,
+        metavar="X",
+        help="of SGD, from 0, below 1 (%(default)s)",
+    )
+    group.add_argument(
+        "--seed",
+        type=flags.whole,
+        default=DigitsConfig.seed,
+        metavar="N",
+        help="of the initial values and of the order of the images (%(default)s)",
+    )

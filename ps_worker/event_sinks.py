@@ -1,0 +1,57 @@
+"""Where a worker's events go: to whoever started it, or as plain lines to whoever watches."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+
+from ps_worker.events import AccuracyEvent, Event, StepEvent, encode
+
+__all__ = ["reporter"]
+
+_LINE_INTERVAL_S = 1.0
+
+
+def reporter(events_fd: int | None, steps: int) -> Callable[[Event], None]:
+    """What takes the events: a pipe's file descriptor, or the terminal if there is none.
+
+    Args:
+        events_fd: where to write JSON lines; None: print plain lines, one a second.
+        steps: local steps of the whole training, for the plain lines.
+
+    Raises:
+        OSError: nothing can be written to ``events_fd``.
+    """
+    if events_fd is None:
+        return _PlainLines(steps).report
+    pipe = os.fdopen(events_fd, "w", buffering=1, encoding="utf-8")
+
+    def write(event: Event) -> None:
+        pipe.write(encode(event) + "\n")
+
+    return write
+
+
+class _PlainLines:
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+        self._accuracy: float | None = None
+        self._printed_at_s = -_LINE_INTERVAL_S
+
+    def report(self, event: Event) -> None:
+        if isinstance(event, AccuracyEvent):
+            self._accuracy = event.accuracy
+        if isinstance(event, StepEvent):
+            now_s = time.monotonic()
+            if now_s - self._printed_at_s >= _LINE_INTERVAL_S or event.step == self._steps:
+                self._printed_at_s = now_s
+                print(self._line(event), flush=True)
+
+    def _line(self, event: StepEvent) -> str:
+        accuracy = "" if self._accuracy is None else f", test accuracy {self._accuracy:.4f}"
+        return (
+            f"{event.worker}: step {event.step}/{self._steps}, loss {event.loss:.4f}, "
+            f"{event.samples_per_s:.0f} samples/s, waited {event.waited_s:.2f} s, "
+            f"global_step {event.global_step}{accuracy}"
+        )

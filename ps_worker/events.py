@@ -1,0 +1,100 @@
+"""What happens in a run of the built-in workload: one JSON object a line, in a worker's pipe and in metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+__all__ = ["AccuracyEvent", "EVENTS_FLAG", "Event", "RoundEvent", "ServerEvent", "StepEvent", "decode", "encode"]
+
+EVENTS_FLAG = "--events-fd"
+"""Tells a worker the file descriptor of the pipe to write its events to."""
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """How training goes; every few steps.
+
+    Args:
+        worker: who.
+        unix_time_s: when.
+        step: local steps done.
+        loss: mean training loss since the last such event.
+        samples_per_s: samples trained on per second since the last such event, the wait at the barrier included.
+        waited_s: seconds waited at the barrier since the start.
+        global_step: rounds completed.
+    """
+
+    kind: ClassVar[str] = "step"
+    worker: str
+    unix_time_s: float
+    step: int
+    loss: float
+    samples_per_s: float
+    waited_s: float
+    global_step: int
+
+
+@dataclass(frozen=True)
+class RoundEvent:
+    """A round has committed. ``waited_s``: seconds that this worker's push waited for those of the others."""
+
+    kind: ClassVar[str] = "round"
+    worker: str
+    unix_time_s: float
+    step: int
+    global_step: int
+    waited_s: float
+
+
+@dataclass(frozen=True)
+class AccuracyEvent:
+    """Which part (0 to 1) of the test images is classified right: by the center (chief) or by the lone worker."""
+
+    kind: ClassVar[str] = "accuracy"
+    worker: str
+    unix_time_s: float
+    step: int
+    global_step: int
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class ServerEvent:
+    """What the parameter server was doing. Bytes: of fragments, since it started.
+
+    Args:
+        unix_time_s: when.
+        phase: "uninitialized", "idle" (all workers compute), "averaging" or "stopping".
+        global_step: rounds completed.
+        received_bytes: from the workers.
+        sent_bytes: to the workers.
+        waiting_for: workers that the round waits for.
+    """
+
+    kind: ClassVar[str] = "server"
+    unix_time_s: float
+    phase: str
+    global_step: int
+    received_bytes: int
+    sent_bytes: int
+    waiting_for: tuple[str, ...]
+
+
+Event = StepEvent | RoundEvent | AccuracyEvent | ServerEvent
+_CLASSES: dict[str, type[Event]] = {cls.kind: cls for cls in (StepEvent, RoundEvent, AccuracyEvent, ServerEvent)}
+
+
+def encode(event: Event) -> str:
+    """One line of JSON, without its end."""
+    return json.dumps({"kind": event.kind, **asdict(event)})
+
+
+def decode(line: str) -> Event:
+    """The event that `encode` wrote. Raises ValueError for anything else."""
+    try:
+        fields: dict[str, Any] = json.loads(line)
+        return _CLASSES[fields.pop("kind")](**fields)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ValueError(f"not an event: {line!r}") from None

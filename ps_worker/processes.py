@@ -1,0 +1,253 @@
+"""Starts processes, hears of their ends and of every line they print, and ends all of them, whatever happens."""
+
+from __future__ import annotations
+
+import asyncio
+import codecs
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from ps_worker import leash
+from ps_worker.events import EVENTS_FLAG
+
+__all__ = ["Child", "LineHandler", "ProcessFailedError", "Processes", "all_end_well"]
+
+LineHandler = Callable[[str], None]
+
+_TAIL_LINES = 15
+_MAX_LINE_CHARS = 1 << 16
+_LAST_GRACE_S = 0.7
+_KILL_TIMEOUT_S = 0.5
+# A process that has left the session may hold a pipe open for ever.
+_LAST_LINES_TIMEOUT_S = 5.0
+_LAST_LINES_AT_END_TIMEOUT_S = 0.3
+
+
+class ProcessFailedError(Exception):
+    """A process ended that should not have, or not like that. The message has its name and its last words."""
+
+
+@dataclass(eq=False)
+class Child:
+    """A process that was started here.
+
+    Attributes:
+        name: what people call it.
+        exit_code: of the process once it has ended; negative: the signal that ended it.
+        tail: the last lines of its stderr.
+        readers: end when the pipes from it do, or with the exception that a handler of its lines raised.
+        ends_last: whether the others need it as long as they run.
+    """
+
+    name: str
+    process: subprocess.Popen[bytes]
+    exit_code: asyncio.Future[int]
+    tail: deque[str]
+    readers: list[asyncio.Task[None]]
+    ends_last: bool
+
+    async def all_lines_read(self) -> None:
+        """Waits, but not for ever, until what the ended process printed was handed on. Raises what a handler raised."""
+        done, _ = await asyncio.wait(self.readers, timeout=_LAST_LINES_TIMEOUT_S)
+        for reader in done:
+            reader.result()
+
+    async def failure(self) -> ProcessFailedError:
+        """What to raise about a process that has ended."""
+        await self.all_lines_read()
+        code = self.exit_code.result()
+        how = f"was ended by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
+        last_words = "".join(f"\n  {line}" for line in self.tail)
+        return ProcessFailedError(f"{self.name} {how}{'; its last lines:' if last_words else ''}{last_words}")
+
+    def kill(self, number: int) -> None:
+        """Sends a signal to the process and to what it has started in its session."""
+        # The group goes when its last process has; macOS answers EPERM for one that is ending.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, number)
+
+
+class Processes:
+    """Processes that end when this context does: SIGTERM, and SIGKILL after ``grace_s`` seconds.
+
+    For the main thread of a running event loop. Every process leads a session of its own, so a terminal's Ctrl-C does
+    not reach it; on Linux it is killed when this process dies, however that happens.
+    """
+
+    def __init__(self, grace_s: float = 3.0) -> None:
+        self._grace_s = grace_s
+        self._children: list[Child] = []
+        self._opened: list[asyncio.ReadTransport] = []
+        self._hurry = asyncio.Event()
+
+    async def __aenter__(self) -> Processes:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGCHLD, self._reap)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._end()
+
+    def hurry(self) -> None:
+        """Ends without further grace."""
+        self._hurry.set()
+
+    def start(
+        self,
+        name: str,
+        command: Sequence[str],
+        environ: Mapping[str, str],
+        on_output: LineHandler,
+        on_error: LineHandler,
+        on_event: LineHandler | None = None,
+        ends_last: bool = False,
+    ) -> Child:
+        """Starts ``command``.
+
+        Args:
+            name: what people call it.
+            command: program (an absolute path) and arguments.
+            environ: its environment.
+            on_output: gets each line of its stdout, without the end.
+            on_error: gets each line of its stderr.
+            on_event: gets each line of one more pipe; the command is told its file descriptor, as `EVENTS_FLAG` N.
+            ends_last: whether the other processes need this one as long as they run.
+        """
+        tail: deque[str] = deque(maxlen=_TAIL_LINES)
+
+        def on_error_line(line: str) -> None:
+            tail.append(line)
+            on_error(line)
+
+        leashed = [sys.executable, "-I", "-S", str(Path(leash.__file__)), str(os.getpid()), *command]
+        with contextlib.ExitStack() as handed_over:
+            events: list[tuple[IO[bytes], LineHandler]] = []
+            write_fds: list[int] = []
+            if on_event is not None:
+                read_fd, write_fd = os.pipe()
+                handed_over.callback(os.close, write_fd)
+                events.append((os.fdopen(read_fd, "rb", buffering=0), on_event))
+                write_fds.append(write_fd)
+                leashed += [EVENTS_FLAG, str(write_fd)]
+            process = subprocess.Popen(
+                leashed,
+                env=dict(environ),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                bufsize=0,
+                pass_fds=write_fds,
+                start_new_session=True,
+            )
+        assert process.stdout is not None
+        assert process.stderr is not None
+        pipes = [(process.stdout, on_output), (process.stderr, on_error_line), *events]
+        readers = [asyncio.ensure_future(_read_lines(pipe, handler, self._opened)) for pipe, handler in pipes]
+        child = Child(name, process, asyncio.get_running_loop().create_future(), tail, readers, ends_last)
+        self._children.append(child)
+        return child
+
+    def _reap(self) -> None:
+        # One signal may stand for several exits.
+        for child in self._children:
+            if not child.exit_code.done():
+                code = child.process.poll()
+                if code is not None:
+                    child.exit_code.set_result(code)
+                    child.kill(signal.SIGKILL)
+
+    async def _end(self) -> None:
+        # What the others need ends after them, or they would complain of that.
+        for children, grace_s in (
+            ([child for child in self._children if not child.ends_last], self._grace_s),
+            ([child for child in self._children if child.ends_last], _LAST_GRACE_S),
+        ):
+            await self._end_with(signal.SIGTERM, children, grace_s)
+            await self._end_with(signal.SIGKILL, children, _KILL_TIMEOUT_S)
+        readers = [reader for child in self._children for reader in child.readers]
+        if readers:
+            await asyncio.wait(readers, timeout=_LAST_LINES_AT_END_TIMEOUT_S)
+        for reader in readers:
+            reader.cancel()
+        await asyncio.gather(*readers, return_exceptions=True)
+        # Not before: a process whose output nobody takes any more would complain of that.
+        for transport in self._opened:
+            transport.close()
+        asyncio.get_running_loop().remove_signal_handler(signal.SIGCHLD)
+
+    async def _end_with(self, number: int, children: Sequence[Child], timeout_s: float) -> None:
+        alive = [child for child in children if not child.exit_code.done()]
+        if not alive:
+            return
+        for child in alive:
+            child.kill(number)
+        ended = asyncio.ensure_future(_all_done(child.exit_code for child in alive))
+        hurry = asyncio.ensure_future(self._hurry.wait())
+        waits = [ended] if number == signal.SIGKILL else [ended, hurry]
+        await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        for wait in (ended, hurry):
+            wait.cancel()
+
+
+async def all_end_well(children: Sequence[Child], needed: Sequence[Child] = ()) -> None:
+    """Returns when all ``children`` have ended with exit code 0 and all that they printed was handed on.
+
+    Raises:
+        ProcessFailedError: one of them failed, or one of ``needed`` ended.
+        Exception: what a handler of lines raised.
+    """
+    while True:
+        for child in (*needed, *children):
+            if child.exit_code.done() and (child in needed or child.exit_code.result() != 0):
+                raise await child.failure()
+        for reader in (reader for child in children for reader in child.readers if reader.done()):
+            reader.result()
+        running = [child for child in children if not child.exit_code.done()]
+        if not running:
+            break
+        readers = [reader for child in children for reader in child.readers if not reader.done()]
+        changes: list[asyncio.Future[Any]] = [*readers, *(child.exit_code for child in (*needed, *running))]
+        await asyncio.wait(changes, return_when=asyncio.FIRST_COMPLETED)
+    for child in children:
+        await child.all_lines_read()
+
+
+async def _all_done(futures: Iterable[asyncio.Future[int]]) -> None:
+    await asyncio.wait(list(futures))
+
+
+async def _read_lines(pipe: IO[bytes], handler: LineHandler, opened: list[asyncio.ReadTransport]) -> None:
+    """Hands on the lines of a pipe until its end; overlong ones in pieces. Whoever has ``opened`` closes it."""
+    reader = asyncio.StreamReader()
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), pipe
+    )
+    opened.append(transport)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    rest = ""
+    while data := await reader.read(1 << 16):
+        *lines, rest = (rest + decoder.decode(data)).split("\n")
+        for line in lines:
+            handler(line)
+        if len(rest) > _MAX_LINE_CHARS:
+            handler(rest)
+            rest = ""
+    if rest:
+        handler(rest)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

@@ -1,0 +1,150 @@
+"""Draws a run's metrics.jsonl: `python -m ps_worker.report RUN_DIR` writes curves.png and TensorBoard events.
+
+A process of its own, since its imports are slow and it may be ended at any time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+from torch.utils.tensorboard import SummaryWriter
+
+from ps_worker.digits_config import ALONE
+from ps_worker.record import Record
+from ps_worker.run_files import CURVES, METRICS, TENSORBOARD
+
+__all__ = ["draw", "main", "write_tensorboard"]
+
+# Okabe and Ito's colours, told apart with any kind of colour vision; the lone worker also has another line style.
+_WORKER_COLOURS = ("#0072B2", "#E69F00", "#56B4E9", "#CC79A7", "#F0E442", "#D55E00")
+_CENTER_COLOUR = "#009E73"
+_ALONE_STYLE: dict[str, Any] = {"color": "#444444", "linestyle": (0, (4, 2))}
+_NEIGHBOURS = 4
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m ps_worker.report", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help=f"a run's directory, with {METRICS}")
+    run_dir: Path = parser.parse_args(argv).run_dir
+    try:
+        record = Record.read(run_dir / METRICS)
+        draw(record, run_dir / CURVES)
+        write_tensorboard(record, run_dir / TENSORBOARD)
+    except (OSError, ValueError) as error:
+        print(f"ps_worker.report: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def draw(record: Record, path: Path) -> None:
+    """Draws loss and test accuracy over steps, and barrier wait over time, as one PNG. Raises OSError."""
+    workers = [worker for worker in sorted(record.steps) if worker != ALONE]
+    figure = Figure(figsize=(15, 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    loss, accuracy, wait = figure.subplots(1, 3)
+    _draw_loss(loss, record, workers)
+    _draw_accuracy(accuracy, record, workers)
+    _draw_wait(wait, record, workers)
+    for axes in (loss, accuracy, wait):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlim(left=0)
+    figure.savefig(path, dpi=120)
+
+
+def write_tensorboard(record: Record, directory: Path) -> None:
+    """Writes one TensorBoard run for each worker and one for the server, with the events' own times. Raises OSError."""
+    for worker in sorted(record.steps):
+        with SummaryWriter(str(directory / worker)) as writer:
+            for step in record.steps[worker]:
+                for name, value in (("loss", step.loss), ("samples_per_s", step.samples_per_s)):
+                    writer.add_scalar(name, value, step.step, step.unix_time_s)
+            for found in record.accuracies[worker]:
+                writer.add_scalar("test_accuracy", found.accuracy, found.step, found.unix_time_s)
+            for round_ in record.rounds[worker]:
+                writer.add_scalar("barrier_wait_s", round_.waited_s, round_.step, round_.unix_time_s)
+    with SummaryWriter(str(directory / "server")) as writer:
+        for sample in record.server:
+            moved_bytes = sample.received_bytes + sample.sent_bytes
+            writer.add_scalar("moved_bytes", moved_bytes, sample.global_step, sample.unix_time_s)
+
+
+def _draw_loss(axes: Axes, record: Record, workers: Sequence[str]) -> None:
+    for worker, style in [*_styles(workers), (ALONE, _ALONE_STYLE)]:
+        events = record.steps[worker]
+        steps, losses = [event.step for event in events], np.array([event.loss for event in events])
+        axes.plot(steps, losses, color=style["color"], alpha=0.2, linewidth=0.8)
+        axes.plot(steps, _smooth(losses), label=_label(worker), linewidth=1.6, **style)
+    axes.set(title="Training loss (on a worker's own images)", xlabel="local step", ylabel="cross-entropy [nats]")
+    axes.set_yscale("log")
+    axes.legend(frameon=False)
+
+
+def _draw_accuracy(axes: Axes, record: Record, workers: Sequence[str]) -> None:
+    chief = workers[0] if workers else ""
+    found = [event.accuracy for worker in (chief, ALONE) for event in record.accuracies[worker]]
+    for worker, label, style in (
+        (chief, "center", {"color": _CENTER_COLOUR}),
+        (ALONE, _label(ALONE), _ALONE_STYLE),
+    ):
+        events = record.accuracies[worker]
+        if events:
+            last = f"{label}: {events[-1].accuracy:.1%} at the end"
+            axes.plot([e.step for e in events], [e.accuracy for e in events], label=last, linewidth=1.6, **style)
+    axes.set(title="Test accuracy", xlabel="local step", ylabel="test images classified right")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    if found:
+        axes.set_ylim(max(0.0, float(np.quantile(found, 0.05)) - 0.03), 1.0)
+        axes.legend(frameon=False, loc="lower right", fontsize="large")
+
+
+def _draw_wait(axes: Axes, record: Record, workers: Sequence[str]) -> None:
+    starts = [record.steps[worker][0].unix_time_s for worker in workers if record.steps[worker]]
+    for worker, style in _styles(workers):
+        rounds = record.rounds[worker]
+        times_s = [event.unix_time_s - min(starts) for event in rounds]
+        waits_ms = [1000 * event.waited_s for event in rounds]
+        axes.plot(
+            times_s,
+            waits_ms,
+            ".",
+            markersize=6,
+            clip_on=False,
+            label=f"{worker}: {sum(waits_ms) / 1000:.1f} s",
+            **style,
+        )
+    axes.set(title="Wait at the barrier, each round", xlabel="time since the first steps [s]", ylabel="wait [ms]")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, title="altogether", alignment="left")
+
+
+def _styles(workers: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
+    return [(worker, {"color": _WORKER_COLOURS[i % len(_WORKER_COLOURS)]}) for i, worker in enumerate(workers)]
+
+
+def _label(worker: str) -> str:
+    return "one worker alone" if worker == ALONE else worker
+
+
+def _smooth(values: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """The mean of each value and its neighbours, as many on either side as there are, `_NEIGHBOURS` at most."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    at = np.arange(len(values))
+    reach = np.minimum(np.minimum(at, len(values) - 1 - at), _NEIGHBOURS)
+    starts, ends = at - reach, at + reach + 1
+    means: np.ndarray[Any, np.dtype[np.float64]] = (sums[ends] - sums[starts]) / (ends - starts)
+    return means
+
+
+if __name__ == "__main__":
+    sys.exit(main())

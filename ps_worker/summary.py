@@ -1,0 +1,78 @@
+"""What a run of the built-in workload comes to: the table at its end, and summary.json."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ps_worker.digits_config import DigitsConfig
+
+__all__ = ["Summary", "size"]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Every number of the table. Seconds are from a process's start to its end, the imports included.
+
+    Args:
+        center_accuracy: the part (0 to 1) of the test images that the center classifies right.
+        alone_accuracy: the same of the worker that trained alone for the same number of steps.
+        rounds: completed.
+        bytes_moved: fragment bytes that the server received and sent.
+        bytes_received: by the server.
+        bytes_sent: by the server.
+        total_s: of the whole run.
+        cluster_s: of the server's workers.
+        alone_s: of the lone worker.
+        waited_s: seconds that each worker waited at the barrier.
+        num_workers: in a round.
+        config: how they trained.
+        files: what was written, in the run's directory.
+    """
+
+    center_accuracy: float
+    alone_accuracy: float
+    rounds: int
+    bytes_moved: int
+    bytes_received: int
+    bytes_sent: int
+    total_s: float
+    cluster_s: float
+    alone_s: float
+    waited_s: dict[str, float]
+    num_workers: int
+    config: DigitsConfig
+    files: tuple[str, ...]
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The table: what, how much."""
+        part = f"{self.config.steps} steps on 1/{self.num_workers} of the images"
+        waits = ", ".join(f"{worker} {seconds:.1f} s" for worker, seconds in self.waited_s.items())
+        return [
+            ("test accuracy of the center", f"{self.center_accuracy:.4f}"),
+            ("test accuracy of one worker alone", f"{self.alone_accuracy:.4f}  ({part})"),
+            ("rounds", f"{self.rounds}"),
+            (
+                "bytes moved",
+                f"{size(self.bytes_moved)}  ({size(self.bytes_received)} to the server, "
+                f"{size(self.bytes_sent)} from it)",
+            ),
+            ("waited at the barrier", waits),
+            (
+                "seconds",
+                f"{self.total_s:.1f}  ({self.cluster_s:.1f} together, {self.alone_s:.1f} alone, with their start)",
+            ),
+        ]
+
+    def write(self, path: Path) -> None:
+        """Writes all of it as JSON. Raises OSError."""
+        path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+
+def size(size_bytes: int) -> str:
+    """Bytes for people."""
+    for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if size_bytes >= factor:
+            return f"{size_bytes / factor:.1f} {unit}"
+    return f"{size_bytes} bytes"

@@ -1,0 +1,93 @@
+"""What `ma-launch` does once its flags are read: runs a job under supervision, and turns its end into an exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from modelaverage.errors import ModelAverageError
+from ps_worker.digits_config import DigitsConfig
+from ps_worker.local_cluster import LocalCluster, ServerNotReadyError
+from ps_worker.processes import LineHandler, Processes, ProcessFailedError
+from ps_worker.stop_signals import STOP_SIGNALS, end_at_once_on_signals, exit_code_for
+
+__all__ = ["run_digits", "run_script"]
+
+_Job = Callable[[Processes], Coroutine[None, None, None]]
+
+
+def run_digits(num_workers: int, training: DigitsConfig, runs: Path) -> int:
+    """Runs the built-in workload; returns the exit code. The extra `demo` has to be installed."""
+    from ps_worker.demo import DemoConfig, run_demo
+
+    return _run(lambda processes: run_demo(DemoConfig(num_workers, training, runs), processes))
+
+
+def run_script(num_workers: int, command: Sequence[str]) -> int:
+    """Runs a script and its arguments in every worker; returns the exit code."""
+    return _run(lambda processes: _script(num_workers, command, processes))
+
+
+async def _script(num_workers: int, command: Sequence[str], processes: Processes) -> None:
+    cluster = LocalCluster(processes, num_workers, on_message=_printer(None, sys.stderr))
+    await cluster.start_server()
+    for index in range(num_workers):
+        name = f"worker-{index}"
+        cluster.start_worker(index, command, _printer(name, sys.stdout), _printer(name, sys.stderr))
+    await cluster.workers_done()
+
+
+def _printer(name: str | None, file: TextIO) -> LineHandler:
+    prefix = "" if name is None else f"[{name}] "
+    return lambda line: print(f"{prefix}{line}", file=file, flush=True)
+
+
+def _run(job: _Job) -> int:
+    try:
+        return asyncio.run(_supervise(job))
+    except BrokenPipeError:
+        # Whoever read the output has gone; what the interpreter still wants to write on exit goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return exit_code_for(signal.SIGPIPE)
+    except (ModelAverageError, ProcessFailedError, ServerNotReadyError) as error:
+        print(f"ma-launch: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:  # between the loop's handlers and the next ones
+        return exit_code_for(signal.SIGINT)
+    except OSError as error:
+        print(f"ma-launch: {error.filename or 'the system'}: {error.strerror}", file=sys.stderr)
+        return 1
+    finally:
+        end_at_once_on_signals()
+
+
+async def _supervise(job: _Job) -> int:
+    loop = asyncio.get_running_loop()
+    stopped: asyncio.Future[signal.Signals] = loop.create_future()
+    processes = Processes()
+
+    def stop(number: signal.Signals) -> None:
+        if stopped.done():
+            processes.hurry()
+        else:
+            stopped.set_result(number)
+
+    for number in STOP_SIGNALS:
+        loop.add_signal_handler(number, stop, number)
+    async with processes:
+        work = asyncio.ensure_future(job(processes))
+        waits: list[asyncio.Future[Any]] = [work, stopped]
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        work.cancel()
+        await asyncio.wait([work])
+        if not work.cancelled():
+            work.result()
+    if not stopped.done():
+        return 0
+    print(f"ma-launch: ended by {stopped.result().name}, and every process with it", file=sys.stderr)
+    return exit_code_for(stopped.result())

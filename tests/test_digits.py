@@ -1,0 +1,204 @@
+"""The built-in workload: what a worker does, and a whole run with all that it shows and leaves behind."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import re
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from ma_client import ClusterSpec
+from ps_worker import run_files
+from ps_worker.digits import DigitsData, DigitsNet, accuracy, train_alone, train_in_cluster
+from ps_worker.digits_config import ALONE, DigitsConfig, add_training_flags
+from ps_worker.events import AccuracyEvent, Event, RoundEvent, ServerEvent, StepEvent, decode, encode
+from ps_worker.record import Record
+from ps_worker.summary import Summary
+from ps_worker.view import Cast, LiveView
+from tests.conftest import StartServer
+from tests.launched import Launched
+
+EVENTS: list[Event] = [
+    StepEvent("worker-0", 1.0, 40, 0.25, 1234.5, 0.75, 2),
+    RoundEvent("worker-0", 1.0, 40, 2, 0.5),
+    AccuracyEvent("worker-0", 1.0, 40, 2, 0.975),
+    ServerEvent(1.0, "averaging", 2, 3 << 20, 2 << 20, ("worker-1",)),
+]
+
+
+@pytest.fixture(autouse=True)
+def _threads_as_before() -> object:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def train_as_chief(start_server: StartServer, config: DigitsConfig, directory: Path) -> tuple[list[Event], bytes]:
+    """The events and the saved center of the only worker of a new server."""
+    events: list[Event] = []
+    cluster = ClusterSpec((start_server(num_workers=1).address,), num_workers=1, task_index=0)
+    train_in_cluster(config, cluster, events.append, save_center=directory / "center")
+    return events, (directory / "center").read_bytes()
+
+
+def without_times(events: list[Event]) -> list[Event]:
+    """What does not depend on how fast this machine is."""
+    fields = [json.loads(encode(event)) for event in events]
+    return [decode(json.dumps({**f, **{k: 0 for k in f if k.endswith("_s")}})) for f in fields]
+
+
+# A worker
+
+
+def test_parts_are_disjoint_and_cover_the_training_images() -> None:
+    data = DigitsData.load()
+    parts = [data.part(3, index, batch_size=1) for index in range(3)]
+    assert len(data.train) + len(data.test) == 1797
+    assert len(data.test) == 360
+    assert sum(len(part) for part in parts) == len(data.train)
+    pixels = torch.cat([part.pixels for part in parts]).flatten(1)
+    assert sorted(map(tuple, pixels.tolist())) == sorted(map(tuple, data.train.pixels.flatten(1).tolist()))
+
+
+def test_split_is_the_same_every_time() -> None:
+    assert torch.equal(DigitsData.load().test.pixels, DigitsData.load().test.pixels)
+
+
+def test_part_that_is_less_than_a_batch_is_refused() -> None:
+    with pytest.raises(ValueError, match="--batch-size 1000 is more than the 719 images"):
+        DigitsData.load().part(2, 0, batch_size=1000)
+
+
+def test_same_seed_gives_the_same_center(start_server: StartServer, tmp_path: Path) -> None:
+    config = DigitsConfig(steps=40)
+    first, second = (train_as_chief(start_server, config, tmp_path) for _ in range(2))
+    other = train_as_chief(start_server, DigitsConfig(steps=40, seed=4), tmp_path)
+    assert without_times(first[0]) == without_times(second[0])
+    assert first[1] == second[1]
+    assert first[1] != other[1]
+
+
+def test_lone_worker_differs_only_in_having_no_server(start_server: StartServer, tmp_path: Path) -> None:
+    config = DigitsConfig(steps=40)
+    events, _ = train_as_chief(start_server, config, tmp_path)
+    alone: list[Event] = []
+    train_alone(config, 1, 0, alone.append)
+    together, lone = Record(events), Record(alone)
+    # The average of one worker's variables is these variables.
+    assert [step.loss for step in lone.steps[ALONE]] == [step.loss for step in together.steps["worker-0"]]
+    assert lone.last_accuracy(ALONE) == together.last_accuracy("worker-0")
+    assert [r.step for r in together.rounds["worker-0"]] == [20, 40]
+    assert not lone.rounds
+
+
+def test_flags_say_all_of_a_configuration() -> None:
+    config = DigitsConfig(steps=60, interval_steps=30, batch_size=8, learning_rate=0.5, momentum=0.25, seed=7)
+    parser = argparse.ArgumentParser()
+    add_training_flags(parser)
+    assert DigitsConfig.from_flags(parser.parse_args(config.to_argv())) == config
+    assert DigitsConfig.from_flags(parser.parse_args([])) == DigitsConfig()
+
+
+# What it tells
+
+
+@pytest.mark.parametrize("event", EVENTS, ids=lambda event: event.kind)
+def test_event_comes_back_from_its_line(event: Event) -> None:
+    line = encode(event)
+    assert "\n" not in line
+    assert json.loads(encode(decode(line))) == json.loads(line)
+
+
+@pytest.mark.parametrize("line", ["", "x", "[]", "{}", '{"kind": "walk"}', '{"kind": "step", "loss": 1}'])
+def test_line_that_is_no_event_is_refused(line: str) -> None:
+    with pytest.raises(ValueError, match="not an event"):
+        decode(line)
+
+
+def test_live_view_shows_every_worker_and_the_server_in_80_columns() -> None:
+    out = io.StringIO()
+    view = LiveView(Console(file=out, width=80, force_terminal=True, color_system=None, legacy_windows=False))
+    cast = Cast("127.0.0.1:4242", ("worker-0", "worker-1"), ALONE, steps=1200)
+    view.show(cast, Record(EVENTS), "2 workers train together")
+    view.close()
+    picture = re.sub(r"\x1b\[[?0-9;]*[A-Za-z]|\r", "", out.getvalue())
+    for shown in ("2 workers train together", "worker-0 (chief)", "40/1200", "0.2500", "1,234", "0.75 s", "worker-1"):
+        assert shown in picture
+    for shown in (
+        "127.0.0.1:4242",
+        "global_step 2",
+        "received 3.0 MiB",
+        "sent 2.0 MiB",
+        "waits for worker-1",
+        "0.9750",
+    ):
+        assert shown in picture
+    assert "…" not in picture
+
+
+# A whole run
+
+needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="looks for orphans in /proc")
+DEMO = ("-m", "ps_worker.launch", "--ps", "1", "--workers", "2", "--runs", "runs", "--", "digits")
+
+
+@needs_proc
+def test_run_trains_a_good_center_and_leaves_every_file(tmp_path: Path) -> None:
+    with Launched([*DEMO, "--steps", "200"], cwd=tmp_path) as demo:
+        assert demo.ended() == 0, demo.printed()
+        assert demo.errors == []
+        assert demo.descendants() == []
+    (run,) = (tmp_path / "runs").iterdir()
+    assert {path.name for path in run.iterdir()} == set(run_files.ALL)
+    summary = assert_summary_has_every_number_of_the_table(run, demo.lines)
+    assert summary.center_accuracy > 0.9
+    assert summary.rounds == 10
+    assert summary.bytes_moved == summary.bytes_received + summary.bytes_sent > 0
+    assert_center_is_what_the_summary_says(run, summary)
+    assert_metrics_have_the_whole_run(run, summary)
+    assert (run / run_files.CURVES).read_bytes().startswith(b"\x89PNG")
+    written = {path.parent.name for path in (run / run_files.TENSORBOARD).glob("*/events.out.tfevents.*")}
+    assert written == {"worker-0", "worker-1", "alone", "server"}
+
+
+def assert_summary_has_every_number_of_the_table(run: Path, printed: list[str]) -> Summary:
+    fields = json.loads((run / run_files.SUMMARY).read_text())
+    summary = Summary(**{**fields, "config": DigitsConfig(**fields["config"]), "files": tuple(fields["files"])})
+    table = [line.split("  ", 1) for line in printed[printed.index("") :] if "  " in line]
+    shown = {label: value.strip() for label, value in table}
+    assert {label: shown[label] for label, _ in summary.rows()} == dict(summary.rows())
+    return summary
+
+
+def assert_center_is_what_the_summary_says(run: Path, summary: Summary) -> None:
+    net = DigitsNet()
+    net.load_state_dict(load_file(run / run_files.CENTER))
+    assert accuracy(net, DigitsData.load().test) == summary.center_accuracy
+
+
+def assert_metrics_have_the_whole_run(run: Path, summary: Summary) -> None:
+    record = Record.read(run / run_files.METRICS)
+    assert set(record.steps) == {"worker-0", "worker-1", ALONE}
+    assert {steps[-1].step for steps in record.steps.values()} == {200}
+    assert record.last_accuracy(ALONE) == summary.alone_accuracy
+    assert len(record.rounds["worker-1"]) == 10
+    assert record.server[-1].global_step == 10
+
+
+@needs_proc
+def test_ctrl_c_during_the_start_leaves_nothing(tmp_path: Path) -> None:
+    with Launched(DEMO, cwd=tmp_path) as demo:
+        demo.wait_for("the parameter server starts")
+        demo.process.send_signal(signal.SIGINT)
+        assert demo.ended(timeout_s=5) == 130
+        assert demo.errors == ["ma-launch: ended by SIGINT, and every process with it"]
+        assert demo.descendants() == []
+    assert list((tmp_path / "runs").iterdir()) == []

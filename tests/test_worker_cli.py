@@ -1,0 +1,162 @@
+"""ps-worker, and the arguments of ma-launch, as a user types them: a mistake is answered with one line."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from ps_worker.__main__ import main as ps_worker_main
+from ps_worker.launch import main as launch_main
+from ps_worker.stop_signals import STOP_SIGNALS
+
+TIMEOUT_S = 60
+WORKER = ("-m", "ps_worker")
+LAUNCH = ("-m", "ps_worker.launch")
+CLUSTER = ("--ps-hosts", "127.0.0.1:1", "--num-workers", "2", "--task-index", "1")
+
+
+def run(*command: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("MA_")}
+    return subprocess.run(
+        [sys.executable, "-W", "error", *command],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        cwd=cwd,
+        env=environ,
+        check=False,
+    )
+
+
+@pytest.fixture
+def as_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Undoes what a command does to the process that it thinks is its own."""
+    for name in [name for name in os.environ if name.startswith("MA_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("GRPC_VERBOSITY", "NONE")
+    threads = torch.get_num_threads()
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    torch.set_num_threads(threads)
+
+
+def exit_code(*command: str) -> int:
+    """That of a command in this process: half a second less than one in a process of its own."""
+    main = ps_worker_main if command[: len(WORKER)] == WORKER else launch_main
+    try:
+        return main(list(command[2:]))
+    except SystemExit as exit_:
+        return exit_.code if isinstance(exit_.code, int) else 1
+
+
+MISTAKES = {
+    "no command": (WORKER, "COMMAND"),
+    "unknown command": ((*WORKER, "fly"), "'fly'"),
+    "no cluster": ((*WORKER, "run", __file__), "--ps-hosts, --num-workers, --task-index"),
+    "no port": ((*WORKER, "run", "--ps-hosts", "somewhere", "x.py"), "'somewhere' is not HOST:PORT"),
+    "port too large": ((*WORKER, "run", "--ps-hosts", "a:65536", "x.py"), "'a:65536' is not HOST:PORT"),
+    "no workers": ((*WORKER, "run", "--num-workers", "0", "x.py"), "'0' is not a whole number from 1 on"),
+    "index too large": ((*WORKER, "run", *CLUSTER[:-1], "2", __file__), "task_index 2 is not from 0 to 1"),
+    "no script": ((*WORKER, "run", *CLUSTER), "SCRIPT"),
+    "missing script": ((*WORKER, "run", *CLUSTER, "no_such.py"), "there is no file 'no_such.py'"),
+    "half a cluster": ((*WORKER, "digits", *CLUSTER[:-2]), "--ps-hosts, --num-workers and --task-index together"),
+    "no environment": ((*WORKER, "digits"), "MA_PS_HOSTS, MA_NUM_WORKERS, MA_TASK_INDEX not set"),
+    "interval": (
+        (*WORKER, "digits", "--alone", "--steps", "30"),
+        "--steps 30 is not a multiple of --interval-steps 20",
+    ),
+    "learning rate": ((*WORKER, "digits", "--learning-rate", "nan"), "'nan' is not a number above 0"),
+    "momentum": ((*WORKER, "digits", "--momentum", "1"), "'1' is not a number from 0 on and below 1"),
+    "seed": ((*WORKER, "digits", "--seed", "-1"), "'-1' is not a whole number from 0 on"),
+    "timeout": ((*WORKER, "digits", "--connect-timeout-s", "0"), "'0' is not a positive number of seconds"),
+    "center": (
+        (*WORKER, "digits", *CLUSTER, "--save-center", "/no/such/file"),
+        "cannot write to the directory '/no/such'",
+    ),
+    "nothing to launch": (LAUNCH, "after --"),
+    "launch without --": ((*LAUNCH, "digits"), "after --"),
+    "several servers": ((*LAUNCH, "--ps", "2", "--", "digits"), "only one parameter server"),
+    "unknown flag": ((*LAUNCH, "--wrokers", "2", "--", "digits"), "--wrokers"),
+    "launch no workers": ((*LAUNCH, "--workers", "none", "--", "digits"), "'none' is not a whole number from 1 on"),
+    "launch missing script": ((*LAUNCH, "--", "no_such.py"), "there is no file 'no_such.py'"),
+    "launch interval": ((*LAUNCH, "--", "digits", "--steps", "30"), "--steps 30 is not a multiple"),
+    "runs is a file": ((*LAUNCH, "--runs", __file__, "--", "digits"), __file__),
+}
+
+
+@pytest.mark.parametrize(("command", "named"), MISTAKES.values(), ids=MISTAKES.keys())
+@pytest.mark.usefixtures("as_alone")
+def test_wrong_arguments_give_one_line(
+    command: tuple[str, ...], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code(*command) in (1, 2)
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    (line,) = printed.err.splitlines()
+    assert named in line
+
+
+@pytest.mark.parametrize(
+    "command", [WORKER, (*WORKER, "run"), (*WORKER, "digits"), LAUNCH, (*LAUNCH, "--", "digits")], ids=" ".join
+)
+@pytest.mark.usefixtures("as_alone")
+def test_every_command_has_help(command: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(*command, "--help") == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith("usage: ")
+    assert printed.err == ""
+
+
+@pytest.mark.parametrize("mistake", ["no environment", "launch missing script"])
+def test_wrong_arguments_give_one_line_from_a_real_process(mistake: str) -> None:
+    command, named = MISTAKES[mistake]
+    result = run(*command)
+    assert result.returncode in (1, 2)
+    (line,) = result.stderr.splitlines()
+    assert named in line
+
+
+def test_run_passes_the_cluster_and_the_arguments_to_the_script(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("import sys; from ma_client import ClusterSpec; print(ClusterSpec.from_env(), sys.argv)")
+    result = run(*WORKER, "run", *CLUSTER, "script.py", "--epochs", "3", cwd=tmp_path)
+    assert result.stderr == ""
+    assert result.stdout == (
+        "ClusterSpec(ps_hosts=('127.0.0.1:1',), num_workers=2, task_index=1) ['script.py', '--epochs', '3']\n"
+    )
+
+
+def test_exit_code_of_run_is_that_of_the_script(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("raise SystemExit(7)")
+    assert run(*WORKER, "run", *CLUSTER, str(script)).returncode == 7
+
+
+@pytest.mark.usefixtures("as_alone")
+def test_server_that_is_not_there_is_named_after_a_bounded_wait(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(*WORKER, "digits", *CLUSTER, "--connect-timeout-s", "0.5") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no parameter server answers at 127.0.0.1:1 (waited 0.5 s)" in line
+
+
+@pytest.mark.parametrize(
+    ("module", "start"),
+    [
+        ("torch", "from ps_worker.__main__ import main; sys.exit(main(['digits', '--alone']))"),
+        ("rich", "from ps_worker.launch import main; sys.exit(main(['--', 'digits']))"),
+    ],
+)
+def test_missing_extra_gives_one_line_that_says_what_to_install(module: str, start: str) -> None:
+    result = run("-c", f"import sys; sys.modules[{module!r}] = None; {start}")
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert line.endswith(f"{module} not installed; run: pip install 'modelaverage[demo]'")
