@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import math
 import os
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 from ps_server import status
 from ps_server.server import ServerConfig, UnusableSettingError, serve, stop_on_signals
-from ps_server.service import ServicePolicy
+from ps_server.service import DEFAULT_SHARED_MEMORY_FROM_BYTES, ServicePolicy
 
 __all__ = ["main"]
 
@@ -115,7 +116,7 @@ def _serve(arguments: argparse.Namespace) -> int:
             num_workers=arguments.num_workers,
             max_model_bytes=arguments.max_model_bytes,
             stall_timeout_s=arguments.stream_idle_timeout_s,
-            shared_memory=not arguments.no_shared_memory,
+            shared_memory_from_bytes=math.inf if arguments.no_shared_memory else DEFAULT_SHARED_MEMORY_FROM_BYTES,
         ),
         ready_file=arguments.ready_file,
     )

@@ -32,7 +32,7 @@ _BLOCK = 1 << 15
 
 @dataclass(frozen=True)
 class Contribution:
-    """A worker's bytes for one fragment that lie in shared memory, and stay there until the round is over."""
+    """A worker's bytes for one fragment, and the weight to add them with."""
 
     worker_id: str
     weight: float
@@ -124,26 +124,28 @@ class Center:
         for part, values in zip(self.current.parts[index], self._values(index, data), strict=True):
             part[...] = values
 
-    def accumulate(self, index: int, data: memoryview, weight: float, first: bool) -> int:
-        """Adds weight * values to the sum of fragment ``index``, or starts the sum with it.
+    def accumulate(self, index: int, contribution: Contribution, first: bool) -> Counter[str]:
+        """Adds weight * values to the sum of fragment ``index``, or starts the sum with it if it is the ``first``.
 
         Sums are in the variable's own precision, of 16-bit variables in float32. The caller has checked the size.
 
         Returns:
-            How many of the values were not finite. They are added as they are.
+            By worker id, how many of the values that were added now were not finite. They are added as they are.
         """
-        for contribution in self._deferred.pop(index, []):
-            # Somebody's bytes came inline: what was to wait for all is added now.
-            self._add(index, contribution.data, contribution.weight, first)
-            first = False
-        return self._add(index, data, weight, first)
+        # Once somebody's bytes come inline, what was to wait for everybody is added, too.
+        waiting = self._deferred.pop(index, [])
+        nonfinite = Counter[str]()
+        for position, each in enumerate([*waiting, contribution]):
+            nonfinite[each.worker_id] += self._add(index, each, first=first if not waiting else position == 0)
+        return nonfinite
 
-    def defer(self, index: int, contribution: Contribution, first: bool) -> None:
-        """As `accumulate`, for values in shared memory: they are summed when the fragment is finished, if all are."""
-        if first or index in self._deferred:
-            self._deferred.setdefault(index, []).append(contribution)
-        else:
-            self._add(index, contribution.data, contribution.weight, first)
+    def defer(self, index: int, contribution: Contribution, first: bool) -> Counter[str]:
+        """As `accumulate`, for bytes that stay where they are until the round is over: while all contributions to a
+        fragment are such, they are left to `finish`."""
+        if not first and index not in self._deferred:
+            return self.accumulate(index, contribution, first)
+        self._deferred.setdefault(index, []).append(contribution)
+        return Counter()
 
     def finish(self, fragments: Sequence[FinishFragment]) -> Counter[str]:
         """Turns the sums of these fragments into averages: sum, then divide (a reciprocal would let equal values
@@ -172,11 +174,11 @@ class Center:
 
     # How it is done.
 
-    def _add(self, index: int, data: memoryview, weight: float, first: bool) -> int:
+    def _add(self, index: int, contribution: Contribution, first: bool) -> int:
         nonfinite = 0
         with np.errstate(all="ignore"):
-            for total, values in zip(self._sums(index), self._values(index, data), strict=True):
-                _add_weighted(total, values, weight, first)
+            for total, values in zip(self._sums(index), self._values(index, contribution.data), strict=True):
+                _add_weighted(total, values, contribution.weight, first)
                 # One fast pass finds out whether there is anything to count.
                 if not np.isfinite(np.sum(values, dtype=total.dtype)):
                     nonfinite += _count_nonfinite(values)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -141,7 +142,7 @@ class Job:
     def _take_inline(self, part: _Part, index: int, data: memoryview) -> list[Decision]:
         weight, first = self.round.check_fragment(part.call.number, index)
         self.center.check_size(index, data)
-        self._note(part, self.center.accumulate(index, data, weight, first))
+        self._note(self.center.accumulate(index, Contribution(part.worker_id, weight, data), first))
         return self._record(part, index)
 
     def _take_shared(self, part: _Part, fragments: pb.SharedFragments) -> list[Decision]:
@@ -156,19 +157,21 @@ class Job:
             weight, first = self.round.check_fragment(part.call.number, index)
             begin, stop = self.manifest.fragment_bounds(index)
             data = part.contribution.body[begin:stop].data
-            self.center.defer(index, Contribution(part.worker_id, weight, data), first)
+            self._note(self.center.defer(index, Contribution(part.worker_id, weight, data), first))
             decisions += self._record(part, index)
             part.call.count_shared(received_bytes=stop - begin)
         part.shared = True
-        self._note(part, 0)
         return decisions
 
     def _record(self, part: _Part, index: int) -> list[Decision]:
         part.call.expecting = index + 1 < self.manifest.fragment_count
-        return self.round.record_fragment(part.call.number, self._clock())
+        now_s = self._clock()
+        self._roster.heard_of(part.worker_id, now_s)
+        return self.round.record_fragment(part.call.number, now_s)
 
-    def _note(self, part: _Part, nonfinite_values: int) -> None:
-        self._roster.heard_of(part.worker_id, self._clock()).nonfinite_values += nonfinite_values
+    def _note(self, nonfinite_values: Counter[str]) -> None:
+        for worker_id, count in nonfinite_values.items():
+            self._roster.records[worker_id].nonfinite_values += count
 
     async def _send_average(self, part: _Part, first_needed: int) -> None:
         """Sends each fragment of the average once it is finished, then the outcome."""
@@ -237,8 +240,7 @@ class Job:
         answer: Admit | CenterFollows | None = None
         finished = [decision for decision in decisions if isinstance(decision, FinishFragment)]
         if finished:
-            for worker_id, nonfinite_values in self.center.finish(finished).items():
-                self._roster.heard_of(worker_id, self._clock()).nonfinite_values += nonfinite_values
+            self._note(self.center.finish(finished))
             self._average.finished = finished[-1].index + 1
             self._wake(self._average)
         for decision in decisions:

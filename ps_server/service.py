@@ -22,13 +22,12 @@ from ps_server.job import Job
 from ps_server.roster import Roster
 from ps_server.round import check_fragment_order
 
-__all__ = ["ParameterServerService", "ServicePolicy"]
+__all__ = ["DEFAULT_SHARED_MEMORY_FROM_BYTES", "ParameterServerService", "ServicePolicy"]
 
 _log = logging.getLogger("ps_server")
 # A status message travels in HTTP/2 headers, whose size is limited.
 _MAX_MESSAGE_CHARS = 1000
-# A smaller model fits one or a few messages: shared memory would only add to them.
-_MIN_SHARED_BYTES = 256 << 10
+DEFAULT_SHARED_MEMORY_FROM_BYTES = 256 << 10
 _GOING_DOWN = "the parameter server is going down; try again when it is back"
 _T = TypeVar("_T")
 
@@ -41,13 +40,14 @@ class ServicePolicy:
         num_workers: how many distinct workers a round waits for.
         max_model_bytes: the largest center that is accepted; the server holds about twice as much.
         stall_timeout_s: a client that keeps a stream waiting for longer loses it.
-        shared_memory: whether workers on this host are offered it.
+        shared_memory_from_bytes: models of this size on use shared memory with workers on this host; a smaller one fits
+            one or a few messages, to which shared memory would only add. Infinite: none.
     """
 
     num_workers: int
     max_model_bytes: int
     stall_timeout_s: float
-    shared_memory: bool = True
+    shared_memory_from_bytes: float = DEFAULT_SHARED_MEMORY_FROM_BYTES
 
 
 class ParameterServerService:
@@ -158,7 +158,7 @@ class ParameterServerService:
         return center
 
     def _new_center(self, manifest: Manifest) -> Center:
-        if self._policy.shared_memory and manifest.buffer_size_bytes >= _MIN_SHARED_BYTES:
+        if manifest.buffer_size_bytes >= self._policy.shared_memory_from_bytes:
             try:
                 return Center(manifest, shared=True)
             except OSError as error:

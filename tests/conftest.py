@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections.abc import Callable, Iterator
 
@@ -15,8 +16,9 @@ from ps_server.service import ServicePolicy
 class RunningServer:
     """A parameter server on a free port of loopback."""
 
-    def __init__(self, num_workers: int, max_model_bytes: int, stall_timeout_s: float) -> None:
-        policy = ServicePolicy(num_workers, max_model_bytes, stall_timeout_s)
+    def __init__(self, num_workers: int, max_model_bytes: int, stall_timeout_s: float, shared: bool) -> None:
+        policy = ServicePolicy(num_workers, max_model_bytes, stall_timeout_s, 0 if shared else math.inf)
+        self.address = ""
         self._config = ServerConfig(("127.0.0.1:0",), policy, grace_s=2.0)
         self._ready = threading.Event()
         self._failure: BaseException | None = None
@@ -58,11 +60,16 @@ StartServer = Callable[..., RunningServer]
 
 @pytest.fixture
 def start_server() -> Iterator[StartServer]:
-    """start_server(num_workers, max_model_bytes=..., stall_timeout_s=...) -> a running server, stopped at the end."""
+    """start_server(num_workers, max_model_bytes=..., stall_timeout_s=..., shared=...) -> a running server.
+
+    ``shared``: whether it offers shared memory, however small the model. It is stopped at the end.
+    """
     servers: list[RunningServer] = []
 
-    def start(num_workers: int, max_model_bytes: int = 1 << 30, stall_timeout_s: float = 30.0) -> RunningServer:
-        servers.append(RunningServer(num_workers, max_model_bytes, stall_timeout_s))
+    def start(
+        num_workers: int, max_model_bytes: int = 1 << 30, stall_timeout_s: float = 30.0, shared: bool = False
+    ) -> RunningServer:
+        servers.append(RunningServer(num_workers, max_model_bytes, stall_timeout_s, shared))
         return servers[-1]
 
     yield start

@@ -94,12 +94,12 @@ class Worker:
 class Replay:
     """All workers of a scenario against one server, compared with the trace after every step."""
 
-    def __init__(self, name: str, start_server: StartServer) -> None:
+    def __init__(self, name: str, start_server: StartServer, shared: bool = False) -> None:
         golden = scenario(name)
         self.config, self.initial, self.trace = golden["config"], golden["initial"], golden["trace"]
         self.atol = ATOL[self.config.get("dtype", "float32")]
         self._stack = ExitStack()
-        server = start_server(num_workers=self.config["num_worker"])
+        server = start_server(num_workers=self.config["num_worker"], shared=shared)
         self.reader = self._stack.enter_context(ParameterServerSession([server.address], worker_id="reader"))
         self.workers = [
             Worker(self.config, state["local"], index, server.address)
@@ -162,10 +162,12 @@ class Replay:
         "g_one_worker_i2",
     ],
 )
-def test_every_step_has_the_numbers_of_the_original(name: str, start_server: StartServer) -> None:
-    with Replay(name, start_server) as replay:
+@pytest.mark.parametrize("shared", [False, True], ids=["inline", "shared memory"])
+def test_every_step_has_the_numbers_of_the_original(name: str, shared: bool, start_server: StartServer) -> None:
+    with Replay(name, start_server, shared) as replay:
         for t, expected in enumerate(replay.trace):
             replay.compare(expected, replay.step(t), replay.atol)
+        assert (replay.reader.status().shared_bytes > 0) == shared
 
 
 def test_adam_with_the_originals_epsilon_has_the_numbers_of_the_original(start_server: StartServer) -> None:

@@ -536,7 +536,11 @@ def test_the_ready_file_and_the_printed_line_have_the_real_address(tmp_path: Pat
     ready = tmp_path / "ready.json"
     with ServerProcess("--ready-file", str(ready)) as server:
         assert server.line == f"ps-server: listening on {server.address}\n"
-        assert json.loads(ready.read_text()) == {"address": server.address, "pid": server.pid}
+        assert json.loads(ready.read_text()) == {
+            "address": server.address,
+            "addresses": [server.address],
+            "pid": server.pid,
+        }
         assert list(tmp_path.iterdir()) == [ready]
         host, port = server.address.split(":")
         assert host == "127.0.0.1"
@@ -640,7 +644,7 @@ def test_help_is_complete_and_has_units(command: list[str], capsys: pytest.Captu
     text = capsys.readouterr().out
     expected = {
         "": ["serve", "status"],
-        "serve": ["--bind HOST:PORT", "--num-workers N", "--ready-file FILE", "SECONDS", "BYTES", "examples:"],
+        "serve": ["--bind ADDRESS", "--num-workers N", "--ready-file FILE", "SECONDS", "BYTES", "examples:"],
         "status": ["ADDRESS", "--json", "--timeout-s SECONDS", "examples:"],
     }
     for shown in expected["".join(command)]:
