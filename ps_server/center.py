@@ -113,8 +113,11 @@ class Center:
         return nonfinite
 
     def finish(self, index: int, total_weight: float, untouched: frozenset[int]) -> None:
-        """Turns the sum of fragment ``index`` into the average: sum, then divide (a reciprocal would let equal values
-        drift). ``untouched`` variables, by number, keep the current center's bytes."""
+        """Turns the sum of fragment ``index`` into the average: sum, then divide. Equal values of two or four workers
+        stay as they are; of other numbers they may move by a last bit (with a reciprocal, by more).
+
+        ``untouched`` variables, by number, keep the current center's bytes.
+        """
         pieces, outs, olds = self.manifest.pieces[index], self.next.parts[index], self.current.parts[index]
         with np.errstate(all="ignore"):
             for piece, total, out, old in zip(pieces, self._sums(index), outs, olds, strict=True):
