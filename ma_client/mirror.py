@@ -43,7 +43,7 @@ class HostMirror:
         host = {name: self._host_tensor(name, tensor) for name, tensor in self._tensors.items()}
         for name, tensor in self._tensors.items():
             if host[name] is not tensor:
-                host[name].copy_(tensor, non_blocking=True)
+                host[name].copy_(tensor, non_blocking=tensor.is_cuda)
         self._synchronize()
         return {name: _as_numpy(tensor) for name, tensor in host.items()}
 
@@ -56,7 +56,7 @@ class HostMirror:
             host = self._host_tensor(name, tensor)
             _as_numpy(host)[...] = arrays[name]
             if host is not tensor:
-                tensor.copy_(host, non_blocking=True)
+                tensor.copy_(host, non_blocking=tensor.is_cuda)
         self._synchronize()
 
     def _host_tensor(self, name: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -84,13 +84,13 @@ class ModelAverageOptimizer(torch.optim.Optimizer):
         *,
         session: ParameterServerSession | None = None,
     ) -> None:
-        if interval_steps < 1:
+        if not isinstance(interval_steps, int) or interval_steps < 1:
             raise ValueError(f"interval_steps {interval_steps} is not a whole number from 1 on")
         if num_worker is None or is_chief is None:
             cluster = ClusterSpec.from_env()
             num_worker = cluster.num_workers if num_worker is None else num_worker
             is_chief = cluster.is_chief if is_chief is None else is_chief
-        if num_worker < 1:
+        if not isinstance(num_worker, int) or num_worker < 1:
             raise ValueError(f"num_worker {num_worker} is not a whole number from 1 on")
         if session is not None and session.is_chief != is_chief:
             raise ValueError(f"is_chief is {is_chief}, but the session was made with is_chief={session.is_chief}")
@@ -98,6 +98,7 @@ class ModelAverageOptimizer(torch.optim.Optimizer):
         super().__init__([{"params": []}], opt.defaults)
         self._opt = opt
         self._share_state()
+        opt.register_load_state_dict_post_hook(lambda _: self._share_state())
         self._getter = ma_custom_getter
         self._check_parameters(self._parameters())
         self._num_worker = num_worker
@@ -162,14 +163,12 @@ class ModelAverageOptimizer(torch.optim.Optimizer):
         If the center has gone on since the base step, the next push is STALE: the worker then goes on from the center.
         """
         local = {key: value for key, value in state_dict.items() if key != _STATE_KEY}
+        own = state_dict.get(_STATE_KEY, {"local_step": self._local_step, "base_step": None, "touched": self._touched})
+        local_step, base_step, touched = own["local_step"], own["base_step"], set(own["touched"])
         self._opt.load_state_dict(local)
-        self._share_state()
-        own = state_dict.get(_STATE_KEY)
-        if own is not None:
-            self._local_step = own["local_step"]
-            if own["base_step"] is not None:  # None: saved before the start
-                self._session.base_step = own["base_step"]
-            self._touched = set(own["touched"])
+        self._local_step, self._touched = local_step, touched
+        if base_step is not None:  # None: saved before the start
+            self._session.base_step = base_step
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds parameters of the getter's model to the local optimizer.
@@ -183,6 +182,8 @@ class ModelAverageOptimizer(torch.optim.Optimizer):
         if self._mirror is not None:
             raise ValueError("the center exists already and its variables are fixed: add parameter groups before")
         parameters = param_group["params"]
+        if isinstance(parameters, set):
+            raise TypeError("a parameter group has an order: give its parameters as a list, not as a set")
         parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
         self._check_parameters(p[1] if isinstance(p, tuple) else p for p in parameters)
         self._opt.add_param_group({**param_group, "params": parameters})
@@ -329,7 +330,7 @@ class ModelAverageOptimizer(torch.optim.Optimizer):
 
     @property
     def session(self) -> ParameterServerSession:
-        """The connection to the parameter server."""
+        """The connection to the parameter server. Pulling through it changes the base step: to watch, open another."""
         return self._session
 
     def initialize_center(self) -> None:
@@ -398,6 +399,10 @@ class ModelAverageOptimizer(torch.optim.Optimizer):
         self.param_groups = self._opt.param_groups
         self.state = self._opt.state
         self.defaults = self._opt.defaults
+        # state_dict and load_state_dict are the local optimizer's, so what is to run before and after them is, too.
+        for kind in ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post"):
+            hooks = f"_optimizer_{kind}_hooks"
+            setattr(self, hooks, getattr(self._opt, hooks))
 
     def _parameter_names(self) -> dict[torch.Tensor, str]:
         """The parameters that the local optimizer updates, and what the model calls them."""

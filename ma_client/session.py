@@ -23,7 +23,7 @@ from modelaverage.v1 import parameter_server_pb2 as pb
 
 __all__ = ["InitializeResult", "ParameterServerSession", "PushResult"]
 
-_Array = NDArray[np.generic]
+_Array = NDArray[Any]
 # Each restart of a round has a cause of its own, a worker that died; so many in a row are another kind of trouble.
 _MAX_ROUND_RESTARTS = 100
 

@@ -22,18 +22,13 @@ from modelaverage.errors import (
     ServerUnavailableError,
     fault_named,
 )
+from modelaverage.tuning import CHANNEL_OPTIONS, keep_freed_memory
 from modelaverage.v1 import parameter_server_pb2 as pb
 
 __all__ = ["Deadline", "FragmentSource", "Shard"]
 
 # The bytes of a fragment, as parts to be joined.
 FragmentSource = Callable[[int], Iterable[memoryview]]
-
-_OPTIONS = [
-    # A server that is gone without a word (power, cable) is noticed within 10 s.
-    ("grpc.keepalive_time_ms", 5_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-]
 
 
 class Deadline:
@@ -71,7 +66,8 @@ class Shard:
     def __init__(self, address: str, connect_timeout_s: float) -> None:
         self.address = address
         self._lent = LentMemory()
-        self._channel = grpc.insecure_channel(address, options=_OPTIONS)
+        keep_freed_memory()
+        self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
         self._initialize = self._channel.stream_unary(f"/{wire.SERVICE}/Initialize", _as_is, _as_is)
         self._pull = self._channel.unary_stream(f"/{wire.SERVICE}/Pull", _as_is, _as_is)
         self._push = self._channel.stream_stream(f"/{wire.SERVICE}/PushAndAverage", _as_is, _as_is)

@@ -148,8 +148,9 @@ class Center:
         return Counter()
 
     def finish(self, fragments: Sequence[FinishFragment]) -> Counter[str]:
-        """Turns the sums of these fragments into averages: sum, then divide (a reciprocal would let equal values
-        drift). Where all contributions wait in shared memory they are summed now, in the order of worker ids.
+        """Turns the sums of these fragments into averages: sum, then divide. Equal values of two or four workers stay
+        as they are; of other numbers they may move by a last bit (with a reciprocal, by more). Where all contributions
+        wait in shared memory they are summed now, in the order of worker ids.
 
         Returns:
             By worker id, how many of the values that are summed only now were not finite.

@@ -235,8 +235,9 @@ class Round:
     def close(self, stream: int) -> None:
         """The stream has ended, in whatever way. What it gave stays; a worker that gave nothing leaves the round."""
         worker_id = self._streams.pop(stream, None)
-        if worker_id is None or (member := self._members[worker_id]).stream != stream:
+        if worker_id is None:
             return
+        member = self._members[worker_id]
         member.stream = member.attached = None
         if not self._has_begun(member):
             del self._members[worker_id]

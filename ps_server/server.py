@@ -14,6 +14,7 @@ from pathlib import Path
 
 import grpc.aio
 
+from modelaverage.tuning import CHANNEL_OPTIONS, keep_freed_memory
 from ps_server.service import ParameterServerService, ServicePolicy
 
 __all__ = ["ServerConfig", "UnusableSettingError", "serve", "stop_on_signals"]
@@ -23,9 +24,8 @@ _log = logging.getLogger("ps_server")
 _OPTIONS = [
     # Two servers must not share a port: without this, the second one would start and take half of the calls.
     ("grpc.so_reuseport", 0),
-    # A client that is gone without a word (power, cable) is noticed within 10 s.
-    ("grpc.keepalive_time_ms", 5_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
+    *CHANNEL_OPTIONS,
+    # The client's keepalive comes every 5 s: do not take it for an attack.
     ("grpc.http2.min_ping_interval_without_data_ms", 4_000),
 ]
 
@@ -57,6 +57,7 @@ async def serve(config: ServerConfig, stop: asyncio.Event, ready: Callable[[list
     Raises:
         UnusableSettingError: an address is malformed, not of this machine, or taken; the file cannot be written.
     """
+    keep_freed_memory()
     service = ParameterServerService(config.policy)
     server = grpc.aio.server(options=_OPTIONS)
     server.add_generic_rpc_handlers((service.handler(),))

@@ -35,7 +35,7 @@ def run_workers(start_server: StartServer, *command: str) -> list[str]:
         for index in range(WORKERS)
     ]
     try:
-        printed = [worker.communicate(timeout=60)[0] for worker in workers]
+        printed = [worker.communicate(timeout=120)[0] for worker in workers]
     finally:
         for worker in workers:
             worker.kill()

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["NONCE_BYTES", "SegmentAddress", "Segment"]
+__all__ = ["NONCE_BYTES", "Segment", "SegmentAddress"]
 
 NONCE_BYTES = 16
 # nonce, generation, and room up to a page so that what follows is aligned.

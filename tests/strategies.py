@@ -1,0 +1,50 @@
+"""What the property tests draw from: settings, plans of a round, manifests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+
+from modelaverage.manifest import DTYPES, Manifest, Variable
+from tests.round_oracle import EVENTS, Event, Play
+
+__all__ = ["Plan", "fast", "manifests", "plans", "thorough"]
+
+# Derandomized: a test that passes passes again, on every machine.
+fast = settings(derandomize=True, deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
+thorough = settings(fast, max_examples=300)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A job, and what happens to it."""
+
+    num_workers: int
+    fragment_count: int
+    events: tuple[Event, ...]
+
+    def play(self) -> Play:
+        play = Play(self.num_workers, self.fragment_count)
+        for event in self.events:
+            play.happen(event)
+        return play
+
+
+def plans() -> st.SearchStrategy[Plan]:
+    events = st.lists(st.sampled_from(EVENTS), min_size=20, max_size=80).map(tuple)
+    return st.builds(Plan, st.integers(1, 4), st.integers(0, 5), events)
+
+
+def manifests(min_elements: int = 0) -> st.SearchStrategy[Manifest]:
+    """Small manifests of all dtypes, with scalars and empty variables, cut into few or many fragments."""
+    shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
+    kinds = st.lists(st.tuples(st.sampled_from(sorted(DTYPES)), shapes), min_size=1, max_size=5)
+    return st.builds(
+        lambda kinds, size_bytes: Manifest(
+            tuple(Variable(f"v{number}", dtype, shape) for number, (dtype, shape) in enumerate(kinds)), size_bytes
+        ),
+        kinds,
+        st.sampled_from([8, 16, 24, 64, 4096]),
+    ).filter(lambda manifest: sum(variable.size for variable in manifest.variables) >= min_elements)
