@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from ma_client.staging import read_only
 from modelaverage.errors import Reason, RetryPushError
 from modelaverage.manifest import Manifest
 from modelaverage.shared_memory import Segment, SegmentAddress
@@ -28,7 +31,6 @@ class Loan:
         self._generation = average.generation
         self._lock = threading.Lock()
         self._over = False
-        self.average = average.body
         self.chunk_fragments = max(1, _CHUNK_BYTES // manifest.fragment_size_bytes)
 
     def fill(self, first: int, count: int, fragments: Callable[[int], Iterable[memoryview]]) -> bool:
@@ -47,6 +49,11 @@ class Loan:
         """The push is over; waits for a copy that is under way."""
         with self._lock:
             self._over = True
+
+    @property
+    def arrays(self) -> Mapping[str, NDArray[Any]]:
+        """The average where the server has put it, by name; views that cannot be written to."""
+        return read_only(self._manifest.arrays(self._average.body))
 
     def check_intact(self) -> None:
         """Raises RetryPushError if the server has written over the average meanwhile."""

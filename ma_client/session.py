@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ma_client.cluster import ClusterSpec
-from ma_client.shard import Deadline, Shard
+from ma_client.shard import Answer, Deadline, Shard
 from ma_client.staging import Staging
 from modelaverage import wire
 from modelaverage.checks import check_global_step, check_weight, check_worker_id
@@ -182,7 +182,7 @@ class ParameterServerSession:
             wait_initialized: wait for the chief; otherwise an uninitialized center is an error.
             timeout_s: how long to wait altogether; None: as long as it takes.
             expected: arrays whose names, dtypes and shapes the center has to have.
-            copy: False: the arrays are the session's own, which its next call overwrites.
+            copy: False: the arrays are read-only and valid until the session's next call.
 
         Returns:
             The center variables by name, and `global_step`.
@@ -206,7 +206,8 @@ class ParameterServerSession:
 
         self._shard.pull(request, staging_for, Deadline(timeout_s))
         self.base_step = step
-        return self._center(copy), step
+        arrays = self._require_staging().arrays
+        return ({name: array.copy() for name, array in arrays.items()} if copy else arrays), step
 
     def push_and_average(
         self,
@@ -229,7 +230,7 @@ class ParameterServerSession:
             untouched: names of variables that are as they came from the center, for want of a gradient. What all
                 workers left untouched keeps the center's bytes.
             timeout_s: how long to wait for the other workers; None: as long as it takes.
-            copy: False: the result's arrays are the session's own, which its next call overwrites.
+            copy: False: the result's arrays are read-only and valid until the session's next call.
 
         Raises:
             InvalidRequestError: WEIGHT_INVALID, or ``untouched`` has a name that the center has not.
@@ -240,12 +241,13 @@ class ParameterServerSession:
             ServerUnavailableError: the server is gone or going.
         """
         check_weight(weight)
-        if self._staging is None or self.base_step is None:
+        if self.base_step is None:
             raise NotInitializedError("pull the center (or initialize it) before the push", Reason.NOT_INITIALIZED)
-        manifest = self._staging.manifest
+        staging = self._require_staging()
+        manifest = staging.manifest
         arrays = _in_order(_as_arrays(variables), manifest)
         # An array from a result that was not copied lies where the average is about to arrive.
-        values = [_bytes_of(array.copy() if self._staging.overlaps(array) else array) for array in arrays.values()]
+        values = [_bytes_of(array.copy() if staging.overlaps(array) else array) for array in arrays.values()]
         numbers = {variable.name: number for number, variable in enumerate(manifest.variables)}
         unknown = set(untouched) - numbers.keys()
         if unknown:
@@ -263,10 +265,11 @@ class ParameterServerSession:
             untouched_variables=sorted(numbers[name] for name in untouched),
             accepts_shared_memory=self._shared_memory,
         )
-        outcome = self._push(header, manifest, values, timeout_s)
+        answer, center = self._push(header, staging, values, Deadline(timeout_s), copy)
+        outcome = answer.outcome
         self.base_step = outcome.global_step
         return PushResult(
-            self._center(copy),
+            center,
             outcome.global_step,
             Outcome(outcome.outcome),
             tuple(outcome.contributors),
@@ -279,21 +282,25 @@ class ParameterServerSession:
         return self._shard.status(Deadline(timeout_s))
 
     def _push(
-        self, header: pb.PushHeader, manifest: Manifest, values: list[memoryview], timeout_s: float | None
-    ) -> pb.PushOutcome:
-        assert self._staging is not None
-        deadline = Deadline(timeout_s)
+        self, header: pb.PushHeader, staging: Staging, values: list[memoryview], deadline: Deadline, copy: bool
+    ) -> tuple[Answer, Mapping[str, _Array]]:
         restarts = 0
         while True:
             try:
-                return self._shard.push_and_average(
-                    header, lambda index: manifest.fragment_parts(index, values), self._staging, deadline
+                answer = self._shard.push_and_average(
+                    header, lambda index: staging.manifest.fragment_parts(index, values), staging, deadline
                 )
+                return answer, answer.center(copy)
             except RetryPushError:
                 # The round was started over for another worker's sake; the same push is as good as before.
                 restarts += 1
                 if restarts > _MAX_ROUND_RESTARTS:
                     raise
+
+    def _require_staging(self) -> Staging:
+        if self._staging is None:
+            raise NotInitializedError("pull the center (or initialize it) before the push", Reason.NOT_INITIALIZED)
+        return self._staging
 
     def _adopt(self, manifest: Manifest, manifest_id: str) -> Staging:
         if self._staging is None or self._staging.manifest != manifest:
@@ -301,11 +308,6 @@ class ParameterServerSession:
         self._staging.begin()
         self._manifest_id = manifest_id
         return self._staging
-
-    def _center(self, copy: bool) -> Mapping[str, _Array]:
-        assert self._staging is not None
-        arrays = self._staging.arrays
-        return {name: array.copy() for name, array in arrays.items()} if copy else arrays
 
 
 def _as_arrays(variables: Mapping[str, ArrayLike]) -> dict[str, _Array]:

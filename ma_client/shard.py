@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import cast
+from dataclasses import dataclass
+from typing import Any, cast
 
 import grpc
+from numpy.typing import NDArray
 
 from ma_client.lent_memory import LentMemory, Loan
 from ma_client.staging import Staging
@@ -25,10 +27,37 @@ from modelaverage.errors import (
 from modelaverage.tuning import CHANNEL_OPTIONS, keep_freed_memory
 from modelaverage.v1 import parameter_server_pb2 as pb
 
-__all__ = ["Deadline", "FragmentSource", "Shard"]
+__all__ = ["Answer", "Deadline", "FragmentSource", "Shard"]
 
 # The bytes of a fragment, as parts to be joined.
 FragmentSource = Callable[[int], Iterable[memoryview]]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How a push ended, and where the center lies that came with it."""
+
+    outcome: pb.PushOutcome
+    staging: Staging
+    loan: Loan | None
+
+    def center(self, copy: bool) -> Mapping[str, NDArray[Any]]:
+        """The center variables by name; read-only and only until the next push unless they are copied.
+
+        Raises:
+            RetryPushError: a later round has written over them while they were copied.
+        """
+        if self.loan is None:
+            arrays = self.staging.arrays
+        else:
+            arrays = self.loan.arrays
+            self.staging.release()
+        if not copy:
+            return arrays
+        copies = {name: array.copy() for name, array in arrays.items()}
+        if self.loan is not None:
+            self.loan.check_intact()
+        return copies
 
 
 class Deadline:
@@ -127,8 +156,8 @@ class Shard:
 
     def push_and_average(
         self, header: pb.PushHeader, fragments: FragmentSource, staging: Staging, deadline: Deadline
-    ) -> pb.PushOutcome:
-        """One push: what the server asks for goes up while what is finished comes down into ``staging``.
+    ) -> Answer:
+        """One push: what the server asks for goes up while what is finished comes down, inline or in shared memory.
 
         The staging buffer holds the new center only if this returns.
         """
@@ -147,10 +176,11 @@ class Shard:
                 count = min(lent.chunk_fragments, fragment_count - start)
                 if not lent.fill(start, count, fragments):
                     return
-                shared = pb.SharedFragments(first=start, count=count)
-                yield pb.PushAndAverageRequest(shared=shared).SerializeToString()
+                put = pb.SharedFragments(first=start, count=count)
+                yield pb.PushAndAverageRequest(shared=put).SerializeToString()
 
         staging.begin()
+        shared = False
         with self._faults(deadline, f"the round did not commit (base step {header.base_step})"):
             messages = self._push(requests(), timeout=deadline.left_s)
             try:
@@ -164,12 +194,11 @@ class Shard:
                             loan = self._lent.accept(message.admission, staging.manifest)
                             admitted.put((message.admission.first_needed_fragment, loan))
                         case "shared" if loan is not None:
-                            staging.receive_shared(message.shared.first, message.shared.count, loan.average)
+                            staging.receive_elsewhere(message.shared.first, message.shared.count)
+                            shared = True
                         case "outcome":
                             staging.check_complete()
-                            if loan is not None:
-                                loan.check_intact()
-                            return message.outcome
+                            return Answer(message.outcome, staging, loan if shared else None)
             finally:
                 messages.cancel()  # type: ignore[no-untyped-call]
                 admitted.put((fragment_count, None))  # lets the requests end if no admission ever came

@@ -1,6 +1,10 @@
-"""Where a center arrives. It is handed on only when it is whole and the server has said that it counts."""
+"""Where a center arrives inline. It is handed on only when it is whole and the server has said that it counts."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,25 +12,33 @@ from numpy.typing import NDArray
 from modelaverage.errors import ProtocolError
 from modelaverage.manifest import Manifest
 
-__all__ = ["Staging"]
+__all__ = ["Staging", "read_only"]
 
 
 class Staging:
-    """A flat buffer for one center, used again for every round.
-
-    Attributes:
-        arrays: the variables in it, by name; views.
-    """
+    """A flat buffer for one center, used again for every round; made when the first fragment arrives."""
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
-        self._bytes: NDArray[np.uint8] = np.zeros(manifest.buffer_size_bytes, np.uint8)
         self._received = 0
-        self.arrays = manifest.arrays(self._bytes)
 
-    def overlaps(self, array: NDArray[np.generic]) -> bool:
+    @cached_property
+    def _bytes(self) -> NDArray[np.uint8]:
+        return np.zeros(self.manifest.buffer_size_bytes, np.uint8)
+
+    @cached_property
+    def arrays(self) -> Mapping[str, NDArray[Any]]:
+        """The variables in it, by name; views that cannot be written to."""
+        return read_only(self.manifest.arrays(self._bytes))
+
+    def overlaps(self, array: NDArray[Any]) -> bool:
         """Whether an array may lie in this buffer."""
-        return np.may_share_memory(array, self._bytes)
+        return "_bytes" in self.__dict__ and np.may_share_memory(array, self._bytes)
+
+    def release(self) -> None:
+        """Gives the memory back until a center arrives inline again."""
+        self.__dict__.pop("arrays", None)
+        self.__dict__.pop("_bytes", None)
 
     def begin(self) -> None:
         """A new center begins to arrive."""
@@ -42,15 +54,20 @@ class Staging:
         self._bytes[start:end] = np.frombuffer(data, np.uint8)
         self._received += 1
 
-    def receive_shared(self, first: int, count: int, body: NDArray[np.uint8]) -> None:
-        """The next ``count`` fragments lie in ``body``. Raises ProtocolError if others come next."""
-        if first != self._received or first + count > self.manifest.fragment_count or count == 0:
+    def receive_elsewhere(self, first: int, count: int) -> None:
+        """The next ``count`` fragments lie in shared memory. Raises ProtocolError if others come next."""
+        if first != self._received or not 0 < count <= self.manifest.fragment_count - first:
             raise ProtocolError(f"the server sent {count} fragments from {first} on where {self._received} belongs")
-        start, end = self.manifest.fragment_bounds(first)[0], self.manifest.fragment_bounds(first + count - 1)[1]
-        np.copyto(self._bytes[start:end], body[start:end])
         self._received += count
 
     def check_complete(self) -> None:
         """Raises ProtocolError unless every fragment has come."""
         if self._received < self.manifest.fragment_count:
             raise ProtocolError(f"the server sent {self._received} of {self.manifest.fragment_count} fragments")
+
+
+def read_only(arrays: Mapping[str, NDArray[Any]]) -> Mapping[str, NDArray[Any]]:
+    """The same arrays, which can no longer be written to."""
+    for array in arrays.values():
+        array.flags.writeable = False
+    return arrays

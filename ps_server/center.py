@@ -26,8 +26,6 @@ from ps_server.round import FinishFragment
 __all__ = ["Buffer", "Center", "Contribution"]
 
 _Array = NDArray[np.generic]
-# Elements that are summed, divided and checked before the next ones are fetched: they stay in the cache meanwhile.
-_BLOCK = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -180,8 +178,7 @@ class Center:
         with np.errstate(all="ignore"):
             for total, values in zip(self._sums(index), self._values(index, contribution.data), strict=True):
                 _add_weighted(total, values, contribution.weight, first)
-                # One fast pass finds out whether there is anything to count.
-                if not np.isfinite(np.sum(values, dtype=total.dtype)):
+                if not np.isfinite(values).all():
                     nonfinite += _count_nonfinite(values)
         return nonfinite
 
@@ -197,25 +194,25 @@ class Center:
                     out[...] = self.current.parts[index][number]
                     continue
                 values = [parts[number] for parts in by_contribution]
-                if not self._average(out, total, values, deferred, fragment.total_weight):
+                self._sum(total, values, [contribution.weight for contribution in deferred])
+                if fragment.total_weight != 1.0:
+                    np.divide(total, total.dtype.type(fragment.total_weight), out=total)
+                if total is not out:
+                    out[...] = total
+                if deferred and not np.isfinite(total).all():
                     nonfinite.update({c.worker_id: _count_nonfinite(v) for c, v in zip(deferred, values, strict=True)})
         return nonfinite
 
     @staticmethod
-    def _average(
-        out: _Array, total: _Array, values: list[_Array], deferred: list[Contribution], total_weight: float
-    ) -> bool:
-        """Sums what was deferred, divides, and rounds into ``out``; False if a deferred value was not finite."""
-        finite = True
-        for block in (slice(start, start + _BLOCK) for start in range(0, out.size, _BLOCK)):
-            for position, contribution in enumerate(deferred):
-                _add_weighted(total[block], values[position][block], contribution.weight, first=position == 0)
-            if total_weight != 1.0:
-                np.divide(total[block], total.dtype.type(total_weight), out=total[block])
-            if total is not out:
-                out[block] = total[block]
-            finite = finite and (not deferred or bool(np.isfinite(np.sum(total[block]))))
-        return finite
+    def _sum(total: _Array, values: list[_Array], weights: list[float]) -> None:
+        """Starts a sum with all its summands, one pass fewer than one after the other."""
+        if len(values) > 1 and weights[0] == weights[1] == 1.0:
+            np.add(values[0], values[1], out=total)
+            begun = 2
+        else:
+            begun = 0
+        for position in range(begun, len(values)):
+            _add_weighted(total, values[position], weights[position], first=position == 0)
 
     def _sums(self, index: int) -> list[_Array]:
         return [
