@@ -346,8 +346,15 @@ class ModelAverageOptimizer(torch.optim.Optimizer):
 
         Raises:
             ModelAverageError: the round failed; the local variables are untouched.
+            ValueError: a parameter is trained that was frozen when the center was made.
         """
         local = self._host_mirror().gather()
+        late = self._touched - local.keys()
+        if late:
+            raise ValueError(
+                f"{min(late)!r} is trained, but was frozen when the center was made and is no center variable; "
+                "leave it trainable until the hook has begun, and freeze it then"
+            )
         result = self._session.push_and_average(
             local, local_step=self._local_step, untouched=self._untouched(local), copy=False
         )

@@ -73,6 +73,8 @@ class ParameterServerSession:
         fragment_size_bytes: unit of transfer and averaging, if this session initializes the center: a multiple of 8
             up to 2 MiB.
         shared_memory: hand bytes over in shared memory if the server is on this host and offers it.
+        round_timeout_s: how long a push waits for the other workers unless it says otherwise, those of the optimizer
+            included; None: as long as it takes.
 
     Raises:
         InvalidRequestError: WORKER_ID_INVALID, or not exactly one address.
@@ -94,6 +96,7 @@ class ParameterServerSession:
         connect_timeout_s: float = 30.0,
         fragment_size_bytes: int = DEFAULT_FRAGMENT_SIZE_BYTES,
         shared_memory: bool = True,
+        round_timeout_s: float | None = None,
     ) -> None:
         if isinstance(ps_hosts, str) or len(ps_hosts) != 1:
             raise InvalidRequestError(f"ps_hosts is {ps_hosts!r}; give a list with the address of one parameter server")
@@ -106,6 +109,7 @@ class ParameterServerSession:
         """How many workers a round of the server waits for; None before the first initialize or pull."""
         self._fragment_size_bytes = fragment_size_bytes
         self._shared_memory = shared_memory
+        self._round_timeout_s = round_timeout_s
         self._incarnation = uuid.uuid4().bytes
         self._push_id = 0
         self._manifest_id = ""
@@ -138,13 +142,16 @@ class ParameterServerSession:
         """Ends the session; the center stays where it is."""
         self._shard.close()
 
-    def initialize(self, variables: Mapping[str, ArrayLike], global_step: int = 0) -> InitializeResult:
+    def initialize(
+        self, variables: Mapping[str, ArrayLike], global_step: int = 0, timeout_s: float | None = None
+    ) -> InitializeResult:
         """Sets the center variables if they are not set yet. For the chief.
 
         Args:
             variables: initial values by name: float32, float64, float16 or bfloat16 arrays of any shape. Their order
                 is the order of the manifest.
             global_step: where to start counting rounds.
+            timeout_s: how long it may take; None: as long as it takes.
 
         Raises:
             InvalidRequestError: MANIFEST_INVALID, GLOBAL_STEP_INVALID; or this session is not the chief's.
@@ -160,7 +167,10 @@ class ParameterServerSession:
             worker_id=self.worker_id, manifest=wire.manifest_to_message(manifest), global_step=global_step
         )
         response = self._shard.initialize(
-            header, lambda index: manifest.fragment_parts(index, values), manifest.fragment_count
+            header,
+            lambda index: manifest.fragment_parts(index, values),
+            manifest.fragment_count,
+            Deadline(timeout_s),
         )
         if response.initialized:
             self._adopt(manifest, response.manifest_id)
@@ -229,7 +239,7 @@ class ParameterServerSession:
             local_step: this worker's count of optimizer steps; shown in the server's status.
             untouched: names of variables that are as they came from the center, for want of a gradient. What all
                 workers left untouched keeps the center's bytes.
-            timeout_s: how long to wait for the other workers; None: as long as it takes.
+            timeout_s: how long to wait for the other workers; None: the session's ``round_timeout_s``.
             copy: False: the result's arrays are read-only and valid until the session's next call.
 
         Raises:
@@ -241,6 +251,7 @@ class ParameterServerSession:
             ServerUnavailableError: the server is gone or going.
         """
         check_weight(weight)
+        deadline = Deadline(self._round_timeout_s if timeout_s is None else timeout_s)
         if self.base_step is None:
             raise NotInitializedError("pull the center (or initialize it) before the push", Reason.NOT_INITIALIZED)
         staging = self._require_staging()
@@ -265,7 +276,7 @@ class ParameterServerSession:
             untouched_variables=sorted(numbers[name] for name in untouched),
             accepts_shared_memory=self._shared_memory,
         )
-        answer, center = self._push(header, staging, values, Deadline(timeout_s), copy)
+        answer, center = self._push(header, staging, values, deadline, copy)
         outcome = answer.outcome
         self.base_step = outcome.global_step
         return PushResult(

@@ -24,6 +24,7 @@ from modelaverage.errors import (
     ServerUnavailableError,
     fault_named,
 )
+from modelaverage.outcome import Outcome
 from modelaverage.tuning import CHANNEL_OPTIONS, keep_freed_memory
 from modelaverage.v1 import parameter_server_pb2 as pb
 
@@ -118,7 +119,7 @@ class Shard:
         self._channel.close()
 
     def initialize(
-        self, header: pb.InitializeHeader, fragments: FragmentSource, fragment_count: int
+        self, header: pb.InitializeHeader, fragments: FragmentSource, fragment_count: int, deadline: Deadline
     ) -> pb.InitializeResponse:
         """Offers initial values; the server may answer before it has taken any."""
 
@@ -127,8 +128,8 @@ class Shard:
             for index in range(fragment_count):
                 yield wire.encode_fragment(index, fragments(index))
 
-        with self._faults(Deadline(None), ""):
-            answer: bytes = self._initialize(requests())
+        with self._faults(deadline, "the center was not initialized"):
+            answer: bytes = self._initialize(requests(), timeout=deadline.left_s)
         return wire.parse(pb.InitializeResponse, answer)
 
     def pull(
@@ -144,7 +145,7 @@ class Shard:
         staging.check_complete()
 
     def _receive_center(self, messages: Iterator[bytes], staging_for: Callable[[pb.CenterHeader], Staging]) -> Staging:
-        header = wire.read_fragment(pb.PullResponse, next(messages))
+        header = wire.read_fragment(pb.PullResponse, next(messages, b""))
         if isinstance(header, tuple) or header.WhichOneof("message") != "header":
             raise ProtocolError(f"{self.address} sent a center without a header; is it a parameter server?")
         staging = staging_for(header.header)
@@ -198,6 +199,8 @@ class Shard:
                             shared = True
                         case "outcome":
                             staging.check_complete()
+                            if message.outcome.outcome not in {outcome.value for outcome in Outcome}:
+                                raise ProtocolError(f"{self.address} sent an outcome that this client does not know")
                             return Answer(message.outcome, staging, loan if shared else None)
             finally:
                 messages.cancel()  # type: ignore[no-untyped-call]
@@ -220,6 +223,10 @@ class Shard:
             yield
         except grpc.RpcError as error:
             raise self._fault(error, deadline, late) from None
+        except ValueError as error:
+            if "closed" not in str(error):  # gRPC's words for a channel that was closed
+                raise
+            raise ModelAverageError(f"the session with {self.address} is closed ({error})") from None
 
     def _fault(self, error: grpc.RpcError, deadline: Deadline, late: str) -> ModelAverageError:
         details = error.details() or ""

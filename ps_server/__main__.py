@@ -79,7 +79,8 @@ def _parser() -> argparse.ArgumentParser:
         type=_count,
         default=_third_of_memory_bytes(),
         metavar="BYTES",
-        help="refuse a larger model; the server needs about twice the model (a third of this machine's memory)",
+        help="refuse a model that needs more than twice as much memory; the server holds 16-bit variables four times, "
+        "others twice (a third of this machine's memory)",
     )
     command.add_argument(
         "--no-shared-memory", action="store_true", help="workers on this host send their bytes inline like all others"

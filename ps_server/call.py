@@ -53,6 +53,7 @@ class Call:
         self._traffic = traffic
         self._stall_timeout_s = stall_timeout_s
         self._writing = False
+        self._watchdog: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
         self._active_at_s = self._loop.time()
         self._failure: asyncio.Future[None] = self._loop.create_future()
@@ -132,7 +133,8 @@ class Call:
                     future.result()
             return outcome.result()
         finally:
-            self._watchdog.cancel()
+            if self._watchdog is not None:
+                self._watchdog.cancel()
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)

@@ -107,6 +107,12 @@ class Center:
             for pieces in manifest.pieces
         ]
 
+    @staticmethod
+    def memory_bytes(manifest: Manifest) -> int:
+        """What a center of this manifest needs: two buffers, and float32 sums of 16-bit variables."""
+        wide_bytes = sum(2 * v.size_bytes for v in manifest.variables if DTYPES[v.dtype].itemsize == 2)
+        return 2 * manifest.buffer_size_bytes + wide_bytes
+
     def check_size(self, index: int, data: memoryview) -> None:
         """Raises ProtocolError (FRAGMENT_SIZE_WRONG) unless the bytes are as many as fragment ``index`` has."""
         start, end = self.manifest.fragment_bounds(index)

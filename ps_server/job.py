@@ -91,10 +91,11 @@ class Job:
         return self.center.manifest
 
     def fail_unless_full(self, error: ModelAverageError) -> None:
-        """Ends every push, unless all workers that the round waits for are there and it can still finish."""
+        """Ends the pushes of the round in progress, unless all workers are there and it can finish."""
         if not self.round.full:
-            for part in self._parts.values():
-                part.call.fail(error)
+            for stream, part in self._parts.items():
+                if self.round.holds(stream):
+                    part.call.fail(error)
 
     async def send_pulled(self, call: Call) -> None:
         """Answers a pull: header, then every fragment, all of one step."""

@@ -156,11 +156,11 @@ class Round:
     fragment_count: int
     global_step: int = 0
     contributors: tuple[str, ...] = ()  # of the last committed round
-    _members: dict[str, _Member] = field(default_factory=dict)
-    _streams: dict[int, str] = field(default_factory=dict)
-    _contributions: list[int] = field(default_factory=list)  # by fragment
-    _counted: dict[str, tuple[bytes, int]] = field(default_factory=dict)  # key of each worker's last counted push
-    _started_at_s: float | None = None
+    _members: dict[str, _Member] = field(default_factory=dict, init=False)
+    _streams: dict[int, str] = field(default_factory=dict, init=False)
+    _contributions: list[int] = field(default_factory=list, init=False)  # by fragment
+    _counted: dict[str, tuple[bytes, int]] = field(default_factory=dict, init=False)  # by worker, its last push
+    _started_at_s: float | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self._contributions = [0] * self.fragment_count
@@ -245,6 +245,10 @@ class Round:
                 self._started_at_s = None
 
     # What the status shows.
+
+    def holds(self, stream: int) -> bool:
+        """Whether a stream belongs to the round in progress."""
+        return stream in self._streams
 
     @property
     def under_way(self) -> bool:

@@ -38,7 +38,7 @@ class ServicePolicy:
 
     Args:
         num_workers: how many distinct workers a round waits for.
-        max_model_bytes: the largest center that is accepted; the server holds about twice as much.
+        max_model_bytes: a center that needs more than twice as much memory is refused.
         stall_timeout_s: a client that keeps a stream waiting for longer loses it.
         shared_memory_from_bytes: models of this size on use shared memory with workers on this host; a smaller one fits
             one or a few messages, to which shared memory would only add. Infinite: none.
@@ -134,11 +134,12 @@ class ParameterServerService:
         )
 
     async def _receive_values(self, call: Call, manifest: Manifest) -> Center:
-        if manifest.buffer_size_bytes > self._policy.max_model_bytes:
+        memory_bytes = Center.memory_bytes(manifest)
+        if memory_bytes > 2 * self._policy.max_model_bytes:
             raise refusal(
                 Reason.MANIFEST_INVALID,
-                f"a model of {manifest.buffer_size_bytes} bytes is over the server's --max-model-bytes "
-                f"{self._policy.max_model_bytes}",
+                f"a model of {manifest.size_bytes} bytes needs {memory_bytes} bytes of memory, over twice the server's "
+                f"--max-model-bytes {self._policy.max_model_bytes}",
             )
         center = self._new_center(manifest)
         for expected in range(manifest.fragment_count):
@@ -171,14 +172,16 @@ class ParameterServerService:
         async def body(call: Call) -> None:
             message = wire.parse(pb.PullRequest, request)
             check_worker_id(message.worker_id)
-            self._roster.heard_of(message.worker_id, self._clock())
             if message.wait_initialized:
+                self._roster.heard_of(message.worker_id, self._clock())
                 self._pulls_waiting.add(call)
                 try:
                     await call.run(self._initialized.wait())
                 finally:
                     self._pulls_waiting.discard(call)
-            await call.run(self._require_job().send_pulled(call))
+            job = self._require_job()
+            self._roster.heard_of(message.worker_id, self._clock())
+            await call.run(job.send_pulled(call))
 
         await self._serve("Pull", context, body)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import grpc
-from google.protobuf import json_format
+from google.protobuf.message import Message
 
 from modelaverage import wire
 from modelaverage.v1 import parameter_server_pb2 as pb
@@ -33,10 +36,21 @@ def fetch(address: str, timeout_s: float) -> pb.GetStatusResponse:
 
 
 def as_json(status: pb.GetStatusResponse) -> str:
-    """Every field under its name in the protocol."""
-    return json_format.MessageToJson(
-        status, preserving_proto_field_name=True, always_print_fields_with_no_presence=True, indent=2
-    )
+    """Every field under its name in the protocol; numbers as numbers."""
+    return json.dumps(_plain(status), indent=2)
+
+
+def _plain(message: Message) -> dict[str, Any]:
+    plain: dict[str, Any] = {}
+    for field in message.DESCRIPTOR.fields:
+        value = getattr(message, field.name)
+        if field.enum_type is not None:
+            plain[field.name] = field.enum_type.values_by_number[value].name
+        elif field.message_type is not None:
+            plain[field.name] = [_plain(item) for item in value]
+        else:
+            plain[field.name] = list(value) if field.is_repeated else value
+    return plain
 
 
 def as_text(status: pb.GetStatusResponse) -> str:
@@ -51,7 +65,9 @@ def as_text(status: pb.GetStatusResponse) -> str:
         f"up           {status.uptime_s:.1f} s, last round {status.last_round_s:.3f} s, "
         f"{status.rounds_restarted} rounds restarted, {status.stale_pushes} stale pushes",
     ]
-    if status.phase == pb.PHASE_AVERAGING:
+    if status.phase == pb.PHASE_UNINITIALIZED:
+        lines.append("waiting for  the chief, to initialize the center")
+    if status.waiting_for or status.waiting_for_unknown:
         missing = [_name(worker_id) for worker_id in status.waiting_for]
         if status.waiting_for_unknown:
             missing.append(f"{status.waiting_for_unknown} not heard of yet")

@@ -25,7 +25,13 @@ from ma_client import (
     ParameterServerSession,
     PushResult,
 )
-from modelaverage.errors import ConflictError, DeadlineExceededError, NotInitializedError, ServerUnavailableError
+from modelaverage.errors import (
+    ConflictError,
+    DeadlineExceededError,
+    ModelAverageError,
+    NotInitializedError,
+    ServerUnavailableError,
+)
 from tests.conftest import RunningServer, StartServer
 
 # For what can only go wrong: nothing waits this long in a test that passes.
@@ -272,7 +278,7 @@ def test_without_a_session_the_environment_says_who_is_who(
         opt.step()
         assert opt.global_step == 1
         assert opt.session.worker_id == "worker-0"
-    with pytest.raises(ValueError, match="closed"):  # the hook closes the session that the optimizer made
+    with pytest.raises(ModelAverageError, match="is closed"):  # the hook closes the session that the optimizer made
         opt.session.pull(timeout_s=TIMEOUT_S)
 
 
@@ -396,6 +402,17 @@ def test_a_refused_parameter_group_changes_nothing(start_server: StartServer, jo
     with pytest.raises(ValueError, match="not in the model given to ma_custom_getter"):
         worker.opt.add_param_group({"params": [torch.nn.Parameter(torch.zeros(3))]})
     assert len(worker.opt.param_groups) == 1
+
+
+def test_a_parameter_that_is_unfrozen_after_the_start_is_named(start_server: StartServer, join: Join) -> None:
+    worker = join(start_server(num_workers=1), interval_steps=1)
+    name, parameter = next(iter(worker.model.named_parameters()))
+    parameter.requires_grad_(False)
+    worker.start()
+    parameter.requires_grad_(True)
+    parameter.grad = torch.ones_like(parameter)
+    with pytest.raises(ValueError, match=f"'{name}' is trained, but was frozen"):
+        worker.opt.step()
 
 
 def restart(worker: Worker, again: Worker) -> None:

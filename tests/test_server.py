@@ -20,6 +20,7 @@ import pytest
 from grpc import StatusCode
 
 from ma_client import Outcome, ParameterServerSession
+from modelaverage.errors import ConflictError, DeadlineExceededError, Reason, ServerUnavailableError
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.__main__ import main
 from tests.conftest import StartServer
@@ -525,6 +526,23 @@ class ServerProcess:
         return self._process.returncode, out, err
 
 
+def test_a_push_whose_round_has_committed_gets_its_outcome_though_the_server_stops() -> None:
+    model: Arrays = {"w": np.zeros(4 << 20, np.float32)}
+    with ServerProcess(num_workers=1) as server, RawClient(server.address) as client:
+        client.initialize(model, fragment_size_bytes=1 << 20)
+        header, _ = client.pull()
+        stream = client.open_push()
+        stream.send(push_header(header.manifest_id, "w", base_step=header.global_step))
+        stream.admission()
+        stream.give(fragments_of(model, 1 << 20))
+        until(lambda: client.status().global_step == header.global_step + 1, "the round commits")
+        server.signal(signal.SIGTERM)
+        until(lambda: is_stopping(client), "the server stops")
+        outcome, center = stream.answer()
+        assert outcome.outcome == pb.OUTCOME_COMMITTED
+        assert len(center) == model["w"].nbytes
+
+
 def is_stopping(client: RawClient) -> bool:
     """Whether the server turns new calls away because it was told to stop."""
     stream = client.open_initialize()
@@ -686,3 +704,48 @@ def test_no_arguments_give_the_usage_as_a_process_too() -> None:
     assert (process.returncode, process.stdout) == (2, "")
     assert process.stderr.startswith("usage: ps-server")
     assert "Traceback" not in process.stderr
+
+
+def test_a_server_that_no_longer_answers_is_noticed_by_who_waits_at_the_barrier() -> None:
+    with ServerProcess(num_workers=2) as server, worker(server.address, "chief") as session:
+        session.initialize(CENTER)
+        with ThreadPoolExecutor(1) as pool, RawClient(server.address) as client:
+            push = pool.submit(session.push_and_average, of(1))
+            until(lambda: client.worker("chief").waiting, "the push waits")
+            server.signal(signal.SIGSTOP)
+            with pytest.raises(ServerUnavailableError, match="is gone"):
+                push.result(timeout=20)
+
+
+def test_a_worker_that_no_longer_answers_frees_its_id() -> None:
+    script = (
+        "import sys, numpy as np; from ma_client import ParameterServerSession as S\n"
+        "s = S([sys.argv[1]], worker_id='b'); c, _ = s.pull(); s.push_and_average(c)"
+    )
+    with ServerProcess(num_workers=2) as server, worker(server.address, "chief") as session:
+        session.initialize(CENTER)
+        with (
+            subprocess.Popen([sys.executable, "-c", script, server.address]) as frozen,
+            RawClient(server.address) as client,
+        ):
+            until(lambda: any(w.worker_id == "b" and w.waiting for w in client.status().workers), "b waits")
+            frozen.send_signal(signal.SIGSTOP)
+            try:
+                with worker(server.address, "b") as again:
+                    again.pull()
+                    until(lambda: is_free(again), "its id is free")
+            finally:
+                frozen.kill()
+
+
+def is_free(session: ParameterServerSession) -> bool:
+    """Whether a push under this id is let in; it ends at once, for nobody else pushes."""
+    try:
+        session.push_and_average(of(2), timeout_s=0.3)
+    except ConflictError as error:
+        if error.reason is not Reason.WORKER_ID_IN_USE:
+            raise
+        return False
+    except DeadlineExceededError:
+        return True
+    raise AssertionError("the round committed")

@@ -1,4 +1,4 @@
-"""Rules for single values that both sides check: the client before it sends, the server whatever was sent."""
+"""Rules for single values: the server checks whatever was sent, the client most of it before it sends."""
 
 from __future__ import annotations
 
