@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PROTO := proto/modelaverage/v1/parameter_server.proto
 GENERATE = $(BIN)/python -m grpc_tools.protoc -I proto $(PROTO) --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1)
 
-.PHONY: help demo test lint types proto proto-check unit
+.PHONY: help demo bench test lint types proto proto-check unit
 
 help: ## this text
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -19,6 +19,10 @@ $(VENV)/%.stamp: pyproject.toml constraints.txt
 
 demo: $(VENV)/demo.stamp ## train the digits with one parameter server and two workers
 	@$(BIN)/ma-launch --ps 1 --workers 2 -- digits
+
+bench: $(VENV)/demo.stamp ## what a round costs, beside gloo's all-reduce; add QUICK=--quick for less than a minute
+	@$(BIN)/python -m bench.round $(QUICK)
+	@$(BIN)/python -m bench.many $(QUICK)
 
 test: lint types proto-check unit ## everything that CI runs
 

@@ -52,8 +52,8 @@ class RawWorker:
     def __init__(self, address: str, number: int, workers: int) -> None:
         # Without this, gRPC would share one connection among all channels of a process.
         self._channel = grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)])
-        self._initialize = self._channel.stream_unary(f"/{wire.SERVICE}/Initialize")
-        self._push = self._channel.stream_stream(f"/{wire.SERVICE}/PushAndAverage")
+        self._initialize = self._channel.stream_unary(f"/{wire.SERVICE}/Initialize", None, None)
+        self._push = self._channel.stream_stream(f"/{wire.SERVICE}/PushAndAverage", None, None)
         self._worker_id = f"worker-{number}"
         self._incarnation = os.urandom(16)
         values = np.full(PARAMETERS, float(number % 2), np.float32)
@@ -76,7 +76,7 @@ class RawWorker:
             base_step=step,
             manifest_id=_MANIFEST.id,
         )
-        call = self._push()
+        call = self._push()  # type: ignore[call-arg]
         await call.write(pb.PushAndAverageRequest(header=header).SerializeToString())
         await self._message(call)
         await call.write(self._fragment)
