@@ -90,8 +90,9 @@ class ParameterServerServicer(object):
 
         Up: one header; wait for the admission; then the fragments that the admission asks for, in ascending order and
         without a gap; then half-close. Down: the admission; all fragments of the new center in ascending order, each as
-        soon as it is finished, so while later ones still go up; last the outcome. Fragments that came down count only with the outcome: without it they are to be thrown
-        away, and the push may be made again with the same header; the server then asks only for what it lacks.
+        soon as it is finished, so while later ones still go up; last the outcome. Fragments that came down count only with
+        the outcome: without it they are to be thrown away, and the push may be made again with the same header; the server
+        then asks only for what it lacks.
         A client that does not read what comes down holds up nobody but itself.
 
         Errors: NOT_INITIALIZED, MANIFEST_UNKNOWN, WORKER_ID_INVALID, WORKER_ID_IN_USE, INCARNATION_INVALID, WEIGHT_INVALID,
