@@ -27,7 +27,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # torch takes seconds to import and is an extra: only those who use the optimizer need it.
     if name in {"GLOBAL_VARIABLE_NAME", "ModelAverageCustomGetter", "ModelAverageOptimizer"}:
-        from ma_client import optimizer
-
+        try:
+            from ma_client import optimizer
+        except ModuleNotFoundError as error:
+            raise ImportError(f"{name} needs torch ({error}): pip install 'modelaverage[torch]'") from error
         return getattr(optimizer, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
