@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import sys
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from ma_client.cluster import ClusterSpec
@@ -50,29 +47,28 @@ class LocalCluster:
             ProcessFailedError: it ended instead.
             ServerNotReadyError: it did neither within 30 s.
         """
-        listens = asyncio.Event()
-        with tempfile.TemporaryDirectory(prefix="ma-launch-") as directory:
-            ready_file = Path(directory, "ready.json")
-            serve = ["-m", "ps_server", "serve", "--bind", "127.0.0.1:0", "--num-workers", str(self._num_workers)]
-            self._server = self._processes.start(
-                "the parameter server",
-                [sys.executable, *serve, "--ready-file", str(ready_file)],
-                os.environ,
-                on_output=lambda _: listens.set(),  # its first line says so
-                on_error=self._on_message,
-                ends_last=True,
-            )
-            listening = asyncio.ensure_future(listens.wait())
-            changes: list[asyncio.Future[Any]] = [listening, self._server.exit_code]
-            try:
-                await asyncio.wait(changes, timeout=_READY_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                listening.cancel()
-            if self._server.exit_code.done():
-                raise await self._server.failure()
-            if not listens.is_set():
-                raise ServerNotReadyError(f"the parameter server does not listen after {_READY_TIMEOUT_S:g} s")
-            self.address = json.loads(ready_file.read_text())["address"]
+        first_line: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+        def on_output(line: str) -> None:
+            if not first_line.done():
+                first_line.set_result(line)
+
+        serve = ["-m", "ps_server", "serve", "--bind", "127.0.0.1:0", "--num-workers", str(self._num_workers)]
+        self._server = self._processes.start(
+            "the parameter server",
+            [sys.executable, *serve],
+            os.environ,
+            on_output=on_output,
+            on_error=self._on_message,
+            ends_last=True,
+        )
+        changes: list[asyncio.Future[Any]] = [first_line, self._server.exit_code]
+        await asyncio.wait(changes, timeout=_READY_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
+        if self._server.exit_code.done():
+            raise await self._server.failure()
+        if not first_line.done():
+            raise ServerNotReadyError(f"the parameter server does not listen after {_READY_TIMEOUT_S:g} s")
+        self.address = first_line.result().split()[-1]  # "... listening on HOST:PORT"
 
     def start_worker(
         self,
