@@ -169,7 +169,7 @@ class Round:
         """A push header came. Exactly one of the decisions is `Admit` or `CenterFollows`.
 
         Raises:
-            ConflictError: BASE_STEP_AHEAD, WORKER_ID_IN_USE or ROUND_FULL; nothing has changed.
+            ConflictError: BASE_STEP_AHEAD, WORKER_ID_IN_USE, PUSH_SUPERSEDED or ROUND_FULL; nothing has changed.
         """
         if self._counted.get(push.worker_id) == push.key:
             return [CenterFollows(Outcome.ALREADY_COUNTED)]
@@ -185,7 +185,8 @@ class Round:
         if member is None:
             decisions += self._make_room(push.worker_id)
         else:
-            decisions += self._detach_older(member, push)
+            self._check_rivals(member, push)
+            decisions += self._detach_older(member)
             if member.push != push and self._in_half(member):
                 decisions += self._restart(f"{push.worker_id!r} pushes anew; its earlier push never came whole")
         member = self._members.setdefault(push.worker_id, _Member(push))
@@ -301,20 +302,27 @@ class Round:
             f"({', '.join(map(repr, sorted(self._members)))}); start the server with a higher --num-workers",
         )
 
-    def _detach_older(self, member: _Member, push: Push) -> list[Decision]:
-        older = member.stream
-        if older is None:
-            return []
+    def _check_rivals(self, member: _Member, push: Push) -> None:
         if member.attached is not None and member.attached.incarnation != push.incarnation:
             raise refusal(
                 Reason.WORKER_ID_IN_USE,
                 f"worker id {push.worker_id!r} is in use by another live process; give every worker its own",
             )
+        for other in (member.attached, member.push):
+            if other is not None and other.incarnation == push.incarnation and other.push_id > push.push_id:
+                raise refusal(
+                    Reason.PUSH_SUPERSEDED,
+                    f"push {push.push_id} of {push.worker_id!r} comes late: push {other.push_id} is in the round",
+                )
+
+    def _detach_older(self, member: _Member) -> list[Decision]:
+        older = member.stream
+        if older is None:
+            return []
         del self._streams[older]
         member.stream = member.attached = None
-        return [
-            Dismiss(older, refusal(Reason.PUSH_SUPERSEDED, f"a newer call of {push.worker_id!r} took this one's place"))
-        ]
+        worker_id = member.push.worker_id
+        return [Dismiss(older, refusal(Reason.PUSH_SUPERSEDED, f"a newer call of {worker_id!r} took this one's place"))]
 
     def _restart(self, cause: str) -> list[Decision]:
         error = refusal(Reason.ROUND_RESTARTED, f"round {self.global_step} was started over: {cause}; push again")

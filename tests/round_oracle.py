@@ -129,6 +129,11 @@ class Ledger:
         mine = [stream for stream, other in self.attached.items() if other.worker_id == push.worker_id]
         if any(self.attached[stream].incarnation != push.incarnation for stream in mine):
             return Answer(refused=Reason.WORKER_ID_IN_USE)
+        others = [self.attached[stream] for stream in mine] + [
+            p for p in (self.begun(push.worker_id),) if p is not None
+        ]
+        if any(other.incarnation == push.incarnation and other.push_id > push.push_id for other in others):
+            return Answer(refused=Reason.PUSH_SUPERSEDED)
         begun, present, restarted = self.begun(push.worker_id), self.present(), False
         if push.worker_id in present:
             restarted = begun is not None and begun != push and self.in_half(begun)

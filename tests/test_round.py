@@ -407,6 +407,18 @@ def test_a_broken_push_keeps_its_place_while_there_is_room() -> None:
     assert round_.open(3, push("a"), 0.0) == [Admit(1)]
 
 
+def test_a_header_that_comes_late_does_not_disturb_the_push_after_it() -> None:
+    round_ = Round(num_workers=2, fragment_count=2)
+    later, earlier = (Push("a", bytes(16), push_id, 0) for push_id in (2, 1))
+    round_.open(1, later, 0.0)
+    round_.record_fragment(1, 0.0)
+    with pytest.raises(ConflictError) as refused:
+        round_.open(2, earlier, 1.0)
+    assert refused.value.reason is Reason.PUSH_SUPERSEDED
+    assert round_.holds(1)
+    assert round_.given("a") == 1
+
+
 def test_one_worker_too_many_is_refused() -> None:
     round_ = Round(2, 2)
     round_.open(1, push("a"), 0.0)
