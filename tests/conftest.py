@@ -11,6 +11,7 @@ import pytest
 
 from ps_server.server import ServerConfig, serve
 from ps_server.service import ServicePolicy
+from tests.jobs import Job, running
 
 
 class RunningServer:
@@ -75,3 +76,9 @@ def start_server() -> Iterator[StartServer]:
     yield start
     for server in servers:
         server.stop()
+
+
+@pytest.fixture
+def job(start_server: StartServer) -> Iterator[Job]:
+    with running(start_server) as job:
+        yield job
