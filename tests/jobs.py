@@ -13,14 +13,7 @@ from grpc import StatusCode
 
 from ma_client import ParameterServerSession
 from modelaverage.v1 import parameter_server_pb2 as pb
-from tests.raw_client import (
-    Arrays,
-    RawClient,
-    Stream,
-    fragments_of,
-    push_header,
-    until,
-)
+from tests.raw_client import Arrays, RawClient, Stream, fragments_of, push_header, until
 
 if TYPE_CHECKING:
     from tests.conftest import StartServer

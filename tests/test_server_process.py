@@ -19,15 +19,7 @@ from modelaverage.errors import ConflictError, DeadlineExceededError, Reason, Se
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.__main__ import main
 from tests.jobs import CENTER, COUNT, STEP, Job, of, worker
-from tests.raw_client import (
-    Arrays,
-    RawClient,
-    flat_bytes,
-    fragments_of,
-    push_header,
-    rest_of_center,
-    until,
-)
+from tests.raw_client import Arrays, RawClient, flat_bytes, fragments_of, push_header, rest_of_center, until
 
 # The process.
 
