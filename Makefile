@@ -20,9 +20,10 @@ $(VENV)/%.stamp: pyproject.toml constraints.txt
 demo: $(VENV)/demo.stamp ## train the digits with one parameter server and two workers
 	@$(BIN)/ma-launch --ps 1 --workers 2 -- digits
 
-bench: $(VENV)/demo.stamp ## what a round costs, beside gloo's all-reduce; add QUICK=--quick for less than a minute
+bench: $(VENV)/dev.stamp ## what a round costs, beside gloo's all-reduce; add QUICK=--quick for less than a minute
 	@$(BIN)/python -m bench.round $(QUICK)
 	@$(BIN)/python -m bench.many $(QUICK)
+	@$(if $(QUICK),,$(BIN)/pytest -m slow)
 
 test: lint types proto-check unit ## everything that CI runs
 

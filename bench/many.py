@@ -24,7 +24,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from bench.round import memory_bytes, parameter_server
+from bench.processes import parameter_server, peak_bytes, resident_bytes
 from modelaverage import wire
 from modelaverage.manifest import Manifest, Variable
 from modelaverage.v1 import parameter_server_pb2 as pb
@@ -54,7 +54,7 @@ class RawWorker:
         self._channel = grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)])
         self._initialize = self._channel.stream_unary(f"/{wire.SERVICE}/Initialize", None, None)
         self._push = self._channel.stream_stream(f"/{wire.SERVICE}/PushAndAverage", None, None)
-        self._worker_id = f"worker-{number}"
+        self._worker_id, self._workers = f"worker-{number}", workers
         self._incarnation = os.urandom(16)
         values = np.full(PARAMETERS, float(number % 2), np.float32)
         self._fragment = wire.encode_fragment(0, (values.data.cast("B"),))
@@ -75,29 +75,23 @@ class RawWorker:
             push_id=step,
             base_step=step,
             manifest_id=_MANIFEST.id,
+            fragments_follow=True,
         )
         call = self._push()  # type: ignore[call-arg]
-        await call.write(pb.PushAndAverageRequest(header=header).SerializeToString())
-        await self._message(call)
-        await call.write(self._fragment)
+        await call.write(pb.PushAndAverageRequest(header=header).SerializeToString() + self._fragment)
         await call.done_writing()
-        fragment = wire.read_fragment(pb.PushAndAverageResponse, await self._message(call))
-        assert isinstance(fragment, tuple)
-        assert np.array_equal(np.frombuffer(fragment[1], np.float32), self._mean), "the average is wrong"
-        last = wire.parse(pb.PushAndAverageResponse, await self._message(call))
-        assert last.outcome.outcome == pb.OUTCOME_COMMITTED
-        assert last.outcome.global_step == step + 1
-        assert len(last.outcome.contributors) > 0
+        data = await call.read()
+        assert isinstance(data, bytes), "the stream ended"
+        answer = wire.parse(pb.PushAndAverageResponse, data)
+        assert np.array_equal(np.frombuffer(answer.fragment.data, np.float32), self._mean), "the average is wrong"
+        assert answer.outcome.outcome == pb.OUTCOME_COMMITTED
+        assert answer.outcome.global_step == step + 1
+        assert len(answer.outcome.contributors) == self._workers
+        assert not isinstance(await call.read(), bytes), "the stream goes on"
 
     async def close(self) -> None:
         """Ends the connection."""
         await self._channel.close(None)
-
-    @staticmethod
-    async def _message(call: grpc.aio.StreamStreamCall[bytes, bytes]) -> bytes:
-        message = await call.read()
-        assert isinstance(message, bytes), "the stream ended"
-        return message
 
 
 def client(address: str, numbers: range, workers: int, rounds: int, barrier: Barrier, pipe: Connection) -> None:
@@ -128,7 +122,7 @@ def measure(workers: int, rounds: int) -> Result:
     processes_count = min(CLIENT_PROCESSES, workers)
     barrier = context.Barrier(processes_count + 1)
     with parameter_server(workers) as (address, server_pid):
-        idle_bytes = memory_bytes(server_pid, "VmRSS")
+        idle_bytes = resident_bytes(server_pid)
         pipes, processes = [], []
         for index in range(processes_count):
             ours, theirs = context.Pipe()
@@ -145,7 +139,7 @@ def measure(workers: int, rounds: int) -> Result:
         times: list[list[float]] = [pipe.recv() for pipe in pipes]
         for process in processes:
             process.join()
-        server_extra_bytes = memory_bytes(server_pid, "VmHWM") - idle_bytes
+        server_extra_bytes = peak_bytes(server_pid) - idle_bytes
     median_s = statistics.median(max(round_s) for round_s in zip(*times, strict=True))
     return Result(workers, median_s * 1e3, median_s * 1e3 / workers, threads, server_extra_bytes)
 

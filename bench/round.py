@@ -14,12 +14,8 @@ import multiprocessing
 import os
 import socket
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -27,6 +23,8 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+
+from bench.processes import parameter_server, peak_bytes, resident_bytes
 
 WARM_UPS = 2
 
@@ -42,17 +40,17 @@ class Case:
 
 @dataclass(frozen=True)
 class Sample:
-    """What one worker measured: seconds of each round, and its memory in bytes."""
+    """What one worker measured: seconds of each round, and its peak memory over what it had before, in bytes."""
 
     round_s: list[float]
     gloo_s: list[float]
-    idle_bytes: int
-    peak_bytes: int
+    extra_bytes: int
 
 
 @dataclass(frozen=True)
 class Result:
-    """One row of the table. Spread is (largest - smallest) / median; memory is peak over idle, in models."""
+    """One row of the table. Spread is (largest - smallest) / median; memory is the peak over the same process idle, a
+    worker's without the model itself; shared pages count where `peak_bytes` says."""
 
     transport: str
     parameters: int
@@ -65,30 +63,6 @@ class Result:
     wire_bytes_per_round: int
     server_extra_bytes: int
     worker_extra_bytes: int
-
-
-def memory_bytes(pid: int, field: str) -> int:
-    """VmRSS (now) or VmHWM (peak) of a process."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise ValueError(f"/proc/{pid}/status has no {field}")
-
-
-@contextmanager
-def parameter_server(num_workers: int, unix_socket: bool = False) -> Iterator[tuple[str, int]]:
-    """A server process on a free port, or a Unix socket: its address and its pid."""
-    with tempfile.TemporaryDirectory() as directory:
-        bind = f"unix:{directory}/socket" if unix_socket else "127.0.0.1:0"
-        command = [sys.executable, "-m", "ps_server", "serve", "--bind", bind]
-        command += ["--num-workers", str(num_workers), "--ready-file", f"{directory}/ready"]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
-            try:
-                address = process.stdout.readline().split()[-1]
-                yield address, process.pid
-            finally:
-                process.terminate()
 
 
 def work(case: Case, rank: int, rounds: int, address: str, gloo_port: int, pipe: Connection) -> None:
@@ -104,12 +78,15 @@ def work(case: Case, rank: int, rounds: int, address: str, gloo_port: int, pipe:
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=case.workers)
     values = np.arange(case.parameters, dtype=np.float32) % 1024
     mean = values + np.float32((case.workers - 1) / 2)
+    local = {"x": values + np.float32(rank)}
+    # Once now, so that the buffers that gloo makes for itself do not count as ours.
+    reduced = torch.from_numpy(values)
+    dist.all_reduce(reduced)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    idle_bytes = resident_bytes(os.getpid())
     session = ParameterServerSession(
         [address], worker_id=f"worker-{rank}", is_chief=rank == 0, shared_memory=case.transport == "shared memory"
     )
-    idle_bytes = memory_bytes(os.getpid(), "VmRSS")
-    local = {"x": values + np.float32(rank)}
-    reduced = torch.empty(case.parameters)
     if rank == 0:
         session.initialize(local)
     session.pull(copy=False)
@@ -131,7 +108,9 @@ def work(case: Case, rank: int, rounds: int, address: str, gloo_port: int, pipe:
             reduced.div_(case.workers)
         gloo_s.append((time.perf_counter() - began) / repeat)
         assert repeat > 1 or np.array_equal(reduced.numpy(), mean), f"gloo's round {turn} is wrong"
-    pipe.send(Sample(round_s[WARM_UPS:], gloo_s[WARM_UPS:], idle_bytes, memory_bytes(os.getpid(), "VmHWM")))
+    extra_bytes = peak_bytes(os.getpid(), "modelaverage-center") - idle_bytes
+    pipe.send(Sample(round_s[WARM_UPS:], gloo_s[WARM_UPS:], extra_bytes))
+    pipe.recv()  # the server's memory is looked at while all workers are there
     session.close()
     dist.destroy_process_group()
 
@@ -145,7 +124,7 @@ def measure(case: Case, rounds: int) -> Result:
         probe.bind(("127.0.0.1", 0))
         gloo_port = probe.getsockname()[1]
     with parameter_server(case.workers, unix_socket=case.transport == "unix socket") as (address, server_pid):
-        idle_bytes = memory_bytes(server_pid, "VmRSS")
+        idle_bytes = resident_bytes(server_pid)
         pipes, processes = [], []
         for rank in range(case.workers):
             ours, theirs = context.Pipe()
@@ -155,11 +134,12 @@ def measure(case: Case, rounds: int) -> Result:
             pipes.append(ours)
             processes.append(process)
         samples: list[Sample] = [pipe.recv() for pipe in pipes]
-        for process in processes:
-            process.join()
+        server_extra_bytes = peak_bytes(server_pid, "modelaverage-contribution") - idle_bytes
         with ParameterServerSession([address], worker_id="bench") as session:
             status = session.status()
-        server_extra_bytes = memory_bytes(server_pid, "VmHWM") - idle_bytes
+        for pipe, process in zip(pipes, processes, strict=True):
+            pipe.send(None)
+            process.join()
     slowest = [max(times) for times in zip(*(sample.round_s for sample in samples), strict=True)]
     gloo = [max(times) for times in zip(*(sample.gloo_s for sample in samples), strict=True)]
     return Result(
@@ -173,7 +153,7 @@ def measure(case: Case, rounds: int) -> Result:
         ratio=statistics.median(slowest) / statistics.median(gloo),
         wire_bytes_per_round=(status.received_bytes + status.sent_bytes - status.shared_bytes) // status.global_step,
         server_extra_bytes=server_extra_bytes,
-        worker_extra_bytes=max(sample.peak_bytes - sample.idle_bytes for sample in samples),
+        worker_extra_bytes=max(sample.extra_bytes for sample in samples),
     )
 
 
@@ -211,6 +191,8 @@ def main(argv: list[str] | None = None) -> int:
     parameters = (1_000, 1_000_000, 10_000_000) if arguments.quick else (1_000, 1_000_000, 10_000_000, 50_000_000)
     workers = (2,) if arguments.quick else (2, 4, 8)
     cases = [Case(t, p, w) for p in parameters for w in workers for t in ("shared memory", "unix socket", "tcp")]
+    if not arguments.quick:
+        cases.append(Case("tcp", 10_000_000, 16))  # the server's memory is the same as with two
     console, results = Console(width=140), []
     for case in cases:
         console.print(f"{case.transport}: {case.parameters:,} parameters, {case.workers} workers", style="dim")

@@ -13,7 +13,7 @@ from typing import Any, cast
 import grpc
 from numpy.typing import NDArray
 
-from ma_client.lent_memory import LentMemory, Loan
+from ma_client.lent_memory import Copying, LentMemory, Loan
 from ma_client.staging import Staging
 from modelaverage import wire
 from modelaverage.errors import (
@@ -25,6 +25,7 @@ from modelaverage.errors import (
     fault_named,
 )
 from modelaverage.outcome import Outcome
+from modelaverage.shared_memory import Segment
 from modelaverage.tuning import CHANNEL_OPTIONS, keep_freed_memory
 from modelaverage.v1 import parameter_server_pb2 as pb
 
@@ -96,6 +97,8 @@ class Shard:
     def __init__(self, address: str, connect_timeout_s: float) -> None:
         self.address = address
         self._lent = LentMemory()
+        self._next_push_lent: Segment | None = None  # the contribution memory that the next push may fill at once
+        self._next_push_follows = False  # whether its fragments may follow its header at once
         keep_freed_memory()
         self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
         self._initialize = self._channel.stream_unary(f"/{wire.SERVICE}/Initialize", _as_is, _as_is)
@@ -164,21 +167,41 @@ class Shard:
         """
         admitted: queue.SimpleQueue[tuple[int, Loan | None]] = queue.SimpleQueue()
         fragment_count = staging.manifest.fragment_count
+        copying = Copying(staging.manifest, fragments)
+        # After a push that ended well nothing of this worker is in the round: what the server will ask for is known.
+        lent, header.fragments_follow = self._next_push_lent, self._next_push_follows
+        self._next_push_lent, self._next_push_follows = None, False
         loan: Loan | None = None
 
+        def inline(first: int) -> Iterator[bytes]:
+            for index in range(first, fragment_count):
+                yield wire.encode_fragment(index, fragments(index))
+
         def requests() -> Iterator[bytes]:
-            yield pb.PushAndAverageRequest(header=header).SerializeToString()
-            first, lent = admitted.get()
-            if lent is None:
-                for index in range(first, fragment_count):
-                    yield wire.encode_fragment(index, fragments(index))
+            opening = pb.PushAndAverageRequest(header=header).SerializeToString()
+            if header.fragments_follow:
+                # Messages that stand one after the other are read as one.
+                yield opening + next(inline(0), b"")
+                yield from inline(1)
                 return
-            for start in range(first, fragment_count, lent.chunk_fragments):
-                count = min(lent.chunk_fragments, fragment_count - start)
-                if not lent.fill(start, count, fragments):
+            yield opening
+            filled = 0
+            while lent is not None and filled < fragment_count and admitted.empty() and not copying.over:
+                filled = copying.fill(lent, filled)
+            first, loan = admitted.get()
+            if loan is None:
+                yield from inline(first)
+                return
+            if loan.contribution is not lent:
+                filled = first
+            while first < fragment_count:
+                if filled <= first:
+                    filled = copying.fill(loan.contribution, first)
+                if copying.over:
                     return
-                put = pb.SharedFragments(first=start, count=count)
+                put = pb.SharedFragments(first=first, count=filled - first)
                 yield pb.PushAndAverageRequest(shared=put).SerializeToString()
+                first = filled
 
         staging.begin()
         shared = False
@@ -190,23 +213,25 @@ class Shard:
                     if isinstance(message, tuple):
                         staging.receive(*message)
                         continue
-                    match message.WhichOneof("message"):
-                        case "admission":
-                            loan = self._lent.accept(message.admission, staging.manifest)
-                            admitted.put((message.admission.first_needed_fragment, loan))
-                        case "shared" if loan is not None:
-                            staging.receive_elsewhere(message.shared.first, message.shared.count)
-                            shared = True
-                        case "outcome":
-                            staging.check_complete()
-                            if message.outcome.outcome not in {outcome.value for outcome in Outcome}:
-                                raise ProtocolError(f"{self.address} sent an outcome that this client does not know")
-                            return Answer(message.outcome, staging, loan if shared else None)
+                    if message.HasField("admission"):
+                        loan = self._lent.accept(message.admission, staging.manifest)
+                        admitted.put((message.admission.first_needed_fragment, loan))
+                    if message.HasField("fragment"):
+                        staging.receive(message.fragment.index, memoryview(message.fragment.data))
+                    if message.HasField("shared") and loan is not None:
+                        staging.receive_elsewhere(message.shared.first, message.shared.count)
+                        shared = True
+                    if message.HasField("outcome"):
+                        staging.check_complete()
+                        if message.outcome.outcome not in {outcome.value for outcome in Outcome}:
+                            raise ProtocolError(f"{self.address} sent an outcome that this client does not know")
+                        self._next_push_lent = None if loan is None else loan.contribution
+                        self._next_push_follows = loan is None and message.outcome.outcome == pb.OUTCOME_COMMITTED
+                        return Answer(message.outcome, staging, loan if shared else None)
             finally:
                 messages.cancel()  # type: ignore[no-untyped-call]
                 admitted.put((fragment_count, None))  # lets the requests end if no admission ever came
-                if loan is not None:
-                    loan.end()
+                copying.end()
         raise ProtocolError(f"{self.address} ended a push without an outcome; is it a parameter server?")
 
     def status(self, deadline: Deadline, wait_for_ready: bool = False) -> pb.GetStatusResponse:

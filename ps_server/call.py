@@ -1,7 +1,7 @@
 """One call: messages in, messages out, and ends that come from outside. I/O only; no rules of the round.
 
-A call may end because its client stalls or because something elsewhere decided so (`fail`), while its own tasks are
-blocked in a read or a write. `run` watches for both.
+A call may end because its client stalls or because something elsewhere decided so, while it is blocked in a read or a
+write: `fail` cancels the task that serves it and leaves the reason in `failure`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import grpc.aio
+from google.protobuf.message import Message
 
 from modelaverage import wire
-from modelaverage.errors import ModelAverageError, Reason, refusal
+from modelaverage.errors import Reason, refusal
 from modelaverage.v1 import parameter_server_pb2 as pb
 
 __all__ = ["Call", "Context", "Traffic"]
@@ -37,7 +38,7 @@ class Traffic:
 
 
 class Call:
-    """A call of one client.
+    """A call of one client, made in the task that serves it.
 
     Args:
         context: gRPC's side of it; messages are bytes.
@@ -53,17 +54,20 @@ class Call:
         self._traffic = traffic
         self._stall_timeout_s = stall_timeout_s
         self._writing = False
-        self._watchdog: asyncio.TimerHandle | None = None
+        self._beside_header: tuple[int, memoryview] | pb.SharedFragments | None = None
+        self.failure: BaseException | None = None
+        """Why the call's task was cancelled, if `fail` did it."""
+        self._task = asyncio.current_task()
         self._loop = asyncio.get_running_loop()
         self._active_at_s = self._loop.time()
-        self._failure: asyncio.Future[None] = self._loop.create_future()
+        self._watchdog = self._loop.call_later(stall_timeout_s, self._watch)
         self.ended: asyncio.Future[None] = self._loop.create_future()
 
-    def fail(self, error: ModelAverageError) -> None:
+    def fail(self, error: BaseException) -> None:
         """Ends the call with ``error``, whatever it is blocked in. The first failure counts."""
-        if not self._failure.done():
-            self._failure.set_exception(error)
-            self._failure.exception()  # a failure that comes too late to matter is not worth asyncio's complaint
+        if self.failure is None and self._task is not None:
+            self.failure = error
+            self._task.cancel()
 
     async def read(self) -> bytes | None:
         """The client's next message; None when it has half-closed."""
@@ -76,10 +80,14 @@ class Call:
         self.expecting = True
         data = await self.read()
         message = message_type() if data is None else wire.parse(message_type, data)
-        if message.WhichOneof("message") != "header":
+        if not message.HasField("header"):
             came = "the stream ended" if data is None else "another message came"
             raise refusal(Reason.MESSAGE_OUT_OF_ORDER, f"{came} where the header belongs; send the header first")
-        return message.header
+        header = message.header
+        message.ClearField("header")
+        if message.ListFields():
+            self._beside_header = self._content(message)
+        return header
 
     async def read_fragment(self, message_type: type[_Opening]) -> tuple[int, memoryview] | pb.SharedFragments | None:
         """Index and bytes of the next fragment, or which ones lie in shared memory; None when the client has
@@ -88,22 +96,30 @@ class Call:
         Raises:
             ProtocolError: MESSAGE_MALFORMED or MESSAGE_OUT_OF_ORDER.
         """
+        if self._beside_header is not None:
+            content, self._beside_header = self._beside_header, None
+            return content
         data = await self.read()
-        if data is None:
-            return None
-        fragment = wire.read_fragment(message_type, data)
-        if isinstance(fragment, tuple):
-            self._traffic.received_bytes += len(fragment[1])
-            return fragment
-        if isinstance(fragment, pb.PushAndAverageRequest) and fragment.WhichOneof("message") == "shared":
-            return fragment.shared
-        raise refusal(Reason.MESSAGE_OUT_OF_ORDER, "another message came where a fragment belongs")
+        return None if data is None else self._content(wire.read_fragment(message_type, data))
 
-    def count_shared(self, received_bytes: int = 0, sent_bytes: int = 0) -> None:
-        """Notes fragments that went through shared memory."""
+    def _content(self, message: tuple[int, memoryview] | Message) -> tuple[int, memoryview] | pb.SharedFragments:
+        if isinstance(message, Message):
+            match message.ListFields():
+                case [(field, pb.SharedFragments() as shared)] if field.name == "shared":
+                    return shared
+                case [(field, pb.Fragment() as fragment)] if field.name == "fragment":
+                    message = fragment.index, memoryview(fragment.data)
+                case _:
+                    raise refusal(Reason.MESSAGE_OUT_OF_ORDER, "another message came where a fragment belongs")
+        self._traffic.received_bytes += len(message[1])
+        return message
+
+    def count(self, received_bytes: int = 0, sent_bytes: int = 0, shared: bool = False) -> None:
+        """Notes bytes of fragments that went otherwise than by `read_fragment` and `write_fragment`."""
         self._traffic.received_bytes += received_bytes
         self._traffic.sent_bytes += sent_bytes
-        self._traffic.shared_bytes += received_bytes + sent_bytes
+        if shared:
+            self._traffic.shared_bytes += received_bytes + sent_bytes
 
     async def write(self, message: bytes) -> None:
         """Sends one message. Returns when gRPC has room for the next: a slow client holds up only its own call."""
@@ -114,30 +130,28 @@ class Call:
     async def write_fragment(self, index: int, data: memoryview) -> None:
         """Sends one fragment; its bytes are copied before this first waits."""
         await self.write(wire.encode_fragment(index, (data,)))
-        self._traffic.sent_bytes += len(data)
+        self.count(sent_bytes=len(data))
 
-    async def run(self, main: Coroutine[Any, Any, _T], beside: Coroutine[Any, Any, None] | None = None) -> _T:
-        """Runs ``main`` to its end, with ``beside`` at its side; ends early with the first error, or by `fail`."""
-        outcome = asyncio.ensure_future(main)
-        tasks: set[asyncio.Future[Any]] = {outcome}
-        if beside is not None:
-            tasks.add(asyncio.ensure_future(beside))
-        self._watch()
-        pending = {*tasks, self._failure}
+    async def run(self, main: Coroutine[Any, Any, _T], beside: Coroutine[Any, Any, None]) -> _T:
+        """Runs ``main`` to its end, with ``beside`` in a task at its side; an error of either ends both."""
+        task = asyncio.ensure_future(beside)
+        task.add_done_callback(self._beside_ended)
         try:
-            while not outcome.done():
-                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-                if self._failure.done():
-                    self._failure.result()
-                for future in done:
-                    future.result()
-            return outcome.result()
+            return await main
         finally:
-            if self._watchdog is not None:
-                self._watchdog.cancel()
-            for task in tasks:
+            if not task.done():
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+                await asyncio.wait((task,))
+
+    def end(self) -> None:
+        """The call is over; what comes from outside no longer matters."""
+        self._watchdog.cancel()
+        self._task = None
+        self.ended.set_result(None)
+
+    def _beside_ended(self, task: asyncio.Future[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.fail(error)
 
     def _watch(self) -> None:
         idle_s = self._loop.time() - self._active_at_s if self.expecting or self._writing else 0.0

@@ -8,6 +8,7 @@ them, and a fresh one takes its place.
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,7 @@ from ps_server.round import FinishFragment
 __all__ = ["Buffer", "Center", "Contribution"]
 
 _Array = NDArray[np.generic]
+_THREADS = min(4, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class Center:
         self.next = Buffer(manifest, shared)
         # Contributions in shared memory to fragments whose sum has not begun.
         self._deferred: dict[int, list[Contribution]] = {}
-        self._threads = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "center")
+        self._threads = ThreadPoolExecutor(_THREADS, "center")
         # Sums of 16-bit variables, in float32; None where the next buffer itself is precise enough.
         self._wide: list[list[NDArray[np.float32] | None]] = [
             [
@@ -160,8 +162,11 @@ class Center:
             By worker id, how many of the values that are summed only now were not finite.
         """
         if len(fragments) == 1:
-            return self._finish(fragments[0])
-        return sum(self._threads.map(self._finish, fragments), Counter[str]())
+            return self._finish(fragments)
+        # One stretch a thread: handing over every fragment by itself costs as much as summing it.
+        stretch = math.ceil(len(fragments) / _THREADS)
+        stretches = [fragments[start : start + stretch] for start in range(0, len(fragments), stretch)]
+        return sum(self._threads.map(self._finish, stretches), Counter[str]())
 
     def restart(self) -> None:
         """The round starts over: what was to be summed is void."""
@@ -188,7 +193,10 @@ class Center:
                     nonfinite += _count_nonfinite(values)
         return nonfinite
 
-    def _finish(self, fragment: FinishFragment) -> Counter[str]:
+    def _finish(self, fragments: Sequence[FinishFragment]) -> Counter[str]:
+        return sum(map(self._finish_one, fragments), Counter[str]())
+
+    def _finish_one(self, fragment: FinishFragment) -> Counter[str]:
         index = fragment.index
         deferred = sorted(self._deferred.pop(index, []), key=lambda contribution: contribution.worker_id)
         by_contribution = [self._values(index, contribution.data) for contribution in deferred]

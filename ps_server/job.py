@@ -11,6 +11,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from modelaverage import wire
 from modelaverage.errors import ModelAverageError, Reason, refusal
@@ -37,6 +38,7 @@ from ps_server.round import (
 __all__ = ["Job"]
 
 _log = logging.getLogger("ps_server")
+_MESSAGES_KEPT = 8
 
 
 @dataclass
@@ -46,6 +48,11 @@ class _Average:
     buffer: Buffer
     finished: int = 0
 
+    def __post_init__(self) -> None:
+        buffer = self.buffer
+        # Workers that keep pace are sent the same bytes, so they are made once.
+        self.message = lru_cache(_MESSAGES_KEPT)(lambda index: wire.encode_fragment(index, (buffer.fragment(index),)))
+
 
 @dataclass
 class _Part:
@@ -54,6 +61,7 @@ class _Part:
     call: Call
     worker_id: str
     average: _Average
+    follows: bool = False  # whether its fragments come without waiting for the admission
     contribution: Segment | None = None  # where the worker may put its fragments
     shared: bool = False  # whether it does
     outcome: pb.PushOutcome | None = None  # set when its round has committed
@@ -113,27 +121,30 @@ class Job:
     async def take_part(self, call: Call, header: pb.PushHeader) -> None:
         """Answers a push, from its header to its outcome."""
         push = _push_of(header, self.manifest)
-        part = self._parts[call.number] = _Part(call, push.worker_id, self._average)
+        part = self._parts[call.number] = _Part(call, push.worker_id, self._average, header.fragments_follow)
         try:
             decisions = self.round.open(call.number, push, self._clock())
             record = self._roster.heard_of(push.worker_id, self._clock())
             record.has_pushed, record.is_chief, record.local_step = True, header.is_chief, header.local_step
             answer = self._apply(part, decisions)
             if isinstance(answer, CenterFollows):
-                await call.run(self._send_center(call, answer.outcome))
+                await self._send_center(call, answer.outcome)
             elif isinstance(answer, Admit):
                 part.contribution = self._lend(push) if header.accepts_shared_memory else None
                 with part.average.buffer.reading():
                     sending = self._send_average(part, answer.first_needed)
-                    await call.run(sending, beside=self._receive_push(part))
+                    unneeded = answer.first_needed if part.follows else 0
+                    await call.run(sending, beside=self._receive_push(part, unneeded))
         finally:
             self.round.close(call.number)
             del self._parts[call.number]
 
-    async def _receive_push(self, part: _Part) -> None:
-        """Adds fragments to the average until the client half-closes."""
+    async def _receive_push(self, part: _Part, unneeded: int) -> None:
+        """Adds fragments to the average until the client half-closes; ignores those below ``unneeded``."""
         while (fragment := await part.call.read_fragment(pb.PushAndAverageRequest)) is not None:
             if isinstance(fragment, tuple):
+                if fragment[0] < unneeded:
+                    continue
                 decisions = self._take_inline(part, *fragment)
             else:
                 decisions = self._take_shared(part, fragment)
@@ -160,7 +171,7 @@ class Job:
             data = part.contribution.body[begin:stop].data
             self._note(self.center.defer(index, Contribution(part.worker_id, weight, data), first))
             decisions += self._record(part, index)
-            part.call.count_shared(received_bytes=stop - begin)
+            part.call.count(received_bytes=stop - begin, shared=True)
         part.shared = True
         return decisions
 
@@ -181,28 +192,35 @@ class Job:
         if part.contribution is not None and part.average.buffer.segment is not None:
             admission.contribution.CopyFrom(_shared_memory(part.contribution))
             admission.average.CopyFrom(_shared_memory(part.average.buffer.segment))
-        await part.call.write(pb.PushAndAverageResponse(admission=admission).SerializeToString())
+        message = pb.PushAndAverageResponse(admission=admission).SerializeToString()
+        if not part.follows:
+            await part.call.write(message)
+            message = b""
         sent = 0
         while True:
             part.progress.clear()
             while sent < part.average.finished:
-                sent = await self._send_finished(part, sent)
+                fragments, sent = self._finished(part, sent)
+                message += fragments
+                if sent < self.manifest.fragment_count:
+                    await part.call.write(message)
+                    message = b""
             if part.outcome is not None:
-                await part.call.write(pb.PushAndAverageResponse(outcome=part.outcome).SerializeToString())
+                # Messages that stand one after the other are read as one.
+                await part.call.write(message + pb.PushAndAverageResponse(outcome=part.outcome).SerializeToString())
                 return
             await part.progress.wait()
 
-    async def _send_finished(self, part: _Part, first: int) -> int:
-        """Sends what is finished from ``first`` on, in shared memory all of it, else one fragment; where it stopped."""
-        if not part.shared:
-            await part.call.write_fragment(first, part.average.buffer.fragment(first))
-            return first + 1
-        end = part.average.finished
-        shared = pb.SharedFragments(first=first, count=end - first)
-        await part.call.write(pb.PushAndAverageResponse(shared=shared).SerializeToString())
+    def _finished(self, part: _Part, first: int) -> tuple[bytes, int]:
+        """The message with what is finished from ``first`` on, in shared memory all of it, else one fragment; and the
+        fragment after it."""
+        end = part.average.finished if part.shared else first + 1
         begin, stop = self.manifest.fragment_bounds(first)[0], self.manifest.fragment_bounds(end - 1)[1]
-        part.call.count_shared(sent_bytes=stop - begin)
-        return end
+        part.call.count(sent_bytes=stop - begin, shared=part.shared)
+        if not part.shared:
+            return part.average.message(first), end
+        shared = pb.SharedFragments(first=first, count=end - first)
+        return pb.PushAndAverageResponse(shared=shared).SerializeToString(), end
 
     def _lend(self, push: Push) -> Segment | None:
         """Memory for this worker's contribution: a process keeps what it got; a later one gets its own."""
@@ -263,14 +281,15 @@ class Job:
 
     def _commit(self, commit: Commit) -> None:
         self.center.commit()
+        common = pb.PushOutcome(
+            global_step=commit.global_step,
+            contributors=commit.contributors,
+            untouched_variables=sorted(commit.untouched),
+        )
         for stream, verdict in commit.verdicts.items():
-            self._parts[stream].outcome = pb.PushOutcome(
-                outcome=pb.Outcome.Name(verdict.outcome.value),
-                global_step=commit.global_step,
-                contributors=commit.contributors,
-                waited_s=verdict.waited_s,
-                untouched_variables=sorted(commit.untouched) if verdict.outcome is Outcome.COMMITTED else (),
-            )
+            outcome = pb.PushOutcome(outcome=pb.Outcome.Name(verdict.outcome.value), waited_s=verdict.waited_s)
+            outcome.MergeFrom(common)
+            self._parts[stream].outcome = outcome
         self._wake(self._average)
         self._average = _Average(self.center.next)
         self._lent = {worker_id: self._lent[worker_id] for worker_id in commit.contributors if worker_id in self._lent}

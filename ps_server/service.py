@@ -95,7 +95,7 @@ class ParameterServerService:
 
     async def _initialize(self, _: object, context: Context) -> bytes:
         async def body(call: Call) -> bytes:
-            return (await call.run(self._receive_center(call))).SerializeToString()
+            return (await self._receive_center(call)).SerializeToString()
 
         return await self._serve("Initialize", context, body)
 
@@ -176,12 +176,12 @@ class ParameterServerService:
                 self._roster.heard_of(message.worker_id, self._clock())
                 self._pulls_waiting.add(call)
                 try:
-                    await call.run(self._initialized.wait())
+                    await self._initialized.wait()
                 finally:
                     self._pulls_waiting.discard(call)
             job = self._require_job()
             self._roster.heard_of(message.worker_id, self._clock())
-            await call.run(job.send_pulled(call))
+            await job.send_pulled(call)
 
         await self._serve("Pull", context, body)
 
@@ -189,7 +189,7 @@ class ParameterServerService:
 
     async def _push_and_average(self, _: object, context: Context) -> None:
         async def body(call: Call) -> None:
-            header = await call.run(call.read_header(pb.PushAndAverageRequest))
+            header = await call.read_header(pb.PushAndAverageRequest)
             await self._require_job().take_part(call, header)
 
         await self._serve("PushAndAverage", context, body)
@@ -254,19 +254,21 @@ class ParameterServerService:
             if self._stopping and name != "GetStatus":
                 raise refusal(Reason.SERVER_STOPPING, _GOING_DOWN)
             return await body(call)
-        except ModelAverageError as error:
-            if error.reason is None:
-                raise
-            _log.info("%s refused: %s: %s", name, error.reason.name, error)
-            await context.abort(
-                grpc.StatusCode[FAULTS[error.reason].status],
-                str(error)[:_MAX_MESSAGE_CHARS],
-                ((REASON_METADATA_KEY, REASON_PREFIX + error.reason.name),),
-            )
-            raise  # never reached: abort raises
+        except (ModelAverageError, asyncio.CancelledError) as raised:
+            # Without a failure it was gRPC that cancelled: the client is gone.
+            error = raised if call.failure is None else call.failure
+            if not isinstance(error, ModelAverageError) or error.reason is None:
+                raise error from None
         finally:
             self._calls.discard(call)
-            call.ended.set_result(None)
+            call.end()
+        _log.info("%s refused: %s: %s", name, error.reason.name, error)
+        await context.abort(
+            grpc.StatusCode[FAULTS[error.reason].status],
+            str(error)[:_MAX_MESSAGE_CHARS],
+            ((REASON_METADATA_KEY, REASON_PREFIX + error.reason.name),),
+        )
+        raise error  # never reached: abort raises
 
     def _require_job(self) -> Job:
         if self._job is None:

@@ -155,7 +155,7 @@ class Stream(Generic[M]):
     def admission(self: Stream[pb.PushAndAverageResponse]) -> int:
         """The first fragment that the server wants."""
         message = self.receive()
-        assert message.WhichOneof("message") == "admission"
+        assert message.HasField("admission")
         return message.admission.first_needed_fragment
 
     def give(self, fragments: list[bytes], first: int = 0, end: int | None = None) -> None:
@@ -174,10 +174,12 @@ class Stream(Generic[M]):
     def answer(self: Stream[pb.PushAndAverageResponse]) -> tuple[pb.PushOutcome, bytes]:
         """The outcome, and the center that came before it."""
         flat, count = b"", 0
-        while (message := self.receive()).WhichOneof("message") == "fragment":
-            assert message.fragment.index == count
-            flat, count = flat + message.fragment.data, count + 1
-        assert message.WhichOneof("message") == "outcome"
+        message = pb.PushAndAverageResponse()
+        while not message.HasField("outcome"):
+            message = self.receive()
+            if message.HasField("fragment"):
+                assert message.fragment.index == count
+                flat, count = flat + message.fragment.data, count + 1
         assert self.ended()
         return message.outcome, flat
 

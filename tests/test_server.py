@@ -19,6 +19,7 @@ from tests.raw_client import (
     Arrays,
     RawClient,
     flat_bytes,
+    fragment,
     fragments_of,
     initialize_header,
     manifest_of,
@@ -92,9 +93,45 @@ def test_a_finished_fragment_comes_down_while_later_ones_go_up(job: Job) -> None
         for stream in (a, b):
             message = stream.receive()
             assert (message.fragment.index, message.fragment.data) == (index, average[index])
+            assert message.HasField("outcome") == (index == COUNT - 1)
+    assert a.ended()
+    assert b.ended()
+
+
+def test_a_push_whose_fragments_follow_its_header_needs_no_admission(job: Job) -> None:
+    fragments = fragments_of(of(1))
+    eager = job.header("a", fragments_follow=True)
+    eager.fragment.CopyFrom(fragment(0, fragments[0]).fragment)
+    a = job.client.open_push()
+    a.send(eager)
+    a.give(fragments, 1)
+    a.half_close()
+    b = job.push("b", of(3))
     for stream in (a, b):
-        assert stream.receive().outcome.outcome == pb.OUTCOME_COMMITTED
-        assert stream.ended()
+        outcome, center = stream.answer()
+        assert outcome.outcome == pb.OUTCOME_COMMITTED
+        assert center == flat_bytes(of(2))
+
+
+@pytest.mark.parametrize("given", [1, COUNT - 1, COUNT])
+def test_following_fragments_that_the_server_has_already_are_ignored(job: Job, given: int) -> None:
+    job.break_off("a", of(1), given)
+    a = job.client.open_push()
+    a.send(job.header("a", fragments_follow=True))
+    a.give(fragments_of(of(1)))
+    a.half_close()
+    b = job.push("b", of(3))
+    for stream in (a, b):
+        assert stream.answer()[1] == flat_bytes(of(2))
+
+
+def test_following_fragments_of_a_stale_push_are_ignored(job: Job) -> None:
+    a = job.client.open_push()
+    a.send(job.header("a", base_step=STEP - 1, fragments_follow=True))
+    a.give(fragments_of(of(7)))
+    a.half_close()
+    assert a.answer()[0].outcome == pb.OUTCOME_STALE
+    assert job.client.pull()[1] == flat_bytes(CENTER)
 
 
 @pytest.mark.parametrize("given", [0, 1, COUNT - 1, COUNT])

@@ -39,7 +39,7 @@ def meaning(carrier: type[Carrier], data: bytes) -> object:
         message = carrier.FromString(data)
     except DecodeError:
         return Reason.MESSAGE_MALFORMED
-    if message.WhichOneof("message") == "fragment":
+    if [field.name for field, _ in message.ListFields()] == ["fragment"]:
         return message.fragment.index, message.fragment.data
     return message
 

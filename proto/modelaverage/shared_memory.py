@@ -66,7 +66,9 @@ class Segment:
         """
         if sys.platform != "linux":
             raise OSError("shared memory needs Linux's memfd")
-        descriptor = os.memfd_create("modelaverage", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        # The name is for people who read /proc/PID/smaps: these pages show up in every process that has them mapped.
+        name = "modelaverage-contribution" if for_clients_to_write else "modelaverage-center"
+        descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(descriptor, _HEADER_BYTES + size_bytes)
             segment = cls(descriptor, size_bytes, writable=True)

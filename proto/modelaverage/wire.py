@@ -81,7 +81,7 @@ def encode_fragment(index: int, parts: Iterable[bytes | memoryview]) -> bytes:
 
 
 def read_fragment(message_type: type[_C], data: bytes) -> tuple[int, memoryview] | _C:
-    """Index and bytes of the fragment that a message carries, or the message itself if it carries something else.
+    """Index and bytes of the fragment that a message carries, or the message itself unless that is all it carries.
 
     Raises ProtocolError (MESSAGE_MALFORMED).
     """
@@ -89,7 +89,7 @@ def read_fragment(message_type: type[_C], data: bytes) -> tuple[int, memoryview]
     if fragment is not None:
         return fragment
     message = parse(message_type, data)
-    if message.WhichOneof("message") == "fragment":
+    if [field.name for field, _ in message.ListFields()] == ["fragment"]:
         return message.fragment.index, memoryview(message.fragment.data)
     return message
 

@@ -88,8 +88,8 @@ class ParameterServerServicer(object):
     def PushAndAverage(self, request_iterator, context):
         """One round: gives this worker's local variables to the average, waits at the barrier, receives the new center.
 
-        Up: one header; wait for the admission; then the fragments that the admission asks for, in ascending order and
-        without a gap; then half-close. Down: the admission; all fragments of the new center in ascending order, each as
+        Up: one header; wait for the admission (or say `fragments_follow`); then the fragments that the admission asks for,
+        in ascending order and without a gap; then half-close. Down: the admission; all fragments of the new center in ascending order, each as
         soon as it is finished, so while later ones still go up; last the outcome. Fragments that came down count only with
         the outcome: without it they are to be thrown away, and the push may be made again with the same header; the server
         then asks only for what it lacks.

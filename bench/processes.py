@@ -1,0 +1,60 @@
+"""What both benches need of processes: a server of their own, and how much memory a process has taken."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["parameter_server", "peak_bytes", "resident_bytes"]
+
+
+@contextmanager
+def parameter_server(num_workers: int, unix_socket: bool = False) -> Iterator[tuple[str, int]]:
+    """A server process on a free port, or a Unix socket: its address and its pid."""
+    with tempfile.TemporaryDirectory() as directory:
+        bind = f"unix:{directory}/socket" if unix_socket else "127.0.0.1:0"
+        command = [sys.executable, "-m", "ps_server", "serve", "--bind", bind]
+        command += ["--num-workers", str(num_workers), "--ready-file", f"{directory}/ready"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            try:
+                address = process.stdout.readline().split()[-1]
+                yield address, process.pid
+            finally:
+                process.terminate()
+
+
+def resident_bytes(pid: int) -> int:
+    """Memory that a process has now."""
+    return _status_bytes(pid, "VmRSS")
+
+
+def peak_bytes(pid: int, not_counting: str = "") -> int:
+    """The most memory that a process has had, without what it has mapped now of shared memory named so.
+
+    A shared page shows up in every process that has it mapped. Counted once: the center's with the server, a
+    contribution's with its worker.
+    """
+    shared = sum(size_bytes for name, size_bytes in _mappings(pid) if name and name == not_counting)
+    return _status_bytes(pid, "VmHWM") - shared
+
+
+def _mappings(pid: int) -> Iterator[tuple[str, int]]:
+    name = ""
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            name = line.partition("/memfd:")[2].removesuffix(" (deleted)")
+        elif line.startswith("Rss:"):
+            yield name, int(line.split()[1]) * 1024
+
+
+def _status_bytes(pid: int, field: str) -> int:
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise ValueError(f"/proc/{pid}/status has no {field}")
