@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,11 +13,19 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ma_client.cluster import ClusterSpec
+from ma_client.patience import Patience
 from ma_client.shard import Answer, Deadline, Shard
 from ma_client.staging import Staging
 from modelaverage import wire
 from modelaverage.checks import check_global_step, check_weight, check_worker_id
-from modelaverage.errors import ConflictError, InvalidRequestError, NotInitializedError, Reason, RetryPushError
+from modelaverage.errors import (
+    ConflictError,
+    InvalidRequestError,
+    ModelAverageError,
+    NotInitializedError,
+    Reason,
+    RetryPushError,
+)
 from modelaverage.manifest import DEFAULT_FRAGMENT_SIZE_BYTES, DTYPES, Manifest, Variable, dtype_name, first_difference
 from modelaverage.outcome import Outcome
 from modelaverage.v1 import parameter_server_pb2 as pb
@@ -26,6 +35,7 @@ __all__ = ["InitializeResult", "ParameterServerSession", "PushResult"]
 _Array = NDArray[Any]
 # Each restart of a round has a cause of its own, a worker that died; so many in a row are another kind of trouble.
 _MAX_ROUND_RESTARTS = 100
+_LEAVE_TIMEOUT_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -73,6 +83,8 @@ class ParameterServerSession:
         fragment_size_bytes: unit of transfer and averaging, if this session initializes the center: a multiple of 8
             up to 2 MiB.
         shared_memory: hand bytes over in shared memory if the server is on this host and offers it.
+        reconnect_timeout_s: how long to try again when the server is away, restarting or not reachable; 0: not at all.
+            A push that is made again sends only what the server lacks, and is never counted twice.
         round_timeout_s: how long a push waits for the other workers unless it says otherwise, those of the optimizer
             included; None: as long as it takes.
 
@@ -96,6 +108,7 @@ class ParameterServerSession:
         connect_timeout_s: float = 30.0,
         fragment_size_bytes: int = DEFAULT_FRAGMENT_SIZE_BYTES,
         shared_memory: bool = True,
+        reconnect_timeout_s: float = 60.0,
         round_timeout_s: float | None = None,
     ) -> None:
         if isinstance(ps_hosts, str) or len(ps_hosts) != 1:
@@ -115,6 +128,7 @@ class ParameterServerSession:
         self._manifest_id = ""
         self._staging: Staging | None = None
         self._shard = Shard(ps_hosts[0], connect_timeout_s)
+        self._patience = Patience(reconnect_timeout_s, lambda: self._shard.answered_at_s)
 
     @classmethod
     def from_env(cls, **options: Any) -> ParameterServerSession:
@@ -139,7 +153,10 @@ class ParameterServerSession:
         self.close()
 
     def close(self) -> None:
-        """Ends the session; the center stays where it is."""
+        """Ends the session; the center stays where it is. Rounds with a quorum no longer wait for this worker."""
+        if self._push_id:
+            with contextlib.suppress(ModelAverageError):  # nobody has to hear it
+                self._shard.leave(self.worker_id, self._incarnation, Deadline(_LEAVE_TIMEOUT_S))
         self._shard.close()
 
     def initialize(
@@ -166,11 +183,12 @@ class ParameterServerSession:
         header = pb.InitializeHeader(
             worker_id=self.worker_id, manifest=wire.manifest_to_message(manifest), global_step=global_step
         )
-        response = self._shard.initialize(
-            header,
-            lambda index: manifest.fragment_parts(index, values),
-            manifest.fragment_count,
-            Deadline(timeout_s),
+        deadline = Deadline(timeout_s)
+        response = self._patience.call(
+            lambda: self._shard.initialize(
+                header, lambda index: manifest.fragment_parts(index, values), manifest.fragment_count, deadline
+            ),
+            deadline,
         )
         if response.initialized:
             self._adopt(manifest, response.manifest_id)
@@ -214,7 +232,8 @@ class ParameterServerSession:
                 _in_order(_as_arrays(expected), manifest)
             return self._adopt(manifest, header.manifest_id)
 
-        self._shard.pull(request, staging_for, Deadline(timeout_s))
+        deadline = Deadline(timeout_s)
+        self._patience.call(lambda: self._shard.pull(request, staging_for, deadline), deadline)
         self.base_step = step
         arrays = self._require_staging().arrays
         return ({name: array.copy() for name, array in arrays.items()} if copy else arrays), step
@@ -247,8 +266,9 @@ class ParameterServerSession:
             NotInitializedError: this session has not initialized or pulled the center yet.
             ConflictError: the variables do not fit the center (naming the first that differs), or one of
                 WORKER_ID_IN_USE, ROUND_FULL, BASE_STEP_AHEAD, MANIFEST_UNKNOWN.
-            DeadlineExceededError: the round did not commit within ``timeout_s``.
-            ServerUnavailableError: the server is gone or going.
+            DeadlineExceededError: the round did not commit within ``timeout_s``, or within the server's limit
+                (ROUND_TIMED_OUT, naming the missing).
+            ServerUnavailableError: the server stayed away for ``reconnect_timeout_s``.
         """
         check_weight(weight)
         deadline = Deadline(self._round_timeout_s if timeout_s is None else timeout_s)
@@ -295,18 +315,27 @@ class ParameterServerSession:
     def _push(
         self, header: pb.PushHeader, staging: Staging, values: list[memoryview], deadline: Deadline, copy: bool
     ) -> tuple[Answer, Mapping[str, _Array]]:
+        def attempt() -> tuple[Answer, Mapping[str, _Array]]:
+            answer = self._shard.push_and_average(
+                header, lambda index: staging.manifest.fragment_parts(index, values), staging, deadline
+            )
+            return answer, answer.center(copy)
+
         restarts = 0
         while True:
             try:
-                answer = self._shard.push_and_average(
-                    header, lambda index: staging.manifest.fragment_parts(index, values), staging, deadline
-                )
-                return answer, answer.center(copy)
+                return self._patience.call(attempt, deadline)
             except RetryPushError:
                 # The round was started over for another worker's sake; the same push is as good as before.
                 restarts += 1
                 if restarts > _MAX_ROUND_RESTARTS:
                     raise
+            except NotInitializedError as error:
+                raise NotInitializedError(
+                    f"the parameter server has lost the center variables ({error}); was it started again without its "
+                    "--checkpoint-dir? Local variables are untouched",
+                    error.reason,
+                ) from None
 
     def _require_staging(self) -> Staging:
         if self._staging is None:

@@ -3,6 +3,7 @@ the client that knows gRPC."""
 
 from __future__ import annotations
 
+import logging
 import queue
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -30,6 +31,8 @@ from modelaverage.tuning import CHANNEL_OPTIONS, keep_freed_memory
 from modelaverage.v1 import parameter_server_pb2 as pb
 
 __all__ = ["Answer", "Deadline", "FragmentSource", "Shard"]
+
+_log = logging.getLogger("ma_client")
 
 # The bytes of a fragment, as parts to be joined.
 FragmentSource = Callable[[int], Iterable[memoryview]]
@@ -96,6 +99,8 @@ class Shard:
 
     def __init__(self, address: str, connect_timeout_s: float) -> None:
         self.address = address
+        self.answered_at_s = time.monotonic()
+        """When the server was last heard of, on the monotonic clock."""
         self._lent = LentMemory()
         self._next_push_lent: Segment | None = None  # the contribution memory that the next push may fill at once
         self._next_push_follows = False  # whether its fragments may follow its header at once
@@ -104,6 +109,7 @@ class Shard:
         self._initialize = self._channel.stream_unary(f"/{wire.SERVICE}/Initialize", _as_is, _as_is)
         self._pull = self._channel.unary_stream(f"/{wire.SERVICE}/Pull", _as_is, _as_is)
         self._push = self._channel.stream_stream(f"/{wire.SERVICE}/PushAndAverage", _as_is, _as_is)
+        self._leave = self._channel.unary_unary(f"/{wire.SERVICE}/Leave", _as_is, _as_is)
         self._get_status = self._channel.unary_unary(f"/{wire.SERVICE}/GetStatus", _as_is, _as_is)
         try:
             self.status(Deadline(connect_timeout_s), wait_for_ready=True)
@@ -143,6 +149,7 @@ class Shard:
             messages = self._pull(request.SerializeToString(), timeout=deadline.left_s)
             try:
                 staging = self._receive_center(iter(messages), staging_for)
+                self.answered_at_s = time.monotonic()
             finally:
                 messages.cancel()  # type: ignore[no-untyped-call]
         staging.check_complete()
@@ -209,6 +216,7 @@ class Shard:
             messages = self._push(requests(), timeout=deadline.left_s)
             try:
                 for data in messages:
+                    self.answered_at_s = time.monotonic()
                     message = wire.read_fragment(pb.PushAndAverageResponse, data)
                     if isinstance(message, tuple):
                         staging.receive(*message)
@@ -221,6 +229,8 @@ class Shard:
                     if message.HasField("shared") and loan is not None:
                         staging.receive_elsewhere(message.shared.first, message.shared.count)
                         shared = True
+                    if message.HasField("waiting"):
+                        _log_waiting(message.waiting)
                     if message.HasField("outcome"):
                         staging.check_complete()
                         if message.outcome.outcome not in {outcome.value for outcome in Outcome}:
@@ -233,6 +243,12 @@ class Shard:
                 admitted.put((fragment_count, None))  # lets the requests end if no admission ever came
                 copying.end()
         raise ProtocolError(f"{self.address} ended a push without an outcome; is it a parameter server?")
+
+    def leave(self, worker_id: str, incarnation: bytes, deadline: Deadline) -> None:
+        """Says that this process goes."""
+        request = pb.LeaveRequest(worker_id=worker_id, incarnation=incarnation).SerializeToString()
+        with self._faults(deadline, "nobody said goodbye"):
+            self._leave(request, timeout=deadline.left_s)
 
     def status(self, deadline: Deadline, wait_for_ready: bool = False) -> pb.GetStatusResponse:
         """What the server is doing."""
@@ -255,6 +271,8 @@ class Shard:
 
     def _fault(self, error: grpc.RpcError, deadline: Deadline, late: str) -> ModelAverageError:
         details = error.details() or ""
+        if error.code() is not grpc.StatusCode.UNAVAILABLE:
+            self.answered_at_s = time.monotonic()
         metadata = dict(cast("Iterable[tuple[str, str]]", error.trailing_metadata() or ()))
         fault = fault_named(metadata.get(REASON_METADATA_KEY, ""), details)
         if fault is not None:
@@ -266,7 +284,16 @@ class Shard:
                 return ServerUnavailableError(
                     f"the parameter server at {self.address} is gone ({details}); local variables are untouched"
                 )
+            case grpc.StatusCode.INTERNAL if "RST_STREAM" in details:  # so ends a stream whose server was killed
+                return ServerUnavailableError(f"the parameter server at {self.address} broke off ({details})")
             case grpc.StatusCode.UNIMPLEMENTED:
                 return ServerUnavailableError(f"what answers at {self.address} is no parameter server: {details}")
             case code:
                 return ModelAverageError(f"{self.address} answered {code.name}: {details}")
+
+
+def _log_waiting(waiting: pb.WaitingNotice) -> None:
+    missing = [repr(worker_id) for worker_id in waiting.waiting_for]
+    if waiting.waiting_for_unknown:
+        missing.append(f"{waiting.waiting_for_unknown} not heard of yet")
+    _log.warning("the round has waited %.0f s for %s", waiting.round_age_s, ", ".join(missing))

@@ -14,6 +14,8 @@ from pathlib import Path
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 from ps_server import status
+from ps_server.keeper import CheckpointPolicy
+from ps_server.policy import RoundPolicy
 from ps_server.server import ServerConfig, UnusableSettingError, serve, stop_on_signals
 from ps_server.service import DEFAULT_SHARED_MEMORY_FROM_BYTES, ServicePolicy
 
@@ -24,6 +26,8 @@ examples:
   ps-server serve --num-workers 2                       on loopback, for workers on this machine
   ps-server serve --bind 0.0.0.0:2222 --num-workers 8   for workers anywhere: no encryption, no authentication
   ps-server serve --bind unix:/tmp/ps.sock --bind 0.0.0.0:2222 --num-workers 4   both: a socket is faster on one host
+  ps-server serve --num-workers 4 --checkpoint-dir center/   killed or stopped, it goes on from there
+  ps-server serve --num-workers 8 --min-workers 6 --grace-s 10   goes on without workers that are 10 s late
   ps-server serve --bind 127.0.0.1:0 --num-workers 2 --ready-file ready.json   on a free port, for scripts
 """
 _STATUS_EXAMPLES = """\
@@ -62,6 +66,42 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--num-workers", type=_count, required=True, metavar="N", help="how many workers every round waits for"
+    )
+    command.add_argument(
+        "--min-workers",
+        type=_count,
+        metavar="M",
+        help="go on without the rest: once M pushes are whole, a round waits --grace-s for the others, then commits "
+        "(N: it needs all)",
+    )
+    command.add_argument(
+        "--max-workers", type=_count, metavar="X", help="with --min-workers: how many may stand in one round (N)"
+    )
+    command.add_argument(
+        "--grace-s",
+        type=_grace,
+        metavar="SECONDS",
+        help="with --min-workers: how long to wait for late workers; auto: the median of how late they have been, plus "
+        "4 x its median absolute deviation (auto)",
+    )
+    command.add_argument(
+        "--round-timeout-s",
+        type=_seconds,
+        metavar="SECONDS",
+        help="tell a worker that has waited for so long who is missing; its push stays in the round (never)",
+    )
+    command.add_argument(
+        "--checkpoint-dir",
+        type=Path,
+        metavar="DIR",
+        help="keep the center there, and go on from the newest checkpoint when started again (nowhere)",
+    )
+    command.add_argument(
+        "--checkpoint-every-rounds",
+        type=_count,
+        default=1,
+        metavar="K",
+        help="a checkpoint after every K-th round; with 1, a server that is killed loses nothing (%(default)s)",
     )
     command.add_argument(
         "--ready-file", type=Path, metavar="FILE", help='when listening, write {"address": ..., "pid": ...} there'
@@ -114,10 +154,13 @@ def _serve(arguments: argparse.Namespace) -> int:
     config = ServerConfig(
         binds=tuple(arguments.bind or ["127.0.0.1:2222"]),
         policy=ServicePolicy(
-            num_workers=arguments.num_workers,
+            round=_round_policy(arguments),
             max_model_bytes=arguments.max_model_bytes,
             stall_timeout_s=arguments.stream_idle_timeout_s,
             shared_memory_from_bytes=math.inf if arguments.no_shared_memory else DEFAULT_SHARED_MEMORY_FROM_BYTES,
+            checkpoints=None
+            if arguments.checkpoint_dir is None
+            else CheckpointPolicy(arguments.checkpoint_dir, arguments.checkpoint_every_rounds),
         ),
         ready_file=arguments.ready_file,
     )
@@ -129,6 +172,24 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     asyncio.run(run())
     return 0
+
+
+def _round_policy(arguments: argparse.Namespace) -> RoundPolicy:
+    """Raises UnusableSettingError unless the numbers of workers fit together."""
+    num_workers: int = arguments.num_workers
+    min_workers: int = arguments.min_workers or num_workers
+    max_workers: int = arguments.max_workers or num_workers
+    if not min_workers <= num_workers <= max_workers:
+        raise UnusableSettingError(
+            f"--min-workers {min_workers}, --num-workers {num_workers}, --max-workers {max_workers} have to ascend"
+        )
+    quorum_flags = [
+        f for f in ("--max-workers", "--grace-s") if getattr(arguments, f[2:].replace("-", "_")) is not None
+    ]
+    if min_workers == num_workers and quorum_flags:
+        raise UnusableSettingError(f"{quorum_flags[0]} needs a --min-workers below --num-workers {num_workers}")
+    grace_s = None if arguments.grace_s in (None, "auto") else arguments.grace_s
+    return RoundPolicy(num_workers, min_workers, max_workers, grace_s, arguments.round_timeout_s)
 
 
 def _status(arguments: argparse.Namespace) -> int:
@@ -156,6 +217,10 @@ def _seconds(text: str) -> float:
     if not 0 < value < 1e9:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number of seconds")
     return value
+
+
+def _grace(text: str) -> float | str:
+    return text if text == "auto" else _seconds(text)
 
 
 def _third_of_memory_bytes() -> int:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from modelaverage.errors import Reason, refusal
 from modelaverage.manifest import DTYPES, Manifest
 from modelaverage.shared_memory import Segment
-from ps_server.round import FinishFragment
+from ps_server.decisions import FinishFragment
 
 __all__ = ["Buffer", "Center", "Contribution"]
 
@@ -44,6 +44,7 @@ class Buffer:
 
     Attributes:
         segment: the shared memory that it lies in, if it does.
+        arrays: the variables in it, by name.
     """
 
     def __init__(self, manifest: Manifest, shared: bool) -> None:
@@ -52,7 +53,8 @@ class Buffer:
         size_bytes = manifest.buffer_size_bytes
         self.segment = Segment.create(size_bytes, for_clients_to_write=False) if shared else None
         self._bytes = np.zeros(size_bytes, np.uint8) if self.segment is None else self.segment.body
-        flat = [array.reshape(-1) for array in manifest.arrays(self._bytes).values()]
+        self.arrays = manifest.arrays(self._bytes)
+        flat = [array.reshape(-1) for array in self.arrays.values()]
         # By fragment: the part of each variable that lies in it, typed.
         self.parts: list[list[_Array]] = [
             [flat[piece.variable][piece.start : piece.start + piece.count] for piece in pieces]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -21,24 +21,29 @@ from modelaverage.shared_memory import Segment
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.call import Call
 from ps_server.center import Buffer, Center, Contribution
-from ps_server.roster import Roster
-from ps_server.round import (
+from ps_server.checkpoint import Checkpoint
+from ps_server.decisions import (
     Admit,
     CenterFollows,
     Commit,
     Decision,
     Dismiss,
     FinishFragment,
+    Hold,
     Push,
     Restart,
-    Round,
-    check_fragment_order,
+    TimeOut,
 )
+from ps_server.keeper import Keeper
+from ps_server.roster import Roster
+from ps_server.round import Round, check_fragment_order
 
 __all__ = ["Job"]
 
 _log = logging.getLogger("ps_server")
 _MESSAGES_KEPT = 8
+# A round that waits says so after this time, then after twice as long, and so on.
+_FIRST_NOTICE_S = 5.0
 
 
 @dataclass
@@ -54,7 +59,7 @@ class _Average:
         self.message = lru_cache(_MESSAGES_KEPT)(lambda index: wire.encode_fragment(index, (buffer.fragment(index),)))
 
 
-@dataclass
+@dataclass(eq=False)
 class _Part:
     """One push that is being answered."""
 
@@ -65,6 +70,8 @@ class _Part:
     contribution: Segment | None = None  # where the worker may put its fragments
     shared: bool = False  # whether it does
     outcome: pb.PushOutcome | None = None  # set when its round has committed
+    held: bool = False  # whether it waits for the end of a round that it is not in
+    notice: pb.WaitingNotice | None = None  # to be sent
     progress: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -72,19 +79,19 @@ class Job:
     """What there is once the chief has initialized the center.
 
     Args:
-        center: the initial center variables.
-        num_workers: how many distinct workers a round waits for.
-        global_step: where to start counting rounds.
+        center: the center variables.
+        round_: the ledger; nobody has pushed yet.
         roster: where to note what workers do.
         clock: seconds, monotonic.
+        keeper: what keeps the center on disk; None: nothing.
     """
 
     def __init__(
-        self, center: Center, num_workers: int, global_step: int, roster: Roster, clock: Callable[[], float]
+        self, center: Center, round_: Round, roster: Roster, clock: Callable[[], float], keeper: Keeper | None
     ) -> None:
         self.center = center
-        self.round = Round(num_workers, center.manifest.fragment_count, global_step)
-        self.rounds_restarted = 0
+        self.round = round_
+        self.rounds_restarted = self.rounds_without_all = 0
         self.stale_pushes = 0
         self.last_round_s = 0.0
         self._average = _Average(center.next)
@@ -92,6 +99,12 @@ class Job:
         self._lent: dict[str, tuple[bytes, Segment]] = {}  # by worker: its incarnation, its contribution memory
         self._roster = roster
         self._clock = clock
+        self._keeper = keeper
+        self._kept = asyncio.Event()  # unset while a commit waits for its checkpoint: nobody hears of it before
+        self._kept.set()
+        self._keeping: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._notice_timer: asyncio.TimerHandle | None = None
 
     @property
     def manifest(self) -> Manifest:
@@ -105,13 +118,31 @@ class Job:
                 if self.round.holds(stream):
                     part.call.fail(error)
 
+    async def keep(self) -> None:
+        """Writes a checkpoint of the center as it is, unless there is one."""
+        await self._kept.wait()
+        if self._keeper is not None and self._keeper.step != self.round.global_step:
+            await self._write_checkpoint(self._keeper)
+
+    def leave(self, worker_id: str, incarnation: bytes) -> None:
+        """A worker's process goes."""
+        self._apply(self.round.leave(worker_id, incarnation, self._clock()))
+
+    def missing(self) -> tuple[list[str], int]:
+        """Whom the round waits for: names of workers, sorted, and how many more."""
+        names, unknown = self.round.waits_for
+        if unknown == 0:
+            return sorted(names), 0
+        return self._roster.waiting_for(self.round.complete, len(self.round.complete) + len(names) + unknown)
+
     async def send_pulled(self, call: Call) -> None:
         """Answers a pull: header, then every fragment, all of one step."""
+        await self._kept.wait()
         header = pb.CenterHeader(
             manifest=wire.manifest_to_message(self.manifest),
             manifest_id=self.manifest.id,
             global_step=self.round.global_step,
-            num_workers=self.round.num_workers,
+            num_workers=self.round.policy.num_workers,
         )
         with self.center.current.reading() as buffer:
             await call.write(pb.PullResponse(header=header).SerializeToString())
@@ -126,18 +157,25 @@ class Job:
             decisions = self.round.open(call.number, push, self._clock())
             record = self._roster.heard_of(push.worker_id, self._clock())
             record.has_pushed, record.is_chief, record.local_step = True, header.is_chief, header.local_step
-            answer = self._apply(part, decisions)
-            if isinstance(answer, CenterFollows):
-                await self._send_center(call, answer.outcome)
-            elif isinstance(answer, Admit):
-                part.contribution = self._lend(push) if header.accepts_shared_memory else None
-                with part.average.buffer.reading():
-                    sending = self._send_average(part, answer.first_needed)
-                    unneeded = answer.first_needed if part.follows else 0
-                    await call.run(sending, beside=self._receive_push(part, unneeded))
+            answer = self._apply(decisions, part)
+            match answer:
+                case CenterFollows(outcome):
+                    await self._send_center(call, outcome)
+                case Hold():
+                    part.held, call.expecting = True, False
+                    while part.held:
+                        part.progress.clear()
+                        await part.progress.wait()
+                    await self._send_center(call, Outcome.STALE)
+                case Admit(first_needed):
+                    part.contribution = self._lend(push) if header.accepts_shared_memory else None
+                    with part.average.buffer.reading():
+                        sending = self._send_average(part, first_needed)
+                        unneeded = first_needed if part.follows else 0
+                        await call.run(sending, beside=self._receive_push(part, unneeded))
         finally:
-            self.round.close(call.number)
             del self._parts[call.number]
+            self._apply(self.round.close(call.number, self._clock()))
 
     async def _receive_push(self, part: _Part, unneeded: int) -> None:
         """Adds fragments to the average until the client half-closes; ignores those below ``unneeded``."""
@@ -148,7 +186,7 @@ class Job:
                 decisions = self._take_inline(part, *fragment)
             else:
                 decisions = self._take_shared(part, fragment)
-            self._apply(part, decisions)
+            self._apply(decisions)
         self.round.check_complete(part.call.number)
 
     def _take_inline(self, part: _Part, index: int, data: memoryview) -> list[Decision]:
@@ -205,6 +243,12 @@ class Job:
                 if sent < self.manifest.fragment_count:
                     await part.call.write(message)
                     message = b""
+            if part.notice is not None:
+                message += pb.PushAndAverageResponse(waiting=part.notice).SerializeToString()
+                part.notice = None
+                await part.call.write(message)
+                message = b""
+                continue
             if part.outcome is not None:
                 # Messages that stand one after the other are read as one.
                 await part.call.write(message + pb.PushAndAverageResponse(outcome=part.outcome).SerializeToString())
@@ -238,6 +282,7 @@ class Job:
 
     async def _send_center(self, call: Call, outcome: Outcome) -> None:
         """Answers a push that is not in the round: the present center, whole, and why."""
+        await self._kept.wait()
         count = self.manifest.fragment_count
         admission = pb.PushAdmission(first_needed_fragment=count)
         last_word = pb.PushOutcome(
@@ -254,19 +299,19 @@ class Job:
                 await call.write_fragment(index, buffer.fragment(index))
             await call.write(pb.PushAndAverageResponse(outcome=last_word).SerializeToString())
 
-    def _apply(self, part: _Part, decisions: list[Decision]) -> Admit | CenterFollows | None:
-        """Carries out what the round decided on an event of ``part``; the answer to its header, if there is one."""
-        answer: Admit | CenterFollows | None = None
-        finished = [decision for decision in decisions if isinstance(decision, FinishFragment)]
-        if finished:
-            self._note(self.center.finish(finished))
-            self._average.finished = finished[-1].index + 1
-            self._wake(self._average)
+    def _apply(self, decisions: Sequence[Decision], part: _Part | None = None) -> Decision | None:
+        """Carries out what the round decided; the answer to the header of ``part``, if it is one of an `open`."""
+        answer: Decision | None = None
+        finished = list[FinishFragment]()
         for decision in decisions:
             match decision:
+                case FinishFragment():
+                    finished.append(decision)
+                    continue
                 case Admit():
+                    assert part is not None
                     answer, part.average = decision, self._average
-                case CenterFollows():
+                case CenterFollows() | Hold():
                     answer = decision
                 case Dismiss(stream, error):
                     self._parts[stream].call.fail(error)
@@ -275,9 +320,21 @@ class Job:
                     self._average = _Average(self.center.next)
                     self.rounds_restarted += 1
                     _log.warning("round %d starts over: %s", self.round.global_step, cause)
+                case TimeOut(streams, waited_s):
+                    self._time_out(streams, waited_s)
                 case Commit():
+                    self._finish(finished)
+                    finished = []
                     self._commit(decision)
+        self._finish(finished)
+        self._set_timers()
         return answer
+
+    def _finish(self, fragments: list[FinishFragment]) -> None:
+        if fragments:
+            self._note(self.center.finish(fragments))
+            self._average.finished = fragments[-1].index + 1
+            self._wake(self._average)
 
     def _commit(self, commit: Commit) -> None:
         self.center.commit()
@@ -286,21 +343,104 @@ class Job:
             contributors=commit.contributors,
             untouched_variables=sorted(commit.untouched),
         )
+        outcomes = dict[_Part, pb.PushOutcome]()
         for stream, verdict in commit.verdicts.items():
             outcome = pb.PushOutcome(outcome=pb.Outcome.Name(verdict.outcome.value), waited_s=verdict.waited_s)
             outcome.MergeFrom(common)
-            self._parts[stream].outcome = outcome
-        self._wake(self._average)
+            outcomes[self._parts[stream]] = outcome
+        held = [self._parts[stream] for stream in commit.held]
         self._average = _Average(self.center.next)
         self._lent = {worker_id: self._lent[worker_id] for worker_id in commit.contributors if worker_id in self._lent}
         self._roster.count(commit.contributors)
         self.last_round_s = commit.round_s
+        self.rounds_without_all += len(commit.contributors) < self.round.policy.num_workers
         _log.debug("global_step %d: averaged %s", commit.global_step, ", ".join(commit.contributors))
+        if self._keeper is None or not self._keeper.is_due(commit.global_step):
+            _answer(outcomes, held)
+        else:
+            self._kept.clear()
+            self._keeping = asyncio.ensure_future(self._keep_then_answer(self._keeper, outcomes, held))
+
+    async def _keep_then_answer(self, keeper: Keeper, outcomes: dict[_Part, pb.PushOutcome], held: list[_Part]) -> None:
+        try:
+            await self._write_checkpoint(keeper)
+        finally:
+            self._kept.set()
+            _answer(outcomes, held)
+
+    async def _write_checkpoint(self, keeper: Keeper) -> None:
+        with self.center.current.reading() as buffer:
+            await keeper.write(
+                Checkpoint(
+                    self.manifest,
+                    buffer.arrays,
+                    self.round.global_step,
+                    self.round.contributors,
+                    dict(self.round.counted),
+                )
+            )
+
+    # Time.
+
+    def _set_timers(self) -> None:
+        """Wakes up when the round has something to do of itself, and when it is time to say for whom it waits."""
+        due_at_s = self.round.due_at_s
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None
+        if due_at_s is not None:
+            self._timer = asyncio.get_running_loop().call_later(max(0.0, due_at_s - self._clock()), self._expire)
+        waiting = bool(self.round.complete)
+        if waiting and self._notice_timer is None:
+            self._plan_notice(_FIRST_NOTICE_S)
+        elif not waiting and self._notice_timer is not None:
+            self._notice_timer.cancel()
+            self._notice_timer = None
+
+    def _expire(self) -> None:
+        self._timer = None
+        self._apply(self.round.expire(self._clock()))
+
+    def _time_out(self, streams: tuple[int, ...], waited_s: float) -> None:
+        error = refusal(
+            Reason.ROUND_TIMED_OUT,
+            f"round {self.round.global_step} waited {waited_s:g} s (--round-timeout-s) for {self._missing_text()}; "
+            "the push stays in the round: push again to wait on",
+        )
+        for stream in streams:
+            self._parts[stream].call.fail(error)
+
+    def _plan_notice(self, gap_s: float) -> None:
+        self._notice_timer = asyncio.get_running_loop().call_later(gap_s, self._give_notice, gap_s)
+
+    def _give_notice(self, gap_s: float) -> None:
+        names, unknown = self.missing()
+        age_s = self.round.age_s(self._clock())
+        _log.warning("round %d has waited %.0f s for %s", self.round.global_step, age_s, self._missing_text())
+        for part in self._parts.values():
+            if part.average is self._average:
+                part.notice = pb.WaitingNotice(waiting_for=names, waiting_for_unknown=unknown, round_age_s=age_s)
+                part.progress.set()
+        self._plan_notice(2 * gap_s)
+
+    def _missing_text(self) -> str:
+        names, unknown = self.missing()
+        return ", ".join([*map(repr, names), *([f"{unknown} not heard of yet"] if unknown else [])]) or "nobody"
 
     def _wake(self, average: _Average) -> None:
         for part in self._parts.values():
             if part.average is average:
                 part.progress.set()
+
+
+def _answer(outcomes: dict[_Part, pb.PushOutcome], held: list[_Part]) -> None:
+    """The commit may be known."""
+    for part, outcome in outcomes.items():
+        part.outcome = outcome
+        part.progress.set()
+    for part in held:
+        part.held = False
+        part.progress.set()
 
 
 def _shared_memory(segment: Segment) -> pb.SharedMemory:

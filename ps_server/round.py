@@ -4,10 +4,15 @@ Rules (docs/architecture.md has the picture):
 
 - Fragments of a push come in order, so how much of a push has come is one number, and what a broken push still lacks
   is everything from there on.
-- A fragment is finished when `num_workers` distinct workers have given it; the round commits when all are. As every
-  worker gives its fragments in order, finished fragments are a prefix, too.
+- A round is closed once everybody is there whom it waits for. From then on a fragment is finished when all of them have
+  given it, and the round commits when all fragments are. As every worker gives its fragments in order, finished
+  fragments are a prefix, too.
+- Strict (the default): it waits for `num_workers` distinct workers. With a quorum: for those of the round before and
+  those who showed up since, but once `min_workers` pushes are whole only for the time of grace.
 - What was added to an average cannot be taken out. When a push that is partly in can never be completed, because its
-  process is gone, the round starts over and everyone in it pushes again.
+  process is gone or the time of grace is over, the round starts over and everyone in it pushes again.
+- After a server came back from an old checkpoint, workers may push from a later base step. If all that the round waits
+  for agree on it, that is the round; if anybody pushes from an earlier one, those who are ahead are refused.
 """
 
 from __future__ import annotations
@@ -15,117 +20,27 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from modelaverage.checks import check_incarnation, check_weight, check_worker_id
 from modelaverage.errors import ModelAverageError, Reason, refusal
 from modelaverage.outcome import Outcome
+from ps_server.decisions import (
+    Admit,
+    CenterFollows,
+    Commit,
+    Decision,
+    Dismiss,
+    FinishFragment,
+    Hold,
+    Push,
+    Restart,
+    TimeOut,
+    Verdict,
+)
+from ps_server.policy import Lateness, RoundPolicy
 
-__all__ = [
-    "Admit",
-    "CenterFollows",
-    "Commit",
-    "Decision",
-    "Dismiss",
-    "FinishFragment",
-    "Push",
-    "Restart",
-    "Round",
-    "Verdict",
-    "check_fragment_order",
-]
+__all__ = ["Round", "check_fragment_order"]
 
-
-@dataclass(frozen=True)
-class Push:
-    """What a push header says. Equal headers mean equal bytes: a retry.
-
-    Raises:
-        InvalidRequestError: WORKER_ID_INVALID, INCARNATION_INVALID, WEIGHT_INVALID.
-    """
-
-    worker_id: str
-    incarnation: bytes
-    push_id: int
-    base_step: int
-    weight: float = 1.0
-    untouched: frozenset[int] = frozenset()
-
-    def __post_init__(self) -> None:
-        check_worker_id(self.worker_id)
-        check_incarnation(self.incarnation)
-        check_weight(self.weight)
-
-    @property
-    def key(self) -> tuple[bytes, int]:
-        """Tells this push from every other push of the same worker id."""
-        return self.incarnation, self.push_id
-
-
-@dataclass(frozen=True)
-class Admit:
-    """The push is in the round: fragments from ``first_needed`` on are wanted."""
-
-    first_needed: int
-
-
-@dataclass(frozen=True)
-class CenterFollows:
-    """The push is not in the round: the worker gets the present center and goes on from it."""
-
-    outcome: Outcome
-
-
-@dataclass(frozen=True)
-class Dismiss:
-    """The stream is no longer part of the round and has to end with ``error``."""
-
-    stream: int
-    error: ModelAverageError
-
-
-@dataclass(frozen=True)
-class Restart:
-    """The round starts over: whatever was accumulated is void. Each of its streams gets a `Dismiss`, too."""
-
-    cause: str
-
-
-@dataclass(frozen=True)
-class FinishFragment:
-    """All have given fragment ``index``: divide it by ``total_weight``, but keep the ``untouched`` variables."""
-
-    index: int
-    total_weight: float
-    untouched: frozenset[int]
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What one attached stream is told about the commit."""
-
-    outcome: Outcome
-    waited_s: float
-
-
-@dataclass(frozen=True)
-class Commit:
-    """The round is over: ``global_step`` rounds are complete.
-
-    Args:
-        global_step: the step reached.
-        contributors: ids of the workers in the average, sorted.
-        untouched: variables that none of them had changed.
-        verdicts: by stream, for all that are attached.
-        round_s: seconds since the round's first push.
-    """
-
-    global_step: int
-    contributors: tuple[str, ...]
-    untouched: frozenset[int]
-    verdicts: dict[int, Verdict]
-    round_s: float
-
-
-Decision = Admit | CenterFollows | Dismiss | Restart | FinishFragment | Commit
+# So many workers' last counted pushes are remembered, to tell a retry whose answer was lost from a stale push.
+_MAX_COUNTED = 10_000
 
 
 @dataclass
@@ -137,62 +52,79 @@ class _Member:
     completed_at_s: float | None = None
     stream: int | None = None
     attached: Push | None = None  # what the attached stream came with: another push than the first, after a restart
+    attached_at_s: float = 0.0
 
 
 @dataclass
 class Round:
     """The ledger of the round in progress.
 
-    Streams are named by numbers that the caller never uses twice. Every stream that `open` admitted has to be
-    closed, however it ends.
+    Streams are named by numbers that the caller never uses twice. Every stream that `open` admitted or held has to be
+    closed, however it ends. `expire` has to be called when the time is `due_at_s`.
 
     Args:
-        num_workers: how many distinct workers a round waits for.
+        policy: for whom a round waits, and how long.
         fragment_count: how many fragments a whole push has; may be 0.
         global_step: rounds completed.
+        contributors: of the last committed round.
+        counted: by worker, the key of the last push that was counted.
     """
 
-    num_workers: int
+    policy: RoundPolicy
     fragment_count: int
     global_step: int = 0
-    contributors: tuple[str, ...] = ()  # of the last committed round
+    contributors: tuple[str, ...] = ()
+    counted: dict[str, tuple[bytes, int]] = field(default_factory=dict)
     _members: dict[str, _Member] = field(default_factory=dict, init=False)
     _streams: dict[int, str] = field(default_factory=dict, init=False)
+    _held: dict[int, tuple[Push, float]] = field(default_factory=dict, init=False)  # by stream, since when
+    _barred: set[str] = field(default_factory=set, init=False)  # for whom this round has waited long enough
+    _expected: set[str] = field(default_factory=set, init=False)  # for whom a round with a quorum waits
+    _knows_workers: bool = field(default=False, init=False)  # whether a quorum is enough besides the expected
+    _lateness: Lateness = field(default_factory=Lateness, init=False)
     _contributions: list[int] = field(default_factory=list, init=False)  # by fragment
-    _counted: dict[str, tuple[bytes, int]] = field(default_factory=dict, init=False)  # by worker, its last push
+    _finished: int = field(default=0, init=False)  # fragments 0 .. _finished-1 are
+    _complete_count: int = field(default=0, init=False)
+    _closed: bool = field(default=False, init=False)  # whether it is certain whose pushes are averaged
+    _base_step: int = field(default=0, init=False)
     _started_at_s: float | None = field(default=None, init=False)
+    _enough_at_s: float | None = field(default=None, init=False)  # when a quorum's pushes were whole
 
     def __post_init__(self) -> None:
         self._contributions = [0] * self.fragment_count
+        self._base_step = self.global_step
 
     def open(self, stream: int, push: Push, now_s: float) -> list[Decision]:
-        """A push header came. Exactly one of the decisions is `Admit` or `CenterFollows`.
+        """A push header came. Exactly one of the decisions is `Admit`, `Hold` or `CenterFollows`.
 
         Raises:
             ConflictError: BASE_STEP_AHEAD, WORKER_ID_IN_USE, PUSH_SUPERSEDED or ROUND_FULL; nothing has changed.
         """
-        if self._counted.get(push.worker_id) == push.key:
+        if self.counted.get(push.worker_id) == push.key:
             return [CenterFollows(Outcome.ALREADY_COUNTED)]
         if push.base_step < self.global_step:
+            self._expect(push.worker_id)
             return [CenterFollows(Outcome.STALE)]
-        if push.base_step > self.global_step:
-            raise refusal(
-                Reason.BASE_STEP_AHEAD,
-                f"{push.worker_id!r} pushes from base step {push.base_step}, but the server is at global_step "
-                f"{self.global_step}; pull the center and go on from it",
-            )
         member, decisions = self._members.get(push.worker_id), list[Decision]()
+        if member is not None:
+            self._check_rivals(member, push)
+        decisions += self._agree_on_base_step(push)
+        member = self._members.get(push.worker_id)
         if member is None:
             decisions += self._make_room(push.worker_id)
+            if self._closed or push.worker_id in self._barred:
+                self._held[stream] = push, now_s
+                return [*decisions, Hold()]
         else:
-            self._check_rivals(member, push)
             decisions += self._detach_older(member)
             if member.push != push and self._in_half(member):
                 decisions += self._restart(f"{push.worker_id!r} pushes anew; its earlier push never came whole")
+        if not self._members:
+            self._base_step = push.base_step
         member = self._members.setdefault(push.worker_id, _Member(push))
         if not self._has_begun(member):
             member.push = push
-        member.stream, member.attached = stream, push
+        member.stream, member.attached, member.attached_at_s = stream, push, now_s
         self._streams[stream] = push.worker_id
         if self._started_at_s is None:
             self._started_at_s = now_s
@@ -215,14 +147,9 @@ class Round:
     def record_fragment(self, stream: int, now_s: float) -> list[Decision]:
         """The next fragment of this stream is in the accumulator."""
         member = self._members[self._streams[stream]]
-        index = member.given
+        self._contributions[member.given] += 1
         member.given += 1
-        self._contributions[index] += 1
-        decisions = list[Decision]()
-        if self._contributions[index] == self.num_workers:
-            total_weight = math.fsum(m.push.weight for m in self._members.values())
-            decisions.append(FinishFragment(index, total_weight, self._untouched()))
-        return decisions + self._settle(member, now_s)
+        return self._finish() if member.given < self.fragment_count else self._settle(member, now_s)
 
     def check_complete(self, stream: int) -> None:
         """The stream was half-closed. Raises ProtocolError (FRAGMENT_MISSING) if fragments are missing."""
@@ -233,23 +160,54 @@ class Round:
                 f"the push ended after {member.given} of {self.fragment_count} fragments; send the rest",
             )
 
-    def close(self, stream: int) -> None:
+    def close(self, stream: int, now_s: float) -> list[Decision]:
         """The stream has ended, in whatever way. What it gave stays; a worker that gave nothing leaves the round."""
+        self._held.pop(stream, None)
         worker_id = self._streams.pop(stream, None)
         if worker_id is None:
-            return
+            return []
         member = self._members[worker_id]
         member.stream = member.attached = None
-        if not self._has_begun(member):
-            del self._members[worker_id]
-            if not self._members:
-                self._started_at_s = None
+        return [] if self._has_begun(member) else self._remove(worker_id, now_s)
+
+    def leave(self, worker_id: str, incarnation: bytes, now_s: float) -> list[Decision]:
+        """A worker's process goes, and says so. A whole push stays; a round with a quorum waits for it no longer."""
+        member = self._members.get(worker_id)
+        known = self.counted.get(worker_id, (None, 0))[0] if member is None else member.push.incarnation
+        if known != incarnation or (member is not None and member.stream is not None):
+            return []  # another process has taken this one's place, or it pushes even now
+        self._expected.discard(worker_id)
+        if member is not None and self._in_half(member):
+            return self._restart(f"{worker_id!r} left in the middle of its push")
+        return self._settle(None, now_s)
+
+    @property
+    def due_at_s(self) -> float | None:
+        """When `expire` has something to do; None if nothing but an event can change anything."""
+        due_at_s = [] if self._enough_at_s is None else [self._enough_at_s + self._grace_s]
+        if self.policy.round_timeout_s is not None:
+            due_at_s += [since_s + self.policy.round_timeout_s for since_s in self._waiting_since_s().values()]
+        return min(due_at_s, default=None)
+
+    def expire(self, now_s: float) -> list[Decision]:
+        """Time has passed."""
+        decisions = list[Decision]()
+        if self._enough_at_s is not None and now_s >= self._enough_at_s + self._grace_s:
+            decisions += self._go_on_without_the_missing(now_s)
+        timeout_s = self.policy.round_timeout_s
+        if timeout_s is not None:
+            waiting_since_s = self._waiting_since_s()
+            late = tuple(stream for stream, since_s in waiting_since_s.items() if now_s >= since_s + timeout_s)
+            for stream in late:
+                self.close(stream, now_s)
+            decisions += [TimeOut(late, timeout_s)] if late else []
+        return decisions
 
     # What the status shows.
 
     def holds(self, stream: int) -> bool:
-        """Whether a stream belongs to the round in progress."""
-        return stream in self._streams
+        """Whether a stream belongs to the round in progress, or waits for its end."""
+        return stream in self._streams or stream in self._held
 
     @property
     def under_way(self) -> bool:
@@ -273,9 +231,15 @@ class Round:
     @property
     def full(self) -> bool:
         """Whether every worker that the round waits for has opened a push and is still there or has given all."""
-        return len(self._members) == self.num_workers and all(
+        return self._closed and all(
             member.stream is not None or member.completed_at_s is not None for member in self._members.values()
         )
+
+    @property
+    def waits_for(self) -> tuple[frozenset[str], int]:
+        """Whose pushes are not whole yet, as far as it knows names; and how many more it needs."""
+        present = self._members.keys() | (self._expected - self._barred)
+        return frozenset(present - self.complete), max(0, self._needed - len(present))
 
     # The rules.
 
@@ -290,16 +254,52 @@ class Round:
     def _in_half(self, member: _Member) -> bool:
         return 0 < member.given < self.fragment_count
 
+    @property
+    def _needed(self) -> int:
+        """How many workers a round needs before it can close of itself."""
+        return self.policy.min_workers if self._knows_workers else self.policy.num_workers
+
+    @property
+    def _grace_s(self) -> float:
+        return self._lateness.grace_s if self.policy.grace_s is None else self.policy.grace_s
+
+    def _waiting_since_s(self) -> dict[int, float]:
+        """Since when streams that have nothing to do have waited."""
+        waiting = {
+            member.stream: max(member.attached_at_s, member.completed_at_s)
+            for member in self._members.values()
+            if member.stream is not None and member.completed_at_s is not None
+        }
+        return waiting | {stream: since_s for stream, (_, since_s) in self._held.items()}
+
+    def _agree_on_base_step(self, push: Push) -> list[Decision]:
+        if not self._members or push.base_step == self._base_step:
+            return []
+        if push.base_step > self._base_step:
+            raise self._ahead(f"{push.worker_id!r} pushes from base step {push.base_step}")
+        error = self._ahead(f"others push from base step {self._base_step}, {push.worker_id!r} from {push.base_step}")
+        return self._start_over(f"{push.worker_id!r} pushes from an earlier base step than the others", error)
+
+    def _ahead(self, what: str) -> ModelAverageError:
+        return refusal(
+            Reason.BASE_STEP_AHEAD,
+            f"{what}, but the server is at global_step {self.global_step}, restored from an older checkpoint; "
+            "pull the center and go on from it",
+        )
+
     def _make_room(self, newcomer: str) -> list[Decision]:
-        if len(self._members) < self.num_workers:
+        """Decisions that let one more worker in, if none may come any more; raises if there are none."""
+        present = {*self._members, *(push.worker_id for push, _ in self._held.values()), newcomer}
+        if len(present) <= self.policy.max_workers:
             return []
         for worker_id, member in self._members.items():
             if member.stream is None and self._in_half(member):
                 return self._restart(f"{newcomer!r} takes the place of {worker_id!r}, whose push broke off")
         raise refusal(
             Reason.ROUND_FULL,
-            f"{newcomer!r} is one too many for round {self.global_step}, which has its {self.num_workers} workers "
-            f"({', '.join(map(repr, sorted(self._members)))}); start the server with a higher --num-workers",
+            f"{newcomer!r} is one too many for round {self.global_step}, which has its {self.policy.max_workers} "
+            f"workers ({', '.join(map(repr, sorted(self._members)))}); start the server with a higher --num-workers "
+            "or --max-workers",
         )
 
     def _check_rivals(self, member: _Member, push: Push) -> None:
@@ -326,40 +326,115 @@ class Round:
 
     def _restart(self, cause: str) -> list[Decision]:
         error = refusal(Reason.ROUND_RESTARTED, f"round {self.global_step} was started over: {cause}; push again")
-        dismissed = [Dismiss(stream, error) for stream in self._streams]
+        return self._start_over(cause, error)
+
+    def _start_over(self, cause: str, error: ModelAverageError) -> list[Decision]:
+        dismissed = [Dismiss(stream, error) for stream in (*self._streams, *self._held)]
         self._clear()
         return [Restart(cause), *dismissed]
 
-    def _settle(self, member: _Member, now_s: float) -> list[Decision]:
-        """Marks a push that has become whole, and commits when it was the last."""
-        if member.given < self.fragment_count:
-            return []
-        if member.completed_at_s is None:
+    def _remove(self, worker_id: str, now_s: float) -> list[Decision]:
+        """A worker that has given nothing is no longer in the round, which may have room for others again."""
+        del self._members[worker_id]
+        error = refusal(Reason.ROUND_RESTARTED, f"round {self.global_step} has room: {worker_id!r} left; push again")
+        dismissed: list[Decision] = [Dismiss(stream, error) for stream in self._held] if self._closed else []
+        if self._closed:
+            self._held.clear()
+        self._closed = False
+        if not self._members:
+            self._started_at_s = None
+            return dismissed
+        return dismissed + self._settle(None, now_s)
+
+    def _settle(self, member: _Member | None, now_s: float) -> list[Decision]:
+        """Draws the consequences of who is there and who has given all; ``member`` may just have done so."""
+        if member is not None and member.given == self.fragment_count and member.completed_at_s is None:
             member.completed_at_s = now_s
-        if len(self._members) < self.num_workers or any(m.completed_at_s is None for m in self._members.values()):
-            return []
-        return [self._commit(now_s)]
+            self._complete_count += 1
+        if not self._closed:
+            expected = self._expected - self._barred
+            self._closed = len(self._members) >= self._needed and expected <= self._members.keys()
+        complete = self._complete_count
+        if complete >= self.policy.min_workers and not self.policy.is_strict and self._enough_at_s is None:
+            self._enough_at_s = now_s
+        finished = self._finish()
+        if not self._closed or complete < len(self._members) or complete < self.policy.min_workers:
+            return finished
+        return [*finished, self._commit(now_s)]
+
+    def _finish(self) -> list[Decision]:
+        """The fragments that all have given, once it is certain who they all are."""
+        decisions = list[Decision]()
+        while (
+            self._closed
+            and self._finished < self.fragment_count
+            and self._contributions[self._finished] == len(self._members)
+        ):
+            total_weight = math.fsum(member.push.weight for member in self._members.values())
+            decisions.append(FinishFragment(self._finished, total_weight, self._untouched()))
+            self._finished += 1
+        return decisions
+
+    def _go_on_without_the_missing(self, now_s: float) -> list[Decision]:
+        """The time of grace is over: the round is that of the pushes that are whole."""
+        complete = set(self.complete)
+        missing = {worker_id: member for worker_id, member in self._members.items() if worker_id not in complete}
+        self._barred |= (self._expected | missing.keys()) - complete
+        self._expected, self._knows_workers = complete, True
+        cause = f"it waited {self._grace_s:g} s for {', '.join(map(repr, sorted(self._barred)))}"
+        if any(member.given > 0 for member in missing.values()):
+            return self._restart(cause)
+        error = refusal(Reason.ROUND_RESTARTED, f"round {self.global_step} goes on without you: {cause}; push again")
+        decisions: list[Decision] = [Dismiss(m.stream, error) for m in missing.values() if m.stream is not None]
+        for worker_id, member in missing.items():
+            del self._members[worker_id]
+            self._streams.pop(-1 if member.stream is None else member.stream, None)
+        self._closed = True
+        return decisions + self._settle(None, now_s)
+
+    def _expect(self, worker_id: str) -> None:
+        if not self.policy.is_strict:
+            self._expected.add(worker_id)
 
     def _commit(self, now_s: float) -> Commit:
-        self.global_step += 1
+        untouched = self._untouched()
+        self.global_step = self._base_step + 1
         self.contributors = tuple(sorted(self._members))
-        verdicts = {}
+        verdicts, whole_at_s = {}, list[float]()
         for worker_id, member in self._members.items():
-            self._counted[worker_id] = member.push.key
-            if member.stream is not None and member.completed_at_s is not None:
+            self.counted.pop(worker_id, None)  # the last counted come last
+            self.counted[worker_id] = member.push.key
+            assert member.completed_at_s is not None
+            whole_at_s.append(member.completed_at_s)
+            if member.stream is not None:
                 outcome = Outcome.COMMITTED if member.attached == member.push else Outcome.ALREADY_COUNTED
                 verdicts[member.stream] = Verdict(outcome, now_s - member.completed_at_s)
-        commit = Commit(self.global_step, self.contributors, self._untouched(), verdicts, self.age_s(now_s))
+        for worker_id in list(self.counted)[:-_MAX_COUNTED]:
+            del self.counted[worker_id]
+        if self._enough_at_s is not None:
+            enough_at_s = self._enough_at_s
+            self._lateness.observe(at_s - enough_at_s for at_s in whole_at_s if at_s > enough_at_s)
+        commit = Commit(self.global_step, self.contributors, untouched, verdicts, tuple(self._held), self.age_s(now_s))
+        self._expected.clear()
+        for worker_id in (*self.contributors, *(push.worker_id for push, _ in self._held.values())):
+            self._expect(worker_id)
+        self._knows_workers = not self.policy.is_strict
+        self._barred.clear()
         self._clear()
         return commit
 
     def _clear(self) -> None:
         self._members.clear()
         self._streams.clear()
+        self._held.clear()
         self._contributions = [0] * self.fragment_count
-        self._started_at_s = None
+        self._finished = self._complete_count = 0
+        self._closed = False
+        self._started_at_s = self._enough_at_s = None
 
     def _untouched(self) -> frozenset[int]:
+        if self._base_step != self.global_step:
+            return frozenset()  # the server's center is not the one that they left untouched
         return frozenset.intersection(*(member.push.untouched for member in self._members.values()))
 
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import logging
 import os
 import signal
 import socket
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import grpc.aio
 
 from modelaverage.tuning import CHANNEL_OPTIONS, keep_freed_memory
+from ps_server.checkpoint import Checkpoint, load_latest
+from ps_server.keeper import CheckpointPolicy
 from ps_server.service import ParameterServerService, ServicePolicy
 
 __all__ = ["ServerConfig", "UnusableSettingError", "serve", "stop_on_signals"]
@@ -55,10 +59,20 @@ async def serve(config: ServerConfig, stop: asyncio.Event, ready: Callable[[list
     """Serves until ``stop`` is set; calls ``ready`` with the real addresses once it listens.
 
     Raises:
-        UnusableSettingError: an address is malformed, not of this machine, or taken; the file cannot be written.
+        UnusableSettingError: an address is malformed, not of this machine, or taken; the file cannot be written; the
+            directory for checkpoints cannot be used.
     """
-    keep_freed_memory()
-    service = ParameterServerService(config.policy)
+    keep_freed_memory(one_arena=True)
+    lock, restored = _open_checkpoints(config.policy.checkpoints)
+    with lock:
+        service = ParameterServerService(config.policy, restored=restored)
+        del restored  # as large as the model
+        await _serve(config, service, stop, ready)
+
+
+async def _serve(
+    config: ServerConfig, service: ParameterServerService, stop: asyncio.Event, ready: Callable[[list[str]], None]
+) -> None:
     server = grpc.aio.server(options=_OPTIONS)
     server.add_generic_rpc_handlers((service.handler(),))
     addresses = [_listen(server, bind) for bind in config.binds]
@@ -74,6 +88,22 @@ async def serve(config: ServerConfig, stop: asyncio.Event, ready: Callable[[list
     _log.info("stopping")
     await service.stop(config.grace_s)
     await server.stop(grace=1.0)
+
+
+def _open_checkpoints(policy: CheckpointPolicy | None) -> tuple[AbstractContextManager[object], Checkpoint | None]:
+    """A lock that keeps other servers out of the directory, and the checkpoint to go on from."""
+    if policy is None:
+        return nullcontext(), None
+    directory = policy.directory
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = (directory / "lock").open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock, load_latest(directory)
+    except BlockingIOError:
+        raise UnusableSettingError(f"another server keeps its center in --checkpoint-dir {directory}") from None
+    except OSError as error:
+        raise UnusableSettingError(f"cannot use --checkpoint-dir {directory}: {error.strerror or error}") from None
 
 
 def stop_on_signals(stop: asyncio.Event) -> None:

@@ -12,15 +12,18 @@ from typing import TypeVar
 import grpc.aio
 
 from modelaverage import wire
-from modelaverage.checks import check_global_step, check_worker_id
+from modelaverage.checks import check_global_step, check_incarnation, check_worker_id
 from modelaverage.errors import FAULTS, REASON_METADATA_KEY, REASON_PREFIX, ModelAverageError, Reason, refusal
 from modelaverage.manifest import Manifest, first_difference
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.call import Call, Context, Traffic
 from ps_server.center import Center
+from ps_server.checkpoint import Checkpoint
 from ps_server.job import Job
+from ps_server.keeper import CheckpointPolicy, Keeper
+from ps_server.policy import RoundPolicy
 from ps_server.roster import Roster
-from ps_server.round import check_fragment_order
+from ps_server.round import Round, check_fragment_order
 
 __all__ = ["DEFAULT_SHARED_MEMORY_FROM_BYTES", "ParameterServerService", "ServicePolicy"]
 
@@ -37,23 +40,36 @@ class ServicePolicy:
     """What the service is told by whoever starts it.
 
     Args:
-        num_workers: how many distinct workers a round waits for.
+        round: for whom a round waits.
         max_model_bytes: a center that needs more than twice as much memory is refused.
         stall_timeout_s: a client that keeps a stream waiting for longer loses it.
         shared_memory_from_bytes: models of this size on use shared memory with workers on this host; a smaller one fits
             one or a few messages, to which shared memory would only add. Infinite: none.
+        checkpoints: where to keep the center; None: nowhere.
     """
 
-    num_workers: int
+    round: RoundPolicy
     max_model_bytes: int
     stall_timeout_s: float
     shared_memory_from_bytes: float = DEFAULT_SHARED_MEMORY_FROM_BYTES
+    checkpoints: CheckpointPolicy | None = None
 
 
 class ParameterServerService:
-    """The four RPCs of `modelaverage.v1.ParameterServer`. Made and used on one running event loop."""
+    """The RPCs of `modelaverage.v1.ParameterServer`. Made and used on one running event loop.
 
-    def __init__(self, policy: ServicePolicy, clock: Callable[[], float] = time.monotonic) -> None:
+    Args:
+        policy: what it is told.
+        clock: seconds, monotonic.
+        restored: the checkpoint to go on from; None: the chief initializes the center.
+    """
+
+    def __init__(
+        self,
+        policy: ServicePolicy,
+        clock: Callable[[], float] = time.monotonic,
+        restored: Checkpoint | None = None,
+    ) -> None:
         self._policy = policy
         self._clock = clock
         self._started_at_s = clock()
@@ -64,6 +80,9 @@ class ParameterServerService:
         self._pulls_waiting: set[Call] = set()
         self._roster = Roster()
         self._traffic = Traffic()
+        self._keeper = None if policy.checkpoints is None else Keeper(policy.checkpoints)
+        if restored is not None:
+            self._job = self._restored(restored)
 
     def handler(self) -> grpc.GenericRpcHandler[bytes, bytes]:
         """What to register with a gRPC server. Messages stay bytes: wire.py reads and writes them."""
@@ -73,6 +92,7 @@ class ParameterServerService:
                 "Initialize": grpc.stream_unary_rpc_method_handler(self._initialize),
                 "Pull": grpc.unary_stream_rpc_method_handler(self._pull),
                 "PushAndAverage": grpc.stream_stream_rpc_method_handler(self._push_and_average),
+                "Leave": grpc.unary_unary_rpc_method_handler(self._leave),
                 "GetStatus": grpc.unary_unary_rpc_method_handler(self._get_status),
             },
         )
@@ -90,6 +110,9 @@ class ParameterServerService:
             await asyncio.wait([call.ended for call in self._calls], timeout=left_s)
         for call in self._calls:
             call.fail(error)
+        if self._job is not None and self._keeper is not None:
+            await self._job.keep()
+            await self._keeper.finish()
 
     # Initialize
 
@@ -108,8 +131,8 @@ class ParameterServerService:
         if self._job is None:
             center = await self._receive_values(call, manifest)
             if self._job is None:  # another chief may have been faster
-                self._job = Job(center, self._policy.num_workers, header.global_step, self._roster, self._clock)
-                self._initialized.set()
+                round_ = Round(self._policy.round, manifest.fragment_count, header.global_step)
+                self._job = self._new_job(center, round_)
                 initialized = True
                 _log.info(
                     "center initialized by %r: %d variables, %d bytes, global_step %d",
@@ -126,12 +149,32 @@ class ParameterServerService:
                 f"the center was initialized with another manifest: {difference}; give all workers the same model",
             )
         self._roster.heard_of(header.worker_id, self._clock()).is_chief = True
+        if initialized:
+            await job.keep()
         return pb.InitializeResponse(
             initialized=initialized,
             global_step=job.round.global_step,
             manifest_id=job.manifest.id,
-            num_workers=self._policy.num_workers,
+            num_workers=self._policy.round.num_workers,
         )
+
+    def _new_job(self, center: Center, round_: Round) -> Job:
+        self._initialized.set()
+        return Job(center, round_, self._roster, self._clock, self._keeper)
+
+    def _restored(self, checkpoint: Checkpoint) -> Job:
+        manifest = checkpoint.manifest
+        center = self._new_center(manifest)
+        for name, array in center.current.arrays.items():
+            array[...] = checkpoint.arrays[name]
+        round_ = Round(
+            self._policy.round,
+            manifest.fragment_count,
+            checkpoint.global_step,
+            checkpoint.contributors,
+            dict(checkpoint.counted or {}),
+        )
+        return self._new_job(center, round_)
 
     async def _receive_values(self, call: Call, manifest: Manifest) -> Center:
         memory_bytes = Center.memory_bytes(manifest)
@@ -194,6 +237,19 @@ class ParameterServerService:
 
         await self._serve("PushAndAverage", context, body)
 
+    # Leave
+
+    async def _leave(self, request: bytes, context: Context) -> bytes:
+        async def body(_: Call) -> bytes:
+            message = wire.parse(pb.LeaveRequest, request)
+            check_worker_id(message.worker_id)
+            check_incarnation(message.incarnation)
+            if self._job is not None:
+                self._job.leave(message.worker_id, message.incarnation)
+            return pb.LeaveResponse().SerializeToString()
+
+        return await self._serve("Leave", context, body)
+
     # GetStatus
 
     async def _get_status(self, request: bytes, context: Context) -> bytes:
@@ -207,7 +263,8 @@ class ParameterServerService:
         now_s = self._clock()
         status = pb.GetStatusResponse(
             phase=pb.PHASE_UNINITIALIZED,
-            num_workers=self._policy.num_workers,
+            num_workers=self._policy.round.num_workers,
+            min_workers=self._policy.round.min_workers,
             received_bytes=self._traffic.received_bytes,
             sent_bytes=self._traffic.sent_bytes,
             shared_bytes=self._traffic.shared_bytes,
@@ -222,13 +279,18 @@ class ParameterServerService:
             status.manifest_id = job.manifest.id
             status.last_round_s = job.last_round_s
             status.rounds_restarted = job.rounds_restarted
+            status.rounds_without_all = job.rounds_without_all
             status.stale_pushes = job.stale_pushes
             status.round_age_s = job.round.age_s(now_s)
             status.phase = pb.PHASE_AVERAGING if job.round.under_way else pb.PHASE_IDLE
             if job.round.under_way:
-                names, unknown = self._roster.waiting_for(complete, self._policy.num_workers)
+                names, unknown = job.missing()
                 status.waiting_for.extend(names)
                 status.waiting_for_unknown = unknown
+        if self._keeper is not None:
+            status.checkpoint_problem = self._keeper.problem
+            if self._keeper.step is not None:
+                status.checkpoint_step = self._keeper.step
         if self._stopping:
             status.phase = pb.PHASE_STOPPING
         for worker_id, record in sorted(self._roster.records.items()):

@@ -59,12 +59,16 @@ def as_text(status: pb.GetStatusResponse) -> str:
     lines = [
         f"phase        {phase}",
         f"global_step  {status.global_step}",
-        f"workers      {status.num_workers} in a round",
+        f"workers      {_workers(status)}",
         f"model        {_size(status.model_size_bytes)}",
         f"received     {_size(status.received_bytes)}, sent {_size(status.sent_bytes)}",
         f"up           {status.uptime_s:.1f} s, last round {status.last_round_s:.3f} s, "
         f"{status.rounds_restarted} rounds restarted, {status.stale_pushes} stale pushes",
     ]
+    if status.checkpoint_problem:
+        lines.append(f"checkpoint   FAILED: {status.checkpoint_problem}")
+    elif status.HasField("checkpoint_step"):
+        lines.append(f"checkpoint   of global_step {status.checkpoint_step}")
     if status.phase == pb.PHASE_UNINITIALIZED:
         lines.append("waiting for  the chief, to initialize the center")
     if status.waiting_for or status.waiting_for_unknown:
@@ -83,6 +87,12 @@ def as_text(status: pb.GetStatusResponse) -> str:
             f"{worker.pushes_counted} pushes counted, last seen {worker.last_seen_age_s:.1f} s ago{notes}"
         )
     return "\n".join(lines)
+
+
+def _workers(status: pb.GetStatusResponse) -> str:
+    if status.min_workers == status.num_workers:
+        return f"{status.num_workers} in a round"
+    return f"{status.num_workers}, at least {status.min_workers} in a round; {status.rounds_without_all} without all"
 
 
 def _name(worker_id: str) -> str:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from ps_server.keeper import CheckpointPolicy
+from ps_server.policy import RoundPolicy
 from ps_server.server import ServerConfig, serve
 from ps_server.service import ServicePolicy
 from tests.jobs import Job, running
@@ -17,8 +19,7 @@ from tests.jobs import Job, running
 class RunningServer:
     """A parameter server on a free port of loopback."""
 
-    def __init__(self, num_workers: int, max_model_bytes: int, stall_timeout_s: float, shared: bool) -> None:
-        policy = ServicePolicy(num_workers, max_model_bytes, stall_timeout_s, 0 if shared else math.inf)
+    def __init__(self, policy: ServicePolicy) -> None:
         self.address = ""
         self._config = ServerConfig(("127.0.0.1:0",), policy, grace_s=2.0)
         self._ready = threading.Event()
@@ -61,16 +62,26 @@ StartServer = Callable[..., RunningServer]
 
 @pytest.fixture
 def start_server() -> Iterator[StartServer]:
-    """start_server(num_workers, max_model_bytes=..., stall_timeout_s=..., shared=...) -> a running server.
+    """start_server(num_workers or a RoundPolicy, ...) -> a running server; it is stopped at the end.
 
-    ``shared``: whether it offers shared memory, however small the model. It is stopped at the end.
+    ``shared``: whether it offers shared memory, however small the model.
     """
     servers: list[RunningServer] = []
 
     def start(
-        num_workers: int, max_model_bytes: int = 1 << 30, stall_timeout_s: float = 30.0, shared: bool = False
+        policy: int | RoundPolicy,
+        max_model_bytes: int = 1 << 30,
+        stall_timeout_s: float = 30.0,
+        shared: bool = False,
+        checkpoints: CheckpointPolicy | None = None,
     ) -> RunningServer:
-        servers.append(RunningServer(num_workers, max_model_bytes, stall_timeout_s, shared))
+        round_policy = RoundPolicy.strict(policy) if isinstance(policy, int) else policy
+        shared_memory_from_bytes = 0 if shared else math.inf
+        servers.append(
+            RunningServer(
+                ServicePolicy(round_policy, max_model_bytes, stall_timeout_s, shared_memory_from_bytes, checkpoints)
+            )
+        )
         return servers[-1]
 
     yield start

@@ -36,8 +36,8 @@ def of(values: int) -> Arrays:
     return {name: (value * 0 + values).astype(value.dtype) for name, value in CENTER.items()}
 
 
-def worker(address: str, worker_id: str) -> ParameterServerSession:
-    return ParameterServerSession([address], worker_id=worker_id, is_chief=worker_id == "chief")
+def worker(address: str, worker_id: str, **options: Any) -> ParameterServerSession:
+    return ParameterServerSession([address], worker_id=worker_id, is_chief=worker_id == "chief", **options)
 
 
 class Job:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from modelaverage.errors import ModelAverageError, Reason
 from modelaverage.outcome import Outcome
-from ps_server.round import (
+from ps_server.decisions import (
     Admit,
     CenterFollows,
     Commit,
@@ -16,9 +16,10 @@ from ps_server.round import (
     FinishFragment,
     Push,
     Restart,
-    Round,
     Verdict,
 )
+from ps_server.policy import RoundPolicy
+from ps_server.round import Round
 
 __all__ = ["EVENTS", "Answer", "Committed", "Event", "Finished", "Given", "Ledger", "Play", "Process", "value_of"]
 
@@ -91,6 +92,7 @@ class Ledger:
     given: dict[Push, list[int]] = field(default_factory=dict)
     whole_at_s: dict[Push, float] = field(default_factory=dict)
     counted: dict[str, Push] = field(default_factory=dict)
+    base_step: int = 0  # of the pushes that are present
     started_at_s: float | None = None
 
     def begun(self, worker_id: str) -> Push | None:
@@ -124,8 +126,6 @@ class Ledger:
             return Answer(center_follows=Outcome.ALREADY_COUNTED)
         if push.base_step < self.global_step:
             return Answer(center_follows=Outcome.STALE)
-        if push.base_step > self.global_step:
-            return Answer(refused=Reason.BASE_STEP_AHEAD)
         mine = [stream for stream, other in self.attached.items() if other.worker_id == push.worker_id]
         if any(self.attached[stream].incarnation != push.incarnation for stream in mine):
             return Answer(refused=Reason.WORKER_ID_IN_USE)
@@ -135,6 +135,11 @@ class Ledger:
         if any(other.incarnation == push.incarnation and other.push_id > push.push_id for other in others):
             return Answer(refused=Reason.PUSH_SUPERSEDED)
         begun, present, restarted = self.begun(push.worker_id), self.present(), False
+        if present and push.base_step > self.base_step:
+            return Answer(refused=Reason.BASE_STEP_AHEAD)
+        if present and push.base_step < self.base_step:
+            everyone = frozenset((stream, Reason.BASE_STEP_AHEAD) for stream in self.attached)
+            return Answer(0, restarted=True, dismissed=everyone)
         if push.worker_id in present:
             restarted = begun is not None and begun != push and self.in_half(begun)
         elif len(present) == self.num_workers:
@@ -161,8 +166,14 @@ class Ledger:
         pushes = [push for push, indexes in self.given.items() if index in indexes]
         if len(pushes) < self.num_workers:
             return None
-        untouched = frozenset.intersection(*(push.untouched for push in pushes))
+        untouched = self.untouched(pushes)
         return FinishFragment(index, sum(push.weight for push in pushes), untouched)
+
+    def untouched(self, pushes: list[Push]) -> frozenset[int]:
+        """What all left untouched, if they started from the center that the server has."""
+        if self.base_step != self.global_step:
+            return frozenset()
+        return frozenset.intersection(*(push.untouched for push in pushes))
 
     def expected_commit(self, now_s: float) -> Commit | None:
         whole = {push.worker_id: push for push in self.whole_at_s}
@@ -173,10 +184,12 @@ class Ledger:
             mine = whole[push.worker_id]
             outcome = Outcome.COMMITTED if mine == push else Outcome.ALREADY_COUNTED
             verdicts[stream] = Verdict(outcome, now_s - self.whole_at_s[mine])
-        untouched = frozenset.intersection(*(push.untouched for push in whole.values()))
-        return Commit(self.global_step + 1, tuple(sorted(whole)), untouched, verdicts, now_s - self.started_at_s)
+        untouched = self.untouched(list(whole.values()))
+        return Commit(self.base_step + 1, tuple(sorted(whole)), untouched, verdicts, (), now_s - self.started_at_s)
 
     def admit(self, stream: int, push: Push, now_s: float) -> None:
+        if not self.present():
+            self.base_step = push.base_step
         self.attached[stream] = push
         if self.started_at_s is None:
             self.started_at_s = now_s
@@ -199,7 +212,7 @@ class Ledger:
 
     def commit(self) -> None:
         self.counted |= {push.worker_id: push for push in self.whole_at_s}
-        self.global_step += 1
+        self.global_step = self.base_step + 1
         self.attached = {}
         self.start_over()
 
@@ -250,7 +263,7 @@ class Play:
     """Plays events against a round, as the shell around it would, and keeps everything that happened."""
 
     def __init__(self, num_workers: int, fragment_count: int, global_step: int = 3) -> None:
-        self.round = Round(num_workers, fragment_count, global_step)
+        self.round = Round(RoundPolicy.strict(num_workers), fragment_count, global_step)
         self.ledger = Ledger(num_workers, fragment_count, global_step)
         self.now_s = 0.0
         self.steps = [global_step]
@@ -359,6 +372,8 @@ class Play:
             decisions = self.round.open(stream, push, self.now_s)
         except ModelAverageError as error:
             self._compare(expected, self._refused(error, before))
+            if error.reason is Reason.BASE_STEP_AHEAD:
+                self._give_up(process)
             return
         admission = next(d for d in decisions if isinstance(d, Admit | CenterFollows))
         if isinstance(admission, CenterFollows):
@@ -404,6 +419,9 @@ class Play:
                     self.last_words.append((dismissed, _reason(error)))
                     self._gone.append(dismissed)
                     del self.ledger.attached[dismissed]
+                    for process in self.processes:
+                        if process.stream == dismissed and error.reason is Reason.BASE_STEP_AHEAD:
+                            self._give_up(process)
                 case Restart():
                     # The sums keep what they hold: the first contribution to each has to overwrite it.
                     self.ledger.start_over()
@@ -425,8 +443,13 @@ class Play:
             if process.stream in commit.verdicts:
                 process.push, process.base_step = None, commit.global_step
 
+    def _give_up(self, process: Process) -> None:
+        """A push from ahead was refused: the worker goes on from the center that there is."""
+        process.push = None
+        self.pull(process)
+
     def _close(self, stream: int) -> None:
-        self.round.close(stream)
+        self._compare([], self.round.close(stream, self.now_s))
         self.closed.add(stream)
         self.ledger.close(stream)
 

@@ -97,7 +97,7 @@ class Job:
 
 @contextmanager
 def running(start_server: StartServer, **settings: Any) -> Iterator[Job]:
-    address = start_server(num_workers=2, **settings).address
+    address = start_server(2, **settings).address
     with RawClient(address) as client:
         yield Job(client, address)
 
@@ -208,7 +208,8 @@ def test_a_session_refuses_an_unusable_weight(job: Job) -> None:
 
 
 @pytest.mark.parametrize("ahead", [1, 1000])
-def test_a_base_step_above_the_servers_is_refused(job: Job, ahead: int) -> None:
+def test_a_base_step_above_the_servers_is_refused_unless_all_agree(job: Job, ahead: int) -> None:
+    job.admitted("b")
     stream = job.open_push(job.header(base_step=STEP + ahead))
     assert_refused(
         stream, StatusCode.FAILED_PRECONDITION, "BASE_STEP_AHEAD", "'a'", STEP + ahead, f"global_step {STEP}", "pull"

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from modelaverage.errors import ProtocolError, Reason
 from modelaverage.manifest import DTYPES, Manifest, Variable
 from ps_server.center import Buffer, Center, Contribution
-from ps_server.round import FinishFragment
+from ps_server.decisions import FinishFragment
 from tests.strategies import fast, manifests
 
 Array = NDArray[Any]

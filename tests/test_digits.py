@@ -44,7 +44,7 @@ def _threads_as_before() -> object:
 def train_as_chief(start_server: StartServer, config: DigitsConfig, directory: Path) -> tuple[list[Event], bytes]:
     """The events and the saved center of the only worker of a new server."""
     events: list[Event] = []
-    cluster = ClusterSpec((start_server(num_workers=1).address,), num_workers=1, task_index=0)
+    cluster = ClusterSpec((start_server(1).address,), num_workers=1, task_index=0)
     train_in_cluster(config, cluster, events.append, save_center=directory / "center")
     return events, (directory / "center").read_bytes()
 

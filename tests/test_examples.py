@@ -21,7 +21,7 @@ WITHOUT_TORCH = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main
 
 def run_workers(start_server: StartServer, *command: str) -> list[str]:
     """What each worker of a job printed."""
-    address = start_server(num_workers=WORKERS).address
+    address = start_server(WORKERS).address
     workers = [
         subprocess.Popen(
             [sys.executable, "-W", "error", *command],
@@ -64,7 +64,7 @@ def test_numpy_only_finds_the_line_without_torch(start_server: StartServer) -> N
 
 
 def test_the_code_of_the_porting_guide_runs(start_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in ClusterSpec((start_server(num_workers=1).address,), 1, 0).to_env().items():
+    for name, value in ClusterSpec((start_server(1).address,), 1, 0).to_env().items():
         monkeypatch.setenv(name, value)
     guide = ROOT / "docs" / "porting-from-tensorflow.md"
     blocks = re.findall(r"^```python\n(.*?)^```$", guide.read_text(), re.MULTILINE | re.DOTALL)

@@ -99,7 +99,7 @@ class Replay:
         self.config, self.initial, self.trace = golden["config"], golden["initial"], golden["trace"]
         self.atol = ATOL[self.config.get("dtype", "float32")]
         self._stack = ExitStack()
-        server = start_server(num_workers=self.config["num_worker"], shared=shared)
+        server = start_server(self.config["num_worker"], shared=shared)
         self.reader = self._stack.enter_context(ParameterServerSession([server.address], worker_id="reader"))
         self.workers = [
             Worker(self.config, state["local"], index, server.address)

@@ -20,7 +20,7 @@ def test_a_model_of_2_5_gb_is_averaged(start_server: StartServer) -> None:
     available_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if available_bytes < NEEDED_BYTES:
         pytest.skip(f"needs {NEEDED_BYTES >> 30} GiB of free memory; there are {available_bytes >> 30}")
-    server = start_server(num_workers=2, max_model_bytes=3 << 30, shared=True)
+    server = start_server(2, max_model_bytes=3 << 30, shared=True)
     values = np.arange(PARAMETERS, dtype=np.float32)
     values %= 1024
     others = values + np.float32(2)

@@ -10,7 +10,7 @@ from hypothesis import given
 
 from modelaverage.errors import ConflictError, InvalidRequestError, ModelAverageError, ProtocolError, Reason
 from modelaverage.outcome import Outcome
-from ps_server.round import (
+from ps_server.decisions import (
     Admit,
     CenterFollows,
     Commit,
@@ -19,9 +19,10 @@ from ps_server.round import (
     FinishFragment,
     Push,
     Restart,
-    Round,
     Verdict,
 )
+from ps_server.policy import RoundPolicy
+from ps_server.round import Round
 from tests.round_oracle import EVENTS, Play, value_of
 from tests.strategies import Plan, plans, thorough
 
@@ -66,9 +67,15 @@ def test_rule_2_a_committed_round_averages_exactly_one_whole_push_of_each_contri
 @given(plans())
 def test_rule_3_global_step_grows_by_one_with_every_commit_and_never_otherwise(plan: Plan) -> None:
     play = plan.play()
-    assert [committed.commit.global_step for committed in play.commits] == list(range(4, 4 + len(play.commits)))
+    reached = play.steps[0]
+    for committed in play.commits:
+        # All may agree on a step that the server, restored from an old checkpoint, has forgotten.
+        (base_step,) = {push.base_step for push in committed.whole}
+        assert base_step >= reached
+        assert committed.commit.global_step == base_step + 1
+        reached = base_step + 1
     assert sorted(play.steps) == play.steps
-    assert play.round.global_step == play.steps[0] + len(play.commits)
+    assert set(play.steps) == {play.steps[0], *(committed.commit.global_step for committed in play.commits)}
 
 
 @thorough
@@ -122,7 +129,7 @@ def drive_to_a_commit(play: Play) -> None:
 
     Each of them has to come four times at most: to learn that it is stale, to start the round over, to give its all.
     """
-    live, dead = play.processes[: play.round.num_workers], play.processes[play.round.num_workers :]
+    live, dead = play.processes[: play.round.policy.num_workers], play.processes[play.round.policy.num_workers :]
     for process in dead:
         play.break_off(process)
     play.notice(live[0])
@@ -163,6 +170,10 @@ def push(
     return Push(worker_id, process.to_bytes(16, "big"), number, step, weight, frozenset(untouched))
 
 
+def strict(num_workers: int, fragment_count: int, global_step: int = 0) -> Round:
+    return Round(RoundPolicy.strict(num_workers), fragment_count, global_step)
+
+
 def give(round_: Round, stream: int, *indexes: int, now_s: float = 0.0) -> list[Decision]:
     decisions: list[Decision] = []
     for index in indexes:
@@ -184,7 +195,7 @@ def refused(error: pytest.ExceptionInfo[ModelAverageError]) -> Reason | None:
 
 
 def test_a_round_of_two_finishes_each_fragment_and_commits_with_the_last() -> None:
-    round_ = Round(num_workers=2, fragment_count=2, global_step=7)
+    round_ = strict(2, 2, global_step=7)
     assert round_.open(1, push("b", step=7), 0.0) == [Admit(0)]
     assert round_.open(2, push("a", step=7), 0.0) == [Admit(0)]
     assert give(round_, 1, 0, 1) == []
@@ -197,32 +208,32 @@ def test_a_round_of_two_finishes_each_fragment_and_commits_with_the_last() -> No
 
 
 def test_a_lone_worker_commits_with_its_own_last_fragment() -> None:
-    round_ = Round(1, 1)
+    round_ = strict(1, 1)
     round_.open(1, push("a"), 0.0)
     assert commit_of(give(round_, 1, 0)).verdicts == {1: Verdict(Outcome.COMMITTED, 0.0)}
 
 
 def test_a_model_without_fragments_commits_when_all_have_come() -> None:
-    round_ = Round(2, 0)
+    round_ = strict(2, 0)
     assert round_.open(1, push("a"), 0.0) == [Admit(0)]
     assert commit_of(round_.open(2, push("b"), 3.0)).verdicts[1] == Verdict(Outcome.COMMITTED, 3.0)
 
 
 def test_a_stale_push_changes_nothing() -> None:
-    round_ = Round(2, 1, global_step=4)
+    round_ = strict(2, 1, global_step=4)
     round_.open(1, push("a", step=4), 0.0)
     assert round_.open(2, push("b", step=3), 0.0) == [CenterFollows(Outcome.STALE)]
     with pytest.raises(ProtocolError) as error:
         round_.check_fragment(2, 0)
     assert refused(error) is Reason.FRAGMENT_REPEATED
     round_.check_complete(2)
-    round_.close(2)
+    round_.close(2, 0.0)
     assert (round_.given("b"), round_.global_step) == (0, 4)
     assert round_.open(3, push("c", step=4), 0.0) == [Admit(0)]
 
 
 def test_a_stale_push_does_not_disturb_the_push_of_the_same_worker_that_is_in_the_round() -> None:
-    round_ = Round(2, 2, global_step=4)
+    round_ = strict(2, 2, global_step=4)
     round_.open(1, push("a", number=2, step=4), 0.0)
     give(round_, 1, 0)
     assert round_.open(2, push("a", number=1, step=3), 0.0) == [CenterFollows(Outcome.STALE)]
@@ -230,37 +241,61 @@ def test_a_stale_push_does_not_disturb_the_push_of_the_same_worker_that_is_in_th
     assert round_.complete == {"a"}
 
 
-def test_a_push_from_ahead_is_refused() -> None:
-    round_ = Round(1, 1, global_step=4)
-    with pytest.raises(ConflictError, match="from base step 5, but the server is at global_step 4") as error:
-        round_.open(1, push("a", step=5), 0.0)
+def test_a_later_base_step_on_which_all_agree_is_adopted() -> None:
+    round_ = strict(2, 1, global_step=4)
+    assert round_.open(1, push("a", step=9, untouched=(0,)), 0.0) == [Admit(0)]
+    assert round_.open(2, push("b", step=9, untouched=(0,)), 0.0) == [Admit(0)]
+    give(round_, 1, 0)
+    finish, commit = give(round_, 2, 0)
+    assert isinstance(commit, Commit)
+    assert (commit.global_step, round_.global_step) == (10, 10)
+    assert finish == FinishFragment(0, 2.0, frozenset()), "the server's center is not the one that was left untouched"
+    assert commit.untouched == frozenset()
+
+
+def test_a_push_from_ahead_of_the_others_is_refused() -> None:
+    round_ = strict(2, 1, global_step=4)
+    round_.open(1, push("a", step=4), 0.0)
+    with pytest.raises(ConflictError, match="'b' pushes from base step 5, but the server is at global_step 4") as error:
+        round_.open(2, push("b", step=5), 0.0)
     assert refused(error) is Reason.BASE_STEP_AHEAD
-    assert not round_.under_way
+    assert give(round_, 1, 0) == []
+
+
+def test_those_who_are_ahead_are_refused_once_somebody_is_not() -> None:
+    round_ = strict(2, 1, global_step=4)
+    round_.open(1, push("a", step=9), 0.0)
+    give(round_, 1, 0)
+    decisions = round_.open(2, push("b", step=4), 0.0)
+    assert isinstance(decisions[0], Restart)
+    assert dismissals(decisions) == {1: Reason.BASE_STEP_AHEAD}
+    assert decisions[-1] == Admit(0)
+    assert round_.complete == frozenset()
 
 
 def test_a_retry_is_asked_only_for_what_is_missing() -> None:
-    round_ = Round(2, 3)
+    round_ = strict(2, 3)
     round_.open(1, push("a"), 0.0)
     give(round_, 1, 0, 1)
-    round_.close(1)
+    round_.close(1, 0.0)
     assert round_.open(2, push("a"), 0.0) == [Admit(2)]
     give(round_, 2, 2)
     assert round_.complete == {"a"}
 
 
 def test_a_retry_takes_the_place_of_the_call_before() -> None:
-    round_ = Round(2, 2)
+    round_ = strict(2, 2)
     round_.open(1, push("a"), 0.0)
     give(round_, 1, 0)
     decisions = round_.open(2, push("a"), 0.0)
     assert dismissals(decisions) == {1: Reason.PUSH_SUPERSEDED}
     assert decisions[-1] == Admit(1)
-    round_.close(1)  # too late to matter
+    round_.close(1, 0.0)  # too late to matter
     assert give(round_, 2, 1) == []
 
 
 def test_a_retry_of_a_counted_push_is_answered_with_the_center() -> None:
-    round_ = Round(1, 1)
+    round_ = strict(1, 1)
     round_.open(1, push("a"), 0.0)
     give(round_, 1, 0)
     assert round_.open(2, push("a"), 0.0) == [CenterFollows(Outcome.ALREADY_COUNTED)]
@@ -268,7 +303,7 @@ def test_a_retry_of_a_counted_push_is_answered_with_the_center() -> None:
 
 
 def test_a_retry_of_a_push_that_was_counted_two_rounds_ago_is_stale() -> None:
-    round_ = Round(1, 1)
+    round_ = strict(1, 1)
     for step in (0, 1):
         round_.open(step, push("a", number=step, step=step), 0.0)
         give(round_, step, 0)
@@ -276,19 +311,19 @@ def test_a_retry_of_a_push_that_was_counted_two_rounds_ago_is_stale() -> None:
 
 
 def test_the_same_push_number_of_another_process_is_another_push() -> None:
-    round_ = Round(1, 1)
+    round_ = strict(1, 1)
     round_.open(1, push("a", process=1), 0.0)
     give(round_, 1, 0)
     assert round_.open(2, push("a", process=2, step=1), 0.0) == [Admit(0)]
 
 
 def test_the_round_starts_over_when_a_half_made_push_is_abandoned() -> None:
-    round_ = Round(3, 2)
+    round_ = strict(3, 2)
     round_.open(1, push("a"), 0.0)
     round_.open(2, push("b"), 0.0)
     give(round_, 1, 0)
     give(round_, 2, 0, 1)
-    round_.close(1)
+    round_.close(1, 0.0)
     decisions = round_.open(3, push("a", process=2), 0.0)
     assert isinstance(decisions[0], Restart)
     assert dismissals(decisions) == {2: Reason.ROUND_RESTARTED}
@@ -299,7 +334,7 @@ def test_the_round_starts_over_when_a_half_made_push_is_abandoned() -> None:
 
 
 def test_a_process_that_pushes_anew_before_its_push_was_whole_starts_the_round_over() -> None:
-    round_ = Round(2, 2)
+    round_ = strict(2, 2)
     round_.open(1, push("a", number=1), 0.0)
     give(round_, 1, 0)
     decisions = round_.open(2, push("a", number=2), 0.0)
@@ -309,7 +344,7 @@ def test_a_process_that_pushes_anew_before_its_push_was_whole_starts_the_round_o
 
 
 def test_a_push_that_never_began_is_replaced_without_starting_over() -> None:
-    round_ = Round(1, 1)
+    round_ = strict(1, 1)
     round_.open(1, push("a", number=1, weight=2.0), 0.0)
     assert not any(isinstance(d, Restart) for d in round_.open(2, push("a", number=2, weight=5.0), 0.0))
     assert round_.check_fragment(2, 0) == (5.0, True)
@@ -317,12 +352,12 @@ def test_a_push_that_never_began_is_replaced_without_starting_over() -> None:
 
 
 def test_the_pushes_of_a_round_that_started_over_are_not_counted() -> None:
-    round_ = Round(2, 2)
+    round_ = strict(2, 2)
     round_.open(1, push("b"), 0.0)
     give(round_, 1, 0, 1)
     round_.open(2, push("a", process=1), 0.0)
     give(round_, 2, 0)
-    round_.close(2)
+    round_.close(2, 0.0)
     round_.open(3, push("a", process=2), 0.0)
     assert give(round_, 3, 0, 1) == []  # b, whole before, has to come again
     assert round_.open(4, push("b"), 0.0) == [Admit(0)]
@@ -330,10 +365,10 @@ def test_the_pushes_of_a_round_that_started_over_are_not_counted() -> None:
 
 
 def test_a_restarted_worker_whose_push_was_whole_is_counted_once() -> None:
-    round_ = Round(2, 1)
+    round_ = strict(2, 1)
     round_.open(1, push("a", process=1), 0.0)
     give(round_, 1, 0)
-    round_.close(1)
+    round_.close(1, 0.0)
     assert round_.open(2, push("a", process=2), 0.0) == [Admit(1)]
     round_.open(3, push("b"), 0.0)
     commit = commit_of(give(round_, 3, 0))
@@ -345,10 +380,10 @@ def test_a_restarted_worker_whose_push_was_whole_is_counted_once() -> None:
 
 
 def test_the_whole_push_of_a_worker_that_died_stays_in_the_round() -> None:
-    round_ = Round(2, 1)
+    round_ = strict(2, 1)
     round_.open(1, push("a"), 0.0)
     give(round_, 1, 0)
-    round_.close(1)
+    round_.close(1, 0.0)
     round_.open(2, push("b"), 0.0)
     commit = commit_of(give(round_, 2, 0))
     assert commit.contributors == ("a", "b")
@@ -356,7 +391,7 @@ def test_the_whole_push_of_a_worker_that_died_stays_in_the_round() -> None:
 
 
 def test_another_live_process_under_the_same_id_is_refused() -> None:
-    round_ = Round(2, 2)
+    round_ = strict(2, 2)
     round_.open(1, push("a", process=1), 0.0)
     with pytest.raises(ConflictError, match="'a' is in use by another live process") as error:
         round_.open(2, push("a", process=2), 0.0)
@@ -365,7 +400,7 @@ def test_another_live_process_under_the_same_id_is_refused() -> None:
 
 
 def test_another_process_under_the_same_id_is_refused_while_the_first_waits_at_the_barrier() -> None:
-    round_ = Round(2, 1)
+    round_ = strict(2, 1)
     round_.open(1, push("a", process=1), 0.0)
     give(round_, 1, 0)
     with pytest.raises(ConflictError):
@@ -375,20 +410,20 @@ def test_another_process_under_the_same_id_is_refused_while_the_first_waits_at_t
 
 
 def test_a_worker_that_breaks_off_before_its_first_fragment_leaves_the_round() -> None:
-    round_ = Round(1, 1)
+    round_ = strict(1, 1)
     round_.open(1, push("a"), 0.0)
-    round_.close(1)
+    round_.close(1, 0.0)
     assert not round_.under_way
     assert round_.open(2, push("b"), 0.0) == [Admit(0)]
 
 
 def test_a_newcomer_takes_the_place_of_a_broken_push() -> None:
-    round_ = Round(2, 2)
+    round_ = strict(2, 2)
     round_.open(1, push("a"), 0.0)
     round_.open(2, push("b"), 0.0)
     give(round_, 1, 0)
     give(round_, 2, 0)
-    round_.close(1)
+    round_.close(1, 0.0)
     decisions = round_.open(3, push("c"), 0.0)
     assert isinstance(decisions[0], Restart)
     assert dismissals(decisions) == {2: Reason.ROUND_RESTARTED}
@@ -399,16 +434,16 @@ def test_a_newcomer_takes_the_place_of_a_broken_push() -> None:
 
 
 def test_a_broken_push_keeps_its_place_while_there_is_room() -> None:
-    round_ = Round(2, 2)
+    round_ = strict(2, 2)
     round_.open(1, push("a"), 0.0)
     give(round_, 1, 0)
-    round_.close(1)
+    round_.close(1, 0.0)
     assert round_.open(2, push("b"), 0.0) == [Admit(0)]
     assert round_.open(3, push("a"), 0.0) == [Admit(1)]
 
 
 def test_a_header_that_comes_late_does_not_disturb_the_push_after_it() -> None:
-    round_ = Round(num_workers=2, fragment_count=2)
+    round_ = strict(2, 2)
     later, earlier = (Push("a", bytes(16), push_id, 0) for push_id in (2, 1))
     round_.open(1, later, 0.0)
     round_.record_fragment(1, 0.0)
@@ -420,7 +455,7 @@ def test_a_header_that_comes_late_does_not_disturb_the_push_after_it() -> None:
 
 
 def test_one_worker_too_many_is_refused() -> None:
-    round_ = Round(2, 2)
+    round_ = strict(2, 2)
     round_.open(1, push("a"), 0.0)
     round_.open(2, push("b"), 0.0)
     give(round_, 1, 0)
@@ -433,17 +468,17 @@ def test_one_worker_too_many_is_refused() -> None:
 
 
 def test_a_whole_push_keeps_its_place_although_its_worker_is_gone() -> None:
-    round_ = Round(2, 1)
+    round_ = strict(2, 1)
     round_.open(1, push("a"), 0.0)
     give(round_, 1, 0)
-    round_.close(1)
+    round_.close(1, 0.0)
     round_.open(2, push("b"), 0.0)
     with pytest.raises(ConflictError):
         round_.open(3, push("c"), 0.0)
 
 
 def test_fragments_are_added_with_the_weight_of_their_push_and_divided_by_the_sum() -> None:
-    round_ = Round(2, 1)
+    round_ = strict(2, 1)
     round_.open(1, push("a", weight=3.0), 0.0)
     round_.open(2, push("b", weight=0.5), 0.0)
     assert round_.check_fragment(1, 0) == (3.0, True)
@@ -453,7 +488,7 @@ def test_fragments_are_added_with_the_weight_of_their_push_and_divided_by_the_su
 
 
 def test_only_variables_that_all_contributors_left_are_untouched() -> None:
-    round_ = Round(2, 1)
+    round_ = strict(2, 1)
     round_.open(1, push("a", untouched=(0, 1, 4)), 0.0)
     round_.open(2, push("b", untouched=(1, 2, 4)), 0.0)
     give(round_, 1, 0)
@@ -464,7 +499,7 @@ def test_only_variables_that_all_contributors_left_are_untouched() -> None:
 
 
 def test_waited_s_counts_from_the_whole_push_to_the_commit() -> None:
-    round_ = Round(2, 2)
+    round_ = strict(2, 2)
     round_.open(1, push("a"), 10.0)
     give(round_, 1, 0, now_s=11.0)
     give(round_, 1, 1, now_s=13.0)
@@ -477,10 +512,10 @@ def test_waited_s_counts_from_the_whole_push_to_the_commit() -> None:
 
 
 def test_waited_s_of_a_retry_counts_from_when_the_push_came_whole() -> None:
-    round_ = Round(2, 1)
+    round_ = strict(2, 1)
     round_.open(1, push("a"), 0.0)
     give(round_, 1, 0, now_s=2.0)
-    round_.close(1)
+    round_.close(1, 0.0)
     round_.open(2, push("a"), 5.0)
     round_.open(3, push("b"), 5.0)
     assert commit_of(give(round_, 3, 0, now_s=6.0)).verdicts[2] == Verdict(Outcome.COMMITTED, 4.0)
@@ -491,7 +526,7 @@ def test_waited_s_of_a_retry_counts_from_when_the_push_came_whole() -> None:
     [(0, Reason.FRAGMENT_REPEATED), (2, Reason.FRAGMENT_MISPLACED), (3, Reason.FRAGMENT_EXTRA)],
 )
 def test_a_fragment_that_is_not_the_next_one_is_refused(index: int, reason: Reason) -> None:
-    round_ = Round(2, 3)
+    round_ = strict(2, 3)
     round_.open(1, push("a"), 0.0)
     give(round_, 1, 0)
     with pytest.raises(ProtocolError, match=f"fragment {index} ") as error:
@@ -501,39 +536,39 @@ def test_a_fragment_that_is_not_the_next_one_is_refused(index: int, reason: Reas
 
 
 def test_a_push_that_ends_early_lacks_fragments_and_may_be_made_again() -> None:
-    round_ = Round(2, 3)
+    round_ = strict(2, 3)
     round_.open(1, push("a"), 0.0)
     give(round_, 1, 0)
     with pytest.raises(ProtocolError, match="after 1 of 3 fragments") as error:
         round_.check_complete(1)
     assert refused(error) is Reason.FRAGMENT_MISSING
-    round_.close(1)
+    round_.close(1, 0.0)
     assert round_.open(2, push("a"), 0.0) == [Admit(1)]
 
 
 def test_a_stream_that_has_given_all_may_end_before_or_after_the_commit() -> None:
-    round_ = Round(1, 1)
+    round_ = strict(1, 1)
     round_.open(1, push("a"), 0.0)
     give(round_, 1, 0)
     round_.check_complete(1)
-    round_.close(1)
-    round_.close(1)
+    round_.close(1, 0.0)
+    round_.close(1, 0.0)
     assert not round_.under_way
 
 
 def test_the_status_tells_who_has_given_what() -> None:
-    round_ = Round(2, 2)
+    round_ = strict(2, 2)
     assert (round_.under_way, round_.full, round_.complete, round_.given("a")) == (False, False, frozenset(), 0)
     round_.open(1, push("a"), 0.0)
     give(round_, 1, 0)
     assert (round_.under_way, round_.full, round_.complete, round_.given("a")) == (True, False, frozenset(), 1)
     give(round_, 1, 1)
-    round_.close(1)
+    round_.close(1, 0.0)
     round_.open(2, push("b"), 0.0)
     assert round_.full
     assert round_.complete == {"a"}
     give(round_, 2, 0)
-    round_.close(2)
+    round_.close(2, 0.0)
     assert not round_.full, "b broke off, and may never come back"
 
 
@@ -560,4 +595,4 @@ def test_an_incarnation_that_has_not_16_bytes_is_refused(size_bytes: int) -> Non
 
 def test_the_limits_themselves_are_accepted() -> None:
     for accepted in (push("x" * 128), push("a", weight=1e-9), push("a", weight=1e9)):
-        assert Round(1, 1).open(1, accepted, 0.0) == [Admit(0)]
+        assert strict(1, 1).open(1, accepted, 0.0) == [Admit(0)]

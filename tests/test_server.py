@@ -73,7 +73,7 @@ def test_a_variable_that_nobody_touched_keeps_the_centers_bytes(job: Job) -> Non
 
 def test_a_model_without_elements_makes_rounds(start_server: StartServer) -> None:
     empty: Arrays = {"nothing": np.zeros((0, 3), np.float32)}
-    with RawClient(start_server(num_workers=2).address) as client:
+    with RawClient(start_server(2).address) as client:
         manifest_id = client.initialize(empty).manifest_id
         streams = [client.open_push(), client.open_push()]
         for stream, worker_id in zip(streams, "ab", strict=True):
@@ -266,7 +266,7 @@ def test_a_second_initialize_is_told_the_step_that_the_job_has_reached(job: Job)
 
 
 def test_of_two_chiefs_at_once_one_initializes(start_server: StartServer) -> None:
-    with RawClient(start_server(num_workers=1).address) as client:
+    with RawClient(start_server(1).address) as client:
         streams = {value: client.open_initialize() for value in (1, 2)}
         for value, stream in streams.items():
             stream.send(initialize_header(manifest_of(CENTER), f"chief-{value}", global_step=value))
@@ -283,7 +283,7 @@ def test_of_two_chiefs_at_once_one_initializes(start_server: StartServer) -> Non
 
 
 def test_a_pull_without_waiting_is_refused_before_initialization(start_server: StartServer) -> None:
-    with RawClient(start_server(num_workers=1).address) as client:
+    with RawClient(start_server(1).address) as client:
         stream = client.open_pull()
         stream.send(pb.PullRequest(worker_id="a"))
         stream.half_close()
@@ -292,7 +292,7 @@ def test_a_pull_without_waiting_is_refused_before_initialization(start_server: S
 
 
 def test_a_pull_that_waits_gets_the_center_once_the_chief_has_set_it(start_server: StartServer) -> None:
-    with RawClient(start_server(num_workers=1).address) as client:
+    with RawClient(start_server(1).address) as client:
         stream = client.open_pull()
         stream.send(pb.PullRequest(worker_id="early", wait_initialized=True))
         stream.half_close()
@@ -308,7 +308,7 @@ def test_a_slow_puller_sees_one_steps_center_while_rounds_commit(start_server: S
     # Large enough that most of it has still to be read from the server's buffers when the rounds commit.
     size = 1 << 20
     models = [{"w": np.full(4 << 20, value, np.float32)} for value in range(4)]
-    with RawClient(start_server(num_workers=1).address) as client:
+    with RawClient(start_server(1).address) as client:
         manifest_id = client.initialize(models[0], fragment_size_bytes=size).manifest_id
         pulls = []
         for step in range(3):
@@ -329,7 +329,7 @@ def test_a_slow_puller_sees_one_steps_center_while_rounds_commit(start_server: S
 
 
 def test_status_tells_that_there_is_no_center(start_server: StartServer) -> None:
-    with RawClient(start_server(num_workers=2).address) as client:
+    with RawClient(start_server(2).address) as client:
         status = client.status()
     assert (status.phase, status.global_step, status.num_workers) == (pb.PHASE_UNINITIALIZED, 0, 2)
     assert (status.manifest_id, status.model_size_bytes, list(status.workers)) == ("", 0, [])

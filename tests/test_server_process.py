@@ -242,7 +242,7 @@ def test_no_arguments_give_the_usage_as_a_process_too() -> None:
 
 
 def test_a_server_that_no_longer_answers_is_noticed_by_who_waits_at_the_barrier() -> None:
-    with ServerProcess(num_workers=2) as server, worker(server.address, "chief") as session:
+    with ServerProcess(num_workers=2) as server, worker(server.address, "chief", reconnect_timeout_s=0) as session:
         session.initialize(CENTER)
         with ThreadPoolExecutor(1) as pool, RawClient(server.address) as client:
             push = pool.submit(session.push_and_average, of(1))

@@ -49,7 +49,7 @@ def assert_same(center: Any, expected: dict[str, Array]) -> None:
 @pytest.fixture
 def lone(start_server: StartServer) -> Iterator[ParameterServerSession]:
     """The chief of a job of one worker; nothing is initialized."""
-    with session_of(start_server(num_workers=1).address) as session:
+    with session_of(start_server(1).address) as session:
         yield session
 
 
@@ -76,7 +76,7 @@ class Pair:
 
 @contextmanager
 def pair_of(start_server: StartServer, fragment_size_bytes: int = 8) -> Iterator[Pair]:
-    address = start_server(num_workers=2).address
+    address = start_server(2).address
     with (
         session_of(address, fragment_size_bytes=fragment_size_bytes) as a,
         session_of(address, "b") as b,
@@ -265,7 +265,7 @@ def push_when_free(session: ParameterServerSession, variables: dict[str, Array],
 
 
 def test_only_the_chief_initializes(start_server: StartServer) -> None:
-    with session_of(start_server(num_workers=1).address, "b") as session:
+    with session_of(start_server(1).address, "b") as session:
         with pytest.raises(InvalidRequestError, match="'b' is not the chief"):
             session.initialize(CENTER)
         with pytest.raises(NotInitializedError):
@@ -304,7 +304,7 @@ def test_a_chief_that_initialized_may_push_without_a_pull(lone: ParameterServerS
 
 
 def test_a_pull_waits_for_the_chief(start_server: StartServer) -> None:
-    address = start_server(num_workers=1).address
+    address = start_server(1).address
     with session_of(address) as chief, session_of(address, "b") as early, ThreadPoolExecutor() as pool:
         pulling = pool.submit(early.pull, timeout_s=20.0)
         until(lambda: [w.worker_id for w in chief.status().workers] == ["b"], "the pull waits")
@@ -477,7 +477,7 @@ def test_a_cluster_that_contradicts_itself_is_refused(cluster: tuple[Any, ...], 
 
 
 def test_a_session_reads_the_environment(start_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    address = start_server(num_workers=1).address
+    address = start_server(1).address
     for name, value in ClusterSpec((address,), num_workers=2, task_index=0).to_env().items():
         monkeypatch.setenv(name, value)
     with ParameterServerSession.from_env() as session:

@@ -71,7 +71,7 @@ class Cluster:
 
 @pytest.fixture(params=[[True, True], [True, False], [False, True], [False, False]], ids=str)
 def cluster(request: pytest.FixtureRequest, start_server: StartServer) -> Iterator[Cluster]:
-    made = Cluster(start_server(num_workers=2, shared=True).address, request.param)
+    made = Cluster(start_server(2, shared=True).address, request.param)
     yield made
     made.close()
 
@@ -98,7 +98,7 @@ def test_weights_and_values_that_are_not_finite_count_wherever_the_bytes_lie(clu
 def test_bytes_in_shared_memory_are_accounted_as_inline_ones_are(start_server: StartServer) -> None:
     totals = []
     for shared in ([True, True], [False, False]):
-        cluster = Cluster(start_server(num_workers=2, shared=True).address, shared)
+        cluster = Cluster(start_server(2, shared=True).address, shared)
         cluster.round([of(1.0), of(2.0)])
         status = cluster.workers[0].status()
         totals.append((status.received_bytes, status.sent_bytes))
@@ -108,7 +108,7 @@ def test_bytes_in_shared_memory_are_accounted_as_inline_ones_are(start_server: S
 
 
 def test_a_variable_that_all_left_untouched_keeps_the_centers_bytes(start_server: StartServer) -> None:
-    cluster = Cluster(start_server(num_workers=1, shared=True).address, [True])
+    cluster = Cluster(start_server(1, shared=True).address, [True])
     result = cluster.workers[0].push_and_average(of(9.0), untouched=["scale"])
     assert result.center["scale"] == CENTER["scale"]
     assert (result.center["w"] == 9.0).all()
@@ -124,7 +124,7 @@ def test_all_in_shared_memory_are_summed_in_the_order_of_their_names(start_serve
     parts = [np.float32(1e8), np.float32(-1e8), np.float32(1.0)]
     expected = ((parts[0] + parts[1]) + parts[2]) / np.float32(3)
     assert expected != ((parts[1] + parts[2]) + parts[0]) / np.float32(3)
-    cluster = Cluster(start_server(num_workers=3, shared=True).address, [True] * 3)
+    cluster = Cluster(start_server(3, shared=True).address, [True] * 3)
     with RawClient(cluster.address) as watcher, ThreadPoolExecutor(3) as pool:
         for order in ([0, 1, 2], [2, 1, 0], [1, 2, 0]):
             pushes = []
@@ -139,7 +139,7 @@ def test_all_in_shared_memory_are_summed_in_the_order_of_their_names(start_serve
 
 
 def test_a_worker_that_restarts_gets_memory_of_its_own(start_server: StartServer) -> None:
-    server = start_server(num_workers=1, shared=True)
+    server = start_server(1, shared=True)
     for value in (1.0, 2.0):
         cluster = Cluster(server.address, [True])
         assert (cluster.round([of(value)])[0].center["w"] == value).all()
@@ -177,7 +177,7 @@ def opened(client: RawClient, address: str, accepts: bool) -> Stream[pb.PushAndA
 def test_shared_fragments_that_do_not_come_next_are_refused(
     accepts: bool, first: int, count: int, reason: str, start_server: StartServer
 ) -> None:
-    server = start_server(num_workers=1, shared=True)
+    server = start_server(1, shared=True)
     with RawClient(server.address) as client:
         stream = opened(client, server.address, accepts)
         admission = stream.receive().admission
@@ -193,7 +193,7 @@ def test_shared_fragments_that_do_not_come_next_are_refused(
 
 
 def test_a_push_may_go_on_inline_and_again_in_shared_memory(start_server: StartServer) -> None:
-    server = start_server(num_workers=1, shared=True)
+    server = start_server(1, shared=True)
     fragments = fragments_of(of(5.0))
     with RawClient(server.address) as client:
         stream = opened(client, server.address, accepts=True)

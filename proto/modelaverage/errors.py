@@ -58,6 +58,7 @@ class Reason(enum.Enum):
     FRAGMENT_SIZE_WRONG = 21
     STREAM_STALLED = 22
     SERVER_STOPPING = 23
+    ROUND_TIMED_OUT = 24
 
 
 class ModelAverageError(Exception):
@@ -132,6 +133,7 @@ FAULTS: dict[Reason, Fault] = {
     Reason.FRAGMENT_SIZE_WRONG: _BAD_MESSAGE,
     Reason.STREAM_STALLED: Fault("DEADLINE_EXCEEDED", DeadlineExceededError),
     Reason.SERVER_STOPPING: Fault("UNAVAILABLE", ServerUnavailableError),
+    Reason.ROUND_TIMED_OUT: Fault("DEADLINE_EXCEEDED", DeadlineExceededError),
 }
 
 

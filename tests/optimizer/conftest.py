@@ -48,7 +48,7 @@ def alone(start_server: StartServer, join: Join) -> Join:
     """alone(model, ...) -> the started worker of a job of one."""
 
     def start_alone(model: torch.nn.Module | None = None, **options: Any) -> Worker:
-        worker = join(start_server(num_workers=1), model, **options)
+        worker = join(start_server(1), model, **options)
         worker.start()
         return worker
 

@@ -16,6 +16,7 @@ from tests.optimizer.workers import (
     QUIET_S,
     TIMEOUT_S,
     Announced,
+    Impatient,
     Join,
     Net,
     Running,
@@ -42,7 +43,7 @@ def test_the_local_update_waits_for_who_holds_the_lock(alone: Join) -> None:
 
 
 def test_the_install_waits_for_who_holds_the_lock(start_server: StartServer, join: Join) -> None:
-    server = start_server(num_workers=2)
+    server = start_server(2)
     workers = [join(server, index=index, num_worker=2, session_class=Announced) for index in range(2)]
     start_all(workers)
     read, other = workers
@@ -64,7 +65,7 @@ def test_the_install_waits_for_who_holds_the_lock(start_server: StartServer, joi
 
 
 def test_the_lock_is_free_while_a_worker_waits_at_the_barrier(start_server: StartServer, join: Join) -> None:
-    server = start_server(num_workers=2)
+    server = start_server(2)
     workers = [join(server, index=index, num_worker=2) for index in range(2)]
     start_all(workers)
     first, second = workers
@@ -131,7 +132,7 @@ def drifting_value(count: int) -> float:
 def test_a_variable_without_a_gradient_keeps_its_bits_everywhere(start_server: StartServer, join: Join) -> None:
     count = 7
     value = drifting_value(count)
-    server = start_server(num_workers=count)
+    server = start_server(count)
     workers = [join(server, Net(b=value), index=index, num_worker=count) for index in range(count)]
     start_all(workers)
     for _ in range(2):
@@ -150,7 +151,7 @@ def test_untouched_means_in_this_round(start_server: StartServer, join: Join) ->
         for value, first, second in zip(values, once, average_of_equals(once, count), strict=True)
         if value != first != second
     )
-    server = start_server(num_workers=count)
+    server = start_server(count)
     workers = [join(server, Net(b=start), index=index, num_worker=count) for index in range(count)]
     start_all(workers)
     together(*((lambda worker=worker: worker.step(b=0.0)) for worker in workers))
@@ -177,7 +178,7 @@ def test_a_gradient_in_any_step_of_the_interval_touches(alone: Join) -> None:
 
 
 def test_a_gradient_of_none_on_one_worker_is_averaged_like_the_others(start_server: StartServer, join: Join) -> None:
-    server = start_server(num_workers=2)
+    server = start_server(2)
     workers = [join(server, index=index, num_worker=2) for index in range(2)]
     start_all(workers)
     first, second = workers
@@ -188,7 +189,7 @@ def test_a_gradient_of_none_on_one_worker_is_averaged_like_the_others(start_serv
 def test_a_parameter_that_the_optimizer_does_not_update_keeps_its_bits(start_server: StartServer, join: Join) -> None:
     count = 3
     value = drifting_value(count)
-    server = start_server(num_workers=count)
+    server = start_server(count)
     workers = [
         join(
             server,
@@ -205,7 +206,7 @@ def test_a_parameter_that_the_optimizer_does_not_update_keeps_its_bits(start_ser
 
 
 def test_a_parameter_that_another_optimizer_updates_is_averaged(start_server: StartServer, join: Join) -> None:
-    server = start_server(num_workers=2)
+    server = start_server(2)
     workers = [
         join(server, index=index, num_worker=2, local=lambda own: torch.optim.SGD([next(own)], lr=1.0))
         for index in range(2)
@@ -225,7 +226,7 @@ def batch_norm() -> torch.nn.Module:
 def test_floating_point_buffers_are_averaged_and_integer_buffers_stay_local(
     start_server: StartServer, join: Join
 ) -> None:
-    server = start_server(num_workers=2)
+    server = start_server(2)
     workers = [join(server, batch_norm(), index=index, num_worker=2) for index in range(2)]
     start_all(workers)
 
@@ -266,7 +267,7 @@ class RunningMean(torch.nn.Module):
 
 
 def test_a_buffer_that_the_model_assigns_anew_is_averaged(start_server: StartServer, join: Join) -> None:
-    server = start_server(num_workers=2)
+    server = start_server(2)
     workers = [join(server, RunningMean(), index=index, num_worker=2) for index in range(2)]
     start_all(workers)
     for worker, value in zip(workers, (2.0, 4.0), strict=True):
@@ -278,7 +279,7 @@ def test_a_buffer_that_the_model_assigns_anew_is_averaged(start_server: StartSer
 @pytest.mark.parametrize("value", [drifting_value(3), torch.finfo(torch.float32).min])
 def test_a_buffer_that_nobody_changed_keeps_its_bits(value: float, start_server: StartServer, join: Join) -> None:
     count = 3
-    server = start_server(num_workers=count)
+    server = start_server(count)
     workers = []
     for index in range(count):
         model = Net()
@@ -298,7 +299,7 @@ class Tied(torch.nn.Module):
 
 
 def test_tied_weights_count_once_and_stay_tied(start_server: StartServer, join: Join) -> None:
-    server = start_server(num_workers=2)
+    server = start_server(2)
     workers = [join(server, Tied(), index=index, num_worker=2) for index in range(2)]
     start_all(workers)
     start = workers[0].model.get_parameter("inner.weight").detach().clone()
@@ -311,7 +312,7 @@ def test_tied_weights_count_once_and_stay_tied(start_server: StartServer, join: 
 
 
 def test_frozen_parameters_are_not_sent(start_server: StartServer, join: Join) -> None:
-    server = start_server(num_workers=1)
+    server = start_server(1)
     model = Net()
     model.b.requires_grad_(False)
     worker = join(server, model)
@@ -342,7 +343,7 @@ class Assorted(torch.nn.Module):
 
 
 def test_all_element_types_and_shapes_are_averaged_in_one_model(start_server: StartServer, join: Join) -> None:
-    server = start_server(num_workers=2)
+    server = start_server(2)
     workers = [join(server, Assorted(), index=index, num_worker=2) for index in range(2)]
     layout = {name: (p.dtype, p.shape, p.stride()) for name, p in workers[0].model.named_parameters()}
     start_all(workers)
@@ -357,7 +358,7 @@ def test_all_element_types_and_shapes_are_averaged_in_one_model(start_server: St
 def test_sixteen_bit_variables_do_not_overflow_on_the_way_to_their_average(
     start_server: StartServer, join: Join
 ) -> None:
-    server = start_server(num_workers=2)
+    server = start_server(2)
     largest = torch.finfo(torch.float16).max
     workers = [
         join(
@@ -381,7 +382,7 @@ def test_a_sparse_gradient_is_applied_and_the_whole_variable_averaged(alone: Joi
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can use (CUDA)")
 def test_parameters_on_a_gpu_are_averaged(start_server: StartServer, join: Join) -> None:
-    server = start_server(num_workers=2)
+    server = start_server(2)
     workers = [join(server, Assorted(), index=index, num_worker=2, worker_device="cuda") for index in range(2)]
     start_all(workers)
     first, second = workers
@@ -400,7 +401,7 @@ def test_parameters_on_a_gpu_are_averaged(start_server: StartServer, join: Join)
 def test_a_model_that_does_not_fit_the_center_is_refused_naming_variable_and_shapes(
     index: int, start_server: StartServer, join: Join
 ) -> None:
-    server = start_server(num_workers=2)
+    server = start_server(2)
     join(server, num_worker=2).start()
     model = Net()
     model.b = torch.nn.Parameter(torch.zeros(2, 2))
@@ -412,8 +413,8 @@ def test_a_model_that_does_not_fit_the_center_is_refused_naming_variable_and_sha
 
 
 def test_a_round_that_fails_leaves_the_local_variables_untouched(start_server: StartServer, join: Join) -> None:
-    server = start_server(num_workers=2)
-    worker = join(server, num_worker=2)
+    server = start_server(2)
+    worker = join(server, num_worker=2, session_class=Impatient)
     worker.start()
     step = Running(lambda: worker.step(w=1.0, b=1.0))
     wait_for_status(server, lambda status: any(w.worker_id == "worker-0" and w.waiting for w in status.workers))
@@ -425,7 +426,7 @@ def test_a_round_that_fails_leaves_the_local_variables_untouched(start_server: S
 
 
 def test_a_round_that_failed_can_be_tried_again(start_server: StartServer, join: Join) -> None:
-    server = start_server(num_workers=2)
+    server = start_server(2)
     workers = [join(server, index=index, num_worker=2, session_class=ShortPatience) for index in range(2)]
     start_all(workers)
     first, second = workers

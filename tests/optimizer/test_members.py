@@ -49,13 +49,13 @@ def test_the_constructor_has_the_originals_parameters_and_keyword_only_session()
 def test_numbers_below_one_are_refused(settings: dict[str, int], start_server: StartServer, join: Join) -> None:
     ((name, value),) = settings.items()
     with pytest.raises(ValueError, match=f"{name} {value} is not a whole number from 1 on"):
-        join(start_server(num_workers=1), **settings)
+        join(start_server(1), **settings)
 
 
 def test_a_parameter_that_is_not_in_the_getters_model_is_refused(start_server: StartServer, join: Join) -> None:
     foreign = torch.nn.Parameter(torch.zeros(2, 5))
     with pytest.raises(ValueError, match=r"shape \[2, 5\] that is not in the model given to ma_custom_getter"):
-        join(start_server(num_workers=1), local=lambda own: torch.optim.SGD([*own, foreign], lr=1.0))
+        join(start_server(1), local=lambda own: torch.optim.SGD([*own, foreign], lr=1.0))
 
 
 def test_is_chief_that_contradicts_the_session_is_refused(alone: Join) -> None:
@@ -67,7 +67,7 @@ def test_is_chief_that_contradicts_the_session_is_refused(alone: Join) -> None:
 
 
 def test_num_worker_other_than_the_servers_is_refused_with_both_numbers(start_server: StartServer, join: Join) -> None:
-    worker = join(start_server(num_workers=2), num_worker=3)
+    worker = join(start_server(2), num_worker=3)
     with pytest.raises(ValueError, match="num_worker is 3, but the server was started with --num-workers 2"):
         worker.start()
 
@@ -75,7 +75,7 @@ def test_num_worker_other_than_the_servers_is_refused_with_both_numbers(start_se
 def test_without_a_session_the_environment_says_who_is_who(
     start_server: StartServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MA_PS_HOSTS", start_server(num_workers=1).address)
+    monkeypatch.setenv("MA_PS_HOSTS", start_server(1).address)
     monkeypatch.setenv("MA_NUM_WORKERS", "1")
     monkeypatch.setenv("MA_TASK_INDEX", "0")
     getter = ModelAverageCustomGetter("cpu")
@@ -266,7 +266,7 @@ def test_a_global_step_tensor_counts_the_rounds(alone: Join) -> None:
 
 
 def test_the_chief_initializes_and_the_others_wait_for_it_and_pull(start_server: StartServer, join: Join) -> None:
-    server = start_server(num_workers=3)
+    server = start_server(3)
     chief, *others = (join(server, Net(w=float(index)), index=index, num_worker=3) for index in range(3))
     waiting = [Running(other.start) for other in others]
     wait_for_status(server, lambda status: {w.worker_id for w in status.workers} >= {"worker-1", "worker-2"})
@@ -280,7 +280,7 @@ def test_the_chief_initializes_and_the_others_wait_for_it_and_pull(start_server:
 
 
 def test_a_chief_that_starts_again_pulls_the_center_that_is_there(start_server: StartServer, join: Join) -> None:
-    server = start_server(num_workers=1)
+    server = start_server(1)
     first = join(server)
     first.start()
     first.step(w=1.0, b=1.0)
@@ -300,7 +300,7 @@ def test_the_init_op_makes_the_local_variables_equal_to_the_center(alone: Join) 
 
 
 def test_the_hook_has_the_originals_members_and_is_a_context_manager(start_server: StartServer, join: Join) -> None:
-    server = start_server(num_workers=1)
+    server = start_server(1)
     worker = join(server)
     hook = worker.opt.make_session_run_hook()
     hook.begin()
@@ -336,7 +336,7 @@ def test_the_name_is_the_originals_unless_given(alone: Join) -> None:
 
 
 def test_local_optimizer_state_stays_local_and_is_kept_across_rounds(start_server: StartServer, join: Join) -> None:
-    server = start_server(num_workers=2)
+    server = start_server(2)
     workers = [join(server, index=index, num_worker=2, local=momentum) for index in range(2)]
     start_all(workers)
     first, second = workers

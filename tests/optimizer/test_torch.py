@@ -82,9 +82,7 @@ def test_step_hooks_run_once_for_each_step(alone: Join) -> None:
 
 
 def test_a_parameter_group_can_be_added_before_the_center_exists(start_server: StartServer, join: Join) -> None:
-    worker = join(
-        start_server(num_workers=1), local=lambda own: torch.optim.SGD([{"params": [next(own)], "lr": 1.0}], lr=0.0)
-    )
+    worker = join(start_server(1), local=lambda own: torch.optim.SGD([{"params": [next(own)], "lr": 1.0}], lr=0.0))
     worker.opt.add_param_group({"params": [worker.model.get_parameter("b")], "lr": 2.0})
     worker.start()
     worker.step(w=1.0, b=1.0)
@@ -93,7 +91,7 @@ def test_a_parameter_group_can_be_added_before_the_center_exists(start_server: S
 
 
 def test_a_parameter_that_joined_the_model_late_can_be_added(start_server: StartServer, join: Join) -> None:
-    worker = join(start_server(num_workers=1))
+    worker = join(start_server(1))
     late = torch.nn.Parameter(torch.ones(3))
     worker.model.register_parameter("late", late)
     worker.opt.add_param_group({"params": [late]})
@@ -110,14 +108,14 @@ def test_a_parameter_group_is_refused_once_the_center_exists(alone: Join) -> Non
 
 
 def test_a_refused_parameter_group_changes_nothing(start_server: StartServer, join: Join) -> None:
-    worker = join(start_server(num_workers=1))
+    worker = join(start_server(1))
     with pytest.raises(ValueError, match="not in the model given to ma_custom_getter"):
         worker.opt.add_param_group({"params": [torch.nn.Parameter(torch.zeros(3))]})
     assert len(worker.opt.param_groups) == 1
 
 
 def test_a_parameter_that_is_unfrozen_after_the_start_is_named(start_server: StartServer, join: Join) -> None:
-    worker = join(start_server(num_workers=1), interval_steps=1)
+    worker = join(start_server(1), interval_steps=1)
     name, parameter = next(iter(worker.model.named_parameters()))
     parameter.requires_grad_(False)
     worker.start()
@@ -142,7 +140,7 @@ def restart(worker: Worker, again: Worker) -> None:
 def test_a_state_dict_that_went_through_a_file_continues_as_if_nothing_had_happened(
     start_server: StartServer, join: Join, alone: Join
 ) -> None:
-    server = start_server(num_workers=1)
+    server = start_server(1)
     stopped, again = (join(server, local=momentum, interval_steps=2) for _ in range(2))
     uninterrupted = alone(local=momentum, interval_steps=2)
     stopped.start()
@@ -158,7 +156,7 @@ def test_a_state_dict_that_went_through_a_file_continues_as_if_nothing_had_happe
 
 
 def test_a_restart_within_an_interval_loses_no_update(start_server: StartServer, join: Join) -> None:
-    server = start_server(num_workers=1)
+    server = start_server(1)
     stopped, again = (join(server, interval_steps=2) for _ in range(2))
     stopped.start()
     stopped.step(w=1.0)
@@ -169,7 +167,7 @@ def test_a_restart_within_an_interval_loses_no_update(start_server: StartServer,
 
 
 def test_a_restored_chief_gives_a_fresh_server_its_base_step(start_server: StartServer, join: Join) -> None:
-    stopped, again = (join(start_server(num_workers=1)) for _ in range(2))
+    stopped, again = (join(start_server(1)) for _ in range(2))
     stopped.start()
     stopped.step(w=1.0)
     again.opt.load_state_dict(stopped.opt.state_dict())
@@ -178,7 +176,7 @@ def test_a_restored_chief_gives_a_fresh_server_its_base_step(start_server: Start
 
 
 def test_a_state_dict_from_before_the_start_leaves_the_base_step_alone(start_server: StartServer, join: Join) -> None:
-    worker = join(start_server(num_workers=1))
+    worker = join(start_server(1))
     fresh = copy.deepcopy(worker.opt.state_dict())
     worker.start()
     worker.opt.load_state_dict(fresh)
@@ -246,7 +244,7 @@ def test_it_meets_the_barrier_when_the_interval_divides_local_step_and_only_then
 
 
 def test_the_average_of_two_workers_is_installed_in_both(start_server: StartServer, join: Join) -> None:
-    server = start_server(num_workers=2)
+    server = start_server(2)
     workers = [join(server, index=index, num_worker=2, interval_steps=2) for index in range(2)]
     start_all(workers)
     first, second = workers
@@ -261,6 +259,6 @@ def test_the_average_of_two_workers_is_installed_in_both(start_server: StartServ
 
 
 def test_a_step_at_the_interval_without_a_center_says_what_to_do(start_server: StartServer, join: Join) -> None:
-    worker = join(start_server(num_workers=1))
+    worker = join(start_server(1))
     with pytest.raises(NotInitializedError, match="pull the center"):
         worker.step(w=1.0)

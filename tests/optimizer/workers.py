@@ -140,6 +140,13 @@ class ShortPatience(ParameterServerSession):
         return super().push_and_average(variables, weight, **{"timeout_s": self.patience_s, **options})
 
 
+class Impatient(ParameterServerSession):
+    """Gives up when the server is away."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, reconnect_timeout_s=0, **options)
+
+
 class Announced(ParameterServerSession):
     """Says when a push begins and when its answer is there."""
 

@@ -50,6 +50,11 @@ class ParameterServerStub(object):
                 request_serializer=modelaverage_dot_v1_dot_parameter__server__pb2.PushAndAverageRequest.SerializeToString,
                 response_deserializer=modelaverage_dot_v1_dot_parameter__server__pb2.PushAndAverageResponse.FromString,
                 _registered_method=True)
+        self.Leave = channel.unary_unary(
+                '/modelaverage.v1.ParameterServer/Leave',
+                request_serializer=modelaverage_dot_v1_dot_parameter__server__pb2.LeaveRequest.SerializeToString,
+                response_deserializer=modelaverage_dot_v1_dot_parameter__server__pb2.LeaveResponse.FromString,
+                _registered_method=True)
         self.GetStatus = channel.unary_unary(
                 '/modelaverage.v1.ParameterServer/GetStatus',
                 request_serializer=modelaverage_dot_v1_dot_parameter__server__pb2.GetStatusRequest.SerializeToString,
@@ -96,8 +101,18 @@ class ParameterServerServicer(object):
         A client that does not read what comes down holds up nobody but itself.
 
         Errors: NOT_INITIALIZED, MANIFEST_UNKNOWN, WORKER_ID_INVALID, WORKER_ID_IN_USE, INCARNATION_INVALID, WEIGHT_INVALID,
-        BASE_STEP_AHEAD, UNTOUCHED_INVALID, ROUND_FULL, ROUND_RESTARTED, PUSH_SUPERSEDED, MESSAGE_OUT_OF_ORDER,
-        FRAGMENT_*, STREAM_STALLED.
+        BASE_STEP_AHEAD, GLOBAL_STEP_INVALID, UNTOUCHED_INVALID, ROUND_FULL, ROUND_RESTARTED, ROUND_TIMED_OUT,
+        PUSH_SUPERSEDED, MESSAGE_OUT_OF_ORDER, FRAGMENT_*, STREAM_STALLED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Leave(self, request, context):
+        """Says that this worker's process goes: rounds with a quorum wait for it no longer. A push of it that is whole stays in
+        the round; one that is half made is started over without it.
+
+        Errors: WORKER_ID_INVALID, INCARNATION_INVALID.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -127,6 +142,11 @@ def add_ParameterServerServicer_to_server(servicer, server):
                     servicer.PushAndAverage,
                     request_deserializer=modelaverage_dot_v1_dot_parameter__server__pb2.PushAndAverageRequest.FromString,
                     response_serializer=modelaverage_dot_v1_dot_parameter__server__pb2.PushAndAverageResponse.SerializeToString,
+            ),
+            'Leave': grpc.unary_unary_rpc_method_handler(
+                    servicer.Leave,
+                    request_deserializer=modelaverage_dot_v1_dot_parameter__server__pb2.LeaveRequest.FromString,
+                    response_serializer=modelaverage_dot_v1_dot_parameter__server__pb2.LeaveResponse.SerializeToString,
             ),
             'GetStatus': grpc.unary_unary_rpc_method_handler(
                     servicer.GetStatus,
@@ -216,6 +236,33 @@ class ParameterServer(object):
             '/modelaverage.v1.ParameterServer/PushAndAverage',
             modelaverage_dot_v1_dot_parameter__server__pb2.PushAndAverageRequest.SerializeToString,
             modelaverage_dot_v1_dot_parameter__server__pb2.PushAndAverageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Leave(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/modelaverage.v1.ParameterServer/Leave',
+            modelaverage_dot_v1_dot_parameter__server__pb2.LeaveRequest.SerializeToString,
+            modelaverage_dot_v1_dot_parameter__server__pb2.LeaveResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,70 @@
+"""How long a session goes on trying when the server is away, and how long it sleeps between two tries."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from ma_client.shard import Deadline
+from modelaverage.errors import ModelAverageError, Reason, ServerUnavailableError
+
+__all__ = ["Patience"]
+
+_log = logging.getLogger("ma_client")
+_T = TypeVar("_T")
+_FIRST_SLEEP_S = 0.05
+_LONGEST_SLEEP_S = 2.0
+# A process that was killed holds its worker id until the server's keepalive notices: about 10 s.
+_ID_IN_USE_TIMEOUT_S = 20.0
+
+
+class Patience:
+    """Calls again what a server that is away, restarting or slow may answer later.
+
+    Args:
+        timeout_s: how long a server may be away in one stretch.
+        answered_at_s: when it was last heard of, on the clock of `time.monotonic`.
+    """
+
+    def __init__(self, timeout_s: float, answered_at_s: Callable[[], float]) -> None:
+        self._timeout_s = timeout_s
+        self._answered_at_s = answered_at_s
+
+    def call(self, function: Callable[[], _T], deadline: Deadline) -> _T:
+        """What ``function`` returns, called as often as needed before the deadline.
+
+        Raises:
+            ServerUnavailableError: the server stayed away for too long.
+            ModelAverageError: whatever else ``function`` raised that trying again does not mend.
+        """
+        away_since_s: float | None = None
+        sleep_s = _FIRST_SLEEP_S
+        while True:
+            began_at_s = time.monotonic()
+            try:
+                return function()
+            except ModelAverageError as error:
+                timeout_s = self._worth_trying_for_s(error)
+                if timeout_s is None:
+                    raise
+                now_s = time.monotonic()
+                answered = self._answered_at_s() > began_at_s and isinstance(error, ServerUnavailableError)
+                if away_since_s is None or answered:
+                    away_since_s, sleep_s = now_s, _FIRST_SLEEP_S
+                    _log.warning("%s; trying again for up to %g s", error, timeout_s)
+                if now_s - away_since_s >= timeout_s:
+                    raise type(error)(f"{error} (tried again for {timeout_s:g} s)", error.reason) from None
+                # Half of it is chance, so that workers that lost the server together do not come back together.
+                pause_s = sleep_s * random.uniform(0.5, 1.0)
+                time.sleep(pause_s if deadline.left_s is None else min(pause_s, deadline.left_s))
+                sleep_s = min(2 * sleep_s, _LONGEST_SLEEP_S)
+
+    def _worth_trying_for_s(self, error: ModelAverageError) -> float | None:
+        if isinstance(error, ServerUnavailableError) or error.reason is Reason.STREAM_STALLED:
+            return self._timeout_s if self._timeout_s > 0 else None
+        if error.reason is Reason.WORKER_ID_IN_USE:
+            return min(_ID_IN_USE_TIMEOUT_S, self._timeout_s) if self._timeout_s > 0 else None
+        return None
