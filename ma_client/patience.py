@@ -16,7 +16,7 @@ __all__ = ["Patience"]
 _log = logging.getLogger("ma_client")
 _T = TypeVar("_T")
 _FIRST_SLEEP_S = 0.05
-_LONGEST_SLEEP_S = 2.0
+_LONGEST_SLEEP_S = 1.0
 # A process that was killed holds its worker id until the server's keepalive notices: about 10 s.
 _ID_IN_USE_TIMEOUT_S = 20.0
 

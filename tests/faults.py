@@ -1,0 +1,156 @@
+"""A job of workers whose center can be computed beforehand, and a server that is killed under them and restarted."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ma_client import Outcome, ParameterServerSession, PushResult
+
+__all__ = ["Model", "RestartedServer", "Training", "trained"]
+
+Model = Mapping[str, NDArray[np.float32]]
+# A job that hangs for longer than this after a kill has failed.
+HANG_S = 30.0
+
+
+def trained(center: Model, worker: int, step: int) -> Model:
+    """What a worker makes of the center in one interval; different for every worker and step."""
+    return {
+        name: value * np.float32(0.75) + np.random.default_rng((worker, step)).random(value.shape, np.float32)
+        for name, value in center.items()
+    }
+
+
+def undisturbed(center: Model, workers: int, rounds: int) -> Model:
+    """The center after so many rounds."""
+    for step in range(rounds):
+        pushed = [trained(center, worker, step) for worker in range(workers)]
+        center = {
+            name: np.sum([local[name] for local in pushed], axis=0, dtype=np.float32) / np.float32(workers)
+            for name in center
+        }
+    return center
+
+
+class RestartedServer:
+    """`ps-server serve` on one port and one checkpoint directory, started again whenever it ends unasked."""
+
+    def __init__(self, directory: Path, *arguments: str, deaths: tuple[tuple[str, int], ...] = ()) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.address = f"127.0.0.1:{probe.getsockname()[1]}"
+        self._arguments = ["serve", "--bind", self.address, "--checkpoint-dir", str(directory), *arguments]
+        self._deaths = list(deaths)
+        self._stopping = False
+        self.starts = 0
+        self._listening = threading.Event()
+        self._start()
+        self._supervisor = threading.Thread(target=self._supervise)
+        self._supervisor.start()
+
+    def __enter__(self) -> RestartedServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopping = True
+        self._process.kill()
+        self._supervisor.join()
+
+    def kill(self) -> None:
+        """SIGKILL, once it listens."""
+        assert self._listening.wait(HANG_S), "the server did not start again"
+        self._listening.clear()
+        self._process.kill()
+
+    def _start(self) -> None:
+        command = [sys.executable, "-m", "ps_server"]
+        if self._deaths:
+            moment, count = self._deaths.pop(0)
+            command = [sys.executable, "-m", "tests.killed_server", moment, str(count)]
+        self._process = subprocess.Popen([*command, *self._arguments], stdout=subprocess.PIPE, text=True)
+        assert self._process.stdout is not None
+        self._process.stdout.readline()
+        self.starts += 1
+        self._listening.set()
+
+    def _supervise(self) -> None:
+        while True:
+            self._process.communicate()
+            if self._stopping:
+                return
+            self._start()
+
+
+@dataclass
+class Training:
+    """Workers, as threads with a session each, that make rounds until `global_step` is ``rounds``."""
+
+    address: str
+    start: Model
+    workers: int
+    rounds: int
+    shared_memory: bool = True
+    fragment_size_bytes: int = 1 << 20
+    results: list[list[PushResult]] = field(default_factory=list)
+
+    def run(self) -> list[Model]:
+        """Every worker's last center. ``results`` has the outcomes of all of its pushes."""
+        self.results = [[] for _ in range(self.workers)]
+        with ThreadPoolExecutor(self.workers) as pool:
+            futures: list[Future[Model]] = [pool.submit(self._work, worker) for worker in range(self.workers)]
+            return [future.result() for future in futures]
+
+    @property
+    def rounds_made(self) -> int:
+        """Rounds that some worker has heard of."""
+        return max(map(len, self.results), default=0)
+
+    def goes_on(self, done: threading.Event) -> bool:
+        """Waits until another round is made; whether one was, before the job was done or hung."""
+        made, deadline_s = self.rounds_made, time.monotonic() + HANG_S
+        while self.rounds_made == made and time.monotonic() < deadline_s:
+            if done.wait(0.002):
+                return False
+        return self.rounds_made > made
+
+    def _work(self, worker: int) -> Model:
+        with ParameterServerSession(
+            [self.address],
+            worker_id=f"worker-{worker}",
+            is_chief=worker == 0,
+            shared_memory=self.shared_memory,
+            fragment_size_bytes=self.fragment_size_bytes,
+            reconnect_timeout_s=HANG_S,
+            round_timeout_s=2 * HANG_S,
+        ) as session:
+            if worker == 0:
+                session.initialize(self.start)
+            center, step = session.pull()
+            while step < self.rounds:
+                result = session.push_and_average(trained(center, worker, step))
+                self.results[worker].append(result)
+                center, step = result.center, result.global_step
+            return center
+
+    def check(self, centers: list[Model]) -> None:
+        """No round was lost and none was counted twice: every center is that of an undisturbed run, to the bit."""
+        expected = undisturbed(self.start, self.workers, self.rounds)
+        for center in centers:
+            for name, value in expected.items():
+                assert np.array_equal(center[name], value), f"{name} differs"
+        for results in self.results:
+            assert [result.global_step for result in results] == list(range(1, self.rounds + 1))
+            for result in results:
+                # STALE: the round committed with this push, but the answer was lost with the server.
+                assert result.outcome in (Outcome.COMMITTED, Outcome.ALREADY_COUNTED)

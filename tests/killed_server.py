@@ -1,0 +1,93 @@
+"""`ps-server serve` that kills itself, as SIGKILL would, at a moment named by the test:
+
+python -m tests.killed_server MOMENT COUNT serve --bind ... : the COUNT-th time that MOMENT is reached
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from google.protobuf.message import DecodeError
+
+from modelaverage.v1 import parameter_server_pb2 as pb
+from ps_server import checkpoint, job
+from ps_server.__main__ import main
+from ps_server.call import Call
+from ps_server.center import Center
+from ps_server.round import Round
+
+__all__ = ["BETWEEN_TWO_ANSWERS", "MOMENTS"]
+
+# By name: whose function, which one, and whether it still runs before the end comes.
+MOMENTS: dict[str, tuple[Any, str, bool]] = {
+    "before a header is taken": (Round, "open", False),
+    "after a header is taken": (Round, "open", True),
+    "in the middle of the fragments": (Round, "record_fragment", True),
+    "when a fragment is averaged": (Center, "finish", True),
+    "before the commit": (Center, "commit", False),
+    "after the commit, before the checkpoint": (job.Job, "_commit", True),
+    "in the middle of a checkpoint": (checkpoint, "save_file", True),
+    "after the checkpoint, before the answer": (job, "_answer", False),
+    "after the answer": (job, "_answer", True),
+    "while the checkpoint goes to the disk": (checkpoint, "make_durable", False),
+    "after the checkpoint is on the disk": (checkpoint, "make_durable", True),
+}
+
+
+BETWEEN_TWO_ANSWERS = "after one worker's answer, before the other's"
+
+
+def _has_outcome(message: bytes) -> bool:
+    try:
+        return pb.PushAndAverageResponse.FromString(message).HasField("outcome")
+    except DecodeError:  # of another call
+        return False
+
+
+def arm_between_two_answers(count: int) -> None:
+    """The first outcome of the COUNT-th round goes out, the others never do."""
+    original = Call.write
+    outcomes = 0
+
+    async def deadly(call: Call, message: bytes) -> None:
+        nonlocal outcomes
+        if _has_outcome(message):
+            outcomes += 1
+            if outcomes == count:
+                asyncio.get_running_loop().call_later(0.2, os.kill, os.getpid(), signal.SIGKILL)
+            elif outcomes > count:
+                await asyncio.Event().wait()
+        await original(call, message)
+
+    Call.write = deadly  # type: ignore[assignment, method-assign]
+
+
+def arm(moment: str, count: int) -> None:
+    owner, name, runs_before = MOMENTS[moment]
+    original: Callable[..., Any] = getattr(owner, name)
+    reached = 0
+
+    def deadly(*args: Any, **kwargs: Any) -> Any:
+        nonlocal reached
+        reached += 1
+        if reached == count and not runs_before:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = original(*args, **kwargs)
+        if reached == count and runs_before:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, name, deadly)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == BETWEEN_TWO_ANSWERS:
+        arm_between_two_answers(int(sys.argv[2]))
+    else:
+        arm(sys.argv[1], int(sys.argv[2]))
+    sys.exit(main(sys.argv[3:]))

@@ -1,0 +1,68 @@
+"""What is lost when a server dies under its workers: nothing. Real processes, SIGKILL."""
+
+from __future__ import annotations
+
+import random
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.faults import Model, RestartedServer, Training
+from tests.killed_server import BETWEEN_TWO_ANSWERS, MOMENTS
+
+WORKERS, ROUNDS = 2, 6
+SMALL: Model = {"w": np.zeros(300, np.float32), "b": np.ones((), np.float32)}  # 5 fragments of 256 bytes
+LARGE: Model = {"w": np.zeros(1 << 18, np.float32), "b": np.ones((7, 3), np.float32)}  # large enough for shared memory
+# So often a moment is reached in one round of two workers, for a model of 5 fragments.
+TIMES_A_ROUND = {"in the middle of the fragments": 10, "when a fragment is averaged": 5, BETWEEN_TWO_ANSWERS: 2}
+
+
+@pytest.mark.parametrize("moment", [*MOMENTS, BETWEEN_TWO_ANSWERS])
+def test_a_server_killed_at_any_moment_of_a_round_costs_a_retry_and_not_a_round(moment: str, tmp_path: Path) -> None:
+    times = TIMES_A_ROUND.get(moment, 2 if "header" in moment else 1)
+    in_the_third_round = 2 * times + 1
+    deaths = ((moment, in_the_third_round),)
+    with RestartedServer(tmp_path, "--num-workers", str(WORKERS), deaths=deaths) as server:
+        training = Training(server.address, SMALL, WORKERS, ROUNDS, fragment_size_bytes=256)
+        training.check(training.run())
+        assert server.starts == 2, f"the server never came to {moment!r}"
+
+
+@pytest.mark.parametrize("shared_memory", [True, False])
+def test_a_server_killed_again_and_again_loses_no_round(shared_memory: bool, tmp_path: Path) -> None:
+    kill_at_random_moments(tmp_path, kills=4, seed=shared_memory, shared_memory=shared_memory)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_a_hundred_kills_of_the_server_lose_no_round(seed: int, tmp_path: Path) -> None:
+    kill_at_random_moments(tmp_path, kills=25, seed=seed, shared_memory=seed % 2 == 0)
+
+
+def kill_at_random_moments(directory: Path, kills: int, seed: int, shared_memory: bool) -> None:
+    """A job that makes rounds until the last kill, and then a few more."""
+    chance = random.Random(seed)
+    with RestartedServer(directory, "--num-workers", str(WORKERS)) as server:
+        training = Training(server.address, LARGE, WORKERS, rounds=10**9, shared_memory=shared_memory)
+        done, survived = threading.Event(), list[bool]()
+
+        def kill() -> None:
+            for _ in range(kills):
+                # At least one round with every server, then at any moment of the next few.
+                survived.append(training.goes_on(done))
+                done.wait(chance.uniform(0.0, 0.05))
+                server.kill()
+            training.rounds = training.rounds_made + 5
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        try:
+            centers = training.run()
+        finally:
+            done.set()
+            killer.join()
+        assert server.starts == kills + 1
+        assert all(survived)
+        training.check(centers)
