@@ -11,6 +11,7 @@ __all__ = ["ClusterError", "ClusterSpec"]
 _PS_HOSTS = "MA_PS_HOSTS"
 _NUM_WORKERS = "MA_NUM_WORKERS"
 _TASK_INDEX = "MA_TASK_INDEX"
+_INIT_FROM = "MA_INIT_FROM"
 
 
 class ClusterError(ValueError):
@@ -25,6 +26,7 @@ class ClusterSpec:
         ps_hosts: addresses of the parameter servers, HOST:PORT each.
         num_workers: how many workers the job has.
         task_index: which of them this process is, from 0. Worker 0 is the chief.
+        init_from: a safetensors file with the values that the chief sets the center to, rather than its own; None: its own.
 
     Raises:
         ClusterError: a value is out of range.
@@ -33,6 +35,7 @@ class ClusterSpec:
     ps_hosts: tuple[str, ...]
     num_workers: int
     task_index: int
+    init_from: str | None = None
 
     def __post_init__(self) -> None:
         if not self.ps_hosts or not all(self.ps_hosts):
@@ -56,7 +59,8 @@ class ClusterSpec:
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> ClusterSpec:
-        """Reads what `ps-worker run` and `ma-launch` set: MA_PS_HOSTS (comma-separated), MA_NUM_WORKERS, MA_TASK_INDEX.
+        """Reads what `ps-worker run` and `ma-launch` set: MA_PS_HOSTS (comma-separated), MA_NUM_WORKERS, MA_TASK_INDEX,
+        and, if it is there, MA_INIT_FROM.
 
         Raises:
             ClusterError: naming the variable that is missing or unusable.
@@ -72,6 +76,7 @@ class ClusterSpec:
                 ps_hosts=tuple(host.strip() for host in environ[_PS_HOSTS].split(",")),
                 num_workers=int(environ[_NUM_WORKERS]),
                 task_index=int(environ[_TASK_INDEX]),
+                init_from=environ.get(_INIT_FROM) or None,
             )
         except ValueError as error:
             settings = " ".join(f"{name}={environ[name]!r}" for name in (_PS_HOSTS, _NUM_WORKERS, _TASK_INDEX))
@@ -83,4 +88,5 @@ class ClusterSpec:
             _PS_HOSTS: ",".join(self.ps_hosts),
             _NUM_WORKERS: str(self.num_workers),
             _TASK_INDEX: str(self.task_index),
+            **({} if self.init_from is None else {_INIT_FROM: self.init_from}),
         }

@@ -6,11 +6,14 @@ import contextlib
 import uuid
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
 from ma_client.cluster import ClusterSpec
 from ma_client.patience import Patience
@@ -85,6 +88,8 @@ class ParameterServerSession:
         shared_memory: hand bytes over in shared memory if the server is on this host and offers it.
         reconnect_timeout_s: how long to try again when the server is away, restarting or not reachable; 0: not at all.
             A push that is made again sends only what the server lacks, and is never counted twice.
+        init_from: a safetensors file (`ps-server export` writes such) with the values that `initialize` sets the center
+            to, instead of those that it is given; None: those that it is given.
         round_timeout_s: how long a push waits for the other workers unless it says otherwise, those of the optimizer
             included; None: as long as it takes.
 
@@ -109,6 +114,7 @@ class ParameterServerSession:
         fragment_size_bytes: int = DEFAULT_FRAGMENT_SIZE_BYTES,
         shared_memory: bool = True,
         reconnect_timeout_s: float = 60.0,
+        init_from: str | Path | None = None,
         round_timeout_s: float | None = None,
     ) -> None:
         if isinstance(ps_hosts, str) or len(ps_hosts) != 1:
@@ -123,6 +129,7 @@ class ParameterServerSession:
         self._fragment_size_bytes = fragment_size_bytes
         self._shared_memory = shared_memory
         self._round_timeout_s = round_timeout_s
+        self._init_from = init_from
         self._incarnation = uuid.uuid4().bytes
         self._push_id = 0
         self._manifest_id = ""
@@ -141,7 +148,12 @@ class ParameterServerSession:
             ClusterError: a variable is missing or unusable.
         """
         cluster = ClusterSpec.from_env()
-        settings: dict[str, Any] = {"worker_id": cluster.worker_id, "is_chief": cluster.is_chief, **options}
+        settings: dict[str, Any] = {
+            "worker_id": cluster.worker_id,
+            "is_chief": cluster.is_chief,
+            "init_from": cluster.init_from,
+            **options,
+        }
         return cls(cluster.ps_hosts, **settings)
 
     def __enter__(self) -> ParameterServerSession:
@@ -171,13 +183,16 @@ class ParameterServerSession:
             timeout_s: how long it may take; None: as long as it takes.
 
         Raises:
-            InvalidRequestError: MANIFEST_INVALID, GLOBAL_STEP_INVALID; or this session is not the chief's.
+            InvalidRequestError: MANIFEST_INVALID, GLOBAL_STEP_INVALID; this session is not the chief's; the file of
+                ``init_from`` cannot be read, or its variables are others than these.
             ConflictError: MANIFEST_MISMATCH, naming the first variable that differs from the server's.
         """
         if not self.is_chief:
             raise InvalidRequestError(f"{self.worker_id!r} is not the chief: only the chief initializes the center")
         check_global_step(global_step)
         arrays = _as_arrays(variables)
+        if self._init_from is not None:
+            arrays = _read_like(arrays, self._init_from)
         manifest = Manifest(_variables_of(arrays), self._fragment_size_bytes)
         values = [_bytes_of(array) for array in arrays.values()]
         header = pb.InitializeHeader(
@@ -356,6 +371,19 @@ def _as_arrays(variables: Mapping[str, ArrayLike]) -> dict[str, _Array]:
 
 def _variables_of(arrays: Mapping[str, _Array]) -> tuple[Variable, ...]:
     return tuple(Variable(name, dtype_name(array.dtype), array.shape) for name, array in arrays.items())
+
+
+def _read_like(arrays: Mapping[str, _Array], path: str | Path) -> dict[str, _Array]:
+    """The same variables with the values of a file. Raises InvalidRequestError."""
+    try:
+        read = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InvalidRequestError(f"cannot initialize from {path}: {error}") from None
+    ordered = {name: read[name] for name in arrays if name in read} | read
+    difference = first_difference(_variables_of(ordered), _variables_of(arrays), f"in {path}", "in this model")
+    if difference is not None:
+        raise InvalidRequestError(f"cannot initialize from a file of another model: {difference}")
+    return ordered
 
 
 def _in_order(arrays: Mapping[str, _Array], manifest: Manifest) -> dict[str, _Array]:

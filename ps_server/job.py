@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -192,7 +191,7 @@ class Job:
     def _take_inline(self, part: _Part, index: int, data: memoryview) -> list[Decision]:
         weight, first = self.round.check_fragment(part.call.number, index)
         self.center.check_size(index, data)
-        self._note(self.center.accumulate(index, Contribution(part.worker_id, weight, data), first))
+        self._roster.note_nonfinite(self.center.accumulate(index, Contribution(part.worker_id, weight, data), first))
         return self._record(part, index)
 
     def _take_shared(self, part: _Part, fragments: pb.SharedFragments) -> list[Decision]:
@@ -207,7 +206,7 @@ class Job:
             weight, first = self.round.check_fragment(part.call.number, index)
             begin, stop = self.manifest.fragment_bounds(index)
             data = part.contribution.body[begin:stop].data
-            self._note(self.center.defer(index, Contribution(part.worker_id, weight, data), first))
+            self._roster.note_nonfinite(self.center.defer(index, Contribution(part.worker_id, weight, data), first))
             decisions += self._record(part, index)
             part.call.count(received_bytes=stop - begin, shared=True)
         part.shared = True
@@ -218,10 +217,6 @@ class Job:
         now_s = self._clock()
         self._roster.heard_of(part.worker_id, now_s)
         return self.round.record_fragment(part.call.number, now_s)
-
-    def _note(self, nonfinite_values: Counter[str]) -> None:
-        for worker_id, count in nonfinite_values.items():
-            self._roster.records[worker_id].nonfinite_values += count
 
     async def _send_average(self, part: _Part, first_needed: int) -> None:
         """Sends each fragment of the average once it is finished, then the outcome."""
@@ -332,7 +327,7 @@ class Job:
 
     def _finish(self, fragments: list[FinishFragment]) -> None:
         if fragments:
-            self._note(self.center.finish(fragments))
+            self._roster.note_nonfinite(self.center.finish(fragments))
             self._average.finished = fragments[-1].index + 1
             self._wake(self._average)
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 __all__ = ["Roster", "WorkerRecord"]
+
+
+# Names come from outside: whoever makes up new ones must not fill the memory.
+_MAX_RECORDS = 10_000
 
 
 @dataclass
@@ -27,9 +31,12 @@ class Roster:
     records: dict[str, WorkerRecord] = field(default_factory=dict)
 
     def heard_of(self, worker_id: str, now_s: float) -> WorkerRecord:
-        """The record of a worker that has just been heard of."""
-        record = self.records.setdefault(worker_id, WorkerRecord(now_s))
+        """The record of a worker that has just been heard of. Of very many, the one unheard of for longest is dropped."""
+        record = self.records.pop(worker_id, None) or WorkerRecord(now_s)
+        self.records[worker_id] = record  # the last heard of come last
         record.last_seen_at_s = now_s
+        if len(self.records) > _MAX_RECORDS:
+            del self.records[next(iter(self.records))]
         return record
 
     def waiting_for(self, complete: frozenset[str], num_workers: int) -> tuple[list[str], int]:
@@ -44,4 +51,11 @@ class Roster:
     def count(self, contributors: Iterable[str]) -> None:
         """A round committed with these workers' pushes."""
         for worker_id in contributors:
-            self.records[worker_id].pushes_counted += 1
+            if worker_id in self.records:
+                self.records[worker_id].pushes_counted += 1
+
+    def note_nonfinite(self, values: Mapping[str, int]) -> None:
+        """So many values of these workers were not finite."""
+        for worker_id, count in values.items():
+            if worker_id in self.records:
+                self.records[worker_id].nonfinite_values += count

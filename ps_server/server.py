@@ -29,6 +29,8 @@ _OPTIONS = [
     # Two servers must not share a port: without this, the second one would start and take half of the calls.
     ("grpc.so_reuseport", 0),
     *CHANNEL_OPTIONS,
+    # A worker has one call open, or two for a moment; a connection may not hold thousands.
+    ("grpc.max_concurrent_streams", 100),
     # The client's keepalive comes every 5 s: do not take it for an attack.
     ("grpc.http2.min_ping_interval_without_data_ms", 4_000),
 ]

@@ -6,6 +6,7 @@ import argparse
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -118,12 +119,18 @@ def _add_cluster_flags(command: argparse.ArgumentParser, required: bool) -> None
         metavar="I",
         help="which of them this one is, from 0; 0 is the chief, which initializes the center",
     )
+    group.add_argument(
+        "--init-from",
+        metavar="FILE",
+        help="the chief sets the center to the values in this safetensors file instead of its own (`ps-server export` "
+        "writes such files)",
+    )
 
 
 def _run(arguments: argparse.Namespace) -> None:
     from ma_client.cluster import ClusterSpec
 
-    cluster = ClusterSpec(arguments.ps_hosts, arguments.num_workers, arguments.task_index)
+    cluster = ClusterSpec(arguments.ps_hosts, arguments.num_workers, arguments.task_index, arguments.init_from)
     command = [sys.executable, str(arguments.script), *arguments.args]
     os.execvpe(command[0], command, {**os.environ, **cluster.to_env()})
 
@@ -150,10 +157,11 @@ def _cluster_of(arguments: argparse.Namespace) -> ClusterSpec:
 
     given = (arguments.ps_hosts, arguments.num_workers, arguments.task_index)
     if all(value is None for value in given):
-        return ClusterSpec.from_env()
+        cluster = ClusterSpec.from_env()
+        return cluster if arguments.init_from is None else replace(cluster, init_from=arguments.init_from)
     if any(value is None for value in given):
         raise ClusterError("give --ps-hosts, --num-workers and --task-index together (or --alone)")
-    return ClusterSpec(*given)
+    return ClusterSpec(*given, arguments.init_from)
 
 
 if __name__ == "__main__":

@@ -137,6 +137,7 @@ def train_in_cluster(
         worker_id=cluster.worker_id,
         is_chief=cluster.is_chief,
         connect_timeout_s=connect_timeout_s,
+        init_from=cluster.init_from,
     ) as session:
         getter = ModelAverageCustomGetter(worker_device="cpu")
         model = getter(_initial_model(config))

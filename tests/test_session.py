@@ -8,12 +8,14 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from safetensors.numpy import save, save_file
 
 from ma_client import ClusterError, ClusterSpec, Outcome, ParameterServerSession, PushResult
 from modelaverage.errors import (
@@ -23,6 +25,7 @@ from modelaverage.errors import (
     NotInitializedError,
     Reason,
 )
+from modelaverage.v1 import parameter_server_pb2 as pb
 from tests.conftest import StartServer
 from tests.raw_client import RawClient, push_header, until
 
@@ -418,6 +421,45 @@ def test_a_cluster_survives_the_way_through_the_environment() -> None:
     assert all(isinstance(value, str) for value in environment.values())
     assert ClusterSpec.from_env(environment) == cluster
     assert ClusterSpec.from_env({**environment, "PATH": "/bin"}) == cluster
+
+
+def test_a_chief_may_initialize_from_a_file(start_server: StartServer, tmp_path: Path) -> None:
+    file = tmp_path / "center.safetensors"
+    kept = {"b": np.full(3, 7, ml_dtypes.bfloat16), "w": np.arange(4, dtype=np.float32)}
+    save_file(kept, file)
+    server = start_server(1)
+    with ParameterServerSession([server.address], worker_id="a", is_chief=True, init_from=file) as session:
+        session.initialize({"w": np.zeros(4, np.float32), "b": np.zeros(3, ml_dtypes.bfloat16)})
+        center, _ = session.pull()
+    assert list(center) == ["w", "b"]
+    assert all(np.array_equal(center[name], value) for name, value in kept.items())
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (None, "No such file"),
+        (b"not a safetensors file", "cannot initialize from"),
+        (save({"w": np.zeros(5, np.float32)}), r"of another model: .*'w'.*5.*4"),
+        (save({"w": np.zeros(4, np.float32), "x": np.zeros(1, np.float32)}), "of another model: .*'x'"),
+    ],
+)
+def test_a_file_that_does_not_fit_initializes_nothing(
+    start_server: StartServer, tmp_path: Path, content: bytes | None, complaint: str
+) -> None:
+    file = tmp_path / "center.safetensors"
+    if content is not None:
+        file.write_bytes(content)
+    server = start_server(1)
+    with ParameterServerSession([server.address], worker_id="a", is_chief=True, init_from=file) as session:
+        with pytest.raises(InvalidRequestError, match=complaint):
+            session.initialize({"w": np.zeros(4, np.float32)})
+        assert session.status().phase == pb.PHASE_UNINITIALIZED
+
+
+def test_the_file_to_initialize_from_travels_in_the_environment() -> None:
+    cluster = ClusterSpec(("10.0.0.1:2222",), 2, 0, init_from="center.safetensors")
+    assert ClusterSpec.from_env(cluster.to_env()) == cluster
 
 
 @pytest.mark.parametrize(("task_index", "chief"), [(0, True), (1, False)])

@@ -1,0 +1,116 @@
+"""How long a session tries again, and what it says then. Time is a stand-in's."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from ma_client.patience import Patience
+from ma_client.shard import Deadline
+from modelaverage.errors import ModelAverageError, Reason, ServerUnavailableError, refusal
+
+FOREVER = Deadline(None)
+
+
+class Clock:
+    """Time that passes only in sleeps and calls."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+        self.sleeps: list[float] = []
+
+    def sleep(self, sleep_s: float) -> None:
+        self.sleeps.append(sleep_s)
+        self.now_s += sleep_s
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
+    clock = Clock()
+    monkeypatch.setattr(time, "monotonic", lambda: clock.now_s)
+    monkeypatch.setattr(time, "sleep", clock.sleep)
+    return clock
+
+
+def failing(*errors: ModelAverageError) -> Callable[[], str]:
+    """Raises these errors, one a call, the last one for ever; None ends them."""
+    left = list(errors)
+
+    def call() -> str:
+        if not left:
+            return "done"
+        raise left.pop(0)
+
+    return call
+
+
+def away(count: int) -> list[ModelAverageError]:
+    return [ServerUnavailableError("the server is gone") for _ in range(count)]
+
+
+def test_what_succeeds_is_not_called_again(clock: Clock) -> None:
+    assert Patience(60, lambda: 0.0).call(failing(), FOREVER) == "done"
+    assert clock.sleeps == []
+
+
+def test_a_server_that_comes_back_in_time_costs_only_the_wait(clock: Clock) -> None:
+    assert Patience(60, lambda: 0.0).call(failing(*away(20)), FOREVER) == "done"
+    assert len(clock.sleeps) == 20
+    assert max(clock.sleeps) <= 1.0
+
+
+def test_sleeps_grow_and_are_never_the_same_for_two_workers(clock: Clock) -> None:
+    for _ in range(2):
+        Patience(60, lambda: 0.0).call(failing(*away(5)), FOREVER)
+    first, second = clock.sleeps[:5], clock.sleeps[5:]
+    assert all(0.5 * 0.05 * 2**n <= sleep_s <= 0.05 * 2**n for n, sleep_s in enumerate(first))
+    assert first != second
+
+
+def test_a_server_that_stays_away_is_given_up_in_time_with_the_reason(clock: Clock) -> None:
+    began_at_s = clock.now_s
+    with pytest.raises(ServerUnavailableError, match=r"the server is gone \(tried again for 60 s\)"):
+        Patience(60, lambda: 0.0).call(failing(*away(10_000)), FOREVER)
+    assert 60 <= clock.now_s - began_at_s <= 61
+
+
+def test_a_server_that_answered_in_between_is_waited_for_anew(clock: Clock) -> None:
+    answered_at_s = [0.0]
+
+    def call() -> str:
+        clock.now_s += 50  # at the barrier, say
+        answered_at_s[0] = clock.now_s
+        if clock.now_s < 2000:
+            raise ServerUnavailableError("the server is gone")
+        return "done"
+
+    assert Patience(60, lambda: answered_at_s[0]).call(call, FOREVER) == "done"
+
+
+def test_no_sleep_goes_beyond_the_deadline(clock: Clock) -> None:
+    deadline = Deadline(0.01)
+    Patience(60, lambda: 0.0).call(failing(*away(3)), deadline)
+    assert all(sleep_s <= 0.01 for sleep_s in clock.sleeps)
+
+
+@pytest.mark.parametrize("reason", [Reason.MANIFEST_MISMATCH, Reason.ROUND_FULL, Reason.BASE_STEP_AHEAD])
+def test_what_trying_again_does_not_mend_is_raised_at_once(clock: Clock, reason: Reason) -> None:
+    with pytest.raises(ModelAverageError) as raised:
+        Patience(60, lambda: 0.0).call(failing(refusal(reason, "no")), FOREVER)
+    assert (raised.value.reason, clock.sleeps) == (reason, [])
+
+
+def test_without_patience_the_first_failure_counts(clock: Clock) -> None:
+    with pytest.raises(ServerUnavailableError, match=r"gone$"):
+        Patience(0, lambda: 0.0).call(failing(*away(1)), FOREVER)
+    assert clock.sleeps == []
+
+
+def test_an_id_in_use_is_tried_again_as_long_as_the_server_needs_to_notice_a_dead_process(clock: Clock) -> None:
+    began_at_s, taken = clock.now_s, refusal(Reason.WORKER_ID_IN_USE, "'a' is in use")
+    assert Patience(60, lambda: clock.now_s).call(failing(*[taken] * 12), FOREVER) == "done"
+    with pytest.raises(ModelAverageError, match="in use"):
+        Patience(60, lambda: clock.now_s).call(failing(*[taken] * 1000), FOREVER)
+    assert clock.now_s - began_at_s < 50
