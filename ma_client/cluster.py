@@ -26,7 +26,7 @@ class ClusterSpec:
         ps_hosts: addresses of the parameter servers, HOST:PORT each.
         num_workers: how many workers the job has.
         task_index: which of them this process is, from 0. Worker 0 is the chief.
-        init_from: a safetensors file with the values that the chief sets the center to, rather than its own; None: its own.
+        init_from: a safetensors file with the values that the chief sets the center to; None: its own.
 
     Raises:
         ClusterError: a value is out of range.

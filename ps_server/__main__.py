@@ -14,6 +14,7 @@ from pathlib import Path
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 from ps_server import status
+from ps_server.export import ExportError, export
 from ps_server.keeper import CheckpointPolicy
 from ps_server.policy import RoundPolicy
 from ps_server.server import ServerConfig, UnusableSettingError, serve, stop_on_signals
@@ -34,6 +35,11 @@ _STATUS_EXAMPLES = """\
 examples:
   ps-server status 127.0.0.1:2222
   ps-server status 127.0.0.1:2222 --json | jq .waiting_for
+"""
+_EXPORT_EXAMPLES = """\
+examples:
+  ps-server export center/ model.safetensors           the newest usable checkpoint; a server may be using the directory
+  ps-server export 127.0.0.1:2222 model.safetensors    what a server has now
 """
 
 
@@ -145,6 +151,25 @@ def _parser() -> argparse.ArgumentParser:
         help="how long to wait for an answer (%(default)s)",
     )
     command.set_defaults(run=_status)
+
+    command = commands.add_parser(
+        "export",
+        help="write the center variables to a safetensors file",
+        description="Writes the center variables as they are to a safetensors file, for torch and whatever else reads "
+        "such files; its metadata has their global_step.",
+        epilog=_EXPORT_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("source", metavar="SOURCE", help="a --checkpoint-dir, or HOST:PORT or unix:PATH of a server")
+    command.add_argument("out", type=Path, metavar="OUT.safetensors", help="replaced if it exists, once all is written")
+    command.add_argument(
+        "--timeout-s",
+        type=_seconds,
+        default=30.0,
+        metavar="SECONDS",
+        help="how long to wait for a server to begin to send (%(default)s)",
+    )
+    command.set_defaults(run=_export)
     return parser
 
 
@@ -199,6 +224,16 @@ def _status(arguments: argparse.Namespace) -> int:
         print(f"ps-server: {error}", file=sys.stderr)
         return 1
     print(status.as_json(answer) if arguments.json else status.as_text(answer))
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    try:
+        global_step = export(arguments.source, arguments.out, arguments.timeout_s)
+    except ExportError as error:
+        print(f"ps-server: {error}", file=sys.stderr)
+        return 1
+    print(f"{arguments.out}: the center of global_step {global_step}")
     return 0
 
 

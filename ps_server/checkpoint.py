@@ -181,6 +181,8 @@ def find_latest(directory: Path) -> tuple[tuple[Path, Checkpoint] | None, list[t
         try:
             return (path, read(path)), passed_over
         except (CheckpointError, OSError) as error:
+            if not os.path.lexists(path):  # it has another name by now, or was overtaken
+                return find_latest(directory)
             passed_over.append((path, error))
     return None, passed_over
 

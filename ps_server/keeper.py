@@ -73,7 +73,8 @@ class Keeper:
             return
         self.step, self._write_problem = checkpoint.global_step, ""
         overtaken, self._fresh = self._fresh, fresh
-        if overtaken not in (None, fresh):  # a disk that is slower than the rounds does not fill up with them
+        # A disk that is slower than the rounds does not fill up with them.
+        if overtaken is not None and overtaken != fresh:
             self._removing = loop.run_in_executor(self._writer, _remove, overtaken)
         if self._flushing is None or self._flushing.done():
             self._flushing = asyncio.ensure_future(self._flush())

@@ -31,7 +31,7 @@ class Roster:
     records: dict[str, WorkerRecord] = field(default_factory=dict)
 
     def heard_of(self, worker_id: str, now_s: float) -> WorkerRecord:
-        """The record of a worker that has just been heard of. Of very many, the one unheard of for longest is dropped."""
+        """The record of a worker that has just been heard of. Of very many, those heard of last are kept."""
         record = self.records.pop(worker_id, None) or WorkerRecord(now_s)
         self.records[worker_id] = record  # the last heard of come last
         record.last_seen_at_s = now_s

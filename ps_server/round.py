@@ -50,6 +50,7 @@ class _Member:
     push: Push
     given: int = 0  # fragments 0 .. given-1 are in the accumulators
     completed_at_s: float | None = None
+    gone_at_s: float = 0.0  # when its last stream ended
     stream: int | None = None
     attached: Push | None = None  # what the attached stream came with: another push than the first, after a restart
     attached_at_s: float = 0.0
@@ -79,7 +80,9 @@ class Round:
     _streams: dict[int, str] = field(default_factory=dict, init=False)
     _held: dict[int, tuple[Push, float]] = field(default_factory=dict, init=False)  # by stream, since when
     _barred: set[str] = field(default_factory=set, init=False)  # for whom this round has waited long enough
-    _expected: set[str] = field(default_factory=set, init=False)  # for whom a round with a quorum waits
+    _barred_at_s: float = field(default=0.0, init=False)
+    # For whom a round with a quorum waits: who showed up and has not missed a round since, with the process that did.
+    _expected: dict[str, bytes] = field(default_factory=dict, init=False)
     _knows_workers: bool = field(default=False, init=False)  # whether a quorum is enough besides the expected
     _lateness: Lateness = field(default_factory=Lateness, init=False)
     _contributions: list[int] = field(default_factory=list, init=False)  # by fragment
@@ -101,26 +104,30 @@ class Round:
             ConflictError: BASE_STEP_AHEAD, WORKER_ID_IN_USE, PUSH_SUPERSEDED or ROUND_FULL; nothing has changed.
         """
         if self.counted.get(push.worker_id) == push.key:
+            self._expect(push)
             return [CenterFollows(Outcome.ALREADY_COUNTED)]
         if push.base_step < self.global_step:
-            self._expect(push.worker_id)
+            self._expect(push)
             return [CenterFollows(Outcome.STALE)]
         member, decisions = self._members.get(push.worker_id), list[Decision]()
         if member is not None:
             self._check_rivals(member, push)
         decisions += self._agree_on_base_step(push)
         member = self._members.get(push.worker_id)
-        if member is None:
+        barred = push.worker_id in self._barred
+        if member is None and not barred:
             decisions += self._make_room(push.worker_id)
-            if self._closed or push.worker_id in self._barred:
+        self._expect(push)
+        if not self._members and not self._held:
+            self._base_step = push.base_step
+        if member is None:
+            if self._closed or barred:
                 self._held[stream] = push, now_s
                 return [*decisions, Hold()]
         else:
             decisions += self._detach_older(member)
             if member.push != push and self._in_half(member):
                 decisions += self._restart(f"{push.worker_id!r} pushes anew; its earlier push never came whole")
-        if not self._members:
-            self._base_step = push.base_step
         member = self._members.setdefault(push.worker_id, _Member(push))
         if not self._has_begun(member):
             member.push = push
@@ -167,24 +174,25 @@ class Round:
         if worker_id is None:
             return []
         member = self._members[worker_id]
-        member.stream = member.attached = None
-        return [] if self._has_begun(member) else self._remove(worker_id, now_s)
+        member.stream, member.attached, member.gone_at_s = None, None, now_s
+        if not self._has_begun(member):
+            return self._remove(worker_id, now_s)
+        has_left = not self.policy.is_strict and worker_id not in self._expected
+        return self._restart_without(worker_id) if has_left and self._is_gone(member) else []
 
     def leave(self, worker_id: str, incarnation: bytes, now_s: float) -> list[Decision]:
         """A worker's process goes, and says so. A whole push stays; a round with a quorum waits for it no longer."""
+        if self._expected.get(worker_id) == incarnation:
+            del self._expected[worker_id]
         member = self._members.get(worker_id)
-        known = self.counted.get(worker_id, (None, 0))[0] if member is None else member.push.incarnation
-        if known != incarnation or (member is not None and member.stream is not None):
-            return []  # another process has taken this one's place, or it pushes even now
-        self._expected.discard(worker_id)
-        if member is not None and self._in_half(member):
-            return self._restart(f"{worker_id!r} left in the middle of its push")
+        if member is not None and self._is_gone(member) and member.push.incarnation == incarnation:
+            return self._restart_without(worker_id)
         return self._settle(None, now_s)
 
     @property
     def due_at_s(self) -> float | None:
         """When `expire` has something to do; None if nothing but an event can change anything."""
-        due_at_s = [] if self._enough_at_s is None else [self._enough_at_s + self._grace_s]
+        due_at_s = [] if (over_at_s := self._grace_over_at_s) is None else [over_at_s]
         if self.policy.round_timeout_s is not None:
             due_at_s += [since_s + self.policy.round_timeout_s for since_s in self._waiting_since_s().values()]
         return min(due_at_s, default=None)
@@ -192,8 +200,10 @@ class Round:
     def expire(self, now_s: float) -> list[Decision]:
         """Time has passed."""
         decisions = list[Decision]()
-        if self._enough_at_s is not None and now_s >= self._enough_at_s + self._grace_s:
-            decisions += self._go_on_without_the_missing(now_s)
+        over_at_s = self._grace_over_at_s
+        if over_at_s is not None and now_s >= over_at_s:
+            enough = self._enough_at_s is not None
+            decisions += self._go_on_without_the_missing(now_s) if enough else self._let_in_the_held()
         timeout_s = self.policy.round_timeout_s
         if timeout_s is not None:
             waiting_since_s = self._waiting_since_s()
@@ -238,7 +248,7 @@ class Round:
     @property
     def waits_for(self) -> tuple[frozenset[str], int]:
         """Whose pushes are not whole yet, as far as it knows names; and how many more it needs."""
-        present = self._members.keys() | (self._expected - self._barred)
+        present = self._members.keys() | (set() if self._closed else self._expected.keys() - self._barred)
         return frozenset(present - self.complete), max(0, self._needed - len(present))
 
     # The rules.
@@ -254,6 +264,9 @@ class Round:
     def _in_half(self, member: _Member) -> bool:
         return 0 < member.given < self.fragment_count
 
+    def _is_gone(self, member: _Member) -> bool:
+        return member.stream is None and self._in_half(member)
+
     @property
     def _needed(self) -> int:
         """How many workers a round needs before it can close of itself."""
@@ -262,6 +275,17 @@ class Round:
     @property
     def _grace_s(self) -> float:
         return self._lateness.grace_s if self.policy.grace_s is None else self.policy.grace_s
+
+    @property
+    def _grace_over_at_s(self) -> float | None:
+        """When those who are there have waited long enough for those who are not."""
+        if self._enough_at_s is not None:
+            return self._enough_at_s + self._grace_s
+        if not self._held:
+            return None
+        gone_at_s = [member.gone_at_s for member in self._members.values() if self._is_gone(member)]
+        since_s = min(gone_at_s, default=None) if self._closed else self._barred_at_s
+        return None if since_s is None else since_s + self._grace_s
 
     def _waiting_since_s(self) -> dict[int, float]:
         """Since when streams that have nothing to do have waited."""
@@ -273,7 +297,7 @@ class Round:
         return waiting | {stream: since_s for stream, (_, since_s) in self._held.items()}
 
     def _agree_on_base_step(self, push: Push) -> list[Decision]:
-        if not self._members or push.base_step == self._base_step:
+        if not (self._members or self._held) or push.base_step == self._base_step:
             return []
         if push.base_step > self._base_step:
             raise self._ahead(f"{push.worker_id!r} pushes from base step {push.base_step}")
@@ -289,11 +313,11 @@ class Round:
 
     def _make_room(self, newcomer: str) -> list[Decision]:
         """Decisions that let one more worker in, if none may come any more; raises if there are none."""
-        present = {*self._members, *(push.worker_id for push, _ in self._held.values()), newcomer}
-        if len(present) <= self.policy.max_workers:
+        held = {push.worker_id for push, _ in self._held.values()} - self._barred
+        if len(held | {*self._members, newcomer}) <= self.policy.max_workers:
             return []
         for worker_id, member in self._members.items():
-            if member.stream is None and self._in_half(member):
+            if self._is_gone(member):
                 return self._restart(f"{newcomer!r} takes the place of {worker_id!r}, whose push broke off")
         raise refusal(
             Reason.ROUND_FULL,
@@ -328,6 +352,9 @@ class Round:
         error = refusal(Reason.ROUND_RESTARTED, f"round {self.global_step} was started over: {cause}; push again")
         return self._start_over(cause, error)
 
+    def _restart_without(self, worker_id: str) -> list[Decision]:
+        return self._restart(f"{worker_id!r} left in the middle of its push")
+
     def _start_over(self, cause: str, error: ModelAverageError) -> list[Decision]:
         dismissed = [Dismiss(stream, error) for stream in (*self._streams, *self._held)]
         self._clear()
@@ -336,15 +363,29 @@ class Round:
     def _remove(self, worker_id: str, now_s: float) -> list[Decision]:
         """A worker that has given nothing is no longer in the round, which may have room for others again."""
         del self._members[worker_id]
-        error = refusal(Reason.ROUND_RESTARTED, f"round {self.global_step} has room: {worker_id!r} left; push again")
-        dismissed: list[Decision] = [Dismiss(stream, error) for stream in self._held] if self._closed else []
-        if self._closed:
-            self._held.clear()
         self._closed = False
         if not self._members:
             self._started_at_s = None
-            return dismissed
-        return dismissed + self._settle(None, now_s)
+        decisions = self._settle(None, now_s)
+        return decisions if self._closed else decisions + self._dismiss_held(f"{worker_id!r} left")
+
+    def _dismiss_held(self, cause: str) -> list[Decision]:
+        """Those who were held may push again: they will be let in."""
+        error = refusal(Reason.ROUND_RESTARTED, f"round {self.global_step} has room: {cause}; push again")
+        free = [stream for stream, (push, _) in self._held.items() if push.worker_id not in self._barred]
+        for stream in free:
+            del self._held[stream]
+        return [Dismiss(stream, error) for stream in free]
+
+    def _let_in_the_held(self) -> list[Decision]:
+        """The round cannot do without those whom it holds up."""
+        gone = sorted(worker_id for worker_id, member in self._members.items() if self._is_gone(member))
+        self._barred.clear()
+        if not self._closed:
+            return self._dismiss_held("others did not come back")
+        for worker_id in gone:
+            self._expected.pop(worker_id, None)
+        return self._restart(f"the push of {', '.join(map(repr, gone))} broke off")
 
     def _settle(self, member: _Member | None, now_s: float) -> list[Decision]:
         """Draws the consequences of who is there and who has given all; ``member`` may just have done so."""
@@ -352,8 +393,9 @@ class Round:
             member.completed_at_s = now_s
             self._complete_count += 1
         if not self._closed:
-            expected = self._expected - self._barred
-            self._closed = len(self._members) >= self._needed and expected <= self._members.keys()
+            all_there = self._expected.keys() - self._barred <= self._members.keys()
+            full = len(self._members) >= self.policy.max_workers
+            self._closed = len(self._members) >= self._needed and (all_there or full)
         complete = self._complete_count
         if complete >= self.policy.min_workers and not self.policy.is_strict and self._enough_at_s is None:
             self._enough_at_s = now_s
@@ -377,11 +419,15 @@ class Round:
 
     def _go_on_without_the_missing(self, now_s: float) -> list[Decision]:
         """The time of grace is over: the round is that of the pushes that are whole."""
-        complete = set(self.complete)
+        complete = self.complete
         missing = {worker_id: member for worker_id, member in self._members.items() if worker_id not in complete}
-        self._barred |= (self._expected | missing.keys()) - complete
-        self._expected, self._knows_workers = complete, True
-        cause = f"it waited {self._grace_s:g} s for {', '.join(map(repr, sorted(self._barred)))}"
+        waiting = self._barred | {push.worker_id for push, _ in self._held.values()}
+        late = ((self._expected.keys() - waiting) | missing.keys()) - complete
+        for worker_id in late:
+            self._expected.pop(worker_id, None)
+        self._barred |= late
+        self._barred_at_s, self._knows_workers = now_s, True
+        cause = f"it waited {self._grace_s:g} s for {', '.join(map(repr, sorted(late)))}"
         if any(member.given > 0 for member in missing.values()):
             return self._restart(cause)
         error = refusal(Reason.ROUND_RESTARTED, f"round {self.global_step} goes on without you: {cause}; push again")
@@ -392,9 +438,9 @@ class Round:
         self._closed = True
         return decisions + self._settle(None, now_s)
 
-    def _expect(self, worker_id: str) -> None:
+    def _expect(self, push: Push) -> None:
         if not self.policy.is_strict:
-            self._expected.add(worker_id)
+            self._expected[push.worker_id] = push.incarnation
 
     def _commit(self, now_s: float) -> Commit:
         untouched = self._untouched()
@@ -415,9 +461,6 @@ class Round:
             enough_at_s = self._enough_at_s
             self._lateness.observe(at_s - enough_at_s for at_s in whole_at_s if at_s > enough_at_s)
         commit = Commit(self.global_step, self.contributors, untouched, verdicts, tuple(self._held), self.age_s(now_s))
-        self._expected.clear()
-        for worker_id in (*self.contributors, *(push.worker_id for push, _ in self._held.values())):
-            self._expect(worker_id)
         self._knows_workers = not self.policy.is_strict
         self._barred.clear()
         self._clear()
