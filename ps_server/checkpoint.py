@@ -151,9 +151,10 @@ def prune(newest: Path, keep: int) -> None:
 
 
 def load_latest(directory: Path) -> Checkpoint | None:
-    """The newest usable checkpoint; None if there is none. Says in the log which files it passed over, and why.
+    """The newest usable checkpoint; None if there are none at all. Says in the log which it passed over, and why.
 
     Raises:
+        CheckpointError: there are some, and none can be used: to begin anew is not for a server to decide.
         OSError: the directory cannot be read.
     """
     for unfinished in directory.glob("center-*.tmp"):
@@ -163,6 +164,10 @@ def load_latest(directory: Path) -> Checkpoint | None:
     for path, error in passed_over:
         _log.warning("checkpoint %s is passed over: %s", path, error)
     if found is None:
+        if passed_over:
+            raise CheckpointError(
+                f"none of its {len(passed_over)} checkpoints can be used; move them away to begin anew"
+            )
         return None
     path, checkpoint = found
     _log.warning("going on from checkpoint %s, global_step %d", path, checkpoint.global_step)

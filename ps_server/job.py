@@ -119,9 +119,13 @@ class Job:
 
     async def keep(self) -> None:
         """Writes a checkpoint of the center as it is, unless there is one."""
-        await self._kept.wait()
+        await self._until_kept()
         if self._keeper is not None and self._keeper.step != self.round.global_step:
             await self._write_checkpoint(self._keeper)
+
+    async def _until_kept(self) -> None:
+        while not self._kept.is_set():  # another commit may follow before this task comes to run
+            await self._kept.wait()
 
     def leave(self, worker_id: str, incarnation: bytes) -> None:
         """A worker's process goes."""
@@ -136,7 +140,7 @@ class Job:
 
     async def send_pulled(self, call: Call) -> None:
         """Answers a pull: header, then every fragment, all of one step."""
-        await self._kept.wait()
+        await self._until_kept()
         header = pb.CenterHeader(
             manifest=wire.manifest_to_message(self.manifest),
             manifest_id=self.manifest.id,
@@ -277,7 +281,7 @@ class Job:
 
     async def _send_center(self, call: Call, outcome: Outcome) -> None:
         """Answers a push that is not in the round: the present center, whole, and why."""
-        await self._kept.wait()
+        await self._until_kept()
         count = self.manifest.fragment_count
         admission = pb.PushAdmission(first_needed_fragment=count)
         last_word = pb.PushOutcome(

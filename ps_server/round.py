@@ -4,11 +4,13 @@ Rules (docs/architecture.md has the picture):
 
 - Fragments of a push come in order, so how much of a push has come is one number, and what a broken push still lacks
   is everything from there on.
-- A round is closed once everybody is there whom it waits for. From then on a fragment is finished when all of them have
-  given it, and the round commits when all fragments are. As every worker gives its fragments in order, finished
-  fragments are a prefix, too.
-- Strict (the default): it waits for `num_workers` distinct workers. With a quorum: for those of the round before and
-  those who showed up since, but once `min_workers` pushes are whole only for the time of grace.
+- A round is closed once everybody is there whom it waits for, or nobody else may come. From then on a fragment is
+  finished when all of them have given it, and the round commits when all fragments are. As every worker gives its
+  fragments in order, finished fragments are a prefix, too.
+- Strict (the default): it waits for `num_workers` distinct workers. With a quorum: for all who have shown up, with any
+  push, and have not left or missed a round since; but once `min_workers` pushes are whole only for the time of grace.
+- Whoever comes to a closed round, or after it was given up, is held until the commit; but once those for whose sake it
+  is held have been gone for the time of grace, it is let in.
 - What was added to an average cannot be taken out. When a push that is partly in can never be completed, because its
   process is gone or the time of grace is over, the round starts over and everyone in it pushes again.
 - After a server came back from an old checkpoint, workers may push from a later base step. If all that the round waits
@@ -118,8 +120,7 @@ class Round:
         if member is None and not barred:
             decisions += self._make_room(push.worker_id)
         self._expect(push)
-        if not self._members and not self._held:
-            self._base_step = push.base_step
+        self._base_step = push.base_step
         if member is None:
             if self._closed or barred:
                 self._held[stream] = push, now_s
@@ -366,8 +367,7 @@ class Round:
         self._closed = False
         if not self._members:
             self._started_at_s = None
-        decisions = self._settle(None, now_s)
-        return decisions if self._closed else decisions + self._dismiss_held(f"{worker_id!r} left")
+        return self._settle(None, now_s) + self._dismiss_held(f"{worker_id!r} left")
 
     def _dismiss_held(self, cause: str) -> list[Decision]:
         """Those who were held may push again: they will be let in."""

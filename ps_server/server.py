@@ -10,14 +10,14 @@ import os
 import signal
 import socket
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import grpc.aio
 
 from modelaverage.tuning import CHANNEL_OPTIONS, keep_freed_memory
-from ps_server.checkpoint import Checkpoint, load_latest
+from ps_server.checkpoint import Checkpoint, CheckpointError, load_latest
 from ps_server.keeper import CheckpointPolicy
 from ps_server.service import ParameterServerService, ServicePolicy
 
@@ -92,20 +92,23 @@ async def _serve(
     await server.stop(grace=1.0)
 
 
-def _open_checkpoints(policy: CheckpointPolicy | None) -> tuple[AbstractContextManager[object], Checkpoint | None]:
+def _open_checkpoints(policy: CheckpointPolicy | None) -> tuple[ExitStack, Checkpoint | None]:
     """A lock that keeps other servers out of the directory, and the checkpoint to go on from."""
     if policy is None:
-        return nullcontext(), None
+        return ExitStack(), None
     directory = policy.directory
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = (directory / "lock").open("w")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return lock, load_latest(directory)
-    except BlockingIOError:
-        raise UnusableSettingError(f"another server keeps its center in --checkpoint-dir {directory}") from None
-    except OSError as error:
-        raise UnusableSettingError(f"cannot use --checkpoint-dir {directory}: {error.strerror or error}") from None
+    with ExitStack() as on_failure:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            lock = on_failure.enter_context((directory / "lock").open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            restored = load_latest(directory)
+        except BlockingIOError:
+            raise UnusableSettingError(f"another server keeps its center in --checkpoint-dir {directory}") from None
+        except (CheckpointError, OSError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise UnusableSettingError(f"cannot use --checkpoint-dir {directory}: {why}") from None
+        return on_failure.pop_all(), restored
 
 
 def stop_on_signals(stop: asyncio.Event) -> None:
