@@ -336,7 +336,8 @@ def test_a_directory_without_checkpoints_has_none(tmp_path: Path, caplog: pytest
 
 
 def test_where_no_checkpoint_is_usable_a_server_refuses_to_begin_anew(tmp_path: Path) -> None:
-    damaged = truncated(durable(tmp_path))
+    damaged = durable(tmp_path)
+    truncated(damaged)
     with pytest.raises(CheckpointError, match="none of its 1 checkpoints can be used"):
         load_latest(tmp_path)
     with ServerProcess("--checkpoint-dir", str(tmp_path)) as server:
