@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from ma_client.shard import Deadline
-from modelaverage.errors import ModelAverageError, Reason, ServerUnavailableError
+from modelaverage.errors import DeadlineExceededError, ModelAverageError, Reason, ServerUnavailableError
 
 __all__ = ["Patience"]
 
@@ -38,10 +38,11 @@ class Patience:
 
         Raises:
             ServerUnavailableError: the server stayed away for too long.
+            DeadlineExceededError: it stayed away until the deadline.
             ModelAverageError: whatever else ``function`` raised that trying again does not mend.
         """
         away_since_s: float | None = None
-        sleep_s = _FIRST_SLEEP_S
+        sleep_s, was_in_use = _FIRST_SLEEP_S, False
         while True:
             began_at_s = time.monotonic()
             try:
@@ -52,14 +53,19 @@ class Patience:
                     raise
                 now_s = time.monotonic()
                 answered = self._answered_at_s() > began_at_s and isinstance(error, ServerUnavailableError)
-                if away_since_s is None or answered:
-                    away_since_s, sleep_s = now_s, _FIRST_SLEEP_S
+                in_use = error.reason is Reason.WORKER_ID_IN_USE
+                if away_since_s is None or answered or in_use != was_in_use:
+                    away_since_s, sleep_s, was_in_use = now_s, _FIRST_SLEEP_S, in_use
                     _log.warning("%s; trying again for up to %g s", error, timeout_s)
                 if now_s - away_since_s >= timeout_s:
                     raise type(error)(f"{error} (tried again for {timeout_s:g} s)", error.reason) from None
+                if deadline.is_over:
+                    raise DeadlineExceededError(f"{error} (waited {deadline.timeout_s:g} s)", error.reason) from None
                 # Half of it is chance, so that workers that lost the server together do not come back together.
-                pause_s = sleep_s * random.uniform(0.5, 1.0)
-                time.sleep(pause_s if deadline.left_s is None else min(pause_s, deadline.left_s))
+                pause_s, left_s = sleep_s * random.uniform(0.5, 1.0), deadline.left_s
+                if in_use and left_s is not None and left_s <= pause_s:
+                    raise  # one more try would only run into the deadline, which does not say why
+                time.sleep(pause_s if left_s is None else min(pause_s, left_s))
                 sleep_s = min(2 * sleep_s, _LONGEST_SLEEP_S)
 
     def _worth_trying_for_s(self, error: ModelAverageError) -> float | None:

@@ -77,6 +77,11 @@ class Deadline:
         self._end_s = None if timeout_s is None else time.monotonic() + timeout_s
 
     @property
+    def is_over(self) -> bool:
+        """Whether nothing is left of it."""
+        return self._end_s is not None and time.monotonic() >= self._end_s
+
+    @property
     def left_s(self) -> float | None:
         """What is left of it; never quite nothing, so that gRPC reports what is late."""
         return None if self._end_s is None else max(0.001, self._end_s - time.monotonic())

@@ -308,8 +308,8 @@ class Round:
     def _ahead(self, what: str) -> ModelAverageError:
         return refusal(
             Reason.BASE_STEP_AHEAD,
-            f"{what}, but the server is at global_step {self.global_step}, restored from an older checkpoint; "
-            "pull the center and go on from it",
+            f"{what}, but the server is at global_step {self.global_step}, restored from an older checkpoint "
+            "or initialized anew; pull the center and go on from it",
         )
 
     def _make_room(self, newcomer: str) -> list[Decision]:
@@ -397,10 +397,10 @@ class Round:
             full = len(self._members) >= self.policy.max_workers
             self._closed = len(self._members) >= self._needed and (all_there or full)
         complete = self._complete_count
-        if complete >= self.policy.min_workers and not self.policy.is_strict and self._enough_at_s is None:
+        if complete >= self.policy.min_workers and self._enough_at_s is None:
             self._enough_at_s = now_s
         finished = self._finish()
-        if not self._closed or complete < len(self._members) or complete < self.policy.min_workers:
+        if not self._closed or complete < len(self._members):
             return finished
         return [*finished, self._commit(now_s)]
 
@@ -432,11 +432,9 @@ class Round:
             return self._restart(cause)
         error = refusal(Reason.ROUND_RESTARTED, f"round {self.global_step} goes on without you: {cause}; push again")
         decisions: list[Decision] = [Dismiss(m.stream, error) for m in missing.values() if m.stream is not None]
-        for worker_id, member in missing.items():
+        for worker_id in missing:
             del self._members[worker_id]
-            self._streams.pop(-1 if member.stream is None else member.stream, None)
-        self._closed = True
-        return decisions + self._settle(None, now_s)
+        return decisions + self._settle(None, now_s)  # it commits: nobody is missing any more
 
     def _expect(self, push: Push) -> None:
         if not self.policy.is_strict:
@@ -461,7 +459,7 @@ class Round:
             enough_at_s = self._enough_at_s
             self._lateness.observe(at_s - enough_at_s for at_s in whole_at_s if at_s > enough_at_s)
         commit = Commit(self.global_step, self.contributors, untouched, verdicts, tuple(self._held), self.age_s(now_s))
-        self._knows_workers = not self.policy.is_strict
+        self._knows_workers = True
         self._barred.clear()
         self._clear()
         return commit

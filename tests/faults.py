@@ -53,7 +53,7 @@ class RestartedServer:
         self._arguments = ["serve", "--bind", self.address, "--checkpoint-dir", str(directory), *arguments]
         self._deaths = list(deaths)
         self._stopping = False
-        self.starts = 0
+        self.ends: list[int] = []  # how the servers before this one ended
         self._listening = threading.Event()
         self._start()
         self._supervisor = threading.Thread(target=self._supervise)
@@ -81,7 +81,6 @@ class RestartedServer:
         self._process = subprocess.Popen([*command, *self._arguments], stdout=subprocess.PIPE, text=True)
         assert self._process.stdout is not None
         self._process.stdout.readline()
-        self.starts += 1
         self._listening.set()
 
     def _supervise(self) -> None:
@@ -89,6 +88,7 @@ class RestartedServer:
             self._process.communicate()
             if self._stopping:
                 return
+            self.ends.append(self._process.returncode)
             self._start()
 
 

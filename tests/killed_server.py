@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from google.protobuf.message import DecodeError
@@ -31,7 +32,7 @@ MOMENTS: dict[str, tuple[Any, str, bool]] = {
     "when a fragment is averaged": (Center, "finish", True),
     "before the commit": (Center, "commit", False),
     "after the commit, before the checkpoint": (job.Job, "_commit", True),
-    "in the middle of a checkpoint": (checkpoint, "save_file", True),
+    "in the middle of a checkpoint": (Path, "replace", False),
     "after the checkpoint, before the answer": (job, "_answer", False),
     "after the answer": (job, "_answer", True),
     "while the checkpoint goes to the disk": (checkpoint, "make_durable", False),

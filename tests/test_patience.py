@@ -9,7 +9,14 @@ import pytest
 
 from ma_client.patience import Patience
 from ma_client.shard import Deadline
-from modelaverage.errors import ModelAverageError, Reason, ServerUnavailableError, refusal
+from modelaverage.errors import (
+    ConflictError,
+    DeadlineExceededError,
+    ModelAverageError,
+    Reason,
+    ServerUnavailableError,
+    refusal,
+)
 
 FOREVER = Deadline(None)
 
@@ -89,10 +96,11 @@ def test_a_server_that_answered_in_between_is_waited_for_anew(clock: Clock) -> N
     assert Patience(60, lambda: answered_at_s[0]).call(call, FOREVER) == "done"
 
 
-def test_no_sleep_goes_beyond_the_deadline(clock: Clock) -> None:
-    deadline = Deadline(0.01)
-    Patience(60, lambda: 0.0).call(failing(*away(3)), deadline)
-    assert all(sleep_s <= 0.01 for sleep_s in clock.sleeps)
+def test_a_server_that_is_away_until_the_deadline_is_named(clock: Clock) -> None:
+    began_at_s = clock.now_s
+    with pytest.raises(DeadlineExceededError, match=r"the server is gone \(waited 2 s\)"):
+        Patience(60, lambda: 0.0).call(failing(*away(1000)), Deadline(2.0))
+    assert 2.0 <= clock.now_s - began_at_s < 2.1
 
 
 @pytest.mark.parametrize("reason", [Reason.MANIFEST_MISMATCH, Reason.ROUND_FULL, Reason.BASE_STEP_AHEAD])
@@ -114,3 +122,16 @@ def test_an_id_in_use_is_tried_again_as_long_as_the_server_needs_to_notice_a_dea
     with pytest.raises(ModelAverageError, match="in use"):
         Patience(60, lambda: clock.now_s).call(failing(*[taken] * 1000), FOREVER)
     assert clock.now_s - began_at_s < 50
+
+
+def test_another_trouble_is_given_its_own_time(clock: Clock) -> None:
+    taken = refusal(Reason.WORKER_ID_IN_USE, "'a' is in use")
+    assert Patience(60, lambda: 0.0).call(failing(*away(40), taken, taken), FOREVER) == "done"
+    assert sum(clock.sleeps) > 20  # longer than an id in use is tried again
+
+
+def test_an_id_in_use_is_named_rather_than_the_deadline_that_it_leads_to(clock: Clock) -> None:
+    taken = refusal(Reason.WORKER_ID_IN_USE, "'a' is in use")
+    with pytest.raises(ConflictError, match="in use"):
+        Patience(60, lambda: 0.0).call(failing(*[taken] * 1000), Deadline(0.3))
+    assert sum(clock.sleeps) < 0.3

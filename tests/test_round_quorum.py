@@ -83,7 +83,7 @@ def random_plan(chance: random.Random) -> Plan:
 
 @cache
 def long_plays() -> list[Play]:
-    return [random_plan(random.Random(number)).play() for number in range(400)]
+    return [random_plan(random.Random(number)).play() for number in range(300)]
 
 
 # Rules over random interleavings.
@@ -525,6 +525,19 @@ def test_a_push_that_broke_off_may_come_back_while_others_are_held() -> None:
     assert round_.open(6, push("b", number=3, step=2), 26.0) == [Admit(1)]
     assert round_.due_at_s is None
     assert commit_of(give(round_, 6, 1, now_s=27.0)).contributors == ("a", "b")
+
+
+def test_the_first_push_that_broke_off_counts_for_those_who_are_held() -> None:
+    round_ = after_a_round("a", "b", "c", "d", min_workers=3, max_workers=5)
+    round_.leave("d", push("d").incarnation, 1.0)
+    whole(round_, 1, "a", now_s=1.0)
+    part(round_, 2, "c", now_s=1.0)
+    part(round_, 3, "b", now_s=1.0)
+    round_.close(2, 2.0)
+    round_.close(3, 5.0)
+    whole(round_, 4, "e", now_s=6.0)
+    assert isinstance(expire_when_due(round_, 12.0)[0], Restart)
+    assert round_.waits_for == (frozenset("ae"), 1), "both are given up"
 
 
 def test_trying_again_does_not_make_a_held_worker_wait_for_longer() -> None:

@@ -266,7 +266,7 @@ def test_a_worker_that_no_longer_answers_frees_its_id() -> None:
             until(lambda: any(w.worker_id == "b" and w.waiting for w in client.status().workers), "b waits")
             frozen.send_signal(signal.SIGSTOP)
             try:
-                with worker(server.address, "b") as again:
+                with worker(server.address, "b", reconnect_timeout_s=0) as again:
                     again.pull()
                     until(lambda: is_free(again), "its id is free")
             finally:
