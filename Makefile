@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PROTO := proto/modelaverage/v1/parameter_server.proto
 GENERATE = $(BIN)/python -m grpc_tools.protoc -I proto $(PROTO) --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1)
 
-.PHONY: help demo bench test lint types proto proto-check unit
+.PHONY: help demo bench chaos fuzz test lint types proto proto-check unit
 
 help: ## this text
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -24,6 +24,12 @@ bench: $(VENV)/dev.stamp ## what a round costs, beside gloo's all-reduce; add QU
 	@$(BIN)/python -m bench.round $(QUICK)
 	@$(BIN)/python -m bench.many $(QUICK)
 	@$(if $(QUICK),,$(BIN)/pytest -m slow)
+
+chaos: $(VENV)/dev.stamp ## kills and stops everything at random for 200 rounds, and checks that nothing is lost; SEED=1 for others
+	@$(BIN)/python -m chaos --seed $(or $(SEED),0)
+
+fuzz: $(VENV)/dev.stamp ## a million hostile inputs for every handler; INPUTS=10000 for less
+	@$(BIN)/python -m fuzz --inputs $(or $(INPUTS),1000000)
 
 test: lint types proto-check unit ## everything that CI runs
 

@@ -1,0 +1,58 @@
+"""Trains the digits while processes are killed and stopped at random, and checks that nothing is lost: `make chaos`.
+
+One parameter server and its workers run as processes. Every second one of them, by chance, is killed, or stopped for a
+while; whatever ended is started again. The workers log what they push and what they get; at the end every center has to
+be the average of one push of each worker, and as good a model as that of a run without faults.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import sys
+from multiprocessing import forkserver
+from pathlib import Path
+
+from chaos.replay import MAX_WORKERS
+from ps_worker import flags
+
+__all__ = ["main"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m chaos", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--rounds", type=flags.count, default=200, help="planned rounds (%(default)s)")
+    parser.add_argument(
+        "--workers", type=int, choices=range(2, MAX_WORKERS + 1), default=4, help="how many (%(default)s)"
+    )
+    parser.add_argument("--seed", type=flags.whole, default=0, help="of the faults (%(default)s)")
+    parser.add_argument(
+        "--faults-every-s", type=flags.seconds, default=1.0, help="one fault every so many seconds (%(default)s)"
+    )
+    parser.add_argument(
+        "--accuracy-points",
+        type=flags.positive,
+        default=1.0,
+        help="by how much the test accuracy may differ from a run without faults (%(default)s)",
+    )
+    parser.add_argument(
+        "--json", type=Path, default=Path("runs/chaos.json"), help="the report; a picture lies beside it (%(default)s)"
+    )
+    arguments = parser.parse_args(argv)
+    # gRPC's own log would be full of lost connections. A process that has threads cannot well be forked.
+    os.environ.update(GRPC_VERBOSITY="NONE", OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+    # Both processes, this one and the one that the others are forked from, import torch, at the same time.
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["chaos.forks"])
+    forkserver.ensure_running()
+    from chaos.runs import Settings, run
+
+    try:
+        return 0 if run(Settings(**vars(arguments))) else 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""Processes that are forked from one that has imported all they need, so that they are back at once when they are
+killed. That one is `multiprocessing`'s fork server, and imports this module."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import TypeVar
+
+from chaos.worker import warm_up
+from ps_server.__main__ import main as server_main
+
+__all__ = ["Argument", "fork", "serve"]
+
+Argument = TypeVar("Argument")
+_PR_SET_PDEATHSIG = 1
+
+warm_up()
+
+
+def fork(words: Path, function: Callable[[Argument], None], argument: Argument) -> BaseProcess:
+    """Starts a process that calls ``function``, and appends to the file ``words`` what it prints."""
+    process = multiprocessing.get_context("forkserver").Process(
+        target=_begin, args=(words, function, argument), daemon=True
+    )
+    process.start()
+    return process
+
+
+def serve(arguments: list[str]) -> None:
+    """`ps-server` with these arguments."""
+    sys.exit(server_main(arguments))
+
+
+def _begin(words: Path, function: Callable[[Argument], None], argument: Argument) -> None:
+    # A stopped process would outlive a run that was killed. Where the kernel has no such thing, it may.
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    with words.open("ab") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    function(argument)

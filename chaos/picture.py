@@ -1,0 +1,60 @@
+"""The picture of a run: global_step over time, and below it what struck whom."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from chaos.report import Report
+
+__all__ = ["draw"]
+
+# Told apart with any kind of colour vision.
+_CURVE, _KILL, _STOP = "#0072B2", "#222222", "#E69F00"
+
+
+def draw(report: Report, path: Path) -> None:
+    """Writes one PNG. Raises OSError."""
+    figure = Figure(figsize=(13, 6.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    rows = len(report.processes)
+    curve, marks = figure.subplots(2, 1, sharex=True, height_ratios=(3.4, 0.36 * rows))
+    times_s = [0.0, *(each.at_s for each in report.course)]
+    curve.step(times_s, [0, *(each.global_step for each in report.course)], where="post", color=_CURVE, linewidth=1.8)
+    curve.set_ylabel("global_step")
+    curve.set_ylim(0, report.rounds * 1.03)
+    kills = sum(fault.kind == "kill" for fault in report.faults)
+    curve.set_title(
+        f"{report.workers} workers, seed {report.seed}: {report.global_step} rounds in {report.took_s:.0f} s, "
+        f"{kills} kills, {len(report.faults) - kills} stops",
+        loc="left",
+    )
+    for row, name in enumerate(report.processes):
+        mine = [fault for fault in report.faults if fault.process == name]
+        killed_s = [fault.at_s for fault in mine if fault.kind == "kill"]
+        stops = list[tuple[float, float]]()
+        for fault in mine:
+            if fault.kind == "stop":  # until it goes on, or another process takes its place
+                ends_s = [at_s for at_s in (fault.at_s + fault.lasts_s, report.took_s, *killed_s) if at_s > fault.at_s]
+                stops.append((fault.at_s, min(ends_s) - fault.at_s))
+        marks.broken_barh(stops, (row - 0.28, 0.56), facecolors=_STOP, linewidth=0)
+        marks.plot(killed_s, [row] * len(killed_s), "x", color=_KILL, markersize=8, markeredgewidth=2)
+    marks.set_yticks(range(rows), report.processes)
+    marks.set_ylim(rows - 0.4, -0.6)
+    marks.set_xlim(0, report.took_s * 1.01)
+    marks.set_xlabel("seconds")
+    marks.tick_params(axis="y", length=0)
+    for axes in (curve, marks):
+        axes.grid(axis="x", alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    curve.grid(axis="y", alpha=0.25)
+    legend = [
+        Line2D([], [], linestyle="none", marker="x", color=_KILL, markersize=8, markeredgewidth=2, label="killed"),
+        Patch(color=_STOP, label="stopped"),
+    ]
+    figure.legend(handles=legend, loc="outside lower center", ncols=2, frameon=False)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,141 @@
+"""Whether what the workers pushed explains every center that they received. Pure.
+
+The sum of a round is made in the order in which fragments come, so every element has to be, bit for bit, one of the
+averages that some order gives. With two workers there is one, with four twelve.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chaos.log import Push, Received, Values
+
+__all__ = ["MAX_WORKERS", "Replay", "replay"]
+
+MAX_WORKERS = 4
+"""More would have too many orders."""
+
+
+@dataclass
+class Replay:
+    """What came of it.
+
+    Attributes:
+        problems: what is wrong; empty if nothing is.
+        rounds_explained: rounds whose center is the average of one push of each worker.
+        rounds_with_a_choice: of those, rounds for which a worker had logged several pushes that differ.
+        pushes_not_counted: pushes that were logged and are in no center.
+    """
+
+    problems: list[str] = field(default_factory=list)
+    rounds_explained: int = 0
+    rounds_with_a_choice: int = 0
+    pushes_not_counted: int = 0
+
+
+def replay(pushes: Sequence[Push], received: Sequence[Received], workers: Sequence[str], rounds: int) -> Replay:
+    """Replays the rounds 1 to ``rounds`` of a strict server.
+
+    Args:
+        pushes: all that the workers logged.
+        received: likewise.
+        workers: who has to be in every round.
+        rounds: the planned `global_step`.
+    """
+    result = Replay()
+    pushes_from, centers_of = defaultdict[int, list[Push]](list), defaultdict[int, list[Received]](list)
+    for push in pushes:
+        pushes_from[push.base_step].append(push)
+    for center in received:
+        centers_of[center.global_step].append(center)
+    for step in sorted({*pushes_from, *(step - 1 for step in centers_of)}):
+        if step >= rounds:
+            result.problems.append(f"round {step + 1}: only {rounds} were planned")
+    if len(_distinct(center.values for center in centers_of[0])) != 1:
+        result.problems.append("not every worker began with the same center")
+    for step in range(rounds):
+        problems = _replay_round(result, pushes_from[step], centers_of[step + 1], sorted(workers))
+        result.problems += [f"round {step + 1}: {problem}" for problem in problems]
+    return result
+
+
+def _replay_round(result: Replay, pushes: list[Push], centers: list[Received], workers: list[str]) -> Iterator[str]:
+    """The problems of one round; counts it in ``result``."""
+    yield from _check_contributors(centers, workers)
+    values = _distinct(center.values for center in centers)
+    if len(values) != 1:
+        yield f"workers received {len(values)} different centers" if values else "nobody received its center"
+        return
+    candidates = [_distinct(push.values for push in pushes if push.worker == worker) for worker in workers]
+    choices = list(itertools.product(*candidates))
+    explaining = [choice for choice in choices if _explains(choice, values[0])]
+    if len(explaining) != 1:
+        if explaining:
+            yield f"{len(explaining)} choices of one push of each worker explain the center"
+        elif choices:
+            closest = min(float(np.abs(_averages(choice)[0] - values[0]).max()) for choice in choices)
+            yield (
+                f"none of {len(choices)} choices of one push of each worker explains the center; the closest is off by "
+                f"{closest:.3g}"
+            )
+        else:
+            missing = [worker for worker, found in zip(workers, candidates, strict=True) if not found]
+            yield f"it has a center, but no push of {', '.join(missing)} was logged"
+        return
+    result.rounds_explained += 1
+    result.rounds_with_a_choice += len(choices) > 1
+    for worker, counted in zip(workers, explaining[0], strict=True):
+        yield from _check_told(worker, [push for push in pushes if push.worker == worker], counted)
+    result.pushes_not_counted += len(pushes) - len(workers)
+
+
+def _check_contributors(centers: list[Received], workers: list[str]) -> Iterator[str]:
+    told = {center.contributors for center in centers if center.contributors is not None}
+    if centers and not told:
+        yield "nobody was told who contributed"
+    for contributors in sorted(told - {tuple(workers)}):
+        yield f"its contributors are {', '.join(contributors)}"
+
+
+def _check_told(worker: str, pushes: list[Push], counted: Values) -> Iterator[str]:
+    """Whether what a worker was told about its pushes fits the one that counted."""
+    committed = [push for push in pushes if push.told == "COMMITTED"]
+    if len(committed) > 1:
+        yield f"{worker} was told of {len(committed)} pushes that they were committed"
+    if any(not _same(push.values, counted) for push in committed):
+        yield f"{worker} was told that a push was committed, but another one counted"
+    if all(push.told == "STALE" for push in pushes if _same(push.values, counted)):
+        yield f"{worker} was told that a push was stale, but it counted"
+
+
+def _explains(choice: Sequence[Values], center: Values) -> bool:
+    wrong = np.ones(center.shape, bool)
+    for average in _averages(choice):
+        wrong &= average.view(np.uint32) != center.view(np.uint32)
+    return not wrong.any()
+
+
+def _averages(choice: Sequence[Values]) -> list[Values]:
+    """The average in every order of summation, as the server computes it."""
+    found = list[Values]()
+    for order in itertools.permutations(range(len(choice))):
+        if order[:2] == tuple(sorted(order[:2])):  # the first two commute
+            total = choice[order[0]]
+            for position in order[1:]:
+                total = np.add(total, choice[position])
+            found.append(np.divide(total, np.float32(len(choice))))
+    return found
+
+
+def _distinct(arrays: Iterator[Values]) -> list[Values]:
+    return list({array.tobytes(): array for array in arrays}.values())
+
+
+def _same(one: NDArray[np.float32], other: NDArray[np.float32]) -> bool:
+    return one.tobytes() == other.tobytes()

@@ -1,0 +1,200 @@
+"""Well-formed messages of every type: small models, and what good clients and the server say about them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+from google.protobuf.message import Message
+from numpy.typing import NDArray
+
+from modelaverage import wire
+from modelaverage.manifest import Manifest, Variable
+from modelaverage.v1 import parameter_server_pb2 as pb
+
+__all__ = [
+    "CENTER_VALUE",
+    "CONVERSATIONS",
+    "INCARNATIONS",
+    "MODELS",
+    "Model",
+    "RESPONSES",
+    "STEP",
+    "WORKER_IDS",
+    "conversations",
+    "initialize_messages",
+    "odd_fragment",
+    "push_header",
+    "responses",
+]
+
+CENTER_VALUE = -1.0
+STEP = 7
+# Bytes between variables mean nothing, so they are nothing that an average could have.
+_PADDING = 0xA5
+INCARNATIONS = (b"0123456789abcdef", b"\x00" * 16, b"\xff" * 16)
+WORKER_IDS = ("a", "b", "worker-3", "\u00fc", "\U0001f9e0" * 32)
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A manifest, and values for it that are easy to tell apart."""
+
+    manifest: Manifest
+
+    @cached_property
+    def message(self) -> pb.Manifest:
+        """The manifest as it goes over the wire."""
+        return wire.manifest_to_message(self.manifest)
+
+    @lru_cache(128)  # noqa: B019  # the models live as long as the module
+    def flat(self, value: float, padding: int = _PADDING) -> bytes:
+        """The flat buffer of a model that has ``value`` everywhere."""
+        buffer: NDArray[np.uint8] = np.full(self.manifest.buffer_size_bytes, padding, np.uint8)
+        for array in self.manifest.arrays(buffer).values():
+            array[...] = value
+        return buffer.tobytes()
+
+    @lru_cache(128)  # noqa: B019
+    def pieces(self, value: float) -> tuple[bytes, ...]:
+        """The same in fragments."""
+        bounds = map(self.manifest.fragment_bounds, range(self.manifest.fragment_count))
+        return tuple(self.flat(value)[start:end] for start, end in bounds)
+
+    @lru_cache(128)  # noqa: B019
+    def fragments(self, value: float) -> tuple[bytes, ...]:
+        """The messages that carry them."""
+        return tuple(wire.encode_fragment(index, (piece,)) for index, piece in enumerate(self.pieces(value)))
+
+
+MODELS = tuple(
+    Model(Manifest(tuple(Variable(*variable) for variable in variables), size_bytes))
+    for size_bytes, *variables in (
+        (64, ("w", "float32", (3, 1)), ("b", "float32", ())),
+        (
+            64,
+            ("w", "float32", (7, 3)),
+            ("nothing", "float16", (0, 4)),
+            ("scale", "float64", ()),
+            ("half", "float16", (3, 3)),
+            ("brain", "bfloat16", (31,)),
+            ("\u00e9t\u00e9", "float64", (2,)),
+        ),
+        (8, ("x", "bfloat16", (5,)), ("y", "float64", (3,)), ("z", "float16", (1,))),
+        (1024, ("long", "float32", (700,)), ("short", "float16", (2, 1, 1, 1))),
+        (8, ("empty", "float32", (0,))),
+    )
+)
+
+
+def initialize_messages(
+    model: Model, worker_id: str, step: int, value: float = CENTER_VALUE, fragment_size_bytes: int | None = None
+) -> list[bytes]:
+    """What a chief says."""
+    header = pb.InitializeHeader(worker_id=worker_id, manifest=model.message, global_step=step)
+    if fragment_size_bytes is not None:
+        header.manifest.fragment_size_bytes = fragment_size_bytes
+    return [pb.InitializeRequest(header=header).SerializeToString(), *model.fragments(value)]
+
+
+def push_header(model: Model, worker_id: str, step: int, **fields: Any) -> pb.PushHeader:
+    """The header of a good push, but for what ``fields`` say otherwise."""
+    right: dict[str, Any] = {"incarnation": INCARNATIONS[0], "push_id": 1, "manifest_id": model.manifest.id}
+    return pb.PushHeader(**{"worker_id": worker_id, "base_step": step, **right, **fields})
+
+
+def odd_fragment(index: int, data: bytes) -> bytes:
+    """A legal encoding of a fragment that protobuf itself would not write: other order, long varint, unknown field."""
+    inner = b"\x12" + _long_varint(len(data)) + data + b"\x08" + _long_varint(index) + b"\x78\x01"
+    return b"\x12" + _long_varint(len(inner)) + inner
+
+
+def _long_varint(value: int) -> bytes:
+    return bytes((*(value >> 7 * place & 0x7F | 0x80 for place in range(5)), 0))
+
+
+def _serialized(messages: Iterable[Message]) -> list[bytes]:
+    return [message.SerializeToString() for message in messages]
+
+
+def _pushes(model: Model, step: int) -> list[list[bytes]]:
+    fragments, odd = list(model.fragments(2.0)), [odd_fragment(i, p) for i, p in enumerate(model.pieces(3.0))]
+    count = len(fragments)
+    all_shared = [pb.PushAndAverageRequest(shared=pb.SharedFragments(first=0, count=count)).SerializeToString()]
+    bodies: list[tuple[dict[str, Any], list[bytes]]] = [
+        ({}, fragments),
+        ({}, odd),
+        ({"weight": 0.5, "push_id": 2**64 - 1, "is_chief": True, "local_step": 2**64 - 1}, fragments),
+        ({"incarnation": INCARNATIONS[1], "untouched_variables": range(len(model.manifest.variables))}, fragments),
+        ({"accepts_shared_memory": True}, all_shared),
+        ({"accepts_shared_memory": True, "weight": 1e9}, [*fragments[:1], *all_shared]),
+        ({"fragments_follow": True}, fragments),
+        ({"fragments_follow": True, "accepts_shared_memory": True, "weight": 1e-9}, odd),
+        ({"base_step": step - 1}, []),
+        ({"base_step": step + 1}, fragments),
+        ({"base_step": 2**63 - 1}, fragments),
+    ]
+    pushes = []
+    for number, (fields, body) in enumerate(bodies):
+        header = push_header(model, WORKER_IDS[number % len(WORKER_IDS)], step, **fields)
+        first = pb.PushAndAverageRequest(header=header).SerializeToString()
+        pushes.append([first, *body])
+        if header.fragments_follow and body:
+            pushes.append([first + body[0], *body[1:]])
+    return pushes
+
+
+def conversations(model: Model, step: int) -> dict[str, list[list[bytes]]]:
+    """By handler, what good clients send: streams of messages, or single ones."""
+    leaves = [
+        pb.LeaveRequest(worker_id=worker_id, incarnation=incarnation)
+        for worker_id in WORKER_IDS
+        for incarnation in INCARNATIONS
+    ]
+    pulls = [pb.PullRequest(worker_id=w, wait_initialized=wait) for w in WORKER_IDS for wait in (False, True)]
+    initializes = [
+        initialize_messages(each, worker_id, at, 4.0)
+        for each in (model, *MODELS)
+        for worker_id, at in (("chief", step), (WORKER_IDS[-1], 0), ("b", 2**63 - 1))
+    ]
+    return {
+        "Initialize": initializes,
+        "Pull": [[message] for message in _serialized(pulls)],
+        "PushAndAverage": _pushes(model, step),
+        "Leave": [[message] for message in _serialized(leaves)],
+        "GetStatus": [[b""]],
+    }
+
+
+def responses(model: Model, step: int) -> list[bytes]:
+    """What the server says: a client that sends it back is one more that the server has to bear."""
+    memory = pb.SharedMemory(path="/proc/123/fd/7", nonce=bytes(16))
+    outcomes = [
+        pb.PushOutcome(
+            outcome=outcome, global_step=step, contributors=["a", "b"], waited_s=0.5, untouched_variables=[0]
+        )
+        for outcome in (pb.OUTCOME_COMMITTED, pb.OUTCOME_STALE, pb.OUTCOME_ALREADY_COUNTED)
+    ]
+    admission = pb.PushAdmission(first_needed_fragment=1, contribution=memory, average=memory)
+    waiting = pb.WaitingNotice(waiting_for=["a"], waiting_for_unknown=2, round_age_s=5)
+    center = pb.CenterHeader(manifest=model.message, manifest_id=model.manifest.id, global_step=step, num_workers=2)
+    status = pb.GetStatusResponse(
+        phase=pb.PHASE_AVERAGING, global_step=step, workers=[pb.WorkerStatus(worker_id="a", is_chief=True)]
+    )
+    return _serialized(
+        [
+            pb.InitializeResponse(initialized=True, global_step=step, manifest_id=model.manifest.id, num_workers=2),
+            pb.PullResponse(header=center),
+            pb.PushAndAverageResponse(admission=admission),
+            pb.PushAndAverageResponse(waiting=waiting),
+            *(pb.PushAndAverageResponse(outcome=outcome) for outcome in outcomes),
+            status,
+        ]
+    )
+
+
+CONVERSATIONS = tuple(conversations(model, STEP) for model in MODELS)
+RESPONSES = tuple(responses(model, STEP) for model in MODELS)

@@ -1,0 +1,162 @@
+"""Sees what was sent to a server and what came of it, and says whether that may be."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fuzz.context import ClientCall, Failure
+from fuzz.corpus import MODELS, Model
+from fuzz.world import Center, World
+from modelaverage.outcome import Outcome
+from modelaverage.v1 import parameter_server_pb2 as pb
+from ps_server.policy import RoundPolicy
+
+__all__ = ["Given", "Key", "Witness"]
+
+# Worker id, incarnation and number of a push.
+Key = tuple[str, bytes, int]
+_TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
+
+
+@dataclass
+class Given:
+    """What was sent of one push, over all its streams.
+
+    Attributes:
+        indexes: of the fragments that were sent as they should be.
+    """
+
+    value: float
+    weight: float
+    untouched: frozenset[int]
+    indexes: set[int] = field(default_factory=set)
+
+
+class Witness:
+    """What is known of one server.
+
+    Attributes:
+        model: what its center is made of; None while there is none.
+        center: as it was last seen.
+        initials: what chiefs have sent: step, model and value.
+        given: what workers have sent.
+    """
+
+    def __init__(self, world: World, policy: RoundPolicy, endings: Counter[str]) -> None:
+        self.model: Model | None = None
+        self.center: Center | None = None
+        self.initials: list[tuple[int, Model, float]] = []
+        self.given: dict[Key, Given] = {}
+        self._world = world
+        self._policy = policy
+        self._endings = endings
+        self._centers: dict[int, bytes] = {}
+
+    def look(self) -> None:
+        """Raises Failure if the center has changed, unless by a chief or by a round of pushes that came whole."""
+        before, after = self.center, self._world.center()
+        if before == after:
+            return
+        assert after is not None
+        self.center = after
+        self._centers[after.step] = after.flat
+        self._endings["(rounds committed)"] += before is not None
+        if before is None:
+            if not any(self._is_initial(after, *initial) for initial in self.initials):
+                raise Failure(f"the center is none that a chief has sent: {after}")
+        elif after.step <= before.step:
+            raise Failure(f"the center changed, but the step went from {before.step} to {after.step}")
+        else:
+            self._check_average(before, after)
+
+    def _is_initial(self, center: Center, step: int, model: Model, value: float) -> bool:
+        job = self._world.job
+        assert job is not None
+        self.model = next(each for each in MODELS if each.manifest.id == job.manifest.id)
+        return (step, model) == (center.step, self.model) and center.flat == model.flat(value, 0)
+
+    def _check_average(self, before: Center, after: Center) -> None:
+        job, policy = self._world.job, self._policy
+        assert job is not None
+        names = job.round.contributors
+        if len(set(names)) != len(names) or not policy.min_workers <= len(names) <= policy.max_workers:
+            raise Failure(f"a round of {names} committed with {policy}")
+        pushes = list[Given]()
+        for worker_id in names:
+            key = (worker_id, *job.round.counted[worker_id])
+            given = self.given.get(key)
+            if given is None or given.indexes != set(range(job.manifest.fragment_count)):
+                raise Failure(f"a round committed with {key}, which never came whole")
+            pushes.append(given)
+        mean = sum(given.weight * given.value for given in pushes) / sum(given.weight for given in pushes)
+        untouched = frozenset.intersection(*(given.untouched for given in pushes))
+        if after.step != before.step + 1:
+            untouched = frozenset()
+        arrays = job.center.current.arrays.values()
+        for number, (variable, array) in enumerate(zip(job.manifest.variables, arrays, strict=True)):
+            offset = job.manifest.offsets_bytes[number]
+            if number in untouched:
+                if array.tobytes() != before.flat[offset : offset + variable.size_bytes]:
+                    raise Failure(f"{variable.name!r} changed, though nobody had touched it")
+            elif not np.allclose(array.astype(np.float64), mean, rtol=_TOLERANCE[variable.dtype], atol=0):
+                raise Failure(f"{variable.name!r} is {array}, not the average {mean} of {names}")
+
+    def hear(self, call: ClientCall) -> None:
+        """Raises Failure unless what a call that is over has said is in order and true."""
+        match call.rpc:
+            case "PushAndAverage":
+                self._check_push(call)
+            case "Pull":
+                self._check_pull(call)
+            case "GetStatus":
+                pb.GetStatusResponse.FromString(call.response)
+            case "Initialize" if call.completed:
+                assert self.center is not None
+                response = pb.InitializeResponse.FromString(call.response)
+                if response.global_step not in self._centers:
+                    raise Failure(f"a chief was told of a center that never was: {response}")
+
+    def _check_push(self, call: ClientCall) -> None:
+        """The messages have come in their order, and the center that came is the one that the outcome names."""
+        count, flat, outcome = 0, b"", None
+        for number, data in enumerate(call.context.written):
+            message = pb.PushAndAverageResponse.FromString(data)
+            if message.HasField("admission") is (number > 0) or outcome is not None:
+                raise Failure(f"message {number} of an answer is {message}")
+            if message.HasField("fragment"):
+                if message.fragment.index != count:
+                    raise Failure(f"fragment {message.fragment.index} came where {count} belongs")
+                count, flat = count + 1, flat + message.fragment.data
+            if message.HasField("shared"):
+                if message.shared.first != count or not message.shared.count:
+                    raise Failure(f"{message.shared} came where {count} belongs")
+                count += message.shared.count
+            if message.HasField("outcome"):
+                outcome = message.outcome
+        if call.completed is (outcome is None):
+            raise Failure(f"a push ended with the outcome {outcome}")
+        if outcome is not None:
+            self._check_outcome(outcome, count, flat)
+
+    def _check_outcome(self, outcome: pb.PushOutcome, count: int, flat: bytes) -> None:
+        center = self._centers.get(outcome.global_step)
+        assert self.model is not None
+        if center is None or count != self.model.manifest.fragment_count:
+            raise Failure(f"{count} fragments came with {outcome}")
+        if len(flat) == len(center) and flat != center:
+            raise Failure(f"another center came than that of {outcome}")
+        if outcome.outcome not in [pb.Outcome.Value(f"OUTCOME_{each.name}") for each in Outcome]:
+            raise Failure(f"no outcome: {outcome}")
+        self._endings[pb.Outcome.Name(outcome.outcome)] += 1
+
+    def _check_pull(self, call: ClientCall) -> None:
+        messages = [pb.PullResponse.FromString(data) for data in call.context.written]
+        if call.completed:
+            if [message.fragment.index for message in messages[1:]] != list(range(len(messages) - 1)):
+                raise Failure("the fragments of a pull are out of order")
+            flat = b"".join(message.fragment.data for message in messages[1:])
+            if flat != self._centers.get(messages[0].header.global_step):
+                raise Failure(f"the center that was pulled never was: {messages[0]}")

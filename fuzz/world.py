@@ -1,0 +1,207 @@
+"""One service on a loop of its own, and what can be seen of it from outside and from inside."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import math
+import os
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from fuzz.context import ClientCall, Failure, Method
+from fuzz.corpus import Model, initialize_messages
+from fuzz.loop import EndlessError, VirtualLoop
+from modelaverage import wire
+from ps_server.job import Job
+from ps_server.policy import RoundPolicy
+from ps_server.service import ParameterServerService, ServicePolicy
+
+__all__ = ["Center", "LONG_ENOUGH_S", "MAX_STEPS", "STALL_TIMEOUT_S", "World", "open_files", "resident_bytes", "tables"]
+
+STALL_TIMEOUT_S = 10.0
+# The time of a stalled client begins anew when something is written to it, as notices are at growing intervals.
+LONG_ENOUGH_S = 3 * STALL_TIMEOUT_S
+# The longest input needs a tenth of it.
+MAX_STEPS = 5000
+# A larger one would cost time, and find nothing that a small one does not.
+_MAX_MODEL_BYTES = 32 << 10
+# What may be longer than it was when all calls have ended: what workers are known by, and what is left of their pushes.
+_MAY_GROW = frozenset(
+    {
+        "_roster.records",
+        "_job._lent",
+        "_job.center._deferred",
+        "_job.round._barred",
+        "_job.round._expected",
+        "_job.round._lateness._recent_s",
+        "_job.round._members",
+        "_job.round.counted",
+    }
+)
+_RPCS = ("Initialize", "Pull", "PushAndAverage", "Leave", "GetStatus")
+
+
+@dataclass(frozen=True)
+class Center:
+    """The center as it was at one time."""
+
+    step: int
+    flat: bytes
+
+
+@dataclass(frozen=True)
+class _Details(grpc.HandlerCallDetails):
+    method: str
+    invocation_metadata: tuple[()] = ()
+
+
+class World:
+    """A service, and time that passes when it is told to."""
+
+    def __init__(self, policy: RoundPolicy, shared: bool) -> None:
+        self.loop = VirtualLoop.create()
+        self._services: list[ParameterServerService] = []
+        limits = ServicePolicy(policy, _MAX_MODEL_BYTES, STALL_TIMEOUT_S, 0 if shared else math.inf)
+        self.loop.call_soon(lambda: self._services.append(ParameterServerService(limits, self.loop.time)))
+        self.settle()
+        self._methods = {rpc: _method(self.service, rpc) for rpc in _RPCS}
+        self.count_from_here()
+
+    @property
+    def service(self) -> ParameterServerService:
+        """The service itself."""
+        return self._services[0]
+
+    @property
+    def job(self) -> Job | None:
+        """What there is once the center is initialized."""
+        return self.service._job
+
+    def open(self, rpc: str, request: bytes | None = None) -> ClientCall:
+        """Begins a call."""
+        return ClientCall(self.loop, rpc, self._methods[rpc], request)
+
+    def settle(self) -> None:
+        """Lets the service do all that it can do now."""
+        self.loop.settle(MAX_STEPS)
+        self._check_problems()
+
+    def advance(self, seconds: float) -> None:
+        """Lets time pass."""
+        self.loop.advance(seconds, MAX_STEPS)
+        self._check_problems()
+
+    def vanish(self, call: ClientCall, first_an_end: bool) -> None:
+        """The client of a call is gone, and the call has to end."""
+        call.vanish(MAX_STEPS, first_an_end)
+        self.settle()
+        if not call.done:
+            raise Failure(f"{call.rpc} does not end when its client is gone")
+
+    def abandon(self) -> None:
+        """Ends whatever runs, and does not look how."""
+        for task in asyncio.all_tasks(self.loop):
+            task.cancel()
+        with contextlib.suppress(EndlessError):
+            self.loop.settle(MAX_STEPS)
+
+    def initialize(self, model: Model, step: int) -> Center:
+        """Sets the center as a good chief does."""
+        call = self.open("Initialize")
+        for message in initialize_messages(model, "chief", step):
+            call.send(message)
+        call.half_close()
+        self.settle()
+        if not call.done or call.verdict() != "(ok)":
+            raise Failure("a good chief is refused")
+        self.count_from_here()
+        center = self.center()
+        assert center is not None
+        return center
+
+    def center(self) -> Center | None:
+        """The center as it is."""
+        if self.job is None:
+            return None
+        current = self.job.center.current
+        flat = b"".join([current.fragment(index) for index in range(self.job.manifest.fragment_count)])
+        return Center(self.job.round.global_step, flat)
+
+    def check_calls(self, open_calls: int) -> None:
+        """Raises Failure if the service knows other calls than there are."""
+        if len(self.service._calls) != open_calls:
+            raise Failure(f"{open_calls} calls are open, and the service has {len(self.service._calls)}")
+        if open_calls == 0:
+            self._check_empty()
+
+    def _check_empty(self) -> None:
+        left = dict[str, Any](_pulls_waiting=self.service._pulls_waiting)
+        if self.job is not None:
+            round_ = self.job.round
+            left.update(_parts=self.job._parts, _streams=round_._streams, _held=round_._held)
+            for worker_id, member in round_._members.items():
+                if member.stream is not None or member.attached is not None:
+                    raise Failure(f"no call is open, but the round sees one of {worker_id!r}")
+            if self.job.center._deferred and not round_._members:
+                raise Failure("nobody is in the round, but there are contributions to its sum")
+            if self.job.center.current.in_use or self.job.center.next.in_use:
+                raise Failure("no call is open, but a buffer is in use")
+        for name, table in left.items():
+            if table:
+                raise Failure(f"no call is open, but {name} has {len(table)} entries")
+
+    def count_from_here(self) -> None:
+        """What the tables have now is what they have to have: `grown` tells what is more."""
+        self._baseline = tables(self.service)
+
+    def grown(self) -> dict[str, int]:
+        """By how many entries the tables are longer than they were. Raises Failure if one is that must not be."""
+        gained = {name: size - self._baseline.get(name, 0) for name, size in tables(self.service).items()}
+        grown = {name: entries for name, entries in gained.items() if entries > 0}
+        for name, entries in grown.items():
+            if name not in _MAY_GROW:
+                raise Failure(f"{name} has {entries} entries more than at first, and no call is open")
+        return grown
+
+    def _check_problems(self) -> None:
+        if self.loop.problems:
+            problem = self.loop.problems[0]
+            raise Failure(f"asyncio would log: {problem.get('message')}: {problem.get('exception')!r}")
+
+
+def _method(service: ParameterServerService, rpc: str) -> Method:
+    found: Any = service.handler().service(_Details(f"/{wire.SERVICE}/{rpc}"))
+    methods: list[Method | None] = [found.unary_unary, found.unary_stream, found.stream_unary, found.stream_stream]
+    return next(method for method in methods if method is not None)
+
+
+def tables(root: object) -> dict[str, int]:
+    """How many entries every container has that can be reached from an object through the server's own objects."""
+    found: dict[str, int] = {}
+    seen: set[int] = set()
+    waiting: list[tuple[str, object]] = [("", root)]
+    while waiting:
+        path, each = waiting.pop()
+        if isinstance(each, (dict, set, list, deque)):
+            found[path] = len(each)
+        elif type(each).__module__.startswith("ps_server.") and id(each) not in seen and hasattr(each, "__dict__"):
+            seen.add(id(each))
+            waiting += [(f"{path}.{name}".lstrip("."), value) for name, value in vars(each).items()]
+    return found
+
+
+def resident_bytes() -> int:
+    """Physical memory of this process, once the garbage is gone."""
+    gc.collect()
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def open_files() -> int:
+    """File descriptors of this process."""
+    return len(os.listdir("/proc/self/fd"))

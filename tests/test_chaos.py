@@ -1,0 +1,233 @@
+"""The room `chaos`: its faults are repeatable, its check finds what it is there to find, and a short run passes it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from chaos.faults import Fault, sequence
+from chaos.log import Push, Received, Values, WorkerLog, read
+from chaos.replay import replay
+
+ROOT = Path(__file__).parents[1]
+ROUNDS = 3
+WORKERS = ["worker-0", "worker-1", "worker-2", "worker-3"]
+
+
+# Faults.
+
+
+def first_faults(seed: int, every_s: float = 1.0) -> list[Fault]:
+    return list(itertools.islice(sequence(seed, ["server", *WORKERS], every_s), 200))
+
+
+def test_the_same_seed_makes_the_same_faults_and_another_one_others() -> None:
+    assert first_faults(7) == first_faults(7)
+    assert first_faults(7) != first_faults(8)
+
+
+def test_one_fault_comes_every_so_many_seconds() -> None:
+    assert [fault.at_s for fault in first_faults(0, every_s=0.5)] == [0.5 * number for number in range(1, 201)]
+
+
+def test_every_process_is_killed_and_stopped_and_a_stop_lasts_half_a_second_to_three() -> None:
+    faults = first_faults(0)
+    for process in ("server", *WORKERS):
+        assert {fault.kind for fault in faults if fault.process == process} == {"kill", "stop"}
+    assert all(0.5 <= fault.lasts_s <= 3.0 for fault in faults if fault.kind == "stop")
+    assert all(fault.lasts_s == 0 for fault in faults if fault.kind == "kill")
+
+
+# The check. What a strict server's workers log; a test bends it.
+
+
+def values(*key: int) -> Values:
+    return np.random.default_rng(key).standard_normal(50).astype(np.float32)
+
+
+def average(summands: list[Values]) -> Values:
+    total: Values = np.sum(summands, axis=0, dtype=np.float32)
+    total /= np.float32(len(summands))
+    return total
+
+
+class Story:
+    """The log of a run: by default, a right one."""
+
+    def __init__(self, workers: list[str]) -> None:
+        self.workers = workers
+        self.pushes = [
+            Push(worker, 1, step + 1, step, values(number, step), "COMMITTED")
+            for step in range(ROUNDS)
+            for number, worker in enumerate(workers)
+        ]
+        self.received = [Received(worker, 1, 0.0, 0, values(99), None) for worker in workers]
+        for step in range(ROUNDS):
+            center = average([push.values for push in self.pushes_of(step)])
+            self.received += [Received(w, 1, float(step + 1), step + 1, center, tuple(workers)) for w in workers]
+
+    def pushes_of(self, step: int) -> list[Push]:
+        return [push for push in self.pushes if push.base_step == step]
+
+    def set_center(self, step: int, center: Values) -> None:
+        self.received = [replace(r, values=center) if r.global_step == step else r for r in self.received]
+
+    def add_second_push(self, step: int) -> Push:
+        """The first worker was killed in the round of this base step, came back and pushed anew."""
+        first = self.pushes_of(step)[0]
+        self.pushes[self.pushes.index(first)] = replace(first, told=None)
+        second = Push(first.worker, 2, 1, step, values(1000, step), "ALREADY_COUNTED")
+        self.pushes.append(second)
+        return second
+
+    def problems(self) -> list[str]:
+        return replay(self.pushes, self.received, self.workers, ROUNDS).problems
+
+
+@pytest.fixture(params=[2, 4])
+def story(request: pytest.FixtureRequest) -> Story:
+    return Story(WORKERS[: request.param])
+
+
+def test_a_right_log_is_explained(story: Story) -> None:
+    found = replay(story.pushes, story.received, story.workers, ROUNDS)
+    assert found.problems == []
+    assert (found.rounds_explained, found.rounds_with_a_choice, found.pushes_not_counted) == (ROUNDS, 0, 0)
+
+
+def test_a_server_may_sum_in_any_order(story: Story) -> None:
+    for order in itertools.permutations(story.pushes_of(1)):
+        story.set_center(2, average([push.values for push in order]))
+        assert story.problems() == []
+
+
+def test_one_wrong_bit_is_found(story: Story) -> None:
+    center = average([push.values for push in story.pushes_of(1)])
+    center[17] = np.nextafter(center[17], np.float32(9), dtype=np.float32)
+    center[18] = np.nextafter(center[18], np.float32(9), dtype=np.float32) * 2
+    story.set_center(2, center)
+    (problem,) = story.problems()
+    assert problem.startswith("round 2: none of 1 choices of one push of each worker explains the center")
+
+
+def test_a_push_that_counts_twice_is_found(story: Story) -> None:
+    pushed = [push.values for push in story.pushes_of(1)]
+    story.set_center(2, (np.sum(pushed, axis=0) + pushed[0]) / np.float32(len(pushed)))
+    assert "none of 1 choices" in story.problems()[0]
+
+
+def test_a_push_that_counts_in_the_next_round_again_is_found(story: Story) -> None:
+    story.set_center(3, average([story.pushes_of(1)[0].values, *(push.values for push in story.pushes_of(2)[1:])]))
+    assert "round 3: none of 1 choices" in story.problems()[0]
+
+
+@pytest.mark.parametrize("counted", [0, 1])
+def test_of_two_pushes_of_a_worker_either_may_count(story: Story, counted: int) -> None:
+    two = story.pushes_of(1)[0], story.add_second_push(1)
+    story.set_center(2, average([two[counted].values, *(push.values for push in story.pushes_of(1)[1:-1])]))
+    found = replay(story.pushes, story.received, story.workers, ROUNDS)
+    assert found.problems == []
+    assert (found.rounds_explained, found.rounds_with_a_choice, found.pushes_not_counted) == (ROUNDS, 1, 1)
+
+
+def test_a_mix_of_two_pushes_of_a_worker_is_found(story: Story) -> None:
+    first, second = story.pushes_of(1)[0].values, story.add_second_push(1).values
+    mixed = np.concatenate([first[:25], second[25:]])
+    story.set_center(2, average([mixed, *(push.values for push in story.pushes_of(1)[1:-1])]))
+    assert "none of 2 choices" in story.problems()[0]
+
+
+def test_two_pushes_of_a_worker_that_both_count_are_found(story: Story) -> None:
+    story.add_second_push(1)
+    story.set_center(2, average([push.values for push in story.pushes_of(1)]))
+    assert "none of 2 choices" in story.problems()[0]
+
+
+def test_a_push_that_was_told_to_be_committed_has_to_be_the_one_that_counts(story: Story) -> None:
+    second = story.add_second_push(1)
+    story.pushes[-1] = replace(second, told="COMMITTED")
+    assert story.problems() == ["round 2: worker-0 was told that a push was committed, but another one counted"]
+
+
+def test_a_push_that_was_told_to_be_stale_must_not_count(story: Story) -> None:
+    first = story.pushes_of(1)[0]
+    story.pushes[story.pushes.index(first)] = replace(first, told="STALE")
+    assert story.problems() == ["round 2: worker-0 was told that a push was stale, but it counted"]
+
+
+@pytest.mark.parametrize("missing", range(1, ROUNDS + 1))
+def test_a_missing_round_is_found(story: Story, missing: int) -> None:
+    story.received = [received for received in story.received if received.global_step != missing]
+    assert f"round {missing}: nobody received its center" in story.problems()
+
+
+def test_a_missing_push_is_found(story: Story) -> None:
+    story.pushes.remove(story.pushes_of(0)[1])
+    assert story.problems() == ["round 1: it has a center, but no push of worker-1 was logged"]
+
+
+def test_two_centers_of_one_round_are_found(story: Story) -> None:
+    story.received[-1] = replace(story.received[-1], values=values(5))
+    assert story.problems() == [f"round {ROUNDS}: workers received 2 different centers"]
+
+
+def test_workers_that_begin_with_different_centers_are_found(story: Story) -> None:
+    story.received[0] = replace(story.received[0], values=values(5))
+    assert story.problems() == ["not every worker began with the same center"]
+
+
+@pytest.mark.parametrize("contributors", [("worker-0",), ("worker-0", "worker-0", "worker-1", "worker-2"), ()])
+def test_a_round_without_all_workers_is_found(story: Story, contributors: tuple[str, ...]) -> None:
+    story.received[-1] = replace(story.received[-1], contributors=contributors)
+    assert story.problems() == [f"round {ROUNDS}: its contributors are {', '.join(contributors)}"]
+
+
+def test_a_round_too_many_is_found(story: Story) -> None:
+    story.received.append(Received("worker-0", 1, 9.0, ROUNDS + 1, values(5), tuple(story.workers)))
+    assert story.problems() == [f"round {ROUNDS + 1}: only {ROUNDS} were planned"]
+
+
+# The log.
+
+
+def test_the_log_gives_back_what_was_written_but_for_a_line_that_is_not_whole(tmp_path: Path) -> None:
+    log = WorkerLog(tmp_path, "worker-0", 3)
+    log.pulled(0, values(0))
+    log.pushing(1, 0, values(1))
+    log.answered(1, "COMMITTED", 1, ("worker-0", "worker-1"), values(2))
+    log.pushing(2, 1, values(3))
+    with (tmp_path / "events" / "worker-0.3.jsonl").open("a") as events:
+        events.write('{"worker": "worker-0", "kind": "to')
+    found = read(tmp_path)
+    assert [(p.worker, p.process, p.number, p.base_step, p.told) for p in found.pushes] == [
+        ("worker-0", 3, 1, 0, "COMMITTED"),
+        ("worker-0", 3, 2, 1, None),
+    ]
+    assert [(r.global_step, r.contributors) for r in found.received] == [(0, None), (1, ("worker-0", "worker-1"))]
+    arrays = [*(p.values for p in found.pushes), *(r.values for r in found.received)]
+    assert [a.tobytes() for a in arrays] == [values(key).tobytes() for key in (1, 3, 0, 2)]
+
+
+# A run.
+
+
+def test_a_short_run_loses_nothing(tmp_path: Path) -> None:
+    """The accuracy of so short a run says nothing."""
+    report = tmp_path / "chaos.json"
+    command = ["-m", "chaos", "--workers", "2", "--rounds", "12", "--seed", "90", "--faults-every-s", "0.5"]
+    command += ["--accuracy-points", "100", "--json", str(report)]
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    assert "nothing was lost, nothing counted twice" in done.stdout
+    found = json.loads(report.read_text())
+    assert (found["global_step"], found["rounds_explained"], found["problems"]) == (12, 12, [])
+    assert found["faults"]
+    assert report.with_suffix(".png").stat().st_size > 10_000

@@ -1,0 +1,182 @@
+"""The fuzzer of `make fuzz`: a short run of every target finds nothing, and a server that is broken is found out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from fuzz.__main__ import main
+from fuzz.context import FakeContext
+from fuzz.loop import EndlessError, VirtualLoop
+from fuzz.run import MAX_GROWTH_BYTES, Result, run
+from fuzz.targets import TARGETS, target_named
+from modelaverage.errors import Reason, refusal
+from ps_server.call import Call
+from ps_server.center import Center
+from ps_server.roster import Roster, WorkerRecord
+from ps_server.round import Round
+
+INPUTS = {"Initialize": 1500, "sequences": 150}
+
+
+def played(name: str, inputs: int, first: int = 0) -> Result:
+    return run(target_named(name, seed=0), inputs, first)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_hostile_input_is_refused_and_changes_nothing_and_leaves_nothing_behind(name: str) -> None:
+    result = played(name, INPUTS.get(name, 2500))
+    assert result.failures == []
+    assert result.inputs == INPUTS.get(name, 2500)
+    assert result.growth_bytes < MAX_GROWTH_BYTES
+
+
+def test_the_same_seed_gives_the_same_inputs() -> None:
+    assert played("PushAndAverage", 500).endings == played("PushAndAverage", 500).endings
+    assert played("sequences", 20).endings == played("sequences", 20).endings
+
+
+def test_sequences_meet_commits_and_most_refusals() -> None:
+    endings = played("sequences", 120).endings
+    assert endings["(rounds committed)"] > 20
+    assert endings["OUTCOME_STALE"] > 10
+    assert len([name for name in endings if name.isupper()]) > 20
+
+
+# A fuzzer that never fails proves nothing.
+
+
+def failures_of(name: str, inputs: int) -> str:
+    return "\n".join(found.what for found in played(name, inputs).failures)
+
+
+def test_an_exception_that_is_no_refusal_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Center, "check_size", lambda *_: None)
+    assert "raised ValueError" in failures_of("sequences", 100)
+
+
+def test_a_center_that_takes_wrong_values_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Round, "check_fragment", lambda *_: (1.0, True))
+    assert "not the average" in failures_of("sequences", 60)
+
+
+def test_a_round_of_pushes_that_are_not_whole_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def record_all(self: Round, stream: int, now_s: float) -> Any:
+        member = self._members[self._streams[stream]]
+        while member.given < self.fragment_count:
+            self._contributions[member.given] += 1
+            member.given += 1
+        return self._settle(member, now_s)
+
+    monkeypatch.setattr(Round, "record_fragment", record_all)
+    assert "never came whole" in failures_of("sequences", 200)
+
+
+def test_a_call_that_does_not_end_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Call, "fail", lambda *_: None)
+    assert "does not end, though its client does nothing" in failures_of("sequences", 150)
+
+
+def test_a_refusal_that_the_protocol_does_not_name_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise refusal(Reason.ROUND_FULL, "no")
+
+    monkeypatch.setattr("ps_server.service.check_incarnation", refuse)
+    assert "does not allow Leave to be refused with ROUND_FULL" in failures_of("Leave", 100)
+
+
+def test_a_table_that_grows_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard_of: Callable[[Roster, str, float], WorkerRecord] = Roster.heard_of
+
+    def remember(self: Roster, worker_id: str, now_s: float) -> WorkerRecord:
+        vars(self).setdefault("log", []).append(worker_id)
+        return heard_of(self, worker_id, now_s)
+
+    monkeypatch.setattr(Roster, "heard_of", remember)
+    assert "_roster.log has" in failures_of("Pull", 1000)
+
+
+def test_memory_that_is_not_given_back_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = list[bytearray]()
+
+    def check(_: str) -> None:
+        kept.append(bytearray(b"x" * 20_000))
+
+    monkeypatch.setattr("ps_server.service.check_worker_id", check)
+    assert "memory has grown" in failures_of("Leave", 3000)
+
+
+def test_a_part_that_is_left_behind_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Round, "close", lambda *_: [])
+    assert "no call is open, but" in failures_of("PushAndAverage", 1000)
+
+
+def test_the_command_says_how_to_play_a_failure_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Center, "check_size", lambda *_: None)
+    assert main(["--inputs", "2000", "--handler", "sequences"]) == 1
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("FAILED"))
+    again = line.partition("-m fuzz ")[2].split()
+    assert main(again) == 1
+    assert line in capsys.readouterr().out
+    monkeypatch.undo()
+    assert main(again) == 0
+
+
+# What stands in for gRPC and for time.
+
+
+def test_what_never_comes_to_rest_is_found_out() -> None:
+    loop = VirtualLoop.create()
+
+    def again() -> None:
+        loop.call_soon(again)
+
+    loop.call_soon(again)
+    with pytest.raises(EndlessError, match="after 100 steps"):
+        loop.settle(100)
+
+    loop = VirtualLoop.create()
+
+    def later() -> None:
+        loop.call_later(0, later)
+
+    later()
+    with pytest.raises(EndlessError, match="after 100 timers"):
+        loop.advance(1.0, 100)
+
+
+def test_timers_go_off_in_their_order_each_at_its_time() -> None:
+    loop, heard = VirtualLoop.create(), list[tuple[str, float]]()
+    began_s = loop.time()
+
+    def note(name: str) -> None:
+        heard.append((name, round_to_ms(loop.time() - began_s)))
+
+    loop.call_later(2, note, "b")
+    loop.call_later(1, note, "a")
+    loop.call_later(1.5, note, "never").cancel()
+    loop.call_later(9, note, "too late")
+    loop.advance(5, 100)
+    assert heard == [("a", 1.0), ("b", 2.0)]
+    assert round_to_ms(loop.time() - began_s) == 5.0
+
+
+def round_to_ms(seconds: float) -> float:
+    return float(f"{seconds:.3f}")
+
+
+def test_a_client_that_does_not_read_holds_up_the_writer() -> None:
+    loop = VirtualLoop.create()
+    context = FakeContext(loop, "Pull")
+    context.set_room(False)
+    task: asyncio.Task[None] = loop.create_task(context.write(b"x"))
+    loop.settle(100)
+    assert (task.done(), context.blocked) == (False, True)
+    context.set_room(True)
+    loop.settle(100)
+    assert (task.done(), context.written) == (True, [b"x"])
