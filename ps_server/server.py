@@ -100,7 +100,8 @@ def _open_checkpoints(policy: CheckpointPolicy | None) -> tuple[ExitStack, Check
     with ExitStack() as on_failure:
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            lock = on_failure.enter_context((directory / "lock").open("w"))
+            (directory / "lock").touch()
+            lock = on_failure.enter_context((directory / "lock").open())
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             restored = load_latest(directory)
         except BlockingIOError:

@@ -772,6 +772,23 @@ def test_a_full_disk_holds_up_no_round_and_spoils_no_checkpoint(
         failing.assert_all_is_well(small_disk)
 
 
+def test_a_disk_that_becomes_read_only_holds_up_no_round_and_spoils_no_checkpoint(
+    small_disk: Path, start_server: StartServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    with job_of(start_server(2, checkpoints=CheckpointPolicy(small_disk))) as job:
+        until(lambda: is_durable(small_disk, STEP), "the center is durable")
+        remount(small_disk, "ro")
+        failing = Failing(job, caplog)
+        failing.assert_rounds_go_on_and_say("Read-only file system")
+        assert newest(small_disk).global_step == STEP
+        remount(small_disk, "rw")
+        failing.assert_all_is_well(small_disk)
+
+
+def remount(path: Path, option: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{option}", str(path)], timeout=20, check=True)
+
+
 def test_a_directory_that_is_removed_holds_up_no_round(
     kept_job: Job, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
