@@ -58,6 +58,7 @@ class Seat:
 
     def strike(self, fault: Fault, now_s: float) -> bool:
         """Lets the fault happen; whether it did. It does not once the seat is done."""
+        self._replace_killed()
         self.tend(now_s)
         if self.done:
             return False
@@ -71,8 +72,7 @@ class Seat:
 
     def spare(self) -> None:
         """No more faults: it runs, or has finished, when this returns."""
-        while self._killed and not self.done:
-            self.tend(time.monotonic())
+        self._replace_killed()
         if self._goes_on_at_s is not None:
             self._go_on()
 
@@ -81,6 +81,10 @@ class Seat:
         self._signal(signal.SIGKILL)
         self._process.join()
         self.done = True
+
+    def _replace_killed(self) -> None:
+        while self._killed and not self.done:
+            self.tend(time.monotonic())
 
     def _go_on(self) -> None:
         self._signal(signal.SIGCONT)

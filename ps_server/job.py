@@ -276,7 +276,10 @@ class Job:
             except OSError as error:
                 _log.warning("no shared memory for %r: %s; its fragments come inline", push.worker_id, error)
                 return None
+            self._lent.pop(push.worker_id, None)
             self._lent[push.worker_id] = push.incarnation, segment
+            if len(self._lent) > self.round.policy.max_workers:  # names come from outside, memory must not
+                del self._lent[next(iter(self._lent))]
         return segment
 
     async def _send_center(self, call: Call, outcome: Outcome) -> None:

@@ -41,8 +41,9 @@ from ps_server.policy import Lateness, RoundPolicy
 
 __all__ = ["Round", "check_fragment_order"]
 
-# So many workers' last counted pushes are remembered, to tell a retry whose answer was lost from a stale push.
-_MAX_COUNTED = 10_000
+# So many workers are remembered: their last counted pushes, to tell a retry whose answer was lost from a stale push, and
+# who showed up. Names come from outside: whoever makes up new ones must not fill the memory.
+_MAX_NAMES = 10_000
 
 
 @dataclass
@@ -178,17 +179,17 @@ class Round:
         member.stream, member.attached, member.gone_at_s = None, None, now_s
         if not self._has_begun(member):
             return self._remove(worker_id, now_s)
-        has_left = not self.policy.is_strict and worker_id not in self._expected
-        return self._restart_without(worker_id) if has_left and self._is_gone(member) else []
+        return self._restart_without(worker_id) if self._is_gone(member) and self._has_left(worker_id) else []
 
     def leave(self, worker_id: str, incarnation: bytes, now_s: float) -> list[Decision]:
         """A worker's process goes, and says so. A whole push stays; a round with a quorum waits for it no longer."""
         if self._expected.get(worker_id) == incarnation:
             del self._expected[worker_id]
         member = self._members.get(worker_id)
-        if member is not None and self._is_gone(member) and member.push.incarnation == incarnation:
-            return self._restart_without(worker_id)
-        return self._settle(None, now_s)
+        if member is None or not self._is_gone(member):
+            return self._settle(None, now_s)
+        its_own = member.push.incarnation == incarnation
+        return self._restart_without(worker_id) if its_own or self._has_left(worker_id) else []
 
     @property
     def due_at_s(self) -> float | None:
@@ -267,6 +268,9 @@ class Round:
 
     def _is_gone(self, member: _Member) -> bool:
         return member.stream is None and self._in_half(member)
+
+    def _has_left(self, worker_id: str) -> bool:
+        return not self.policy.is_strict and worker_id not in self._expected
 
     @property
     def _needed(self) -> int:
@@ -438,7 +442,10 @@ class Round:
 
     def _expect(self, push: Push) -> None:
         if not self.policy.is_strict:
+            self._expected.pop(push.worker_id, None)
             self._expected[push.worker_id] = push.incarnation
+            if len(self._expected) > _MAX_NAMES:
+                del self._expected[next(iter(self._expected))]
 
     def _commit(self, now_s: float) -> Commit:
         untouched = self._untouched()
@@ -453,7 +460,7 @@ class Round:
             if member.stream is not None:
                 outcome = Outcome.COMMITTED if member.attached == member.push else Outcome.ALREADY_COUNTED
                 verdicts[member.stream] = Verdict(outcome, now_s - member.completed_at_s)
-        for worker_id in list(self.counted)[:-_MAX_COUNTED]:
+        for worker_id in list(self.counted)[:-_MAX_NAMES]:
             del self.counted[worker_id]
         if self._enough_at_s is not None:
             enough_at_s = self._enough_at_s

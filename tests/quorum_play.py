@@ -544,11 +544,12 @@ class Play:
             self.idle_expiries.append(self.now_s)
 
     def _leave(self, worker_id: str, incarnation: bytes) -> None:
-        records, begun = self.records, self.records.begun(worker_id)
+        records, begun, was_last = self.records, self.records.begun(worker_id), False
         if records.waited_for.get(worker_id) == incarnation:
             del records.waited_for[worker_id]
             self._waited_for_at_first.discard(worker_id)
-        half = worker_id in records.gone() and begun is not None and begun.incarnation == incarnation
+            was_last = True
+        half = worker_id in records.gone() and begun is not None and (was_last or begun.incarnation == incarnation)
         everyone = frozenset((stream, Reason.ROUND_RESTARTED) for stream in (*records.attached, *records.held))
         expected = Answer(restarted=True, dismissed=everyone) if half else Answer()
         self._follow("leave", expected, self.round.leave(worker_id, incarnation, self.now_s))

@@ -475,6 +475,15 @@ def test_a_round_starts_over_without_a_worker_that_is_late_in_the_middle_of_its_
     assert whole(round_, 7, "c", step=2, now_s=13.0) == [Admit(0)], "it had to miss one round"
 
 
+def test_a_worker_that_was_given_up_stays_held_when_another_leaves_the_round() -> None:
+    round_ = given_up()
+    whole(round_, 4, "c", now_s=11.0)
+    whole(round_, 5, "b", now_s=12.0)
+    round_.open(6, push("a", number=2, step=1), 12.0)
+    assert round_.close(6, 13.0) == []
+    assert round_.holds(4)
+
+
 def test_a_worker_that_was_given_up_is_let_in_when_the_others_do_not_come_back() -> None:
     round_ = given_up()
     whole(round_, 4, "c", now_s=11.0)
@@ -600,6 +609,15 @@ def test_a_round_starts_over_at_once_when_a_worker_leaves_in_the_middle_of_its_p
     assert dismissals(decisions) == {1: Reason.ROUND_RESTARTED}
     whole(round_, 3, "a", now_s=3.0)
     assert commit_of(whole(round_, 4, "b", now_s=3.0)).contributors == ("a", "b")
+
+
+def test_a_goodbye_of_a_later_process_gives_up_what_the_earlier_one_began() -> None:
+    round_ = after_a_round("a", "b", "c")
+    part(round_, 1, "c", now_s=1.0)
+    round_.close(1, 2.0)
+    later = push("c", process=2, step=0)
+    assert round_.open(2, later, 3.0) == [CenterFollows(Outcome.STALE)]
+    assert isinstance(round_.leave("c", later.incarnation, 4.0)[0], Restart)
 
 
 def test_a_goodbye_may_come_before_the_end_of_the_push_is_noticed() -> None:
