@@ -41,8 +41,8 @@ from ps_server.policy import Lateness, RoundPolicy
 
 __all__ = ["Round", "check_fragment_order"]
 
-# So many workers are remembered: their last counted pushes, to tell a retry whose answer was lost from a stale push, and
-# who showed up. Names come from outside: whoever makes up new ones must not fill the memory.
+# So many workers are remembered: their last counted pushes, to tell a retry whose answer was lost from a stale push,
+# and who showed up. Names come from outside: whoever makes up new ones must not fill the memory.
 _MAX_NAMES = 10_000
 
 

@@ -131,7 +131,8 @@ def test_run_passes_the_cluster_and_the_arguments_to_the_script(tmp_path: Path) 
     result = run(*WORKER, "run", *CLUSTER, "script.py", "--epochs", "3", cwd=tmp_path)
     assert result.stderr == ""
     assert result.stdout == (
-        "ClusterSpec(ps_hosts=('127.0.0.1:1',), num_workers=2, task_index=1) ['script.py', '--epochs', '3']\n"
+        "ClusterSpec(ps_hosts=('127.0.0.1:1',), num_workers=2, task_index=1, init_from=None) "
+        "['script.py', '--epochs', '3']\n"
     )
 
 
