@@ -24,7 +24,7 @@ from modelaverage.manifest import DTYPES, Manifest
 from modelaverage.shared_memory import Segment
 from ps_server.decisions import FinishFragment
 
-__all__ = ["Buffer", "Center", "Contribution"]
+__all__ = ["Buffer", "Center", "Contribution", "check_fragment_size"]
 
 _Array = NDArray[np.generic]
 _THREADS = min(4, os.cpu_count() or 1)
@@ -117,18 +117,9 @@ class Center:
         wide_bytes = sum(2 * v.size_bytes for v in manifest.variables if DTYPES[v.dtype].itemsize == 2)
         return 2 * manifest.buffer_size_bytes + wide_bytes
 
-    def check_size(self, index: int, data: memoryview) -> None:
-        """Raises ProtocolError (FRAGMENT_SIZE_WRONG) unless the bytes are as many as fragment ``index`` has."""
-        start, end = self.manifest.fragment_bounds(index)
-        if len(data) != end - start:
-            raise refusal(
-                Reason.FRAGMENT_SIZE_WRONG,
-                f"fragment {index} has {len(data)} bytes; the manifest gives it {end - start}",
-            )
-
     def load(self, index: int, data: memoryview) -> None:
         """Sets a fragment of the current center. Raises ProtocolError (FRAGMENT_SIZE_WRONG)."""
-        self.check_size(index, data)
+        check_fragment_size(self.manifest, index, data)
         for part, values in zip(self.current.parts[index], self._values(index, data), strict=True):
             part[...] = values
 
@@ -243,6 +234,16 @@ class Center:
 
     def _dtype(self, variable: int) -> np.dtype[np.generic]:
         return DTYPES[self.manifest.variables[variable].dtype]
+
+
+def check_fragment_size(manifest: Manifest, index: int, data: memoryview) -> None:
+    """Raises ProtocolError (FRAGMENT_SIZE_WRONG) unless the bytes are as many as fragment ``index`` has."""
+    start, end = manifest.fragment_bounds(index)
+    if len(data) != end - start:
+        raise refusal(
+            Reason.FRAGMENT_SIZE_WRONG,
+            f"fragment {index} has {len(data)} bytes; the manifest gives it {end - start}",
+        )
 
 
 def _add_weighted(total: _Array, values: _Array, weight: float, first: bool) -> None:

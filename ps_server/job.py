@@ -19,7 +19,7 @@ from modelaverage.outcome import Outcome
 from modelaverage.shared_memory import Segment
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.call import Call
-from ps_server.center import Buffer, Center, Contribution
+from ps_server.center import Buffer, Center, Contribution, check_fragment_size
 from ps_server.checkpoint import Checkpoint
 from ps_server.decisions import (
     Admit,
@@ -194,7 +194,7 @@ class Job:
 
     def _take_inline(self, part: _Part, index: int, data: memoryview) -> list[Decision]:
         weight, first = self.round.check_fragment(part.call.number, index)
-        self.center.check_size(index, data)
+        check_fragment_size(self.manifest, index, data)
         self._roster.note_nonfinite(self.center.accumulate(index, Contribution(part.worker_id, weight, data), first))
         return self._record(part, index)
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import grpc.aio
+import numpy as np
+from numpy.typing import NDArray
 
 from modelaverage import wire
 from modelaverage.checks import check_global_step, check_incarnation, check_worker_id
@@ -17,7 +19,7 @@ from modelaverage.errors import FAULTS, REASON_METADATA_KEY, REASON_PREFIX, Mode
 from modelaverage.manifest import Manifest, first_difference
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.call import Call, Context, Traffic
-from ps_server.center import Center
+from ps_server.center import Center, check_fragment_size
 from ps_server.checkpoint import Checkpoint
 from ps_server.job import Job
 from ps_server.keeper import CheckpointPolicy, Keeper
@@ -28,8 +30,8 @@ from ps_server.round import Round, check_fragment_order
 __all__ = ["DEFAULT_SHARED_MEMORY_FROM_BYTES", "ParameterServerService", "ServicePolicy"]
 
 _log = logging.getLogger("ps_server")
-# A status message travels in HTTP/2 headers, whose size is limited.
-_MAX_MESSAGE_CHARS = 1000
+# A status message travels in HTTP/2 headers, whose size is limited; there, a byte that is not ASCII takes three.
+_MAX_MESSAGE_BYTES = 2000
 DEFAULT_SHARED_MEMORY_FROM_BYTES = 256 << 10
 _GOING_DOWN = "the parameter server is going down; try again when it is back"
 _T = TypeVar("_T")
@@ -129,8 +131,13 @@ class ParameterServerService:
         manifest = wire.manifest_from_message(header.manifest)
         initialized = False
         if self._job is None:
-            center = await self._receive_values(call, manifest)
+            values = await self._receive_values(call, manifest)
             if self._job is None:  # another chief may have been faster
+                center = self._new_center(manifest)
+                for index in range(manifest.fragment_count):
+                    start, end = manifest.fragment_bounds(index)
+                    center.load(index, values[start:end].data)
+                del values
                 round_ = Round(self._policy.round, manifest.fragment_count, header.global_step)
                 self._job = self._new_job(center, round_)
                 initialized = True
@@ -176,7 +183,8 @@ class ParameterServerService:
         )
         return self._new_job(center, round_)
 
-    async def _receive_values(self, call: Call, manifest: Manifest) -> Center:
+    async def _receive_values(self, call: Call, manifest: Manifest) -> NDArray[np.uint8]:
+        """The flat buffer that the chief sends. A header alone costs nothing: memory is used as bytes come."""
         memory_bytes = Center.memory_bytes(manifest)
         if memory_bytes > 2 * self._policy.max_model_bytes:
             raise refusal(
@@ -184,7 +192,7 @@ class ParameterServerService:
                 f"a model of {manifest.size_bytes} bytes needs {memory_bytes} bytes of memory, over twice the server's "
                 f"--max-model-bytes {self._policy.max_model_bytes}",
             )
-        center = self._new_center(manifest)
+        values = np.zeros(manifest.buffer_size_bytes, np.uint8)
         for expected in range(manifest.fragment_count):
             fragment = await call.read_fragment(pb.InitializeRequest)
             if not isinstance(fragment, tuple):
@@ -194,12 +202,14 @@ class ParameterServerService:
                 )
             index, data = fragment
             check_fragment_order(index, expected, manifest.fragment_count)
-            center.load(index, data)
+            check_fragment_size(manifest, index, data)
+            start, end = manifest.fragment_bounds(index)
+            values[start:end] = np.frombuffer(data, np.uint8)
         if await call.read() is not None:
             raise refusal(
                 Reason.FRAGMENT_EXTRA, f"a message came after the last of {manifest.fragment_count} fragments"
             )
-        return center
+        return values
 
     def _new_center(self, manifest: Manifest) -> Center:
         if manifest.buffer_size_bytes >= self._policy.shared_memory_from_bytes:
@@ -327,7 +337,7 @@ class ParameterServerService:
         _log.info("%s refused: %s: %s", name, error.reason.name, error)
         await context.abort(
             grpc.StatusCode[FAULTS[error.reason].status],
-            str(error)[:_MAX_MESSAGE_CHARS],
+            _short(str(error)),
             ((REASON_METADATA_KEY, REASON_PREFIX + error.reason.name),),
         )
         raise error  # never reached: abort raises
@@ -339,3 +349,7 @@ class ParameterServerService:
                 "there is no center yet: the chief has to initialize it, or pull and wait for it",
             )
         return self._job
+
+
+def _short(message: str) -> str:
+    return message.encode()[:_MAX_MESSAGE_BYTES].decode(errors="ignore")

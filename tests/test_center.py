@@ -6,6 +6,7 @@ import contextlib
 import tracemalloc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from modelaverage.errors import ProtocolError, Reason
 from modelaverage.manifest import DTYPES, Manifest, Variable
-from ps_server.center import Buffer, Center, Contribution
+from ps_server.center import Buffer, Center, Contribution, check_fragment_size
 from ps_server.decisions import FinishFragment
 from tests.strategies import fast, manifests
 
@@ -383,7 +384,7 @@ def test_a_round_allocates_nothing_of_the_size_of_the_model(shared: bool) -> Non
 def test_a_fragment_of_the_wrong_size_is_refused_and_changes_nothing(size_bytes: int) -> None:
     center = center_of(ALL_DTYPES, random_arrays(ALL_DTYPES, np.random.default_rng(0)))
     before = everything(ALL_DTYPES, center.current)
-    for refuse in (center.check_size, center.load):
+    for refuse in (partial(check_fragment_size, center.manifest), center.load):
         with pytest.raises(
             ProtocolError, match=f"fragment 0 has {size_bytes} bytes; the manifest gives it 64"
         ) as error:

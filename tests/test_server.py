@@ -11,6 +11,7 @@ from grpc import StatusCode
 
 from ma_client import Outcome
 from modelaverage.v1 import parameter_server_pb2 as pb
+from ps_server import service
 from ps_server.__main__ import main
 from tests.conftest import StartServer
 from tests.jobs import CENTER, COUNT, STEP, Job, of, running, worker
@@ -427,3 +428,16 @@ def test_the_status_command_shows_the_round(job: Job, capsys: pytest.CaptureFixt
     assert status["manifest_id"] == job.manifest_id
     assert status["workers"][0]["waiting"] is True
     stream.cancel()
+
+
+def test_before_the_values_have_come_the_center_takes_no_memory(
+    start_server: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = list[object]()
+    monkeypatch.setattr(service, "Center", lambda *arguments, **_: made.append(arguments))
+    with RawClient(start_server(1).address) as client:
+        stream = client.open_initialize()
+        stream.send(initialize_header(manifest_of(CENTER)))
+        stream.give(fragments_of(CENTER), 0, COUNT - 1)
+        until(lambda: client.status().received_bytes == (COUNT - 1) * FRAGMENT_SIZE_BYTES, "all but one came")
+        assert made == []
