@@ -11,8 +11,8 @@ from grpc import StatusCode
 
 from ma_client import Outcome
 from modelaverage.v1 import parameter_server_pb2 as pb
-from ps_server import service
 from ps_server.__main__ import main
+from ps_server.center import Center
 from tests.conftest import StartServer
 from tests.jobs import CENTER, COUNT, STEP, Job, of, running, worker
 from tests.raw_client import (
@@ -434,7 +434,7 @@ def test_before_the_values_have_come_the_center_takes_no_memory(
     start_server: StartServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = list[object]()
-    monkeypatch.setattr(service, "Center", lambda *arguments, **_: made.append(arguments))
+    monkeypatch.setattr(Center, "__init__", lambda *arguments, **_: made.append(arguments))
     with RawClient(start_server(1).address) as client:
         stream = client.open_initialize()
         stream.send(initialize_header(manifest_of(CENTER)))
