@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     # gRPC's own log would be full of lost connections. A process that has threads cannot well be forked.
     os.environ.update(GRPC_VERBOSITY="NONE", OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
     # Both processes, this one and the one that the others are forked from, import torch, at the same time.
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["chaos.forks"])
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["chaos.preload"])
     forkserver.ensure_running()
     from chaos.runs import Settings, run
 

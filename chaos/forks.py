@@ -1,5 +1,5 @@
 """Processes that are forked from one that has imported all they need, so that they are back at once when they are
-killed. That one is `multiprocessing`'s fork server, and imports this module."""
+killed. That one is `multiprocessing`'s fork server; preload.py is what it imports."""
 
 from __future__ import annotations
 
@@ -14,15 +14,12 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TypeVar
 
-from chaos.worker import warm_up
 from ps_server.__main__ import main as server_main
 
-__all__ = ["Argument", "fork", "serve"]
+__all__ = ["Argument", "die_with_parent", "fork", "serve"]
 
 Argument = TypeVar("Argument")
 _PR_SET_PDEATHSIG = 1
-
-warm_up()
 
 
 def fork(words: Path, function: Callable[[Argument], None], argument: Argument) -> BaseProcess:
@@ -39,10 +36,15 @@ def serve(arguments: list[str]) -> None:
     sys.exit(server_main(arguments))
 
 
-def _begin(words: Path, function: Callable[[Argument], None], argument: Argument) -> None:
-    # A stopped process would outlive a run that was killed. Where the kernel has no such thing, it may.
+def die_with_parent() -> None:
+    """From now on this process is killed when the one that started it ends. A stopped process would stay for ever."""
+    # Where the kernel has no such thing, it may.
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def _begin(words: Path, function: Callable[[Argument], None], argument: Argument) -> None:
+    die_with_parent()
     with words.open("ab") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
