@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import threading
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -27,11 +28,15 @@ class Patience:
     Args:
         timeout_s: how long a server may be away in one stretch.
         answered_at_s: when it was last heard of, on the clock of `time.monotonic`.
+        stopped: ends a pause between two tries; what is tried then is expected to fail at once.
     """
 
-    def __init__(self, timeout_s: float, answered_at_s: Callable[[], float]) -> None:
+    def __init__(
+        self, timeout_s: float, answered_at_s: Callable[[], float], stopped: threading.Event | None = None
+    ) -> None:
         self._timeout_s = timeout_s
         self._answered_at_s = answered_at_s
+        self._pause = time.sleep if stopped is None else stopped.wait
 
     def call(self, function: Callable[[], _T], deadline: Deadline) -> _T:
         """What ``function`` returns, called as often as needed before the deadline.
@@ -65,7 +70,7 @@ class Patience:
                 pause_s, left_s = sleep_s * random.uniform(0.5, 1.0), deadline.left_s
                 if in_use and left_s is not None and left_s <= pause_s:
                     raise  # one more try would only run into the deadline, which does not say why
-                time.sleep(pause_s if left_s is None else min(pause_s, left_s))
+                self._pause(pause_s if left_s is None else min(pause_s, left_s))
                 sleep_s = min(2 * sleep_s, _LONGEST_SLEEP_S)
 
     def _worth_trying_for_s(self, error: ModelAverageError) -> float | None:

@@ -1,8 +1,7 @@
-"""A worker's conversation with the parameter server, for people without torch: numpy in, numpy out."""
+"""A worker's conversation with the parameter servers, for people without torch: numpy in, numpy out."""
 
 from __future__ import annotations
 
-import contextlib
 import uuid
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,30 +14,24 @@ from numpy.typing import ArrayLike, NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from ma_client.assembly import Assembly
 from ma_client.cluster import ClusterSpec
-from ma_client.patience import Patience
-from ma_client.shard import Answer, Deadline, Shard
-from ma_client.staging import Staging
+from ma_client.initialization import Proposal, initialize
+from ma_client.member import Contribution, Worker
+from ma_client.members import Members
+from ma_client.raw import bytes_of
+from ma_client.shard import Deadline
 from modelaverage import wire
 from modelaverage.checks import check_global_step, check_weight, check_worker_id
-from modelaverage.errors import (
-    ConflictError,
-    InvalidRequestError,
-    ModelAverageError,
-    NotInitializedError,
-    Reason,
-    RetryPushError,
-)
-from modelaverage.manifest import DEFAULT_FRAGMENT_SIZE_BYTES, DTYPES, Manifest, Variable, dtype_name, first_difference
+from modelaverage.errors import ConflictError, InvalidRequestError, NotInitializedError, Reason
+from modelaverage.manifest import MAX_SHARDS, Manifest, Variable, dtype_name, first_difference
 from modelaverage.outcome import Outcome
+from modelaverage.placement import PLACEMENTS
 from modelaverage.v1 import parameter_server_pb2 as pb
 
 __all__ = ["InitializeResult", "ParameterServerSession", "PushResult"]
 
 _Array = NDArray[Any]
-# Each restart of a round has a cause of its own, a worker that died; so many in a row are another kind of trouble.
-_MAX_ROUND_RESTARTS = 100
-_LEAVE_TIMEOUT_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -61,9 +54,10 @@ class PushResult:
     Args:
         center: the center variables by name.
         global_step: rounds completed; the base step of what is trained from this center.
-        outcome: COMMITTED, STALE (this push was not used) or ALREADY_COUNTED (an earlier one was).
-        contributors: ids of the workers in this center's average, sorted.
-        waited_s: seconds from this push being complete to the round's commit.
+        outcome: COMMITTED, STALE (this push was not used) or ALREADY_COUNTED (an earlier one was). Of several servers:
+            STALE if any did without it.
+        contributors: ids of the workers in this center's average, on all servers, sorted.
+        waited_s: seconds from this push being complete to the round's commit, on the last server.
         untouched: variables that no contributor had changed; the center's values were kept.
     """
 
@@ -76,26 +70,28 @@ class PushResult:
 
 
 class ParameterServerSession:
-    """One worker's session with the parameter server. Not for use by several threads at once.
+    """One worker's session with the parameter servers of a job. Not for use by several threads at once.
 
     Args:
-        ps_hosts: addresses of the parameter servers, HOST:PORT; one, for the time being.
+        ps_hosts: addresses of the parameter servers, HOST:PORT; the same ones in the same order for all workers.
         worker_id: this worker's name in the job, 1 to 128 bytes, the same after a restart.
         is_chief: whether this worker may initialize the center.
-        connect_timeout_s: how long to wait for the server to be there.
+        connect_timeout_s: how long to wait for the servers to be there.
         fragment_size_bytes: unit of transfer and averaging, if this session initializes the center: a multiple of 8
-            up to 2 MiB.
-        shared_memory: hand bytes over in shared memory if the server is on this host and offers it.
-        reconnect_timeout_s: how long to try again when the server is away, restarting or not reachable; 0: not at all.
+            up to 2 MiB; None: chosen by the size of the model and the number of servers.
+        shared_memory: hand bytes over in shared memory if a server is on this host and offers it.
+        reconnect_timeout_s: how long to try again when a server is away, restarting or not reachable; 0: not at all.
             A push that is made again sends only what the server lacks, and is never counted twice.
         init_from: a safetensors file (`ps-server export` writes such) with the values that `initialize` sets the center
             to, instead of those that it is given; None: those that it is given.
         round_timeout_s: how long a push waits for the other workers unless it says otherwise, those of the optimizer
             included; None: as long as it takes.
+        placement: what goes to which of several servers, if this session initializes the center: "balanced", even
+            shares, or "round_robin", whole variables in turn, as TensorFlow 1.15 places them.
 
     Raises:
-        InvalidRequestError: WORKER_ID_INVALID, or not exactly one address.
-        ServerUnavailableError: nobody answered in time.
+        InvalidRequestError: WORKER_ID_INVALID, no address, one twice, or no such placement.
+        ServerUnavailableError: a server did not answer in time.
 
     Example:
         >>> with ParameterServerSession(["127.0.0.1:2222"], worker_id="worker-0", is_chief=True) as session:
@@ -111,31 +107,36 @@ class ParameterServerSession:
         worker_id: str,
         is_chief: bool = False,
         connect_timeout_s: float = 30.0,
-        fragment_size_bytes: int = DEFAULT_FRAGMENT_SIZE_BYTES,
+        fragment_size_bytes: int | None = None,
         shared_memory: bool = True,
         reconnect_timeout_s: float = 60.0,
         init_from: str | Path | None = None,
         round_timeout_s: float | None = None,
+        placement: str = "balanced",
     ) -> None:
-        if isinstance(ps_hosts, str) or len(ps_hosts) != 1:
-            raise InvalidRequestError(f"ps_hosts is {ps_hosts!r}; give a list with the address of one parameter server")
+        _check_ps_hosts(ps_hosts)
         check_worker_id(worker_id)
+        if placement not in PLACEMENTS:
+            raise InvalidRequestError(f"there is no placement {placement!r}; choose one of {', '.join(PLACEMENTS)}")
         self.worker_id = worker_id
         self.is_chief = is_chief
         self.base_step: int | None = None
         """The `global_step` of the center that this worker has; None before the first pull or push."""
         self.num_workers: int | None = None
-        """How many workers a round of the server waits for; None before the first initialize or pull."""
+        """How many workers a round of the servers waits for; None before the first initialize or pull."""
+        self._addresses = tuple(ps_hosts)
         self._fragment_size_bytes = fragment_size_bytes
-        self._shared_memory = shared_memory
+        self._placement = placement
         self._round_timeout_s = round_timeout_s
         self._init_from = init_from
-        self._incarnation = uuid.uuid4().bytes
-        self._push_id = 0
-        self._manifest_id = ""
-        self._staging: Staging | None = None
-        self._shard = Shard(ps_hosts[0], connect_timeout_s)
-        self._patience = Patience(reconnect_timeout_s, lambda: self._shard.answered_at_s)
+        self._assembly: Assembly | None = None
+        worker = Worker(worker_id, uuid.uuid4().bytes, is_chief, shared_memory)
+        self._members = Members(self._addresses, worker, reconnect_timeout_s)
+        try:
+            self._members.each(lambda _, member: member.shard.connect(connect_timeout_s))
+        except BaseException:
+            self._members.close()
+            raise
 
     @classmethod
     def from_env(cls, **options: Any) -> ParameterServerSession:
@@ -166,15 +167,14 @@ class ParameterServerSession:
 
     def close(self) -> None:
         """Ends the session; the center stays where it is. Rounds with a quorum no longer wait for this worker."""
-        if self._push_id:
-            with contextlib.suppress(ModelAverageError):  # nobody has to hear it
-                self._shard.leave(self.worker_id, self._incarnation, Deadline(_LEAVE_TIMEOUT_S))
-        self._shard.close()
+        self._members.close()
 
     def initialize(
         self, variables: Mapping[str, ArrayLike], global_step: int = 0, timeout_s: float | None = None
     ) -> InitializeResult:
-        """Sets the center variables if they are not set yet. For the chief.
+        """Sets the center variables if they are not set yet. For the chief, who also decides what goes to which server.
+
+        If an earlier attempt reached only some of several servers, this one completes it.
 
         Args:
             variables: initial values by name: float32, float64, float16 or bfloat16 arrays of any shape. Their order
@@ -185,7 +185,9 @@ class ParameterServerSession:
         Raises:
             InvalidRequestError: MANIFEST_INVALID, GLOBAL_STEP_INVALID; this session is not the chief's; the file of
                 ``init_from`` cannot be read, or its variables are others than these.
-            ConflictError: MANIFEST_MISMATCH, naming the first variable that differs from the server's.
+            ConflictError: MANIFEST_MISMATCH, naming the first variable that differs from the servers', or the server
+                that does not belong to the others.
+            NotInitializedError: a server has lost its part of a center that has been averaged already.
         """
         if not self.is_chief:
             raise InvalidRequestError(f"{self.worker_id!r} is not the chief: only the chief initializes the center")
@@ -193,23 +195,16 @@ class ParameterServerSession:
         arrays = _as_arrays(variables)
         if self._init_from is not None:
             arrays = _read_like(arrays, self._init_from)
-        manifest = Manifest(_variables_of(arrays), self._fragment_size_bytes)
-        values = [_bytes_of(array) for array in arrays.values()]
-        header = pb.InitializeHeader(
-            worker_id=self.worker_id, manifest=wire.manifest_to_message(manifest), global_step=global_step
-        )
         deadline = Deadline(timeout_s)
-        response = self._patience.call(
-            lambda: self._shard.initialize(
-                header, lambda index: manifest.fragment_parts(index, values), manifest.fragment_count, deadline
-            ),
-            deadline,
-        )
-        if response.initialized:
-            self._adopt(manifest, response.manifest_id)
-            self.base_step = response.global_step
-        self.num_workers = response.num_workers
-        return InitializeResult(response.initialized, response.global_step)
+        whole = _variables_of(arrays)
+        values = [bytes_of(array) for array in arrays.values()]
+        proposal = Proposal(self.worker_id, whole, values, global_step, self._placement, self._fragment_size_bytes)
+        done = initialize(self._members, self._addresses, proposal, deadline)
+        self.num_workers = done.num_workers
+        if done.assembly is not None:
+            self._assembly = done.assembly
+            self.base_step = done.global_step
+        return InitializeResult(done.by_this_call, done.global_step)
 
     def pull(
         self,
@@ -218,6 +213,7 @@ class ParameterServerSession:
         *,
         expected: Mapping[str, ArrayLike] | None = None,
         copy: bool = True,
+        catch_up: bool = True,
     ) -> tuple[Mapping[str, _Array], int]:
         """Reads the center variables; what is trained from them has their `global_step` as its base step.
 
@@ -226,6 +222,9 @@ class ParameterServerSession:
             timeout_s: how long to wait altogether; None: as long as it takes.
             expected: arrays whose names, dtypes and shapes the center has to have.
             copy: False: the arrays are read-only and valid until the session's next call.
+            catch_up: if one of several servers is behind the others, because something died in the middle of a round,
+                and waits for this worker: push the center there as it is, which counts at the barrier and hardly in the
+                average. False, for who only watches: wait until others bring it up.
 
         Returns:
             The center variables by name, and `global_step`.
@@ -233,25 +232,20 @@ class ParameterServerSession:
         Raises:
             NotInitializedError: there is no center, and ``wait_initialized`` is False.
             DeadlineExceededError: there was none within ``timeout_s``.
-            ConflictError: MANIFEST_MISMATCH, naming the first variable in which ``expected`` differs.
+            ConflictError: MANIFEST_MISMATCH, naming the first variable in which ``expected`` differs, or the server
+                that does not belong to the others.
         """
-        request = pb.PullRequest(worker_id=self.worker_id, wait_initialized=wait_initialized)
-        step = 0
-
-        def staging_for(header: pb.CenterHeader) -> Staging:
-            nonlocal step
-            step = header.global_step
-            self.num_workers = header.num_workers
-            manifest = wire.manifest_from_message(header.manifest)
-            if expected is not None:
-                _in_order(_as_arrays(expected), manifest)
-            return self._adopt(manifest, header.manifest_id)
-
         deadline = Deadline(timeout_s)
-        self._patience.call(lambda: self._shard.pull(request, staging_for, deadline), deadline)
-        self.base_step = step
-        arrays = self._require_staging().arrays
-        return ({name: array.copy() for name, array in arrays.items()} if copy else arrays), step
+        shape = None if expected is None else _as_arrays(expected)
+        if len(self._members) == 1:
+            self._members.each(
+                lambda _, member: member.pull(wait_initialized, deadline, lambda header: self._adopt([header], shape))
+            )
+        else:
+            headers = self._members.each(lambda _, member: member.center_header(wait_initialized, deadline))
+            self._adopt(headers, shape)
+            self._members.pull(wait_initialized, catch_up, deadline)
+        return self._center(copy), self._common_step()
 
     def push_and_average(
         self,
@@ -287,82 +281,93 @@ class ParameterServerSession:
         """
         check_weight(weight)
         deadline = Deadline(self._round_timeout_s if timeout_s is None else timeout_s)
-        if self.base_step is None:
+        assembly = self._assembly
+        if self.base_step is None or assembly is None:
             raise NotInitializedError("pull the center (or initialize it) before the push", Reason.NOT_INITIALIZED)
-        staging = self._require_staging()
-        manifest = staging.manifest
+        manifest = assembly.manifest
         arrays = _in_order(_as_arrays(variables), manifest)
         # An array from a result that was not copied lies where the average is about to arrive.
-        values = [_bytes_of(array.copy() if staging.overlaps(array) else array) for array in arrays.values()]
+        values = [bytes_of(array.copy() if assembly.overlaps(array) else array) for array in arrays.values()]
         numbers = {variable.name: number for number, variable in enumerate(manifest.variables)}
         unknown = set(untouched) - numbers.keys()
         if unknown:
             raise InvalidRequestError(f"untouched names {min(unknown)!r}, which is no center variable")
-        self._push_id += 1
-        header = pb.PushHeader(
-            worker_id=self.worker_id,
-            incarnation=self._incarnation,
-            push_id=self._push_id,
-            is_chief=self.is_chief,
-            base_step=self.base_step,
-            local_step=local_step,
-            weight=weight,
-            manifest_id=self._manifest_id,
-            untouched_variables=sorted(numbers[name] for name in untouched),
-            accepts_shared_memory=self._shared_memory,
-        )
-        answer, center = self._push(header, staging, values, deadline, copy)
-        outcome = answer.outcome
-        self.base_step = outcome.global_step
+        untouched_numbers = assembly.cut_numbers({numbers[name] for name in untouched})
+        contributions = [
+            Contribution(part, numbers_there, weight, local_step)
+            for part, numbers_there in zip(assembly.cut(values), untouched_numbers, strict=True)
+        ]
+        outcomes = self._members.push(self.base_step, contributions, copy, deadline)
+        everywhere = frozenset.intersection(*(frozenset(outcome.contributors) for outcome in outcomes))
+        kept = assembly.join_numbers([outcome.untouched_variables for outcome in outcomes])
         return PushResult(
-            center,
-            outcome.global_step,
-            Outcome(outcome.outcome),
-            tuple(outcome.contributors),
-            outcome.waited_s,
-            frozenset(manifest.variables[number].name for number in outcome.untouched_variables),
+            self._center(copy),
+            self._common_step(),
+            _outcome_of(outcomes),
+            tuple(sorted(everywhere)),
+            max(outcome.waited_s for outcome in outcomes),
+            frozenset(manifest.variables[number].name for number in kept),
         )
 
     def status(self, timeout_s: float = 5.0) -> pb.GetStatusResponse:
-        """What the server is doing; the protocol's own message."""
-        return self._shard.status(Deadline(timeout_s))
+        """What the first server is doing; the protocol's own message."""
+        return self.statuses(timeout_s)[0]
 
-    def _push(
-        self, header: pb.PushHeader, staging: Staging, values: list[memoryview], deadline: Deadline, copy: bool
-    ) -> tuple[Answer, Mapping[str, _Array]]:
-        def attempt() -> tuple[Answer, Mapping[str, _Array]]:
-            answer = self._shard.push_and_average(
-                header, lambda index: staging.manifest.fragment_parts(index, values), staging, deadline
-            )
-            return answer, answer.center(copy)
+    def statuses(self, timeout_s: float = 5.0) -> list[pb.GetStatusResponse]:
+        """What each server is doing."""
+        return self._members.each(lambda _, member: member.shard.status(Deadline(timeout_s)))
 
-        restarts = 0
-        while True:
-            try:
-                return self._patience.call(attempt, deadline)
-            except RetryPushError:
-                # The round was started over for another worker's sake; the same push is as good as before.
-                restarts += 1
-                if restarts > _MAX_ROUND_RESTARTS:
-                    raise
-            except NotInitializedError as error:
-                raise NotInitializedError(
-                    f"the parameter server has lost the center variables ({error}); was it started again without its "
-                    "--checkpoint-dir? Local variables are untouched",
-                    error.reason,
-                ) from None
+    # How it is done.
 
-    def _require_staging(self) -> Staging:
-        if self._staging is None:
-            raise NotInitializedError("pull the center (or initialize it) before the push", Reason.NOT_INITIALIZED)
-        return self._staging
+    def _adopt(self, headers: Sequence[pb.CenterHeader], expected: Mapping[str, _Array] | None) -> None:
+        """These are the centers of the servers, from now on. Raises ConflictError unless they belong together."""
+        manifests = [wire.manifest_from_message(header.manifest) for header in headers]
+        assembly = self._assembly
+        if assembly is None or list(assembly.shards) != manifests:
+            assembly = Assembly(manifests, self._addresses)
+        if expected is not None:
+            _in_order(expected, assembly.manifest)
+        for header, address in zip(headers, self._addresses, strict=True):
+            if header.num_workers != headers[0].num_workers:
+                raise ConflictError(
+                    f"the parameter server at {address} was started with --num-workers {header.num_workers}, that at "
+                    f"{self._addresses[0]} with {headers[0].num_workers}"
+                )
+        for member, staging, header in zip(self._members, assembly.stagings, headers, strict=True):
+            member.adopt(staging, header.manifest_id)
+        self._assembly, self.num_workers = assembly, headers[0].num_workers
 
-    def _adopt(self, manifest: Manifest, manifest_id: str) -> Staging:
-        if self._staging is None or self._staging.manifest != manifest:
-            self._staging = Staging(manifest)
-        self._staging.begin()
-        self._manifest_id = manifest_id
-        return self._staging
+    def _center(self, copy: bool) -> Mapping[str, _Array]:
+        """The center that has come, by name."""
+        assembly = self._assembly
+        assert assembly is not None
+        arrays = assembly.join([member.elsewhere for member in self._members])
+        if not copy:
+            return arrays
+        return {name: array.copy() if assembly.overlaps(array) else array for name, array in arrays.items()}
+
+    def _common_step(self) -> int:
+        """The step of the center that has come; the base step from now on."""
+        (step,) = set(self._members.steps)
+        assert step is not None
+        self.base_step = step
+        return step
+
+
+def _check_ps_hosts(ps_hosts: Sequence[str]) -> None:
+    if isinstance(ps_hosts, str) or not ps_hosts:
+        raise InvalidRequestError(f"ps_hosts is {ps_hosts!r}; give a list of the parameter servers' addresses")
+    if len(ps_hosts) > MAX_SHARDS:
+        raise InvalidRequestError(f"ps_hosts has {len(ps_hosts)} addresses; at most {MAX_SHARDS} are possible")
+    twice = [host for position, host in enumerate(ps_hosts) if host in ps_hosts[:position]]
+    if twice:
+        raise InvalidRequestError(f"ps_hosts has {twice[0]!r} twice; give every parameter server once")
+
+
+def _outcome_of(outcomes: Sequence[pb.PushOutcome]) -> Outcome:
+    """How a push to several servers ended: as it did on that where it ended worst."""
+    ended = {Outcome(outcome.outcome) for outcome in outcomes}
+    return next(outcome for outcome in (Outcome.STALE, Outcome.ALREADY_COUNTED, Outcome.COMMITTED) if outcome in ended)
 
 
 def _as_arrays(variables: Mapping[str, ArrayLike]) -> dict[str, _Array]:
@@ -395,9 +400,3 @@ def _in_order(arrays: Mapping[str, _Array], manifest: Manifest) -> dict[str, _Ar
     if difference is not None:
         raise ConflictError(f"{difference}; give all workers the same model", Reason.MANIFEST_MISMATCH)
     return ordered
-
-
-def _bytes_of(array: _Array) -> memoryview:
-    """The raw little-endian bytes of an array; a view wherever its memory allows."""
-    little = DTYPES[dtype_name(array.dtype)]
-    return np.ascontiguousarray(array, little).reshape(-1).view(np.uint8).data

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -40,28 +41,27 @@ FragmentSource = Callable[[int], Iterable[memoryview]]
 
 @dataclass(frozen=True)
 class Answer:
-    """How a push ended, and where the center lies that came with it."""
+    """How a push ended, and where the center lies that came with it.
+
+    Args:
+        outcome: the server's last word.
+        loan: the shared memory that the center lies in; None: it lies in the staging buffer.
+    """
 
     outcome: pb.PushOutcome
-    staging: Staging
     loan: Loan | None
 
-    def center(self, copy: bool) -> Mapping[str, NDArray[Any]]:
-        """The center variables by name; read-only and only until the next push unless they are copied.
+    def elsewhere(self, copy: bool) -> Mapping[str, NDArray[Any]] | None:
+        """The center variables by name if they did not arrive in the staging buffer; read-only and only until the next
+        push unless they are copied.
 
         Raises:
             RetryPushError: a later round has written over them while they were copied.
         """
-        if self.loan is None:
-            arrays = self.staging.arrays
-        else:
-            arrays = self.loan.arrays
-            self.staging.release()
-        if not copy:
-            return arrays
-        copies = {name: array.copy() for name, array in arrays.items()}
-        if self.loan is not None:
-            self.loan.check_intact()
+        if self.loan is None or not copy:
+            return None if self.loan is None else self.loan.arrays
+        copies = {name: array.copy() for name, array in self.loan.arrays.items()}
+        self.loan.check_intact()
         return copies
 
 
@@ -92,20 +92,21 @@ def _as_is(message: bytes) -> bytes:
 
 
 class Shard:
-    """A connection to one parameter server.
+    """A connection to one parameter server. For one thread at a time, but for `stop`.
 
     Args:
         address: HOST:PORT, or anything that gRPC resolves.
-        connect_timeout_s: how long to wait for the server to be there.
 
-    Raises:
-        ServerUnavailableError: nobody answered in that time.
+    Attributes:
+        stopped: set while whatever is under way has to end.
     """
 
-    def __init__(self, address: str, connect_timeout_s: float) -> None:
+    def __init__(self, address: str) -> None:
         self.address = address
         self.answered_at_s = time.monotonic()
         """When the server was last heard of, on the monotonic clock."""
+        self.stopped = threading.Event()
+        self._under_way: grpc.Call | None = None
         self._lent = LentMemory()
         self._next_push_lent: Segment | None = None  # the contribution memory that the next push may fill at once
         self._next_push_follows = False  # whether its fragments may follow its header at once
@@ -116,17 +117,23 @@ class Shard:
         self._push = self._channel.stream_stream(f"/{wire.SERVICE}/PushAndAverage", _as_is, _as_is)
         self._leave = self._channel.unary_unary(f"/{wire.SERVICE}/Leave", _as_is, _as_is)
         self._get_status = self._channel.unary_unary(f"/{wire.SERVICE}/GetStatus", _as_is, _as_is)
+
+    def connect(self, timeout_s: float) -> None:
+        """Waits for the server to be there. Raises ServerUnavailableError if nobody answers in that time."""
         try:
-            self.status(Deadline(connect_timeout_s), wait_for_ready=True)
+            self.status(Deadline(timeout_s), wait_for_ready=True)
         except DeadlineExceededError:
-            self.close()
             raise ServerUnavailableError(
-                f"no parameter server answers at {address} (waited {connect_timeout_s:g} s); "
+                f"no parameter server answers at {self.address} (waited {timeout_s:g} s); "
                 "is `ps-server serve` running there?"
             ) from None
-        except BaseException:
-            self.close()
-            raise
+
+    def stop(self) -> None:
+        """Ends the call that is under way, and those that are begun until `stopped` is cleared. From any thread."""
+        self.stopped.set()
+        call = self._under_way
+        if call is not None:
+            call.cancel()  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
         """Ends whatever is under way."""
@@ -143,32 +150,41 @@ class Shard:
                 yield wire.encode_fragment(index, fragments(index))
 
         with self._faults(deadline, "the center was not initialized"):
-            answer: bytes = self._initialize(requests(), timeout=deadline.left_s)
+            call = self._initialize.future(requests(), timeout=deadline.left_s)
+            with self._ending(call):
+                answer: bytes = call.result()
         return wire.parse(pb.InitializeResponse, answer)
 
     def pull(
         self, request: pb.PullRequest, staging_for: Callable[[pb.CenterHeader], Staging], deadline: Deadline
     ) -> None:
         """Reads the center into the staging buffer that ``staging_for`` gives for its header."""
-        with self._faults(deadline, "the center was not initialized and sent; is the chief running?"):
-            messages = self._pull(request.SerializeToString(), timeout=deadline.left_s)
-            try:
-                staging = self._receive_center(iter(messages), staging_for)
-                self.answered_at_s = time.monotonic()
-            finally:
-                messages.cancel()  # type: ignore[no-untyped-call]
+        with self._pulling(request, deadline) as messages:
+            staging = staging_for(self._center_header(messages))
+            for data in messages:
+                fragment = wire.read_fragment(pb.PullResponse, data)
+                if isinstance(fragment, tuple):
+                    staging.receive(*fragment)
+            self.answered_at_s = time.monotonic()
         staging.check_complete()
 
-    def _receive_center(self, messages: Iterator[bytes], staging_for: Callable[[pb.CenterHeader], Staging]) -> Staging:
+    def center_header(self, request: pb.PullRequest, deadline: Deadline) -> pb.CenterHeader:
+        """What the center is, without its values."""
+        with self._pulling(request, deadline) as messages:
+            return self._center_header(messages)
+
+    @contextmanager
+    def _pulling(self, request: pb.PullRequest, deadline: Deadline) -> Iterator[Iterator[bytes]]:
+        with self._faults(deadline, "the center was not initialized and sent; is the chief running?"):
+            messages = self._pull(request.SerializeToString(), timeout=deadline.left_s)
+            with self._ending(messages):
+                yield iter(messages)
+
+    def _center_header(self, messages: Iterator[bytes]) -> pb.CenterHeader:
         header = wire.read_fragment(pb.PullResponse, next(messages, b""))
         if isinstance(header, tuple) or header.WhichOneof("message") != "header":
             raise ProtocolError(f"{self.address} sent a center without a header; is it a parameter server?")
-        staging = staging_for(header.header)
-        for data in messages:
-            fragment = wire.read_fragment(pb.PullResponse, data)
-            if isinstance(fragment, tuple):
-                staging.receive(*fragment)
-        return staging
+        return header.header
 
     def push_and_average(
         self, header: pb.PushHeader, fragments: FragmentSource, staging: Staging, deadline: Deadline
@@ -220,6 +236,7 @@ class Shard:
         with self._faults(deadline, f"the round did not commit (base step {header.base_step})"):
             messages = self._push(requests(), timeout=deadline.left_s)
             try:
+                self._begin(messages)
                 for data in messages:
                     self.answered_at_s = time.monotonic()
                     message = wire.read_fragment(pb.PushAndAverageResponse, data)
@@ -242,9 +259,9 @@ class Shard:
                             raise ProtocolError(f"{self.address} sent an outcome that this client does not know")
                         self._next_push_lent = None if loan is None else loan.contribution
                         self._next_push_follows = loan is None and message.outcome.outcome == pb.OUTCOME_COMMITTED
-                        return Answer(message.outcome, staging, loan if shared else None)
+                        return Answer(message.outcome, loan if shared else None)
             finally:
-                messages.cancel()  # type: ignore[no-untyped-call]
+                self._end(messages)
                 admitted.put((fragment_count, None))  # lets the requests end if no admission ever came
                 copying.end()
         raise ProtocolError(f"{self.address} ended a push without an outcome; is it a parameter server?")
@@ -259,8 +276,28 @@ class Shard:
         """What the server is doing."""
         request = pb.GetStatusRequest().SerializeToString()
         with self._faults(deadline, "no status came"):
-            answer: bytes = self._get_status(request, timeout=deadline.left_s, wait_for_ready=wait_for_ready)
+            call = self._get_status.future(request, timeout=deadline.left_s, wait_for_ready=wait_for_ready)
+            with self._ending(call):
+                answer: bytes = call.result()
         return wire.parse(pb.GetStatusResponse, answer)
+
+    def _begin(self, call: grpc.Call) -> None:
+        self._under_way = call
+        if self.stopped.is_set():
+            call.cancel()  # type: ignore[no-untyped-call]
+
+    def _end(self, call: grpc.Call) -> None:
+        self._under_way = None
+        call.cancel()  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def _ending(self, call: grpc.Call) -> Iterator[None]:
+        """The call ends with this context, or when `stop` says so."""
+        try:
+            self._begin(call)
+            yield
+        finally:
+            self._end(call)
 
     @contextmanager
     def _faults(self, deadline: Deadline, late: str) -> Iterator[None]:
@@ -269,6 +306,8 @@ class Shard:
             yield
         except grpc.RpcError as error:
             raise self._fault(error, deadline, late) from None
+        except grpc.FutureCancelledError:
+            raise ModelAverageError(f"the call to {self.address} was ended here") from None
         except ValueError as error:
             if "closed" not in str(error):  # gRPC's words for a channel that was closed
                 raise

@@ -12,33 +12,49 @@ from numpy.typing import NDArray
 from modelaverage.errors import ProtocolError
 from modelaverage.manifest import Manifest
 
-__all__ = ["Staging", "read_only"]
+__all__ = ["Memory", "Staging", "read_only"]
+
+
+class Memory:
+    """Bytes for the centers of all shards, one behind the other; made when the first fragment arrives."""
+
+    def __init__(self, size_bytes: int) -> None:
+        self._size_bytes = size_bytes
+
+    @cached_property
+    def bytes(self) -> NDArray[np.uint8]:
+        """All of it; uint8."""
+        return np.zeros(self._size_bytes, np.uint8)
+
+    def overlaps(self, array: NDArray[Any]) -> bool:
+        """Whether an array may lie in it."""
+        return "bytes" in self.__dict__ and np.may_share_memory(array, self.bytes)
+
+    def release(self) -> None:
+        """Gives it back until a center arrives inline again."""
+        self.__dict__.pop("bytes", None)
 
 
 class Staging:
-    """A flat buffer for one center, used again for every round; made when the first fragment arrives."""
+    """Room for one shard's center, used again for every round.
 
-    def __init__(self, manifest: Manifest) -> None:
+    Args:
+        manifest: of the shard.
+        memory: where the room is.
+        start: its first byte there, a multiple of 8.
+    """
+
+    def __init__(self, manifest: Manifest, memory: Memory, start: int = 0) -> None:
         self.manifest = manifest
+        self._memory = memory
+        self._start = start
         self._received = 0
 
-    @cached_property
-    def _bytes(self) -> NDArray[np.uint8]:
-        return np.zeros(self.manifest.buffer_size_bytes, np.uint8)
-
-    @cached_property
+    @property
     def arrays(self) -> Mapping[str, NDArray[Any]]:
         """The variables in it, by name; views that cannot be written to."""
-        return read_only(self.manifest.arrays(self._bytes))
-
-    def overlaps(self, array: NDArray[Any]) -> bool:
-        """Whether an array may lie in this buffer."""
-        return "_bytes" in self.__dict__ and np.may_share_memory(array, self._bytes)
-
-    def release(self) -> None:
-        """Gives the memory back until a center arrives inline again."""
-        self.__dict__.pop("arrays", None)
-        self.__dict__.pop("_bytes", None)
+        end = self._start + self.manifest.buffer_size_bytes
+        return read_only(self.manifest.arrays(self._memory.bytes[self._start : end]))
 
     def begin(self) -> None:
         """A new center begins to arrive."""
@@ -51,7 +67,7 @@ class Staging:
         start, end = self.manifest.fragment_bounds(index)
         if len(data) != end - start:
             raise ProtocolError(f"the server sent {len(data)} bytes for fragment {index}, which has {end - start}")
-        self._bytes[start:end] = np.frombuffer(data, np.uint8)
+        self._memory.bytes[self._start + start : self._start + end] = np.frombuffer(data, np.uint8)
         self._received += 1
 
     def receive_elsewhere(self, first: int, count: int) -> None:

@@ -35,11 +35,13 @@ _STATUS_EXAMPLES = """\
 examples:
   ps-server status 127.0.0.1:2222
   ps-server status 127.0.0.1:2222 --json | jq .waiting_for
+  ps-server status ps0:2222 ps1:2222                   a job with two servers
 """
 _EXPORT_EXAMPLES = """\
 examples:
   ps-server export center/ model.safetensors           the newest usable checkpoint; a server may be using the directory
   ps-server export 127.0.0.1:2222 model.safetensors    what a server has now
+  ps-server export ps0:2222 ps1:2222 model.safetensors   the whole model of a job with two servers, in their order
 """
 
 
@@ -136,13 +138,19 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser(
         "status",
-        help="show what a server is doing and for whom it waits",
-        description="Shows phase, global_step, whom the round waits for, and every worker.",
+        help="show what servers are doing and for whom they wait",
+        description="Shows phase, global_step, whom the round waits for, and every worker; one server after the other.",
         epilog=_STATUS_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.add_argument("address", metavar="ADDRESS", help="HOST:PORT or unix:PATH of the server")
-    command.add_argument("--json", action="store_true", help="the whole status as JSON, times in s, sizes in bytes")
+    command.add_argument(
+        "addresses", nargs="+", metavar="ADDRESS", help="HOST:PORT or unix:PATH of a server; any number of them"
+    )
+    command.add_argument(
+        "--json",
+        action="store_true",
+        help="the whole status as JSON, times in s, sizes in bytes; a list if there are several servers",
+    )
     command.add_argument(
         "--timeout-s",
         type=_seconds,
@@ -160,7 +168,12 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXPORT_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.add_argument("source", metavar="SOURCE", help="a --checkpoint-dir, or HOST:PORT or unix:PATH of a server")
+    command.add_argument(
+        "sources",
+        nargs="+",
+        metavar="SOURCE",
+        help="a --checkpoint-dir, or HOST:PORT or unix:PATH of a server; of a job with several servers all, in order",
+    )
     command.add_argument("out", type=Path, metavar="OUT.safetensors", help="replaced if it exists, once all is written")
     command.add_argument(
         "--timeout-s",
@@ -218,18 +231,22 @@ def _round_policy(arguments: argparse.Namespace) -> RoundPolicy:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    try:
-        answer = status.fetch(arguments.address, arguments.timeout_s)
-    except status.NoAnswerError as error:
-        print(f"ps-server: {error}", file=sys.stderr)
-        return 1
-    print(status.as_json(answer) if arguments.json else status.as_text(answer))
-    return 0
+    answers = []
+    for address in arguments.addresses:
+        try:
+            answers.append(status.fetch(address, arguments.timeout_s))
+        except status.NoAnswerError as error:
+            print(f"ps-server: {error}", file=sys.stderr)
+    if arguments.json and answers:
+        print(status.as_json(answers))
+    elif answers:
+        print("\n\n".join(map(status.as_text, answers)))
+    return 0 if len(answers) == len(arguments.addresses) else 1
 
 
 def _export(arguments: argparse.Namespace) -> int:
     try:
-        global_step = export(arguments.source, arguments.out, arguments.timeout_s)
+        global_step = export(arguments.sources, arguments.out, arguments.timeout_s)
     except ExportError as error:
         print(f"ps-server: {error}", file=sys.stderr)
         return 1

@@ -17,7 +17,7 @@ import logging
 import os
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from modelaverage.checks import check_global_step
 from modelaverage.errors import ModelAverageError
-from modelaverage.manifest import ALIGNMENT_BYTES, Manifest, Variable, dtype_name
+from modelaverage.manifest import ALIGNMENT_BYTES, Manifest, Part, Shard, Variable, dtype_name
 
 __all__ = [
     "Checkpoint",
@@ -87,6 +87,7 @@ def write_fresh(directory: Path, checkpoint: Checkpoint) -> Path:
         "contributors": json.dumps(checkpoint.contributors),
         "counted": json.dumps({w: [key.hex(), number] for w, (key, number) in (checkpoint.counted or {}).items()}),
         "boot_id": _boot_id(),
+        **_shard_to_fields(checkpoint.manifest),
     }
     path = directory / f"center-{checkpoint.global_step:020d}.fresh.safetensors"
     save(path, checkpoint.arrays, about)
@@ -174,20 +175,28 @@ def load_latest(directory: Path) -> Checkpoint | None:
     return checkpoint
 
 
-def find_latest(directory: Path) -> tuple[tuple[Path, Checkpoint] | None, list[tuple[Path, Exception]]]:
+def find_latest(
+    directory: Path, at_most: int | None = None
+) -> tuple[tuple[Path, Checkpoint] | None, list[tuple[Path, Exception]]]:
     """The newest usable checkpoint, and which newer ones are not, and why. Changes nothing: a server may be at work
     there.
+
+    Args:
+        directory: where checkpoints lie.
+        at_most: only of this `global_step` or before.
 
     Raises:
         OSError: the directory cannot be read.
     """
     passed_over = list[tuple[Path, Exception]]()
     for path in _newest_first(directory):
+        if at_most is not None and _step_of(path) > at_most:
+            continue
         try:
             return (path, read(path)), passed_over
         except (CheckpointError, OSError) as error:
             if not os.path.lexists(path):  # it has another name by now, or was overtaken
-                return find_latest(directory)
+                return find_latest(directory, at_most)
             passed_over.append((path, error))
     return None, passed_over
 
@@ -216,9 +225,13 @@ def read(path: Path) -> Checkpoint:
             check_global_step(step)
             if step != int(match[1]):
                 raise CheckpointError(f"its name is not that of global_step {step}")
-            variables = tuple(Variable(name, dtype_name(a.dtype), a.shape) for name, a in arrays.items())
+            shard, parts = _shard_from_fields(about, len(names))
+            variables = tuple(
+                Variable(name, dtype_name(array.dtype), array.shape, part)
+                for (name, array), part in zip(arrays.items(), parts, strict=True)
+            )
             return Checkpoint(
-                Manifest(variables, int(about["fragment_size_bytes"])),
+                Manifest(variables, int(about["fragment_size_bytes"]), shard),
                 arrays,
                 step,
                 tuple(json.loads(about["contributors"])),
@@ -226,6 +239,25 @@ def read(path: Path) -> Checkpoint:
             )
     except (safetensors.SafetensorError, ModelAverageError, *_FOREIGN_CONTENT) as error:
         raise CheckpointError(f"it is damaged ({error})") from None
+
+
+def _shard_to_fields(manifest: Manifest) -> dict[str, str]:
+    shard = manifest.shard
+    if shard is None:
+        return {}
+    parts = [variable.part for variable in manifest.variables]
+    return {
+        "shard": json.dumps([shard.index, shard.count, shard.job_id.hex()]),
+        "parts": json.dumps([[part.variable, part.start, part.shape] for part in parts if part is not None]),
+    }
+
+
+def _shard_from_fields(about: Mapping[str, str], num_variables: int) -> tuple[Shard | None, Sequence[Part | None]]:
+    if "shard" not in about:
+        return None, [None] * num_variables
+    index, count, job_id = json.loads(about["shard"])
+    parts = [Part(number, start, tuple(shape)) for number, start, shape in json.loads(about["parts"])]
+    return Shard(index, count, bytes.fromhex(job_id)), parts
 
 
 def _newest_first(directory: Path) -> list[Path]:

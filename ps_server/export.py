@@ -1,9 +1,11 @@
-"""Takes the center out of a directory of checkpoints or a running server, and writes it for others to read."""
+"""Takes the center out of directories of checkpoints or running servers, and writes it for others to read."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from numpy.typing import NDArray
 
 from modelaverage import wire
 from modelaverage.errors import REASON_METADATA_KEY, ModelAverageError
+from modelaverage.manifest import Manifest
+from modelaverage.placement import assemble, gather
 from modelaverage.tuning import CHANNEL_OPTIONS
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.checkpoint import find_latest, save
@@ -20,18 +24,29 @@ from ps_server.checkpoint import find_latest, save
 __all__ = ["ExportError", "export"]
 
 _WORKER_ID = "ps-server export"  # a server wants to know who pulls
-_Arrays = Mapping[str, NDArray[Any]]
+# Shards of a running job are read at the same moment; now and then a round commits on some of them just then.
+_MAX_TRIES = 20
 
 
 class ExportError(Exception):
     """There is nothing to export, or nowhere to write it; one line that says why."""
 
 
-def export(source: str, out: Path, timeout_s: float) -> int:
+@dataclass(frozen=True)
+class _Center:
+    """What one source has."""
+
+    manifest: Manifest
+    arrays: Mapping[str, NDArray[Any]]
+    global_step: int
+
+
+def export(sources: Sequence[str], out: Path, timeout_s: float) -> int:
     """Writes the center variables as they are to a safetensors file, and their `global_step` to its metadata.
 
     Args:
-        source: a directory of checkpoints, which a server may be using; or the address of a server.
+        sources: directories of checkpoints, which servers may be using, or addresses of servers; of a job with several
+            servers all of them, in order.
         out: written beside and renamed.
         timeout_s: how long a server may take until it begins to send.
 
@@ -45,17 +60,40 @@ def export(source: str, out: Path, timeout_s: float) -> int:
         raise ExportError(f"cannot write {out}: it is a directory")
     if not out.parent.is_dir():
         raise ExportError(f"cannot write {out}: there is no directory {out.parent}")
-    if Path(source).is_dir():
-        arrays, global_step = _read(Path(source))
-    elif _is_address(source):
-        arrays, global_step = _pull(source, timeout_s)
-    else:
-        raise ExportError(f"{source} is neither a directory nor a server's address (HOST:PORT or unix:PATH)")
+    centers = _of_one_step(sources, timeout_s)
     try:
-        save(out, arrays, {"global_step": str(global_step)})
+        whole = assemble([center.manifest for center in centers], sources)
+    except ModelAverageError as error:
+        raise ExportError(str(error)) from None
+    global_step = centers[0].global_step
+    try:
+        save(out, gather(whole, [center.arrays for center in centers]), {"global_step": str(global_step)})
     except OSError as error:
         raise ExportError(f"cannot write {out}: {error.strerror or error}") from None
     return global_step
+
+
+def _of_one_step(sources: Sequence[str], timeout_s: float) -> list[_Center]:
+    """What all sources have, of one `global_step`: the newest that all of them have."""
+    at_most: int | None = None
+    with ThreadPoolExecutor(len(sources)) as threads:
+        for _ in range(_MAX_TRIES):
+            read = [_reader(source, at_most, timeout_s) for source in sources]
+            centers = [future.result() for future in [threads.submit(one) for one in read]]
+            steps = [center.global_step for center in centers]
+            if len(set(steps)) == 1:
+                return centers
+            at_most = min(steps)
+    found = ", ".join(f"{source}: {step}" for source, step in zip(sources, steps, strict=True))
+    raise ExportError(f"there is no global_step of which all have a center ({found})")
+
+
+def _reader(source: str, at_most: int | None, timeout_s: float) -> Callable[[], _Center]:
+    if Path(source).is_dir():
+        return lambda: _read(Path(source), at_most)
+    if _is_address(source):
+        return lambda: _pull(source, timeout_s)
+    raise ExportError(f"{source} is neither a directory nor a server's address (HOST:PORT or unix:PATH)")
 
 
 def _is_address(source: str) -> bool:
@@ -63,19 +101,20 @@ def _is_address(source: str) -> bool:
     return source.startswith("unix:") or (bool(colon and host) and port.isdecimal() and "/" not in host)
 
 
-def _read(directory: Path) -> tuple[_Arrays, int]:
+def _read(directory: Path, at_most: int | None) -> _Center:
     try:
-        found, passed_over = find_latest(directory)
+        found, passed_over = find_latest(directory, at_most)
     except OSError as error:
         raise ExportError(f"cannot read {directory}: {error.strerror or error}") from None
     if found is None:
         newest = "".join(f"; of the newest, {path.name}: {error}" for path, error in passed_over[:1])
-        raise ExportError(f"there is no usable checkpoint in {directory}{newest}")
+        of_step = "" if at_most is None else f" of global_step {at_most} or before, as another server has"
+        raise ExportError(f"there is no usable checkpoint in {directory}{of_step}{newest}")
     _, checkpoint = found
-    return checkpoint.arrays, checkpoint.global_step
+    return _Center(checkpoint.manifest, checkpoint.arrays, checkpoint.global_step)
 
 
-def _pull(address: str, timeout_s: float) -> tuple[_Arrays, int]:
+def _pull(address: str, timeout_s: float) -> _Center:
     with grpc.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
         rpc = channel.unary_stream(f"/{wire.SERVICE}/Pull", _as_is, _as_is)
         call = rpc(pb.PullRequest(worker_id=_WORKER_ID).SerializeToString(), wait_for_ready=True)
@@ -93,7 +132,7 @@ def _pull(address: str, timeout_s: float) -> tuple[_Arrays, int]:
             call.cancel()  # type: ignore[no-untyped-call]
 
 
-def _receive(messages: Iterator[bytes], patience: threading.Timer) -> tuple[_Arrays, int]:
+def _receive(messages: Iterator[bytes], patience: threading.Timer) -> _Center:
     opening = next(messages, b"")
     patience.cancel()
     header = wire.parse(pb.PullResponse, opening).header
@@ -105,7 +144,7 @@ def _receive(messages: Iterator[bytes], patience: threading.Timer) -> tuple[_Arr
         if not isinstance(fragment, tuple) or fragment[0] != index or len(fragment[1]) != end - start:
             raise ModelAverageError(f"it did not send fragment {index} of {manifest.fragment_count} as it should")
         buffer[start:end] = np.frombuffer(fragment[1], np.uint8)
-    return manifest.arrays(buffer), header.global_step
+    return _Center(manifest, manifest.arrays(buffer), header.global_step)
 
 
 def _reason(error: grpc.RpcError, address: str, timeout_s: float) -> str:

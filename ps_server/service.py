@@ -142,8 +142,9 @@ class ParameterServerService:
                 self._job = self._new_job(center, round_)
                 initialized = True
                 _log.info(
-                    "center initialized by %r: %d variables, %d bytes, global_step %d",
+                    "center initialized by %r: %s%d variables, %d bytes, global_step %d",
                     header.worker_id,
+                    "" if manifest.shard is None else f"{manifest.shard}, ",
                     len(manifest.variables),
                     manifest.size_bytes,
                     header.global_step,
@@ -163,6 +164,7 @@ class ParameterServerService:
             global_step=job.round.global_step,
             manifest_id=job.manifest.id,
             num_workers=self._policy.round.num_workers,
+            shard=wire.shard_to_message(job.manifest.shard),
         )
 
     def _new_job(self, center: Center, round_: Round) -> Job:
@@ -287,6 +289,9 @@ class ParameterServerService:
             status.global_step = job.round.global_step
             status.model_size_bytes = job.manifest.size_bytes
             status.manifest_id = job.manifest.id
+            shard = wire.shard_to_message(job.manifest.shard)
+            if shard is not None:
+                status.shard.CopyFrom(shard)
             status.last_round_s = job.last_round_s
             status.rounds_restarted = job.rounds_restarted
             status.rounds_without_all = job.rounds_without_all

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import grpc
@@ -35,9 +36,10 @@ def fetch(address: str, timeout_s: float) -> pb.GetStatusResponse:
     return answer
 
 
-def as_json(status: pb.GetStatusResponse) -> str:
-    """Every field under its name in the protocol; numbers as numbers."""
-    return json.dumps(_plain(status), indent=2)
+def as_json(statuses: Sequence[pb.GetStatusResponse]) -> str:
+    """Every field under its name in the protocol; numbers as numbers, bytes in hex. A list if there are several."""
+    plain = [_plain(status) for status in statuses]
+    return json.dumps(plain if len(plain) > 1 else plain[0], indent=2)
 
 
 def _plain(message: Message) -> dict[str, Any]:
@@ -46,10 +48,12 @@ def _plain(message: Message) -> dict[str, Any]:
         value = getattr(message, field.name)
         if field.enum_type is not None:
             plain[field.name] = field.enum_type.values_by_number[value].name
+        elif field.is_repeated:
+            plain[field.name] = [_plain(item) if field.message_type else item for item in value]
         elif field.message_type is not None:
-            plain[field.name] = [_plain(item) for item in value]
+            plain[field.name] = _plain(value) if message.HasField(field.name) else None
         else:
-            plain[field.name] = list(value) if field.is_repeated else value
+            plain[field.name] = value.hex() if isinstance(value, bytes) else value
     return plain
 
 
@@ -60,7 +64,7 @@ def as_text(status: pb.GetStatusResponse) -> str:
         f"phase        {phase}",
         f"global_step  {status.global_step}",
         f"workers      {_workers(status)}",
-        f"model        {_size(status.model_size_bytes)}",
+        f"model        {_size(status.model_size_bytes)}{_shard(status)}",
         f"received     {_size(status.received_bytes)}, sent {_size(status.sent_bytes)}",
         f"up           {status.uptime_s:.1f} s, last round {status.last_round_s:.3f} s, "
         f"{status.rounds_restarted} rounds restarted, {status.stale_pushes} stale pushes",
@@ -87,6 +91,12 @@ def as_text(status: pb.GetStatusResponse) -> str:
             f"{worker.pushes_counted} pushes counted, last seen {worker.last_seen_age_s:.1f} s ago{notes}"
         )
     return "\n".join(lines)
+
+
+def _shard(status: pb.GetStatusResponse) -> str:
+    if not status.HasField("shard"):
+        return ""
+    return f", shard {status.shard.index} of {status.shard.count} of job {status.shard.job_id.hex()[:8]}"
 
 
 def _workers(status: pb.GetStatusResponse) -> str:

@@ -17,8 +17,12 @@ import pytest
 import safetensors.torch
 import torch
 
+from ma_client import ParameterServerSession
+from ma_client.assembly import Assembly
+from ma_client.raw import bytes_of
 from modelaverage import wire
-from modelaverage.manifest import Manifest, Variable, dtype_name
+from modelaverage.manifest import DTYPES, Manifest, Variable, dtype_name
+from modelaverage.placement import place
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.__main__ import main
 from ps_server.checkpoint import Checkpoint, make_durable, write_fresh
@@ -285,6 +289,57 @@ def test_a_name_that_the_format_cannot_hold_is_an_error(out: Path, export: Expor
 # The command line.
 
 
+def sharded(directory: Path, arrays: Arrays, *steps: int) -> list[Path]:
+    """Directories of as many shards, the checkpoints of each ending at its step."""
+    variables = tuple(Variable(name, dtype_name(array.dtype), array.shape) for name, array in arrays.items())
+    shards = place(Manifest(variables, 16), len(steps), "balanced", b"sixteen bytes...")
+    values = Assembly(shards, ["?"] * len(steps)).cut([bytes_of(array) for array in arrays.values()])
+    directories = []
+    for index, (shard, last) in enumerate(zip(shards, steps, strict=True)):
+        directories.append(directory / f"ps{index}")
+        directories[-1].mkdir()
+        parts = {
+            variable.name: np.frombuffer(value, DTYPES[variable.dtype]).reshape(variable.shape)
+            for variable, value in zip(shard.variables, values[index], strict=True)
+        }
+        for step in range(last - 1, last + 1):
+            write_fresh(directories[-1], Checkpoint(shard, parts, step))
+    return directories
+
+
+def test_the_checkpoints_of_all_shards_make_the_whole_model(export: Export, out: Path, tmp_path: Path) -> None:
+    assert export(*sharded(tmp_path, SPECIAL, 7, 7, 7), out)[0] == 0
+    assert_is(out, SPECIAL, 7)
+
+
+def test_of_shards_at_different_steps_the_newest_common_one_is_exported(
+    export: Export, out: Path, tmp_path: Path
+) -> None:
+    assert export(*sharded(tmp_path, SPECIAL, 7, 8), out)[0] == 0
+    assert_is(out, SPECIAL, 7)
+
+
+def test_shards_without_a_common_step_are_refused(export: Export, out: Path, tmp_path: Path) -> None:
+    directories = sharded(tmp_path, SPECIAL, 3, 8)
+    assert_fails(export(*directories, out), directories[1], 3)
+    assert not out.exists()
+
+
+def test_some_of_the_shards_are_not_exported_as_the_model(export: Export, out: Path, tmp_path: Path) -> None:
+    directories = sharded(tmp_path, SPECIAL, 7, 7)
+    assert_fails(export(directories[1], out), directories[1], "shard 1 of 2")
+    assert_fails(export(*directories[::-1], out), directories[1], "order")
+    assert not out.exists()
+
+
+def test_a_running_job_of_several_servers_is_exported(export: Export, out: Path, start_server: StartServer) -> None:
+    addresses = [start_server(1).address for _ in range(3)]
+    with ParameterServerSession(addresses, worker_id="worker-0", is_chief=True, fragment_size_bytes=16) as session:
+        session.initialize(SPECIAL, global_step=STEP)
+    assert export(*addresses, out)[0] == 0
+    assert_is(out, SPECIAL, STEP)
+
+
 def test_help_has_units_and_examples(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["export", "--help"])
@@ -292,7 +347,7 @@ def test_help_has_units_and_examples(capsys: pytest.CaptureFixture[str]) -> None
     text = capsys.readouterr().out
     for shown in ("SOURCE", "OUT.safetensors", "--timeout-s SECONDS", "(30.0)", "examples:"):
         assert shown in text
-    assert text.partition("examples:")[2].count("ps-server export") == 2
+    assert text.partition("examples:")[2].count("ps-server export") == 3
 
 
 @pytest.mark.parametrize(

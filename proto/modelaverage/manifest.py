@@ -3,6 +3,9 @@
 A manifest is the ordered list of center variables. The flat buffer holds their raw little-endian, row-major bytes in
 that order, each variable at the next multiple of 8 bytes (the largest element), so that no element straddles two
 fragments and every element is aligned. The protocol file states the same for authors of other clients.
+
+When several servers share a model, each has a manifest of its own, of the parts that lie there; how variables get there
+and back together is placement.py's.
 """
 
 from __future__ import annotations
@@ -24,12 +27,16 @@ __all__ = [
     "ALIGNMENT_BYTES",
     "DEFAULT_FRAGMENT_SIZE_BYTES",
     "DTYPES",
+    "JOB_ID_BYTES",
     "MAX_DIMENSIONS",
     "MAX_FRAGMENTS",
     "MAX_FRAGMENT_SIZE_BYTES",
     "MAX_NAME_BYTES",
+    "MAX_SHARDS",
     "Manifest",
+    "Part",
     "Piece",
+    "Shard",
     "Variable",
     "dtype_name",
     "first_difference",
@@ -46,6 +53,8 @@ _PADDING = memoryview(bytes(ALIGNMENT_BYTES))
 _MAX_MODEL_BYTES = 2**63 - 1
 # Bounds what a header alone can make a server allocate; 512 GiB at the largest fragment size.
 MAX_FRAGMENTS = 1 << 18
+MAX_SHARDS = 4096
+JOB_ID_BYTES = 16
 
 # What can be averaged, by name. bfloat16 is not a numpy type of its own; ml_dtypes is where JAX has it from, too.
 DTYPES: dict[str, np.dtype[np.generic]] = {
@@ -62,13 +71,57 @@ def dtype_name(dtype: np.dtype[np.generic]) -> str:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Where a shard's variable belongs in the whole model.
+
+    Args:
+        variable: index of the whole variable in the whole model's manifest.
+        start: the first element that lies here, in the flattened whole.
+        shape: of the whole variable.
+    """
+
+    variable: int
+    start: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which part of a job's model a server keeps.
+
+    Args:
+        index: which one, from 0, in the order of the servers' addresses.
+        count: how many there are, at most 4096.
+        job_id: 16 random bytes, the same on all shards of a job.
+
+    Raises:
+        InvalidRequestError: MANIFEST_INVALID.
+    """
+
+    index: int
+    count: int
+    job_id: bytes
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.count <= MAX_SHARDS:
+            raise _invalid(f"there is no shard {self.index} of {self.count}; at most {MAX_SHARDS} are possible")
+        if len(self.job_id) != JOB_ID_BYTES:
+            raise _invalid(f"the job id of a shard has {len(self.job_id)} bytes; give {JOB_ID_BYTES} random ones")
+
+    def __str__(self) -> str:
+        return f"shard {self.index} of {self.count} of job {self.job_id.hex()[:8]}"
+
+
+@dataclass(frozen=True)
 class Variable:
-    """One center variable.
+    """One center variable, or what a shard has of it.
 
     Args:
         name: unique in its manifest, 1 to 1024 bytes.
         dtype: a key of DTYPES.
-        shape: extents, outermost first; empty for a scalar.
+        shape: extents, outermost first; empty for a scalar. Of a part: the whole one's if that is all of it, else the
+            number of elements.
+        part: in a shard's manifest, and only there: of what this is a part.
 
     Raises:
         InvalidRequestError: MANIFEST_INVALID, naming the variable and what is wrong with it.
@@ -77,6 +130,7 @@ class Variable:
     name: str
     dtype: str
     shape: tuple[int, ...]
+    part: Part | None = None
 
     def __post_init__(self) -> None:
         name_bytes = len(self.name.encode("utf-8", "surrogatepass"))
@@ -91,6 +145,18 @@ class Variable:
         # A zero makes the variable empty, but the other extents still have to be possible ones.
         if math.prod(extent or 1 for extent in self.shape) * DTYPES[self.dtype].itemsize > _MAX_MODEL_BYTES:
             raise _invalid(f"variable {self.name!r} with shape {self.shape} does not fit 63 bits of bytes")
+        if self.part is not None:
+            self._check_part(self.part)
+
+    def _check_part(self, part: Part) -> None:
+        Variable(self.name, self.dtype, part.shape)
+        if part.shape == self.shape and part.start == 0:
+            return
+        if len(self.shape) != 1 or not 0 <= part.start < part.start + self.size <= math.prod(part.shape):
+            raise _invalid(
+                f"variable {self.name!r} of shape {self.shape} is no part of one of shape {part.shape} "
+                f"from element {part.start} on"
+            )
 
     @property
     def size(self) -> int:
@@ -103,7 +169,10 @@ class Variable:
         return self.size * DTYPES[self.dtype].itemsize
 
     def __str__(self) -> str:
-        return f"{self.dtype}{list(self.shape)}"
+        if self.part is None or self.part.shape == self.shape:
+            return f"{self.dtype}{list(self.shape)}"
+        start, whole = self.part.start, list(self.part.shape)
+        return f"elements {start} to {start + self.size - 1} of {self.dtype}{whole}"
 
 
 @dataclass(frozen=True)
@@ -128,8 +197,9 @@ class Manifest:
     """The ordered list of center variables and the size of a fragment.
 
     Args:
-        variables: at least one, with distinct names.
+        variables: with distinct names; at least one, but a shard may have none.
         fragment_size_bytes: a multiple of 8 from 8 to 2 MiB.
+        shard: whose part of a larger model this is; None: it is the whole model.
 
     Raises:
         InvalidRequestError: MANIFEST_INVALID, naming the rule that is broken.
@@ -137,9 +207,11 @@ class Manifest:
 
     variables: tuple[Variable, ...]
     fragment_size_bytes: int = DEFAULT_FRAGMENT_SIZE_BYTES
+    shard: Shard | None = None
 
     def __post_init__(self) -> None:
-        if not self.variables:
+        self._check_parts()
+        if not self.variables and self.shard is None:
             raise _invalid("the manifest has no variables; there is nothing to average")
         seen: set[str] = set()
         for variable in self.variables:
@@ -158,10 +230,23 @@ class Manifest:
                 f"at most {MAX_FRAGMENTS} are possible: choose a larger fragment_size_bytes"
             )
 
+    def _check_parts(self) -> None:
+        last = -1
+        for variable in self.variables:
+            if (variable.part is None) != (self.shard is None):
+                where = "no shard" if self.shard is None else "a shard"
+                raise _invalid(f"variable {variable.name!r} does not fit a manifest of {where}; give it a part or not")
+            if variable.part is not None:
+                if variable.part.variable <= last:
+                    raise _invalid(f"variable {variable.name!r} is number {variable.part.variable}, after {last}")
+                last = variable.part.variable
+
     @cached_property
     def id(self) -> str:
         """A name for these variables, in this order, cut this way: equal manifests have equal ids, in every process."""
-        content = [[v.name, v.dtype, v.shape] for v in self.variables]
+        content: list[object] = [[v.name, v.dtype, v.shape] for v in self.variables]
+        if self.shard is not None:
+            content.append([self.shard.index, self.shard.count, self.shard.job_id.hex()])
         return hashlib.sha256(json.dumps([self.fragment_size_bytes, content]).encode()).hexdigest()[:32]
 
     @cached_property

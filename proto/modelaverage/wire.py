@@ -13,10 +13,19 @@ from typing import TypeVar
 from google.protobuf.message import DecodeError, Message
 
 from modelaverage.errors import Reason, refusal
-from modelaverage.manifest import Manifest, Variable
+from modelaverage.manifest import Manifest, Part, Shard, Variable
 from modelaverage.v1 import parameter_server_pb2 as pb
 
-__all__ = ["SERVICE", "encode_fragment", "manifest_from_message", "manifest_to_message", "parse", "read_fragment"]
+__all__ = [
+    "SERVICE",
+    "encode_fragment",
+    "manifest_from_message",
+    "manifest_to_message",
+    "parse",
+    "read_fragment",
+    "shard_from_message",
+    "shard_to_message",
+]
 
 SERVICE = "modelaverage.v1.ParameterServer"
 
@@ -53,22 +62,48 @@ def parse(message_type: type[_M], data: bytes) -> _M:
 def manifest_to_message(manifest: Manifest) -> pb.Manifest:
     """The manifest as it goes over the wire."""
     return pb.Manifest(
-        variables=[
-            pb.Variable(name=variable.name, data_type=_DATA_TYPES[variable.dtype], shape=variable.shape)
-            for variable in manifest.variables
-        ],
+        variables=[_variable_to_message(variable) for variable in manifest.variables],
         fragment_size_bytes=manifest.fragment_size_bytes,
+        shard=shard_to_message(manifest.shard),
     )
 
 
 def manifest_from_message(message: pb.Manifest) -> Manifest:
     """The manifest as it came over the wire. Raises InvalidRequestError (MANIFEST_INVALID)."""
     return Manifest(
-        tuple(
-            Variable(v.name, _DTYPE_NAMES.get(v.data_type, f"number {v.data_type}"), tuple(v.shape))
-            for v in message.variables
-        ),
+        tuple(_variable_from_message(variable) for variable in message.variables),
         message.fragment_size_bytes,
+        shard_from_message(message.shard) if message.HasField("shard") else None,
+    )
+
+
+def shard_to_message(shard: Shard | None) -> pb.Shard | None:
+    """The shard as it goes over the wire."""
+    return None if shard is None else pb.Shard(index=shard.index, count=shard.count, job_id=shard.job_id)
+
+
+def shard_from_message(message: pb.Shard) -> Shard:
+    """The shard as it came over the wire. Raises InvalidRequestError (MANIFEST_INVALID)."""
+    return Shard(message.index, message.count, message.job_id)
+
+
+def _variable_to_message(variable: Variable) -> pb.Variable:
+    part = variable.part
+    return pb.Variable(
+        name=variable.name,
+        data_type=_DATA_TYPES[variable.dtype],
+        shape=variable.shape,
+        part=None if part is None else pb.Part(variable=part.variable, start=part.start, shape=part.shape),
+    )
+
+
+def _variable_from_message(message: pb.Variable) -> Variable:
+    part = message.part
+    return Variable(
+        message.name,
+        _DTYPE_NAMES.get(message.data_type, f"number {message.data_type}"),
+        tuple(message.shape),
+        Part(part.variable, part.start, tuple(part.shape)) if message.HasField("part") else None,
     )
 
 

@@ -98,22 +98,46 @@ ERROR_REASON_SERVER_STOPPING: ErrorReason
 ERROR_REASON_ROUND_TIMED_OUT: ErrorReason
 
 class Variable(_message.Message):
-    __slots__ = ("name", "data_type", "shape")
+    __slots__ = ("name", "data_type", "shape", "part")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DATA_TYPE_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
+    PART_FIELD_NUMBER: _ClassVar[int]
     name: str
     data_type: DataType
     shape: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, name: _Optional[str] = ..., data_type: _Optional[_Union[DataType, str]] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
+    part: Part
+    def __init__(self, name: _Optional[str] = ..., data_type: _Optional[_Union[DataType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., part: _Optional[_Union[Part, _Mapping]] = ...) -> None: ...
+
+class Part(_message.Message):
+    __slots__ = ("variable", "start", "shape")
+    VARIABLE_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    variable: int
+    start: int
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, variable: _Optional[int] = ..., start: _Optional[int] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Shard(_message.Message):
+    __slots__ = ("index", "count", "job_id")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    count: int
+    job_id: bytes
+    def __init__(self, index: _Optional[int] = ..., count: _Optional[int] = ..., job_id: _Optional[bytes] = ...) -> None: ...
 
 class Manifest(_message.Message):
-    __slots__ = ("variables", "fragment_size_bytes")
+    __slots__ = ("variables", "fragment_size_bytes", "shard")
     VARIABLES_FIELD_NUMBER: _ClassVar[int]
     FRAGMENT_SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SHARD_FIELD_NUMBER: _ClassVar[int]
     variables: _containers.RepeatedCompositeFieldContainer[Variable]
     fragment_size_bytes: int
-    def __init__(self, variables: _Optional[_Iterable[_Union[Variable, _Mapping]]] = ..., fragment_size_bytes: _Optional[int] = ...) -> None: ...
+    shard: Shard
+    def __init__(self, variables: _Optional[_Iterable[_Union[Variable, _Mapping]]] = ..., fragment_size_bytes: _Optional[int] = ..., shard: _Optional[_Union[Shard, _Mapping]] = ...) -> None: ...
 
 class Fragment(_message.Message):
     __slots__ = ("index", "data")
@@ -158,16 +182,18 @@ class InitializeHeader(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., manifest: _Optional[_Union[Manifest, _Mapping]] = ..., global_step: _Optional[int] = ...) -> None: ...
 
 class InitializeResponse(_message.Message):
-    __slots__ = ("initialized", "global_step", "manifest_id", "num_workers")
+    __slots__ = ("initialized", "global_step", "manifest_id", "num_workers", "shard")
     INITIALIZED_FIELD_NUMBER: _ClassVar[int]
     GLOBAL_STEP_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_ID_FIELD_NUMBER: _ClassVar[int]
     NUM_WORKERS_FIELD_NUMBER: _ClassVar[int]
+    SHARD_FIELD_NUMBER: _ClassVar[int]
     initialized: bool
     global_step: int
     manifest_id: str
     num_workers: int
-    def __init__(self, initialized: bool = ..., global_step: _Optional[int] = ..., manifest_id: _Optional[str] = ..., num_workers: _Optional[int] = ...) -> None: ...
+    shard: Shard
+    def __init__(self, initialized: bool = ..., global_step: _Optional[int] = ..., manifest_id: _Optional[str] = ..., num_workers: _Optional[int] = ..., shard: _Optional[_Union[Shard, _Mapping]] = ...) -> None: ...
 
 class PullRequest(_message.Message):
     __slots__ = ("worker_id", "wait_initialized")
@@ -318,7 +344,7 @@ class WorkerStatus(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., is_chief: bool = ..., local_step: _Optional[int] = ..., fragments_given: _Optional[int] = ..., waiting: bool = ..., last_seen_age_s: _Optional[float] = ..., nonfinite_values: _Optional[int] = ..., pushes_counted: _Optional[int] = ...) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("phase", "global_step", "num_workers", "waiting_for", "waiting_for_unknown", "round_age_s", "workers", "model_size_bytes", "manifest_id", "received_bytes", "sent_bytes", "uptime_s", "last_round_s", "rounds_restarted", "stale_pushes", "shared_bytes", "min_workers", "rounds_without_all", "checkpoint_step", "checkpoint_problem")
+    __slots__ = ("phase", "global_step", "num_workers", "waiting_for", "waiting_for_unknown", "round_age_s", "workers", "model_size_bytes", "manifest_id", "received_bytes", "sent_bytes", "uptime_s", "last_round_s", "rounds_restarted", "stale_pushes", "shared_bytes", "min_workers", "rounds_without_all", "checkpoint_step", "checkpoint_problem", "shard")
     PHASE_FIELD_NUMBER: _ClassVar[int]
     GLOBAL_STEP_FIELD_NUMBER: _ClassVar[int]
     NUM_WORKERS_FIELD_NUMBER: _ClassVar[int]
@@ -339,6 +365,7 @@ class GetStatusResponse(_message.Message):
     ROUNDS_WITHOUT_ALL_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_STEP_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    SHARD_FIELD_NUMBER: _ClassVar[int]
     phase: Phase
     global_step: int
     num_workers: int
@@ -359,4 +386,5 @@ class GetStatusResponse(_message.Message):
     rounds_without_all: int
     checkpoint_step: int
     checkpoint_problem: str
-    def __init__(self, phase: _Optional[_Union[Phase, str]] = ..., global_step: _Optional[int] = ..., num_workers: _Optional[int] = ..., waiting_for: _Optional[_Iterable[str]] = ..., waiting_for_unknown: _Optional[int] = ..., round_age_s: _Optional[float] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., model_size_bytes: _Optional[int] = ..., manifest_id: _Optional[str] = ..., received_bytes: _Optional[int] = ..., sent_bytes: _Optional[int] = ..., uptime_s: _Optional[float] = ..., last_round_s: _Optional[float] = ..., rounds_restarted: _Optional[int] = ..., stale_pushes: _Optional[int] = ..., shared_bytes: _Optional[int] = ..., min_workers: _Optional[int] = ..., rounds_without_all: _Optional[int] = ..., checkpoint_step: _Optional[int] = ..., checkpoint_problem: _Optional[str] = ...) -> None: ...
+    shard: Shard
+    def __init__(self, phase: _Optional[_Union[Phase, str]] = ..., global_step: _Optional[int] = ..., num_workers: _Optional[int] = ..., waiting_for: _Optional[_Iterable[str]] = ..., waiting_for_unknown: _Optional[int] = ..., round_age_s: _Optional[float] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., model_size_bytes: _Optional[int] = ..., manifest_id: _Optional[str] = ..., received_bytes: _Optional[int] = ..., sent_bytes: _Optional[int] = ..., uptime_s: _Optional[float] = ..., last_round_s: _Optional[float] = ..., rounds_restarted: _Optional[int] = ..., stale_pushes: _Optional[int] = ..., shared_bytes: _Optional[int] = ..., min_workers: _Optional[int] = ..., rounds_without_all: _Optional[int] = ..., checkpoint_step: _Optional[int] = ..., checkpoint_problem: _Optional[str] = ..., shard: _Optional[_Union[Shard, _Mapping]] = ...) -> None: ...

@@ -73,7 +73,7 @@ class ParameterServerServicer(object):
         of it has come: a stream that breaks leaves the server uninitialized, and the call may be made again. When the
         center is set already, the server answers at once, without waiting for fragments, and nothing changes.
 
-        Errors: MANIFEST_INVALID, MANIFEST_MISMATCH (another manifest than the one in force), GLOBAL_STEP_INVALID,
+        Errors: MANIFEST_INVALID, MANIFEST_MISMATCH (other variables than those in force), GLOBAL_STEP_INVALID,
         WORKER_ID_INVALID, MESSAGE_OUT_OF_ORDER, FRAGMENT_*, STREAM_STALLED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

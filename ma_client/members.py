@@ -1,0 +1,177 @@
+"""This worker at all shards of a job at once, and how they come to one step after a failure."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from typing import TypeVar
+
+from ma_client.member import Contribution, Member, Worker
+from ma_client.shard import Deadline, Shard
+from modelaverage.errors import ConflictError, ModelAverageError, Reason
+from modelaverage.v1 import parameter_server_pb2 as pb
+
+__all__ = ["Members"]
+
+_T = TypeVar("_T")
+# How often a shard that is done is looked at while others are not: it may have fallen back meanwhile.
+_LOOK_INTERVAL_S = 2.0
+# Shards that run on while this worker fetches from the others are another kind of trouble than a failure.
+_MAX_TRIES = 100
+
+
+class Members:
+    """The places of one worker at the shards of a job, in the order of the servers.
+
+    Args:
+        addresses: of the parameter servers.
+        worker: who takes the places.
+        reconnect_timeout_s: how long to try again when a server is away.
+    """
+
+    def __init__(self, addresses: Sequence[str], worker: Worker, reconnect_timeout_s: float) -> None:
+        self._members = [Member(Shard(address), worker, reconnect_timeout_s) for address in addresses]
+        self._threads = ThreadPoolExecutor(len(addresses), "ma_client")
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def __iter__(self) -> Iterator[Member]:
+        return iter(self._members)
+
+    @property
+    def steps(self) -> list[int | None]:
+        """By shard, the step of the center that this worker has."""
+        return [member.step for member in self._members]
+
+    def each(self, call: Callable[[int, Member], _T], on_failure: Callable[[], None] | None = None) -> list[_T]:
+        """What ``call`` returns for every shard, called for all at once; the first failure ends the others.
+
+        Args:
+            call: gets the shard's index and the worker's place there.
+            on_failure: called when one has failed, to end waits that are not the servers'.
+        """
+        if len(self._members) == 1:
+            return [call(0, self._members[0])]
+        futures = [self._threads.submit(call, index, member) for index, member in enumerate(self._members)]
+        try:
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            return _results(futures, done)
+        except BaseException:
+            for member in self._members:
+                member.shard.stop()
+            if on_failure is not None:
+                on_failure()
+            wait(futures)  # their calls have been cancelled
+            raise
+        finally:
+            for member in self._members:
+                member.shard.stopped.clear()
+
+    def pull(self, wait_initialized: bool, may_push: bool, deadline: Deadline) -> None:
+        """Reads the centers of all shards; afterwards all are of one step."""
+        self.each(lambda _, member: member.pull(wait_initialized, deadline))
+        self.settle(False, deadline, may_push)
+
+    def push(
+        self, base_step: int, contributions: Sequence[Contribution], copy: bool, deadline: Deadline
+    ) -> list[pb.PushOutcome]:
+        """One round: pushes to all shards, and returns when it is over on all of them and they are at one step."""
+        if len(self._members) == 1:
+            return [self._members[0].push(base_step, contributions[0], copy, deadline)]
+        meeting = _Meeting(len(self._members))
+
+        def take_part(index: int, member: Member) -> pb.PushOutcome:
+            outcome = self._push(member, base_step, contributions[index], copy, deadline)
+            self._keep_up(index, member, meeting, copy, deadline)
+            return outcome
+
+        outcomes = self.each(take_part, meeting.end)
+        self.settle(copy, deadline)
+        return outcomes
+
+    def settle(self, copy: bool, deadline: Deadline, may_push: bool = True) -> None:
+        """Brings all shards to the latest step that this worker has seen on one of them."""
+        for _ in range(_MAX_TRIES):
+            target = max(step for step in self.steps if step is not None)
+            if self.steps == [target] * len(self._members):
+                return
+            meeting = _Meeting(len(self._members))
+
+            def bring(index: int, member: Member, target: int = target, meeting: _Meeting = meeting) -> None:
+                member.bring_to(target, member.nothing_new, copy, deadline, may_push)
+                if may_push:
+                    self._keep_up(index, member, meeting, copy, deadline)
+
+            self.each(bring, meeting.end)
+        raise ConflictError(f"the parameter servers do not come to one step; they are at {self.steps}")
+
+    def close(self) -> None:
+        """Leaves all shards, and closes the connections."""
+
+        def leave(_: int, member: Member) -> None:
+            with contextlib.suppress(ModelAverageError):  # nobody has to hear it
+                member.leave()
+            member.shard.close()
+
+        self.each(leave)
+        self._threads.shutdown()
+
+    def _push(
+        self, member: Member, base_step: int, contribution: Contribution, copy: bool, deadline: Deadline
+    ) -> pb.PushOutcome:
+        while True:
+            try:
+                return member.push(base_step, contribution, copy, deadline)
+            except ConflictError as error:
+                if error.reason is not Reason.BASE_STEP_AHEAD:
+                    raise
+            # The shard has lost rounds that this worker has seen, and others do not agree to leave them out.
+            member.step = None
+            member.bring_to(base_step, lambda: contribution, copy, deadline)
+
+    def _keep_up(self, index: int, member: Member, meeting: _Meeting, copy: bool, deadline: Deadline) -> None:
+        """Waits for this worker's other places. A shard that falls back meanwhile is brought up again: another worker
+        may wait for that, and this one for it."""
+        while not meeting.join(index, _LOOK_INTERVAL_S):
+            if member.has_fallen_back():
+                meeting.leave(index)
+                member.bring_back(copy, deadline)
+
+
+class _Meeting:
+    """Where the threads of all shards wait for each other."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._present: set[int] = set()
+        self._condition = threading.Condition()
+        self._over = False
+
+    def join(self, index: int, timeout_s: float) -> bool:
+        """Whether all are there, or it is over, within this time."""
+        with self._condition:
+            self._present.add(index)
+            if len(self._present) == self._size:
+                self.end()
+            return self._condition.wait_for(lambda: self._over, timeout_s)
+
+    def leave(self, index: int) -> None:
+        """Not there any more."""
+        with self._condition:
+            self._present.discard(index)
+
+    def end(self) -> None:
+        """Nobody waits any longer."""
+        with self._condition:
+            self._over = True
+            self._condition.notify_all()
+
+
+def _results(futures: Sequence[Future[_T]], done: set[Future[_T]]) -> list[_T]:
+    for future in futures:
+        if future in done:
+            future.result()  # raises what it raised
+    return [future.result() for future in futures]
