@@ -10,9 +10,10 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from ma_client.lent_memory import Loan
 from ma_client.patience import Patience
 from ma_client.raw import bytes_of
-from ma_client.shard import Deadline, Shard
+from ma_client.shard import Answer, Deadline, Shard
 from ma_client.staging import Staging
 from modelaverage.checks import MIN_WEIGHT
 from modelaverage.errors import (
@@ -92,6 +93,7 @@ class Member:
         self._worker = worker
         self._patience = Patience(reconnect_timeout_s, lambda: shard.answered_at_s, shard.stopped)
         self._push_id = 0
+        self._lent: Loan | None = None  # the shared memory that the center lies in, unless it was copied
         self._staging: Staging | None = None
         self._manifest_id = ""
 
@@ -144,7 +146,12 @@ class Member:
 
         request = self._pull_request(wait_initialized)
         self._patience.call(lambda: self.shard.pull(request, staging_for, deadline), deadline)
-        self.step, self.elsewhere = step, None
+        self.step, self.elsewhere, self._lent = step, None, None
+
+    def check_intact(self) -> None:
+        """Raises RetryPushError if a later round has written over the center that was not copied."""
+        if self._lent is not None:
+            self._lent.check_intact()
 
     def push(self, base_step: int, contribution: Contribution, copy: bool, deadline: Deadline) -> pb.PushOutcome:
         """One round of this shard; afterwards `step` and the center are the new ones.
@@ -171,16 +178,16 @@ class Member:
             accepts_shared_memory=self._worker.accepts_shared_memory,
         )
 
-        def attempt() -> tuple[pb.PushOutcome, Mapping[str, NDArray[Any]] | None]:
+        def attempt() -> tuple[Answer, Mapping[str, NDArray[Any]] | None]:
             answer = self.shard.push_and_average(
                 header, lambda index: staging.manifest.fragment_parts(index, contribution.values), staging, deadline
             )
-            return answer.outcome, answer.elsewhere(copy)
+            return answer, answer.elsewhere(copy)
 
         restarts = 0
         while True:
             try:
-                outcome, self.elsewhere = self._patience.call(attempt, deadline)
+                answer, self.elsewhere = self._patience.call(attempt, deadline)
             except RetryPushError:
                 # The round was started over for another worker's sake; the same push is as good as before.
                 restarts += 1
@@ -189,8 +196,9 @@ class Member:
             except NotInitializedError as error:
                 raise self._lost(error) from None
             else:
-                self.step = outcome.global_step
-                return outcome
+                self.step = answer.outcome.global_step
+                self._lent = None if copy else answer.loan
+                return answer.outcome
 
     def nothing_new(self) -> Contribution:
         """The center as this worker has it: counted at the barrier, and hardly in the average."""

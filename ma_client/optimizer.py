@@ -22,6 +22,7 @@ from ma_client.custom_getter import GLOBAL_VARIABLE_NAME, ModelAverageCustomGett
 from ma_client.hook import ModelAverageHook
 from ma_client.mirror import HostMirror
 from ma_client.session import ParameterServerSession, PushResult
+from modelaverage.errors import RetryPushError
 
 __all__ = [
     "GLOBAL_VARIABLE_NAME",
@@ -359,6 +360,10 @@ class ModelAverageOptimizer(torch.optim.Optimizer):
             local, local_step=self._local_step, untouched=self._untouched(local), copy=False
         )
         self._install(result.center, result.untouched)
+        try:
+            self._session.check_intact()
+        except RetryPushError:  # a round with a quorum did not wait until the average was read
+            self._pull()
         self.last_round = result
 
     def close(self) -> None:

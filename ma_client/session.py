@@ -268,7 +268,8 @@ class ParameterServerSession:
             untouched: names of variables that are as they came from the center, for want of a gradient. What all
                 workers left untouched keeps the center's bytes.
             timeout_s: how long to wait for the other workers; None: the session's ``round_timeout_s``.
-            copy: False: the result's arrays are read-only and valid until the session's next call.
+            copy: False: the result's arrays are read-only and valid until the session's next call; with a quorum,
+                `check_intact` says afterwards whether they were all the time.
 
         Raises:
             InvalidRequestError: WEIGHT_INVALID, or ``untouched`` has a name that the center has not.
@@ -308,6 +309,15 @@ class ParameterServerSession:
             max(outcome.waited_s for outcome in outcomes),
             frozenset(manifest.variables[number].name for number in kept),
         )
+
+    def check_intact(self) -> None:
+        """To be called when the arrays of a push with ``copy=False`` have been read.
+
+        Raises:
+            RetryPushError: rounds that went on without this worker have written over them meanwhile; pull the center.
+        """
+        for member in self._members:
+            member.check_intact()
 
     def status(self, timeout_s: float = 5.0) -> pb.GetStatusResponse:
         """What the first server is doing; the protocol's own message."""

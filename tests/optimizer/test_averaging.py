@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from types import TracebackType
 
@@ -11,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from modelaverage.errors import ConflictError, DeadlineExceededError, ServerUnavailableError
+from ps_server.policy import RoundPolicy
 from tests.conftest import StartServer
 from tests.optimizer.workers import (
     QUIET_S,
@@ -19,6 +21,7 @@ from tests.optimizer.workers import (
     Impatient,
     Join,
     Net,
+    Overtaken,
     Running,
     ShortPatience,
     Worker,
@@ -423,6 +426,26 @@ def test_a_round_that_fails_leaves_the_local_variables_untouched(start_server: S
         step.result()
     assert worker.values() == {"w": [0.0] * 3, "b": [1.0] * 3}
     assert (worker.opt.local_step, worker.opt.global_step, worker.opt.last_round) == (1, 0, None)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="shared memory needs Linux's memfd")
+def test_rounds_that_go_on_without_a_worker_never_tear_the_model_that_it_installs(
+    start_server: StartServer, join: Join
+) -> None:
+    server = start_server(RoundPolicy(num_workers=2, min_workers=1, max_workers=2, grace_s=0.05), shared=True)
+    slow, quick = (join(server, index=i, num_worker=2, session_class=Overtaken) for i in range(2))
+    start_all([slow, quick])
+    assert isinstance(slow.session, Overtaken)
+
+    def two_rounds_more() -> None:  # after which the first average's memory has been written over
+        for _ in range(2):
+            quick.step(w=8.0, b=8.0)
+
+    together(lambda: slow.step(w=1.0, b=1.0), lambda: quick.step(w=1.0, b=1.0))
+    slow.session.meanwhile = two_rounds_more
+    together(lambda: slow.step(w=1.0, b=1.0), lambda: quick.step(w=1.0, b=1.0))
+    assert slow.opt.global_step == quick.opt.global_step == 4
+    assert slow.values() == quick.values()
 
 
 def test_a_round_that_failed_can_be_tried_again(start_server: StartServer, join: Join) -> None:

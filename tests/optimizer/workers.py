@@ -147,6 +147,18 @@ class Impatient(ParameterServerSession):
         super().__init__(*args, reconnect_timeout_s=0, **options)
 
 
+class Overtaken(ParameterServerSession):
+    """Between a push and the reading of its average, ``meanwhile`` happens."""
+
+    meanwhile: Callable[[], None] | None = None
+
+    def push_and_average(self, variables: Mapping[str, ArrayLike], weight: float = 1.0, **options: Any) -> PushResult:
+        result = super().push_and_average(variables, weight, **options)
+        if self.meanwhile is not None:
+            self.meanwhile()
+        return result
+
+
 class Announced(ParameterServerSession):
     """Says when a push begins and when its answer is there."""
 
