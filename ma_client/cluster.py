@@ -6,21 +6,21 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ma_client import resolvers
+from ma_client.settings import ClusterError
+
 __all__ = ["ClusterError", "ClusterSpec"]
 
-_PS_HOSTS = "MA_PS_HOSTS"
-_NUM_WORKERS = "MA_NUM_WORKERS"
-_TASK_INDEX = "MA_TASK_INDEX"
-_INIT_FROM = "MA_INIT_FROM"
-
-
-class ClusterError(ValueError):
-    """The description of the cluster is missing or contradicts itself."""
+_PS = "ps"
+_WORKER = "worker"
 
 
 @dataclass(frozen=True)
 class ClusterSpec:
     """The cluster as one worker sees it.
+
+    `tf.train.ClusterSpec`'s methods are there under their names, for the jobs "ps" and "worker". A worker's address is
+    None: nobody calls a worker, so nobody has to know it.
 
     Args:
         ps_hosts: addresses of the parameter servers, HOST:PORT each.
@@ -57,36 +57,108 @@ class ClusterSpec:
         """Whether this worker initializes the center."""
         return self.task_index == 0
 
+    # Where it comes from, and how it is handed on.
+
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> ClusterSpec:
-        """Reads what `ps-worker run` and `ma-launch` set: MA_PS_HOSTS (comma-separated), MA_NUM_WORKERS, MA_TASK_INDEX,
-        and, if it is there, MA_INIT_FROM.
+        """The cluster that the environment describes: `resolve` without flags.
 
         Raises:
-            ClusterError: naming the variable that is missing or unusable.
+            ClusterError: naming the variables that are missing, unusable or contradict each other.
         """
-        missing = [name for name in (_PS_HOSTS, _NUM_WORKERS, _TASK_INDEX) if name not in environ]
-        if missing:
-            raise ClusterError(
-                f"{', '.join(missing)} not set; start the script with `ma-launch --workers N -- SCRIPT` or "
-                "`ps-worker run --ps-hosts HOST:PORT --num-workers N --task-index I SCRIPT`"
-            )
+        return cls.resolve(environ)
+
+    @classmethod
+    def resolve(
+        cls,
+        environ: Mapping[str, str] = os.environ,
+        *,
+        ps_hosts: tuple[str, ...] | None = None,
+        num_workers: int | None = None,
+        task_index: int | None = None,
+        init_from: str | None = None,
+    ) -> ClusterSpec:
+        """The cluster that explicit flags and the environment describe together.
+
+        They are read in this order: the flags; MA_PS_HOSTS (separated by commas), MA_NUM_WORKERS and MA_TASK_INDEX;
+        TF_CONFIG; torchrun's WORLD_SIZE and RANK; Slurm's SLURM_NTASKS and SLURM_PROCID; JOB_COMPLETION_INDEX of a
+        Kubernetes indexed job; and for the servers at last the first node of SLURM_JOB_NODELIST, port 2222. Each is
+        read only while something is missing that it can tell, and all that are read have to agree. So whoever tells
+        everything is believed, whatever launcher is around it. docs/cluster.md has examples.
+
+        Args:
+            environ: the environment. A variable that is empty counts as not set.
+            ps_hosts: as the constructor's; None, here and below: to be found in the environment.
+            num_workers: as the constructor's.
+            task_index: as the constructor's.
+            init_from: as the constructor's; None: MA_INIT_FROM, if it is there.
+
+        Raises:
+            ClusterError: naming the flags and variables that are missing, unusable or contradict each other.
+        """
+        flags = resolvers.flag_settings(ps_hosts, num_workers, task_index)
+        settings = resolvers.resolve(flags, environ)
+        servers, workers, task = settings
         try:
-            return cls(
-                ps_hosts=tuple(host.strip() for host in environ[_PS_HOSTS].split(",")),
-                num_workers=int(environ[_NUM_WORKERS]),
-                task_index=int(environ[_TASK_INDEX]),
-                init_from=environ.get(_INIT_FROM) or None,
-            )
-        except ValueError as error:
-            settings = " ".join(f"{name}={environ[name]!r}" for name in (_PS_HOSTS, _NUM_WORKERS, _TASK_INDEX))
-            raise ClusterError(f"{error} (the environment has {settings})") from None
+            return cls(servers.value, workers.value, task.value, init_from or environ.get(resolvers.INIT_FROM) or None)
+        except ClusterError as error:
+            raise ClusterError(f"{error} ({', '.join(setting.source for setting in settings)})") from None
 
     def to_env(self) -> dict[str, str]:
-        """The variables that `from_env` reads."""
+        """The MA_* variables that describe it; whatever else is in an environment with them, they win."""
         return {
-            _PS_HOSTS: ",".join(self.ps_hosts),
-            _NUM_WORKERS: str(self.num_workers),
-            _TASK_INDEX: str(self.task_index),
-            **({} if self.init_from is None else {_INIT_FROM: self.init_from}),
+            resolvers.PS_HOSTS: ",".join(self.ps_hosts),
+            resolvers.NUM_WORKERS: str(self.num_workers),
+            resolvers.TASK_INDEX: str(self.task_index),
+            **({} if self.init_from is None else {resolvers.INIT_FROM: self.init_from}),
         }
+
+    # As tf.train.ClusterSpec has it.
+
+    @property
+    def jobs(self) -> list[str]:
+        """Names of the jobs: "ps" and "worker"."""
+        return [_PS, _WORKER]
+
+    def as_dict(self) -> dict[str, list[str | None]]:
+        """The tasks' addresses by job; None for each worker."""
+        return {job: self.job_tasks(job) for job in self.jobs}
+
+    def num_tasks(self, job_name: str) -> int:
+        """How many tasks a job has.
+
+        Raises:
+            ValueError: there is no such job.
+        """
+        return len(self.job_tasks(job_name))
+
+    def task_indices(self, job_name: str) -> list[int]:
+        """The numbers of a job's tasks, from 0 on.
+
+        Raises:
+            ValueError: there is no such job.
+        """
+        return list(range(self.num_tasks(job_name)))
+
+    def task_address(self, job_name: str, task_index: int) -> str | None:
+        """The address of a task; None for a worker.
+
+        Raises:
+            ValueError: there is no such job, or no such task in it.
+        """
+        if task_index not in self.task_indices(job_name):
+            last = self.num_tasks(job_name) - 1
+            raise ValueError(f"there is no task {task_index!r} in job {job_name!r}; it has 0 to {last}")
+        return self.job_tasks(job_name)[task_index]
+
+    def job_tasks(self, job_name: str) -> list[str | None]:
+        """The addresses of a job's tasks; None for each worker.
+
+        Raises:
+            ValueError: there is no such job.
+        """
+        if job_name == _PS:
+            return list(self.ps_hosts)
+        if job_name == _WORKER:
+            return [None] * self.num_workers
+        raise ValueError(f"there is no job {job_name!r} in the cluster; there are 'ps' and 'worker'")

@@ -6,7 +6,6 @@ import argparse
 import os
 import signal
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,13 +23,21 @@ _RUN_EXAMPLES = """\
 examples, for a server on host ps that was started with --num-workers 2:
   ps-worker run --ps-hosts ps:2222 --num-workers 2 --task-index 0 train.py --epochs 3     on one machine: the chief
   ps-worker run --ps-hosts ps:2222 --num-workers 2 --task-index 1 train.py --epochs 3     on another
+  MA_PS_HOSTS=ps:2222 MA_NUM_WORKERS=2 MA_TASK_INDEX=1 ps-worker run train.py             the same
+  srun --ntasks 2 ps-worker run --ps-hosts ps:2222 train.py                               both, where Slurm is
+  ps-worker run --ps-hosts ps0:2222,ps1:2222 --num-workers 2 --task-index 0 train.py      two servers, half of it each
 """
 _DIGITS_EXAMPLES = """\
 examples:
   ps-server serve --num-workers 2                                                     in one terminal
   ps-worker digits --ps-hosts 127.0.0.1:2222 --num-workers 2 --task-index 0           in the next: the chief
   ps-worker digits --ps-hosts 127.0.0.1:2222 --num-workers 2 --task-index 1           in a third
+  srun --ntasks 2 ps-worker digits --ps-hosts HOST:2222                               both, where Slurm is
   ps-worker digits --alone                                                            half of the images, no server
+"""
+_CLUSTER_HELP = """\
+What is not given here is taken from the environment: MA_PS_HOSTS, MA_NUM_WORKERS and MA_TASK_INDEX; TF_CONFIG;
+torchrun; Slurm; a Kubernetes indexed job. What is read must agree; docs/cluster.md says what is read.
 """
 _PARTS_ALONE = 2
 
@@ -60,11 +67,12 @@ def _parser() -> argparse.ArgumentParser:
         "run",
         help="run your training script as one worker",
         description="Runs a Python script with the cluster in its environment (MA_PS_HOSTS, MA_NUM_WORKERS,\n"
-        "MA_TASK_INDEX), where ParameterServerSession.from_env() and ModelAverageOptimizer find it.",
+        "MA_TASK_INDEX), where ClusterSpec.from_env(), ParameterServerSession.from_env() and\n"
+        "ModelAverageOptimizer find it.",
         epilog=_RUN_EXAMPLES,
         formatter_class=flags.help_format,
     )
-    _add_cluster_flags(command, required=True)
+    _add_cluster_flags(command)
     command.add_argument("script", type=flags.script, metavar="SCRIPT", help="a Python file")
     command.add_argument("args", nargs=argparse.REMAINDER, metavar="ARGS", help="its arguments")
     command.set_defaults(run=_run)
@@ -72,13 +80,11 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "digits",
         help="train the built-in workload as one worker",
-        description="Trains a small network on scikit-learn's handwritten digits, each worker on its own part.\n"
-        "Without cluster flags, the cluster is that of the environment (MA_PS_HOSTS, MA_NUM_WORKERS,\n"
-        "MA_TASK_INDEX).",
+        description="Trains a small network on scikit-learn's handwritten digits, each worker on its own part.",
         epilog=_DIGITS_EXAMPLES,
         formatter_class=flags.help_format,
     )
-    _add_cluster_flags(command, required=False)
+    _add_cluster_flags(command)
     command.add_argument(
         "--connect-timeout-s",
         type=flags.seconds,
@@ -100,22 +106,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_cluster_flags(command: argparse.ArgumentParser, required: bool) -> None:
-    group = command.add_argument_group("cluster")
+def _add_cluster_flags(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("cluster", _CLUSTER_HELP)
     group.add_argument(
         "--ps-hosts",
         type=flags.ps_hosts,
-        required=required,
-        metavar="HOST:PORT",
-        help="address of the parameter server",
+        metavar="HOST:PORT[,...]",
+        help="address of the parameter server; of each, in the same order for all workers, if there are several",
     )
-    group.add_argument(
-        "--num-workers", type=flags.count, required=required, metavar="N", help="how many workers the job has"
-    )
+    group.add_argument("--num-workers", type=flags.count, metavar="N", help="how many workers the job has")
     group.add_argument(
         "--task-index",
         type=flags.whole,
-        required=required,
         metavar="I",
         help="which of them this one is, from 0; 0 is the chief, which initializes the center",
     )
@@ -128,9 +130,7 @@ def _add_cluster_flags(command: argparse.ArgumentParser, required: bool) -> None
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from ma_client.cluster import ClusterSpec
-
-    cluster = ClusterSpec(arguments.ps_hosts, arguments.num_workers, arguments.task_index, arguments.init_from)
+    cluster = _cluster_of(arguments)
     command = [sys.executable, str(arguments.script), *arguments.args]
     os.execvpe(command[0], command, {**os.environ, **cluster.to_env()})
 
@@ -153,15 +153,14 @@ def _digits(arguments: argparse.Namespace) -> None:
 
 
 def _cluster_of(arguments: argparse.Namespace) -> ClusterSpec:
-    from ma_client.cluster import ClusterError, ClusterSpec
+    from ma_client.cluster import ClusterSpec
 
-    given = (arguments.ps_hosts, arguments.num_workers, arguments.task_index)
-    if all(value is None for value in given):
-        cluster = ClusterSpec.from_env()
-        return cluster if arguments.init_from is None else replace(cluster, init_from=arguments.init_from)
-    if any(value is None for value in given):
-        raise ClusterError("give --ps-hosts, --num-workers and --task-index together (or --alone)")
-    return ClusterSpec(*given, arguments.init_from)
+    return ClusterSpec.resolve(
+        ps_hosts=arguments.ps_hosts,
+        num_workers=arguments.num_workers,
+        task_index=arguments.task_index,
+        init_from=arguments.init_from,
+    )
 
 
 if __name__ == "__main__":

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
 from pathlib import Path
 from typing import NoReturn
 
 __all__ = ["Parser", "count", "fraction", "help_format", "positive", "ps_hosts", "script", "seconds", "whole"]
 
-_HOST_AND_PORT = re.compile(r"(?P<host>\S+):(?P<port>\d{1,5})")
 _MAX_SECONDS = 1e9
 
 
@@ -63,12 +61,12 @@ def seconds(text: str) -> float:
 
 def ps_hosts(text: str) -> tuple[str, ...]:
     """Addresses HOST:PORT, separated by commas."""
-    hosts = tuple(host.strip() for host in text.split(","))
-    for host in hosts:
-        match = _HOST_AND_PORT.fullmatch(host)
-        if match is None or not 0 < int(match["port"]) < 65536:
-            raise argparse.ArgumentTypeError(f"{host!r} is not HOST:PORT, such as 127.0.0.1:2222")
-    return hosts
+    from ma_client.settings import addresses  # not above: it comes with gRPC, which the launcher's help does not need
+
+    try:
+        return addresses(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def script(text: str) -> Path:

@@ -6,12 +6,16 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
 from ma_client import ClusterSpec
 from tests.conftest import StartServer
+from tests.launched import Launched
+from tests.recorded import kubernetes, slurm, tf_config, without_a_cluster
+from tests.test_server_process import ServerProcess
 
 ROOT = Path(__file__).parent.parent
 WORKERS = 2
@@ -19,20 +23,27 @@ WORKERS = 2
 WITHOUT_TORCH = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__'); assert 'torch' not in sys.modules"
 
 
-def run_workers(start_server: StartServer, *command: str) -> list[str]:
+# Environments of worker I by launcher, for a server at ADDRESS.
+LAUNCHERS: dict[str, Callable[[int, str], Mapping[str, str]]] = {
+    "TF_CONFIG": tf_config,
+    "Slurm": lambda index, address: {**slurm(index), "MA_PS_HOSTS": address},
+    "Kubernetes": kubernetes,
+}
+
+
+def run_workers(environs: Sequence[Mapping[str, str]], *command: str) -> list[str]:
     """What each worker of a job printed."""
-    address = start_server(WORKERS).address
     workers = [
         subprocess.Popen(
             [sys.executable, "-W", "error", *command],
             # Threads that spin on cores they share cost more than all the rest; the launcher sees to it, too.
-            env={**os.environ, **ClusterSpec((address,), WORKERS, index).to_env(), "OMP_NUM_THREADS": "1"},
+            env={**without_a_cluster(os.environ), **environ, "OMP_NUM_THREADS": "1"},
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for index in range(WORKERS)
+        for environ in environs
     ]
     try:
         printed = [worker.communicate(timeout=120)[0] for worker in workers]
@@ -44,18 +55,44 @@ def run_workers(start_server: StartServer, *command: str) -> list[str]:
     return printed
 
 
-def test_train_ends_with_one_good_center_for_all_workers(start_server: StartServer) -> None:
-    first, second = (printed.splitlines() for printed in run_workers(start_server, "examples/train.py"))
+def assert_trained(first: Sequence[str], second: Sequence[str]) -> None:
+    """The lines of two workers of train.py: all rounds, a loss that falls, and one good center."""
+    for lines in (first, second):
+        assert [line.split(":")[0] for line in lines[:-1]] == [f"round {number}" for number in range(1, 13)]
     losses = [float(line.split()[-1]) for line in first[:-1]]
-    assert [line.split(":")[0] for line in first[:-1]] == [f"round {number}" for number in range(1, 13)]
     assert losses[-1] < losses[0] / 2
     assert first[-1].startswith("accuracy of the center: ")
     assert float(first[-1].split()[-1]) > 0.95
     assert second[-1] == first[-1]
 
 
+@pytest.mark.parametrize("environ_of", LAUNCHERS.values(), ids=LAUNCHERS.keys())
+def test_train_ends_with_one_good_center_for_all_workers(environ_of: Callable[[int, str], Mapping[str, str]]) -> None:
+    with ServerProcess(num_workers=WORKERS) as server:
+        printed = run_workers([environ_of(index, server.address) for index in range(WORKERS)], "examples/train.py")
+    assert_trained(*(text.splitlines() for text in printed))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for orphans in /proc")
+def test_train_runs_under_torchrun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in os.environ.keys() - without_a_cluster(os.environ).keys():
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    torchrun += ["--nproc-per-node", str(WORKERS), "--log-dir", str(tmp_path), "--redirects", "1"]
+    with ServerProcess(num_workers=WORKERS) as server:
+        monkeypatch.setenv("MA_PS_HOSTS", server.address)
+        with Launched([*torchrun, "examples/train.py"], cwd=ROOT) as launched:
+            assert launched.ended(timeout_s=120) == 0, launched.printed()
+            assert launched.descendants() == []
+    first, second = sorted(tmp_path.glob("**/stdout.log"))
+    assert_trained(first.read_text().splitlines(), second.read_text().splitlines())
+
+
 def test_numpy_only_finds_the_line_without_torch(start_server: StartServer) -> None:
-    printed = run_workers(start_server, "-c", WITHOUT_TORCH, "examples/numpy_only.py")
+    address = start_server(WORKERS).address
+    environs = [ClusterSpec((address,), WORKERS, index).to_env() for index in range(WORKERS)]
+    printed = run_workers(environs, "-c", WITHOUT_TORCH, "examples/numpy_only.py")
     for lines in (text.splitlines() for text in printed):
         assert len(lines) == 11
         assert lines[-1] == printed[0].splitlines()[-1]

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ import torch
 from ps_worker.__main__ import main as ps_worker_main
 from ps_worker.launch import main as launch_main
 from ps_worker.stop_signals import STOP_SIGNALS
+from tests.recorded import slurm, torchrun, without_a_cluster
 
 TIMEOUT_S = 60
 WORKER = ("-m", "ps_worker")
@@ -22,15 +23,16 @@ LAUNCH = ("-m", "ps_worker.launch")
 CLUSTER = ("--ps-hosts", "127.0.0.1:1", "--num-workers", "2", "--task-index", "1")
 
 
-def run(*command: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("MA_")}
+def run(
+    *command: str, cwd: Path | None = None, environ: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-W", "error", *command],
         capture_output=True,
         text=True,
         timeout=TIMEOUT_S,
         cwd=cwd,
-        env=environ,
+        env={**without_a_cluster(os.environ), **(environ or {})},
         check=False,
     )
 
@@ -38,7 +40,7 @@ def run(*command: str, cwd: Path | None = None) -> subprocess.CompletedProcess[s
 @pytest.fixture
 def as_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Undoes what a command does to the process that it thinks is its own."""
-    for name in [name for name in os.environ if name.startswith("MA_")]:
+    for name in os.environ.keys() - without_a_cluster(os.environ).keys():
         monkeypatch.delenv(name)
     monkeypatch.setenv("GRPC_VERBOSITY", "NONE")
     threads = torch.get_num_threads()
@@ -61,14 +63,21 @@ def exit_code(*command: str) -> int:
 MISTAKES = {
     "no command": (WORKER, "COMMAND"),
     "unknown command": ((*WORKER, "fly"), "'fly'"),
-    "no cluster": ((*WORKER, "run", __file__), "--ps-hosts, --num-workers, --task-index"),
+    "no cluster": (
+        (*WORKER, "run", __file__),
+        "MA_PS_HOSTS, MA_NUM_WORKERS, MA_TASK_INDEX not set; start the script with",
+    ),
     "no port": ((*WORKER, "run", "--ps-hosts", "somewhere", "x.py"), "'somewhere' is not HOST:PORT"),
+    "no port of the second": ((*WORKER, "run", "--ps-hosts", "a:1,b", "x.py"), "'b' is not HOST:PORT"),
     "port too large": ((*WORKER, "run", "--ps-hosts", "a:65536", "x.py"), "'a:65536' is not HOST:PORT"),
     "no workers": ((*WORKER, "run", "--num-workers", "0", "x.py"), "'0' is not a whole number from 1 on"),
     "index too large": ((*WORKER, "run", *CLUSTER[:-1], "2", __file__), "task_index 2 is not from 0 to 1"),
     "no script": ((*WORKER, "run", *CLUSTER), "SCRIPT"),
     "missing script": ((*WORKER, "run", *CLUSTER, "no_such.py"), "there is no file 'no_such.py'"),
-    "half a cluster": ((*WORKER, "digits", *CLUSTER[:-2]), "--ps-hosts, --num-workers and --task-index together"),
+    "half a cluster": (
+        (*WORKER, "digits", *CLUSTER[:-2]),
+        "MA_TASK_INDEX not set, and what is there (--ps-hosts 127.0.0.1:1, --num-workers 2) does not say which worker",
+    ),
     "no environment": ((*WORKER, "digits"), "MA_PS_HOSTS, MA_NUM_WORKERS, MA_TASK_INDEX not set"),
     "interval": (
         (*WORKER, "digits", "--alone", "--steps", "30"),
@@ -84,7 +93,7 @@ MISTAKES = {
     ),
     "nothing to launch": (LAUNCH, "after --"),
     "launch without --": ((*LAUNCH, "digits"), "after --"),
-    "several servers": ((*LAUNCH, "--ps", "2", "--", "digits"), "only one parameter server"),
+    "launch no servers": ((*LAUNCH, "--ps", "none", "--", "digits"), "'none' is not a whole number from"),
     "unknown flag": ((*LAUNCH, "--wrokers", "2", "--", "digits"), "--wrokers"),
     "launch no workers": ((*LAUNCH, "--workers", "none", "--", "digits"), "'none' is not a whole number from 1 on"),
     "launch missing script": ((*LAUNCH, "--", "no_such.py"), "there is no file 'no_such.py'"),
@@ -125,21 +134,46 @@ def test_wrong_arguments_give_one_line_from_a_real_process(mistake: str) -> None
     assert named in line
 
 
-def test_run_passes_the_cluster_and_the_arguments_to_the_script(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("flags", "environ"),
+    [
+        (("--ps-hosts", "a:1,b:1", "--num-workers", "2", "--task-index", "1"), {}),
+        (("--ps-hosts", "a:1,b:1", "--num-workers", "2", "--task-index", "1"), slurm(0)),
+        (("--ps-hosts", "a:1,b:1"), slurm(1)),
+        (("--num-workers", "2"), {**torchrun(1), "MA_PS_HOSTS": "a:1,b:1"}),
+        ((), {"MA_PS_HOSTS": "a:1,b:1", "MA_NUM_WORKERS": "2", "MA_TASK_INDEX": "1"}),
+    ],
+    ids=["flags", "flags within Slurm", "flags and Slurm", "flags and torchrun", "environment"],
+)
+def test_run_passes_the_cluster_and_the_arguments_to_the_script(
+    tmp_path: Path, flags: tuple[str, ...], environ: Mapping[str, str]
+) -> None:
     script = tmp_path / "script.py"
-    script.write_text("import sys; from ma_client import ClusterSpec; print(ClusterSpec.from_env(), sys.argv)")
-    result = run(*WORKER, "run", *CLUSTER, "script.py", "--epochs", "3", cwd=tmp_path)
-    assert result.stderr == ""
-    assert result.stdout == (
-        "ClusterSpec(ps_hosts=('127.0.0.1:1',), num_workers=2, task_index=1, init_from=None) "
-        "['script.py', '--epochs', '3']\n"
+    script.write_text(
+        "import os, sys\n"
+        "print(*(os.environ[f'MA_{name}'] for name in ('PS_HOSTS', 'NUM_WORKERS', 'TASK_INDEX')), sys.argv)"
     )
+    result = run(*WORKER, "run", *flags, "script.py", "--epochs", "3", cwd=tmp_path, environ=environ)
+    assert result.stderr == ""
+    assert result.stdout == "a:1,b:1 2 1 ['script.py', '--epochs', '3']\n"
 
 
 def test_exit_code_of_run_is_that_of_the_script(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text("raise SystemExit(7)")
     assert run(*WORKER, "run", *CLUSTER, str(script)).returncode == 7
+
+
+@pytest.mark.parametrize("command", [("run", __file__), ("digits",)], ids=["run", "digits"])
+@pytest.mark.usefixtures("as_alone")
+def test_a_flag_that_contradicts_the_launcher_gives_one_line(
+    command: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in torchrun().items():
+        monkeypatch.setenv(name, value)
+    assert exit_code(*WORKER, command[0], *CLUSTER[:2], "--num-workers", "3", *command[1:]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("ps-worker: --num-workers 3 and WORLD_SIZE='2' contradict each other")
 
 
 @pytest.mark.usefixtures("as_alone")
