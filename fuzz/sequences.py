@@ -158,9 +158,9 @@ class _Sequence:
         given = self._witness.given.get(key) or self._witness.given.setdefault(key, self._new_push(key))
         base_step = step
         if rng.random() < 0.15:
-            base_step = rng.choice((max(0, step - 1), min(step + self._ahead_by, 2**63 - 1)))
+            base_step = rng.choice((max(0, step - 1), min(step + self._ahead_by, 2**63 - 2)))
         elif step == _STEP and self._all_ahead:
-            base_step = min(step + self._ahead_by, 2**63 - 1)
+            base_step = min(step + self._ahead_by, 2**63 - 2)
         header = push_header(
             self._model,
             worker_id,
@@ -199,7 +199,7 @@ class _Sequence:
             case 2:
                 header.weight = rng.choice((0.0, -1.0, math.nan, math.inf, 1e-10, 1e10))
             case 3:
-                header.base_step = rng.choice((2**63, 2**64 - 1))
+                header.base_step = rng.choice((2**63 - 1, 2**63, 2**64 - 1))
             case 4:
                 header.manifest_id = rng.choice(("", "x" * 100, MODELS[0].manifest.id, MODELS[1].manifest.id))
             case 5:

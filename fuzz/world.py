@@ -24,8 +24,7 @@ from ps_server.service import ParameterServerService, ServicePolicy
 __all__ = ["Center", "LONG_ENOUGH_S", "MAX_STEPS", "STALL_TIMEOUT_S", "World", "open_files", "resident_bytes", "tables"]
 
 STALL_TIMEOUT_S = 10.0
-# The time of a stalled client begins anew when something is written to it, as notices are at growing intervals.
-LONG_ENOUGH_S = 3 * STALL_TIMEOUT_S
+LONG_ENOUGH_S = STALL_TIMEOUT_S + 0.1
 # The longest input needs a tenth of it.
 MAX_STEPS = 5000
 # A larger one would cost time, and find nothing that a small one does not.

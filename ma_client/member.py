@@ -37,6 +37,8 @@ _LOOK_TIMEOUT_S = 2.0
 _FIRST_PAUSE_S = 0.02
 _LONGEST_PAUSE_S = 0.5
 _FIRST_NOTICE_S = 5.0
+# A shard may think of somebody who only reads as the worker that it waits for. A push too many does no harm.
+_LONG_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,7 @@ class Member:
     def center_header(self, wait_initialized: bool, deadline: Deadline) -> pb.CenterHeader:
         """What the center is, without its values."""
         request = self._pull_request(wait_initialized)
+        request.header_only = True
         return self._patience.call(lambda: self.shard.center_header(request, deadline), deadline)
 
     def pull(
@@ -218,7 +221,7 @@ class Member:
         """Returns with a center of ``step`` or later, when the shard has one.
 
         A shard falls behind the others when it, or a worker, dies in the middle of a round. What it lacks are pushes:
-        this worker's are made again, with ``contribution``, whenever the shard waits for it.
+        this worker's are made again, with ``contribution``, whenever the shard seems to wait for it.
 
         Args:
             step: where the shard has to come to.
@@ -236,7 +239,8 @@ class Member:
             if status.global_step >= step:
                 self.pull(False, deadline)
                 continue
-            if may_push and self._waits_for_this_worker(status):
+            waited_s = time.monotonic() - since_s
+            if may_push and (waited_s > _LONG_S or self._waits_for_this_worker(status)):
                 give = give or contribution()
                 # All at once if nobody is in between; else step by step with the others.
                 base_step = status.global_step if ahead else max(step - 1, status.global_step)
@@ -248,7 +252,6 @@ class Member:
                         raise
                     ahead = True
                 continue
-            waited_s = time.monotonic() - since_s
             if waited_s >= notice_s:
                 _log.warning(
                     "the parameter server at %s is at step %d, another at %d; it has waited %.0f s for %s",

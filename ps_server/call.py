@@ -53,13 +53,13 @@ class Call:
         self._context = context
         self._traffic = traffic
         self._stall_timeout_s = stall_timeout_s
-        self._writing = False
         self._beside_header: tuple[int, memoryview] | pb.SharedFragments | None = None
         self.failure: BaseException | None = None
         """Why the call's task was cancelled, if `fail` did it."""
         self._task = asyncio.current_task()
         self._loop = asyncio.get_running_loop()
-        self._active_at_s = self._loop.time()
+        self._read_at_s = self._loop.time()
+        self._write_began_at_s: float | None = None
         self._watchdog = self._loop.call_later(stall_timeout_s, self._watch)
         self.ended: asyncio.Future[None] = self._loop.create_future()
 
@@ -72,7 +72,7 @@ class Call:
     async def read(self) -> bytes | None:
         """The client's next message; None when it has half-closed."""
         message = await self._context.read()
-        self._active_at_s = self._loop.time()
+        self._read_at_s = self._loop.time()
         return message if isinstance(message, bytes) else None
 
     async def read_header(self, message_type: type[_Opening]) -> Any:
@@ -123,9 +123,12 @@ class Call:
 
     async def write(self, message: bytes) -> None:
         """Sends one message. Returns when gRPC has room for the next: a slow client holds up only its own call."""
-        self._writing, self._active_at_s = True, self._loop.time()
-        await self._context.write(message)
-        self._writing = False
+        self._write_began_at_s = self._loop.time()
+        try:
+            await self._context.write(message)
+        except grpc.aio.InternalError:  # what gRPC says when the client has gone just now
+            raise asyncio.CancelledError from None
+        self._write_began_at_s = None
 
     async def write_fragment(self, index: int, data: memoryview) -> None:
         """Sends one fragment; its bytes are copied before this first waits."""
@@ -154,11 +157,14 @@ class Call:
             self.fail(error)
 
     def _watch(self) -> None:
-        idle_s = self._loop.time() - self._active_at_s if self.expecting or self._writing else 0.0
+        since_s = [self._read_at_s] if self.expecting else []
+        if self._write_began_at_s is not None:
+            since_s.append(self._write_began_at_s)
+        idle_s = self._loop.time() - min(since_s, default=self._loop.time())
         if idle_s < self._stall_timeout_s:
             self._watchdog = self._loop.call_later(self._stall_timeout_s - idle_s, self._watch)
             return
-        doing = "reads nothing of what is sent" if self._writing else "sends nothing"
+        doing = "sends nothing" if self._write_began_at_s is None else "reads nothing of what is sent"
         self.fail(
             refusal(
                 Reason.STREAM_STALLED,

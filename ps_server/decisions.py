@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from modelaverage.checks import check_global_step, check_incarnation, check_weight, check_worker_id
+from modelaverage.checks import check_base_step, check_incarnation, check_weight, check_worker_id
 from modelaverage.errors import ModelAverageError
 from modelaverage.outcome import Outcome
 
@@ -42,7 +42,7 @@ class Push:
         check_worker_id(self.worker_id)
         check_incarnation(self.incarnation)
         check_weight(self.weight)
-        check_global_step(self.base_step)
+        check_base_step(self.base_step)
 
     @property
     def key(self) -> tuple[bytes, int]:

@@ -138,8 +138,8 @@ class Job:
             return sorted(names), 0
         return self._roster.waiting_for(self.round.complete, len(self.round.complete) + len(names) + unknown)
 
-    async def send_pulled(self, call: Call) -> None:
-        """Answers a pull: header, then every fragment, all of one step."""
+    async def send_pulled(self, call: Call, header_only: bool) -> None:
+        """Answers a pull: header, then every fragment if they are wanted, all of one step."""
         await self._until_kept()
         header = pb.CenterHeader(
             manifest=wire.manifest_to_message(self.manifest),
@@ -149,7 +149,7 @@ class Job:
         )
         with self.center.current.reading() as buffer:
             await call.write(pb.PullResponse(header=header).SerializeToString())
-            for index in range(self.manifest.fragment_count):
+            for index in range(0 if header_only else self.manifest.fragment_count):
                 await call.write_fragment(index, buffer.fragment(index))
 
     async def take_part(self, call: Call, header: pb.PushHeader) -> None:

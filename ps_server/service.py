@@ -236,7 +236,7 @@ class ParameterServerService:
                     self._pulls_waiting.discard(call)
             job = self._require_job()
             self._roster.heard_of(message.worker_id, self._clock())
-            await job.send_pulled(call)
+            await job.send_pulled(call, message.header_only)
 
         await self._serve("Pull", context, body)
 

@@ -10,6 +10,7 @@ __all__ = [
     "MAX_WORKER_ID_BYTES",
     "MIN_WEIGHT",
     "STEP_LIMIT",
+    "check_base_step",
     "check_global_step",
     "check_incarnation",
     "check_weight",
@@ -53,6 +54,12 @@ def check_weight(weight: float) -> None:
             Reason.WEIGHT_INVALID,
             f"weight {weight:g} is not usable; give a number from {MIN_WEIGHT:g} to {MAX_WEIGHT:g}",
         )
+
+
+def check_base_step(base_step: int) -> None:
+    """Raises GLOBAL_STEP_INVALID unless the step is from 0 to 2**63 - 2: a round makes it one more."""
+    if not 0 <= base_step < STEP_LIMIT - 1:
+        raise refusal(Reason.GLOBAL_STEP_INVALID, f"base step {base_step} is not from 0 to 2**63 - 2")
 
 
 def check_global_step(global_step: int) -> None:

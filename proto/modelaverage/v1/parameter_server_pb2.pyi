@@ -196,12 +196,14 @@ class InitializeResponse(_message.Message):
     def __init__(self, initialized: bool = ..., global_step: _Optional[int] = ..., manifest_id: _Optional[str] = ..., num_workers: _Optional[int] = ..., shard: _Optional[_Union[Shard, _Mapping]] = ...) -> None: ...
 
 class PullRequest(_message.Message):
-    __slots__ = ("worker_id", "wait_initialized")
+    __slots__ = ("worker_id", "wait_initialized", "header_only")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     WAIT_INITIALIZED_FIELD_NUMBER: _ClassVar[int]
+    HEADER_ONLY_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     wait_initialized: bool
-    def __init__(self, worker_id: _Optional[str] = ..., wait_initialized: bool = ...) -> None: ...
+    header_only: bool
+    def __init__(self, worker_id: _Optional[str] = ..., wait_initialized: bool = ..., header_only: bool = ...) -> None: ...
 
 class PullResponse(_message.Message):
     __slots__ = ("header", "fragment")

@@ -81,8 +81,8 @@ class ParameterServerServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Pull(self, request, context):
-        """Reads the center variables. The stream is one header, then every fragment in ascending order. All of it belongs to
-        one `global_step`, whatever rounds commit meanwhile.
+        """Reads the center variables. The stream is one header, then every fragment in ascending order, unless only the header
+        is wanted. All of it belongs to one `global_step`, whatever rounds commit meanwhile.
 
         Errors: NOT_INITIALIZED, WORKER_ID_INVALID, STREAM_STALLED.
         """
