@@ -179,6 +179,7 @@ class Member:
             manifest_id=self._manifest_id,
             untouched_variables=contribution.untouched,
             accepts_shared_memory=self._worker.accepts_shared_memory,
+            accepts_runs=True,
         )
 
         def attempt() -> tuple[Answer, Mapping[str, NDArray[Any]] | None]:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, cast
 
 import grpc
@@ -202,15 +203,16 @@ class Shard:
         loan: Loan | None = None
 
         def inline(first: int) -> Iterator[bytes]:
-            for index in range(first, fragment_count):
-                yield wire.encode_fragment(index, fragments(index))
+            for index, end in staging.manifest.runs(first):
+                yield wire.encode_fragment(index, chain.from_iterable(map(fragments, range(index, end))))
 
         def requests() -> Iterator[bytes]:
             opening = pb.PushAndAverageRequest(header=header).SerializeToString()
             if header.fragments_follow:
                 # Messages that stand one after the other are read as one.
-                yield opening + next(inline(0), b"")
-                yield from inline(1)
+                messages = inline(0)
+                yield opening + next(messages, b"")
+                yield from messages
                 return
             yield opening
             filled = 0

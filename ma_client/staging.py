@@ -61,14 +61,17 @@ class Staging:
         self._received = 0
 
     def receive(self, index: int, data: memoryview) -> None:
-        """The next fragment has come. Raises ProtocolError if it is another one, or has another size."""
+        """The next fragment has come, or a run of them. Raises ProtocolError if it is another one, or has another
+        size."""
         if index != self._received or index >= self.manifest.fragment_count:
             raise ProtocolError(f"the server sent fragment {index} where {self._received} belongs")
-        start, end = self.manifest.fragment_bounds(index)
-        if len(data) != end - start:
-            raise ProtocolError(f"the server sent {len(data)} bytes for fragment {index}, which has {end - start}")
-        self._memory.bytes[self._start + start : self._start + end] = np.frombuffer(data, np.uint8)
-        self._received += 1
+        end = self.manifest.run_end(index, len(data))
+        start, stop = self.manifest.fragment_bounds(index)
+        if end is None:
+            raise ProtocolError(f"the server sent {len(data)} bytes for fragment {index}, which has {stop - start}")
+        start += self._start
+        self._memory.bytes[start : start + len(data)] = np.frombuffer(data, np.uint8)
+        self._received = end
 
     def receive_elsewhere(self, first: int, count: int) -> None:
         """The next ``count`` fragments lie in shared memory. Raises ProtocolError if others come next."""

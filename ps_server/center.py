@@ -24,7 +24,7 @@ from modelaverage.manifest import DTYPES, Manifest
 from modelaverage.shared_memory import Segment
 from ps_server.decisions import FinishFragment
 
-__all__ = ["Buffer", "Center", "Contribution", "check_fragment_size"]
+__all__ = ["Buffer", "Center", "Contribution", "check_fragment_size", "split_run"]
 
 _Array = NDArray[np.generic]
 _THREADS = min(4, os.cpu_count() or 1)
@@ -63,8 +63,12 @@ class Buffer:
 
     def fragment(self, index: int) -> memoryview:
         """The bytes of a fragment; a view."""
-        start, end = self._manifest.fragment_bounds(index)
-        return self._bytes[start:end].data
+        return self.fragments(index, index + 1)
+
+    def fragments(self, first: int, end: int) -> memoryview:
+        """The bytes of consecutive fragments, up to but not with ``end``; a view."""
+        start, stop = self._manifest.fragment_bounds(first)[0], self._manifest.fragment_bounds(end - 1)[1]
+        return self._bytes[start:stop].data
 
     @contextmanager
     def reading(self) -> Iterator[Buffer]:
@@ -244,6 +248,19 @@ def check_fragment_size(manifest: Manifest, index: int, data: memoryview) -> Non
             Reason.FRAGMENT_SIZE_WRONG,
             f"fragment {index} has {len(data)} bytes; the manifest gives it {end - start}",
         )
+
+
+def split_run(manifest: Manifest, first: int, data: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """Index and bytes of every fragment in a run. Raises ProtocolError (FRAGMENT_SIZE_WRONG), before the first, unless
+    they are whole fragments."""
+    end = manifest.run_end(first, len(data))
+    if end is None:
+        check_fragment_size(manifest, first, data)
+        end = first + 1
+    begin = manifest.fragment_bounds(first)[0]
+    for index in range(first, end):
+        start, stop = manifest.fragment_bounds(index)
+        yield index, data[start - begin : stop - begin]
 
 
 def _add_weighted(total: _Array, values: _Array, weight: float, first: bool) -> None:

@@ -19,7 +19,7 @@ from modelaverage.outcome import Outcome
 from modelaverage.shared_memory import Segment
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.call import Call
-from ps_server.center import Buffer, Center, Contribution, check_fragment_size
+from ps_server.center import Buffer, Center, Contribution, split_run
 from ps_server.checkpoint import Checkpoint
 from ps_server.decisions import (
     Admit,
@@ -55,7 +55,9 @@ class _Average:
     def __post_init__(self) -> None:
         buffer = self.buffer
         # Workers that keep pace are sent the same bytes, so they are made once.
-        self.message = lru_cache(_MESSAGES_KEPT)(lambda index: wire.encode_fragment(index, (buffer.fragment(index),)))
+        self.message = lru_cache(_MESSAGES_KEPT)(
+            lambda first, end: wire.encode_fragment(first, (buffer.fragments(first, end),))
+        )
 
 
 @dataclass(eq=False)
@@ -66,6 +68,7 @@ class _Part:
     worker_id: str
     average: _Average
     follows: bool = False  # whether its fragments come without waiting for the admission
+    runs: bool = False  # whether several fragments of the average may go in one message
     contribution: Segment | None = None  # where the worker may put its fragments
     shared: bool = False  # whether it does
     outcome: pb.PushOutcome | None = None  # set when its round has committed
@@ -155,7 +158,9 @@ class Job:
     async def take_part(self, call: Call, header: pb.PushHeader) -> None:
         """Answers a push, from its header to its outcome."""
         push = _push_of(header, self.manifest)
-        part = self._parts[call.number] = _Part(call, push.worker_id, self._average, header.fragments_follow)
+        part = self._parts[call.number] = _Part(
+            call, push.worker_id, self._average, header.fragments_follow, header.accepts_runs
+        )
         try:
             decisions = self.round.open(call.number, push, self._clock())
             record = self._roster.heard_of(push.worker_id, self._clock())
@@ -184,19 +189,25 @@ class Job:
         """Adds fragments to the average until the client half-closes; ignores those below ``unneeded``."""
         while (fragment := await part.call.read_fragment(pb.PushAndAverageRequest)) is not None:
             if isinstance(fragment, tuple):
-                if fragment[0] < unneeded:
-                    continue
-                decisions = self._take_inline(part, *fragment)
+                decisions = self._take_inline(part, *fragment, unneeded)
             else:
                 decisions = self._take_shared(part, fragment)
             self._apply(decisions)
         self.round.check_complete(part.call.number)
 
-    def _take_inline(self, part: _Part, index: int, data: memoryview) -> list[Decision]:
-        weight, first = self.round.check_fragment(part.call.number, index)
-        check_fragment_size(self.manifest, index, data)
-        self._roster.note_nonfinite(self.center.accumulate(index, Contribution(part.worker_id, weight, data), first))
-        return self._record(part, index)
+    def _take_inline(self, part: _Part, first: int, data: memoryview, unneeded: int) -> list[Decision]:
+        # All or nothing: what is recorded has consequences.
+        if first >= unneeded:
+            self.round.check_fragment(part.call.number, first)
+        decisions = list[Decision]()
+        for index, values in split_run(self.manifest, first, data):
+            if index < unneeded:
+                continue
+            weight, is_first = self.round.check_fragment(part.call.number, index)
+            contribution = Contribution(part.worker_id, weight, values)
+            self._roster.note_nonfinite(self.center.accumulate(index, contribution, is_first))
+            decisions += self._record(part, index)
+        return decisions
 
     def _take_shared(self, part: _Part, fragments: pb.SharedFragments) -> list[Decision]:
         if part.contribution is None or fragments.count == 0:
@@ -255,13 +266,20 @@ class Job:
             await part.progress.wait()
 
     def _finished(self, part: _Part, first: int) -> tuple[bytes, int]:
-        """The message with what is finished from ``first`` on, in shared memory all of it, else one fragment; and the
-        fragment after it."""
-        end = part.average.finished if part.shared else first + 1
+        """The message with what is finished from ``first`` on: in shared memory all of it, else a run, or one fragment;
+        and the fragment after it."""
+        if part.shared:
+            end = part.average.finished
+        elif part.runs:
+            # Runs end at multiples of the longest one, so that workers that keep pace are sent the same ones.
+            longest = self.manifest.longest_run
+            end = min(part.average.finished, (first // longest + 1) * longest)
+        else:
+            end = first + 1
         begin, stop = self.manifest.fragment_bounds(first)[0], self.manifest.fragment_bounds(end - 1)[1]
         part.call.count(sent_bytes=stop - begin, shared=part.shared)
         if not part.shared:
-            return part.average.message(first), end
+            return part.average.message(first, end), end
         shared = pb.SharedFragments(first=first, count=end - first)
         return pb.PushAndAverageResponse(shared=shared).SerializeToString(), end
 

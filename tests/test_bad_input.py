@@ -320,6 +320,29 @@ def test_a_push_with_a_wrongly_sized_fragment_is_refused(job: Job, index: int, r
     job.assert_still_serves()
 
 
+@pytest.mark.parametrize(("first", "size_bytes"), [(0, 64 + 8), (0, 2 * 64 + 1), (1, 64 + 44 + 8), (2, 44 + 64)])
+def test_a_run_that_is_not_of_whole_fragments_changes_nothing(job: Job, first: int, size_bytes: int) -> None:
+    stream = job.admitted()
+    stream.give(FRAGMENTS, end=first)
+    stream.send(fragment(first, bytes(size_bytes)))
+    assert_refused(stream, StatusCode.INVALID_ARGUMENT, "FRAGMENT_SIZE_WRONG", f"fragment {first}", size_bytes)
+    job.assert_still_serves()
+
+
+def test_a_run_counts_as_its_fragments_do(job: Job) -> None:
+    stream = job.admitted()
+    stream.send(fragment(0, b"".join(FRAGMENTS[:2])))
+    stream.give(FRAGMENTS, first=0, end=1)
+    assert_refused(stream, StatusCode.INVALID_ARGUMENT, "FRAGMENT_REPEATED", "fragment 0", 2)
+    job.assert_still_serves()
+
+
+def test_a_push_from_the_last_step_that_there_is_is_refused(job: Job) -> None:
+    stream = job.open_push(job.header(base_step=2**63 - 1))
+    assert_refused(stream, StatusCode.INVALID_ARGUMENT, "GLOBAL_STEP_INVALID", 2**63 - 1)
+    job.assert_still_serves()
+
+
 def test_a_push_with_an_empty_fragment_is_refused(job: Job) -> None:
     stream = job.admitted()
     stream.send(fragment(0, b""))

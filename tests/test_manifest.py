@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 
 from modelaverage.errors import InvalidRequestError, Reason
 from modelaverage.manifest import (
@@ -16,6 +18,8 @@ from modelaverage.manifest import (
     MAX_FRAGMENT_SIZE_BYTES,
     MAX_FRAGMENTS,
     MAX_NAME_BYTES,
+    MAX_RUN,
+    RUN_SIZE_BYTES,
     Manifest,
     Variable,
     dtype_name,
@@ -291,3 +295,35 @@ def test_a_dtype_has_the_same_name_in_either_byte_order() -> None:
 @pytest.mark.parametrize("name", ["int8", "int64", "uint32", "bool", "complex64", "str"])
 def test_a_dtype_that_cannot_be_averaged_keeps_numpys_name(name: str) -> None:
     assert dtype_name(np.dtype(name)) not in DTYPES
+
+
+# Runs: several fragments in one message.
+
+
+@given(manifests(), st.data())
+def test_runs_cover_every_fragment_once_and_in_order(manifest: Manifest, data: st.DataObject) -> None:
+    first = data.draw(st.integers(0, manifest.fragment_count))
+    covered = [index for start, end in manifest.runs(first) for index in range(start, end)]
+    assert covered == list(range(first, manifest.fragment_count))
+
+
+@given(st.integers(1, 4000), st.integers(1, 1 << 17))
+def test_runs_are_short_at_both_ends_and_within_bounds_between(count: int, size: int) -> None:
+    manifest = Manifest((Variable("w", "float64", (count * size,)),), 8 * size)
+    lengths = [end - start for start, end in manifest.runs(0)]
+    assert lengths[0] == lengths[-1] == 1
+    assert all(length <= MAX_RUN and length * 8 * size <= max(RUN_SIZE_BYTES, 8 * size) for length in lengths)
+    assert all(after <= 2 * before for before, after in pairwise(lengths))
+
+
+@given(manifests(), st.data())
+def test_only_whole_consecutive_fragments_are_a_run(manifest: Manifest, data: st.DataObject) -> None:
+    first = data.draw(st.integers(0, manifest.fragment_count))
+    size_bytes = data.draw(st.integers(0, manifest.buffer_size_bytes + 9))
+    ends = [
+        end
+        for end in range(first + 1, manifest.fragment_count + 1)
+        if sum(stop - start for start, stop in map(manifest.fragment_bounds, range(first, end))) == size_bytes
+        and end - first <= MAX_RUN
+    ]
+    assert manifest.run_end(first, size_bytes) == (ends[0] if ends else None)

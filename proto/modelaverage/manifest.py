@@ -32,10 +32,12 @@ __all__ = [
     "MAX_FRAGMENTS",
     "MAX_FRAGMENT_SIZE_BYTES",
     "MAX_NAME_BYTES",
+    "MAX_RUN",
     "MAX_SHARDS",
     "Manifest",
     "Part",
     "Piece",
+    "RUN_SIZE_BYTES",
     "Shard",
     "Variable",
     "dtype_name",
@@ -46,6 +48,10 @@ ALIGNMENT_BYTES = 8
 DEFAULT_FRAGMENT_SIZE_BYTES = 1 << 20
 # Keeps every message well under gRPC's default limit of 4 MiB.
 MAX_FRAGMENT_SIZE_BYTES = 2 << 20
+# Longer messages are hardly cheaper (docs/decisions/0014).
+RUN_SIZE_BYTES = 1 << 20
+# Bounds what one message can make a server do before it looks at others.
+MAX_RUN = 64
 MAX_NAME_BYTES = 1024
 # numpy 1 has no more.
 MAX_DIMENSIONS = 32
@@ -279,6 +285,34 @@ class Manifest:
         """First byte and end of a fragment in the flat buffer."""
         start = index * self.fragment_size_bytes
         return start, min(start + self.fragment_size_bytes, self.buffer_size_bytes)
+
+    def run_end(self, first: int, size_bytes: int) -> int | None:
+        """The index behind the last of the consecutive fragments that have so many bytes together, from ``first`` on;
+        None if no whole ones have."""
+        end = first + -(-size_bytes // self.fragment_size_bytes)
+        fits = size_bytes <= MAX_FRAGMENT_SIZE_BYTES and end - first <= MAX_RUN
+        if not first < end <= self.fragment_count or not fits:
+            return None
+        start, stop = self.fragment_bounds(first)[0], self.fragment_bounds(end - 1)[1]
+        return end if size_bytes == stop - start else None
+
+    @cached_property
+    def longest_run(self) -> int:
+        """How many fragments to put into one message at most."""
+        return max(1, min(RUN_SIZE_BYTES // self.fragment_size_bytes, MAX_RUN))
+
+    def runs(self, first: int) -> Iterator[tuple[int, int]]:
+        """In which runs to send the fragments from ``first`` on: (index, end) of each.
+
+        Every message costs, so they are long in the middle; short at the beginning, so that the first average is there
+        soon, and at the end, so that the last one is.
+        """
+        length = 1
+        while first < self.fragment_count:
+            left = self.fragment_count - first
+            end = first + max(1, min(length, left // 2))
+            yield first, end
+            first, length = end, min(2 * length, self.longest_run)
 
     @cached_property
     def pieces(self) -> tuple[tuple[Piece, ...], ...]:

@@ -236,7 +236,7 @@ class PushAndAverageRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[PushHeader, _Mapping]] = ..., fragment: _Optional[_Union[Fragment, _Mapping]] = ..., shared: _Optional[_Union[SharedFragments, _Mapping]] = ...) -> None: ...
 
 class PushHeader(_message.Message):
-    __slots__ = ("worker_id", "incarnation", "push_id", "is_chief", "base_step", "local_step", "weight", "manifest_id", "untouched_variables", "accepts_shared_memory", "fragments_follow")
+    __slots__ = ("worker_id", "incarnation", "push_id", "is_chief", "base_step", "local_step", "weight", "manifest_id", "untouched_variables", "accepts_shared_memory", "fragments_follow", "accepts_runs")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     PUSH_ID_FIELD_NUMBER: _ClassVar[int]
@@ -248,6 +248,7 @@ class PushHeader(_message.Message):
     UNTOUCHED_VARIABLES_FIELD_NUMBER: _ClassVar[int]
     ACCEPTS_SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
     FRAGMENTS_FOLLOW_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTS_RUNS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     incarnation: bytes
     push_id: int
@@ -259,7 +260,8 @@ class PushHeader(_message.Message):
     untouched_variables: _containers.RepeatedScalarFieldContainer[int]
     accepts_shared_memory: bool
     fragments_follow: bool
-    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[bytes] = ..., push_id: _Optional[int] = ..., is_chief: bool = ..., base_step: _Optional[int] = ..., local_step: _Optional[int] = ..., weight: _Optional[float] = ..., manifest_id: _Optional[str] = ..., untouched_variables: _Optional[_Iterable[int]] = ..., accepts_shared_memory: bool = ..., fragments_follow: bool = ...) -> None: ...
+    accepts_runs: bool
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[bytes] = ..., push_id: _Optional[int] = ..., is_chief: bool = ..., base_step: _Optional[int] = ..., local_step: _Optional[int] = ..., weight: _Optional[float] = ..., manifest_id: _Optional[str] = ..., untouched_variables: _Optional[_Iterable[int]] = ..., accepts_shared_memory: bool = ..., fragments_follow: bool = ..., accepts_runs: bool = ...) -> None: ...
 
 class PushAndAverageResponse(_message.Message):
     __slots__ = ("admission", "fragment", "outcome", "shared", "waiting")
