@@ -57,8 +57,8 @@ class ModelAverageOptimizer(torch.optim.Optimizer):
         use_locking: hold `lock` during local update and install, so that a thread that holds it meanwhile (evaluation)
             reads a consistent model. It is not held during the wait at the barrier.
         name: what `get_name` returns.
-        session: the connection to the parameter server; None: made from the environment that `ma-launch` and
-            `ps-worker run` set, and closed by the hook.
+        session: the connection to the parameter servers; None: made from what the environment says
+            (`ClusterSpec.from_env`), and closed by the hook.
 
     Attributes:
         lock: a reentrant lock; see ``use_locking``.

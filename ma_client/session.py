@@ -140,13 +140,13 @@ class ParameterServerSession:
 
     @classmethod
     def from_env(cls, **options: Any) -> ParameterServerSession:
-        """The session of this process in the cluster that `ma-launch` or `ps-worker run` described in the environment.
+        """The session of this process in the cluster that the environment describes (`ClusterSpec.from_env`).
 
         Args:
             options: keyword arguments of the constructor, to override or add.
 
         Raises:
-            ClusterError: a variable is missing or unusable.
+            ClusterError: a variable is missing, unusable, or contradicts another.
         """
         cluster = ClusterSpec.from_env()
         settings: dict[str, Any] = {

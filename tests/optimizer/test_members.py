@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from tests.optimizer.workers import (
     together,
     wait_for_status,
 )
+from tests.recorded import without_a_cluster
 
 # The constructor.
 
@@ -91,8 +93,8 @@ def test_without_a_session_the_environment_says_who_is_who(
 
 
 def test_without_session_and_environment_the_missing_variables_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MA_PS_HOSTS", "MA_NUM_WORKERS", "MA_TASK_INDEX"):
-        monkeypatch.delenv(name, raising=False)
+    for name in os.environ.keys() - without_a_cluster(os.environ).keys():
+        monkeypatch.delenv(name)
     getter = ModelAverageCustomGetter("cpu")
     local = torch.optim.SGD(getter(Net()).parameters(), lr=1.0)
     for num_worker, is_chief in ((None, True), (1, None), (1, True)):
