@@ -1,0 +1,86 @@
+"""What the protocol page says is what this library does: every byte of its examples, every reason, every limit."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from modelaverage import wire
+from modelaverage.checks import MAX_WORKER_ID_BYTES
+from modelaverage.errors import FAULTS, Reason
+from modelaverage.manifest import (
+    MAX_DIMENSIONS,
+    MAX_FRAGMENT_SIZE_BYTES,
+    MAX_FRAGMENTS,
+    MAX_NAME_BYTES,
+    MAX_RUN,
+    MAX_SHARDS,
+    Manifest,
+    Variable,
+)
+from modelaverage.v1 import parameter_server_pb2 as pb
+
+PAGE = (Path(__file__).parents[1] / "docs/protocol.md").read_text(encoding="utf-8")
+EXAMPLES = dict(re.findall(r"```hex ([^\n]+)\n([^`]+)\n```", PAGE))
+MANIFEST = Manifest((Variable("w", "float32", (2,)), Variable("s", "float16", ()), Variable("b", "float64", (1,))), 16)
+VALUES = [
+    memoryview(array.tobytes()) for array in (np.array([1, -2], "<f4"), np.array(0.5, "<f2"), np.array([3], "<f8"))
+]
+OUTCOME = pb.PushOutcome(outcome=pb.OUTCOME_COMMITTED, global_step=8, contributors=["a", "b"])
+HEADER = pb.PushHeader(worker_id="a", incarnation=bytes(range(16)), push_id=1, base_step=7, manifest_id="x")
+
+
+def fragment(index: int) -> bytes:
+    return b"".join(MANIFEST.fragment_parts(index, VALUES))
+
+
+BYTES = {
+    "fragment 0": fragment(0),
+    "fragment 1": fragment(1),
+    "Manifest": wire.manifest_to_message(MANIFEST).SerializeToString(),
+    "PushAndAverageRequest fragment 0": wire.encode_fragment(0, [fragment(0)]),
+    "PushAndAverageRequest fragment 1": wire.encode_fragment(1, [fragment(1)]),
+    "PushAndAverageRequest header": pb.PushAndAverageRequest(header=HEADER).SerializeToString(),
+    "PushAndAverageResponse admission": pb.PushAndAverageResponse(admission=pb.PushAdmission()).SerializeToString(),
+    "PushAndAverageResponse outcome": pb.PushAndAverageResponse(outcome=OUTCOME).SerializeToString(),
+}
+
+
+def test_the_page_has_every_example() -> None:
+    assert EXAMPLES.keys() == BYTES.keys()
+
+
+@pytest.mark.parametrize("name", BYTES)
+def test_the_examples_are_what_goes_over_the_wire(name: str) -> None:
+    assert bytes.fromhex(EXAMPLES[name]) == BYTES[name]
+
+
+def test_the_page_has_every_reason_with_its_status() -> None:
+    section = PAGE.partition("## 3.")[2].partition("## 4.")[0]
+    rows = dict(re.findall(r"^\| ([A-Z_]+) \| ([A-Z_]+) \|", section, re.MULTILINE))
+    assert rows == {reason.name: FAULTS[reason].status for reason in Reason}
+
+
+def test_the_page_has_every_outcome() -> None:
+    for name in pb.Outcome.DESCRIPTOR.values_by_name:
+        if name != "OUTCOME_UNSPECIFIED":
+            assert f"| {name.removeprefix('OUTCOME_')} |" in PAGE
+
+
+@pytest.mark.parametrize(
+    ("what", "limit"),
+    [
+        ("fragment size", f"{MAX_FRAGMENT_SIZE_BYTES >> 20} MiB"),
+        ("fragments of a model (or shard)", f"{MAX_FRAGMENTS:,}"),
+        ("run", f"{MAX_RUN} fragments and {MAX_FRAGMENT_SIZE_BYTES >> 20} MiB"),
+        ("variable's name", f"{MAX_NAME_BYTES:,} bytes"),
+        ("dimensions", str(MAX_DIMENSIONS)),
+        ("worker id", f"{MAX_WORKER_ID_BYTES} bytes"),
+        ("servers of a job", f"{MAX_SHARDS:,}"),
+    ],
+)
+def test_the_page_has_the_limits_that_are_in_force(what: str, limit: str) -> None:
+    assert f"| {what} | {limit}" in PAGE
