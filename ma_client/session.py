@@ -9,8 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
@@ -21,6 +20,7 @@ from ma_client.member import Contribution, Worker
 from ma_client.members import Members
 from ma_client.raw import bytes_of
 from ma_client.shard import Deadline
+from ma_client.trees import Paths, as_arrays, nest, paths_of
 from modelaverage import wire
 from modelaverage.checks import check_global_step, check_weight, check_worker_id
 from modelaverage.errors import ConflictError, InvalidRequestError, NotInitializedError, Reason
@@ -52,7 +52,7 @@ class PushResult:
     """How a push ended. Whatever the outcome, the worker goes on from ``center``.
 
     Args:
-        center: the center variables by name.
+        center: the center variables by name, nested as those that were pushed.
         global_step: rounds completed; the base step of what is trained from this center.
         outcome: COMMITTED, STALE (this push was not used) or ALREADY_COUNTED (an earlier one was). Of several servers:
             STALE if any did without it.
@@ -61,7 +61,7 @@ class PushResult:
         untouched: variables that no contributor had changed; the center's values were kept.
     """
 
-    center: Mapping[str, _Array]
+    center: Mapping[str, Any]
     global_step: int
     outcome: Outcome
     contributors: tuple[str, ...]
@@ -124,14 +124,16 @@ class ParameterServerSession:
         """The `global_step` of the center that this worker has; None before the first pull or push."""
         self.num_workers: int | None = None
         """How many workers a round of the servers waits for; None before the first initialize or pull."""
-        self._addresses = tuple(ps_hosts)
+        self.ps_hosts = tuple(ps_hosts)
+        """Addresses of the parameter servers."""
         self._fragment_size_bytes = fragment_size_bytes
         self._placement = placement
         self._round_timeout_s = round_timeout_s
         self._init_from = init_from
         self._assembly: Assembly | None = None
+        self._paths: Paths = {}
         worker = Worker(worker_id, uuid.uuid4().bytes, is_chief, shared_memory)
-        self._members = Members(self._addresses, worker, reconnect_timeout_s)
+        self._members = Members(self.ps_hosts, worker, reconnect_timeout_s)
         try:
             self._members.each(lambda _, member: member.shard.connect(connect_timeout_s))
         except BaseException:
@@ -170,15 +172,16 @@ class ParameterServerSession:
         self._members.close()
 
     def initialize(
-        self, variables: Mapping[str, ArrayLike], global_step: int = 0, timeout_s: float | None = None
+        self, variables: Mapping[str, Any], global_step: int = 0, timeout_s: float | None = None
     ) -> InitializeResult:
         """Sets the center variables if they are not set yet. For the chief, who also decides what goes to which server.
 
         If an earlier attempt reached only some of several servers, this one completes it.
 
         Args:
-            variables: initial values by name: float32, float64, float16 or bfloat16 arrays of any shape. Their order
-                is the order of the manifest.
+            variables: initial values by name: float32, float64, float16 or bfloat16 arrays of any shape, or whatever
+                numpy can read as such. Dictionaries may be nested; a variable's name is then its keys joined by "/".
+                Their order is the order of the manifest.
             global_step: where to start counting rounds.
             timeout_s: how long it may take; None: as long as it takes.
 
@@ -192,14 +195,14 @@ class ParameterServerSession:
         if not self.is_chief:
             raise InvalidRequestError(f"{self.worker_id!r} is not the chief: only the chief initializes the center")
         check_global_step(global_step)
-        arrays = _as_arrays(variables)
+        arrays = self._flat(variables)
         if self._init_from is not None:
             arrays = _read_like(arrays, self._init_from)
         deadline = Deadline(timeout_s)
         whole = _variables_of(arrays)
         values = [bytes_of(array) for array in arrays.values()]
         proposal = Proposal(self.worker_id, whole, values, global_step, self._placement, self._fragment_size_bytes)
-        done = initialize(self._members, self._addresses, proposal, deadline)
+        done = initialize(self._members, self.ps_hosts, proposal, deadline)
         self.num_workers = done.num_workers
         if done.assembly is not None:
             self._assembly = done.assembly
@@ -211,10 +214,10 @@ class ParameterServerSession:
         wait_initialized: bool = True,
         timeout_s: float | None = None,
         *,
-        expected: Mapping[str, ArrayLike] | None = None,
+        expected: Mapping[str, Any] | None = None,
         copy: bool = True,
         catch_up: bool = True,
-    ) -> tuple[Mapping[str, _Array], int]:
+    ) -> tuple[Mapping[str, Any], int]:
         """Reads the center variables; what is trained from them has their `global_step` as its base step.
 
         Args:
@@ -227,7 +230,7 @@ class ParameterServerSession:
                 average. False, for who only watches: wait until others bring it up.
 
         Returns:
-            The center variables by name, and `global_step`.
+            The center variables by name, and `global_step`. They are nested as what this session was given last.
 
         Raises:
             NotInitializedError: there is no center, and ``wait_initialized`` is False.
@@ -236,7 +239,7 @@ class ParameterServerSession:
                 that does not belong to the others.
         """
         deadline = Deadline(timeout_s)
-        shape = None if expected is None else _as_arrays(expected)
+        shape = None if expected is None else self._flat(expected)
         if len(self._members) == 1:
             self._members.each(
                 lambda _, member: member.pull(wait_initialized, deadline, lambda header: self._adopt([header], shape))
@@ -249,7 +252,7 @@ class ParameterServerSession:
 
     def push_and_average(
         self,
-        variables: Mapping[str, ArrayLike],
+        variables: Mapping[str, Any],
         weight: float = 1.0,
         *,
         local_step: int = 0,
@@ -262,7 +265,7 @@ class ParameterServerSession:
         ``variables`` is only read. If this raises, the push may be made again.
 
         Args:
-            variables: local variables with the center's names, dtypes and shapes, in any order.
+            variables: local variables with the center's names, dtypes and shapes, in any order; nested if you like.
             weight: share in the average, from 1e-9 to 1e9.
             local_step: this worker's count of optimizer steps; shown in the server's status.
             untouched: names of variables that are as they came from the center, for want of a gradient. What all
@@ -286,7 +289,7 @@ class ParameterServerSession:
         if self.base_step is None or assembly is None:
             raise NotInitializedError("pull the center (or initialize it) before the push", Reason.NOT_INITIALIZED)
         manifest = assembly.manifest
-        arrays = _in_order(_as_arrays(variables), manifest)
+        arrays = _in_order(self._flat(variables), manifest)
         # An array from a result that was not copied lies where the average is about to arrive.
         values = [bytes_of(array.copy() if assembly.overlaps(array) else array) for array in arrays.values()]
         numbers = {variable.name: number for number, variable in enumerate(manifest.variables)}
@@ -334,27 +337,32 @@ class ParameterServerSession:
         manifests = [wire.manifest_from_message(header.manifest) for header in headers]
         assembly = self._assembly
         if assembly is None or list(assembly.shards) != manifests:
-            assembly = Assembly(manifests, self._addresses)
+            assembly = Assembly(manifests, self.ps_hosts)
         if expected is not None:
             _in_order(expected, assembly.manifest)
-        for header, address in zip(headers, self._addresses, strict=True):
+        for header, address in zip(headers, self.ps_hosts, strict=True):
             if header.num_workers != headers[0].num_workers:
                 raise ConflictError(
                     f"the parameter server at {address} was started with --num-workers {header.num_workers}, that at "
-                    f"{self._addresses[0]} with {headers[0].num_workers}"
+                    f"{self.ps_hosts[0]} with {headers[0].num_workers}"
                 )
         for member, staging, header in zip(self._members, assembly.stagings, headers, strict=True):
             member.adopt(staging, header.manifest_id)
         self._assembly, self.num_workers = assembly, headers[0].num_workers
 
-    def _center(self, copy: bool) -> Mapping[str, _Array]:
+    def _flat(self, tree: Mapping[str, Any]) -> dict[str, _Array]:
+        """The arrays by the center's names; what comes back will be nested as they are."""
+        self._paths = paths_of(tree)
+        return as_arrays(tree, self._paths)
+
+    def _center(self, copy: bool) -> Mapping[str, Any]:
         """The center that has come, by name."""
         assembly = self._assembly
         assert assembly is not None
         arrays = assembly.join([member.elsewhere for member in self._members])
-        if not copy:
-            return arrays
-        return {name: array.copy() if assembly.overlaps(array) else array for name, array in arrays.items()}
+        if copy:
+            arrays = {name: array.copy() if assembly.overlaps(array) else array for name, array in arrays.items()}
+        return nest(arrays, self._paths) if self._paths.keys() == arrays.keys() else arrays
 
     def _common_step(self) -> int:
         """The step of the center that has come; the base step from now on."""
@@ -378,10 +386,6 @@ def _outcome_of(outcomes: Sequence[pb.PushOutcome]) -> Outcome:
     """How a push to several servers ended: as it did on that where it ended worst."""
     ended = {Outcome(outcome.outcome) for outcome in outcomes}
     return next(outcome for outcome in (Outcome.STALE, Outcome.ALREADY_COUNTED, Outcome.COMMITTED) if outcome in ended)
-
-
-def _as_arrays(variables: Mapping[str, ArrayLike]) -> dict[str, _Array]:
-    return {name: np.asarray(value) for name, value in variables.items()}
 
 
 def _variables_of(arrays: Mapping[str, _Array]) -> tuple[Variable, ...]:

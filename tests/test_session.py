@@ -168,7 +168,7 @@ def test_python_floats_and_lists_are_float64(lone: ParameterServerSession) -> No
 def test_what_cannot_be_averaged_is_refused_by_name(lone: ParameterServerSession) -> None:
     for value in (1, True, "text", 1j, None, np.zeros(2, np.int32), np.zeros(1, np.complex64)):
         with pytest.raises(InvalidRequestError, match="variable 'x' has dtype") as refused:
-            lone.initialize({"x": value})  # type: ignore[dict-item]
+            lone.initialize({"x": value})
         assert refused.value.reason is Reason.MANIFEST_INVALID
 
 
