@@ -22,6 +22,7 @@ from fuzz.witness import Given, Key, Witness
 from fuzz.world import LONG_ENOUGH_S, STALL_TIMEOUT_S, World
 from modelaverage.shared_memory import Segment, SegmentAddress
 from modelaverage.v1 import parameter_server_pb2 as pb
+from ps_server.call import FIRST_WRITE_TIMEOUT_S
 from ps_server.policy import RoundPolicy
 
 __all__ = ["Sequences"]
@@ -382,7 +383,7 @@ class _Sequence:
         self.world.settle()
         refused = self._opened("Pull", pb.PullRequest(worker_id="a").SerializeToString())
         self.world.settle()
-        self.world.advance(_STOP_GRACE_S + 0.1)
+        self.world.advance(_STOP_GRACE_S + FIRST_WRITE_TIMEOUT_S + 0.1)
         if not stopped.done() or (left := [call.rpc for call in self._calls if not call.done]):
             raise Failure(f"{left} outlive the service" if stopped.done() else "the service does not stop")
         stopped.result()

@@ -332,6 +332,8 @@ class Shard:
                 )
             case grpc.StatusCode.INTERNAL if "RST_STREAM" in details:  # so ends a stream whose server was killed
                 return ServerUnavailableError(f"the parameter server at {self.address} broke off ({details})")
+            case grpc.StatusCode.CANCELLED if not self.stopped.is_set():  # a server going down had not begun with it
+                return ServerUnavailableError(f"the parameter server at {self.address} broke off ({details})")
             case grpc.StatusCode.UNIMPLEMENTED:
                 return ServerUnavailableError(f"what answers at {self.address} is no parameter server: {details}")
             case code:

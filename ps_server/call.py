@@ -19,13 +19,15 @@ from modelaverage import wire
 from modelaverage.errors import Reason, refusal
 from modelaverage.v1 import parameter_server_pb2 as pb
 
-__all__ = ["Call", "Context", "Traffic"]
+__all__ = ["FIRST_WRITE_TIMEOUT_S", "Call", "Context", "Traffic"]
 
 Context = grpc.aio.ServicerContext[bytes, bytes]
 
 _T = TypeVar("_T")
 _Opening = TypeVar("_Opening", bound=pb.InitializeRequest | pb.PushAndAverageRequest)
 _numbers = itertools.count(1)
+# A client that does not take a call's first message for so long is not told how the call ends.
+FIRST_WRITE_TIMEOUT_S = 1.0
 
 
 @dataclass
@@ -60,6 +62,7 @@ class Call:
         self._loop = asyncio.get_running_loop()
         self._read_at_s = self._loop.time()
         self._write_began_at_s: float | None = None
+        self._has_written = False
         self._watchdog = self._loop.call_later(stall_timeout_s, self._watch)
         self.ended: asyncio.Future[None] = self._loop.create_future()
 
@@ -67,7 +70,11 @@ class Call:
         """Ends the call with ``error``, whatever it is blocked in. The first failure counts."""
         if self.failure is None and self._task is not None:
             self.failure = error
-            self._task.cancel()
+            if self._has_written or self._write_began_at_s is None:
+                self._cancel()
+            else:
+                # Beside a call's first message gRPC sends no status: cancelled now, the client would never hear of it.
+                self._loop.call_later(FIRST_WRITE_TIMEOUT_S, self._cancel)
 
     async def read(self) -> bytes | None:
         """The client's next message; None when it has half-closed."""
@@ -129,6 +136,10 @@ class Call:
         except grpc.aio.InternalError:  # what gRPC says when the client has gone just now
             raise asyncio.CancelledError from None
         self._write_began_at_s = None
+        if not self._has_written:
+            self._has_written = True
+            if self.failure is not None:
+                raise asyncio.CancelledError  # `fail` has waited for this
 
     async def write_fragment(self, index: int, data: memoryview) -> None:
         """Sends one fragment; its bytes are copied before this first waits."""
@@ -151,6 +162,10 @@ class Call:
         self._watchdog.cancel()
         self._task = None
         self.ended.set_result(None)
+
+    def _cancel(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
 
     def _beside_ended(self, task: asyncio.Future[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
