@@ -17,12 +17,13 @@ $(VENV)/%.stamp: pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$*]'
 	@touch $@
 
-demo: $(VENV)/demo.stamp ## train the digits with one parameter server and two workers
-	@$(BIN)/ma-launch --ps 1 --workers 2 -- digits
+demo: $(VENV)/demo.stamp ## train the digits with a parameter server and two workers; PS=2 WORKERS=3 for others
+	@$(BIN)/ma-launch --ps $(or $(PS),1) --workers $(or $(WORKERS),2) -- digits
 
 bench: $(VENV)/dev.stamp ## what a round costs, beside gloo's all-reduce; add QUICK=--quick for less than a minute
 	@$(BIN)/python -m bench.round $(QUICK)
 	@$(BIN)/python -m bench.many $(QUICK)
+	@$(BIN)/python -m bench.links $(QUICK)
 	@$(if $(QUICK),,$(BIN)/pytest -m slow)
 
 chaos: $(VENV)/dev.stamp ## kills and stops everything at random for 200 rounds, and checks that nothing is lost; SEED=1 for others

@@ -19,7 +19,7 @@ from modelaverage import wire
 from modelaverage.errors import Reason, refusal
 from modelaverage.v1 import parameter_server_pb2 as pb
 
-__all__ = ["FIRST_WRITE_TIMEOUT_S", "Call", "Context", "Traffic"]
+__all__ = ["Call", "Context", "FIRST_WRITE_TIMEOUT_S", "Traffic"]
 
 Context = grpc.aio.ServicerContext[bytes, bytes]
 

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console
+from safetensors.numpy import save_file
 
+from ma_client import ParameterServerSession
 from modelaverage.errors import ModelAverageError
 from ps_worker import run_files
 from ps_worker.digits_config import ALONE, DigitsConfig
+from ps_worker.engine import Cluster, Engine, server_name
 from ps_worker.events import Event, ServerEvent, decode, encode
-from ps_worker.local_cluster import LocalCluster
 from ps_worker.processes import LineHandler, Processes, all_end_well
 from ps_worker.record import Record
 from ps_worker.server_watch import ServerWatch
@@ -28,6 +30,7 @@ from ps_worker.view import Cast, View, view_for
 __all__ = ["DemoConfig", "run_demo"]
 
 _STATUS_INTERVAL_S = 0.25
+_SAVE_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -35,30 +38,29 @@ class DemoConfig:
     """What to run.
 
     Args:
-        num_workers: in the cluster.
-        training: how they and the lone worker train.
+        training: how the workers and the lone worker train.
         runs: where to make the run's directory.
     """
 
-    num_workers: int
     training: DigitsConfig
     runs: Path
 
 
-async def run_demo(config: DemoConfig, processes: Processes) -> None:
-    """Runs it, shows it, and writes its files.
+async def run_demo(config: DemoConfig, engine: Engine, processes: Processes) -> None:
+    """Runs it, shows it, and writes its files. The lone worker and the report are ``processes`` of this machine.
 
     Raises:
-        ProcessFailedError: a worker, the server or the report failed.
-        ServerNotReadyError: the server did not start.
-        ModelAverageError: the server did not answer at the end.
+        ProcessFailedError: a worker, a server or the report failed.
+        EngineError: the servers did not start.
+        ModelAverageError: a server did not answer at the end.
         OSError: the files cannot be written.
     """
     view = view_for(Console())
     directory = run_files.new_run_directory(config.runs)
     try:
         with (directory / run_files.METRICS).open("w", encoding="utf-8", buffering=1) as metrics:
-            summary = await _Demo(config, processes, directory, view, metrics).run()
+            async with engine(processes, view.say) as cluster:
+                summary = await _Demo(config, cluster, processes, directory, view, metrics).run()
     finally:
         view.close()
         run_files.remove_if_empty(directory)
@@ -69,51 +71,70 @@ async def run_demo(config: DemoConfig, processes: Processes) -> None:
 class _Demo:
     """The parts of one run, in their order, and what they tell."""
 
-    def __init__(self, config: DemoConfig, processes: Processes, directory: Path, view: View, metrics: TextIO) -> None:
+    def __init__(
+        self,
+        config: DemoConfig,
+        cluster: Cluster,
+        processes: Processes,
+        directory: Path,
+        view: View,
+        metrics: TextIO,
+    ) -> None:
         self._config = config
+        self._cluster = cluster
         self._processes = processes
         self._directory = directory
         self._view = view
         self._metrics = metrics
         self._record = Record()
-        self._stage = "the parameter server starts"
-        self._cluster = LocalCluster(processes, config.num_workers, on_message=view.say)
-        self._workers = tuple(f"worker-{index}" for index in range(config.num_workers))
+        count = cluster.num_servers
+        self._stage = "the parameter server starts" if count == 1 else f"{count} parameter servers start"
+        self._workers = tuple(f"worker-{index}" for index in range(cluster.num_workers))
 
     async def run(self) -> Summary:
         """All of it."""
         started_at_s = time.monotonic()
         async with _beside(self._keep_showing()):
-            await self._cluster.start_server()
-            server, cluster_s = await self._train_together()
+            await self._cluster.start_servers()
+            servers, cluster_s = await self._train_together()
             alone_s = await self._train_alone()
             await self._draw()
-        summary = self._summary(server, time.monotonic() - started_at_s, cluster_s, alone_s)
+        summary = self._summary(servers, time.monotonic() - started_at_s, cluster_s, alone_s)
         summary.write(self._directory / run_files.SUMMARY)
         return summary
 
-    async def _train_together(self) -> tuple[ServerEvent, float]:
-        """Returns how the server stands at the end, and the seconds from the workers' start to their end."""
+    async def _train_together(self) -> tuple[list[ServerEvent], float]:
+        """Returns how the servers stand at the end, and the seconds from the workers' start to their end."""
         started_at_s = time.monotonic()
         self._stage = f"{len(self._workers)} workers train together" if len(self._workers) > 1 else "1 worker trains"
-        command = [*self._worker_command(), "--save-center", str(self._directory / run_files.CENTER)]
         for index, worker in enumerate(self._workers):
             say = self._say(worker)
-            self._cluster.start_worker(index, command, say, say, self._heard)
-        watch = ServerWatch(self._cluster.address)
+            self._cluster.start_worker(index, self._worker_command(), say, say, self._heard)
+        watch = ServerWatch()
         try:
             async with _beside(self._keep_watching(watch)):
                 await self._cluster.workers_done()
-            server = await watch.sample()
+            cluster_s = time.monotonic() - started_at_s
+            servers = [await watch.sample(name, address) for name, address in self._servers().items()]
         finally:
             watch.close()
-        self._add(server)
-        return server, time.monotonic() - started_at_s
+        for server in servers:
+            self._add(server)
+        await asyncio.to_thread(self._save_center)
+        return servers, cluster_s
+
+    def _save_center(self) -> None:
+        # Not the chief: it may be on a machine that has not this directory.
+        with ParameterServerSession(
+            self._cluster.addresses, worker_id="ma-launch", connect_timeout_s=_SAVE_TIMEOUT_S, reconnect_timeout_s=0
+        ) as session:
+            center, _ = session.pull(timeout_s=_SAVE_TIMEOUT_S)
+        save_file(dict(center), self._directory / run_files.CENTER)
 
     async def _train_alone(self) -> float:
         started_at_s = time.monotonic()
         self._stage = "one worker trains alone on its part"
-        command = [sys.executable, *self._worker_command(), "--alone", f"--num-workers={self._config.num_workers}"]
+        command = [sys.executable, *self._worker_command(), "--alone", f"--num-workers={len(self._workers)}"]
         say = self._say(ALONE)
         await all_end_well([self._processes.start(f"{ALONE} worker", command, os.environ, say, say, self._heard)])
         return time.monotonic() - started_at_s
@@ -127,23 +148,26 @@ class _Demo:
     def _worker_command(self) -> list[str]:
         return ["-m", "ps_worker", "digits", *self._config.training.to_argv()]
 
-    def _summary(self, server: ServerEvent, total_s: float, cluster_s: float, alone_s: float) -> Summary:
+    def _summary(self, servers: list[ServerEvent], total_s: float, cluster_s: float, alone_s: float) -> Summary:
         center_accuracy = self._record.last_accuracy(self._workers[0])
         alone_accuracy = self._record.last_accuracy(ALONE)
         assert center_accuracy is not None
         assert alone_accuracy is not None
+        received_bytes = sum(server.received_bytes for server in servers)
+        sent_bytes = sum(server.sent_bytes for server in servers)
         return Summary(
             center_accuracy=center_accuracy,
             alone_accuracy=alone_accuracy,
-            rounds=server.global_step,
-            bytes_moved=server.received_bytes + server.sent_bytes,
-            bytes_received=server.received_bytes,
-            bytes_sent=server.sent_bytes,
+            rounds=min(server.global_step for server in servers),
+            bytes_moved=received_bytes + sent_bytes,
+            bytes_received=received_bytes,
+            bytes_sent=sent_bytes,
             total_s=total_s,
             cluster_s=cluster_s,
             alone_s=alone_s,
             waited_s={worker: sum(r.waited_s for r in self._record.rounds[worker]) for worker in self._workers},
-            num_workers=self._config.num_workers,
+            num_servers=len(servers),
+            num_workers=len(self._workers),
             config=self._config.training,
             files=run_files.ALL,
         )
@@ -160,9 +184,10 @@ class _Demo:
 
     async def _keep_watching(self, watch: ServerWatch) -> None:
         while True:
-            # A server that is gone ends the run in another way; one that is slow may answer the next time.
-            with contextlib.suppress(ModelAverageError):
-                self._add(await watch.sample())
+            for name, address in self._servers().items():
+                # A server that is gone ends the run in another way; one that is slow may answer the next time.
+                with contextlib.suppress(ModelAverageError):
+                    self._add(await watch.sample(name, address))
             await asyncio.sleep(_STATUS_INTERVAL_S)
 
     async def _keep_showing(self) -> None:
@@ -174,8 +199,12 @@ class _Demo:
             self._show()
 
     def _show(self) -> None:
-        cast = Cast(self._cluster.address, self._workers, ALONE, self._config.training.steps)
+        cast = Cast(self._servers(), self._workers, ALONE, self._config.training.steps)
         self._view.show(cast, self._record, self._stage)
+
+    def _servers(self) -> dict[str, str]:
+        """The address of each server by its name, once they listen."""
+        return {server_name(index): address for index, address in enumerate(self._cluster.addresses)}
 
 
 @contextlib.asynccontextmanager

@@ -10,6 +10,7 @@ test images is 0.0028. The default seed is one where the difference is large.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -118,6 +119,9 @@ def train_in_cluster(
 ) -> None:
     """Trains as one worker of ``cluster``; the chief also evaluates the center after each round.
 
+    A worker goes by the rounds that are completed: started again, it makes only the steps that are left, on the images
+    that they would have had.
+
     Args:
         config: how to train.
         cluster: the servers, and which worker this is.
@@ -149,16 +153,23 @@ def train_in_cluster(
             interval_steps=config.interval_steps,
             session=session,
         )
-        meter = _Meter(cluster.worker_id, config, report)
-
-        def after_interval() -> None:
-            if optimizer.last_round is not None:
-                meter.round_done(optimizer.last_round.global_step, optimizer.last_round.waited_s)
-            if cluster.is_chief:
-                meter.evaluated(accuracy(model, data.test))
-
         with optimizer.make_session_run_hook():
-            _train(model, optimizer, part, config, cluster.task_index, meter, after_interval)
+            steps_done = min(config.steps, optimizer.global_step * config.interval_steps)
+            _set_local_step(optimizer, steps_done)
+            meter = _Meter(cluster.worker_id, config, report, steps_done, optimizer.global_step)
+
+            def evaluate() -> None:
+                if cluster.is_chief:
+                    meter.evaluated(accuracy(model, data.test))
+
+            def after_interval() -> None:
+                if optimizer.last_round is not None:
+                    meter.round_done(optimizer.last_round.global_step, optimizer.last_round.waited_s)
+                evaluate()
+
+            if steps_done == config.steps:  # whoever made them may not have come to say it
+                evaluate()
+            _train(model, optimizer, part, config, cluster.task_index, meter, after_interval, steps_done)
     if cluster.is_chief and save_center is not None:
         save_file(model.state_dict(), save_center)
 
@@ -188,12 +199,14 @@ def train_alone(config: DigitsConfig, num_workers: int, task_index: int, report:
 class _Meter:
     """Turns what happens into events."""
 
-    def __init__(self, worker: str, config: DigitsConfig, report: Report) -> None:
+    def __init__(
+        self, worker: str, config: DigitsConfig, report: Report, steps_done: int = 0, global_step: int = 0
+    ) -> None:
         self._worker = worker
         self._batch_size = config.batch_size
         self._report = report
-        self._step = 0
-        self._global_step = 0
+        self._step = steps_done
+        self._global_step = global_step
         self._waited_s = 0.0
         self._losses: list[float] = []
         self._since_s = time.monotonic()
@@ -235,10 +248,12 @@ def _train(
     task_index: int,
     meter: _Meter,
     after_interval: Callable[[], None],
+    steps_done: int = 0,
 ) -> None:
     # Each worker has an order of its own; the lone one has that of the worker whose part it has.
     order = torch.Generator().manual_seed(1000 * config.seed + task_index)
-    for step, batch in zip(range(1, config.steps + 1), part.batches(config.batch_size, order), strict=False):
+    batches = itertools.islice(part.batches(config.batch_size, order), steps_done, config.steps)
+    for step, batch in enumerate(batches, start=steps_done + 1):
         optimizer.zero_grad()
         loss = nn.functional.cross_entropy(model(batch.pixels), batch.digits)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -248,6 +263,12 @@ def _train(
             after_interval()
         if step % _STEPS_PER_EVENT == 0 or step == config.steps:
             meter.report_progress()
+
+
+def _set_local_step(optimizer: ModelAverageOptimizer, local_step: int) -> None:
+    state = optimizer.state_dict()
+    state["model_average"]["local_step"] = local_step
+    optimizer.load_state_dict(state)
 
 
 def _initial_model(config: DigitsConfig) -> DigitsNet:

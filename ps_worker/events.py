@@ -62,9 +62,10 @@ class AccuracyEvent:
 
 @dataclass(frozen=True)
 class ServerEvent:
-    """What the parameter server was doing. Bytes: of fragments, since it started.
+    """What a parameter server was doing. Bytes: of fragments, since it started.
 
     Args:
+        server: which one: "ps-0", "ps-1", ...
         unix_time_s: when.
         phase: "uninitialized", "idle" (all workers compute), "averaging" or "stopping".
         global_step: rounds completed.
@@ -74,6 +75,7 @@ class ServerEvent:
     """
 
     kind: ClassVar[str] = "server"
+    server: str
     unix_time_s: float
     phase: str
     global_step: int

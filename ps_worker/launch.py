@@ -1,16 +1,22 @@
-"""The command `ma-launch`: a parameter server and its workers on this machine. The only place that reads its flags."""
+"""The command `ma-launch`: parameter servers and their workers, on this machine or on a Ray cluster. The only place
+that reads its flags."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ps_worker import flags
 from ps_worker.digits_config import MODULES, DigitsConfig, add_training_flags
 from ps_worker.extras import MissingExtraError, require
 from ps_worker.stop_signals import end_at_once_on_signals
+
+if TYPE_CHECKING:
+    from ps_worker.engine import Engine
 
 __all__ = ["main"]
 
@@ -19,6 +25,8 @@ examples:
   ma-launch --workers 2 -- digits                        the built-in workload
   ma-launch --workers 2 -- digits --steps 400 --seed 1   `ma-launch -- digits --help` lists its flags
   ma-launch --workers 4 -- train.py --epochs 3           your script, in four processes; worker-0 is the chief
+  ma-launch --ps 2 --workers 4 -- train.py               each of two parameter servers has half of the model
+  ma-launch --engine ray --ps auto --workers 4 -- train.py   on the nodes of a Ray cluster; docs/ray.md has more
 
 The workers' lines are printed with the worker's name. A worker that fails ends the run, with its last lines; Ctrl-C
 ends it, too. Unless OMP_NUM_THREADS is set, the workers share the processor cores evenly.
@@ -29,6 +37,11 @@ examples:
   ma-launch --workers 4 --runs /tmp/runs -- digits --steps 400 --interval-steps 50 --seed 1
 """
 _DIGITS = "digits"
+_AUTO = "auto"
+_LOCAL, _RAY = "local", "ray"
+_RAY_FLAGS = ("ray_address", "max_restarts", "checkpoint_dir", "working_dir", "cpus_per_worker", "gpus_per_worker")
+_MAX_RESTARTS = 3
+_LOOPBACK = "127.0.0.1"
 _DEMO_MODULES = (*MODULES, "rich", "matplotlib", "tensorboard")
 
 
@@ -43,26 +56,87 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("say after -- what the workers run: `-- digits`, or `-- SCRIPT [ARGS...]`")
     if unknown:
         parser.error(f"there is no argument {unknown[0]}")
-    if arguments.ps != 1:
-        parser.error(f"--ps {arguments.ps}: only one parameter server is possible so far; leave --ps out, or give 1")
+    given = [flag for flag in _RAY_FLAGS if getattr(arguments, flag) is not None]
+    if given and arguments.engine != _RAY:
+        parser.error(f"--{given[0].replace('_', '-')} needs --engine {_RAY}")
+    is_digits = command[0] == _DIGITS
+    training = _training(command[1:]) if is_digits else None
+    from ps_worker.engine import EngineError
     from ps_worker.supervise import run_digits, run_script
 
-    if command[0] != _DIGITS:
-        try:
-            script = flags.script(command[0])
-        except argparse.ArgumentTypeError as error:
-            parser.error(f"SCRIPT: {error}")
-        return run_script(arguments.workers, [str(script), *command[1:]])
-    digits_parser = _digits_parser()
     try:
-        training = DigitsConfig.from_flags(digits_parser.parse_args(command[1:]))
-        require(_DEMO_MODULES)
-    except ValueError as error:
-        digits_parser.error(str(error))
-    except MissingExtraError as error:
+        require(_DEMO_MODULES if is_digits else ())
+        script = [] if is_digits else _script(command, arguments.working_dir)
+        engine = _local_engine(arguments) if arguments.engine == _LOCAL else _ray_engine(arguments, is_digits)
+    except argparse.ArgumentTypeError as error:
+        parser.error(f"SCRIPT: {error}")
+    except (MissingExtraError, EngineError) as error:
         print(f"ma-launch: {error}", file=sys.stderr)
         return 1
-    return run_digits(arguments.workers, training, arguments.runs)
+    if training is not None:
+        return run_digits(engine, training, arguments.runs)
+    return run_script(engine, script)
+
+
+def _training(argv: list[str]) -> DigitsConfig:
+    parser = _digits_parser()
+    try:
+        return DigitsConfig.from_flags(parser.parse_args(argv))
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _script(command: list[str], working_dir: Path | None) -> list[str]:
+    """The command as it is given where the workers start. Raises ArgumentTypeError."""
+    script = flags.script(command[0])
+    if working_dir is not None:
+        try:
+            script = script.resolve().relative_to(working_dir.resolve())
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{command[0]!r} is not in --working-dir {str(working_dir)!r}") from None
+    return [str(script), *command[1:]]
+
+
+def _local_engine(arguments: argparse.Namespace) -> Engine:
+    from ps_worker.local_cluster import LocalCluster, automatic_servers, usable_cores
+
+    num_workers: int = arguments.workers
+    num_servers = automatic_servers(num_workers, usable_cores()) if arguments.ps == _AUTO else arguments.ps
+    return lambda processes, on_message: nullcontext(LocalCluster(processes, num_servers, num_workers, on_message))
+
+
+def _ray_engine(arguments: argparse.Namespace, is_digits: bool) -> Engine:
+    """Raises MissingExtraError, EngineError."""
+    require(["ray"], extra="ray")
+    from ps_worker.ray_cluster import RayCluster, RayConfig
+    from ps_worker.ray_engine import connect, count_nodes
+
+    num_workers: int = arguments.workers
+    cpus_per_worker: int = arguments.cpus_per_worker or 1
+    num_servers = 1 if arguments.ps == _AUTO else arguments.ps
+    is_new = connect(arguments.ray_address, arguments.working_dir, num_servers + num_workers * cpus_per_worker)
+    end_at_once_on_signals()  # Ray has set a handler of its own
+    config = RayConfig(
+        num_servers=min(num_workers, count_nodes()) if arguments.ps == _AUTO else num_servers,
+        num_workers=num_workers,
+        max_restarts=_MAX_RESTARTS if arguments.max_restarts is None else arguments.max_restarts,
+        checkpoint_dir=None if arguments.checkpoint_dir is None else arguments.checkpoint_dir.absolute(),
+        directory=None if is_digits or arguments.working_dir is not None else os.getcwd(),
+        cpus_per_worker=cpus_per_worker,
+        gpus_per_worker=arguments.gpus_per_worker or 0,
+        bind_host=_LOOPBACK if is_new else None,
+    )
+    return lambda _, on_message: RayCluster(config, on_message)
+
+
+def _servers(text: str) -> int | str:
+    """A whole number from 1 on, or "auto"."""
+    if text == _AUTO:
+        return _AUTO
+    try:
+        return flags.count(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, and not {_AUTO!r}") from None
 
 
 def _split(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -76,14 +150,19 @@ def _split(argv: list[str]) -> tuple[list[str], list[str]]:
 def _parser() -> argparse.ArgumentParser:
     parser = flags.Parser(
         prog="ma-launch",
-        usage="ma-launch [--ps 1] [--workers N] [--runs DIR] -- digits|SCRIPT [ARGS...]",
-        description="Starts a parameter server and its workers as processes of this machine, on loopback, and ends\n"
-        "all of them when the workers are done.",
+        usage="ma-launch [--ps K|auto] [--workers N] [--engine local|ray] ... -- digits|SCRIPT [ARGS...]",
+        description="Starts parameter servers and their workers as processes of this machine, on loopback, or on the\n"
+        "nodes of a Ray cluster, and ends all of them when the workers are done.",
         epilog=_EXAMPLES,
         formatter_class=flags.help_format,
     )
     parser.add_argument(
-        "--ps", type=flags.whole, default=1, metavar="N", help="parameter servers; only 1 so far (%(default)s)"
+        "--ps",
+        type=_servers,
+        default=1,
+        metavar="K",
+        help="parameter servers, each with a part of the model; auto: one for every two cores that the workers leave "
+        "(with ray: for every node), at least one and at most as many as workers (%(default)s)",
     )
     parser.add_argument("--workers", type=flags.count, default=2, metavar="N", help="worker processes (%(default)s)")
     parser.add_argument(
@@ -93,7 +172,47 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="digits: write the run's files to DIR/<time>/ (%(default)s)",
     )
+    parser.add_argument(
+        "--engine",
+        choices=(_LOCAL, _RAY),
+        default=_LOCAL,
+        help="where they run: processes of this machine, or the nodes of a Ray cluster (%(default)s)",
+    )
+    _add_ray_flags(parser)
     return parser
+
+
+def _add_ray_flags(parser: argparse.ArgumentParser) -> None:
+    """Without defaults, so that one that is given without Ray is noticed."""
+    group = parser.add_argument_group("with --engine ray")
+    group.add_argument(
+        "--ray-address",
+        metavar="ADDRESS",
+        help="of the Ray cluster; local: a new one, of this machine only (what Ray finds by itself, otherwise local)",
+    )
+    group.add_argument(
+        "--max-restarts",
+        type=flags.whole,
+        metavar="N",
+        help="how often each server and each worker that is killed, or whose node dies, is started again "
+        f"({_MAX_RESTARTS})",
+    )
+    group.add_argument(
+        "--checkpoint-dir",
+        type=Path,
+        metavar="DIR",
+        help="keep the center there, on storage that all nodes share; without it a server is not started again "
+        "(nowhere)",
+    )
+    group.add_argument(
+        "--working-dir",
+        type=Path,
+        metavar="DIR",
+        help="copy this directory with SCRIPT in it to the nodes and start the workers there (they start in the "
+        "directory where ma-launch was started, which has to be there on all nodes)",
+    )
+    group.add_argument("--cpus-per-worker", type=flags.count, metavar="N", help="cores to reserve for a worker (1)")
+    group.add_argument("--gpus-per-worker", type=flags.whole, metavar="N", help="GPUs to reserve for a worker (0)")
 
 
 def _digits_parser() -> argparse.ArgumentParser:

@@ -1,4 +1,4 @@
-"""One parameter server and its workers as processes of this machine, until the workers are done or anything fails."""
+"""Parameter servers and their workers as processes of this machine, until the workers are done or anything fails."""
 
 from __future__ import annotations
 
@@ -9,66 +9,80 @@ from collections.abc import Sequence
 from typing import Any
 
 from ma_client.cluster import ClusterSpec
+from ps_worker.engine import EngineError, server_name
 from ps_worker.processes import Child, LineHandler, Processes, all_end_well
 
-__all__ = ["LocalCluster", "ServerNotReadyError"]
+__all__ = ["LocalCluster", "automatic_servers", "usable_cores"]
 
 _READY_TIMEOUT_S = 30.0
 
 
-class ServerNotReadyError(Exception):
-    """The parameter server did not say in time that it listens."""
+def usable_cores() -> int:
+    """How many processor cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def automatic_servers(num_workers: int, cores: int) -> int:
+    """How many parameter servers `--ps auto` starts on one machine.
+
+    A server keeps a core busy, and as much again goes into the workers' side of the transfer. So there is one for every
+    two cores that the workers leave; at least one, and not more than there are workers, since one worker moves no more
+    than one server does.
+    """
+    return max(1, min(num_workers, (cores - num_workers) // 2))
 
 
 class LocalCluster:
-    """A cluster on loopback whose processes belong to ``processes``.
+    """A `Cluster` on loopback whose processes belong to ``processes``.
 
     Args:
         processes: starts and ends them.
+        num_servers: how many parameter servers.
         num_workers: how many workers a round waits for.
-        on_message: gets each line that the parameter server logs.
-
-    Attributes:
-        address: HOST:PORT of the parameter server, once started.
+        on_message: gets each line that a parameter server logs, with its name.
     """
 
-    def __init__(self, processes: Processes, num_workers: int, on_message: LineHandler) -> None:
+    def __init__(self, processes: Processes, num_servers: int, num_workers: int, on_message: LineHandler) -> None:
+        self.num_servers = num_servers
+        self.num_workers = num_workers
+        self.addresses: tuple[str, ...] = ()
         self._processes = processes
-        self._num_workers = num_workers
         self._on_message = on_message
-        self._server: Child | None = None
+        self._servers: list[Child] = []
         self._workers: list[Child] = []
-        self.address = ""
 
-    async def start_server(self) -> None:
-        """Returns when it listens.
+    async def start_servers(self) -> None:
+        """Returns when all listen, within 30 s. Errors are those of `Cluster`."""
+        first_lines = [self._start_server(server_name(index)) for index in range(self.num_servers)]
+        all_listen = asyncio.gather(*first_lines)
+        changes: list[asyncio.Future[Any]] = [all_listen, *(server.exit_code for server in self._servers)]
+        await asyncio.wait(changes, timeout=_READY_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
+        for server in self._servers:
+            if server.exit_code.done():
+                raise await server.failure()
+        for server, first_line in zip(self._servers, first_lines, strict=True):
+            if not first_line.done():
+                raise EngineError(f"{server.name} does not listen after {_READY_TIMEOUT_S:g} s")
+        self.addresses = tuple(line.split()[-1] for line in all_listen.result())  # "... listening on HOST:PORT"
 
-        Raises:
-            ProcessFailedError: it ended instead.
-            ServerNotReadyError: it did neither within 30 s.
-        """
+    def _start_server(self, name: str) -> asyncio.Future[str]:
         first_line: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
         def on_output(line: str) -> None:
             if not first_line.done():
                 first_line.set_result(line)
 
-        serve = ["-m", "ps_server", "serve", "--bind", "127.0.0.1:0", "--num-workers", str(self._num_workers)]
-        self._server = self._processes.start(
-            "the parameter server",
+        serve = ["-m", "ps_server", "serve", "--bind", "127.0.0.1:0", "--num-workers", str(self.num_workers)]
+        server = self._processes.start(
+            f"parameter server {name}",
             [sys.executable, *serve],
             os.environ,
             on_output=on_output,
-            on_error=self._on_message,
+            on_error=lambda line: self._on_message(f"[{name}] {line}"),
             ends_last=True,
         )
-        changes: list[asyncio.Future[Any]] = [first_line, self._server.exit_code]
-        await asyncio.wait(changes, timeout=_READY_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
-        if self._server.exit_code.done():
-            raise await self._server.failure()
-        if not first_line.done():
-            raise ServerNotReadyError(f"the parameter server does not listen after {_READY_TIMEOUT_S:g} s")
-        self.address = first_line.result().split()[-1]  # "... listening on HOST:PORT"
+        self._servers.append(server)
+        return first_line
 
     def start_worker(
         self,
@@ -78,8 +92,8 @@ class LocalCluster:
         on_error: LineHandler,
         on_event: LineHandler | None = None,
     ) -> None:
-        """Starts worker ``index`` of the cluster: Python with the arguments ``command``."""
-        cluster = ClusterSpec((self.address,), self._num_workers, index)
+        """Starts worker ``index``; see `Cluster`."""
+        cluster = ClusterSpec(self.addresses, self.num_workers, index)
         environ = {"OMP_NUM_THREADS": str(self._threads_per_worker()), **os.environ, **cluster.to_env()}
         environ["PYTHONUNBUFFERED"] = "1"  # its lines are to be seen when they are printed
         self._workers.append(
@@ -87,14 +101,8 @@ class LocalCluster:
         )
 
     async def workers_done(self) -> None:
-        """Returns when every worker has ended well and all that it printed was handed on.
-
-        Raises:
-            ProcessFailedError: a worker failed, or the server ended.
-            Exception: what a handler of lines raised.
-        """
-        assert self._server is not None
-        await all_end_well(self._workers, needed=[self._server])
+        """Returns when every worker has ended well. Errors are those of `Cluster`."""
+        await all_end_well(self._workers, needed=self._servers)
 
     def _threads_per_worker(self) -> int:
-        return max(1, (os.cpu_count() or 1) // self._num_workers)
+        return max(1, usable_cores() // self.num_workers)

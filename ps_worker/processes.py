@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from typing import IO, Any
 from ps_worker import leash
 from ps_worker.events import EVENTS_FLAG
 
-__all__ = ["Child", "LineHandler", "ProcessFailedError", "Processes", "all_end_well"]
+__all__ = ["Child", "LineHandler", "ProcessFailedError", "Processes", "Tail", "all_end_well", "how_it_ended"]
 
 LineHandler = Callable[[str], None]
 
@@ -36,6 +37,24 @@ class ProcessFailedError(Exception):
     """A process ended that should not have, or not like that. The message has its name and its last words."""
 
 
+class Tail:
+    """The last lines of a process's stderr; all of them are handed on to ``handler``."""
+
+    def __init__(self, handler: LineHandler) -> None:
+        self._handler = handler
+        self._lines: deque[str] = deque(maxlen=_TAIL_LINES)
+
+    def add(self, line: str) -> None:
+        """The next line."""
+        self._lines.append(line)
+        self._handler(line)
+
+    def failure(self, what: str) -> ProcessFailedError:
+        """What to raise about the process; ``what`` says how it ended."""
+        last_words = "".join(f"\n  {line}" for line in self._lines)
+        return ProcessFailedError(f"{what}{'; its last lines:' if last_words else ''}{last_words}")
+
+
 @dataclass(eq=False)
 class Child:
     """A process that was started here.
@@ -43,7 +62,7 @@ class Child:
     Attributes:
         name: what people call it.
         exit_code: of the process once it has ended; negative: the signal that ended it.
-        tail: the last lines of its stderr.
+        tail: of its stderr.
         readers: end when the pipes from it do, or with the exception that a handler of its lines raised.
         ends_last: whether the others need it as long as they run.
     """
@@ -51,7 +70,7 @@ class Child:
     name: str
     process: subprocess.Popen[bytes]
     exit_code: asyncio.Future[int]
-    tail: deque[str]
+    tail: Tail
     readers: list[asyncio.Task[None]]
     ends_last: bool
 
@@ -64,10 +83,7 @@ class Child:
     async def failure(self) -> ProcessFailedError:
         """What to raise about a process that has ended."""
         await self.all_lines_read()
-        code = self.exit_code.result()
-        how = f"was ended by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
-        last_words = "".join(f"\n  {line}" for line in self.tail)
-        return ProcessFailedError(f"{self.name} {how}{'; its last lines:' if last_words else ''}{last_words}")
+        return self.tail.failure(f"{self.name} {how_it_ended(self.exit_code.result())}")
 
     def kill(self, number: int) -> None:
         """Sends a signal to the process and to what it has started in its session."""
@@ -79,8 +95,8 @@ class Child:
 class Processes:
     """Processes that end when this context does: SIGTERM, and SIGKILL after ``grace_s`` seconds.
 
-    For the main thread of a running event loop. Every process leads a session of its own, so a terminal's Ctrl-C does
-    not reach it; on Linux it is killed when this process dies, however that happens.
+    For a running event loop. Every process leads a session of its own, so a terminal's Ctrl-C does not reach it; on
+    Linux it is killed when the loop's thread ends, however that happens.
     """
 
     def __init__(self, grace_s: float = 3.0) -> None:
@@ -90,7 +106,6 @@ class Processes:
         self._hurry = asyncio.Event()
 
     async def __aenter__(self) -> Processes:
-        asyncio.get_running_loop().add_signal_handler(signal.SIGCHLD, self._reap)
         return self
 
     async def __aexit__(
@@ -111,8 +126,9 @@ class Processes:
         on_error: LineHandler,
         on_event: LineHandler | None = None,
         ends_last: bool = False,
+        directory: str | None = None,
     ) -> Child:
-        """Starts ``command``.
+        """Starts ``command``. Raises OSError.
 
         Args:
             name: what people call it.
@@ -122,13 +138,9 @@ class Processes:
             on_error: gets each line of its stderr.
             on_event: gets each line of one more pipe; the command is told its file descriptor, as `EVENTS_FLAG` N.
             ends_last: whether the other processes need this one as long as they run.
+            directory: to start it in; None: this process's own.
         """
-        tail: deque[str] = deque(maxlen=_TAIL_LINES)
-
-        def on_error_line(line: str) -> None:
-            tail.append(line)
-            on_error(line)
-
+        tail = Tail(on_error)
         leashed = [sys.executable, "-I", "-S", str(Path(leash.__file__)), str(os.getpid()), *command]
         with contextlib.ExitStack() as handed_over:
             events: list[tuple[IO[bytes], LineHandler]] = []
@@ -148,23 +160,16 @@ class Processes:
                 bufsize=0,
                 pass_fds=write_fds,
                 start_new_session=True,
+                cwd=directory,
             )
         assert process.stdout is not None
         assert process.stderr is not None
-        pipes = [(process.stdout, on_output), (process.stderr, on_error_line), *events]
+        pipes = [(process.stdout, on_output), (process.stderr, tail.add), *events]
         readers = [asyncio.ensure_future(_read_lines(pipe, handler, self._opened)) for pipe, handler in pipes]
         child = Child(name, process, asyncio.get_running_loop().create_future(), tail, readers, ends_last)
         self._children.append(child)
+        threading.Thread(target=_wait, args=(child, asyncio.get_running_loop()), daemon=True).start()
         return child
-
-    def _reap(self) -> None:
-        # One signal may stand for several exits.
-        for child in self._children:
-            if not child.exit_code.done():
-                code = child.process.poll()
-                if code is not None:
-                    child.exit_code.set_result(code)
-                    child.kill(signal.SIGKILL)
 
     async def _end(self) -> None:
         # What the others need ends after them, or they would complain of that.
@@ -183,7 +188,6 @@ class Processes:
         # Not before: a process whose output nobody takes any more would complain of that.
         for transport in self._opened:
             transport.close()
-        asyncio.get_running_loop().remove_signal_handler(signal.SIGCHLD)
 
     async def _end_with(self, number: int, children: Sequence[Child], timeout_s: float) -> None:
         alive = [child for child in children if not child.exit_code.done()]
@@ -220,6 +224,22 @@ async def all_end_well(children: Sequence[Child], needed: Sequence[Child] = ()) 
         await asyncio.wait(changes, return_when=asyncio.FIRST_COMPLETED)
     for child in children:
         await child.all_lines_read()
+
+
+def how_it_ended(exit_code: int) -> str:
+    """In words; negative: the signal that ended it."""
+    return f"was ended by {_signal_name(-exit_code)}" if exit_code < 0 else f"ended with exit code {exit_code}"
+
+
+def _wait(child: Child, loop: asyncio.AbstractEventLoop) -> None:
+    code = child.process.wait()
+    with contextlib.suppress(RuntimeError):  # the loop has been closed without waiting for this
+        loop.call_soon_threadsafe(_ended, child, code)
+
+
+def _ended(child: Child, code: int) -> None:
+    child.exit_code.set_result(code)
+    child.kill(signal.SIGKILL)
 
 
 async def _all_done(futures: Iterable[asyncio.Future[int]]) -> None:

@@ -16,14 +16,14 @@ class Record:
 
     Attributes:
         steps, rounds, accuracies: of each worker, by its name.
-        server: the server's.
+        servers: of each parameter server, by its name.
     """
 
     def __init__(self, events: Iterable[Event] = ()) -> None:
         self.steps: defaultdict[str, list[StepEvent]] = defaultdict(list)
         self.rounds: defaultdict[str, list[RoundEvent]] = defaultdict(list)
         self.accuracies: defaultdict[str, list[AccuracyEvent]] = defaultdict(list)
-        self.server: list[ServerEvent] = []
+        self.servers: defaultdict[str, list[ServerEvent]] = defaultdict(list)
         for event in events:
             self.add(event)
 
@@ -42,11 +42,15 @@ class Record:
             case AccuracyEvent():
                 self.accuracies[event.worker].append(event)
             case ServerEvent():
-                self.server.append(event)
+                self.servers[event.server].append(event)
 
     def last_step(self, worker: str) -> StepEvent | None:
         """The latest progress of a worker; None before the first."""
         return self.steps[worker][-1] if self.steps[worker] else None
+
+    def last_of_servers(self) -> list[ServerEvent]:
+        """The latest of each parameter server that was heard of."""
+        return [events[-1] for events in self.servers.values()]
 
     def last_accuracy(self, worker: str) -> float | None:
         """The latest test accuracy (0 to 1) that a worker found; None before the first."""

@@ -63,7 +63,7 @@ def draw(record: Record, path: Path) -> None:
 
 
 def write_tensorboard(record: Record, directory: Path) -> None:
-    """Writes one TensorBoard run for each worker and one for the server, with the events' own times. Raises OSError."""
+    """Writes one TensorBoard run for each worker and each server, with the events' own times. Raises OSError."""
     for worker in sorted(record.steps):
         with SummaryWriter(str(directory / worker)) as writer:
             for step in record.steps[worker]:
@@ -73,10 +73,11 @@ def write_tensorboard(record: Record, directory: Path) -> None:
                 writer.add_scalar("test_accuracy", found.accuracy, found.step, found.unix_time_s)
             for round_ in record.rounds[worker]:
                 writer.add_scalar("barrier_wait_s", round_.waited_s, round_.step, round_.unix_time_s)
-    with SummaryWriter(str(directory / "server")) as writer:
-        for sample in record.server:
-            moved_bytes = sample.received_bytes + sample.sent_bytes
-            writer.add_scalar("moved_bytes", moved_bytes, sample.global_step, sample.unix_time_s)
+    for server, samples in sorted(record.servers.items()):
+        with SummaryWriter(str(directory / server)) as writer:
+            for sample in samples:
+                moved_bytes = sample.received_bytes + sample.sent_bytes
+                writer.add_scalar("moved_bytes", moved_bytes, sample.global_step, sample.unix_time_s)
 
 
 def _draw_loss(axes: Axes, record: Record, workers: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Asks the parameter server what it is doing, without holding up the event loop."""
+"""Asks parameter servers what they are doing, without holding up the event loop."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _TIMEOUT_S = 1.0
 
 
 class ServerWatch:
-    """A connection to the server at ``address``, used from one thread of its own."""
+    """Connections to parameter servers, used from one thread of their own."""
 
-    def __init__(self, address: str) -> None:
-        self._address = address
-        self._session: ParameterServerSession | None = None
+    def __init__(self) -> None:
+        self._sessions: dict[str, ParameterServerSession] = {}
         self._thread = ThreadPoolExecutor(max_workers=1)
 
-    async def sample(self) -> ServerEvent:
-        """What it is doing. Raises ModelAverageError if it does not say so within a second."""
-        status = await asyncio.get_running_loop().run_in_executor(self._thread, self._status)
+    async def sample(self, server: str, address: str) -> ServerEvent:
+        """What the server at ``address`` is doing. Raises ModelAverageError if it does not say so within a second."""
+        status = await asyncio.get_running_loop().run_in_executor(self._thread, self._status, address)
         return ServerEvent(
+            server=server,
             unix_time_s=time.time(),
             phase=pb.Phase.Name(status.phase).removeprefix("PHASE_").lower(),
             global_step=status.global_step,
@@ -36,15 +36,16 @@ class ServerWatch:
         )
 
     def close(self) -> None:
-        """Ends the connection, after the question that is being asked if there is one."""
+        """Ends the connections, after the question that is being asked if there is one."""
         self._thread.submit(self._close)
         self._thread.shutdown(wait=False)
 
-    def _status(self) -> pb.GetStatusResponse:
-        if self._session is None:
-            self._session = ParameterServerSession([self._address], worker_id="ma-launch", connect_timeout_s=_TIMEOUT_S)
-        return self._session.status(_TIMEOUT_S)
+    def _status(self, address: str) -> pb.GetStatusResponse:
+        if address not in self._sessions:
+            session = ParameterServerSession([address], worker_id="ma-launch", connect_timeout_s=_TIMEOUT_S)
+            self._sessions[address] = session
+        return self._sessions[address].status(_TIMEOUT_S)
 
     def _close(self) -> None:
-        if self._session is not None:
-            self._session.close()
+        for session in self._sessions.values():
+            session.close()

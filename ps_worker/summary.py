@@ -19,13 +19,14 @@ class Summary:
         center_accuracy: the part (0 to 1) of the test images that the center classifies right.
         alone_accuracy: the same of the worker that trained alone for the same number of steps.
         rounds: completed.
-        bytes_moved: fragment bytes that the server received and sent.
-        bytes_received: by the server.
-        bytes_sent: by the server.
+        bytes_moved: fragment bytes that the parameter servers received and sent.
+        bytes_received: by all servers.
+        bytes_sent: by all servers.
         total_s: of the whole run.
-        cluster_s: of the server's workers.
+        cluster_s: of the servers' workers.
         alone_s: of the lone worker.
         waited_s: seconds that each worker waited at the barrier.
+        num_servers: with a shard of the center each.
         num_workers: in a round.
         config: how they trained.
         files: what was written, in the run's directory.
@@ -41,12 +42,14 @@ class Summary:
     cluster_s: float
     alone_s: float
     waited_s: dict[str, float]
+    num_servers: int
     num_workers: int
     config: DigitsConfig
     files: tuple[str, ...]
 
     def rows(self) -> list[tuple[str, str]]:
         """The table: what, how much."""
+        servers = "the server" if self.num_servers == 1 else f"{self.num_servers} servers"
         part = f"{self.config.steps} steps on 1/{self.num_workers} of the images"
         waits = ", ".join(f"{worker} {seconds:.1f} s" for worker, seconds in self.waited_s.items())
         return [
@@ -55,8 +58,7 @@ class Summary:
             ("rounds", f"{self.rounds}"),
             (
                 "bytes moved",
-                f"{size(self.bytes_moved)}  ({size(self.bytes_received)} to the server, "
-                f"{size(self.bytes_sent)} from it)",
+                f"{size(self.bytes_moved)}  ({size(self.bytes_received)} to {servers}, {size(self.bytes_sent)} back)",
             ),
             ("waited at the barrier", waits),
             (

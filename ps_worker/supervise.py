@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 from modelaverage.errors import ModelAverageError
 from ps_worker.digits_config import DigitsConfig
-from ps_worker.local_cluster import LocalCluster, ServerNotReadyError
+from ps_worker.engine import Engine, EngineError
 from ps_worker.processes import LineHandler, Processes, ProcessFailedError
 from ps_worker.stop_signals import STOP_SIGNALS, end_at_once_on_signals, exit_code_for
 
@@ -21,29 +21,28 @@ __all__ = ["run_digits", "run_script"]
 _Job = Callable[[Processes], Coroutine[None, None, None]]
 
 
-def run_digits(num_workers: int, training: DigitsConfig, runs: Path) -> int:
+def run_digits(engine: Engine, training: DigitsConfig, runs: Path) -> int:
     """Runs the built-in workload; returns the exit code. The extra `demo` has to be installed."""
     from ps_worker.demo import DemoConfig, run_demo
 
-    return _run(lambda processes: run_demo(DemoConfig(num_workers, training, runs), processes))
+    return _run(lambda processes: run_demo(DemoConfig(training, runs), engine, processes))
 
 
-def run_script(num_workers: int, command: Sequence[str]) -> int:
+def run_script(engine: Engine, command: Sequence[str]) -> int:
     """Runs a script and its arguments in every worker; returns the exit code."""
-    return _run(lambda processes: _script(num_workers, command, processes))
+    return _run(lambda processes: _script(engine, command, processes))
 
 
-async def _script(num_workers: int, command: Sequence[str], processes: Processes) -> None:
-    cluster = LocalCluster(processes, num_workers, on_message=_printer(None, sys.stderr))
-    await cluster.start_server()
-    for index in range(num_workers):
-        name = f"worker-{index}"
-        cluster.start_worker(index, command, _printer(name, sys.stdout), _printer(name, sys.stderr))
-    await cluster.workers_done()
+async def _script(engine: Engine, command: Sequence[str], processes: Processes) -> None:
+    async with engine(processes, _printer("", sys.stderr)) as cluster:
+        await cluster.start_servers()
+        for index in range(cluster.num_workers):
+            prefix = f"[worker-{index}] "
+            cluster.start_worker(index, command, _printer(prefix, sys.stdout), _printer(prefix, sys.stderr))
+        await cluster.workers_done()
 
 
-def _printer(name: str | None, file: TextIO) -> LineHandler:
-    prefix = "" if name is None else f"[{name}] "
+def _printer(prefix: str, file: TextIO) -> LineHandler:
     return lambda line: print(f"{prefix}{line}", file=file, flush=True)
 
 
@@ -54,7 +53,7 @@ def _run(job: _Job) -> int:
         # Whoever read the output has gone; what the interpreter still wants to write on exit goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return exit_code_for(signal.SIGPIPE)
-    except (ModelAverageError, ProcessFailedError, ServerNotReadyError) as error:
+    except (ModelAverageError, ProcessFailedError, EngineError) as error:
         print(f"ma-launch: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # between the loop's handlers and the next ones
@@ -74,6 +73,7 @@ async def _supervise(job: _Job) -> int:
     def stop(number: signal.Signals) -> None:
         if stopped.done():
             processes.hurry()
+            work.cancel()  # it may be giving others time to end
         else:
             stopped.set_result(number)
 

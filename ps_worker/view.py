@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,13 +28,13 @@ class Cast:
     """Who takes part.
 
     Args:
-        address: of the parameter server.
-        workers: names of its workers, the chief first.
+        servers: the address of each parameter server, by its name; empty until they listen.
+        workers: names of their workers, the chief first.
         alone: name of the lone worker.
         steps: local steps of each.
     """
 
-    address: str
+    servers: Mapping[str, str]
     workers: tuple[str, ...]
     alone: str
     steps: int
@@ -149,9 +149,10 @@ def _line(cast: Cast, record: Record) -> str:
         "samples/s " + " ".join(f"{step.samples_per_s:.0f}" for step in steps),
         "waited " + " ".join(f"{step.waited_s:.1f}" for step in steps) + " s",
     ]
-    if record.server:
-        server = record.server[-1]
-        parts.append(f"global_step {server.global_step}, {size(server.received_bytes + server.sent_bytes)} moved")
+    servers = record.last_of_servers()
+    if servers:
+        moved_bytes = sum(server.received_bytes + server.sent_bytes for server in servers)
+        parts.append(f"global_step {min(server.global_step for server in servers)}, {size(moved_bytes)} moved")
     accuracy = record.last_accuracy(cast.workers[0])
     if accuracy is not None:
         parts.append(f"test accuracy of the center {accuracy:.4f}")
@@ -160,7 +161,7 @@ def _line(cast: Cast, record: Record) -> str:
 
 def _picture(cast: Cast, record: Record, stage: str, elapsed_s: float) -> RenderableType:
     title = Text.assemble(("modelaverage", "bold"), f"  digits: {stage}", (f"  {elapsed_s:.0f} s", "dim"))
-    return Group(title, _workers(cast, record), _server(cast, record))
+    return Group(title, _workers(cast, record), _servers(cast, record))
 
 
 def _workers(cast: Cast, record: Record) -> Table:
@@ -189,14 +190,17 @@ def _add_row(table: Table, cast: Cast, record: Record, worker: str, label: str) 
         table.add_row(label, f"{done}/{cast.steps}", bar, f"{step.loss:.4f}", f"{step.samples_per_s:,.0f}", waited)
 
 
-def _server(cast: Cast, record: Record) -> RenderableType:
+def _servers(cast: Cast, record: Record) -> RenderableType:
     grid = Table.grid(padding=(0, 2))
-    server = record.server[-1] if record.server else None
-    if server is None:
-        grid.add_row("server", cast.address or "starting")
-    else:
+    if not cast.servers:
+        grid.add_row("servers", "starting")
+    for name, address in cast.servers.items():
+        if name not in record.servers:
+            grid.add_row(name, address)
+            continue
+        server = record.servers[name][-1]
         waits = f"waits for {', '.join(server.waiting_for)}" if server.waiting_for else server.phase
-        grid.add_row("server", f"{cast.address}  {waits}")
+        grid.add_row(name, f"{address}  {waits}")
         traffic = f"received {size(server.received_bytes)}, sent {size(server.sent_bytes)}"
         grid.add_row("", f"global_step [bold]{server.global_step}[/], {traffic}")
     accuracies = [("center", record.last_accuracy(cast.workers[0])), (cast.alone, record.last_accuracy(cast.alone))]

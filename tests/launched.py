@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import queue
@@ -12,7 +13,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -24,15 +25,23 @@ MARK = "MA_TEST_MARK"
 class Launched:
     """A Python process with its own mark in the environment, which all of its descendants inherit.
 
-    Of its output only ``read_lines`` lines are read, then the pipe is closed; None: all of them.
+    Of its output only ``read_lines`` lines are read, then the pipe is closed; None: all of them. ``environ`` is added
+    to the environment.
     """
 
-    def __init__(self, arguments: Sequence[str], cwd: Path | None = None, read_lines: int | None = None) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        cwd: Path | None = None,
+        read_lines: int | None = None,
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
         self._mark = uuid.uuid4().hex
         self.process = subprocess.Popen(
             [sys.executable, *arguments],
-            env={**os.environ, MARK: self._mark, "PYTHONWARNINGS": "error"},
+            env={**os.environ, MARK: self._mark, "PYTHONWARNINGS": "error", **(environ or {})},
             cwd=cwd,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -61,6 +70,9 @@ class Launched:
             os.kill(pid, signal.SIGKILL)
         for reader in self._readers:
             reader.join()
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
 
     def _read(self, pipe: IO[str], lines: list[str], count: int | None) -> None:
         with pipe:
@@ -68,6 +80,12 @@ class Launched:
                 lines.append(line.rstrip("\n"))
                 self._news.put(line)
         self._news.put(None)
+
+    def tell(self, line: str) -> None:
+        """Writes a line to its stdin."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{line}\n")
+        self.process.stdin.flush()
 
     def wait_for(self, *texts: str) -> None:
         """Returns when every one of ``texts`` was printed."""

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from ma_client import ClusterSpec
+from ma_client import ClusterSpec, ParameterServerSession
 from ps_worker import run_files
 from ps_worker.digits import DigitsData, DigitsNet, accuracy, train_alone, train_in_cluster
 from ps_worker.digits_config import ALONE, DigitsConfig, add_training_flags
@@ -30,7 +30,8 @@ EVENTS: list[Event] = [
     StepEvent("worker-0", 1.0, 40, 0.25, 1234.5, 0.75, 2),
     RoundEvent("worker-0", 1.0, 40, 2, 0.5),
     AccuracyEvent("worker-0", 1.0, 40, 2, 0.975),
-    ServerEvent(1.0, "averaging", 2, 3 << 20, 2 << 20, ("worker-1",)),
+    ServerEvent("ps-0", 1.0, "averaging", 2, 3 << 20, 2 << 20, ("worker-1",)),
+    ServerEvent("ps-1", 1.0, "idle", 3, 5 << 20, 4 << 20, ()),
 ]
 
 
@@ -99,6 +100,34 @@ def test_lone_worker_differs_only_in_having_no_server(start_server: StartServer,
     assert not lone.rounds
 
 
+@pytest.mark.parametrize("steps_before", [40, 80])
+def test_a_worker_that_is_started_again_makes_only_the_steps_that_are_left(
+    start_server: StartServer, tmp_path: Path, steps_before: int
+) -> None:
+    # Without momentum, which a restart loses, the center is that of a run without one.
+    whole = DigitsConfig(steps=80, momentum=0)
+    undisturbed, center = train_as_chief(start_server, whole, tmp_path)
+    cluster = ClusterSpec((start_server(1).address,), num_workers=1, task_index=0)
+    first: list[Event] = []
+    again: list[Event] = []
+    train_in_cluster(DigitsConfig(steps=steps_before, momentum=0), cluster, first.append)
+    train_in_cluster(whole, cluster, again.append, save_center=tmp_path / "center")
+    if steps_before < whole.steps:
+        assert without_times([*first, *again]) == without_times(undisturbed)
+    else:  # nothing is left but to say how good the center is
+        assert without_times(again) == [event for event in without_times(undisturbed)[-2:] if event.kind == "accuracy"]
+    assert (tmp_path / "center").read_bytes() == center
+
+
+def test_a_worker_that_is_started_again_counts_its_local_steps_on(start_server: StartServer) -> None:
+    cluster = ClusterSpec((start_server(1).address,), num_workers=1, task_index=0)
+    events: list[Event] = []
+    with ParameterServerSession(cluster.ps_hosts, worker_id="observer") as observer:
+        for steps in (40, 60):
+            train_in_cluster(DigitsConfig(steps=steps), cluster, events.append)
+            assert [worker.local_step for worker in observer.status().workers] == [steps]
+
+
 def test_flags_say_all_of_a_configuration() -> None:
     config = DigitsConfig(steps=60, interval_steps=30, batch_size=8, learning_rate=0.5, momentum=0.25, seed=7)
     parser = argparse.ArgumentParser()
@@ -123,22 +152,26 @@ def test_line_that_is_no_event_is_refused(line: str) -> None:
         decode(line)
 
 
-def test_live_view_shows_every_worker_and_the_server_in_80_columns() -> None:
+def test_live_view_shows_every_worker_and_every_server_in_80_columns() -> None:
     out = io.StringIO()
     view = LiveView(Console(file=out, width=80, force_terminal=True, color_system=None, legacy_windows=False))
-    cast = Cast("127.0.0.1:4242", ("worker-0", "worker-1"), ALONE, steps=1200)
+    servers = {"ps-0": "127.0.0.1:4242", "ps-1": "127.0.0.1:4343"}
+    cast = Cast(servers, ("worker-0", "worker-1"), ALONE, steps=1200)
     view.show(cast, Record(EVENTS), "2 workers train together")
     view.close()
     picture = re.sub(r"\x1b\[[?0-9;]*[A-Za-z]|\r", "", out.getvalue())
     for shown in ("2 workers train together", "worker-0 (chief)", "40/1200", "0.2500", "1,234", "0.75 s", "worker-1"):
         assert shown in picture
     for shown in (
+        "ps-0  ",
         "127.0.0.1:4242",
         "global_step 2",
         "received 3.0 MiB",
         "sent 2.0 MiB",
-        "waits for worker-1",
+        "127.0.0.1:4242  waits for worker-1",
         "0.9750",
+        "127.0.0.1:4343  idle",
+        "global_step 3, received 5.0 MiB, sent 4.0 MiB",
     ):
         assert shown in picture
     assert "…" not in picture
@@ -147,7 +180,7 @@ def test_live_view_shows_every_worker_and_the_server_in_80_columns() -> None:
 # A whole run
 
 needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="looks for orphans in /proc")
-DEMO = ("-m", "ps_worker.launch", "--ps", "1", "--workers", "2", "--runs", "runs", "--", "digits")
+DEMO = ("-m", "ps_worker.launch", "--ps", "2", "--workers", "2", "--runs", "runs", "--", "digits")
 
 
 @needs_proc
@@ -160,13 +193,13 @@ def test_run_trains_a_good_center_and_leaves_every_file(tmp_path: Path) -> None:
     assert {path.name for path in run.iterdir()} == set(run_files.ALL)
     summary = assert_summary_has_every_number_of_the_table(run, demo.lines)
     assert summary.center_accuracy > 0.9
-    assert summary.rounds == 10
+    assert (summary.rounds, summary.num_servers, summary.num_workers) == (10, 2, 2)
     assert summary.bytes_moved == summary.bytes_received + summary.bytes_sent > 0
     assert_center_is_what_the_summary_says(run, summary)
     assert_metrics_have_the_whole_run(run, summary)
     assert (run / run_files.CURVES).read_bytes().startswith(b"\x89PNG")
     written = {path.parent.name for path in (run / run_files.TENSORBOARD).glob("*/events.out.tfevents.*")}
-    assert written == {"worker-0", "worker-1", "alone", "server"}
+    assert written == {"worker-0", "worker-1", "alone", "ps-0", "ps-1"}
 
 
 def assert_summary_has_every_number_of_the_table(run: Path, printed: list[str]) -> Summary:
@@ -190,13 +223,18 @@ def assert_metrics_have_the_whole_run(run: Path, summary: Summary) -> None:
     assert {steps[-1].step for steps in record.steps.values()} == {200}
     assert record.last_accuracy(ALONE) == summary.alone_accuracy
     assert len(record.rounds["worker-1"]) == 10
-    assert record.server[-1].global_step == 10
+    servers = record.last_of_servers()
+    assert [server.global_step for server in servers] == [10, 10]
+    # Both have a part of the model, and together they have moved what the summary says.
+    assert all(server.received_bytes > 0 for server in servers)
+    assert sum(server.received_bytes for server in servers) == summary.bytes_received
+    assert sum(server.sent_bytes for server in servers) == summary.bytes_sent
 
 
 @needs_proc
 def test_ctrl_c_during_the_start_leaves_nothing(tmp_path: Path) -> None:
     with Launched(DEMO, cwd=tmp_path) as demo:
-        demo.wait_for("the parameter server starts")
+        demo.wait_for("2 parameter servers start")
         demo.process.send_signal(signal.SIGINT)
         assert demo.ended(timeout_s=5) == 130
         assert demo.errors == ["ma-launch: ended by SIGINT, and every process with it"]

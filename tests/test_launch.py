@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from ps_worker.local_cluster import automatic_servers, usable_cores
 from tests.launched import Launched, all_gone
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for orphans in /proc")
@@ -63,13 +64,13 @@ signal.pause()
 
 @pytest.fixture
 def launch(tmp_path: Path) -> Iterator[Launch]:
-    """launch(SCRIPT TEXT, *ARGS, workers=N, read_lines=N) -> ma-launch at work on it."""
+    """launch(SCRIPT TEXT, *ARGS, ps=K, workers=N, read_lines=N) -> ma-launch at work on it."""
     running: list[Launched] = []
 
-    def start(text: str, *args: str, workers: int = 2, read_lines: int | None = None) -> Launched:
+    def start(text: str, *args: str, ps: str = "1", workers: int = 2, read_lines: int | None = None) -> Launched:
         script = tmp_path / "script.py"
         script.write_text(text)
-        command = [*LAUNCH, "--ps", "1", "--workers", str(workers), "--", str(script), *args]
+        command = [*LAUNCH, "--ps", ps, "--workers", str(workers), "--", str(script), *args]
         running.append(Launched(command, read_lines=read_lines))
         return running[-1]
 
@@ -91,8 +92,43 @@ def test_script_gets_its_arguments_and_its_place_in_the_cluster(launch: Launch) 
     assert_nothing_left(launched)
 
 
-def test_workers_of_a_script_average_through_the_server(launch: Launch) -> None:
-    launched = launch(AVERAGE)
+def test_workers_get_the_addresses_of_all_servers_in_one_order(launch: Launch) -> None:
+    launched = launch("import os\nprint(os.environ['MA_PS_HOSTS'])", ps="3", workers=2)
+    assert launched.ended() == 0, launched.printed()
+    (hosts,) = {line.split("] ")[1] for line in launched.lines}
+    assert len(launched.lines) == 2
+    assert len(set(hosts.split(","))) == 3
+    assert all(host.startswith("127.0.0.1:") for host in hosts.split(","))
+    assert_nothing_left(launched)
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "cores", "servers"), [(1, 1, 1), (2, 2, 1), (2, 4, 1), (2, 6, 2), (2, 64, 2), (8, 16, 4), (8, 4, 1)]
+)
+def test_auto_gives_a_server_for_every_two_cores_that_the_workers_leave_up_to_their_number(
+    num_workers: int, cores: int, servers: int
+) -> None:
+    assert automatic_servers(num_workers, cores) == servers
+
+
+def test_ps_auto_starts_as_many_servers_as_the_rule_says(launch: Launch) -> None:
+    launched = launch(WAITING, ps="auto", workers=1)
+    launched.wait_for("[worker-0] waiting")
+    assert len(launched.descendants("ps_server serve")) == automatic_servers(1, usable_cores())
+
+
+@pytest.mark.parametrize("ps", ["0", "two"])
+def test_a_number_of_servers_that_makes_no_sense_is_refused(launch: Launch, ps: str) -> None:
+    launched = launch(WAITING, ps=ps)
+    assert launched.ended() == 2
+    assert launched.errors == [
+        f"ma-launch: argument --ps: {ps!r} is not a whole number from 1 on, and not 'auto' (see `ma-launch --help`)"
+    ]
+
+
+@pytest.mark.parametrize("ps", ["1", "2"])
+def test_workers_of_a_script_average_through_the_servers(launch: Launch, ps: str) -> None:
+    launched = launch(AVERAGE, ps=ps)
     assert launched.ended() == 0, launched.printed()
     assert sorted(launched.lines) == [f"[worker-{i}] center [0.5 0.5 0.5]" for i in range(2)]
 
@@ -115,13 +151,13 @@ def test_killed_worker_ends_the_run_and_is_named(launch: Launch) -> None:
     assert_nothing_left(launched)
 
 
-def test_dead_server_ends_the_run(launch: Launch) -> None:
-    launched = launch(WAITING)
+def test_one_dead_server_of_several_ends_the_run(launch: Launch) -> None:
+    launched = launch(WAITING, ps="2")
     launched.wait_for("[worker-0] waiting", "[worker-1] waiting")
-    (server,) = launched.descendants("ps_server serve")
-    os.kill(server, signal.SIGKILL)
+    _, second = sorted(launched.descendants("ps_server serve"))
+    os.kill(second, signal.SIGKILL)
     assert launched.ended() == 1
-    assert launched.errors == ["ma-launch: the parameter server was ended by SIGKILL"]
+    assert launched.errors == ["ma-launch: parameter server ps-1 was ended by SIGKILL"]
     assert_nothing_left(launched)
 
 
