@@ -1,4 +1,4 @@
-"""What both benches need of processes: a server of their own, and how much memory a process has taken."""
+"""What the benches need of processes: a server of their own, and how much memory a process has taken."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["parameter_server", "peak_bytes", "resident_bytes"]
+__all__ = ["listening_at", "parameter_server", "peak_bytes", "resident_bytes", "serve_command"]
 
 
 @contextmanager
@@ -18,15 +18,22 @@ def parameter_server(num_workers: int, unix_socket: bool = False) -> Iterator[tu
     """A server process on a free port, or a Unix socket: its address and its pid."""
     with tempfile.TemporaryDirectory() as directory:
         bind = f"unix:{directory}/socket" if unix_socket else "127.0.0.1:0"
-        command = [sys.executable, "-m", "ps_server", "serve", "--bind", bind]
-        command += ["--num-workers", str(num_workers), "--ready-file", f"{directory}/ready"]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
+        with subprocess.Popen(serve_command(bind, num_workers), stdout=subprocess.PIPE, text=True) as process:
             try:
-                address = process.stdout.readline().split()[-1]
-                yield address, process.pid
+                yield listening_at(process), process.pid
             finally:
                 process.terminate()
+
+
+def serve_command(bind: str, num_workers: int) -> list[str]:
+    """What starts a server."""
+    return [sys.executable, "-m", "ps_server", "serve", "--bind", bind, "--num-workers", str(num_workers)]
+
+
+def listening_at(server: subprocess.Popen[str]) -> str:
+    """The address at which a server that was started listens now."""
+    assert server.stdout is not None
+    return server.stdout.readline().split()[-1]
 
 
 def resident_bytes(pid: int) -> int:

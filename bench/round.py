@@ -1,9 +1,7 @@
 """What a round costs, beside gloo's all-reduce in the same processes: `make bench`.
 
-For every row, one parameter server and the workers run as processes on this machine. A measured round begins when all
-workers stand at a gloo barrier and ends, for a worker, when it has the average; the slowest worker's time counts.
-Rounds of the parameter server and of gloo (all-reduce, then divide) alternate, so both meet the same machine. Every
-element of every result is checked.
+For every row, one parameter server and the workers run as processes on this machine; how a round is measured says
+bench/turns.py. The slowest worker's time counts.
 """
 
 from __future__ import annotations
@@ -13,20 +11,16 @@ import json
 import multiprocessing
 import os
 import socket
-import statistics
 import sys
-import time
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from bench.processes import parameter_server, peak_bytes, resident_bytes
-
-WARM_UPS = 2
+from bench.turns import Turns, over_workers, take_turns, values_of
 
 
 @dataclass(frozen=True)
@@ -40,10 +34,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Sample:
-    """What one worker measured: seconds of each round, and its peak memory over what it had before, in bytes."""
+    """What one worker measured: its rounds, and its peak memory over what it had before, in bytes."""
 
-    round_s: list[float]
-    gloo_s: list[float]
+    round_turns: Turns
+    gloo_turns: Turns
     extra_bytes: int
 
 
@@ -76,11 +70,9 @@ def work(case: Case, rank: int, rounds: int, address: str, gloo_port: int, pipe:
     torch.set_num_threads(1)
     store = f"tcp://127.0.0.1:{gloo_port}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=case.workers)
-    values = np.arange(case.parameters, dtype=np.float32) % 1024
-    mean = values + np.float32((case.workers - 1) / 2)
-    local = {"x": values + np.float32(rank)}
+    local, mean = values_of(rank, case.workers, case.parameters)
+    reduced = torch.zeros(case.parameters)
     # Once now, so that the buffers that gloo makes for itself do not count as ours.
-    reduced = torch.from_numpy(values)
     dist.all_reduce(reduced)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     idle_bytes = resident_bytes(os.getpid())
@@ -88,28 +80,11 @@ def work(case: Case, rank: int, rounds: int, address: str, gloo_port: int, pipe:
         [address], worker_id=f"worker-{rank}", is_chief=rank == 0, shared_memory=case.transport == "shared memory"
     )
     if rank == 0:
-        session.initialize(local)
+        session.initialize({"x": local})
     session.pull(copy=False)
-    round_s, gloo_s = [], []
-    # Rounds of a tiny model are timed many at a time: a barrier's own jitter is longer than one of them.
-    repeat = max(1, 50_000 // case.parameters)
-    for turn in range(WARM_UPS + rounds):
-        dist.barrier()
-        began = time.perf_counter()
-        for _ in range(repeat):
-            result = session.push_and_average(local, copy=False)
-        round_s.append((time.perf_counter() - began) / repeat)
-        assert np.array_equal(result.center["x"], mean), f"round {turn} is wrong"
-        reduced.copy_(torch.from_numpy(local["x"]))
-        dist.barrier()
-        began = time.perf_counter()
-        for _ in range(repeat):
-            dist.all_reduce(reduced)
-            reduced.div_(case.workers)
-        gloo_s.append((time.perf_counter() - began) / repeat)
-        assert repeat > 1 or np.array_equal(reduced.numpy(), mean), f"gloo's round {turn} is wrong"
+    round_turns, gloo_turns = take_turns(session, local, mean, reduced, rounds)
     extra_bytes = peak_bytes(os.getpid(), "modelaverage-center") - idle_bytes
-    pipe.send(Sample(round_s[WARM_UPS:], gloo_s[WARM_UPS:], extra_bytes))
+    pipe.send(Sample(round_turns, gloo_turns, extra_bytes))
     pipe.recv()  # the server's memory is looked at while all workers are there
     session.close()
     dist.destroy_process_group()
@@ -140,17 +115,17 @@ def measure(case: Case, rounds: int) -> Result:
         for pipe, process in zip(pipes, processes, strict=True):
             pipe.send(None)
             process.join()
-    slowest = [max(times) for times in zip(*(sample.round_s for sample in samples), strict=True)]
-    gloo = [max(times) for times in zip(*(sample.gloo_s for sample in samples), strict=True)]
+    round_s, round_spread = over_workers([sample.round_turns for sample in samples])
+    gloo_s, gloo_spread = over_workers([sample.gloo_turns for sample in samples])
     return Result(
         transport=case.transport,
         parameters=case.parameters,
         workers=case.workers,
-        round_ms=statistics.median(slowest) * 1e3,
-        round_spread=(max(slowest) - min(slowest)) / statistics.median(slowest),
-        gloo_ms=statistics.median(gloo) * 1e3,
-        gloo_spread=(max(gloo) - min(gloo)) / statistics.median(gloo),
-        ratio=statistics.median(slowest) / statistics.median(gloo),
+        round_ms=round_s * 1e3,
+        round_spread=round_spread,
+        gloo_ms=gloo_s * 1e3,
+        gloo_spread=gloo_spread,
+        ratio=round_s / gloo_s,
         wire_bytes_per_round=(status.received_bytes + status.sent_bytes - status.shared_bytes) // status.global_step,
         server_extra_bytes=server_extra_bytes,
         worker_extra_bytes=max(sample.extra_bytes for sample in samples),

@@ -1,0 +1,157 @@
+"""Test hosts on this machine: network namespaces on one bridge, each behind a link of a limited rate.
+
+For root on Linux (a user namespace's root will do) with ip and tc (iproute2), nsenter and unshare (util-linux). The
+namespaces have no names: each lives as long as a process in it, and all of those die with this one, however it ends.
+Nothing of the machine's own network is touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+from ps_worker import leash
+
+__all__ = ["INTERFACE", "Host", "Network", "unavailable_because"]
+
+INTERFACE = "eth0"
+"""The name of every host's interface to its link."""
+# The kernel hands packets of up to 64 KiB to the queue and splits those larger than the burst, at four times the cost.
+# 5 ms of packets are about what a port of a small switch holds.
+_QUEUE = "burst 131072b latency 5ms"
+_TOOLS = ("ip", "tc", "nsenter", "unshare")
+# In a namespace that is gone at once: may we, and does the kernel have what we need?
+_PROBE = (
+    "ip link add name bridge0 type bridge && ip link add name veth0 type veth peer name veth1 && "
+    f"tc qdisc add dev veth0 root tbf rate 1gbit {_QUEUE}"
+)
+
+
+def unavailable_because() -> str | None:
+    """Why this machine cannot have test hosts; None: it can."""
+    if sys.platform != "linux":
+        return "test hosts are network namespaces, which only Linux has"
+    missing = [tool for tool in _TOOLS if shutil.which(tool) is None]
+    if missing:
+        return f"{', '.join(missing)} not found: install iproute2 and util-linux"
+    if os.geteuid() != 0:
+        return "network namespaces need root; `unshare --map-root-user --net COMMAND` may do"
+    probe = subprocess.run(["unshare", "--net", "sh", "-c", _PROBE], capture_output=True, text=True)
+    return f"network namespaces: {probe.stderr.strip()}" if probe.returncode else None
+
+
+class Host:
+    """A network namespace with an address, once it is linked. It ends with `close`.
+
+    Raises:
+        OSError: there is no namespace to be had.
+    """
+
+    def __init__(self, address: str = "") -> None:
+        self.address = address
+        self._processes: list[subprocess.Popen[str]] = []
+        keeper = self._start([_path("unshare"), "--net", "sh", "-c", "echo made; exec sleep infinity"])
+        assert keeper.stdout is not None
+        if keeper.stdout.readline() != "made\n":
+            self.close()
+            raise OSError("unshare --net has failed")
+        self.pid = keeper.pid
+
+    def popen(self, command: Sequence[str]) -> subprocess.Popen[str]:
+        """Starts a command on this host, its stdout a pipe. It is killed when this host or this process ends."""
+        return self._start([_path("nsenter"), *self._enter, *command])
+
+    def run(self, *command: str) -> None:
+        """Runs a command on this host to its end. Raises CalledProcessError."""
+        subprocess.run(["nsenter", *self._enter, *command], check=True)
+
+    def close(self) -> None:
+        """Ends what was started on this host, and so the host."""
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            with process:  # waits for its end and closes the pipe
+                pass
+
+    @property
+    def _enter(self) -> tuple[str, str]:
+        return f"--net=/proc/{self.pid}/ns/net", "--"
+
+    def _start(self, command: list[str]) -> subprocess.Popen[str]:
+        leashed = [sys.executable, "-I", "-S", str(Path(leash.__file__)), str(os.getpid()), *command]
+        # A session of its own: Ctrl-C is for this process, which ends what it has started.
+        process = subprocess.Popen(
+            leashed, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+        self._processes.append(process)
+        return process
+
+
+class Network:
+    """``num_hosts`` hosts on one bridge; each can send and receive ``rate_mbit`` megabits a second at once.
+
+    Args:
+        num_hosts: 1 to 254; their addresses are 10.0.0.1 and on.
+        rate_mbit: of every link, either way.
+        congestion_control: of TCP on the hosts. "reno" is the one that every kernel has and every namespace may choose;
+            Linux's usual "cubic" behaves the same on ways so short.
+
+    Raises:
+        CalledProcessError: the machine cannot have them; `unavailable_because` says why, beforehand.
+
+    Example:
+        >>> with Network(2, rate_mbit=1000) as network:
+        ...     server = network.hosts[0].popen(["iperf3", "--server"])
+        ...     network.hosts[1].run("iperf3", "--client", network.hosts[0].address)
+    """
+
+    def __init__(self, num_hosts: int, rate_mbit: float, congestion_control: str = "reno") -> None:
+        self.hosts: list[Host] = []
+        self._num_hosts, self._rate_mbit = num_hosts, rate_mbit
+        self._congestion_control = congestion_control
+
+    def __enter__(self) -> Network:
+        with contextlib.ExitStack() as cleanup:
+            switch = Host()
+            cleanup.callback(switch.close)
+            switch.run("ip", "link", "add", "bridge", "type", "bridge")
+            switch.run("ip", "link", "set", "bridge", "up")
+            for number in range(1, self._num_hosts + 1):
+                host = Host(f"10.0.0.{number}")
+                cleanup.callback(host.close)
+                self._link(switch, host, f"port{number}")
+                self.hosts.append(host)
+            self._cleanup = cleanup.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._cleanup.close()
+
+    def _link(self, switch: Host, host: Host, port: str) -> None:
+        peer = ("peer", "name", INTERFACE, "netns", str(host.pid))
+        switch.run("ip", "link", "add", port, "type", "veth", *peer)
+        switch.run("ip", "link", "set", port, "master", "bridge", "up")
+        host.run("ip", "address", "add", f"{host.address}/24", "dev", INTERFACE)
+        host.run("ip", "link", "set", "lo", "up")
+        host.run("ip", "link", "set", INTERFACE, "up")
+        # The file shows the namespace of who opens it.
+        host.run("sh", "-c", 'echo "$1" > /proc/sys/net/ipv4/tcp_congestion_control', "sh", self._congestion_control)
+        # A queue limits what goes out: one at each end of the cable.
+        limit = f"root tbf rate {self._rate_mbit}mbit {_QUEUE}".split()
+        switch.run("tc", "qdisc", "add", "dev", port, *limit)
+        host.run("tc", "qdisc", "add", "dev", INTERFACE, *limit)
+
+
+def _path(tool: str) -> str:
+    path = shutil.which(tool)
+    if path is None:
+        raise FileNotFoundError(f"{tool} not found")
+    return path

@@ -1,0 +1,262 @@
+"""What a round costs when links are the limit, beside gloo's all-reduce on the same hosts: `make bench`.
+
+Hosts are network namespaces (bench/hosts.py) with links of 1 Gbit; each has a worker, a server, or both. How a round is
+measured says bench/turns.py; the slowest worker's time counts. All hosts share this machine's processors, so a row in
+which those are busy tells more of them than of the links. Shared memory is switched off: namespaces of one kernel could
+use it, hosts cannot; so a worker and the server beside it do not use it either.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from bench.hosts import INTERFACE, Network, unavailable_because
+from bench.processes import listening_at, serve_command
+from bench.stream import stream_mb_per_s
+from bench.turns import Turns, over_workers, take_turns, values_of
+
+# What is asked for is asked with these.
+PARAMETERS = 10_000_000
+RATE_MBIT = 1000.0
+PS_PORT = 2222
+GLOO_PORT = 29500
+# Nobody waits longer for a round when somebody has died.
+TIMEOUT_S = 300.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: so many workers and servers, each on a host of its own or a server beside each worker; and what is asked
+    for, at most: a ratio to the model's time on one link, and a ratio to gloo's time."""
+
+    workers: int
+    servers: int
+    beside: bool = False
+    asked_of_link: float | None = None
+    asked_of_gloo: float | None = None
+
+    @property
+    def hosts(self) -> int:
+        """How many it takes."""
+        return self.workers if self.beside else self.workers + self.servers
+
+
+CASES = (
+    Case(4, 4, asked_of_link=1.20, asked_of_gloo=0.8),
+    Case(4, 4, beside=True, asked_of_gloo=1.1),
+    Case(2, 2, asked_of_link=1.15),
+    Case(4, 1),
+    Case(2, 1),
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all rows have in common: so many float32 parameters and measured rounds of each kind; the links."""
+
+    parameters: int
+    rounds: int
+    rate_mbit: float
+    congestion_control: str
+    fragment_size_bytes: int | None
+
+    def network(self, num_hosts: int) -> Network:
+        """Hosts."""
+        return Network(num_hosts, self.rate_mbit, self.congestion_control)
+
+    def stream_mb_per_s(self) -> float:
+        """What a plain TCP stream of half a second gets."""
+        with self.network(2) as network:
+            return stream_mb_per_s(network.hosts[0], network.hosts[1], int(self.rate_mbit * 1e6 / 8 / 2))
+
+    @property
+    def model_ms(self) -> float:
+        """How long the model takes on one link."""
+        return self.parameters * 4 * 8 / (self.rate_mbit * 1e6) * 1e3
+
+
+@dataclass(frozen=True)
+class Seat:
+    """What the process of one worker is told."""
+
+    rank: int
+    workers: int
+    parameters: int
+    rounds: int
+    ps_hosts: list[str]
+    gloo_store: str
+    fragment_size_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row of the table. Spread is (largest - smallest) / median; busy is the share of the processors' time."""
+
+    case: Case
+    settings: Settings
+    round_ms: float
+    round_spread: float
+    round_busy: float
+    gloo_ms: float
+    gloo_spread: float
+    gloo_busy: float
+    ratio_to_gloo: float
+    ratio_to_link: float
+
+
+def work(seat: Seat) -> None:
+    """One worker process: prints what it measured."""
+    os.environ["GLOO_SOCKET_IFNAME"] = INTERFACE
+    os.environ["GRPC_VERBOSITY"] = "NONE"
+    os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # or it would complain that addresses have no names
+
+    import torch
+    import torch.distributed as dist
+
+    from ma_client import ParameterServerSession
+
+    torch.set_num_threads(1)
+    timeout = timedelta(seconds=TIMEOUT_S)
+    dist.init_process_group("gloo", seat.gloo_store, timeout, seat.workers, seat.rank)
+    local, mean = values_of(seat.rank, seat.workers, seat.parameters)
+    with ParameterServerSession(
+        seat.ps_hosts,
+        worker_id=f"worker-{seat.rank}",
+        is_chief=seat.rank == 0,
+        fragment_size_bytes=seat.fragment_size_bytes,
+        shared_memory=False,
+        round_timeout_s=TIMEOUT_S,
+    ) as session:
+        if seat.rank == 0:
+            session.initialize({"x": local})
+        session.pull(copy=False)
+        turns = take_turns(session, local, mean, torch.zeros(seat.parameters), seat.rounds)
+    print(json.dumps([asdict(one) for one in turns]))
+    dist.destroy_process_group()
+
+
+def measure(case: Case, settings: Settings) -> Result:
+    """Runs one row. Raises RuntimeError if a worker fails; its stderr has said why."""
+    with settings.network(case.hosts) as network:
+        workers = network.hosts[: case.workers]
+        servers = [
+            host.popen(serve_command(f"{host.address}:{PS_PORT}", case.workers))
+            for host in network.hosts[-case.servers :]
+        ]
+        ps_hosts = [listening_at(server) for server in servers]
+        store = f"tcp://{workers[0].address}:{GLOO_PORT}"
+        processes = []
+        for rank, host in enumerate(workers):
+            seat = Seat(
+                rank, case.workers, settings.parameters, settings.rounds, ps_hosts, store, settings.fragment_size_bytes
+            )
+            processes.append(host.popen([sys.executable, "-m", "bench.links", "--worker", json.dumps(asdict(seat))]))
+        measured = []
+        for rank, process in enumerate(processes):
+            printed, _ = process.communicate()
+            if process.returncode:
+                raise RuntimeError(f"worker-{rank} of {case} has failed with exit code {process.returncode}")
+            measured.append([Turns(**turns) for turns in json.loads(printed)])
+    ours, gloo = zip(*measured, strict=True)
+    (round_s, round_spread), (gloo_s, gloo_spread) = over_workers(ours), over_workers(gloo)
+    return Result(
+        case=case,
+        settings=settings,
+        round_ms=round_s * 1e3,
+        round_spread=round_spread,
+        round_busy=ours[0].busy,
+        gloo_ms=gloo_s * 1e3,
+        gloo_spread=gloo_spread,
+        gloo_busy=gloo[0].busy,
+        ratio_to_gloo=round_s / gloo_s,
+        ratio_to_link=round_s * 1e3 / settings.model_ms,
+    )
+
+
+def table(results: list[Result], settings: Settings) -> Table:
+    """The results for people."""
+    shown = Table(
+        title=f"one averaging round of {settings.parameters:,} float32 parameters; the model takes "
+        f"{settings.model_ms:.0f} ms on a link of {settings.rate_mbit:g} Mbit/s"
+    )
+    for column in ("workers", "servers", "hosts", "round ms", "spread", "busy", "gloo ms", "spread", "busy"):
+        shown.add_column(column, justify="right")
+    for column in ("x gloo", "asked", "x model / link", "asked"):
+        shown.add_column(column, justify="right")
+    for r in results:
+        shown.add_row(
+            str(r.case.workers),
+            str(r.case.servers),
+            str(r.case.hosts),
+            f"{r.round_ms:.1f}",
+            f"{r.round_spread:.0%}",
+            f"{r.round_busy:.0%}",
+            f"{r.gloo_ms:.1f}",
+            f"{r.gloo_spread:.0%}",
+            f"{r.gloo_busy:.0%}",
+            f"{r.ratio_to_gloo:.2f}",
+            _asked(r.case.asked_of_gloo, settings),
+            f"{r.ratio_to_link:.2f}",
+            _asked(r.case.asked_of_link, settings),
+        )
+    return shown
+
+
+def _asked(ratio: float | None, settings: Settings) -> str:
+    asked = ratio is not None and (settings.parameters, settings.rate_mbit) == (PARAMETERS, RATE_MBIT)
+    return f"{ratio:.2f}" if asked else ""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command."""
+    parser = argparse.ArgumentParser(prog="python -m bench.links", description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="1 M parameters, 3 rounds, two workers only")
+    parser.add_argument("--parameters", type=int, help="float32 parameters (10 M)")
+    parser.add_argument("--rounds", type=int, help="measured rounds of each kind (9)")
+    parser.add_argument("--rate-mbit", type=float, default=RATE_MBIT, help="of every link, either way (%(default)s)")
+    parser.add_argument("--congestion-control", default="reno", help="of TCP on the hosts (%(default)s)")
+    parser.add_argument("--fragment-bytes", type=int, help="unit of transfer (the session's choice)")
+    parser.add_argument("--json", type=Path, default=Path("runs/bench-links.json"), help="results (%(default)s)")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.worker is not None:
+        work(Seat(**json.loads(arguments.worker)))
+        return 0
+    reason = unavailable_because()
+    if reason is not None:
+        print(f"bench.links: skipped: {reason}")
+        return 0
+    settings = Settings(
+        arguments.parameters or (1_000_000 if arguments.quick else PARAMETERS),
+        arguments.rounds or (3 if arguments.quick else 9),
+        arguments.rate_mbit,
+        arguments.congestion_control,
+        arguments.fragment_bytes,
+    )
+    console, results = Console(width=140), []
+    console.print(f"link: a plain TCP stream gets {settings.stream_mb_per_s():.1f} MB/s")
+    for case in (case for case in CASES if case.workers == 2 or not arguments.quick):
+        console.print(f"{case.workers} workers, {case.servers} servers, {case.hosts} hosts", style="dim")
+        try:
+            results.append(measure(case, settings))
+        except RuntimeError as error:
+            print(f"bench.links: {error}", file=sys.stderr)
+            return 1
+    console.print(table(results, settings))
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    arguments.json.write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")
+    console.print(f"written: {arguments.json}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""A worker's rounds with the parameter server and with gloo in turns, so that both meet the same machine.
+
+A measured round begins when all workers stand at a gloo barrier and ends, for a worker, when it has the average; gloo's
+is an all-reduce, then a division. Every element of every result is checked.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import torch
+
+    from ma_client import ParameterServerSession
+
+__all__ = ["WARM_UPS", "Turns", "over_workers", "take_turns", "values_of"]
+
+WARM_UPS = 2
+
+
+@dataclass(frozen=True)
+class Turns:
+    """One kind of a worker's rounds: the seconds of each, and the processor seconds that this machine spent meanwhile,
+    all processes and the kernel included."""
+
+    round_s: list[float] = field(default_factory=list)
+    busy_s: list[float] = field(default_factory=list)
+
+    @contextmanager
+    def turn(self, repeat: int) -> Iterator[None]:
+        """Times what is done within, which is ``repeat`` rounds."""
+        busy_before_s, began = _busy_s(), time.perf_counter()
+        yield
+        self.round_s.append((time.perf_counter() - began) / repeat)
+        self.busy_s.append((_busy_s() - busy_before_s) / repeat)
+
+    @property
+    def busy(self) -> float:
+        """The share of the processors' time that they worked."""
+        return sum(self.busy_s) / (sum(self.round_s) * (os.cpu_count() or 1))
+
+    def after_warm_ups(self) -> Turns:
+        """What counts."""
+        return Turns(self.round_s[WARM_UPS:], self.busy_s[WARM_UPS:])
+
+
+def values_of(rank: int, workers: int, parameters: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """A worker's values, and the average of all workers'."""
+    values = np.arange(parameters, dtype=np.float32) % 1024
+    return values + np.float32(rank), values + np.float32((workers - 1) / 2)
+
+
+def take_turns(
+    session: ParameterServerSession,
+    local: NDArray[np.float32],
+    mean: NDArray[np.float32],
+    reduced: torch.Tensor,
+    rounds: int,
+) -> tuple[Turns, Turns]:
+    """All of a worker's rounds, with the server and with gloo, which works in the memory of ``reduced``."""
+    import torch
+    import torch.distributed as dist
+
+    ours, gloo = Turns(), Turns()
+    # Rounds of a tiny model are timed many at a time: a barrier's own jitter is longer than one of them.
+    repeat = max(1, 50_000 // local.size)
+    for number in range(WARM_UPS + rounds):
+        dist.barrier()
+        with ours.turn(repeat):
+            for _ in range(repeat):
+                result = session.push_and_average({"x": local}, copy=False)
+        assert np.array_equal(result.center["x"], mean), f"round {number} is wrong"
+        reduced.copy_(torch.from_numpy(local))
+        dist.barrier()
+        with gloo.turn(repeat):
+            for _ in range(repeat):
+                dist.all_reduce(reduced)
+                reduced.div_(dist.get_world_size())
+        assert repeat > 1 or np.array_equal(reduced.numpy(), mean), f"gloo's round {number} is wrong"
+    return ours.after_warm_ups(), gloo.after_warm_ups()
+
+
+def over_workers(turns: Sequence[Turns]) -> tuple[float, float]:
+    """Of all workers' turns the slowest's seconds in each: their median, and (largest - smallest) / median."""
+    slowest = [max(times) for times in zip(*(one.round_s for one in turns), strict=True)]
+    median = statistics.median(slowest)
+    return median, (max(slowest) - min(slowest)) / median
+
+
+def _busy_s() -> float:
+    """Seconds that this machine's processors have worked since it started, summed over the processors."""
+    user, nice, system, _, _, irq, softirq = map(int, Path("/proc/stat").read_text().split(maxsplit=8)[1:8])
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
