@@ -37,7 +37,7 @@ def main() -> None:
         interval_steps=INTERVAL_STEPS,
     )
     with optimizer.make_session_run_hook():  # the chief initializes the center; everyone starts from it
-        for _ in range(ROUNDS):
+        while optimizer.global_step < ROUNDS:  # so a worker that is started again makes only the rounds that are left
             for _ in range(INTERVAL_STEPS):
                 rows = torch.randint(len(x), (BATCH_SIZE,))
                 optimizer.zero_grad()
