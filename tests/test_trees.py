@@ -58,7 +58,10 @@ def session(start_server: StartServer) -> Iterator[ParameterServerSession]:
 
 
 def test_a_session_gives_back_the_structure_that_it_was_given(session: ParameterServerSession) -> None:
-    model = {"dense": {"kernel": np.ones((2, 3), np.float32), "bias": OnlyDLPack([1.0, 2.0])}, "scale": torch.tensor(0.5)}
+    model = {
+        "dense": {"kernel": np.ones((2, 3), np.float32), "bias": OnlyDLPack([1.0, 2.0])},
+        "scale": torch.tensor(0.5),
+    }
     session.initialize(model)
     center, _ = session.pull()
     result = session.push_and_average(model, untouched={"dense/bias"})
