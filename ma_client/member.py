@@ -39,6 +39,8 @@ _LONGEST_PAUSE_S = 0.5
 _FIRST_NOTICE_S = 5.0
 # A shard may think of somebody who only reads as the worker that it waits for. A push too many does no harm.
 _LONG_S = 5.0
+# A center that is given back already contains what others push again. As a power of two it does not even round float32.
+_HELD_CENTER_WEIGHT = 2.0**29
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,7 @@ class Member:
 
     def bring_back(self, copy: bool, deadline: Deadline) -> None:
         """The shard has fallen back behind the center that this worker has from it, and gets that again."""
-        step, contribution = self.step, Contribution(self._center_bytes(), (), 1.0)
+        step, contribution = self.step, Contribution(self._center_bytes(), (), _HELD_CENTER_WEIGHT)
         assert step is not None
         self.step = None
         self.bring_to(step, lambda: contribution, copy, deadline)
@@ -248,11 +250,13 @@ class Member:
                 try:
                     self.push(base_step, give, copy, deadline)
                     ahead = False
+                    continue
                 except ConflictError as error:
-                    if error.reason is not Reason.BASE_STEP_AHEAD:
+                    ahead = error.reason is Reason.BASE_STEP_AHEAD
+                    if ahead:
+                        continue
+                    if error.reason is not Reason.ROUND_FULL:  # then it waits for others
                         raise
-                    ahead = True
-                continue
             if waited_s >= notice_s:
                 _log.warning(
                     "the parameter server at %s is at step %d, another at %d; it has waited %.0f s for %s",

@@ -6,6 +6,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from typing import TypeVar
 
 from ma_client.member import Contribution, Member, Worker
@@ -34,6 +35,7 @@ class Members:
     def __init__(self, addresses: Sequence[str], worker: Worker, reconnect_timeout_s: float) -> None:
         self._members = [Member(Shard(address), worker, reconnect_timeout_s) for address in addresses]
         self._threads = ThreadPoolExecutor(len(addresses), "ma_client")
+        self._is_closed = False
 
     def __len__(self) -> int:
         return len(self._members)
@@ -52,11 +54,18 @@ class Members:
         Args:
             call: gets the shard's index and the worker's place there.
             on_failure: called when one has failed, to end waits that are not the servers'.
+
+        Raises:
+            ModelAverageError: the session is closed.
         """
+        if self._is_closed:
+            raise ModelAverageError("the session is closed; open another one")
         if len(self._members) == 1:
             return [call(0, self._members[0])]
-        futures = [self._threads.submit(call, index, member) for index, member in enumerate(self._members)]
+        futures = list[Future[_T]]()
         try:
+            for index, member in enumerate(self._members):
+                futures.append(self._threads.submit(call, index, member))
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
             return _results(futures, done)
         except BaseException:
@@ -73,7 +82,8 @@ class Members:
     def pull(self, wait_initialized: bool, may_push: bool, deadline: Deadline) -> None:
         """Reads the centers of all shards; afterwards all are of one step."""
         self.each(lambda _, member: member.pull(wait_initialized, deadline))
-        self.settle(False, deadline, may_push)
+        # Copied, so that it is the caller's own: what comes by a push may lie in the server's memory.
+        self.settle(True, deadline, may_push)
 
     def push(
         self, base_step: int, contributions: Sequence[Contribution], copy: bool, deadline: Deadline
@@ -106,10 +116,15 @@ class Members:
                     self._keep_up(index, member, meeting, copy, deadline)
 
             self.each(bring, meeting.end)
+            if self.steps != [target] * len(self._members):
+                # They run on without this worker. To follow them one by one could take for ever: all at once.
+                self.each(lambda _, member: member.pull(False, deadline))
         raise ConflictError(f"the parameter servers do not come to one step; they are at {self.steps}")
 
     def close(self) -> None:
-        """Leaves all shards, and closes the connections."""
+        """Leaves all shards, and closes the connections. Does nothing the second time."""
+        if self._is_closed:
+            return
 
         def leave(_: int, member: Member) -> None:
             with contextlib.suppress(ModelAverageError):  # nobody has to hear it
@@ -117,20 +132,23 @@ class Members:
             member.shard.close()
 
         self.each(leave)
+        self._is_closed = True
         self._threads.shutdown()
 
     def _push(
         self, member: Member, base_step: int, contribution: Contribution, copy: bool, deadline: Deadline
     ) -> pb.PushOutcome:
+        give = contribution
         while True:
             try:
-                return member.push(base_step, contribution, copy, deadline)
+                return member.push(base_step, give, copy, deadline)
             except ConflictError as error:
                 if error.reason is not Reason.BASE_STEP_AHEAD:
                     raise
-            # The shard has lost rounds that this worker has seen, and others do not agree to leave them out.
-            member.step = None
-            member.bring_to(base_step, lambda: contribution, copy, deadline)
+            # The shard has lost rounds that this worker has seen, and others do not agree to leave them out. From here
+            # on nothing is untouched: that was said of a center that is lost.
+            member.step, give = None, replace(contribution, untouched=())
+            member.bring_to(base_step, lambda: replace(contribution, untouched=()), copy, deadline)
 
     def _keep_up(self, index: int, member: Member, meeting: _Meeting, copy: bool, deadline: Deadline) -> None:
         """Waits for this worker's other places. A shard that falls back meanwhile is brought up again: another worker

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, cast
 
 import grpc
@@ -203,8 +202,9 @@ class Shard:
         loan: Loan | None = None
 
         def inline(first: int) -> Iterator[bytes]:
-            for index, end in staging.manifest.runs(first):
-                yield wire.encode_fragment(index, chain.from_iterable(map(fragments, range(index, end))))
+            # One by one: a run would hold up the average of its first fragment until its last has come.
+            for index in range(first, fragment_count):
+                yield wire.encode_fragment(index, fragments(index))
 
         def requests() -> Iterator[bytes]:
             opening = pb.PushAndAverageRequest(header=header).SerializeToString()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,9 +34,9 @@ def trained(center: Model, worker: int, step: int) -> Model:
     }
 
 
-def undisturbed(center: Model, workers: int, rounds: int) -> Model:
-    """The center after so many rounds."""
-    for step in range(rounds):
+def undisturbed(center: Model, workers: int, rounds: int, since: int = 0) -> Model:
+    """The center after so many rounds, from the one of step ``since`` on."""
+    for step in range(since, rounds):
         pushed = [trained(center, worker, step) for worker in range(workers)]
         center = {
             name: np.sum([local[name] for local in pushed], axis=0, dtype=np.float32) / np.float32(workers)
@@ -44,14 +46,27 @@ def undisturbed(center: Model, workers: int, rounds: int) -> Model:
 
 
 class RestartedServer:
-    """`ps-server serve` on one port and one checkpoint directory, started again whenever it ends unasked."""
+    """`ps-server serve` on one port and one checkpoint directory, started again whenever it ends unasked.
 
-    def __init__(self, directory: Path, *arguments: str, deaths: tuple[tuple[str, int], ...] = ()) -> None:
+    Args:
+        directory: for its checkpoints.
+        arguments: more of the command's.
+        deaths: the moments at which it, and then each that takes its place, kills itself.
+        stop: the moment at which it, and not those that take its place, stands still.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *arguments: str,
+        deaths: tuple[tuple[str, int], ...] = (),
+        stop: tuple[str, int] | None = None,
+    ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.address = f"127.0.0.1:{probe.getsockname()[1]}"
         self._arguments = ["serve", "--bind", self.address, "--checkpoint-dir", str(directory), *arguments]
-        self._deaths = list(deaths)
+        self._signals = [("SIGKILL", *death) for death in deaths] if stop is None else [("SIGSTOP", *stop)]
         self._stopping = False
         self.ends: list[int] = []  # how the servers before this one ended
         self._listening = threading.Event()
@@ -63,21 +78,32 @@ class RestartedServer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """SIGKILL, for good."""
         self._stopping = True
         self._process.kill()
         self._supervisor.join()
 
+    def listens(self) -> None:
+        """Returns when it does."""
+        assert self._listening.wait(HANG_S), "the server did not start again"
+
     def kill(self) -> None:
         """SIGKILL, once it listens."""
-        assert self._listening.wait(HANG_S), "the server did not start again"
+        self.listens()
         self._listening.clear()
         self._process.kill()
 
+    def go_on(self) -> None:
+        """It stands still no longer."""
+        os.kill(self._process.pid, signal.SIGCONT)
+
     def _start(self) -> None:
         command = [sys.executable, "-m", "ps_server"]
-        if self._deaths:
-            moment, count = self._deaths.pop(0)
-            command = [sys.executable, "-m", "tests.killed_server", moment, str(count)]
+        if self._signals:
+            command = [sys.executable, "-m", "tests.killed_server", *map(str, self._signals.pop(0))]
         self._process = subprocess.Popen([*command, *self._arguments], stdout=subprocess.PIPE, text=True)
         assert self._process.stdout is not None
         self._process.stdout.readline()
@@ -94,7 +120,18 @@ class RestartedServer:
 
 @dataclass
 class Training:
-    """Workers, as threads with a session each, that make rounds until `global_step` is ``rounds``."""
+    """Workers, as threads with a session each, that make rounds until `global_step` is ``rounds``.
+
+    Args:
+        address: of the server, or of the first shard.
+        start: the center of step 0.
+        workers: how many.
+        rounds: how many.
+        shared_memory: whether they accept some.
+        fragment_size_bytes: of the manifest.
+        more_shards: the other servers' addresses.
+        results: by worker, how its pushes ended.
+    """
 
     address: str
     start: Model
@@ -102,6 +139,7 @@ class Training:
     rounds: int
     shared_memory: bool = True
     fragment_size_bytes: int = 1 << 20
+    more_shards: Sequence[str] = ()
     results: list[list[PushResult]] = field(default_factory=list)
 
     def run(self) -> list[Model]:
@@ -126,7 +164,7 @@ class Training:
 
     def _work(self, worker: int) -> Model:
         with ParameterServerSession(
-            [self.address],
+            [self.address, *self.more_shards],
             worker_id=f"worker-{worker}",
             is_chief=worker == 0,
             shared_memory=self.shared_memory,

@@ -1,6 +1,8 @@
-"""`ps-server serve` that kills itself, as SIGKILL would, at a moment named by the test:
+"""`ps-server serve` that sends itself a signal at a moment named by the test:
 
-python -m tests.killed_server MOMENT COUNT serve --bind ... : the COUNT-th time that MOMENT is reached
+python -m tests.killed_server SIGKILL MOMENT COUNT serve --bind ... : the COUNT-th time that MOMENT is reached
+
+With SIGSTOP it stands still there, until the test has it go on or kills it.
 """
 
 from __future__ import annotations
@@ -68,7 +70,7 @@ def arm_between_two_answers(count: int) -> None:
     Call.write = deadly  # type: ignore[assignment, method-assign]
 
 
-def arm(moment: str, count: int) -> None:
+def arm(moment: str, count: int, number: int) -> None:
     owner, name, runs_before = MOMENTS[moment]
     original: Callable[..., Any] = getattr(owner, name)
     reached = 0
@@ -77,18 +79,19 @@ def arm(moment: str, count: int) -> None:
         nonlocal reached
         reached += 1
         if reached == count and not runs_before:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
         result = original(*args, **kwargs)
         if reached == count and runs_before:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
         return result
 
     setattr(owner, name, deadly)
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == BETWEEN_TWO_ANSWERS:
-        arm_between_two_answers(int(sys.argv[2]))
+    name, moment, count = sys.argv[1:4]
+    if moment == BETWEEN_TWO_ANSWERS:
+        arm_between_two_answers(int(count))
     else:
-        arm(sys.argv[1], int(sys.argv[2]))
-    sys.exit(main(sys.argv[3:]))
+        arm(moment, int(count), signal.Signals[name])
+    sys.exit(main(sys.argv[4:]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -19,7 +18,6 @@ from modelaverage.manifest import (
     MAX_FRAGMENTS,
     MAX_NAME_BYTES,
     MAX_RUN,
-    RUN_SIZE_BYTES,
     Manifest,
     Variable,
     dtype_name,
@@ -298,22 +296,6 @@ def test_a_dtype_that_cannot_be_averaged_keeps_numpys_name(name: str) -> None:
 
 
 # Runs: several fragments in one message.
-
-
-@given(manifests(), st.data())
-def test_runs_cover_every_fragment_once_and_in_order(manifest: Manifest, data: st.DataObject) -> None:
-    first = data.draw(st.integers(0, manifest.fragment_count))
-    covered = [index for start, end in manifest.runs(first) for index in range(start, end)]
-    assert covered == list(range(first, manifest.fragment_count))
-
-
-@given(st.integers(1, 4000), st.integers(1, 1 << 17))
-def test_runs_are_short_at_both_ends_and_within_bounds_between(count: int, size: int) -> None:
-    manifest = Manifest((Variable("w", "float64", (count * size,)),), 8 * size)
-    lengths = [end - start for start, end in manifest.runs(0)]
-    assert lengths[0] == lengths[-1] == 1
-    assert all(length <= MAX_RUN and length * 8 * size <= max(RUN_SIZE_BYTES, 8 * size) for length in lengths)
-    assert all(after <= 2 * before for before, after in pairwise(lengths))
 
 
 @given(manifests(), st.data())

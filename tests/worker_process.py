@@ -14,7 +14,7 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Any
@@ -25,7 +25,6 @@ from numpy.typing import NDArray
 from ma_client import ParameterServerSession, PushResult
 from modelaverage import wire
 from modelaverage.errors import ModelAverageError
-from modelaverage.manifest import Manifest
 
 if TYPE_CHECKING:
     import torch
@@ -268,10 +267,6 @@ def _told(result: PushResult) -> dict[str, Any]:
     }
 
 
-def _one_at_a_time(manifest: Manifest, first: int) -> Iterator[tuple[int, int]]:
-    return ((index, index + 1) for index in range(first, manifest.fragment_count))
-
-
 def _hold_after(count: int) -> None:
     """The process never gives more than so many fragments of a push."""
     original = wire.encode_fragment
@@ -282,7 +277,6 @@ def _hold_after(count: int) -> None:
         return original(index, parts)
 
     wire.encode_fragment = encode
-    Manifest.runs = _one_at_a_time  # type: ignore[assignment, method-assign]
 
 
 class _Worker:

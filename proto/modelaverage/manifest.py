@@ -301,19 +301,6 @@ class Manifest:
         """How many fragments to put into one message at most."""
         return max(1, min(RUN_SIZE_BYTES // self.fragment_size_bytes, MAX_RUN))
 
-    def runs(self, first: int) -> Iterator[tuple[int, int]]:
-        """In which runs to send the fragments from ``first`` on: (index, end) of each.
-
-        Every message costs, so they are long in the middle; short at the beginning, so that the first average is there
-        soon, and at the end, so that the last one is.
-        """
-        length = 1
-        while first < self.fragment_count:
-            left = self.fragment_count - first
-            end = first + max(1, min(length, left // 2))
-            yield first, end
-            first, length = end, min(2 * length, self.longest_run)
-
     @cached_property
     def pieces(self) -> tuple[tuple[Piece, ...], ...]:
         """For every fragment, what lies in it, in order."""

@@ -1,0 +1,105 @@
+"""A worker of a job on several servers as a process, that a test kills:
+
+python -m tests.shard_worker '{"worker": 0, "addresses": ["127.0.0.1:2222", "127.0.0.1:2223"], "rounds": 10}'
+
+It makes rounds until `global_step` is ``rounds`` and writes a line with the step after each. With ``"hold": [1, 2, 5]``
+the second server never gets more than two fragments of its push from base step 5.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ma_client import ParameterServerSession
+from ma_client.shard import Answer, FragmentSource, Shard
+from tests.faults import HANG_S, Model, trained
+from tests.worker_process import START_TIMEOUT_S, Process
+
+__all__ = ["START", "ShardWorker"]
+
+# By the placement round_robin, a variable for each of two servers; 3 fragments each.
+START: Model = {"a": np.zeros(192, np.float32), "b": np.ones((64, 3), np.float32)}
+_FRAGMENT_SIZE_BYTES = 256
+
+
+# In the test's process.
+
+
+class ShardWorker(Process):
+    """A worker process.
+
+    Args:
+        worker: its number.
+        addresses: of the servers.
+        rounds: the step that it goes to.
+        hold: index of a server, how many fragments it gets, and of the push from which base step.
+    """
+
+    def __init__(
+        self, worker: int, addresses: Sequence[str], rounds: int, hold: tuple[int, int, int] | None = None
+    ) -> None:
+        told = {"worker": worker, "addresses": list(addresses), "rounds": rounds, "hold": hold}
+        super().__init__("-m", "tests.shard_worker", json.dumps(told))
+
+    def comes_to(self, step: int) -> None:
+        """Waits until it has the center of this step."""
+        while int(self.line(START_TIMEOUT_S)) < step:
+            pass
+
+    def interrupt(self) -> None:
+        """Ctrl-C."""
+        self._process.send_signal(signal.SIGINT)
+
+
+# In the worker's process.
+
+
+def _hold(address: str, count: int, base_step: int) -> None:
+    """Fragments from ``count`` on never leave for this server."""
+    original = Shard.push_and_average
+
+    def push_and_average(self: Shard, header: Any, fragments: FragmentSource, *others: Any) -> Answer:
+        def source(index: int) -> Any:
+            if self.address == address and header.base_step == base_step and index >= count:
+                threading.Event().wait()
+            return fragments(index)
+
+        return original(self, header, source, *others)
+
+    Shard.push_and_average = push_and_average  # type: ignore[assignment, method-assign]
+
+
+def _work(worker: int, addresses: Sequence[str], rounds: int) -> None:
+    with ParameterServerSession(
+        addresses,
+        worker_id=f"worker-{worker}",
+        is_chief=worker == 0,
+        shared_memory=False,
+        fragment_size_bytes=_FRAGMENT_SIZE_BYTES,
+        placement="round_robin",
+        connect_timeout_s=HANG_S,
+        reconnect_timeout_s=HANG_S,
+    ) as session:
+        if worker == 0:
+            session.initialize(START)
+        center, step = session.pull()
+        print(step, flush=True)
+        while step < rounds:
+            result = session.push_and_average(trained(center, worker, step))
+            center, step = result.center, result.global_step
+            print(step, flush=True)
+
+
+if __name__ == "__main__":
+    told = json.loads(sys.argv[1])
+    if told["hold"] is not None:
+        shard, count, base_step = told["hold"]
+        _hold(told["addresses"][shard], count, base_step)
+    _work(told["worker"], told["addresses"], told["rounds"])
