@@ -249,7 +249,7 @@ class _Life:
             self.end()
         if seat.number == 0:
             session.initialize(job.start_values(), global_step=FIRST_STEP)
-        center, step = session.pull()
+        center, step = session.pull(timeout_s=2 * HANG_S)
         while job.may_push(step) and not self._over.is_set():
             seat.at, before = step, _values_of(center)
             soon(lambda: seat.at < seat.goes_to or self._over.is_set())
@@ -327,6 +327,7 @@ class FaultyJob:
             fragment_size_bytes=_FRAGMENT_SIZE_BYTES,
             connect_timeout_s=HANG_S,
             reconnect_timeout_s=HANG_S,
+            round_timeout_s=2 * HANG_S,  # so that a test that fails ends, too
             placement="round_robin",
         )
         self._sessions.append(session)

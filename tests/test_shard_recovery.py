@@ -280,7 +280,7 @@ def joined(job: FaultyJob, count: int) -> list[ParameterServerSession]:
     sessions = [job.session(f"worker-{number}") for number in range(count)]
     sessions[0].initialize(job.start_values(), global_step=FIRST_STEP)
     for session in sessions:
-        session.pull()
+        session.pull(timeout_s=HANG_S)
     return sessions
 
 
@@ -320,7 +320,7 @@ def test_a_center_that_came_by_catching_up_is_the_callers_own(make_job: MakeJob)
     made_uneven(job)
     again = [job.session(f"worker-{number}") for number in range(2)]
     with ThreadPoolExecutor(2) as threads:
-        centers = [call.result(HANG_S)[0] for call in [threads.submit(session.pull) for session in again]]
+        centers = [call.result(HANG_S)[0] for call in [threads.submit(session.pull, timeout_s=HANG_S) for session in again]]
     assert [firsts(center) for center in centers] == [[3, 0], [3, 0]]
     for turn in range(2):
         pushed(again, [of(job, 7, turn), of(job, 8, turn)])
@@ -336,7 +336,7 @@ def test_who_only_reads_waits_for_workers_to_bring_a_shard_up(make_job: MakeJob)
     with pytest.raises(DeadlineExceededError, match="waited"):
         reader.pull(catch_up=False, timeout_s=0.2)
     with ThreadPoolExecutor(1) as thread:
-        reading = thread.submit(reader.pull, catch_up=False)
+        reading = thread.submit(reader.pull, catch_up=False, timeout_s=HANG_S)
         results = pushed(sessions, [of(job, 6, 6), of(job, 8, 8)])
         center, step = reading.result(HANG_S)
     assert firsts(results[0].center) == [7, 7]
@@ -404,7 +404,7 @@ def test_who_finds_a_round_full_waits_for_its_end(make_job: MakeJob, monkeypatch
         for number, stream in enumerate(streams):
             stream.send(push_header(manifest_id, f"worker-{number}", base_step=FIRST_STEP))
             stream.admission()
-        pulling = thread.submit(job.session("reader").pull)
+        pulling = thread.submit(job.session("reader").pull, timeout_s=HANG_S)
         assert refused.wait(HANG_S)
         for stream in streams:
             stream.give(fragments_of({"v1": job.start_values()["v1"]}))
@@ -418,7 +418,7 @@ def test_a_reader_gets_a_whole_center_while_rounds_go_on(make_job: MakeJob, monk
     job.begin()
     reader = job.session("reader")
     for _ in range(40):
-        center, _ = reader.pull(catch_up=False)
+        center, _ = reader.pull(catch_up=False, timeout_s=HANG_S)
         assert len(set(firsts(center))) == 1
     job.end(rounds=1)
 
