@@ -221,13 +221,13 @@ def test_the_log_gives_back_what_was_written_but_for_a_line_that_is_not_whole(tm
 def test_a_short_run_loses_nothing(tmp_path: Path) -> None:
     """The accuracy of so short a run says nothing."""
     report = tmp_path / "chaos.json"
-    command = ["-m", "chaos", "--workers", "2", "--rounds", "12", "--seed", "90", "--faults-every-s", "0.5"]
+    command = ["-m", "chaos", "--workers", "2", "--rounds", "30", "--seed", "90", "--faults-every-s", "0.3"]
     command += ["--accuracy-points", "100", "--json", str(report)]
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
     assert "nothing was lost, nothing counted twice" in done.stdout
     found = json.loads(report.read_text())
-    assert (found["global_step"], found["rounds_explained"], found["problems"]) == (12, 12, [])
+    assert (found["global_step"], found["rounds_explained"], found["problems"]) == (30, 30, [])
     assert found["faults"]
     assert report.with_suffix(".png").stat().st_size > 10_000
