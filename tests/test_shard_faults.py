@@ -168,11 +168,12 @@ def test_a_worker_that_waits_at_the_barrier_waits_on_when_a_shard_comes_back(sta
             for number in range(WORKERS)
         ]
         workers[0].initialize(SMALL)
-        centers = [worker.pull()[0] for worker in workers]
-        waiting = thread.submit(workers[0].push_and_average, trained(centers[0], 0, 0))
+        centers = [worker.pull(timeout_s=HANG_S)[0] for worker in workers]
+        waiting = thread.submit(workers[0].push_and_average, trained(centers[0], 0, 0), timeout_s=HANG_S)
         assert soon(lambda: all(has_whole(server, "worker-0") for server in servers))
         servers[0].kill()
-        results = [workers[1].push_and_average(trained(centers[1], 1, 0)), waiting.result(HANG_S)]
+        last = workers[1].push_and_average(trained(centers[1], 1, 0), timeout_s=HANG_S)
+        results = [last, waiting.result(HANG_S)]
     expected = undisturbed(SMALL, WORKERS, 1)
     for result in results:
         assert (result.outcome, result.global_step) == (Outcome.COMMITTED, 1)

@@ -320,7 +320,9 @@ def test_a_center_that_came_by_catching_up_is_the_callers_own(make_job: MakeJob)
     made_uneven(job)
     again = [job.session(f"worker-{number}") for number in range(2)]
     with ThreadPoolExecutor(2) as threads:
-        centers = [call.result(HANG_S)[0] for call in [threads.submit(session.pull, timeout_s=HANG_S) for session in again]]
+        centers = [
+            call.result(HANG_S)[0] for call in [threads.submit(session.pull, timeout_s=HANG_S) for session in again]
+        ]
     assert [firsts(center) for center in centers] == [[3, 0], [3, 0]]
     for turn in range(2):
         pushed(again, [of(job, 7, turn), of(job, 8, turn)])
