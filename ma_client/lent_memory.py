@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ma_client.raw import bytes_of
 from ma_client.staging import read_only
 from modelaverage.errors import Reason, RetryPushError
 from modelaverage.manifest import Manifest
@@ -64,9 +65,18 @@ class Loan:
         """The average where the server has put it, by name; views that cannot be written to."""
         return read_only(self._manifest.arrays(self._average.body))
 
+    def intact_bytes(self) -> list[memoryview] | None:
+        """Copies of the average's variables; None if the server has written over them."""
+        values = [bytes_of(array.copy()) for array in self.arrays.values()]
+        return values if self._is_intact else None
+
+    @property
+    def _is_intact(self) -> bool:
+        return self._average.generation == self._generation
+
     def check_intact(self) -> None:
         """Raises RetryPushError if the server has written over the average meanwhile."""
-        if self._average.generation != self._generation:
+        if not self._is_intact:
             raise RetryPushError("a later round overtook this worker as it copied the average", Reason.ROUND_RESTARTED)
 
 

@@ -97,7 +97,8 @@ class Member:
         self._worker = worker
         self._patience = Patience(reconnect_timeout_s, lambda: shard.answered_at_s, shard.stopped)
         self._push_id = 0
-        self._lent: Loan | None = None  # the shared memory that the center lies in, unless it was copied
+        self._loan: Loan | None = None  # the shared memory that the center came in, if it did
+        self._is_copied = True  # whether that no longer matters to whoever was given the center
         self._staging: Staging | None = None
         self._manifest_id = ""
 
@@ -151,12 +152,12 @@ class Member:
 
         request = self._pull_request(wait_initialized)
         self._patience.call(lambda: self.shard.pull(request, staging_for, deadline), deadline)
-        self.step, self.elsewhere, self._lent = step, None, None
+        self.step, self.elsewhere, self._loan = step, None, None
 
     def check_intact(self) -> None:
         """Raises RetryPushError if a later round has written over the center that was not copied."""
-        if self._lent is not None:
-            self._lent.check_intact()
+        if self._loan is not None and not self._is_copied:
+            self._loan.check_intact()
 
     def push(self, base_step: int, contribution: Contribution, copy: bool, deadline: Deadline) -> pb.PushOutcome:
         """One round of this shard; afterwards `step` and the center are the new ones.
@@ -203,7 +204,7 @@ class Member:
                 raise self._lost(error) from None
             else:
                 self.step = answer.outcome.global_step
-                self._lent = None if copy else answer.loan
+                self._loan, self._is_copied = answer.loan, copy
                 return answer.outcome
 
     def nothing_new(self) -> Contribution:
@@ -211,10 +212,22 @@ class Member:
         values = self._center_bytes()
         return Contribution(values, range(len(values)), MIN_WEIGHT)
 
+    def center_again(self) -> Contribution | None:
+        """The center as it came from the shard, which has lost it; None if it was written over meanwhile."""
+        if self._loan is None:
+            values = None if self._staging is None or self._staging.is_torn else self._center_bytes()
+        else:
+            # Not `elsewhere`: whoever was given copies may have changed them.
+            values = self._loan.intact_bytes()
+        return None if values is None else Contribution(values, (), _HELD_CENTER_WEIGHT)
+
     def bring_back(self, copy: bool, deadline: Deadline) -> None:
         """The shard has fallen back behind the center that this worker has from it, and gets that again."""
-        step, contribution = self.step, Contribution(self._center_bytes(), (), _HELD_CENTER_WEIGHT)
-        assert step is not None
+        assert self.step is not None
+        self.bring_up(self.step, Contribution(self._center_bytes(), (), _HELD_CENTER_WEIGHT), copy, deadline)
+
+    def bring_up(self, step: int, contribution: Contribution, copy: bool, deadline: Deadline) -> None:
+        """The shard has lost what this worker has from it, and comes to ``step`` again with this contribution."""
         self.step = None
         self.bring_to(step, lambda: contribution, copy, deadline)
 

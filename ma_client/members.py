@@ -145,10 +145,13 @@ class Members:
             except ConflictError as error:
                 if error.reason is not Reason.BASE_STEP_AHEAD:
                     raise
-            # The shard has lost rounds that this worker has seen, and others do not agree to leave them out. From here
-            # on nothing is untouched: that was said of a center that is lost.
-            member.step, give = None, replace(contribution, untouched=())
-            member.bring_to(base_step, lambda: replace(contribution, untouched=()), copy, deadline)
+            # The shard has lost rounds that this worker has seen, and others do not agree to leave them out. It gets
+            # the center again from which this worker started. If that is gone, too, what it made of it has to do:
+            # nothing of that is untouched.
+            center = member.center_again()
+            if center is None:
+                give = replace(contribution, untouched=())
+            member.bring_up(base_step, center or give, copy, deadline)
 
     def _keep_up(self, index: int, member: Member, meeting: _Meeting, copy: bool, deadline: Deadline) -> None:
         """Waits for this worker's other places. A shard that falls back meanwhile is brought up again: another worker

@@ -42,12 +42,16 @@ class Staging:
         manifest: of the shard.
         memory: where the room is.
         start: its first byte there, a multiple of 8.
+
+    Attributes:
+        is_torn: whether a center has begun to arrive here, over the one before, and never came whole.
     """
 
     def __init__(self, manifest: Manifest, memory: Memory, start: int = 0) -> None:
         self.manifest = manifest
         self._memory = memory
         self._start = start
+        self.is_torn = False
         self._received = 0
 
     @property
@@ -70,6 +74,7 @@ class Staging:
         if end is None:
             raise ProtocolError(f"the server sent {len(data)} bytes for fragment {index}, which has {stop - start}")
         start += self._start
+        self.is_torn = True
         self._memory.bytes[start : start + len(data)] = np.frombuffer(data, np.uint8)
         self._received = end
 
@@ -83,6 +88,7 @@ class Staging:
         """Raises ProtocolError unless every fragment has come."""
         if self._received < self.manifest.fragment_count:
             raise ProtocolError(f"the server sent {self._received} of {self.manifest.fragment_count} fragments")
+        self.is_torn = False
 
 
 def read_only(arrays: Mapping[str, NDArray[Any]]) -> Mapping[str, NDArray[Any]]:
