@@ -143,10 +143,9 @@ def recover(job: FaultyJob, state: State) -> None:
     until = job.end(rounds=3)
     job.check_means(since=until - 2)
     means = sum(job.given(w, FIRST_STEP) + job.given(w, FIRST_STEP + 1) for w in range(state.num_workers))
-    for shard in range(len(job.shards)):
-        if state.still_held(shard):
-            after = [one.after[shard] for seat in job.seats for one in seat.rounds if one.base_step == FIRST_STEP + 1]
-            assert after == pytest.approx([means / state.num_workers] * len(after), abs=1e-4), (shard, state)
+    for index in filter(state.still_held, range(len(job.shards))):
+        after = [one.after[index] for seat in job.seats for one in seat.rounds if one.base_step == FIRST_STEP + 1]
+        assert after == pytest.approx([means / state.num_workers] * len(after), abs=1e-4), (index, state)
 
 
 def is_reached(job: FaultyJob, state: State) -> bool:
