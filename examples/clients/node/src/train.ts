@@ -1,0 +1,152 @@
+// A worker: softmax regression on the digits, averaged after every 10 steps (examples/clients/README.md).
+
+import { readFile } from 'node:fs/promises';
+import { setTimeout as sleep } from 'node:timers/promises';
+
+import { Failure, Refusal } from './failures.js';
+import { Worker, type Center } from './worker.js';
+
+const PIXELS = 64;
+const CLASSES = 10;
+const STEPS_PER_ROUND = 10;
+const LEARNING_RATE = 0.5;
+const FRAGMENT_SIZE_BYTES = 1024;
+const GOODBYE_TIMEOUT_MS = 2_000;
+
+const MANIFEST = {
+  variables: [
+    { name: 'weights', dataType: 'DATA_TYPE_FLOAT64' as const, shape: [String(PIXELS), String(CLASSES)], part: null },
+    { name: 'bias', dataType: 'DATA_TYPE_FLOAT64' as const, shape: [String(CLASSES)], part: null },
+  ],
+  fragmentSizeBytes: FRAGMENT_SIZE_BYTES,
+  shard: null,
+};
+
+export interface TrainOptions {
+  readonly server: string;
+  readonly workerId: string;
+  /** The file of digits.py. */
+  readonly data: string;
+  /** This worker has the rows whose number leaves the rest `index` when divided by `count`. */
+  readonly index: number;
+  readonly count: number;
+  /** Training ends at this `global_step`. */
+  readonly rounds: bigint;
+  readonly isChief: boolean;
+}
+
+interface Row {
+  readonly label: number;
+  readonly inputs: Float64Array;
+}
+
+interface Model {
+  /** [PIXELS, CLASSES], row-major. */
+  readonly weights: Float64Array;
+  readonly bias: Float64Array;
+}
+
+/** Trains until the job is done, or until Ctrl-C. */
+export async function train(options: TrainOptions): Promise<void> {
+  const rows = parseRows(options.data, await readFile(options.data, 'utf8'));
+  const own = rows.filter((_, i) => i % options.count === options.index);
+  const worker = new Worker(options.server, options.workerId, options.isChief);
+  process.once('SIGINT', () => void goodbye(worker, 130));
+  process.once('SIGTERM', () => void goodbye(worker, 143));
+
+  if (options.isChief) {
+    await worker.initialize(MANIFEST, [Buffer.alloc(PIXELS * CLASSES * 8), Buffer.alloc(CLASSES * 8)]);
+  }
+  let center = await worker.pull(true);
+  let model = modelOf(center);
+  let rounds = 0;
+  while (center.globalStep < options.rounds) {
+    for (let step = 0; step < STEPS_PER_ROUND; step++) descend(model, own);
+    center = await average(worker, model, BigInt(STEPS_PER_ROUND * ++rounds));
+    model = modelOf(center);
+    if (rounds % 10 === 0) console.error(`${options.workerId}: round ${rounds}, global_step ${center.globalStep}`);
+  }
+  await worker.leave();
+  worker.close();
+  const accuracy = rows.filter((row) => guess(model, row) === row.label).length / rows.length;
+  console.log(
+    `${options.workerId} (node): ${rounds} rounds, global_step ${center.globalStep}, accuracy ${accuracy.toFixed(4)}`,
+  );
+}
+
+async function average(worker: Worker, model: Model, localStep: bigint): Promise<Center> {
+  try {
+    return (await worker.push([bytesOf(model.weights), bytesOf(model.bias)], localStep)).center;
+  } catch (error) {
+    // The server came back with an older center, or with a new one: go on from what it has.
+    const isElsewhere = error instanceof Failure && ['BASE_STEP_AHEAD', 'MANIFEST_UNKNOWN'].includes(error.code);
+    if (!isElsewhere) throw error;
+    return worker.pull(true);
+  }
+}
+
+async function goodbye(worker: Worker, exitCode: number): Promise<void> {
+  await Promise.race([worker.leave().catch(() => {}), sleep(GOODBYE_TIMEOUT_MS)]);
+  process.exit(exitCode);
+}
+
+/** One step down the gradient of the mean cross-entropy. */
+function descend({ weights, bias }: Model, rows: Row[]): void {
+  const weightsGradient = new Float64Array(weights.length);
+  const biasGradient = new Float64Array(bias.length);
+  for (const { label, inputs } of rows) {
+    const scores = scoresOf({ weights, bias }, inputs);
+    const highest = Math.max(...scores); // subtracted, so that exp cannot overflow
+    const exponentials = scores.map((score) => Math.exp(score - highest));
+    const sum = exponentials.reduce((a, b) => a + b);
+    for (let c = 0; c < CLASSES; c++) {
+      const error = exponentials[c] / sum - (c === label ? 1 : 0);
+      biasGradient[c] += error;
+      for (let p = 0; p < PIXELS; p++) weightsGradient[p * CLASSES + c] += inputs[p] * error;
+    }
+  }
+  const scale = LEARNING_RATE / rows.length;
+  weightsGradient.forEach((gradient, i) => (weights[i] -= scale * gradient));
+  biasGradient.forEach((gradient, i) => (bias[i] -= scale * gradient));
+}
+
+function scoresOf({ weights, bias }: Model, inputs: Float64Array): Float64Array {
+  const scores = bias.slice();
+  for (let p = 0; p < PIXELS; p++) {
+    for (let c = 0; c < CLASSES; c++) scores[c] += inputs[p] * weights[p * CLASSES + c];
+  }
+  return scores;
+}
+
+function guess(model: Model, { inputs }: Row): number {
+  const scores = scoresOf(model, inputs);
+  return scores.indexOf(Math.max(...scores));
+}
+
+function parseRows(file: string, text: string): Row[] {
+  return text.trimEnd().split('\n').map((line, i) => {
+    const [label, ...pixels] = line.split(',').map(Number);
+    if (pixels.length !== PIXELS || [label, ...pixels].some(Number.isNaN)) {
+      throw new Refusal(`${file}, row ${i}: not a label and ${PIXELS} pixels`);
+    }
+    return { label, inputs: Float64Array.from(pixels, (pixel) => pixel / 16) };
+  });
+}
+
+function modelOf({ variables, values }: Center): Model {
+  const shapes = variables.map(({ name, dataType, shape }) => `${name}:${dataType}:${shape}`);
+  const wanted = MANIFEST.variables.map(({ name, dataType, shape }) => `${name}:${dataType}:${shape}`);
+  if (shapes.join() !== wanted.join()) throw new Refusal(`the job trains ${shapes.join()}, not ${wanted.join()}`);
+  return { weights: numbersOf(values[0]), bias: numbersOf(values[1]) };
+}
+
+// One by one, because the bytes are little-endian on every machine.
+function numbersOf(bytes: Buffer): Float64Array {
+  return Float64Array.from({ length: bytes.length / 8 }, (_, i) => bytes.readDoubleLE(8 * i));
+}
+
+function bytesOf(numbers: Float64Array): Buffer {
+  const bytes = Buffer.alloc(8 * numbers.length);
+  numbers.forEach((number, i) => bytes.writeDoubleLE(number, 8 * i));
+  return bytes;
+}
