@@ -27,8 +27,8 @@ async function answer(worker: Worker, line: string): Promise<string> {
   try {
     return ['ok', ...(await obey(worker, command, words))].join(' ');
   } catch (error) {
-    if (!(error instanceof Failure)) throw error;
-    return `error ${error.code} ${error.message.replace(/\s+/g, ' ')}`;
+    const { code, message } = error instanceof Failure ? error : new Refusal(String(error)); // a malformed command
+    return `error ${code} ${message.replace(/\s+/g, ' ')}`;
   }
 }
 
@@ -39,10 +39,10 @@ async function obey(worker: Worker, command: string, words: string[]): Promise<s
       const parsed = given.map(parseVariable);
       const manifest = {
         variables: parsed.map(({ variable }) => variable),
-        fragmentSizeBytes: Number(fragmentSizeBytes),
+        fragmentSizeBytes: Number(whole(fragmentSizeBytes, 0n, 2n ** 32n)),
         shard: null,
       };
-      const response = await worker.initialize(manifest, parsed.map(({ value }) => value), BigInt(globalStep));
+      const response = await worker.initialize(manifest, parsed.map(({ value }) => value), whole(globalStep, 0n, 2n ** 64n));
       return [response.initialized ? 'initialized' : 'already', response.globalStep];
     }
     case 'pull': {
@@ -70,7 +70,13 @@ function parseVariable(word: string): { variable: Variable__Output; value: Buffe
   if (!(type in TYPES) || bytes === undefined) throw new Refusal(`${word} is not NAME:TYPE:SHAPE:BYTES`);
   const dataType = TYPES[type as keyof typeof TYPES];
   const extents = shape === '' ? [] : shape.split(',');
-  return { variable: { name: bytesOf(name).toString(), dataType, shape: extents, part: null }, value: bytesOf(bytes) };
+  const variable = {
+    name: bytesOf(name).toString(),
+    dataType,
+    shape: extents.map((extent) => String(whole(extent, -(2n ** 63n), 2n ** 63n))),
+    part: null,
+  };
+  return { variable, value: bytesOf(bytes) };
 }
 
 function centerWords({ variables, values }: Center): string[] {
@@ -78,6 +84,13 @@ function centerWords({ variables, values }: Center): string[] {
     const type = Object.entries(TYPES).find(([, known]) => known === dataType)![0];
     return [Buffer.from(name).toString('hex'), type, shape.join(','), values[i].toString('hex') || '-'].join(':');
   });
+}
+
+/** A number from `start` on and below `end`. Protobuf for JavaScript cuts off what does not fit into a field. */
+function whole(word: string, start: bigint, end: bigint): bigint {
+  const number = BigInt(word);
+  if (number < start || number >= end) throw new Refusal(`${word} is not from ${start} to ${end - 1n}`);
+  return number;
 }
 
 function bytesOf(word: string): Buffer {

@@ -5,7 +5,7 @@ import { setTimeout as sleep } from 'node:timers/promises';
 
 import { ErrorReason } from '../generated/modelaverage/v1/ErrorReason.js';
 
-/** How long a command goes on trying, counted while no server answers it. */
+/** How long a command goes on trying after its first failure, counted while no server answers it. */
 const PATIENCE_S = 25;
 const MIN_PAUSE_S = 0.2;
 const MAX_PAUSE_S = 1.0;
@@ -29,7 +29,7 @@ export class Refusal extends Failure {
 /** Runs `attempt` until it succeeds or fails for good. It calls `answered` once a server has answered it. */
 export async function persist<T>(attempt: (answered: () => void) => Promise<T>): Promise<T> {
   let awayS = 0;
-  for (;;) {
+  for (let attempts = 1; ; attempts++) {
     const startedAt = Date.now();
     let isAnswered = false;
     try {
@@ -39,7 +39,7 @@ export async function persist<T>(attempt: (answered: () => void) => Promise<T>):
       if (failure.retry === 'never') throw failure;
       if (failure.retry === 'at once') continue;
       // Waiting at the barrier does not use up the patience, so a server may go away again and again in a long round.
-      if (!isAnswered) awayS += (Date.now() - startedAt) / 1000;
+      if (attempts > 1 && !isAnswered) awayS += (Date.now() - startedAt) / 1000;
       if (awayS >= PATIENCE_S) throw failure;
       // With some chance in it, so that workers do not come back all at once.
       const pauseS = MIN_PAUSE_S + Math.random() * (MAX_PAUSE_S - MIN_PAUSE_S);
@@ -68,7 +68,8 @@ function failureOf(error: unknown): Failure {
 
 /** Node.js reports a lost connection in several ways. CANCELLED comes from the other side: this one does not cancel. */
 function isBrokenStream({ code, details }: ServiceError): boolean {
-  return code === status.CANCELLED || (code === status.INTERNAL && /RST_STREAM|ECONNRESET|ETIMEDOUT|EPIPE/.test(details));
+  if (code === status.INTERNAL) return /RST_STREAM|ECONNRESET|ETIMEDOUT|EPIPE/.test(details);
+  return code === status.CANCELLED;
 }
 
 function isServiceError(error: unknown): error is ServiceError {

@@ -103,9 +103,8 @@ export class Assembly {
     const start = this.next * this.fragmentSizeBytes;
     const size = Math.min(this.fragmentSizeBytes, this.flat.length - start);
     if (index !== this.next || data.length !== size) {
-      throw new Refusal(
-        `fragment ${index} of ${data.length} bytes came where ${this.next} of ${this.fragmentCount} belongs, ${size} bytes`,
-      );
+      const came = `fragment ${index} of ${data.length} bytes came`;
+      throw new Refusal(`${came} where fragment ${this.next} of ${size} bytes belongs, of ${this.fragmentCount}`);
     }
     data.copy(this.flat, start);
     this.next++;

@@ -60,18 +60,16 @@ export async function train(options: TrainOptions): Promise<void> {
   let center = await worker.pull(true);
   let model = modelOf(center);
   let rounds = 0;
+  const progress = () => `global_step ${center.globalStep}, accuracy ${accuracyOf(model, rows).toFixed(4)}`;
   while (center.globalStep < options.rounds) {
     for (let step = 0; step < STEPS_PER_ROUND; step++) descend(model, own);
     center = await average(worker, model, BigInt(STEPS_PER_ROUND * ++rounds));
     model = modelOf(center);
-    if (rounds % 10 === 0) console.error(`${options.workerId}: round ${rounds}, global_step ${center.globalStep}`);
+    if (rounds % 10 === 0) console.error(`${options.workerId}: ${progress()}`);
   }
   await worker.leave();
   worker.close();
-  const accuracy = rows.filter((row) => guess(model, row) === row.label).length / rows.length;
-  console.log(
-    `${options.workerId} (node): ${rounds} rounds, global_step ${center.globalStep}, accuracy ${accuracy.toFixed(4)}`,
-  );
+  console.log(`${options.workerId} (node): ${rounds} rounds, ${progress()}`);
 }
 
 async function average(worker: Worker, model: Model, localStep: bigint): Promise<Center> {
@@ -95,19 +93,23 @@ function descend({ weights, bias }: Model, rows: Row[]): void {
   const weightsGradient = new Float64Array(weights.length);
   const biasGradient = new Float64Array(bias.length);
   for (const { label, inputs } of rows) {
-    const scores = scoresOf({ weights, bias }, inputs);
-    const highest = Math.max(...scores); // subtracted, so that exp cannot overflow
-    const exponentials = scores.map((score) => Math.exp(score - highest));
-    const sum = exponentials.reduce((a, b) => a + b);
-    for (let c = 0; c < CLASSES; c++) {
-      const error = exponentials[c] / sum - (c === label ? 1 : 0);
-      biasGradient[c] += error;
-      for (let p = 0; p < PIXELS; p++) weightsGradient[p * CLASSES + c] += inputs[p] * error;
+    const errors = softmax(scoresOf({ weights, bias }, inputs));
+    errors[label] -= 1;
+    for (let c = 0; c < CLASSES; c++) biasGradient[c] += errors[c];
+    for (let p = 0; p < PIXELS; p++) {
+      for (let c = 0; c < CLASSES; c++) weightsGradient[p * CLASSES + c] += inputs[p] * errors[c];
     }
   }
   const scale = LEARNING_RATE / rows.length;
   weightsGradient.forEach((gradient, i) => (weights[i] -= scale * gradient));
   biasGradient.forEach((gradient, i) => (bias[i] -= scale * gradient));
+}
+
+function softmax(scores: Float64Array): Float64Array {
+  const highest = Math.max(...scores); // subtracted, so that exp cannot overflow
+  const exponentials = scores.map((score) => Math.exp(score - highest));
+  const sum = exponentials.reduce((a, b) => a + b);
+  return exponentials.map((exponential) => exponential / sum);
 }
 
 function scoresOf({ weights, bias }: Model, inputs: Float64Array): Float64Array {
@@ -118,9 +120,12 @@ function scoresOf({ weights, bias }: Model, inputs: Float64Array): Float64Array 
   return scores;
 }
 
-function guess(model: Model, { inputs }: Row): number {
-  const scores = scoresOf(model, inputs);
-  return scores.indexOf(Math.max(...scores));
+function accuracyOf(model: Model, rows: Row[]): number {
+  const isRight = ({ label, inputs }: Row) => {
+    const scores = scoresOf(model, inputs);
+    return scores.indexOf(Math.max(...scores)) === label;
+  };
+  return rows.filter(isRight).length / rows.length;
 }
 
 function parseRows(file: string, text: string): Row[] {

@@ -39,7 +39,7 @@ const CHANNEL_OPTIONS = {
   'grpc.initial_reconnect_backoff_ms': 100,
   'grpc.max_reconnect_backoff_ms': 1_000,
   'grpc.keepalive_time_ms': 10_000,
-  'grpc.keepalive_timeout_ms': 20_000,
+  'grpc.keepalive_timeout_ms': 10_000,
 };
 
 /** The center variables as a server gave them. */
