@@ -3,7 +3,7 @@
 import { createInterface } from 'node:readline';
 
 import { Failure, Refusal } from './failures.js';
-import { Worker, type Center } from './worker.js';
+import type { Center, Worker } from './worker.js';
 import type { Variable__Output } from '../generated/modelaverage/v1/Variable.js';
 
 const TYPES = {
@@ -14,12 +14,10 @@ const TYPES = {
 } as const;
 
 /** Obeys standard input until it ends. */
-export async function conform(address: string, workerId: string): Promise<void> {
-  const worker = new Worker(address, workerId);
+export async function conform(worker: Worker): Promise<void> {
   for await (const line of createInterface({ input: process.stdin })) {
     process.stdout.write(`${await answer(worker, line)}\n`);
   }
-  worker.close();
 }
 
 async function answer(worker: Worker, line: string): Promise<string> {
@@ -28,7 +26,7 @@ async function answer(worker: Worker, line: string): Promise<string> {
     return ['ok', ...(await obey(worker, command, words))].join(' ');
   } catch (error) {
     const { code, message } = error instanceof Failure ? error : new Refusal(String(error)); // a malformed command
-    return `error ${code} ${message.replace(/\s+/g, ' ')}`;
+    return `error ${code} ${message}`;
   }
 }
 
@@ -36,13 +34,11 @@ async function obey(worker: Worker, command: string, words: string[]): Promise<s
   switch (command) {
     case 'initialize': {
       const [globalStep, fragmentSizeBytes, ...given] = words;
+      const step = whole(globalStep, 0n, 2n ** 64n);
+      const cut = Number(whole(fragmentSizeBytes, 0n, 2n ** 32n));
       const parsed = given.map(parseVariable);
-      const manifest = {
-        variables: parsed.map(({ variable }) => variable),
-        fragmentSizeBytes: Number(whole(fragmentSizeBytes, 0n, 2n ** 32n)),
-        shard: null,
-      };
-      const response = await worker.initialize(manifest, parsed.map(({ value }) => value), whole(globalStep, 0n, 2n ** 64n));
+      const manifest = { variables: parsed.map(({ variable }) => variable), fragmentSizeBytes: cut, shard: null };
+      const response = await worker.initialize(manifest, parsed.map(({ value }) => value), step);
       return [response.initialized ? 'initialized' : 'already', response.globalStep];
     }
     case 'pull': {

@@ -12,10 +12,10 @@ const MAX_PAUSE_S = 1.0;
 
 const PREFIX = 'ERROR_REASON_';
 
-/** A command that failed. `code`: the reason, or the name of the gRPC status, or CLIENT. */
+/** A command that failed. `code`: the reason, or the name of the gRPC status, or CLIENT. The message is one line. */
 export class Failure extends Error {
   constructor(readonly code: string, message: string, readonly retry: 'never' | 'later' | 'at once' = 'never') {
-    super(message);
+    super(message.replace(/\s+/g, ' ').trim());
   }
 }
 

@@ -1,17 +1,15 @@
 // A worker: softmax regression on the digits, averaged after every 10 steps (examples/clients/README.md).
 
 import { readFile } from 'node:fs/promises';
-import { setTimeout as sleep } from 'node:timers/promises';
 
 import { Failure, Refusal } from './failures.js';
-import { Worker, type Center } from './worker.js';
+import type { Center, Worker } from './worker.js';
 
 const PIXELS = 64;
 const CLASSES = 10;
 const STEPS_PER_ROUND = 10;
 const LEARNING_RATE = 0.5;
 const FRAGMENT_SIZE_BYTES = 1024;
-const GOODBYE_TIMEOUT_MS = 2_000;
 
 const MANIFEST = {
   variables: [
@@ -23,8 +21,6 @@ const MANIFEST = {
 };
 
 export interface TrainOptions {
-  readonly server: string;
-  readonly workerId: string;
   /** The file of digits.py. */
   readonly data: string;
   /** This worker has the rows whose number leaves the rest `index` when divided by `count`. */
@@ -32,7 +28,6 @@ export interface TrainOptions {
   readonly count: number;
   /** Training ends at this `global_step`. */
   readonly rounds: bigint;
-  readonly isChief: boolean;
 }
 
 interface Row {
@@ -46,15 +41,11 @@ interface Model {
   readonly bias: Float64Array;
 }
 
-/** Trains until the job is done, or until Ctrl-C. */
-export async function train(options: TrainOptions): Promise<void> {
+/** Trains until the job is done, then says goodbye. */
+export async function train(worker: Worker, options: TrainOptions): Promise<void> {
   const rows = parseRows(options.data, await readFile(options.data, 'utf8'));
   const own = rows.filter((_, i) => i % options.count === options.index);
-  const worker = new Worker(options.server, options.workerId, options.isChief);
-  process.once('SIGINT', () => void goodbye(worker, 130));
-  process.once('SIGTERM', () => void goodbye(worker, 143));
-
-  if (options.isChief) {
+  if (worker.isChief) {
     await worker.initialize(MANIFEST, [Buffer.alloc(PIXELS * CLASSES * 8), Buffer.alloc(CLASSES * 8)]);
   }
   let center = await worker.pull(true);
@@ -65,11 +56,10 @@ export async function train(options: TrainOptions): Promise<void> {
     for (let step = 0; step < STEPS_PER_ROUND; step++) descend(model, own);
     center = await average(worker, model, BigInt(STEPS_PER_ROUND * ++rounds));
     model = modelOf(center);
-    if (rounds % 10 === 0) console.error(`${options.workerId}: ${progress()}`);
+    if (rounds % 10 === 0) console.error(`${worker.workerId}: ${progress()}`);
   }
   await worker.leave();
-  worker.close();
-  console.log(`${options.workerId} (node): ${rounds} rounds, ${progress()}`);
+  console.log(`${worker.workerId} (node): ${rounds} rounds, ${progress()}`);
 }
 
 async function average(worker: Worker, model: Model, localStep: bigint): Promise<Center> {
@@ -83,11 +73,6 @@ async function average(worker: Worker, model: Model, localStep: bigint): Promise
   }
 }
 
-async function goodbye(worker: Worker, exitCode: number): Promise<void> {
-  await Promise.race([worker.leave().catch(() => {}), sleep(GOODBYE_TIMEOUT_MS)]);
-  process.exit(exitCode);
-}
-
 /** One step down the gradient of the mean cross-entropy. */
 function descend({ weights, bias }: Model, rows: Row[]): void {
   const weightsGradient = new Float64Array(weights.length);
@@ -97,6 +82,7 @@ function descend({ weights, bias }: Model, rows: Row[]): void {
     errors[label] -= 1;
     for (let c = 0; c < CLASSES; c++) biasGradient[c] += errors[c];
     for (let p = 0; p < PIXELS; p++) {
+      if (inputs[p] === 0) continue; // half of all pixels are blank
       for (let c = 0; c < CLASSES; c++) weightsGradient[p * CLASSES + c] += inputs[p] * errors[c];
     }
   }
@@ -115,6 +101,7 @@ function softmax(scores: Float64Array): Float64Array {
 function scoresOf({ weights, bias }: Model, inputs: Float64Array): Float64Array {
   const scores = bias.slice();
   for (let p = 0; p < PIXELS; p++) {
+    if (inputs[p] === 0) continue;
     for (let c = 0; c < CLASSES; c++) scores[c] += inputs[p] * weights[p * CLASSES + c];
   }
   return scores;

@@ -78,7 +78,7 @@ export class Worker {
   private pushId = 0n;
   private base?: Base;
 
-  constructor(address: string, private readonly workerId: string, private readonly isChief = false) {
+  constructor(address: string, readonly workerId: string, readonly isChief = false) {
     this.stub = new ParameterServer(address, credentials.createInsecure(), CHANNEL_OPTIONS);
   }
 
@@ -199,26 +199,25 @@ export class Worker {
   }
 }
 
+function ignore(): void {}
+
 function centerOf({ manifest, layout, globalStep }: Base, flat: Buffer): Center {
   return { variables: manifest.variables, globalStep, values: layout.unpack(flat) };
 }
 
 /** Sends fragments no faster than the other side takes them, then half-closes. Stops when the call has ended. */
 async function sendFragments(call: Writable, fragments: Iterable<Fragment>, ended: AbortSignal): Promise<void> {
+  call.on('error', ignore); // who reads the answers has the reason
   for (const fragment of fragments) {
     if (ended.aborted) return;
-    try {
-      if (!call.write({ fragment })) await once(call, 'drain', { signal: ended });
-    } catch {
-      return; // the call has ended; who reads its answers has the reason
-    }
+    if (!call.write({ fragment })) await once(call, 'drain', { signal: ended }).catch(ignore);
   }
   call.end();
 }
 
 /** The messages of a stream until it ends; throws its ServiceError. A loop that is left early cancels the call. */
 async function* messagesOf<T>(call: ClientReadableStream<T> | ClientDuplexStream<unknown, T>): AsyncGenerator<T> {
-  call.on('error', () => {}); // the loop throws it; one that comes later is nobody's business
+  call.on('error', ignore); // the loop throws it
   try {
     yield* call as AsyncIterable<T>;
   } finally {
