@@ -53,7 +53,7 @@ function failureOf(error: unknown): Failure {
   if (error instanceof Failure) return error;
   if (!isServiceError(error)) throw error;
   const reason = String(error.metadata.get('modelaverage-reason')[0] ?? '');
-  const code = reason in ErrorReason ? reason.slice(PREFIX.length) : status[error.code];
+  const code = Object.hasOwn(ErrorReason, reason) ? reason.slice(PREFIX.length) : status[error.code];
   switch (code) {
     case 'ROUND_RESTARTED':
     case 'STREAM_STALLED':
