@@ -1,6 +1,6 @@
 """Writes scikit-learn's digits as the csv that the clients train on: a row is a label and 64 pixels from 0 to 16.
 
-    python examples/clients/digits.py digits.csv
+python examples/clients/digits.py digits.csv
 """
 
 from __future__ import annotations

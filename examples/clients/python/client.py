@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Mapping
 from functools import cached_property
@@ -35,21 +34,25 @@ class Conformer:
     """Obeys the commands of the conformance kit, a method each."""
 
     def __init__(self, address: str, worker_id: str) -> None:
-        self._options = {
-            "ps_hosts": [address],
-            "worker_id": worker_id,
-            "is_chief": True,
-            "reconnect_timeout_s": RECONNECT_TIMEOUT_S,
-        }
+        self._address, self._worker_id = address, worker_id
         self._center: Arrays = {}
 
     @cached_property
     def _session(self) -> ParameterServerSession:
-        return ParameterServerSession(**self._options)
+        return self._open()
+
+    def _open(self, fragment_size_bytes: int | None = None) -> ParameterServerSession:
+        return ParameterServerSession(
+            [self._address],
+            worker_id=self._worker_id,
+            is_chief=True,
+            reconnect_timeout_s=RECONNECT_TIMEOUT_S,
+            fragment_size_bytes=fragment_size_bytes,
+        )
 
     def initialize(self, global_step: str, fragment_size_bytes: str, *variables: str) -> str:
         # The size of fragments is the session's. One that only initializes says no goodbye.
-        with ParameterServerSession(**self._options, fragment_size_bytes=int(fragment_size_bytes)) as session:
+        with self._open(int(fragment_size_bytes)) as session:
             done = session.initialize(dict(map(variable, variables)), int(global_step))
         return f"{'initialized' if done.initialized else 'already'} {done.global_step}"
 
@@ -191,8 +194,6 @@ def main() -> int:
     command.add_argument("--rounds", required=True, type=int)
     command.add_argument("--chief", action="store_true", help="set the center, if it is not set yet")
     arguments = parser.parse_args()
-    # A server that comes and goes is the kit's way; gRPC need not log it.
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         if arguments.command == "conform":
             conform(arguments.address, arguments.worker_id)

@@ -136,7 +136,7 @@ def read_status(line: str) -> Status | Failed:
     raise Miss(f"ok {'|'.join(_PHASES)} GLOBAL_STEP", short(line))
 
 
-def read_left(line: str) -> None | Failed:
+def read_left(line: str) -> Failed | None:
     """The answer to `leave`. Raises Miss if it is none."""
     words = _words(line, "ok")
     if words:

@@ -76,5 +76,3 @@ def _mean(values: list[NDArray[Any]]) -> NDArray[Any]:
     for number, value in enumerate(values):
         total = value.astype(wide) if number == 0 else total + value.astype(wide)
     return np.asarray(total / wide.type(len(values))).astype(dtype)
-
-

@@ -33,6 +33,7 @@ class Peer:
         self._incarnation = uuid.uuid4().bytes
         self._push_id = 0
         self._manifest_id = ""
+        self._pushes: list[PeerPush] = []  # a call that nobody holds is cancelled
         # Not the channel of another peer: each has a connection of its own.
         self._channel = grpc.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)])
         self._stub: Any = ParameterServerStub(self._channel)  # type: ignore[no-untyped-call]
@@ -75,16 +76,13 @@ class Peer:
             manifest_id=self._manifest_id,
         )
         push = PeerPush(self._stub, header, fragments)
+        self._pushes.append(push)
         push.give(len(fragments) if give is None else give)
         return push
 
     def push(self, fragments: list[bytes], base_step: int) -> int:
         """A whole push, to the end of its round; the new `global_step`."""
         return self.begin_push(fragments, base_step).ended()
-
-    def leave(self) -> None:
-        """Says goodbye."""
-        self._stub.Leave(pb.LeaveRequest(worker_id=self.worker_id, incarnation=self._incarnation), timeout=_TIMEOUT_S)
 
     def status(self) -> pb.GetStatusResponse:
         """What the server does."""
@@ -128,8 +126,3 @@ class PeerPush:
                 outcome = message.outcome
         assert outcome.outcome == pb.OUTCOME_COMMITTED, f"the kit's own push ended with {outcome}"
         return outcome.global_step
-
-    def break_off(self) -> None:
-        """Ends the stream in the middle."""
-        self._messages.cancel()
-        self._requests.put(None)

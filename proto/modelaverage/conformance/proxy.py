@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+from collections.abc import Sequence
 
 __all__ = ["Proxy"]
 
@@ -27,16 +28,17 @@ class Proxy:
         self.cuts = 0
         """How often it has broken connections."""
         self._lock = threading.Lock()
-        self._left: dict[str, int | None] = {"up": None, "down": None}
+        self._left: dict[str, list[int]] = {"up": [], "down": []}
         self._open = threading.Event()
         self._open.set()
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
         threading.Thread(target=self._accept, daemon=True).start()
 
-    def cut_after(self, up_bytes: int | None = None, down_bytes: int | None = None) -> None:
-        """All connections break once so many more bytes have gone up (to the server) or down."""
+    def cut_after(self, up_bytes: Sequence[int] = (), down_bytes: Sequence[int] = ()) -> None:
+        """All connections break once so many more bytes have gone up (to the server) or down, and again after so many
+        more."""
         with self._lock:
-            self._left = {"up": up_bytes, "down": down_bytes}
+            self._left = {"up": list(up_bytes), "down": list(down_bytes)}
 
     def hold_down(self) -> None:
         """What the server says is kept back, until the next `cut`."""
@@ -77,24 +79,25 @@ class Proxy:
             while data := source.recv(_READ_BYTES):
                 if way == "down":
                     self._open.wait()
-                with self._lock:
-                    left = self._left[way]
-                    if left is not None:
-                        data, self._left[way] = data[:left], left - len(data)
-                sink.sendall(data)
-                if left is not None and self._is_used_up(way):
-                    return
+                if not self._pass(data, sink, way):
+                    break
         _close(source)
         _close(sink)
 
-    def _is_used_up(self, way: str) -> bool:
+    def _pass(self, data: bytes, sink: socket.socket, way: str) -> bool:
+        """Passes on what may go; whether the connection is still there."""
         with self._lock:
             left = self._left[way]
-            if left is None or left > 0:
-                return False
-            self._left = {"up": None, "down": None}
+            data = data[: left[0]] if left else data
+            if left:
+                left[0] -= len(data)
+        sink.sendall(data)
+        with self._lock:
+            if not left or left[0] > 0:
+                return True
+            del left[0]
             self._cut()
-            return True
+            return False
 
     def _cut(self) -> None:
         self.cuts += 1

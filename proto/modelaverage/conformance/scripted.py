@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 
@@ -17,9 +17,10 @@ from modelaverage.errors import REASON_METADATA_KEY
 from modelaverage.v1 import parameter_server_pb2 as pb
 from modelaverage.v1.parameter_server_pb2_grpc import ParameterServerServicer, add_ParameterServerServicer_to_server
 
-__all__ = ["GotPush", "Refusal", "ScriptedServer", "admission", "center", "fragment", "outcome"]
+__all__ = ["GotPush", "MANIFEST_ID", "READ", "Refusal", "ScriptedServer", "admission", "center", "fragment", "outcome"]
 
 MANIFEST_ID = "of-the-script"
+"""What names the script's manifest, unless it says otherwise."""
 _WAIT_S = 20.0
 _THREADS = 8
 
@@ -56,13 +57,13 @@ class GotPush:
     half_closed: bool = False
 
 
-# What the server says, in order. READ stands for: read until the client half-closes.
 READ = None
-_PullScript = list[pb.PullResponse | Refusal]
-_PushScript = list["pb.PushAndAverageResponse | Refusal | None"]
+"""In the script of a push: read until the client half-closes."""
+_PullScript = Sequence[pb.PullResponse | Refusal]
+_PushScript = Sequence["pb.PushAndAverageResponse | Refusal | None"]
 
 
-class ScriptedServer(ParameterServerServicer):  # type: ignore[misc]
+class ScriptedServer(ParameterServerServicer):
     """Answers every pull and every push with the next script of `pulls` and `pushes`; a call more waits for another.
 
     Attributes:
@@ -193,9 +194,8 @@ def _note(got: GotPush, message: pb.PushAndAverageRequest) -> None:
         got.data += message.fragment.data
 
 
-def _refuse(context: Any, refusal: Refusal) -> None:
+def _refuse(context: Any, refusal: Refusal) -> NoReturn:
     if refusal.reason is not None:
         context.set_trailing_metadata(((REASON_METADATA_KEY, refusal.reason),))
     context.abort(getattr(grpc.StatusCode, refusal.status), refusal.message)
-
-
+    raise AssertionError("abort raises")

@@ -15,7 +15,7 @@ _A = TypeVar("_A")
 
 
 class Worker(Program):
-    """A client program that is spoken to in the line protocol. Every method raises Miss if it fails where it must not."""
+    """A client program that is spoken to in the line protocol. Every method raises Miss if it does otherwise."""
 
     def initialize(self, arrays: Arrays, global_step: int = 0, fragment_size_bytes: int = 64) -> Initialized:
         """Tells it to set the center."""
@@ -61,7 +61,7 @@ class Worker(Program):
             raise Miss("ok", f"error {left.name} {short(left.message)}")
 
     def fails(self, name: str, timeout_s: float = ANSWER_TIMEOUT_S, what: str = "") -> None:
-        """The command before fails with this name. ``what`` says what the case did, where a case does several things."""
+        """The command before fails with this name. ``what`` says which command, where a case gives several."""
         line = self.answer(timeout_s)
         if line.split(" ")[:2] != ["error", name]:
             raise Miss(f"error {name}{what and f' ({what})'}", short(line))
