@@ -172,7 +172,11 @@ def _a_round_that_is_started_over_is_pushed_to_again(stage: Stage) -> None:
     stage.until_whole(peer, "a")
     # Another worker dies in the middle of its push, and comes back as another process.
     peer.begin_push(fragments, 0, give=1)
-    stage.until(peer, lambda status: status.waiting_for == ["peer"], "both are in the round")
+    stage.until(
+        peer,
+        lambda status: any(worker.worker_id == "peer" and worker.fragments_given for worker in status.workers),
+        "a fragment of the peer has come",
+    )
     peer.end()
     restarted = stage.peer(address, "peer")
     push = restarted.begin_push(fragments, 0, give=0)
