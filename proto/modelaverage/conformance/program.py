@@ -91,13 +91,15 @@ class Program:
             raise Miss(f"one line of {self.worker_id} for a command", f"another one: {short(line)}")
 
     def _read(self) -> None:
-        for line in _stream(self._process.stdout):
-            self._lines.put(line.removesuffix("\n"))
+        with _stream(self._process.stdout) as stdout:
+            for line in stdout:
+                self._lines.put(line.removesuffix("\n"))
         self._lines.put(None)
 
     def _listen(self) -> None:
-        for line in _stream(self._process.stderr):
-            self._said.append(line.rstrip())
+        with _stream(self._process.stderr) as stderr:
+            for line in stderr:
+                self._said.append(line.rstrip())
 
     def _write(self) -> None:
         # On a thread of its own: a program that does not read must not hold up who waits for it.
