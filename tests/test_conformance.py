@@ -55,13 +55,27 @@ def test_a_client_that_is_broken_misses(
 def test_a_program_that_ends_at_once_misses_and_its_last_words_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     code = main(["--only", "a_server_that_stops_says_so", sys.executable, "-c", "raise SystemExit('no such luck')"])
     assert code == 1
-    assert "stderr: no such luck" in capsys.readouterr().out
+    assert "a, stderr: no such luck" in capsys.readouterr().out
 
 
 def test_a_program_that_does_not_exit_with_0_misses(capsys: pytest.CaptureFixture[str]) -> None:
     says = "import sys; [print('ok stopping 7', flush=True) for _ in sys.stdin]; sys.exit(3)"
     assert main(["--only", "a_server_that_stops_says_so", sys.executable, "-c", says]) == 1
     assert "expected: that a exits with 0" in capsys.readouterr().out
+
+
+def test_an_answer_that_nobody_waited_for_is_shown(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("modelaverage.conformance.stage._WAIT_S", 1.0)
+    says = (
+        "import sys\n"
+        "for line in sys.stdin: print('error CLIENT no' if 'push' in line else 'ok 0 77:f32:0:-', flush=True)"
+    )
+    assert main(["--only", "a_worker_id_in_use_is_tried_again", sys.executable, "-c", says]) == 1
+    printed = capsys.readouterr().out
+    assert "expected: that the case comes to its end" in printed
+    assert "a, answer: error CLIENT no" in printed
 
 
 def test_the_list_names_every_case_once(capsys: pytest.CaptureFixture[str]) -> None:

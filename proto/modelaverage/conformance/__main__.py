@@ -28,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit code: 0 if the client passed every case, else 1."""
     parser = argparse.ArgumentParser(
         prog="python -m modelaverage.conformance",
+        usage="%(prog)s [--only NAME] [--list] [--jobs N] COMMAND...",
         description="Plays a client through every case that it must get right, and prints a table. What COMMAND has to "
         "do says docs/conformance.md.",
         epilog=_EXAMPLES,

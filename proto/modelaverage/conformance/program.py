@@ -16,6 +16,7 @@ __all__ = ["ANSWER_TIMEOUT_S", "Program"]
 # Enough for a process to start and for gRPC to come back after a break, on a machine that has much else to do.
 ANSWER_TIMEOUT_S = 20.0
 _END_TIMEOUT_S = 10.0
+_LAST_WORDS_TIMEOUT_S = 1.0
 _STDERR_LINES = 5
 
 
@@ -44,7 +45,9 @@ class Program:
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._commands: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._said: deque[str] = deque(maxlen=_STDERR_LINES)
-        for target in (self._read, self._write, self._listen):
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
+        for target in (self._read, self._write):
             threading.Thread(target=target, daemon=True).start()
 
     def send(self, line: str) -> None:
@@ -56,10 +59,11 @@ class Program:
         try:
             line = self._lines.get(timeout=timeout_s)
         except queue.Empty:
-            raise Miss(f"an answer of {self.worker_id} within {timeout_s:g} s", f"none{self._last_words()}") from None
+            raise Miss(f"an answer of {self.worker_id} within {timeout_s:g} s", f"none{self.last_words()}") from None
         if line is None:
             self._lines.put(None)
-            raise Miss(f"an answer of {self.worker_id}", f"the end of its output{self._last_words()}")
+            self._listener.join(_LAST_WORDS_TIMEOUT_S)
+            raise Miss(f"an answer of {self.worker_id}", f"the end of its output{self.last_words()}")
         return line
 
     def says_nothing(self, for_s: float) -> None:
@@ -86,7 +90,7 @@ class Program:
             came = f"it runs on {_END_TIMEOUT_S:g} s after the end of its input"
             raise Miss(f"that {self.worker_id} exits", came) from None
         if code:
-            raise Miss(f"that {self.worker_id} exits with 0", f"{code}{self._last_words()}")
+            raise Miss(f"that {self.worker_id} exits with 0", f"{code}{self.last_words()}")
         if (line := self._lines.get(timeout=_END_TIMEOUT_S)) is not None:
             raise Miss(f"one line of {self.worker_id} for a command", f"another one: {short(line)}")
 
@@ -111,8 +115,13 @@ class Program:
             except OSError:  # it has gone; who waits for its answer hears of it
                 return
 
-    def _last_words(self) -> str:
-        return "".join(f"\n  stderr: {short(line)}" for line in self._said)
+    def last_words(self) -> str:
+        """What it has said that nobody has listened to, a line each."""
+        lines = [f"stderr: {line}" for line in list(self._said)]
+        while not self._lines.empty():
+            line = self._lines.get()
+            lines.append("the end of its output" if line is None else f"answer: {line}")
+        return "".join(f"\n      {self.worker_id}, {short(line)}" for line in lines)
 
 
 def _stream(pipe: IO[str] | None) -> IO[str]:

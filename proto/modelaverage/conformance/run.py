@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 
 from modelaverage.conformance.case import Case
-from modelaverage.conformance.miss import Miss
+from modelaverage.conformance.miss import Miss, short
 from modelaverage.conformance.stage import Stage
 
 __all__ = ["Result", "run"]
@@ -58,10 +57,17 @@ def _play(case: Case, command: Sequence[str]) -> Result:
     miss = None
     try:
         with Stage(command) as stage:
-            case.play(stage)
+            _play_on(stage, case)
     except Miss as error:
         miss = error
-    except Exception as error:  # a peer's call that failed, a wait that was in vain: seldom the client's merit
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        miss = Miss("that the case comes to its end", f"{type(error).__name__}: {error} ({where.name}:{where.lineno})")
     return Result(case.name, time.monotonic() - began_s, miss)
+
+
+def _play_on(stage: Stage, case: Case) -> None:
+    try:
+        case.play(stage)
+    except Miss:
+        raise
+    except Exception as error:  # a wait in vain, a call of the kit's own that failed: what did the clients say?
+        came = f"{type(error).__name__}: {short(error)}{stage.last_words()}"
+        raise Miss("that the case comes to its end", came) from error

@@ -70,6 +70,10 @@ class Stage:
         self._workers.remove(worker)
         worker.kill()
 
+    def last_words(self) -> str:
+        """What the client programs have said that nobody has listened to."""
+        return "".join(worker.last_words() for worker in self._workers)
+
     def peer(self, address: str, worker_id: str = "peer") -> Peer:
         """A worker of the kit's own."""
         peer = Peer(address, worker_id)
