@@ -5,7 +5,9 @@ BIN := $(VENV)/bin
 PROTO := proto/modelaverage/v1/parameter_server.proto
 GENERATE = $(BIN)/python -m grpc_tools.protoc -I proto $(PROTO) --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1)
 
-.PHONY: help demo bench chaos fuzz test lint types proto proto-check unit
+CLIENTS := python node cpp go
+
+.PHONY: help demo bench chaos conformance fuzz test lint types proto proto-check unit
 
 help: ## this text
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -31,6 +33,14 @@ chaos: $(VENV)/dev.stamp ## kills and stops everything at random for 200 rounds,
 
 fuzz: $(VENV)/dev.stamp ## a million hostile inputs for every handler; INPUTS=10000 for less
 	@$(BIN)/python -m fuzz --inputs $(or $(INPUTS),1000000)
+
+conformance: $(VENV)/dev.stamp ## plays the clients in Python, Node.js, C++ and Go through every case; CLIENTS=go for one
+	@status=0; for client in $(CLIENTS); do \
+	  echo; echo "== $$client"; command=examples/clients/$$client/client; \
+	  if [ $$client = python ]; then command="$(BIN)/python $$command.py"; \
+	  else examples/clients/$$client/build || { status=1; continue; }; fi; \
+	  $(BIN)/python -m modelaverage.conformance $$command conform || status=1; \
+	done; exit $$status
 
 test: lint types proto-check unit ## everything that CI runs
 

@@ -63,7 +63,8 @@ class Patience:
                     away_since_s, sleep_s, was_in_use = now_s, _FIRST_SLEEP_S, in_use
                     _log.warning("%s; trying again for up to %g s", error, timeout_s)
                 if now_s - away_since_s >= timeout_s:
-                    raise type(error)(f"{error} (tried again for {timeout_s:g} s)", error.reason) from None
+                    message = f"{error} (tried again for {timeout_s:g} s)"
+                    raise type(error)(message, error.reason, error.status) from None
                 if deadline.is_over:
                     raise DeadlineExceededError(f"{error} (waited {deadline.timeout_s:g} s)", error.reason) from None
                 # Half of it is chance, so that workers that lost the server together do not come back together.

@@ -307,7 +307,9 @@ class Shard:
         try:
             yield
         except grpc.RpcError as error:
-            raise self._fault(error, deadline, late) from None
+            fault = self._fault(error, deadline, late)
+            fault.status = error.code().name
+            raise fault from None
         except grpc.FutureCancelledError:
             raise ModelAverageError(f"the call to {self.address} was ended here") from None
         except ValueError as error:

@@ -62,11 +62,13 @@ class Reason(enum.Enum):
 
 
 class ModelAverageError(Exception):
-    """Base of every fault. ``reason`` is None for faults that no server reported (it could not be reached, say)."""
+    """Base of every fault. ``reason`` is None for faults that no server reported (it could not be reached, say).
+    ``status`` is the name of the gRPC status that ended the call; None if it was none."""
 
-    def __init__(self, message: str, reason: Reason | None = None) -> None:
+    def __init__(self, message: str, reason: Reason | None = None, status: str | None = None) -> None:
         super().__init__(message)
         self.reason = reason
+        self.status = status
 
 
 class InvalidRequestError(ModelAverageError):

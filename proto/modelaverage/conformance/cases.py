@@ -1,0 +1,12 @@
+"""All cases, in the order of the table."""
+
+from __future__ import annotations
+
+from modelaverage.conformance import layouts, refusals, replies, retries, rounds
+from modelaverage.conformance.case import Case, registered
+
+__all__ = ["CASES"]
+
+_ROOMS = (layouts, rounds, retries, replies, refusals)  # importing them has put their cases on the list
+
+CASES: tuple[Case, ...] = tuple(one for room in _ROOMS for one in registered if one.play.__module__ == room.__name__)

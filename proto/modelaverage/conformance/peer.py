@@ -1,0 +1,128 @@
+"""A worker of the kit's own, beside the client: made from the generated stubs, it stops in the middle when told to."""
+
+from __future__ import annotations
+
+import queue
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+
+from modelaverage import wire
+from modelaverage.conformance.lines import Arrays
+from modelaverage.conformance.models import fragments_of, manifest_of
+from modelaverage.v1 import parameter_server_pb2 as pb
+from modelaverage.v1.parameter_server_pb2_grpc import ParameterServerStub
+
+__all__ = ["Peer", "PeerPush"]
+
+_TIMEOUT_S = 30.0
+
+
+class Peer:
+    """One worker's process, as the server sees it; started again, it is another `Peer`.
+
+    Args:
+        address: of the server.
+        worker_id: who it is.
+    """
+
+    def __init__(self, address: str, worker_id: str) -> None:
+        self.worker_id = worker_id
+        self._incarnation = uuid.uuid4().bytes
+        self._push_id = 0
+        self._manifest_id = ""
+        self._pushes: list[PeerPush] = []  # a call that nobody holds is cancelled
+        # Not the channel of another peer: each has a connection of its own.
+        self._channel = grpc.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)])
+        self._stub: Any = ParameterServerStub(self._channel)  # type: ignore[no-untyped-call]
+
+    def initialize(self, arrays: Arrays, global_step: int = 0, fragment_size_bytes: int = 64) -> None:
+        """Sets the center."""
+
+        def requests() -> Iterator[pb.InitializeRequest]:
+            manifest = wire.manifest_to_message(manifest_of(arrays, fragment_size_bytes))
+            header = pb.InitializeHeader(worker_id=self.worker_id, manifest=manifest, global_step=global_step)
+            yield pb.InitializeRequest(header=header)
+            for index, data in enumerate(fragments_of(arrays, fragment_size_bytes)):
+                yield pb.InitializeRequest(fragment=pb.Fragment(index=index, data=data))
+
+        assert self._stub.Initialize(requests(), timeout=_TIMEOUT_S).initialized
+
+    def pull(self) -> tuple[int, bytes]:
+        """`global_step` and the flat buffer of the center."""
+        messages = self._stub.Pull(pb.PullRequest(worker_id=self.worker_id), timeout=_TIMEOUT_S)
+        header: pb.CenterHeader = next(messages).header
+        self._manifest_id = header.manifest_id
+        return header.global_step, b"".join(message.fragment.data for message in messages)
+
+    def begin_push(self, fragments: list[bytes], base_step: int, give: int | None = None) -> PeerPush:
+        """A push of which so many fragments go at once; None: all.
+
+        Args:
+            fragments: all of them.
+            base_step: which center they started from.
+            give: how many of them go now.
+        """
+        if not self._manifest_id:
+            self.pull()
+        self._push_id += 1
+        header = pb.PushHeader(
+            worker_id=self.worker_id,
+            incarnation=self._incarnation,
+            push_id=self._push_id,
+            base_step=base_step,
+            manifest_id=self._manifest_id,
+        )
+        push = PeerPush(self._stub, header, fragments)
+        self._pushes.append(push)
+        push.give(len(fragments) if give is None else give)
+        return push
+
+    def push(self, fragments: list[bytes], base_step: int) -> int:
+        """A whole push, to the end of its round; the new `global_step`."""
+        return self.begin_push(fragments, base_step).ended()
+
+    def status(self) -> pb.GetStatusResponse:
+        """What the server does."""
+        status: pb.GetStatusResponse = self._stub.GetStatus(pb.GetStatusRequest(), timeout=_TIMEOUT_S)
+        return status
+
+    def end(self) -> None:
+        """Breaks off whatever it does."""
+        self._channel.close()
+
+
+class PeerPush:
+    """A push of a peer that is under way."""
+
+    def __init__(self, stub: Any, header: pb.PushHeader, fragments: list[bytes]) -> None:
+        self._requests: queue.SimpleQueue[pb.PushAndAverageRequest | None] = queue.SimpleQueue()
+        self._requests.put(pb.PushAndAverageRequest(header=header))
+        self._messages = stub.PushAndAverage(iter(self._requests.get, None), timeout=_TIMEOUT_S)
+        self._fragments = fragments
+        self._given = next(self._messages).admission.first_needed_fragment
+
+    def give(self, end: int) -> None:
+        """Sends the fragments before ``end`` that have not gone; after the last one it half-closes."""
+        for index in range(self._given, end):
+            fragment = pb.Fragment(index=index, data=self._fragments[index])
+            self._requests.put(pb.PushAndAverageRequest(fragment=fragment))
+        self._given = max(self._given, end)
+        if self._given == len(self._fragments):
+            self._requests.put(None)
+
+    def finish(self) -> int:
+        """Sends the rest, and waits for the end of the round; the new `global_step`."""
+        self.give(len(self._fragments))
+        return self.ended()
+
+    def ended(self) -> int:
+        """Waits for the end of the round; the new `global_step`."""
+        outcome = pb.PushOutcome()
+        for message in self._messages:
+            if message.HasField("outcome"):
+                outcome = message.outcome
+        assert outcome.outcome == pb.OUTCOME_COMMITTED, f"the kit's own push ended with {outcome}"
+        return outcome.global_step

@@ -1,0 +1,129 @@
+"""One process of the client program: lines in, lines out, every wait bounded."""
+
+from __future__ import annotations
+
+import queue
+import subprocess
+import threading
+from collections import deque
+from collections.abc import Sequence
+from typing import IO
+
+from modelaverage.conformance.miss import Miss, short
+
+__all__ = ["ANSWER_TIMEOUT_S", "Program"]
+
+# Enough for a process to start and for gRPC to come back after a break, on a machine that has much else to do.
+ANSWER_TIMEOUT_S = 20.0
+_END_TIMEOUT_S = 10.0
+_LAST_WORDS_TIMEOUT_S = 1.0
+_STDERR_LINES = 5
+
+
+class Program:
+    """A client program, started as `COMMAND ADDRESS WORKER_ID`.
+
+    Args:
+        command: the words of COMMAND.
+        address: of the server.
+        worker_id: who it is.
+
+    Raises:
+        OSError: there is no such program.
+    """
+
+    def __init__(self, command: Sequence[str], address: str, worker_id: str) -> None:
+        self.worker_id = worker_id
+        self._process = subprocess.Popen(
+            [*command, address, worker_id],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            errors="replace",
+        )
+        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._said: deque[str] = deque(maxlen=_STDERR_LINES)
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
+        for target in (self._read, self._write):
+            threading.Thread(target=target, daemon=True).start()
+
+    def send(self, line: str) -> None:
+        """Gives it a command. Does not wait."""
+        self._commands.put(line)
+
+    def answer(self, timeout_s: float = ANSWER_TIMEOUT_S) -> str:
+        """The next line that it prints. Raises Miss if none comes in that time, or it has ended."""
+        try:
+            line = self._lines.get(timeout=timeout_s)
+        except queue.Empty:
+            raise Miss(f"an answer of {self.worker_id} within {timeout_s:g} s", f"none{self.last_words()}") from None
+        if line is None:
+            self._lines.put(None)
+            self._listener.join(_LAST_WORDS_TIMEOUT_S)
+            raise Miss(f"an answer of {self.worker_id}", f"the end of its output{self.last_words()}")
+        return line
+
+    def says_nothing(self, for_s: float) -> None:
+        """Raises Miss if it answers within this time: it has something to wait for."""
+        try:
+            line = self._lines.get(timeout=for_s)
+        except queue.Empty:
+            return
+        raise Miss(f"that {self.worker_id} waits", short(line))
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self._process.kill()
+        self._process.wait()
+        self._commands.put(None)
+
+    def end(self) -> None:
+        """Ends its input. Raises Miss unless it says nothing more and exits with 0."""
+        self._commands.put(None)
+        try:
+            code = self._process.wait(_END_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            came = f"it runs on {_END_TIMEOUT_S:g} s after the end of its input"
+            raise Miss(f"that {self.worker_id} exits", came) from None
+        if code:
+            raise Miss(f"that {self.worker_id} exits with 0", f"{code}{self.last_words()}")
+        if (line := self._lines.get(timeout=_END_TIMEOUT_S)) is not None:
+            raise Miss(f"one line of {self.worker_id} for a command", f"another one: {short(line)}")
+
+    def _read(self) -> None:
+        with _stream(self._process.stdout) as stdout:
+            for line in stdout:
+                self._lines.put(line.removesuffix("\n"))
+        self._lines.put(None)
+
+    def _listen(self) -> None:
+        with _stream(self._process.stderr) as stderr:
+            for line in stderr:
+                self._said.append(line.rstrip())
+
+    def _write(self) -> None:
+        # On a thread of its own: a program that does not read must not hold up who waits for it.
+        with _stream(self._process.stdin) as stdin:
+            try:
+                while (line := self._commands.get()) is not None:
+                    stdin.write(line + "\n")
+                    stdin.flush()
+            except OSError:  # it has gone; who waits for its answer hears of it
+                return
+
+    def last_words(self) -> str:
+        """What it has said that nobody has listened to, a line each."""
+        lines = [f"stderr: {line}" for line in list(self._said)]
+        while not self._lines.empty():
+            line = self._lines.get()
+            lines.append("the end of its output" if line is None else f"answer: {line}")
+        return "".join(f"\n      {self.worker_id}, {short(line)}" for line in lines)
+
+
+def _stream(pipe: IO[str] | None) -> IO[str]:
+    assert pipe is not None
+    return pipe

@@ -1,0 +1,170 @@
+"""Cases: every way in which a call may be refused, answered by the scripted server."""
+
+from __future__ import annotations
+
+import time
+
+from modelaverage.conformance import lines
+from modelaverage.conformance.case import case, slow_case
+from modelaverage.conformance.miss import Miss, check
+from modelaverage.conformance.models import fragments_of, vector
+from modelaverage.conformance.scripted import READ, Refusal, ScriptedServer, admission, center, fragment, outcome
+from modelaverage.conformance.stage import Stage
+from modelaverage.conformance.worker import Worker, check_center, check_pushed
+from modelaverage.errors import FAULTS, REASON_PREFIX
+from modelaverage.v1 import parameter_server_pb2 as pb
+
+__all__: list[str] = []
+
+_MODEL = vector(40)
+_LEAST_S, _MOST_S, _SLACK_S = 15.0, 60.0, 10.0
+_TRIED_AGAIN = {"ROUND_RESTARTED", "SERVER_STOPPING", "STREAM_STALLED", "WORKER_ID_IN_USE"}
+_AT_ONCE = {reason.name: fault.status for reason, fault in FAULTS.items() if reason.name not in _TRIED_AGAIN}
+
+
+def _refusal(name: str) -> Refusal:
+    status = next(fault.status for reason, fault in FAULTS.items() if reason.name == name)
+    return Refusal(status, REASON_PREFIX + name)
+
+
+def _ready(stage: Stage) -> tuple[ScriptedServer, Worker]:
+    server = stage.scripted()
+    worker = stage.worker(server.address)
+    server.pulls.put(center(_MODEL))
+    worker.pull()
+    return server, worker
+
+
+@case
+def _a_refused_pull_is_named_by_its_reason(stage: Stage) -> None:
+    server = stage.scripted()
+    worker = stage.worker(server.address)
+    for name in _AT_ONCE:
+        server.pulls.put([_refusal(name)])
+        worker.begin_pull()
+        worker.fails(name)
+    server.pulls.put(center(_MODEL))
+    check_center(worker.pull().center, _MODEL)
+
+
+@case
+def _a_refused_push_is_named_by_its_reason(stage: Stage) -> None:
+    server, worker = _ready(stage)
+    for name in _AT_ONCE:
+        server.pushes.put([_refusal(name)])
+        worker.send(lines.push_line(_MODEL))
+        worker.fails(name)
+        server.pulls.put(center(_MODEL))
+        worker.pull()
+    _check_goes_on(server, worker)
+
+
+@case
+def _a_push_that_is_refused_in_the_middle_is_named_by_its_reason(stage: Stage) -> None:
+    server = stage.scripted()
+    worker = stage.worker(server.address)
+    large = vector(1 << 18)
+    server.pulls.put(center(large, fragment_size_bytes=1 << 16))
+    worker.pull()
+    for name in ("PUSH_SUPERSEDED", "FRAGMENT_SIZE_WRONG"):
+        server.pushes.put([admission(), fragment(large, 0, 1 << 16), _refusal(name)])
+        worker.send(lines.push_line(large))
+        worker.fails(name)
+
+
+@case
+def _a_refused_initialization_is_named_by_its_reason(stage: Stage) -> None:
+    server = stage.scripted()
+    worker = stage.worker(server.address)
+    for name in ("MANIFEST_INVALID", "MANIFEST_MISMATCH", "GLOBAL_STEP_INVALID", "WORKER_ID_INVALID"):
+        server.initializations.put(_refusal(name))
+        worker.send(lines.initialize_line(_MODEL, 0, 64))
+        worker.fails(name)
+
+
+@case
+def _an_unknown_reason_is_named_by_its_status(stage: Stage) -> None:
+    server, worker = _ready(stage)
+    for status in ("FAILED_PRECONDITION", "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "ABORTED", "ALREADY_EXISTS"):
+        refusal = Refusal(status, "ERROR_REASON_OF_THE_FUTURE")
+        server.pulls.put([refusal])
+        worker.begin_pull()
+        worker.fails(status, what="a pull")
+        server.pushes.put([refusal])
+        worker.send(lines.push_line(_MODEL))
+        worker.fails(status, what="a push")
+
+
+@case
+def _a_refusal_without_a_reason_is_named_by_its_status(stage: Stage) -> None:
+    server, worker = _ready(stage)
+    for status in ("PERMISSION_DENIED", "INTERNAL", "DATA_LOSS", "OUT_OF_RANGE"):
+        server.pulls.put([Refusal(status)])
+        worker.begin_pull()
+        worker.fails(status, what="a pull")
+        server.pushes.put([Refusal(status)])
+        worker.send(lines.push_line(_MODEL))
+        worker.fails(status, what="a push")
+
+
+@case
+def _the_message_is_one_line(stage: Stage) -> None:
+    server = stage.scripted()
+    worker = stage.worker(server.address)
+    server.pulls.put([Refusal("INTERNAL", None, "one\ntwo\r\nthree")])
+    worker.begin_pull()
+    worker.fails("INTERNAL")
+    server.pulls.put(center(_MODEL))
+    check_center(worker.pull().center, _MODEL)
+
+
+@case
+def _a_push_is_made_again_when_the_page_says_so(stage: Stage) -> None:
+    server, worker = _ready(stage)
+    broken = Refusal("INTERNAL", None, "Received RST_STREAM with error code 2")
+    away = {"UNAVAILABLE without a reason": Refusal("UNAVAILABLE"), "INTERNAL with RST_STREAM": broken}
+    for what, refusal in (away | {name: _refusal(name) for name in sorted(_TRIED_AGAIN)}).items():
+        # Once before its admission, once when all has gone.
+        server.pushes.put([refusal])
+        server.pushes.put([admission(), READ, refusal])
+        server.pushes.put([admission(), READ, *_average(), outcome(7)])
+        began_s = time.monotonic()
+        worker.send(lines.push_line(_MODEL))
+        check_pushed(worker.pushed(), "committed", 7, "a", _MODEL)
+        attempts = [server.got_push() for _ in range(3)]
+        keys = {(got.header.incarnation, got.header.push_id, got.header.base_step) for got in attempts}
+        check(f"different headers of one push after {what}:", len(keys), 1)
+        check(f"the fragments after {what}:", attempts[-1].data.hex(), b"".join(fragments_of(_MODEL)).hex())
+        if time.monotonic() - began_s > _LEAST_S:
+            raise Miss(f"that the push is made again soon after {what}", f"{time.monotonic() - began_s:.1f} s")
+
+
+@case
+def _a_pull_is_made_again_when_the_server_stops(stage: Stage) -> None:
+    server = stage.scripted()
+    worker = stage.worker(server.address)
+    for refusal in (_refusal("SERVER_STOPPING"), Refusal("UNAVAILABLE")):
+        server.pulls.put([refusal])
+        server.pulls.put(center(_MODEL))
+        check_center(worker.pull().center, _MODEL)
+
+
+@slow_case
+def _a_worker_id_that_stays_in_use_is_an_error(stage: Stage) -> None:
+    server, worker = _ready(stage)
+    for _ in range(1000):
+        server.pushes.put([_refusal("WORKER_ID_IN_USE")])
+    began_s = time.monotonic()
+    worker.send(lines.push_line(_MODEL))
+    worker.fails("WORKER_ID_IN_USE", _MOST_S + _SLACK_S)
+    if time.monotonic() - began_s < _LEAST_S:
+        raise Miss(f"that it tries again for {_LEAST_S:g} to {_MOST_S:g} s", f"{time.monotonic() - began_s:.1f} s")
+
+
+def _average() -> list[pb.PushAndAverageResponse]:
+    return [fragment(_MODEL, index) for index in range(len(fragments_of(_MODEL)))]
+
+
+def _check_goes_on(server: ScriptedServer, worker: Worker) -> None:
+    server.pushes.put([admission(), READ, *_average(), outcome()])
+    check_pushed(worker.push(_MODEL), "committed", 8, "a", _MODEL)

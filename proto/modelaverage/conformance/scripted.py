@@ -1,0 +1,201 @@
+"""A server that plays cases a real one cannot be brought to: it says, message by message, what the case wants."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import grpc
+
+from modelaverage import wire
+from modelaverage.conformance.lines import Arrays
+from modelaverage.conformance.models import fragments_of, manifest_of
+from modelaverage.errors import REASON_METADATA_KEY
+from modelaverage.v1 import parameter_server_pb2 as pb
+from modelaverage.v1.parameter_server_pb2_grpc import ParameterServerServicer, add_ParameterServerServicer_to_server
+
+__all__ = ["GotPush", "MANIFEST_ID", "READ", "Refusal", "ScriptedServer", "admission", "center", "fragment", "outcome"]
+
+MANIFEST_ID = "of-the-script"
+"""What names the script's manifest, unless it says otherwise."""
+_WAIT_S = 20.0
+_THREADS = 8
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """How a call fails.
+
+    Args:
+        status: name of the gRPC status.
+        reason: what stands in the trailing metadata; None: nothing.
+        message: for people.
+    """
+
+    status: str
+    reason: str | None = None
+    message: str = "as the script wants it"
+
+
+@dataclass
+class GotPush:
+    """A push that came.
+
+    Args:
+        header: its header.
+        data: the bytes of its fragments, joined.
+        indexes: of the first fragment in each message that came.
+        half_closed: whether the client half-closed.
+    """
+
+    header: pb.PushHeader
+    data: bytes = b""
+    indexes: list[int] = field(default_factory=list)
+    half_closed: bool = False
+
+
+READ = None
+"""In the script of a push: read until the client half-closes."""
+_PullScript = Sequence[pb.PullResponse | Refusal]
+_PushScript = Sequence["pb.PushAndAverageResponse | Refusal | None"]
+
+
+class ScriptedServer(ParameterServerServicer):
+    """Answers every pull and every push with the next script of `pulls` and `pushes`; a call more waits for another.
+
+    Attributes:
+        address: HOST:PORT.
+        initializations: what each next Initialize is answered with: None for well, or how it fails.
+        phase: what a status says.
+        left: the goodbyes that came.
+    """
+
+    def __init__(self) -> None:
+        self.pulls: queue.SimpleQueue[_PullScript] = queue.SimpleQueue()
+        self.pushes: queue.SimpleQueue[_PushScript] = queue.SimpleQueue()
+        self.initializations: queue.SimpleQueue[Refusal | None] = queue.SimpleQueue()
+        self.phase: pb.Phase = pb.PHASE_IDLE
+        self.left: queue.SimpleQueue[pb.LeaveRequest] = queue.SimpleQueue()
+        self._got: queue.SimpleQueue[GotPush] = queue.SimpleQueue()
+        self._got_center: queue.SimpleQueue[tuple[pb.InitializeHeader, bytes]] = queue.SimpleQueue()
+        self._server = grpc.server(ThreadPoolExecutor(_THREADS), options=[("grpc.so_reuseport", 0)])
+        add_ParameterServerServicer_to_server(self, self._server)  # type: ignore[no-untyped-call]
+        self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        self._server.start()
+
+    def got_push(self) -> GotPush:
+        """The next push that has come, in the order of their ends."""
+        return self._got.get(timeout=_WAIT_S)
+
+    def got_center(self) -> tuple[pb.InitializeHeader, bytes]:
+        """The next Initialize that has come: its header, and its fragments joined."""
+        return self._got_center.get(timeout=_WAIT_S)
+
+    def end(self) -> None:
+        """Ends it and its calls, those included that wait for a script."""
+        for _ in range(_THREADS):
+            self.pulls.put([])
+            self.pushes.put([])
+        self._server.stop(grace=None)
+
+    # The service.
+
+    def Initialize(self, request_iterator: Iterator[pb.InitializeRequest], context: Any) -> pb.InitializeResponse:  # noqa: N802
+        """Takes a center, or refuses it after its header."""
+        header = next(request_iterator).header
+        refusal = self.initializations.get(timeout=_WAIT_S)
+        if refusal is not None:
+            _refuse(context, refusal)
+        data = b"".join(message.fragment.data for message in request_iterator)
+        self._got_center.put((header, data))
+        return pb.InitializeResponse(
+            initialized=True, global_step=header.global_step, manifest_id=MANIFEST_ID, num_workers=1
+        )
+
+    def Pull(self, _: pb.PullRequest, context: Any) -> Iterator[pb.PullResponse]:  # noqa: N802
+        """Plays the next script."""
+        for step in self.pulls.get(timeout=_WAIT_S):
+            if isinstance(step, Refusal):
+                _refuse(context, step)
+            yield step
+
+    def PushAndAverage(  # noqa: N802
+        self, request_iterator: Iterator[pb.PushAndAverageRequest], context: Any
+    ) -> Iterator[pb.PushAndAverageResponse]:
+        """Plays the next script."""
+        first = next(request_iterator)
+        got = GotPush(first.header)
+        _note(got, first)
+        try:
+            for step in self.pushes.get(timeout=_WAIT_S):
+                if isinstance(step, Refusal):
+                    _refuse(context, step)
+                elif step is READ:
+                    for message in request_iterator:
+                        _note(got, message)
+                    got.half_closed = True
+                else:
+                    yield step
+        finally:
+            self._got.put(got)
+
+    def Leave(self, request: pb.LeaveRequest, _: Any) -> pb.LeaveResponse:  # noqa: N802
+        """Notes who goes."""
+        self.left.put(request)
+        return pb.LeaveResponse()
+
+    def GetStatus(self, _: pb.GetStatusRequest, __: Any) -> pb.GetStatusResponse:  # noqa: N802
+        """Always answers: some clients ask before anything else."""
+        return pb.GetStatusResponse(phase=self.phase, global_step=7, num_workers=1, min_workers=1)
+
+
+def center(
+    arrays: Arrays, global_step: int = 7, fragment_size_bytes: int = 64, manifest_id: str = MANIFEST_ID
+) -> list[pb.PullResponse]:
+    """What a pull gets: the header and every fragment."""
+    header = pb.CenterHeader(
+        manifest=wire.manifest_to_message(manifest_of(arrays, fragment_size_bytes)),
+        manifest_id=manifest_id,
+        global_step=global_step,
+        num_workers=1,
+    )
+    fragments = fragments_of(arrays, fragment_size_bytes)
+    return [
+        pb.PullResponse(header=header),
+        *(pb.PullResponse(fragment=pb.Fragment(index=i, data=data)) for i, data in enumerate(fragments)),
+    ]
+
+
+def admission(first_needed_fragment: int = 0) -> pb.PushAndAverageResponse:
+    """Lets a push in."""
+    return pb.PushAndAverageResponse(admission=pb.PushAdmission(first_needed_fragment=first_needed_fragment))
+
+
+def fragment(arrays: Arrays, index: int, fragment_size_bytes: int = 64) -> pb.PushAndAverageResponse:
+    """A fragment of an average."""
+    data = fragments_of(arrays, fragment_size_bytes)[index]
+    return pb.PushAndAverageResponse(fragment=pb.Fragment(index=index, data=data))
+
+
+def outcome(
+    global_step: int = 8, how: pb.Outcome = pb.OUTCOME_COMMITTED, contributors: tuple[str, ...] = ("a",)
+) -> pb.PushAndAverageResponse:
+    """The last word on a push."""
+    last_word = pb.PushOutcome(outcome=how, global_step=global_step, contributors=contributors)
+    return pb.PushAndAverageResponse(outcome=last_word)
+
+
+def _note(got: GotPush, message: pb.PushAndAverageRequest) -> None:
+    if message.HasField("fragment"):
+        got.indexes.append(message.fragment.index)
+        got.data += message.fragment.data
+
+
+def _refuse(context: Any, refusal: Refusal) -> NoReturn:
+    if refusal.reason is not None:
+        context.set_trailing_metadata(((REASON_METADATA_KEY, refusal.reason),))
+    context.abort(getattr(grpc.StatusCode, refusal.status), refusal.message)
+    raise AssertionError("abort raises")

@@ -1,0 +1,123 @@
+"""The Python client, broken on purpose in one way: `python -m tests.broken_client FAULT ADDRESS WORKER_ID`."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from typing import Any
+
+from examples.clients.python import client
+from ma_client import ParameterServerSession
+from ma_client.shard import Answer, Shard
+from ma_client.staging import Staging
+from modelaverage.errors import ModelAverageError, ProtocolError
+from modelaverage.manifest import Manifest
+from modelaverage.v1 import parameter_server_pb2 as pb
+
+push_and_average = Shard.push_and_average
+session_push = ParameterServerSession.push_and_average
+
+
+def does_not_try_again() -> None:
+    client.RECONNECT_TIMEOUT_S = 0.0
+
+
+def makes_every_attempt_a_new_push() -> None:
+    numbers = itertools.count(1)
+
+    def push(self: Shard, header: pb.PushHeader, *arguments: Any) -> Answer:
+        header.push_id = next(numbers)
+        return push_and_average(self, header, *arguments)
+
+    Shard.push_and_average = push  # type: ignore[method-assign]
+
+
+def takes_an_average_without_an_outcome() -> None:
+    def push(self: Shard, header: pb.PushHeader, *arguments: Any) -> Answer:
+        try:
+            return push_and_average(self, header, *arguments)
+        except ProtocolError:
+            return Answer(pb.PushOutcome(outcome=pb.OUTCOME_COMMITTED, global_step=header.base_step + 1), None)
+
+    Shard.push_and_average = push  # type: ignore[method-assign]
+
+
+def keeps_its_base_step() -> None:
+    def push(self: ParameterServerSession, *arguments: Any) -> Any:
+        base_step = self.base_step
+        result = session_push(self, *arguments)
+        self.base_step = base_step
+        return result
+
+    ParameterServerSession.push_and_average = push  # type: ignore[method-assign, assignment]
+
+
+def knows_no_padding() -> None:
+    def offsets_bytes(self: Manifest) -> tuple[int, ...]:
+        return tuple(itertools.accumulate((v.size_bytes for v in self.variables[:-1]), initial=0))
+
+    Manifest.offsets_bytes = property(offsets_bytes)  # type: ignore[assignment]
+
+
+def does_not_look_for_missing_fragments() -> None:
+    def receive(self: Staging, index: int, data: memoryview) -> None:
+        start, _ = self.manifest.fragment_bounds(index)
+        self._memory.bytes[start : start + len(data)] = memoryview(data)
+
+    Staging.receive = receive  # type: ignore[method-assign]
+    Staging.check_complete = lambda _: None  # type: ignore[method-assign]
+
+
+def mixes_up_types_of_16_bits() -> None:
+    client.TYPES["f16"], client.TYPES["bf16"] = client.TYPES["bf16"], client.TYPES["f16"]
+
+
+def sorts_the_variables() -> None:
+    words = client.words
+    client.words = lambda center: words(dict(sorted(center.items())))
+
+
+def knows_no_reasons() -> None:
+    def name_of(error: ModelAverageError) -> str:
+        return error.status or "CLIENT"
+
+    client.name_of = name_of
+
+
+def answers_twice() -> None:
+    def status(self: client.Conformer) -> str:
+        print(f"ok {conformer_status(self)}")
+        return conformer_status(self)
+
+    conformer_status = client.Conformer.status
+    client.Conformer.status = status  # type: ignore[method-assign]
+
+
+def counts_in_doubles() -> None:
+    def pull(self: client.Conformer, how: str) -> str:
+        step, *rest = conformer_pull(self, how).split(" ")
+        return " ".join([str(int(float(step))), *rest])
+
+    conformer_pull = client.Conformer.pull
+    client.Conformer.pull = pull  # type: ignore[method-assign]
+
+
+# What is broken, and the case that has to notice.
+FAULTS = {
+    does_not_try_again: "a_push_is_made_again_when_the_page_says_so",
+    makes_every_attempt_a_new_push: "a_push_that_breaks_upwards_sends_only_what_is_missing",
+    takes_an_average_without_an_outcome: "fragments_without_an_outcome_are_void",
+    keeps_its_base_step: "a_push_says_who_pushes_what",
+    knows_no_padding: "padding_is_ignored_and_sent_as_zeros",
+    does_not_look_for_missing_fragments: "an_average_that_lacks_a_fragment_is_an_error",
+    mixes_up_types_of_16_bits: "bfloat16_is_averaged",
+    sorts_the_variables: "the_order_is_the_manifest_s",
+    knows_no_reasons: "a_refused_push_is_named_by_its_reason",
+    answers_twice: "the_status_tells_the_phase",
+    counts_in_doubles: "global_step_may_exceed_2_to_the_53",
+}
+
+
+if __name__ == "__main__":
+    next(fault for fault in FAULTS if fault.__name__ == sys.argv[1])()
+    client.conform(*sys.argv[2:])
