@@ -1,0 +1,43 @@
+// The five calls of the protocol, each made once: no state, no second attempt. Every call throws Failure.
+#pragma once
+
+#include <chrono>
+#include <memory>
+#include <string>
+#include <string_view>
+
+#include "layout.h"
+#include "modelaverage/v1/parameter_server.grpc.pb.h"
+
+namespace client {
+
+/// A center as it was pulled.
+struct Center {
+  v1::CenterHeader header;
+  Layout layout;
+  std::string flat;
+};
+
+class Calls {
+ public:
+  explicit Calls(const std::string& address);
+
+  /// Without a layout only the header is sent: the manifest breaks a rule, and the server says which.
+  v1::InitializeResponse Initialize(const v1::InitializeHeader& header, const Layout* layout, std::string_view flat);
+
+  Center Pull(const v1::PullRequest& request);
+
+  /// Sends what the server still needs of `flat`, and puts the center that comes down into `center`, which means nothing
+  /// unless the call returns.
+  v1::PushOutcome PushAndAverage(const v1::PushHeader& header, const Layout& layout, std::string_view flat,
+                                 std::string& center);
+
+  v1::GetStatusResponse GetStatus();
+
+  void Leave(const v1::LeaveRequest& request, std::chrono::seconds timeout);
+
+ private:
+  std::unique_ptr<v1::ParameterServer::Stub> stub_;
+};
+
+}  // namespace client
