@@ -4,12 +4,14 @@
 
 #include <algorithm>
 #include <array>
+#include <cctype>
 #include <iostream>
 #include <optional>
 #include <thread>
 #include <utility>
 
 #include "failure.h"
+#include "modelaverage/v1/parameter_server.grpc.pb.h"
 
 namespace client {
 namespace {
@@ -23,21 +25,22 @@ std::string StatusName(grpc::StatusCode code) {
   return index < kNames.size() ? kNames[index] : "UNKNOWN";
 }
 
-/// The server's reason, if there is one that this client knows.
+/// The server's reason without its prefix, if there is one that this client knows.
 std::string Reason(const grpc::ClientContext& context) {
   const auto& trailing = context.GetServerTrailingMetadata();
   const auto found = trailing.find("modelaverage-reason");
   if (found == trailing.end()) return "";
   const std::string reason(found->second.data(), found->second.size());
   v1::ErrorReason known;
-  return v1::ErrorReason_Parse("ERROR_REASON_" + reason, &known) ? reason : "";
+  if (!v1::ErrorReason_Parse(reason, &known)) return "";
+  return reason.substr(std::string_view("ERROR_REASON_").size());
 }
 
 void ThrowUnlessOk(const grpc::Status& status, const grpc::ClientContext& context) {
   if (status.ok()) return;
   const std::string reason = Reason(context);
   std::string message = status.error_message();
-  std::ranges::replace(message, '\n', ' ');
+  std::ranges::replace_if(message, [](unsigned char letter) { return std::iscntrl(letter); }, ' ');
   const auto says = [&message](const char* words) { return message.find(words) != std::string::npos; };
   const grpc::StatusCode code = status.error_code();
   // gRPC's own ways to say that the connection broke under a stream.
@@ -148,13 +151,14 @@ Calls::Calls(const std::string& address) {
   arguments.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, 100);
   arguments.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, 1'000);
   arguments.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, 1'000);
-  stub_ = v1::ParameterServer::NewStub(grpc::CreateCustomChannel(address, grpc::InsecureChannelCredentials(), arguments));
+  channel_ = grpc::CreateCustomChannel(address, grpc::InsecureChannelCredentials(), arguments);
 }
 
 v1::InitializeResponse Calls::Initialize(const v1::InitializeHeader& header, const Layout* layout, std::string_view flat) {
   grpc::ClientContext context;
   v1::InitializeResponse response;
-  const auto stream = stub_->Initialize(&context, &response);
+  const auto stub = v1::ParameterServer::NewStub(channel_);
+  const auto stream = stub->Initialize(&context, &response);
   v1::InitializeRequest opening;
   *opening.mutable_header() = header;
   stream->Write(opening);
@@ -169,7 +173,8 @@ v1::InitializeResponse Calls::Initialize(const v1::InitializeHeader& header, con
 
 Center Calls::Pull(const v1::PullRequest& request) {
   grpc::ClientContext context;
-  const auto stream = stub_->Pull(&context, request);
+  const auto stub = v1::ParameterServer::NewStub(channel_);
+  const auto stream = stub->Pull(&context, request);
   Center center;
   std::optional<Arrival> arrival;
   std::optional<Failure> refused;
@@ -201,7 +206,8 @@ Center Calls::Pull(const v1::PullRequest& request) {
 v1::PushOutcome Calls::PushAndAverage(const v1::PushHeader& header, const Layout& layout, std::string_view flat,
                                       std::string& center) {
   grpc::ClientContext context;
-  const auto stream = stub_->PushAndAverage(&context);
+  const auto stub = v1::ParameterServer::NewStub(channel_);
+  const auto stream = stub->PushAndAverage(&context);
   v1::PushAndAverageRequest opening;
   *opening.mutable_header() = header;
   stream->Write(opening);
@@ -234,7 +240,7 @@ v1::PushOutcome Calls::PushAndAverage(const v1::PushHeader& header, const Layout
 v1::GetStatusResponse Calls::GetStatus() {
   grpc::ClientContext context;
   v1::GetStatusResponse response;
-  ThrowUnlessOk(stub_->GetStatus(&context, {}, &response), context);
+  ThrowUnlessOk(v1::ParameterServer::NewStub(channel_)->GetStatus(&context, {}, &response), context);
   return response;
 }
 
@@ -242,7 +248,7 @@ void Calls::Leave(const v1::LeaveRequest& request, std::chrono::seconds timeout)
   grpc::ClientContext context;
   context.set_deadline(std::chrono::system_clock::now() + timeout);
   v1::LeaveResponse response;
-  ThrowUnlessOk(stub_->Leave(&context, request, &response), context);
+  ThrowUnlessOk(v1::ParameterServer::NewStub(channel_)->Leave(&context, request, &response), context);
 }
 
 }  // namespace client

@@ -7,7 +7,10 @@
 #include <string_view>
 
 #include "layout.h"
-#include "modelaverage/v1/parameter_server.grpc.pb.h"
+
+namespace grpc {
+class Channel;
+}
 
 namespace client {
 
@@ -37,7 +40,7 @@ class Calls {
   void Leave(const v1::LeaveRequest& request, std::chrono::seconds timeout);
 
  private:
-  std::unique_ptr<v1::ParameterServer::Stub> stub_;
+  std::shared_ptr<grpc::Channel> channel_;
 };
 
 }  // namespace client

@@ -1,9 +1,15 @@
-#include "conform.h"
+#include "commands.h"
 
+#include <algorithm>
+#include <array>
+#include <cctype>
 #include <charconv>
 #include <exception>
+#include <istream>
+#include <ostream>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "failure.h"
@@ -53,25 +59,26 @@ std::string ToHex(std::string_view bytes) {
 
 std::string ParseBytes(std::string_view word) { return word == "-" ? "" : FromHex(word); }
 
+constexpr std::array<std::pair<std::string_view, v1::DataType>, 4> kTypes = {{{"f32", v1::DATA_TYPE_FLOAT32},
+                                                                               {"f64", v1::DATA_TYPE_FLOAT64},
+                                                                               {"f16", v1::DATA_TYPE_FLOAT16},
+                                                                               {"bf16", v1::DATA_TYPE_BFLOAT16}}};
+
 v1::DataType ParseType(std::string_view word) {
-  if (word == "f32") return v1::DATA_TYPE_FLOAT32;
-  if (word == "f64") return v1::DATA_TYPE_FLOAT64;
-  if (word == "f16") return v1::DATA_TYPE_FLOAT16;
-  if (word == "bf16") return v1::DATA_TYPE_BFLOAT16;
-  throw Refusal("unknown type '" + std::string(word) + "'");
+  const auto* type = std::ranges::find(kTypes, word, &decltype(kTypes)::value_type::first);
+  if (type == kTypes.end()) throw Refusal("unknown type '" + std::string(word) + "'");
+  return type->second;
 }
 
 std::string TypeWord(v1::DataType type) {
-  switch (type) {
-    case v1::DATA_TYPE_FLOAT32:
-      return "f32";
-    case v1::DATA_TYPE_FLOAT64:
-      return "f64";
-    case v1::DATA_TYPE_FLOAT16:
-      return "f16";
-    default:
-      return "bf16";
-  }
+  return std::string(std::ranges::find(kTypes, type, &decltype(kTypes)::value_type::second)->first);
+}
+
+/// OUTCOME_COMMITTED: "committed".
+std::string EnumWord(std::string_view name, std::string_view prefix) {
+  std::string word(name.substr(std::min(prefix.size(), name.size())));
+  std::ranges::transform(word, word.begin(), [](unsigned char letter) { return std::tolower(letter); });
+  return word;
 }
 
 /// The center as variables of the line protocol, each after a space.
@@ -116,21 +123,12 @@ std::string Pull(Worker& worker, const Words& words) {
 }
 
 std::string Push(Worker& worker, const Words& words) {
+  if (worker.manifest().variables().empty()) throw Refusal("a push before the first pull");
   std::vector<std::string> values;
   for (std::size_t i = 1; i < words.size(); ++i) values.push_back(ParseBytes(words[i]));
   const PushResult result = worker.PushAndAverage(worker.layout().Flat(values));
-  std::string answer = "ok ";
-  switch (result.outcome.outcome()) {
-    case v1::OUTCOME_COMMITTED:
-      answer += "committed ";
-      break;
-    case v1::OUTCOME_STALE:
-      answer += "stale ";
-      break;
-    default:
-      answer += "already_counted ";
-  }
-  answer += std::to_string(result.outcome.global_step()) + " ";
+  std::string answer = "ok " + EnumWord(v1::Outcome_Name(result.outcome.outcome()), "OUTCOME_") + " " +
+                       std::to_string(result.outcome.global_step()) + " ";
   if (result.outcome.contributors().empty()) answer += "-";
   for (int i = 0; i < result.outcome.contributors_size(); ++i) {
     answer += (i > 0 ? "," : "") + result.outcome.contributors(i);
@@ -140,24 +138,8 @@ std::string Push(Worker& worker, const Words& words) {
 
 std::string Status(Worker& worker) {
   const v1::GetStatusResponse status = worker.GetStatus();
-  std::string phase;
-  switch (status.phase()) {
-    case v1::PHASE_UNINITIALIZED:
-      phase = "uninitialized";
-      break;
-    case v1::PHASE_IDLE:
-      phase = "idle";
-      break;
-    case v1::PHASE_AVERAGING:
-      phase = "averaging";
-      break;
-    case v1::PHASE_STOPPING:
-      phase = "stopping";
-      break;
-    default:
-      throw Refusal("unknown phase " + std::to_string(status.phase()));
-  }
-  return "ok " + phase + " " + std::to_string(status.global_step());
+  if (!v1::Phase_IsValid(status.phase())) throw Refusal("unknown phase " + std::to_string(status.phase()));
+  return "ok " + EnumWord(v1::Phase_Name(status.phase()), "PHASE_") + " " + std::to_string(status.global_step());
 }
 
 std::string Answer(Worker& worker, std::string_view line) {

@@ -1,4 +1,4 @@
-#include "train.h"
+#include "commands.h"
 
 #include <algorithm>
 #include <array>
@@ -9,7 +9,6 @@
 #include <fstream>
 #include <iostream>
 #include <sstream>
-#include <utility>
 #include <vector>
 
 #include "failure.h"
@@ -23,6 +22,7 @@ constexpr std::size_t kWeights = kPixels * kClasses;
 constexpr std::uint32_t kFragmentSizeBytes = 1024;
 constexpr int kStepsPerRound = 10;
 constexpr double kLearningRate = 0.5;
+constexpr std::uint64_t kRoundsPerReport = 10;
 
 static_assert(std::endian::native == std::endian::little, "the flat buffer is little-endian");
 
@@ -122,6 +122,12 @@ double Accuracy(const Model& model, const std::vector<Row>& rows) {
   return static_cast<double>(right) / static_cast<double>(rows.size());
 }
 
+std::string Report(const Worker& worker, const Model& model, const std::vector<Row>& rows) {
+  std::array<char, 16> accuracy;
+  std::snprintf(accuracy.data(), accuracy.size(), "%.4f", Accuracy(model, rows));
+  return "global_step " + std::to_string(worker.global_step()) + ", accuracy " + accuracy.data();
+}
+
 }  // namespace
 
 std::string Train(Worker& worker, const TrainOptions& options) {
@@ -130,8 +136,9 @@ std::string Train(Worker& worker, const TrainOptions& options) {
   for (std::size_t i = options.part; i < rows.size(); i += options.num_parts) part.push_back(rows[i]);
   if (part.empty()) throw Refusal(options.data + " has no rows for this part");
 
-  if (options.is_chief) {
-    worker.Initialize(0, ModelManifest(), {std::string(sizeof(double) * kWeights, '\0'), std::string(sizeof(double) * kClasses, '\0')});
+  if (worker.is_chief()) {
+    const auto zeros = [](std::size_t count) { return std::string(count * sizeof(double), '\0'); };
+    worker.Initialize(0, ModelManifest(), {zeros(kWeights), zeros(kClasses)});
   }
   const std::string center = worker.Pull(/*wait=*/true);
   RequireOurModel(worker.manifest());
@@ -141,19 +148,11 @@ std::string Train(Worker& worker, const TrainOptions& options) {
   while (worker.global_step() < options.rounds) {
     for (int step = 0; step < kStepsPerRound; ++step) Step(model, part);
     // Whatever the outcome: the center that came is what to go on from.
-    const PushResult result = worker.PushAndAverage(AsBytes(model));
-    model = AsModel(result.center);
-    if (++rounds % 10 == 0) {
-      std::cerr << options.worker_id + ": global_step " + std::to_string(worker.global_step()) + ", " +
-                       v1::Outcome_Name(result.outcome.outcome()) + "\n";
-    }
+    model = AsModel(worker.PushAndAverage(AsBytes(model)).center);
+    if (++rounds % kRoundsPerReport == 0) std::cerr << worker.worker_id() + ": " + Report(worker, model, rows) + "\n";
   }
   worker.Leave();
-
-  std::array<char, 16> accuracy;
-  std::snprintf(accuracy.data(), accuracy.size(), "%.4f", Accuracy(model, rows));
-  return options.worker_id + " (cpp): " + std::to_string(rounds) + " rounds, global_step " +
-         std::to_string(worker.global_step()) + ", accuracy " + accuracy.data();
+  return worker.worker_id() + " (cpp): " + std::to_string(rounds) + " rounds, " + Report(worker, model, rows);
 }
 
 }  // namespace client

@@ -7,7 +7,6 @@
 #include <thread>
 #include <utility>
 
-#include "calls.h"
 #include "failure.h"
 
 namespace client {
@@ -61,12 +60,10 @@ auto Persist(Call call, bool is_push = false) {
 }  // namespace
 
 Worker::Worker(const std::string& address, std::string worker_id, bool is_chief)
-    : calls_(std::make_unique<Calls>(address)),
+    : calls_(address),
       worker_id_(std::move(worker_id)),
       is_chief_(is_chief),
       incarnation_(RandomBytes(16)) {}
-
-Worker::~Worker() = default;
 
 v1::InitializeResponse Worker::Initialize(std::uint64_t global_step, const v1::Manifest& manifest,
                                           const std::vector<std::string>& variables) {
@@ -81,7 +78,7 @@ v1::InitializeResponse Worker::Initialize(std::uint64_t global_step, const v1::M
     // The server names the rule that the manifest breaks.
   }
   const std::string flat = layout ? layout->Flat(variables) : "";
-  const auto response = Persist([&] { return calls_->Initialize(header, layout ? &*layout : nullptr, flat); });
+  const auto response = Persist([&] { return calls_.Initialize(header, layout ? &*layout : nullptr, flat); });
   if (response.initialized() && layout) {
     manifest_ = manifest;
     layout_ = *layout;
@@ -95,7 +92,7 @@ std::string Worker::Pull(bool wait) {
   v1::PullRequest request;
   request.set_worker_id(worker_id_);
   request.set_wait_initialized(wait);
-  Center center = Persist([&] { return calls_->Pull(request); });
+  Center center = Persist([&] { return calls_.Pull(request); });
   manifest_ = std::move(*center.header.mutable_manifest());
   layout_ = std::move(center.layout);
   manifest_id_ = center.header.manifest_id();
@@ -104,7 +101,6 @@ std::string Worker::Pull(bool wait) {
 }
 
 PushResult Worker::PushAndAverage(std::string_view flat) {
-  if (manifest_id_.empty()) throw Refusal("a push before the first pull");
   if (flat.size() != layout_.size_bytes()) throw Refusal("a push that does not have the size of the model");
   v1::PushHeader header;
   header.set_worker_id(worker_id_);
@@ -114,22 +110,22 @@ PushResult Worker::PushAndAverage(std::string_view flat) {
   header.set_base_step(global_step_);
   header.set_manifest_id(manifest_id_);
   PushResult result;
-  result.outcome = Persist([&] { return calls_->PushAndAverage(header, layout_, flat, result.center); }, true);
+  result.outcome = Persist([&] { return calls_.PushAndAverage(header, layout_, flat, result.center); }, true);
   global_step_ = result.outcome.global_step();
   return result;
 }
 
 v1::GetStatusResponse Worker::GetStatus() {
-  return Persist([&] { return calls_->GetStatus(); });
+  return Persist([&] { return calls_.GetStatus(); });
 }
 
 void Worker::Leave() {
-  Persist([&] { calls_->Leave(Goodbye(), kLeaveTimeout); });
+  Persist([&] { calls_.Leave(Goodbye(), kLeaveTimeout); });
 }
 
 void Worker::LeaveNow() noexcept {
   try {
-    calls_->Leave(Goodbye(), kLeaveTimeout);
+    calls_.Leave(Goodbye(), kLeaveTimeout);
   } catch (const std::exception&) {
   }
 }

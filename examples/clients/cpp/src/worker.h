@@ -2,16 +2,14 @@
 #pragma once
 
 #include <cstdint>
-#include <memory>
 #include <string>
 #include <string_view>
 #include <vector>
 
+#include "calls.h"
 #include "layout.h"
 
 namespace client {
-
-class Calls;
 
 /// What a push brought. `center` is the flat buffer to go on from, whatever the outcome.
 struct PushResult {
@@ -23,9 +21,8 @@ struct PushResult {
 /// LeaveNow.
 class Worker {
  public:
-  /// `address`: HOST:PORT or unix:PATH. Connects with the first call.
+  /// `address`: HOST:PORT or unix:PATH. The first call connects.
   Worker(const std::string& address, std::string worker_id, bool is_chief = false);
-  ~Worker();
 
   /// For the chief: sets the center, once. Returns whether it was this call that did; if not, pull.
   v1::InitializeResponse Initialize(std::uint64_t global_step, const v1::Manifest& manifest,
@@ -45,6 +42,8 @@ class Worker {
   /// Says goodbye from another thread, once and for a few seconds; what goes wrong is of no interest any more.
   void LeaveNow() noexcept;
 
+  const std::string& worker_id() const { return worker_id_; }
+  bool is_chief() const { return is_chief_; }
   /// Of the last pull, or of the initialization by this worker.
   const v1::Manifest& manifest() const { return manifest_; }
   const Layout& layout() const { return layout_; }
@@ -54,7 +53,7 @@ class Worker {
  private:
   v1::LeaveRequest Goodbye() const;
 
-  std::unique_ptr<Calls> calls_;
+  Calls calls_;
   const std::string worker_id_;
   const bool is_chief_;
   /// 16 random bytes: tells this process from an earlier one of the same worker.
