@@ -25,6 +25,10 @@ class Calls {
  public:
   explicit Calls(const std::string& address);
 
+  /// Waits for a connection, but no longer than this. gRPC's synchronous calls connect only while somebody waits for them:
+  /// who just sleeps between two attempts finds a server that is back up to 5 s late.
+  void AwaitConnection(std::chrono::milliseconds timeout);
+
   /// Without a layout only the header is sent: the manifest breaks a rule, and the server says which.
   v1::InitializeResponse Initialize(const v1::InitializeHeader& header, const Layout* layout, std::string_view flat);
 

@@ -17,6 +17,7 @@ using std::chrono_literals::operator""s;
 
 /// How long a server may be away, and how long a server may take to notice that a former process of this worker is gone.
 constexpr auto kPatience = 20s;
+constexpr auto kConnectTimeout = 1s;
 constexpr auto kLeaveTimeout = 5s;
 
 std::string RandomBytes(std::size_t size) {
@@ -35,7 +36,7 @@ void Pause(int attempt) {
 
 /// Makes a call until it returns, or fails in a way that another attempt does not mend.
 template <typename Call>
-auto Persist(Call call, bool is_push = false) {
+auto Persist(Calls& calls, Call call, bool is_push = false) {
   std::optional<Clock::time_point> give_up;
   for (int attempt = 0;; ++attempt) {
     const auto started = Clock::now();
@@ -53,6 +54,7 @@ auto Persist(Call call, bool is_push = false) {
       }
       if (now >= *give_up) throw;
       Pause(attempt);
+      calls.AwaitConnection(kConnectTimeout);
     }
   }
 }
@@ -78,7 +80,7 @@ v1::InitializeResponse Worker::Initialize(std::uint64_t global_step, const v1::M
     // The server names the rule that the manifest breaks.
   }
   const std::string flat = layout ? layout->Flat(variables) : "";
-  const auto response = Persist([&] { return calls_.Initialize(header, layout ? &*layout : nullptr, flat); });
+  const auto response = Persist(calls_, [&] { return calls_.Initialize(header, layout ? &*layout : nullptr, flat); });
   if (response.initialized() && layout) {
     manifest_ = manifest;
     layout_ = *layout;
@@ -92,7 +94,7 @@ std::string Worker::Pull(bool wait) {
   v1::PullRequest request;
   request.set_worker_id(worker_id_);
   request.set_wait_initialized(wait);
-  Center center = Persist([&] { return calls_.Pull(request); });
+  Center center = Persist(calls_, [&] { return calls_.Pull(request); });
   manifest_ = std::move(*center.header.mutable_manifest());
   layout_ = std::move(center.layout);
   manifest_id_ = center.header.manifest_id();
@@ -110,17 +112,17 @@ PushResult Worker::PushAndAverage(std::string_view flat) {
   header.set_base_step(global_step_);
   header.set_manifest_id(manifest_id_);
   PushResult result;
-  result.outcome = Persist([&] { return calls_.PushAndAverage(header, layout_, flat, result.center); }, true);
+  result.outcome = Persist(calls_, [&] { return calls_.PushAndAverage(header, layout_, flat, result.center); }, true);
   global_step_ = result.outcome.global_step();
   return result;
 }
 
 v1::GetStatusResponse Worker::GetStatus() {
-  return Persist([&] { return calls_.GetStatus(); });
+  return Persist(calls_, [&] { return calls_.GetStatus(); });
 }
 
 void Worker::Leave() {
-  Persist([&] { calls_.Leave(Goodbye(), kLeaveTimeout); });
+  Persist(calls_, [&] { calls_.Leave(Goodbye(), kLeaveTimeout); });
 }
 
 void Worker::LeaveNow() noexcept {
