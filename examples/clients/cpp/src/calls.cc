@@ -18,9 +18,10 @@ namespace {
 
 std::string StatusName(grpc::StatusCode code) {
   static constexpr std::array kNames = {
-      "OK",           "CANCELLED",         "UNKNOWN",           "INVALID_ARGUMENT",   "DEADLINE_EXCEEDED", "NOT_FOUND",
-      "ALREADY_EXISTS", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION", "ABORTED",         "OUT_OF_RANGE",
-      "UNIMPLEMENTED", "INTERNAL",          "UNAVAILABLE",       "DATA_LOSS",          "UNAUTHENTICATED"};
+      "OK",        "CANCELLED",      "UNKNOWN",           "INVALID_ARGUMENT",   "DEADLINE_EXCEEDED",
+      "NOT_FOUND", "ALREADY_EXISTS", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION",
+      "ABORTED",   "OUT_OF_RANGE",   "UNIMPLEMENTED",     "INTERNAL",           "UNAVAILABLE",
+      "DATA_LOSS", "UNAUTHENTICATED"};
   const auto index = static_cast<std::size_t>(code);
   return index < kNames.size() ? kNames[index] : "UNKNOWN";
 }
@@ -43,13 +44,15 @@ void ThrowUnlessOk(const grpc::Status& status, const grpc::ClientContext& contex
   std::ranges::replace_if(message, [](unsigned char letter) { return std::iscntrl(letter); }, ' ');
   const auto says = [&message](const char* words) { return message.find(words) != std::string::npos; };
   const grpc::StatusCode code = status.error_code();
-  // gRPC's own ways to say that the connection broke under a stream.
-  const bool broken = (code == grpc::INTERNAL && says("RST_STREAM")) || (code == grpc::UNKNOWN && says("Stream removed"));
+  // gRPC's ways to say that the connection broke under a stream.
+  const bool broken = code == grpc::UNAVAILABLE || (code == grpc::INTERNAL && says("RST_STREAM")) ||
+                      (code == grpc::UNKNOWN && says("Stream removed"));
   throw Failure(reason.empty() ? StatusName(code) : reason, message,
-                code == grpc::UNAVAILABLE || (reason.empty() && broken));
+                broken && (reason.empty() || code == grpc::UNAVAILABLE));
 }
 
-/// Writes fragments from `first` on, then the half-close. A write fails only when the call is over; its status tells why.
+/// Writes fragments from `first` on, then the half-close. A write fails only when the call is over: its status tells
+/// why.
 template <typename Request>
 void SendFragments(auto& stream, const Layout& layout, std::string_view flat, std::uint32_t first) {
   Request request;
@@ -65,29 +68,32 @@ void SendFragments(auto& stream, const Layout& layout, std::string_view flat, st
 /// A flat buffer that comes in fragments.
 class Arrival {
  public:
-  Arrival(const Layout& layout, std::string& flat) : layout_(layout), flat_(flat) { flat_.assign(layout.size_bytes(), '\0'); }
+  Arrival(const Layout& layout, std::string& flat) : layout_(layout), flat_(flat) {
+    flat_.assign(layout.size_bytes(), '\0');
+  }
 
   void Take(const v1::Fragment& fragment) {
     if (fragment.index() != next_ || next_ >= layout_.num_fragments()) {
-      throw Refusal("fragment " + std::to_string(fragment.index()) + " came instead of fragment " + std::to_string(next_) +
-                    " of " + std::to_string(layout_.num_fragments()));
+      throw Refusal("fragment " + std::to_string(fragment.index()) + " came instead of " + Next());
     }
     const Range range = layout_.fragment(next_);
     if (fragment.data().size() != range.size) {
-      throw Refusal("fragment " + std::to_string(next_) + " has " + std::to_string(fragment.data().size()) +
-                    " bytes instead of " + std::to_string(range.size));
+      throw Refusal(Next() + " has " + std::to_string(fragment.data().size()) + " bytes instead of " +
+                    std::to_string(range.size));
     }
     std::ranges::copy(fragment.data(), flat_.begin() + static_cast<std::ptrdiff_t>(range.offset));
     ++next_;
   }
 
   void RequireWhole() const {
-    if (next_ < layout_.num_fragments()) {
-      throw Refusal("fragment " + std::to_string(next_) + " of " + std::to_string(layout_.num_fragments()) + " is missing");
-    }
+    if (next_ < layout_.num_fragments()) throw Refusal(Next() + " is missing");
   }
 
  private:
+  std::string Next() const {
+    return "fragment " + std::to_string(next_) + " of " + std::to_string(layout_.num_fragments());
+  }
+
   const Layout& layout_;
   std::string& flat_;
   std::uint32_t next_ = 0;
@@ -103,7 +109,8 @@ void Log(const v1::WaitingNotice& notice) {
 /// What comes down in a push, message by message. Fields that are not known are ignored, empty messages, too.
 class PushAnswer {
  public:
-  PushAnswer(const Layout& layout, std::string& center) : num_fragments_(layout.num_fragments()), arrival_(layout, center) {}
+  PushAnswer(const Layout& layout, std::string& center)
+      : num_fragments_(layout.num_fragments()), arrival_(layout, center) {}
 
   /// Returns where to start sending, when the message has the admission.
   std::optional<std::uint32_t> Take(const v1::PushAndAverageResponse& response) {
@@ -158,7 +165,8 @@ void Calls::AwaitConnection(std::chrono::milliseconds timeout) {
   channel_->WaitForConnected(std::chrono::system_clock::now() + timeout);
 }
 
-v1::InitializeResponse Calls::Initialize(const v1::InitializeHeader& header, const Layout* layout, std::string_view flat) {
+v1::InitializeResponse Calls::Initialize(const v1::InitializeHeader& header, const Layout* layout,
+                                         std::string_view flat) {
   grpc::ClientContext context;
   v1::InitializeResponse response;
   const auto stub = v1::ParameterServer::NewStub(channel_);

@@ -25,7 +25,7 @@ class Calls {
  public:
   explicit Calls(const std::string& address);
 
-  /// Waits for a connection, but no longer than this. gRPC's synchronous calls connect only while somebody waits for them:
+  /// Waits for a connection, but no longer than this. gRPC's synchronous API connects only while a thread waits in it:
   /// who just sleeps between two attempts finds a server that is back up to 5 s late.
   void AwaitConnection(std::chrono::milliseconds timeout);
 
@@ -34,7 +34,7 @@ class Calls {
 
   Center Pull(const v1::PullRequest& request);
 
-  /// Sends what the server still needs of `flat`, and puts the center that comes down into `center`, which means nothing
+  /// Sends what the server still needs of `flat`, and puts the center that comes down into `center`; it means nothing
   /// unless the call returns.
   v1::PushOutcome PushAndAverage(const v1::PushHeader& header, const Layout& layout, std::string_view flat,
                                  std::string& center);

@@ -22,7 +22,8 @@ struct TrainOptions {
   std::uint64_t rounds = 0;
 };
 
-/// Softmax regression on the digits (examples/clients/README.md). Returns the line that says how it went. Throws Failure.
+/// Softmax regression on the digits (examples/clients/README.md). Returns the line that says how it went. Throws
+/// Failure, and std::runtime_error if the data is of no use.
 std::string Train(Worker& worker, const TrainOptions& options);
 
 }  // namespace client

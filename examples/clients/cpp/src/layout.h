@@ -31,8 +31,8 @@ class Layout {
   std::uint32_t num_fragments() const;
   Range fragment(std::uint32_t index) const;
 
-  /// The flat buffer of these variables' bytes, in the order of the manifest. Throws Failure (CLIENT) if their number or
-  /// one of their sizes is not what the manifest says.
+  /// The flat buffer of these variables' bytes, in the order of the manifest. Throws Failure (CLIENT) if their number
+  /// or one of their sizes is not what the manifest says.
   std::string Flat(const std::vector<std::string>& variables) const;
 
  private:

@@ -9,6 +9,7 @@
 #include <fstream>
 #include <iostream>
 #include <sstream>
+#include <stdexcept>
 #include <vector>
 
 #include "failure.h"
@@ -67,7 +68,7 @@ void RequireOurModel(v1::Manifest manifest) {
 
 std::vector<Row> ReadRows(const std::string& path) {
   std::ifstream file(path);
-  if (!file) throw Refusal("cannot read " + path);
+  if (!file) throw std::runtime_error("cannot read " + path);
   std::vector<Row> rows;
   for (std::string line; std::getline(file, line);) {
     std::ranges::replace(line, ',', ' ');
@@ -79,7 +80,7 @@ std::vector<Row> ReadRows(const std::string& path) {
       pixel /= 16;
     }
     if (!numbers || row.label >= kClasses) {
-      throw Refusal(path + ", row " + std::to_string(rows.size()) + ": not a label and 64 pixels");
+      throw std::runtime_error(path + ", row " + std::to_string(rows.size()) + ": not a label and 64 pixels");
     }
     rows.push_back(row);
   }
@@ -134,7 +135,7 @@ std::string Train(Worker& worker, const TrainOptions& options) {
   const std::vector<Row> rows = ReadRows(options.data);
   std::vector<Row> part;
   for (std::size_t i = options.part; i < rows.size(); i += options.num_parts) part.push_back(rows[i]);
-  if (part.empty()) throw Refusal(options.data + " has no rows for this part");
+  if (part.empty()) throw std::runtime_error(options.data + " has no rows for this part");
 
   if (worker.is_chief()) {
     const auto zeros = [](std::size_t count) { return std::string(count * sizeof(double), '\0'); };

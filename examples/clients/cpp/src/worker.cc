@@ -15,7 +15,7 @@ namespace {
 using Clock = std::chrono::steady_clock;
 using std::chrono_literals::operator""s;
 
-/// How long a server may be away, and how long a server may take to notice that a former process of this worker is gone.
+/// How long a server may be away, or take to notice that a former process of this worker is gone.
 constexpr auto kPatience = 20s;
 constexpr auto kConnectTimeout = 1s;
 constexpr auto kLeaveTimeout = 5s;
@@ -31,7 +31,8 @@ std::string RandomBytes(std::size_t size) {
 void Pause(int attempt) {
   thread_local std::minstd_rand random{std::random_device{}()};
   const double longest_s = attempt < 4 ? 0.1 * (1 << attempt) : 1.0;
-  std::this_thread::sleep_for(std::chrono::duration<double>(std::uniform_real_distribution(longest_s / 2, longest_s)(random)));
+  std::uniform_real_distribution pause_s(longest_s / 2, longest_s);
+  std::this_thread::sleep_for(std::chrono::duration<double>(pause_s(random)));
 }
 
 /// Makes a call until it returns, or fails in a way that another attempt does not mend.
@@ -52,7 +53,7 @@ auto Persist(Calls& calls, Call call, bool is_push = false) {
         attempt = 0;
         std::cerr << std::string("trying again for 20 s: ") + failure.what() + "\n";
       }
-      if (now >= *give_up) throw;
+      if (now >= *give_up) throw failure.away() ? Failure("UNAVAILABLE", failure.what()) : failure;
       Pause(attempt);
       calls.AwaitConnection(kConnectTimeout);
     }
