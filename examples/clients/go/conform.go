@@ -13,14 +13,6 @@ import (
 	pb "modelaverage/v1"
 )
 
-// typeNames has the names of the data types in the conformance kit's lines.
-var typeNames = map[string]pb.DataType{
-	"f32":  pb.DataType_DATA_TYPE_FLOAT32,
-	"f64":  pb.DataType_DATA_TYPE_FLOAT64,
-	"f16":  pb.DataType_DATA_TYPE_FLOAT16,
-	"bf16": pb.DataType_DATA_TYPE_BFLOAT16,
-}
-
 // conform obeys the conformance kit's commands until its lines end.
 func conform(ctx context.Context, s *session, in io.Reader, out io.Writer) error {
 	lines := make(chan string)
@@ -153,7 +145,7 @@ func parseVariable(word string) (*pb.Variable, []byte, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	dataType, known := typeNames[parts[1]]
+	dataType, known := dataTypes[parts[1]]
 	if !known {
 		return nil, nil, refuse("unknown type %.80q", parts[1])
 	}
@@ -181,7 +173,7 @@ func centerWords(l *layout, center [][]byte) []string {
 	words := make([]string, len(center))
 	for i, variable := range l.manifest.Variables {
 		var typeName string
-		for name, dataType := range typeNames {
+		for name, dataType := range dataTypes {
 			if dataType == variable.DataType {
 				typeName = name
 			}

@@ -16,23 +16,21 @@ import (
 )
 
 const (
-	retryFor     = 30 * time.Second // how long a server may be away, or a worker id in use
-	firstWait    = 100 * time.Millisecond
-	longestWait  = 2 * time.Second
-	reasonKey    = "modelaverage-reason"
-	reasonPrefix = "ERROR_REASON_"
+	retryFor    = 30 * time.Second // how long a server may be away, or a worker id in use
+	firstWait   = 100 * time.Millisecond
+	longestWait = 2 * time.Second
 )
 
 // A failure is a call that was refused, or that broke.
 type failure struct {
-	name    string // the reason, else the gRPC status, or CLIENT if this client refuses what the server sent
+	name    string // the reason, else the gRPC status, or CLIENT if this client refuses what came
 	message string // for people, one line
 	away    bool   // the server is not there; it may come back
 }
 
 func (f *failure) Error() string { return f.name + ": " + f.message }
 
-// refuse is a failure that this client found.
+// refuse makes a failure of what this client cannot accept.
 func refuse(format string, args ...interface{}) error {
 	return &failure{name: "CLIENT", message: fmt.Sprintf(format, args...)}
 }
@@ -43,18 +41,14 @@ func failed(err error, trailer metadata.MD) error {
 	f := &failure{
 		name:    code.Code_name[int32(ended.Code())],
 		message: strings.Join(strings.Fields(ended.Message()), " "),
+		away:    ended.Code() == codes.Unavailable,
 	}
-	for _, reason := range trailer.Get(reasonKey) {
-		if number := pb.ErrorReason_value[reason]; number != 0 {
-			f.name = strings.TrimPrefix(reason, reasonPrefix)
+	if reasons := trailer.Get("modelaverage-reason"); len(reasons) > 0 {
+		if pb.ErrorReason_value[reasons[0]] != 0 {
+			f.name = strings.TrimPrefix(reasons[0], "ERROR_REASON_")
 		}
-		f.away = ended.Code() == codes.Unavailable
-		return f
-	}
-	// No reason: this is gRPC's own word. A stream that broke off is a server that is away, whatever gRPC calls it.
-	if ended.Code() == codes.Unavailable || strings.Contains(f.message, "RST_STREAM") ||
-		ended.Code() == codes.Internal && strings.Contains(f.message, "without sending trailers") {
-		f.name, f.away = "UNAVAILABLE", true
+	} else if strings.Contains(f.message, "RST_STREAM") || strings.Contains(f.message, "without sending trailers") {
+		f.name, f.away = "UNAVAILABLE", true // the stream broke off, whatever gRPC calls it
 	}
 	return f
 }
@@ -72,36 +66,33 @@ func hasName(err error, names ...string) bool {
 	return false
 }
 
-// retry makes an attempt again while the server is away, and after failures of the names in `later`, for `retryFor`
-// at most. After failures of the names in `atOnce` it does not even wait.
-func retry(ctx context.Context, atOnce, later []string, attempt func() error) error {
+// retry makes an attempt again as often as the protocol says that it may help: at once if the push has to be made again,
+// for `retryFor` at most if the server is away or has not noticed yet that this worker's last process is dead.
+func retry(ctx context.Context, attempt func() error) error {
 	var since time.Time // the first failure of those that are not over
-	wait := firstWait
-	for {
+	for wait := firstWait; ; {
 		began := time.Now()
 		err := attempt()
-		if err == nil {
-			return nil
-		}
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
-		if hasName(err, atOnce...) {
-			since, wait = time.Time{}, firstWait
-			continue
-		}
 		var f *failure
-		if !hasName(err, later...) && !(errors.As(err, &f) && f.away) {
-			return err
+		switch {
+		case hasName(err, "ROUND_RESTARTED", "STREAM_STALLED"):
+			since = time.Time{}
+			continue
+		case hasName(err, "WORKER_ID_IN_USE"), errors.As(err, &f) && f.away:
+		default:
+			return err // or nil
 		}
-		if since.IsZero() || time.Since(began) > retryFor { // an attempt that long had found the server again
+		if since.IsZero() || time.Since(began) > retryFor { // so long an attempt had found the server again
 			since, wait = time.Now(), firstWait
 		}
 		if time.Since(since) > retryFor {
 			return err
 		}
-		// By chance up to half as long again, so that workers do not come back all at once.
 		select {
+		// By chance up to half as long again, so that workers do not come back all at once.
 		case <-time.After(wait + time.Duration(rand.Int63n(int64(wait)/2))):
 		case <-ctx.Done():
 			return ctx.Err()

@@ -6,11 +6,18 @@ import (
 	pb "modelaverage/v1"
 )
 
-// alignment is where a variable may start in the flat buffer: at a multiple of so many bytes.
+// alignment: every variable starts at a multiple of so many bytes in the flat buffer.
 const alignment = 8
 
-// elementSizes has the bytes of one element of every type.
-var elementSizes = map[pb.DataType]int{
+// dataTypes has the data types by their names in the conformance kit's lines.
+var dataTypes = map[string]pb.DataType{
+	"f32":  pb.DataType_DATA_TYPE_FLOAT32,
+	"f64":  pb.DataType_DATA_TYPE_FLOAT64,
+	"f16":  pb.DataType_DATA_TYPE_FLOAT16,
+	"bf16": pb.DataType_DATA_TYPE_BFLOAT16,
+}
+
+var elementBytes = map[pb.DataType]int{
 	pb.DataType_DATA_TYPE_FLOAT32:  4,
 	pb.DataType_DATA_TYPE_FLOAT64:  8,
 	pb.DataType_DATA_TYPE_FLOAT16:  2,
@@ -26,58 +33,51 @@ type layout struct {
 
 // newLayout refuses a manifest that this client cannot work with.
 func newLayout(manifest *pb.Manifest) (*layout, error) {
-	if manifest.GetShard() != nil {
-		return nil, refuse("the server has shard %d of a model on %d servers; this client knows one server only",
-			manifest.Shard.Index, manifest.Shard.Count)
+	if shard := manifest.GetShard(); shard != nil {
+		return nil, refuse("the model is on %d servers; this client can work with one", shard.Count)
 	}
 	if manifest.GetFragmentSizeBytes() == 0 {
 		return nil, refuse("the manifest has no fragment size")
 	}
 	l := &layout{manifest: manifest}
 	for _, variable := range manifest.Variables {
-		size, known := elementSizes[variable.DataType]
+		size, known := elementBytes[variable.DataType]
 		if !known {
 			return nil, refuse("variable %q has the unknown type %v", variable.Name, variable.DataType)
 		}
 		for _, extent := range variable.Shape {
-			if extent < 0 || extent > 0 && int64(size) > math.MaxInt32*alignment/extent {
-				return nil, refuse("variable %q of shape %v is too large for this client", variable.Name, variable.Shape)
+			if extent < 0 || extent > 0 && int64(size) > math.MaxInt64/2/extent {
+				return nil, refuse("variable %q has the impossible shape %v", variable.Name, variable.Shape)
 			}
 			size *= int(extent)
 		}
 		start := aligned(l.sizeBytes)
 		l.starts, l.sizes = append(l.starts, start), append(l.sizes, size)
-		if size > 0 {
+		if size > 0 { // an empty variable makes the buffer no longer, not even by padding
 			l.sizeBytes = start + size
 		}
 	}
 	return l, nil
 }
 
-func aligned(sizeBytes int) int {
-	return (sizeBytes + alignment - 1) / alignment * alignment
-}
+func aligned(sizeBytes int) int { return (sizeBytes + alignment - 1) / alignment * alignment }
 
-// fragments is the number of fragments of the flat buffer.
-func (l *layout) fragments() int {
-	size := int(l.manifest.FragmentSizeBytes)
-	return (l.sizeBytes + size - 1) / size
-}
-
-// variables cuts a flat buffer into the bytes of each variable; they share its memory.
-func (l *layout) variables(flat []byte) [][]byte {
-	values := make([][]byte, len(l.starts))
-	for i, start := range l.starts {
-		if l.sizes[i] > 0 { // an empty variable may start behind the end
-			values[i] = flat[start : start+l.sizes[i]]
+// check says whether there are as many bytes for every variable as it has.
+func (l *layout) check(values [][]byte) error {
+	if len(values) != len(l.sizes) {
+		return refuse("%d variables were given; the center has %d", len(values), len(l.sizes))
+	}
+	for i, value := range values {
+		if len(value) != l.sizes[i] {
+			return refuse("%d bytes were given for variable %q; it has %d",
+				len(value), l.manifest.Variables[i].Name, l.sizes[i])
 		}
 	}
-	return values
+	return nil
 }
 
 // flatten lays the variables' bytes out in one buffer, with zeros between.
-func flatten(values [][]byte) []byte {
-	var flat []byte
+func flatten(values [][]byte) (flat []byte) {
 	for _, value := range values {
 		if len(value) > 0 {
 			flat = append(flat, make([]byte, aligned(len(flat))-len(flat))...)
@@ -88,32 +88,31 @@ func flatten(values [][]byte) []byte {
 }
 
 // cut makes fragments of a flat buffer; they share its memory. Without a size there are none.
-func cut(flat []byte, sizeBytes uint32) []*pb.Fragment {
-	var fragments []*pb.Fragment
-	for size := int(sizeBytes); size > 0 && len(flat) > 0; {
+func cut(flat []byte, fragmentBytes uint32) (fragments []*pb.Fragment) {
+	for size := int(fragmentBytes); size > 0 && len(flat) > 0; flat = flat[size:] {
 		if size > len(flat) {
 			size = len(flat)
 		}
 		fragments = append(fragments, &pb.Fragment{Index: uint32(len(fragments)), Data: flat[:size]})
-		flat = flat[size:]
 	}
 	return fragments
 }
 
-// An assembly puts the fragments of a center together as they come.
+// An assembly puts a center together from the fragments that come.
 type assembly struct {
-	layout *layout
-	flat   []byte // grows with what comes: a manifest alone makes nobody allocate
+	*layout
+	flat []byte // grows with what comes: a manifest alone makes nobody allocate
 }
 
 func (a *assembly) add(fragment *pb.Fragment) error {
-	next, size := len(a.flat)/int(a.layout.manifest.FragmentSizeBytes), int(a.layout.manifest.FragmentSizeBytes)
-	if left := a.layout.sizeBytes - len(a.flat); size > left {
+	size := int(a.manifest.FragmentSizeBytes)
+	next := len(a.flat) / size
+	if left := a.sizeBytes - len(a.flat); size > left {
 		size = left
 	}
-	if int(fragment.Index) != next || len(fragment.Data) != size || size == 0 {
-		return refuse("fragment %d with %d bytes came; %d of %d with %d bytes comes next",
-			fragment.Index, len(fragment.Data), next, a.layout.fragments(), size)
+	if size == 0 || int(fragment.Index) != next || len(fragment.Data) != size {
+		return refuse("fragment %d of %d bytes came, where %d of %d bytes belongs",
+			fragment.Index, len(fragment.Data), next, size)
 	}
 	a.flat = append(a.flat, fragment.Data...)
 	return nil
@@ -121,8 +120,14 @@ func (a *assembly) add(fragment *pb.Fragment) error {
 
 // finish gives the bytes of each variable, once all fragments have come.
 func (a *assembly) finish() ([][]byte, error) {
-	if len(a.flat) != a.layout.sizeBytes {
-		return nil, refuse("the stream ended with %d of %d bytes of the center", len(a.flat), a.layout.sizeBytes)
+	if len(a.flat) != a.sizeBytes {
+		return nil, refuse("the stream ended with %d of %d bytes of the center", len(a.flat), a.sizeBytes)
 	}
-	return a.layout.variables(a.flat), nil
+	values := make([][]byte, len(a.sizes))
+	for i, size := range a.sizes {
+		if size > 0 { // an empty variable may start behind the end
+			values[i] = a.flat[a.starts[i] : a.starts[i]+size]
+		}
+	}
+	return values, nil
 }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"encoding/binary"
 	"encoding/csv"
 	"fmt"
@@ -36,7 +37,7 @@ func readDigits(path string) ([]digit, error) {
 	for i, row := range rows {
 		label, err := strconv.Atoi(row[0])
 		if err != nil || label < 0 || label >= classes || len(row) != 1+pixels {
-			return nil, fmt.Errorf("%s: row %d is not a label from 0 to 9 and %d pixels", path, i, pixels)
+			return nil, fmt.Errorf("%s: row %d is not a label from 0 to %d and %d pixels", path, i, classes-1, pixels)
 		}
 		digits[i].label = label
 		for j, text := range row[1:] {
@@ -56,14 +57,12 @@ type model struct {
 	bias    [classes]float64
 }
 
-func newModel() *model { return &model{} }
-
-// scores are the probabilities of the classes, and which is the highest.
-func (m *model) scores(d *digit) (p [classes]float64, best int) {
+// probabilities of the classes, and which is the most probable.
+func (m *model) probabilities(d *digit) (p [classes]float64, best int) {
 	p = m.bias
-	for i, pixel := range d.pixels {
+	for j, pixel := range d.pixels {
 		for k := range p {
-			p[k] += pixel * m.weights[i][k]
+			p[k] += pixel * m.weights[j][k]
 		}
 	}
 	for k := range p {
@@ -71,7 +70,7 @@ func (m *model) scores(d *digit) (p [classes]float64, best int) {
 			best = k
 		}
 	}
-	highest, sum := p[best], 0.0
+	sum, highest := 0.0, p[best]
 	for k := range p {
 		p[k] = math.Exp(p[k] - highest)
 		sum += p[k]
@@ -84,69 +83,47 @@ func (m *model) scores(d *digit) (p [classes]float64, best int) {
 
 // step descends once along the gradient of the mean cross-entropy.
 func (m *model) step(digits []digit) {
-	var gradient model
+	var gradient model // of the sum
 	for i := range digits {
-		d := &digits[i]
-		errors, _ := m.scores(d)
-		errors[d.label]--
-		for k, e := range errors {
-			gradient.bias[k] += e
-		}
-		for j, pixel := range d.pixels {
-			for k, e := range errors {
-				gradient.weights[j][k] += pixel * e
+		wrong, _ := m.probabilities(&digits[i])
+		wrong[digits[i].label]--
+		for k := range wrong {
+			gradient.bias[k] += wrong[k]
+			for j, pixel := range digits[i].pixels {
+				gradient.weights[j][k] += pixel * wrong[k]
 			}
 		}
 	}
-	scale := learningRate / float64(len(digits))
+	rate := learningRate / float64(len(digits))
 	for k := range m.bias {
-		m.bias[k] -= scale * gradient.bias[k]
-	}
-	for j := range m.weights {
-		for k := range m.weights[j] {
-			m.weights[j][k] -= scale * gradient.weights[j][k]
+		m.bias[k] -= rate * gradient.bias[k]
+		for j := range m.weights {
+			m.weights[j][k] -= rate * gradient.weights[j][k]
 		}
 	}
 }
 
-// accuracy is the share of digits whose label has the highest score.
+// accuracy is the share of digits whose label is the most probable.
 func (m *model) accuracy(digits []digit) float64 {
 	right := 0
 	for i := range digits {
-		if _, best := m.scores(&digits[i]); best == digits[i].label {
+		if _, best := m.probabilities(&digits[i]); best == digits[i].label {
 			right++
 		}
 	}
 	return float64(right) / float64(len(digits))
 }
 
-// bytes are the variables as the server wants them: weights, bias.
+// bytes are those of the variables, in the order of the manifest.
 func (m *model) bytes() [][]byte {
-	weights := make([]byte, 0, pixels*classes*8)
-	for j := range m.weights {
-		weights = append(weights, floatBytes(m.weights[j][:])...)
-	}
-	return [][]byte{weights, floatBytes(m.bias[:])}
+	var weights, bias bytes.Buffer
+	binary.Write(&weights, binary.LittleEndian, &m.weights) // cannot fail: numbers, in memory
+	binary.Write(&bias, binary.LittleEndian, &m.bias)
+	return [][]byte{weights.Bytes(), bias.Bytes()}
 }
 
-// set takes over what bytes gives.
-func (m *model) set(values [][]byte) {
-	for j := range m.weights {
-		setFloats(m.weights[j][:], values[0][j*classes*8:])
-	}
-	setFloats(m.bias[:], values[1])
-}
-
-func floatBytes(numbers []float64) []byte {
-	data := make([]byte, 8*len(numbers))
-	for i, number := range numbers {
-		binary.LittleEndian.PutUint64(data[8*i:], math.Float64bits(number))
-	}
-	return data
-}
-
-func setFloats(numbers []float64, data []byte) {
-	for i := range numbers {
-		numbers[i] = math.Float64frombits(binary.LittleEndian.Uint64(data[8*i:]))
-	}
+// set takes over a center of the model's own manifest.
+func (m *model) set(center [][]byte) {
+	binary.Read(bytes.NewReader(center[0]), binary.LittleEndian, &m.weights)
+	binary.Read(bytes.NewReader(center[1]), binary.LittleEndian, &m.bias)
 }

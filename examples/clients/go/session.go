@@ -14,8 +14,8 @@ import (
 	pb "modelaverage/v1"
 )
 
-// A session is one worker's conversation with the server, one call at a time. Every method tries again what the protocol
-// says may be tried again, and ends early with ctx.
+// A session is one worker's conversation with the server, one call at a time. Every method tries again what may be tried
+// again, and ends early with ctx.
 type session struct {
 	conn        *grpc.ClientConn
 	server      pb.ParameterServerClient
@@ -39,7 +39,7 @@ func connect(address, workerID string) (*session, error) {
 	conn, err := grpc.Dial(address,
 		grpc.WithInsecure(),
 		grpc.WithConnectParams(grpc.ConnectParams{Backoff: reconnect, MinConnectTimeout: 5 * time.Second}),
-		// A host that is gone says nothing; without pings a worker at the barrier would wait for it for ever.
+		// A host that is gone says nothing; without pings, who waits at the barrier would wait for ever.
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 10 * time.Second, Timeout: 10 * time.Second}))
 	if err != nil {
 		return nil, err
@@ -48,23 +48,21 @@ func connect(address, workerID string) (*session, error) {
 	return &session{conn: conn, server: server, workerID: workerID, incarnation: incarnation}, nil
 }
 
-// initialize offers values for the center. The answer says whether they were taken; if not, pull.
+// initialize offers values for the center. If the answer is that it was set before, pull.
 func (s *session) initialize(ctx context.Context, manifest *pb.Manifest, globalStep uint64, values [][]byte) (
 	response *pb.InitializeResponse, err error) {
 	header := &pb.InitializeHeader{WorkerId: s.workerID, Manifest: manifest, GlobalStep: globalStep}
 	fragments := cut(flatten(values), manifest.FragmentSizeBytes)
-	err = retry(ctx, nil, nil, func() error {
+	err = retry(ctx, func() error {
 		response, err = s.initializeOnce(ctx, header, fragments)
 		return err
 	})
 	if err != nil || !response.Initialized {
 		return response, err
 	}
-	if s.layout, err = newLayout(manifest); err != nil {
-		return nil, err
-	}
+	s.layout, err = newLayout(manifest)
 	s.manifestID, s.baseStep = response.ManifestId, response.GlobalStep
-	return response, nil
+	return response, err
 }
 
 func (s *session) initializeOnce(ctx context.Context, header *pb.InitializeHeader, fragments []*pb.Fragment) (
@@ -86,17 +84,13 @@ func (s *session) initializeOnce(ctx context.Context, header *pb.InitializeHeade
 	if err != nil {
 		return nil, failed(err, stream.Trailer())
 	}
-	if response.Shard != nil {
-		return nil, refuse("the server has a shard of a model on %d servers; this client knows one server only",
-			response.Shard.Count)
-	}
 	return response, nil
 }
 
-// pull reads the center: the bytes of each variable. It may wait for the chief.
+// pull reads the center: the bytes of each variable. It waits for the chief if it is told to.
 func (s *session) pull(ctx context.Context, waitInitialized bool) (center [][]byte, err error) {
 	request := &pb.PullRequest{WorkerId: s.workerID, WaitInitialized: waitInitialized}
-	err = retry(ctx, nil, nil, func() error {
+	err = retry(ctx, func() error {
 		center, err = s.pullOnce(ctx, request)
 		return err
 	})
@@ -122,7 +116,7 @@ func (s *session) pullOnce(ctx context.Context, request *pb.PullRequest) ([][]by
 		}
 		switch {
 		case (header == nil) != (response.GetHeader() != nil):
-			return nil, refuse("a header or a fragment came where the other belongs")
+			return nil, refuse("the header did not come first, or came again")
 		case header == nil:
 			header = response.GetHeader()
 			layout, err := newLayout(header.Manifest)
@@ -146,27 +140,21 @@ func (s *session) pullOnce(ctx context.Context, request *pb.PullRequest) ([][]by
 	return center, err
 }
 
-// push gives the variables' bytes to the average, waits at the barrier, and gives the new center. Whatever the outcome,
-// what is trained next starts from there.
+// push gives the bytes of each variable to the average, waits at the barrier, and returns the new center. Whatever the
+// outcome, what is trained next starts from there.
 func (s *session) push(ctx context.Context, values [][]byte) (outcome *pb.PushOutcome, center [][]byte, err error) {
 	if s.layout == nil {
-		return nil, nil, refuse("there is no center to push to: pull first")
+		return nil, nil, refuse("no center is known: pull first")
 	}
-	if len(values) != len(s.layout.sizes) {
-		return nil, nil, refuse("%d variables to push; the center has %d", len(values), len(s.layout.sizes))
-	}
-	for i, value := range values {
-		if len(value) != s.layout.sizes[i] {
-			return nil, nil, refuse("%d bytes to push for variable %q; it has %d",
-				len(value), s.layout.manifest.Variables[i].Name, s.layout.sizes[i])
-		}
+	if err := s.layout.check(values); err != nil {
+		return nil, nil, err
 	}
 	s.pushID++
-	// One header and one set of bytes for all attempts: so the server knows that it is the same push.
+	// The same header and bytes for all attempts: so the server knows that it is one push.
 	header := &pb.PushHeader{WorkerId: s.workerID, Incarnation: s.incarnation, PushId: s.pushID, IsChief: s.isChief,
 		BaseStep: s.baseStep, ManifestId: s.manifestID}
 	fragments := cut(flatten(values), s.layout.manifest.FragmentSizeBytes)
-	err = retry(ctx, []string{"ROUND_RESTARTED", "STREAM_STALLED"}, []string{"WORKER_ID_IN_USE"}, func() error {
+	err = retry(ctx, func() error {
 		outcome, center, err = s.pushOnce(ctx, header, fragments)
 		return err
 	})
@@ -181,7 +169,7 @@ func (s *session) pushOnce(ctx context.Context, header *pb.PushHeader, fragments
 	ctx, cancel := context.WithCancel(ctx)
 	var sending sync.WaitGroup
 	defer sending.Wait()
-	defer cancel() // before the wait: it wakes a sender from whom the server takes nothing any more
+	defer cancel() // runs before the wait, and wakes a sender from whom the server takes nothing any more
 	stream, err := s.server.PushAndAverage(ctx)
 	if err != nil {
 		return nil, nil, failed(err, nil)
@@ -189,7 +177,6 @@ func (s *session) pushOnce(ctx context.Context, header *pb.PushHeader, fragments
 	if err := stream.Send(&pb.PushAndAverageRequest{Header: header}); err != nil && err != io.EOF {
 		return nil, nil, failed(err, nil)
 	}
-
 	received := &assembly{layout: s.layout}
 	for admitted := false; ; admitted = true {
 		response, err := stream.Recv()
@@ -200,16 +187,16 @@ func (s *session) pushOnce(ctx context.Context, header *pb.PushHeader, fragments
 		case err != nil:
 			return nil, nil, failed(err, stream.Trailer())
 		case admitted == (response.Admission != nil):
-			return nil, nil, refuse("the admission did not come in the first message, or came again")
+			return nil, nil, refuse("the admission did not come first, or came again")
 		case outcome != nil:
 			return nil, nil, refuse("a message came after the outcome")
 		}
 		if !admitted {
 			first := int(response.Admission.FirstNeededFragment)
 			if first > len(fragments) {
-				return nil, nil, refuse("the server needs fragment %d of %d", first, len(fragments))
+				return nil, nil, refuse("the server asks for fragment %d of %d", first, len(fragments))
 			}
-			// While these go up, the first ones of the average come down already.
+			// While these go up, fragments of the average come down: who only sent would block the server, then itself.
 			sending.Add(1)
 			go func() {
 				defer sending.Done()
@@ -221,21 +208,18 @@ func (s *session) pushOnce(ctx context.Context, header *pb.PushHeader, fragments
 				return nil, nil, err
 			}
 		}
-		outcome = response.Outcome // in the last message, perhaps beside the last fragment
+		outcome = response.Outcome // in the last message, which may have the last fragment, too
 	}
-	if outcome == nil {
-		return nil, nil, refuse("the stream ended without an outcome")
-	}
-	switch outcome.Outcome {
+	switch outcome.GetOutcome() {
 	case pb.Outcome_OUTCOME_COMMITTED, pb.Outcome_OUTCOME_STALE, pb.Outcome_OUTCOME_ALREADY_COUNTED:
-	default:
-		return nil, nil, refuse("the unknown outcome %v came", outcome.Outcome)
+		center, err = received.finish()
+		return outcome, center, err
+	default: // of no outcome, too
+		return nil, nil, refuse("the stream ended without an outcome that this client knows: %v", outcome)
 	}
-	center, err = received.finish()
-	return outcome, center, err
 }
 
-// sendFragments stops at the first error: whoever receives from the stream gets to know why it ended.
+// sendFragments stops at the first error: the receiver of the stream gets to know why it ended.
 func sendFragments(stream pb.ParameterServer_PushAndAverageClient, fragments []*pb.Fragment) {
 	for _, fragment := range fragments {
 		if stream.Send(&pb.PushAndAverageRequest{Fragment: fragment}) != nil {
@@ -247,7 +231,7 @@ func sendFragments(stream pb.ParameterServer_PushAndAverageClient, fragments []*
 
 // status tells what the server does.
 func (s *session) status(ctx context.Context) (response *pb.GetStatusResponse, err error) {
-	err = retry(ctx, nil, nil, func() error {
+	err = retry(ctx, func() error {
 		var trailer metadata.MD
 		if response, err = s.server.GetStatus(ctx, &pb.GetStatusRequest{}, grpc.Trailer(&trailer)); err != nil {
 			return failed(err, trailer)
@@ -259,9 +243,9 @@ func (s *session) status(ctx context.Context) (response *pb.GetStatusResponse, e
 
 // leave tells the server that this process goes.
 func (s *session) leave(ctx context.Context) error {
-	request := &pb.LeaveRequest{WorkerId: s.workerID, Incarnation: s.incarnation}
-	return retry(ctx, nil, nil, func() error {
+	return retry(ctx, func() error {
 		var trailer metadata.MD
+		request := &pb.LeaveRequest{WorkerId: s.workerID, Incarnation: s.incarnation}
 		if _, err := s.server.Leave(ctx, request, grpc.Trailer(&trailer)); err != nil {
 			return failed(err, trailer)
 		}
