@@ -210,12 +210,15 @@ func (s *session) pushOnce(ctx context.Context, header *pb.PushHeader, fragments
 		}
 		outcome = response.Outcome // in the last message, which may have the last fragment, too
 	}
-	switch outcome.GetOutcome() {
+	if outcome == nil {
+		return nil, nil, refuse("the stream ended without an outcome")
+	}
+	switch outcome.Outcome {
 	case pb.Outcome_OUTCOME_COMMITTED, pb.Outcome_OUTCOME_STALE, pb.Outcome_OUTCOME_ALREADY_COUNTED:
 		center, err = received.finish()
 		return outcome, center, err
-	default: // of no outcome, too
-		return nil, nil, refuse("the stream ended without an outcome that this client knows: %v", outcome)
+	default:
+		return nil, nil, refuse("the outcome %d is unknown to this client", outcome.Outcome)
 	}
 }
 
