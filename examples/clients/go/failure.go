@@ -23,7 +23,7 @@ const (
 
 // A failure is a call that was refused, or that broke.
 type failure struct {
-	name    string // the reason, else the gRPC status, or CLIENT if this client refuses what came
+	name    string // the reason, else the gRPC status; CLIENT if this client refuses what came
 	message string // for people, one line
 	away    bool   // the server is not there; it may come back
 }
@@ -43,11 +43,14 @@ func failed(err error, trailer metadata.MD) error {
 		message: strings.Join(strings.Fields(ended.Message()), " "),
 		away:    ended.Code() == codes.Unavailable,
 	}
-	if reasons := trailer.Get("modelaverage-reason"); len(reasons) > 0 {
-		if pb.ErrorReason_value[reasons[0]] != 0 {
+	reasons := trailer.Get("modelaverage-reason")
+	switch {
+	case f.away: // SERVER_STOPPING, too
+	case len(reasons) > 0:
+		if pb.ErrorReason_value[reasons[0]] != 0 { // else of a later version: known by its status
 			f.name = strings.TrimPrefix(reasons[0], "ERROR_REASON_")
 		}
-	} else if strings.Contains(f.message, "RST_STREAM") || strings.Contains(f.message, "without sending trailers") {
+	case strings.Contains(f.message, "RST_STREAM"), strings.Contains(f.message, "without sending trailers"):
 		f.name, f.away = "UNAVAILABLE", true // the stream broke off, whatever gRPC calls it
 	}
 	return f
