@@ -196,7 +196,7 @@ func (s *session) pushOnce(ctx context.Context, header *pb.PushHeader, fragments
 			if first > len(fragments) {
 				return nil, nil, refuse("the server asks for fragment %d of %d", first, len(fragments))
 			}
-			// While these go up, fragments of the average come down: who only sent would block the server, then itself.
+			// A goroutine of its own: while these go up, the first fragments of the average come down.
 			sending.Add(1)
 			go func() {
 				defer sending.Done()
