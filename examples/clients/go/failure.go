@@ -69,8 +69,8 @@ func hasName(err error, names ...string) bool {
 	return false
 }
 
-// retry makes an attempt again as often as the protocol says that it may help: at once if the push has to be made again,
-// for `retryFor` at most if the server is away or has not noticed yet that this worker's last process is dead.
+// retry makes an attempt again as often as the protocol says that it may help: at once if the push has to be made
+// again, for `retryFor` at most if the server is away or has not noticed yet that this worker's last process is dead.
 func retry(ctx context.Context, attempt func() error) error {
 	var since time.Time // the first failure of those that are not over
 	for wait := firstWait; ; {

@@ -14,8 +14,8 @@ import (
 	pb "modelaverage/v1"
 )
 
-// A session is one worker's conversation with the server, one call at a time. Every method tries again what may be tried
-// again, and ends early with ctx.
+// A session is one worker's conversation with the server, one call at a time. Every method tries again what may be
+// tried again, and ends early with ctx.
 type session struct {
 	conn        *grpc.ClientConn
 	server      pb.ParameterServerClient

@@ -26,7 +26,7 @@ type trainOptions struct {
 	isChief                    bool
 }
 
-// train is a worker: it trains on its part of the data and averages with the others, until the center has had all rounds.
+// train is a worker: it trains on its part of the data and averages with the others, until all rounds are over.
 func train(ctx context.Context, s *session, options trainOptions) error {
 	all, err := readDigits(options.dataPath)
 	if err != nil {
