@@ -115,6 +115,7 @@ class Shard:
         self._initialize = self._channel.stream_unary(f"/{wire.SERVICE}/Initialize", _as_is, _as_is)
         self._pull = self._channel.unary_stream(f"/{wire.SERVICE}/Pull", _as_is, _as_is)
         self._push = self._channel.stream_stream(f"/{wire.SERVICE}/PushAndAverage", _as_is, _as_is)
+        self._join = self._channel.unary_stream(f"/{wire.SERVICE}/Join", _as_is, _as_is)
         self._leave = self._channel.unary_unary(f"/{wire.SERVICE}/Leave", _as_is, _as_is)
         self._get_status = self._channel.unary_unary(f"/{wire.SERVICE}/GetStatus", _as_is, _as_is)
 
@@ -267,6 +268,14 @@ class Shard:
                 admitted.put((fragment_count, None))  # lets the requests end if no admission ever came
                 copying.end()
         raise ProtocolError(f"{self.address} ended a push without an outcome; is it a parameter server?")
+
+    def join(self, request: pb.JoinRequest) -> Iterator[pb.JoinResponse]:
+        """What the server says of this process's task index; open until `stop` or a fault."""
+        with self._faults(Deadline(None), "no task index came"):
+            messages = self._join(request.SerializeToString())
+            with self._ending(messages):
+                for data in messages:
+                    yield wire.parse(pb.JoinResponse, data)
 
     def leave(self, worker_id: str, incarnation: bytes, deadline: Deadline) -> None:
         """Says that this process goes."""

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ps_worker import flags
 from ps_worker.digits_config import MODULES, DigitsConfig, add_training_flags
@@ -25,6 +25,7 @@ examples, for a server on host ps that was started with --num-workers 2:
   ps-worker run --ps-hosts ps:2222 --num-workers 2 --task-index 1 train.py --epochs 3     on another
   MA_PS_HOSTS=ps:2222 MA_NUM_WORKERS=2 MA_TASK_INDEX=1 ps-worker run train.py             the same
   srun --ntasks 2 ps-worker run --ps-hosts ps:2222 train.py                               both, where Slurm is
+  ps-worker run --ps-hosts ps:2222 --task-index auto train.py                             the server says which it is
   ps-worker run --ps-hosts ps0:2222,ps1:2222 --num-workers 2 --task-index 0 train.py      two servers, half of it each
 """
 _DIGITS_EXAMPLES = """\
@@ -117,9 +118,10 @@ def _add_cluster_flags(command: argparse.ArgumentParser) -> None:
     group.add_argument("--num-workers", type=flags.count, metavar="N", help="how many workers the job has")
     group.add_argument(
         "--task-index",
-        type=flags.whole,
+        type=flags.task_index,
         metavar="I",
-        help="which of them this one is, from 0; 0 is the chief, which initializes the center",
+        help="which of them this one is, from 0; 0 is the chief, which initializes the center; auto: the server hands "
+        "out the lowest that is free",
     )
     group.add_argument(
         "--init-from",
@@ -130,9 +132,11 @@ def _add_cluster_flags(command: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    cluster = _cluster_of(arguments)
+    from ma_client.cluster import ClusterSpec
+
+    variables = ClusterSpec.env_for_child(**_cluster_flags(arguments))
     command = [sys.executable, str(arguments.script), *arguments.args]
-    os.execvpe(command[0], command, {**os.environ, **cluster.to_env()})
+    os.execvpe(command[0], command, {**os.environ, **variables})
 
 
 def _digits(arguments: argparse.Namespace) -> None:
@@ -147,20 +151,25 @@ def _digits(arguments: argparse.Namespace) -> None:
     report = reporter(arguments.events_fd, config.steps)
     if cluster is None:
         num_workers = _PARTS_ALONE if arguments.num_workers is None else arguments.num_workers
-        digits.train_alone(config, num_workers, arguments.task_index or 0, report)
+        digits.train_alone(config, num_workers, _alone_index(arguments.task_index), report)
     else:
         digits.train_in_cluster(config, cluster, report, arguments.connect_timeout_s, arguments.save_center)
+
+
+def _alone_index(task_index: int | str | None) -> int:
+    if task_index == "auto":
+        raise ValueError("--task-index auto asks a server, and --alone has none; give a number")
+    return int(task_index or 0)
 
 
 def _cluster_of(arguments: argparse.Namespace) -> ClusterSpec:
     from ma_client.cluster import ClusterSpec
 
-    return ClusterSpec.resolve(
-        ps_hosts=arguments.ps_hosts,
-        num_workers=arguments.num_workers,
-        task_index=arguments.task_index,
-        init_from=arguments.init_from,
-    )
+    return ClusterSpec.resolve(**_cluster_flags(arguments), join_timeout_s=arguments.connect_timeout_s)
+
+
+def _cluster_flags(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in ("ps_hosts", "num_workers", "task_index", "init_from")}
 
 
 if __name__ == "__main__":

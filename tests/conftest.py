@@ -74,12 +74,20 @@ def start_server() -> Iterator[StartServer]:
         stall_timeout_s: float = 30.0,
         shared: bool = False,
         checkpoints: CheckpointPolicy | None = None,
+        rejoin_grace_s: float = 0.5,
     ) -> RunningServer:
         round_policy = RoundPolicy.strict(policy) if isinstance(policy, int) else policy
         shared_memory_from_bytes = 0 if shared else math.inf
         servers.append(
             RunningServer(
-                ServicePolicy(round_policy, max_model_bytes, stall_timeout_s, shared_memory_from_bytes, checkpoints)
+                ServicePolicy(
+                    round_policy,
+                    max_model_bytes,
+                    stall_timeout_s,
+                    shared_memory_from_bytes,
+                    checkpoints,
+                    rejoin_grace_s,
+                )
             )
         )
         return servers[-1]

@@ -323,6 +323,22 @@ class LeaveResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class JoinRequest(_message.Message):
+    __slots__ = ("incarnation", "task_index")
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    TASK_INDEX_FIELD_NUMBER: _ClassVar[int]
+    incarnation: bytes
+    task_index: int
+    def __init__(self, incarnation: _Optional[bytes] = ..., task_index: _Optional[int] = ...) -> None: ...
+
+class JoinResponse(_message.Message):
+    __slots__ = ("task_index", "num_workers")
+    TASK_INDEX_FIELD_NUMBER: _ClassVar[int]
+    NUM_WORKERS_FIELD_NUMBER: _ClassVar[int]
+    task_index: int
+    num_workers: int
+    def __init__(self, task_index: _Optional[int] = ..., num_workers: _Optional[int] = ...) -> None: ...
+
 class GetStatusRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
