@@ -1,4 +1,4 @@
-"""Task indexes that the server hands out: who gets which, and when it is another's; pure, over the wire, by processes."""
+"""Task indexes that the server hands out: who gets which, and when it is another's."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_everybody_gets_the_index_that_the_rules_give(
     num_workers: int, closed_until_s: float, events: list[tuple[tuple[str, bytes, int | None], int]]
 ) -> None:
     indexes, oracle = TaskIndexes(num_workers, GRACE_S, closed_until_s), Oracle(num_workers, closed_until_s)
-    now_s, calls = 0.0, {process: 0 for process in (b"a", b"b", b"c", b"d")}
+    now_s, calls = 0.0, dict.fromkeys((b"a", b"b", b"c", b"d"), 0)
     has: dict[bytes, int] = {}
     for (what, process, number), passed_s in events:
         now_s += passed_s
@@ -211,7 +211,7 @@ def test_the_cluster_has_the_index_and_the_number_of_workers_that_the_server_say
     try:
         assert ClusterSpec.from_env(environ) == ClusterSpec((address,), 3, 0)
         assert ClusterSpec.resolve({}, ps_hosts=(address,), task_index="auto") == ClusterSpec((address,), 3, 0)
-        with pytest.raises(ClusterError, match="MA_NUM_WORKERS='2'.*--num-workers 3"):
+        with pytest.raises(ClusterError, match=r"MA_NUM_WORKERS='2'.*--num-workers 3"):
             ClusterSpec.from_env({**environ, "MA_NUM_WORKERS": "2"})
     finally:
         client._end((os.getpid(), address))
