@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from modelaverage.security_flags import add_security_flags, security_of
 from ps_worker import flags
 from ps_worker.digits_config import MODULES, DigitsConfig, add_training_flags
 from ps_worker.events import EVENTS_FLAG
@@ -73,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=flags.help_format,
     )
     _add_cluster_flags(command)
+    add_security_flags(command)
     command.add_argument("script", type=flags.script, metavar="SCRIPT", help="a Python file")
     command.add_argument("args", nargs=argparse.REMAINDER, metavar="ARGS", help="its arguments")
     command.set_defaults(run=_run)
@@ -85,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=flags.help_format,
     )
     _add_cluster_flags(command)
+    add_security_flags(command)
     command.add_argument(
         "--connect-timeout-s",
         type=flags.seconds,
@@ -132,7 +135,7 @@ def _add_cluster_flags(command: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace) -> None:
     cluster = _cluster_of(arguments)
     command = [sys.executable, str(arguments.script), *arguments.args]
-    os.execvpe(command[0], command, {**os.environ, **cluster.to_env()})
+    os.execvpe(command[0], command, {**os.environ, **cluster.to_env(), **security_of(arguments).to_env()})
 
 
 def _digits(arguments: argparse.Namespace) -> None:
@@ -149,7 +152,9 @@ def _digits(arguments: argparse.Namespace) -> None:
         num_workers = _PARTS_ALONE if arguments.num_workers is None else arguments.num_workers
         digits.train_alone(config, num_workers, arguments.task_index or 0, report)
     else:
-        digits.train_in_cluster(config, cluster, report, arguments.connect_timeout_s, arguments.save_center)
+        digits.train_in_cluster(
+            config, cluster, report, arguments.connect_timeout_s, arguments.save_center, security_of(arguments)
+        )
 
 
 def _cluster_of(arguments: argparse.Namespace) -> ClusterSpec:
