@@ -38,7 +38,7 @@ __all__ = ["Answer", "Deadline", "FragmentSource", "Shard"]
 _log = logging.getLogger("ma_client")
 
 # How long a server may be silent at first before it is asked whether there is trouble with certificates; doubled then.
-_FIRST_LOOK_S = 1.0
+_FIRST_LOOK_S = 0.5
 
 # The bytes of a fragment, as parts to be joined.
 FragmentSource = Callable[[int], Iterable[memoryview]]

@@ -38,7 +38,12 @@ class Authority:
         self.ca.write_bytes(builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
 
     def sign(
-        self, name: str, *, hosts: tuple[str, ...] = ("localhost", "127.0.0.1"), expired: bool = False
+        self,
+        name: str,
+        *,
+        hosts: tuple[str, ...] = ("localhost", "127.0.0.1"),
+        expired: bool = False,
+        passphrase: bytes | None = None,
     ) -> Identity:
         """A certificate for ``hosts``, and its key, in files that begin with ``name``."""
         key = ec.generate_private_key(ec.SECP256R1())
@@ -51,10 +56,9 @@ class Authority:
         )
         identity = Identity(self._directory / f"{name}.pem", self._directory / f"{name}.key")
         identity.cert.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+        encryption = serialization.BestAvailableEncryption(passphrase) if passphrase else serialization.NoEncryption()
         identity.key.write_bytes(
-            key.private_bytes(
-                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-            )
+            key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
         )
         return identity
 

@@ -12,7 +12,7 @@ from modelaverage.security import TLS_CA, TLS_CERT, TLS_KEY, TLS_SERVER_NAME, Tl
 
 __all__ = ["problem"]
 
-_TIMEOUT_S = 3.0
+_TIMEOUT_S = 2.0
 # A client's first words in HTTP/2, with empty settings: a server that takes them, takes the client's certificate, too.
 _FIRST_WORDS = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
 
