@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ma_client import resolvers
 from ma_client.settings import AUTO, ClusterError, TaskIndex
+from modelaverage.security import Security
 
 __all__ = ["ClusterError", "ClusterSpec"]
 
@@ -79,6 +80,7 @@ class ClusterSpec:
         task_index: TaskIndex | None = None,
         init_from: str | None = None,
         join_timeout_s: float = _JOIN_TIMEOUT_S,
+        security: Security | None = None,
     ) -> ClusterSpec:
         """The cluster that explicit flags and the environment describe together.
 
@@ -96,6 +98,7 @@ class ClusterSpec:
                 free, which this process then has until it ends. The server also says how many workers there are.
             init_from: as the constructor's; None: MA_INIT_FROM, if it is there.
             join_timeout_s: with "auto", how long to wait for the server, and for an index that is free.
+            security: with "auto", as `ParameterServerSession`'s.
 
         Raises:
             ClusterError: naming the flags and variables that are missing, unusable or contradict each other, or the
@@ -109,7 +112,7 @@ class ClusterSpec:
         if task.value == AUTO:
             from ma_client.joining import join  # not above: it needs gRPC
 
-            place = join(servers.value[0], join_timeout_s)
+            place = join(servers.value[0], join_timeout_s, security)
             if workers is not None and workers.value != place.num_workers:
                 raise ClusterError(
                     f"{workers.source}, but the server at {servers.value[0]} was told --num-workers "

@@ -13,7 +13,9 @@ from concurrent.futures import TimeoutError as NotYetError
 from dataclasses import dataclass
 
 from ma_client.shard import Deadline, Shard
+from modelaverage.access import Access
 from modelaverage.errors import DeadlineExceededError, ModelAverageError, ServerUnavailableError
+from modelaverage.security import Security
 from modelaverage.v1 import parameter_server_pb2 as pb
 
 __all__ = ["Place", "join"]
@@ -39,9 +41,9 @@ class Place:
 class _Holder:
     """Holds the place that a server gives: comes back for it when the connection breaks, says goodbye at the end."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, access: Access) -> None:
         self._address = address
-        self._shard = Shard(address)
+        self._shard = Shard(address, access)
         self._incarnation = uuid.uuid4().bytes
         self._place = Future[Place]()
         self._trouble = f"nobody answers at {address}; is `ps-server serve` running there?"
@@ -103,7 +105,7 @@ _holders: dict[tuple[int, str], _Holder] = {}
 _lock = threading.Lock()
 
 
-def join(address: str, timeout_s: float) -> Place:
+def join(address: str, timeout_s: float, security: Security | None = None) -> Place:
     """The place of this process in the job of a server, the same whenever it asks.
 
     The place is another process's again soon after this one has ended: at once after a normal end, after some seconds
@@ -112,8 +114,10 @@ def join(address: str, timeout_s: float) -> Place:
     Args:
         address: of the parameter server; of the first one if there are several.
         timeout_s: how long to wait for the server, and for an index that is free.
+        security: as a session's; None: what the environment says.
 
     Raises:
+        SecurityError: a file is missing or unusable, or the server does not let this process in.
         DeadlineExceededError: there was none in time; names what it waited for.
         ServerUnavailableError: what answers there is no parameter server, or an older one.
     """
@@ -121,7 +125,7 @@ def join(address: str, timeout_s: float) -> Place:
     with _lock:
         holder = _holders.get(key)
         if holder is None:
-            holder = _holders[key] = _Holder(address)
+            holder = _holders[key] = _Holder(address, Access(Security.from_env() if security is None else security))
             atexit.register(_end, key)
     try:
         return holder.place(timeout_s)

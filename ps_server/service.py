@@ -109,6 +109,10 @@ class ParameterServerService:
             },
         )
 
+    async def wait_initialized(self) -> None:
+        """Returns once there is a center."""
+        await self._initialized.wait()
+
     async def stop(self, grace_s: float) -> None:
         """Refuses what waits for others, lets what is under way finish for up to ``grace_s``, then ends the rest."""
         self._stopping = True

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from modelaverage.security_flags import add_security_flags, security_of
 from ps_worker import flags
 from ps_worker.digits_config import MODULES, DigitsConfig, add_training_flags
 from ps_worker.events import EVENTS_FLAG
@@ -75,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=flags.help_format,
     )
     _add_cluster_flags(command)
+    add_security_flags(command)
     command.add_argument("script", type=flags.script, metavar="SCRIPT", help="a Python file")
     command.add_argument("args", nargs=argparse.REMAINDER, metavar="ARGS", help="its arguments")
     command.set_defaults(run=_run)
@@ -87,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=flags.help_format,
     )
     _add_cluster_flags(command)
+    add_security_flags(command)
     command.add_argument(
         "--connect-timeout-s",
         type=flags.seconds,
@@ -137,7 +140,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
     variables = ClusterSpec.env_for_child(**_cluster_flags(arguments))
     command = [sys.executable, str(arguments.script), *arguments.args]
-    os.execvpe(command[0], command, {**os.environ, **variables})
+    os.execvpe(command[0], command, {**os.environ, **variables, **security_of(arguments).to_env()})
 
 
 def _digits(arguments: argparse.Namespace) -> None:
@@ -155,7 +158,9 @@ def _digits(arguments: argparse.Namespace) -> None:
         num_workers = _PARTS_ALONE if arguments.num_workers is None else arguments.num_workers
         digits.train_alone(config, num_workers, _alone_index(arguments.task_index), report)
     else:
-        digits.train_in_cluster(config, cluster, report, arguments.connect_timeout_s, arguments.save_center)
+        digits.train_in_cluster(
+            config, cluster, report, arguments.connect_timeout_s, arguments.save_center, security_of(arguments)
+        )
 
 
 def _alone_index(task_index: int | str | None) -> int:
@@ -167,7 +172,9 @@ def _alone_index(task_index: int | str | None) -> int:
 def _cluster_of(arguments: argparse.Namespace) -> ClusterSpec:
     from ma_client.cluster import ClusterSpec
 
-    return ClusterSpec.resolve(**_cluster_flags(arguments), join_timeout_s=arguments.connect_timeout_s)
+    return ClusterSpec.resolve(
+        **_cluster_flags(arguments), join_timeout_s=arguments.connect_timeout_s, security=security_of(arguments)
+    )
 
 
 def _cluster_flags(arguments: argparse.Namespace) -> dict[str, Any]:
