@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-__all__ = ["BUILD_TIMEOUT_S", "Compose", "Container", "crash", "docker", "no_engine", "until"]
+__all__ = ["BUILD_TIMEOUT_S", "FOLDER", "Compose", "Container", "crash", "docker", "no_engine", "until"]
 
 FOLDER = Path(__file__).parents[1] / "docker"
 # An image installs packages from the network.

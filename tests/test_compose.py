@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+from pathlib import Path
 
 import pytest
 from safetensors.numpy import load
 
-from tests.compose import BUILD_TIMEOUT_S, Compose, crash, docker, no_engine, until
+from tests.compose import BUILD_TIMEOUT_S, FOLDER, Compose, crash, docker, no_engine, until
 
 pytestmark = pytest.mark.skipif(bool(no_engine()), reason=no_engine())
 
@@ -93,3 +95,22 @@ def test_as_many_workers_as_wanted_share_a_model_on_two_servers(project: str) ->
         assert load(compose.read("center", "center.safetensors")).keys() == set(LAYERS)
         assert len(compose.files("checkpoints")) > 1
         assert len(compose.files("checkpoints-1")) > 1
+
+
+def test_the_same_over_mutual_tls_and_with_a_token_and_nobody_else_gets_in(project: str, tmp_path: Path) -> None:
+    subprocess.run([FOLDER / "make-certs", tmp_path], check=True, capture_output=True, timeout=30)
+    environ = {"CERTS": str(tmp_path), "ARGS": "--steps 400"}
+    with Compose(project, environ, files=("compose.tls.yaml",)) as compose:
+        compose.up()
+        assert [c.exit_code for c in compose.wait_for_end()] == [0, 0]
+        assert last_accuracy(compose.logs("worker")) > 0.95
+        stranger = ["ps-worker", "digits", "--ps-hosts", "ps:2222", "--task-index", "auto", "--connect-timeout-s", "5"]
+        done = subprocess.run(
+            ["docker", "run", "--rm", "--network", f"{project}_default", "--entrypoint", stranger[0]]
+            + ["modelaverage-worker", *stranger[1:]],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 1
+        assert "Traceback" not in done.stderr
