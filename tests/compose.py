@@ -54,7 +54,7 @@ def until(condition: Callable[[], bool], what: str, timeout_s: float = TIMEOUT_S
     deadline_s = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline_s, f"never happened: {what}"
-        time.sleep(0.2)
+        time.sleep(0.5)
 
 
 @dataclass(frozen=True)

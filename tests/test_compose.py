@@ -65,7 +65,7 @@ def test_nothing_runs_as_root_or_can_write_outside_its_volumes(project: str) -> 
 
 
 def test_what_is_killed_in_mid_run_comes_back_and_the_run_ends_as_if_nothing_had_been(project: str) -> None:
-    with Compose(project, {"WORKERS": "3", "ARGS": "--steps 2400"}) as compose:
+    with Compose(project, {"ARGS": "--steps 1600"}) as compose:
         compose.up()
         until(lambda: compose.step() >= 5, "the fifth round")
         # Whatever dies by itself is started again by the engine.
@@ -80,30 +80,22 @@ def test_what_is_killed_in_mid_run_comes_back_and_the_run_ends_as_if_nothing_had
             docker("kill", compose.containers(service)[-1].name)
         compose.up()
         workers = compose.wait_for_end()
-        assert [c.exit_code for c in workers] == [0, 0, 0]
-        assert compose.step() == 2400 // 20
+        assert [c.exit_code for c in workers] == [0, 0]
+        assert compose.step() == 1600 // 20
         assert last_accuracy(compose.logs("worker")) > 0.97
 
 
-def test_as_many_workers_as_wanted_share_a_model_on_two_servers(project: str) -> None:
-    environ = {"WORKERS": "4", "PS_HOSTS": "ps:2222,ps-1:2222", "ARGS": "--steps 200"}
-    with Compose(project, environ, profile="shards") as compose:
+def test_four_workers_and_two_servers_over_mutual_tls_and_nobody_else_gets_in(project: str, tmp_path: Path) -> None:
+    subprocess.run([FOLDER / "make-certs", tmp_path], check=True, capture_output=True, timeout=30)
+    environ = {"WORKERS": "4", "PS_HOSTS": "ps:2222,ps-1:2222", "ARGS": "--steps 200", "CERTS": str(tmp_path)}
+    with Compose(project, environ, files=("compose.tls.yaml",), profile="shards") as compose:
         compose.up()
         assert [c.exit_code for c in compose.wait_for_end()] == [0, 0, 0, 0]
         logs = compose.logs("worker")
-        assert {f"worker-{index}: " in logs for index in range(4)} == {True}
+        assert all(f"worker-{index}: " in logs for index in range(4))
         assert load(compose.read("center", "center.safetensors")).keys() == set(LAYERS)
         assert len(compose.files("checkpoints")) > 1
         assert len(compose.files("checkpoints-1")) > 1
-
-
-def test_the_same_over_mutual_tls_and_with_a_token_and_nobody_else_gets_in(project: str, tmp_path: Path) -> None:
-    subprocess.run([FOLDER / "make-certs", tmp_path], check=True, capture_output=True, timeout=30)
-    environ = {"CERTS": str(tmp_path), "ARGS": "--steps 400"}
-    with Compose(project, environ, files=("compose.tls.yaml",)) as compose:
-        compose.up()
-        assert [c.exit_code for c in compose.wait_for_end()] == [0, 0]
-        assert last_accuracy(compose.logs("worker")) > 0.95
         stranger = ["ps-worker", "digits", "--ps-hosts", "ps:2222", "--task-index", "auto", "--connect-timeout-s", "5"]
         done = subprocess.run(
             ["docker", "run", "--rm", "--network", f"{project}_default", "--entrypoint", stranger[0]]
