@@ -149,7 +149,7 @@ def measure(case: Case, settings: Settings) -> Result:
     with settings.network(case.hosts) as network:
         workers = network.hosts[: case.workers]
         servers = [
-            host.popen(serve_command(f"{host.address}:{PS_PORT}", case.workers))
+            host.popen([*serve_command(f"{host.address}:{PS_PORT}", case.workers), "--insecure"])
             for host in network.hosts[-case.servers :]
         ]
         ps_hosts = [listening_at(server) for server in servers]

@@ -154,6 +154,11 @@ def conversations(model: Model, step: int) -> dict[str, list[list[bytes]]]:
         for worker_id in WORKER_IDS
         for incarnation in INCARNATIONS
     ]
+    joins = [
+        pb.JoinRequest(incarnation=incarnation, task_index=wanted)
+        for incarnation in INCARNATIONS
+        for wanted in (None, 0, 1, 2**32 - 1)
+    ]
     pulls = [pb.PullRequest(worker_id=w, wait_initialized=wait) for w in WORKER_IDS for wait in (False, True)]
     initializes = [
         initialize_messages(each, worker_id, at, 4.0)
@@ -166,6 +171,7 @@ def conversations(model: Model, step: int) -> dict[str, list[list[bytes]]]:
         "PushAndAverage": _pushes(model, step),
         "Leave": [[message] for message in _serialized(leaves)],
         "GetStatus": [[b""]],
+        "Join": [[message] for message in _serialized(joins)],
     }
 
 

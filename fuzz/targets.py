@@ -24,13 +24,14 @@ __all__ = ["TARGETS", "Bytes", "Target", "target_named"]
 # More workers than ever come.
 _NUM_WORKERS = 1 << 20
 _POLICIES = (RoundPolicy.strict(_NUM_WORKERS), RoundPolicy(_NUM_WORKERS, _NUM_WORKERS - 1, _NUM_WORKERS))
-_UNARY = ("Pull", "Leave", "GetStatus")
+_UNARY = ("Pull", "Leave", "GetStatus", "Join")
 _REQUESTS: Mapping[str, type[Message]] = {
     "Initialize": pb.InitializeRequest,
     "Pull": pb.PullRequest,
     "PushAndAverage": pb.PushAndAverageRequest,
     "Leave": pb.LeaveRequest,
     "GetStatus": pb.GetStatusRequest,
+    "Join": pb.JoinRequest,
 }
 _RESPONSES: Mapping[str, type[Message]] = {
     "Initialize": pb.InitializeResponse,
@@ -38,6 +39,7 @@ _RESPONSES: Mapping[str, type[Message]] = {
     "PushAndAverage": pb.PushAndAverageResponse,
     "Leave": pb.LeaveResponse,
     "GetStatus": pb.GetStatusResponse,
+    "Join": pb.JoinResponse,
 }
 
 
@@ -167,9 +169,9 @@ class Bytes:
         return messages
 
     def _check_may_wait(self, call: ClientCall) -> None:
-        """Only for others may a call wait longer than the timeout for stalled streams."""
+        """Only for others may a call wait longer than the timeout for stalled streams, or for its own process's end."""
         job = self._world.job
-        if call.done or (self.name == "Pull" and job is None):
+        if call.done or self.name == "Join" or (self.name == "Pull" and job is None):
             return
         if self.name == "PushAndAverage" and job is not None:
             waiting = {part.worker_id for part in job._parts.values()}

@@ -34,6 +34,7 @@ _MAY_GROW = frozenset(
     {
         "_roster.records",
         "_job._lent",
+        "_joining._indexes._holders",
         "_job.center._deferred",
         "_job.round._barred",
         "_job.round._expected",
@@ -42,7 +43,7 @@ _MAY_GROW = frozenset(
         "_job.round.counted",
     }
 )
-_RPCS = ("Initialize", "Pull", "PushAndAverage", "Leave", "GetStatus")
+_RPCS = ("Initialize", "Pull", "PushAndAverage", "Leave", "GetStatus", "Join")
 
 
 @dataclass(frozen=True)

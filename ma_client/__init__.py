@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from ma_client.cluster import ClusterError, ClusterSpec
 from ma_client.session import InitializeResult, ParameterServerSession, PushResult
+from modelaverage.errors import SecurityError
 from modelaverage.outcome import Outcome
+from modelaverage.security import Security, Tls
 
 if TYPE_CHECKING:
     from ma_client.optimizer import GLOBAL_VARIABLE_NAME, ModelAverageCustomGetter, ModelAverageOptimizer
@@ -21,6 +23,9 @@ __all__ = [
     "Outcome",
     "ParameterServerSession",
     "PushResult",
+    "Security",
+    "SecurityError",
+    "Tls",
 ]
 
 

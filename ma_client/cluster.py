@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ma_client import resolvers
-from ma_client.settings import ClusterError
+from ma_client.settings import AUTO, ClusterError, TaskIndex
+from modelaverage.security import Security
 
 __all__ = ["ClusterError", "ClusterSpec"]
 
 _PS = "ps"
 _WORKER = "worker"
+_JOIN_TIMEOUT_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,10 @@ class ClusterSpec:
         *,
         ps_hosts: tuple[str, ...] | None = None,
         num_workers: int | None = None,
-        task_index: int | None = None,
+        task_index: TaskIndex | None = None,
         init_from: str | None = None,
+        join_timeout_s: float = _JOIN_TIMEOUT_S,
+        security: Security | None = None,
     ) -> ClusterSpec:
         """The cluster that explicit flags and the environment describe together.
 
@@ -90,19 +94,69 @@ class ClusterSpec:
             environ: the environment. A variable that is empty counts as not set.
             ps_hosts: as the constructor's; None, here and below: to be found in the environment.
             num_workers: as the constructor's.
-            task_index: as the constructor's.
+            task_index: as the constructor's; "auto" (MA_TASK_INDEX=auto): the first server hands out the lowest that is
+                free, which this process then has until it ends. The server also says how many workers there are.
             init_from: as the constructor's; None: MA_INIT_FROM, if it is there.
+            join_timeout_s: with "auto", how long to wait for the server, and for an index that is free.
+            security: with "auto", as `ParameterServerSession`'s.
 
         Raises:
-            ClusterError: naming the flags and variables that are missing, unusable or contradict each other.
+            ClusterError: naming the flags and variables that are missing, unusable or contradict each other, or the
+                server that has another number of workers.
+            DeadlineExceededError: there was no task index within ``join_timeout_s``; names what it waited for.
+            ServerUnavailableError: what answers there hands out no task indexes.
+        """
+        init_from = init_from or environ.get(resolvers.INIT_FROM) or None
+        settings = resolvers.resolve(resolvers.flag_settings(ps_hosts, num_workers, task_index), environ)
+        servers, workers, task = settings
+        if task.value == AUTO:
+            from ma_client.joining import join  # not above: it needs gRPC
+
+            place = join(servers.value[0], join_timeout_s, security)
+            if workers is not None and workers.value != place.num_workers:
+                raise ClusterError(
+                    f"{workers.source}, but the server at {servers.value[0]} was told --num-workers "
+                    f"{place.num_workers}; leave it out here, or start the server with the same number"
+                )
+            return cls(servers.value, place.num_workers, place.task_index, init_from)
+        assert workers is not None  # only a server that says which worker this is may say how many there are
+        try:
+            return cls(servers.value, workers.value, task.value, init_from)
+        except ClusterError as error:
+            sources = ", ".join(setting.source for setting in settings if setting is not None)
+            raise ClusterError(f"{error} ({sources})") from None
+
+    @classmethod
+    def env_for_child(
+        cls,
+        environ: Mapping[str, str] = os.environ,
+        *,
+        ps_hosts: tuple[str, ...] | None = None,
+        num_workers: int | None = None,
+        task_index: TaskIndex | None = None,
+        init_from: str | None = None,
+    ) -> dict[str, str]:
+        """The MA_* variables with which another process is what `resolve` describes; "auto" is left to that process.
+
+        Args:
+            environ: as `resolve`'s, and so are the others.
+
+        Raises:
+            ClusterError: as `resolve`.
         """
         flags = resolvers.flag_settings(ps_hosts, num_workers, task_index)
-        settings = resolvers.resolve(flags, environ)
-        servers, workers, task = settings
-        try:
-            return cls(servers.value, workers.value, task.value, init_from or environ.get(resolvers.INIT_FROM) or None)
-        except ClusterError as error:
-            raise ClusterError(f"{error} ({', '.join(setting.source for setting in settings)})") from None
+        servers, workers, task = resolvers.resolve(flags, environ)
+        if task.value != AUTO:
+            return cls.resolve(
+                environ, ps_hosts=ps_hosts, num_workers=num_workers, task_index=task_index, init_from=init_from
+            ).to_env()
+        init_from = init_from or environ.get(resolvers.INIT_FROM) or None
+        return {
+            resolvers.PS_HOSTS: ",".join(servers.value),
+            **({} if workers is None else {resolvers.NUM_WORKERS: str(workers.value)}),
+            resolvers.TASK_INDEX: AUTO,
+            **({} if init_from is None else {resolvers.INIT_FROM: init_from}),
+        }
 
     def to_env(self) -> dict[str, str]:
         """The MA_* variables that describe it; whatever else is in an environment with them, they win."""

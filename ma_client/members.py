@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from ma_client.member import Contribution, Member, Worker
 from ma_client.shard import Deadline, Shard
+from modelaverage.access import Access
 from modelaverage.errors import ConflictError, ModelAverageError, Reason
 from modelaverage.v1 import parameter_server_pb2 as pb
 
@@ -30,10 +31,11 @@ class Members:
         addresses: of the parameter servers.
         worker: who takes the places.
         reconnect_timeout_s: how long to try again when a server is away.
+        access: the way to servers.
     """
 
-    def __init__(self, addresses: Sequence[str], worker: Worker, reconnect_timeout_s: float) -> None:
-        self._members = [Member(Shard(address), worker, reconnect_timeout_s) for address in addresses]
+    def __init__(self, addresses: Sequence[str], worker: Worker, reconnect_timeout_s: float, access: Access) -> None:
+        self._members = [Member(Shard(address, access), worker, reconnect_timeout_s) for address in addresses]
         self._threads = ThreadPoolExecutor(len(addresses), "ma_client")
         self._is_closed = False
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from ma_client import tf_config
 from ma_client.nodelist import nodes
-from ma_client.settings import ClusterError, Setting, Told, addresses, whole
+from ma_client.settings import AUTO, ClusterError, Setting, TaskIndex, Told, addresses, whole
 
 __all__ = ["INIT_FROM", "NUM_WORKERS", "PS_HOSTS", "TASK_INDEX", "flag_settings", "resolve"]
 
@@ -32,7 +32,7 @@ _FACTS = {
 _Environ = Mapping[str, str]
 
 
-def flag_settings(ps_hosts: tuple[str, ...] | None, num_workers: int | None, task_index: int | None) -> Told:
+def flag_settings(ps_hosts: tuple[str, ...] | None, num_workers: int | None, task_index: TaskIndex | None) -> Told:
     """What flags tell; None: the flag was not given."""
     return Told(
         None if ps_hosts is None else Setting(ps_hosts, f"--ps-hosts {','.join(ps_hosts)}"),
@@ -41,8 +41,9 @@ def flag_settings(ps_hosts: tuple[str, ...] | None, num_workers: int | None, tas
     )
 
 
-def resolve(flags: Told, environ: _Environ) -> tuple[Setting[tuple[str, ...]], Setting[int], Setting[int]]:
-    """Where the servers are, how many workers there are, and which of them this is.
+def resolve(flags: Told, environ: _Environ) -> tuple[Setting[tuple[str, ...]], Setting[int] | None, Setting[TaskIndex]]:
+    """Where the servers are, how many workers there are, and which of them this is. A server that says which of them
+    this is (AUTO) also says how many there are: then that may be None.
 
     The sources are read in their order, each only while something is missing that it can tell. All that are read have
     to agree. What is not read does not count: it is about a launcher that started the one which has told everything.
@@ -58,7 +59,8 @@ def resolve(flags: Told, environ: _Environ) -> tuple[Setting[tuple[str, ...]], S
     for facts, read in _SOURCES:
         if told.missing & facts:
             told = told.and_then(read(environ))
-    if told.ps_hosts is None or told.num_workers is None or told.task_index is None:
+    knows_number = told.num_workers is not None or (told.task_index is not None and told.task_index.value == AUTO)
+    if told.ps_hosts is None or told.task_index is None or not knows_number:
         raise ClusterError(_what_is_missing(told))
     return told.ps_hosts, told.num_workers, told.task_index
 
@@ -70,7 +72,13 @@ def _from_ma(environ: _Environ) -> Told:
         hosts = None if text is None else Setting(addresses(text), f"{PS_HOSTS}={text!r}")
     except ValueError as error:
         raise ClusterError(f"{PS_HOSTS}={text!r}: {error}") from None
-    return Told(hosts, _whole(environ, NUM_WORKERS, least=1), _whole(environ, TASK_INDEX))
+    return Told(hosts, _whole(environ, NUM_WORKERS, least=1), _ma_task_index(environ))
+
+
+def _ma_task_index(environ: _Environ) -> Setting[TaskIndex] | None:
+    if _value(environ, TASK_INDEX) == AUTO:
+        return Setting(AUTO, f"{TASK_INDEX}='{AUTO}'")
+    return _whole(environ, TASK_INDEX)
 
 
 def _from_tf_config(environ: _Environ) -> Told:

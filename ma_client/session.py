@@ -22,11 +22,13 @@ from ma_client.raw import bytes_of
 from ma_client.shard import Deadline
 from ma_client.trees import Paths, as_arrays, nest, paths_of
 from modelaverage import wire
+from modelaverage.access import Access
 from modelaverage.checks import check_global_step, check_weight, check_worker_id
 from modelaverage.errors import ConflictError, InvalidRequestError, NotInitializedError, Reason
 from modelaverage.manifest import MAX_SHARDS, Manifest, Variable, dtype_name, first_difference
 from modelaverage.outcome import Outcome
 from modelaverage.placement import PLACEMENTS
+from modelaverage.security import Security
 from modelaverage.v1 import parameter_server_pb2 as pb
 
 __all__ = ["InitializeResult", "ParameterServerSession", "PushResult"]
@@ -88,9 +90,13 @@ class ParameterServerSession:
             included; None: as long as it takes.
         placement: what goes to which of several servers, if this session initializes the center: "balanced", even
             shares, or "round_robin", whole variables in turn, as TensorFlow 1.15 places them.
+        security: TLS with the servers, and the token that they want; None: what MA_TLS_CA, MA_TLS_CERT, MA_TLS_KEY,
+            MA_TLS_SERVER_NAME and MA_TOKEN_FILE say (`Security.from_env`).
 
     Raises:
         InvalidRequestError: WORKER_ID_INVALID, no address, one twice, or no such placement.
+        SecurityError: a certificate, key or token is missing or unusable, or a server and this client do not trust each
+            other.
         ServerUnavailableError: a server did not answer in time.
 
     Example:
@@ -113,6 +119,7 @@ class ParameterServerSession:
         init_from: str | Path | None = None,
         round_timeout_s: float | None = None,
         placement: str = "balanced",
+        security: Security | None = None,
     ) -> None:
         _check_ps_hosts(ps_hosts)
         check_worker_id(worker_id)
@@ -133,7 +140,8 @@ class ParameterServerSession:
         self._assembly: Assembly | None = None
         self._paths: Paths = {}
         worker = Worker(worker_id, uuid.uuid4().bytes, is_chief, shared_memory)
-        self._members = Members(self.ps_hosts, worker, reconnect_timeout_s)
+        access = Access(Security.from_env() if security is None else security)
+        self._members = Members(self.ps_hosts, worker, reconnect_timeout_s, access)
         try:
             self._members.each(lambda _, member: member.shard.connect(connect_timeout_s))
         except BaseException:

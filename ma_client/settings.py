@@ -6,15 +6,20 @@ import operator
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Generic, TypeVar
+from typing import Final, Generic, Literal, TypeVar
 
-__all__ = ["ClusterError", "Setting", "Told", "addresses", "index_of", "whole"]
+__all__ = ["AUTO", "ClusterError", "Setting", "TaskIndex", "Told", "addresses", "index_of", "whole"]
 
 _WHOLE = re.compile(r"[0-9]{1,9}")
 _ADDRESS = re.compile(r"unix:\S+|\S+:(?P<port>[0-9]{1,5})")
 _MAX_PORT = 65535
 
 _T = TypeVar("_T")
+_T_co = TypeVar("_T_co", covariant=True)
+
+AUTO: Final = "auto"
+"""In place of a task index: the server hands one out."""
+TaskIndex = int | Literal["auto"]
 
 
 class ClusterError(ValueError):
@@ -22,7 +27,7 @@ class ClusterError(ValueError):
 
 
 @dataclass(frozen=True)
-class Setting(Generic[_T]):
+class Setting(Generic[_T_co]):
     """One fact.
 
     Args:
@@ -31,9 +36,9 @@ class Setting(Generic[_T]):
         agrees: ``agrees(earlier, value)``: whether it fits what an earlier source said.
     """
 
-    value: _T
+    value: _T_co
     source: str
-    agrees: Callable[[_T, _T], bool] = operator.eq
+    agrees: Callable[[_T_co, _T_co], bool] = operator.eq
 
 
 @dataclass(frozen=True)
@@ -43,12 +48,12 @@ class Told:
     Args:
         ps_hosts: addresses of the parameter servers.
         num_workers: how many workers there are.
-        task_index: which of them this process is.
+        task_index: which of them this process is; AUTO: the server says it.
     """
 
     ps_hosts: Setting[tuple[str, ...]] | None = None
     num_workers: Setting[int] | None = None
-    task_index: Setting[int] | None = None
+    task_index: Setting[TaskIndex] | None = None
 
     @property
     def missing(self) -> frozenset[str]:

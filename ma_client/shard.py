@@ -18,11 +18,13 @@ from numpy.typing import NDArray
 from ma_client.lent_memory import Copying, LentMemory, Loan
 from ma_client.staging import Staging
 from modelaverage import wire
+from modelaverage.access import Access
 from modelaverage.errors import (
     REASON_METADATA_KEY,
     DeadlineExceededError,
     ModelAverageError,
     ProtocolError,
+    SecurityError,
     ServerUnavailableError,
     fault_named,
 )
@@ -34,6 +36,9 @@ from modelaverage.v1 import parameter_server_pb2 as pb
 __all__ = ["Answer", "Deadline", "FragmentSource", "Shard"]
 
 _log = logging.getLogger("ma_client")
+
+# How long a server may be silent at first before it is asked whether there is trouble with certificates; doubled then.
+_FIRST_LOOK_S = 0.5
 
 # The bytes of a fragment, as parts to be joined.
 FragmentSource = Callable[[int], Iterable[memoryview]]
@@ -96,13 +101,15 @@ class Shard:
 
     Args:
         address: HOST:PORT, or anything that gRPC resolves.
+        access: the way to servers.
 
     Attributes:
         stopped: set while whatever is under way has to end.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, access: Access) -> None:
         self.address = address
+        self._access = access
         self.answered_at_s = time.monotonic()
         """When the server was last heard of, on the monotonic clock."""
         self.stopped = threading.Event()
@@ -111,22 +118,36 @@ class Shard:
         self._next_push_lent: Segment | None = None  # the contribution memory that the next push may fill at once
         self._next_push_follows = False  # whether its fragments may follow its header at once
         keep_freed_memory()
-        self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._channel = access.channel(address, CHANNEL_OPTIONS)
         self._initialize = self._channel.stream_unary(f"/{wire.SERVICE}/Initialize", _as_is, _as_is)
         self._pull = self._channel.unary_stream(f"/{wire.SERVICE}/Pull", _as_is, _as_is)
         self._push = self._channel.stream_stream(f"/{wire.SERVICE}/PushAndAverage", _as_is, _as_is)
+        self._join = self._channel.unary_stream(f"/{wire.SERVICE}/Join", _as_is, _as_is)
         self._leave = self._channel.unary_unary(f"/{wire.SERVICE}/Leave", _as_is, _as_is)
         self._get_status = self._channel.unary_unary(f"/{wire.SERVICE}/GetStatus", _as_is, _as_is)
 
     def connect(self, timeout_s: float) -> None:
-        """Waits for the server to be there. Raises ServerUnavailableError if nobody answers in that time."""
-        try:
-            self.status(Deadline(timeout_s), wait_for_ready=True)
-        except DeadlineExceededError:
-            raise ServerUnavailableError(
-                f"no parameter server answers at {self.address} (waited {timeout_s:g} s); "
-                "is `ps-server serve` running there?"
-            ) from None
+        """Waits for the server to be there.
+
+        Raises:
+            ServerUnavailableError: nobody answers in that time.
+            SecurityError: somebody does, but server and client do not trust each other.
+        """
+        deadline, look_s = Deadline(timeout_s), _FIRST_LOOK_S
+        while True:
+            try:
+                self.status(Deadline(min(look_s, deadline.left_s or 0.0)), wait_for_ready=True)
+                return
+            except DeadlineExceededError:
+                distrust = self._access.problem(self.address)
+                if distrust is not None:
+                    raise SecurityError(distrust) from None
+            if deadline.is_over:
+                raise ServerUnavailableError(
+                    f"no parameter server answers at {self.address} (waited {timeout_s:g} s); "
+                    "is `ps-server serve` running there?"
+                )
+            look_s *= 2
 
     def stop(self) -> None:
         """Ends the call that is under way, and those that are begun until `stopped` is cleared. From any thread."""
@@ -150,7 +171,7 @@ class Shard:
                 yield wire.encode_fragment(index, fragments(index))
 
         with self._faults(deadline, "the center was not initialized"):
-            call = self._initialize.future(requests(), timeout=deadline.left_s)
+            call = self._initialize.future(requests(), timeout=deadline.left_s, metadata=self._access.metadata)
             with self._ending(call):
                 answer: bytes = call.result()
         return wire.parse(pb.InitializeResponse, answer)
@@ -176,7 +197,7 @@ class Shard:
     @contextmanager
     def _pulling(self, request: pb.PullRequest, deadline: Deadline) -> Iterator[Iterator[bytes]]:
         with self._faults(deadline, "the center was not initialized and sent; is the chief running?"):
-            messages = self._pull(request.SerializeToString(), timeout=deadline.left_s)
+            messages = self._pull(request.SerializeToString(), timeout=deadline.left_s, metadata=self._access.metadata)
             with self._ending(messages):
                 yield iter(messages)
 
@@ -236,7 +257,7 @@ class Shard:
         staging.begin()
         shared = False
         with self._faults(deadline, f"the round did not commit (base step {header.base_step})"):
-            messages = self._push(requests(), timeout=deadline.left_s)
+            messages = self._push(requests(), timeout=deadline.left_s, metadata=self._access.metadata)
             try:
                 self._begin(messages)
                 for data in messages:
@@ -268,17 +289,27 @@ class Shard:
                 copying.end()
         raise ProtocolError(f"{self.address} ended a push without an outcome; is it a parameter server?")
 
+    def join(self, request: pb.JoinRequest) -> Iterator[pb.JoinResponse]:
+        """What the server says of this process's task index; open until `stop` or a fault."""
+        with self._faults(Deadline(None), "no task index came"):
+            messages = self._join(request.SerializeToString(), metadata=self._access.metadata)
+            with self._ending(messages):
+                for data in messages:
+                    yield wire.parse(pb.JoinResponse, data)
+
     def leave(self, worker_id: str, incarnation: bytes, deadline: Deadline) -> None:
         """Says that this process goes."""
         request = pb.LeaveRequest(worker_id=worker_id, incarnation=incarnation).SerializeToString()
         with self._faults(deadline, "nobody said goodbye"):
-            self._leave(request, timeout=deadline.left_s)
+            self._leave(request, timeout=deadline.left_s, metadata=self._access.metadata)
 
     def status(self, deadline: Deadline, wait_for_ready: bool = False) -> pb.GetStatusResponse:
         """What the server is doing."""
         request = pb.GetStatusRequest().SerializeToString()
         with self._faults(deadline, "no status came"):
-            call = self._get_status.future(request, timeout=deadline.left_s, wait_for_ready=wait_for_ready)
+            call = self._get_status.future(
+                request, timeout=deadline.left_s, wait_for_ready=wait_for_ready, metadata=self._access.metadata
+            )
             with self._ending(call):
                 answer: bytes = call.result()
         return wire.parse(pb.GetStatusResponse, answer)

@@ -13,10 +13,14 @@ from pathlib import Path
 # gRPC's own log would answer a taken port with a page of C++; set before it is imported.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
+from modelaverage.access import Access
+from modelaverage.errors import SecurityError
+from modelaverage.security_flags import add_security_flags, security_of
 from ps_server import status
 from ps_server.export import ExportError, export
 from ps_server.keeper import CheckpointPolicy
 from ps_server.policy import RoundPolicy
+from ps_server.security import ServerSecurity, add_server_security_flags
 from ps_server.server import ServerConfig, UnusableSettingError, serve, stop_on_signals
 from ps_server.service import DEFAULT_SHARED_MEMORY_FROM_BYTES, ServicePolicy
 
@@ -25,8 +29,9 @@ __all__ = ["main"]
 _SERVE_EXAMPLES = """\
 examples:
   ps-server serve --num-workers 2                       on loopback, for workers on this machine
-  ps-server serve --bind 0.0.0.0:2222 --num-workers 8   for workers anywhere: no encryption, no authentication
-  ps-server serve --bind unix:/tmp/ps.sock --bind 0.0.0.0:2222 --num-workers 4   both: a socket is faster on one host
+  ps-server serve --bind 0.0.0.0:2222 --num-workers 8 --tls-cert ps.pem --tls-key ps.key --token-file token   anywhere
+  ps-server serve --bind 0.0.0.0:2222 --num-workers 8 --insecure   anywhere on a network that you trust: no encryption
+  ps-server serve --bind unix:/tmp/ps.sock --bind 127.0.0.1:2222 --num-workers 4   both: a socket is faster on one host
   ps-server serve --num-workers 4 --checkpoint-dir center/   killed or stopped, it goes on from there
   ps-server serve --num-workers 8 --min-workers 6 --grace-s 10   goes on without workers that are 10 s late
   ps-server serve --bind 127.0.0.1:0 --num-workers 2 --ready-file ready.json   on a free port, for scripts
@@ -50,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return int(arguments.run(arguments))
-    except UnusableSettingError as error:
+    except (SecurityError, UnusableSettingError) as error:
         print(f"ps-server: {error}", file=sys.stderr)
         return 1
 
@@ -134,6 +139,7 @@ def _parser() -> argparse.ArgumentParser:
         "--no-shared-memory", action="store_true", help="workers on this host send their bytes inline like all others"
     )
     command.add_argument("--verbose", action="store_true", help="log refused calls and every round")
+    add_server_security_flags(command)
     command.set_defaults(run=_serve)
 
     command = commands.add_parser(
@@ -158,6 +164,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="how long to wait for an answer (%(default)s)",
     )
+    add_security_flags(command)
     command.set_defaults(run=_status)
 
     command = commands.add_parser(
@@ -182,6 +189,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="how long to wait for a server to begin to send (%(default)s)",
     )
+    add_security_flags(command)
     command.set_defaults(run=_export)
     return parser
 
@@ -201,6 +209,7 @@ def _serve(arguments: argparse.Namespace) -> int:
             else CheckpointPolicy(arguments.checkpoint_dir, arguments.checkpoint_every_rounds),
         ),
         ready_file=arguments.ready_file,
+        security=_server_security(arguments),
     )
 
     async def run() -> None:
@@ -210,6 +219,18 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     asyncio.run(run())
     return 0
+
+
+def _server_security(arguments: argparse.Namespace) -> ServerSecurity:
+    return ServerSecurity(
+        arguments.tls_cert,
+        arguments.tls_key,
+        arguments.tls_client_ca,
+        arguments.token_file,
+        arguments.chief_token_file,
+        arguments.reader_token_file,
+        arguments.insecure,
+    )
 
 
 def _round_policy(arguments: argparse.Namespace) -> RoundPolicy:
@@ -231,10 +252,11 @@ def _round_policy(arguments: argparse.Namespace) -> RoundPolicy:
 
 
 def _status(arguments: argparse.Namespace) -> int:
+    access = Access(security_of(arguments))
     answers = []
     for address in arguments.addresses:
         try:
-            answers.append(status.fetch(address, arguments.timeout_s))
+            answers.append(status.fetch(address, arguments.timeout_s, access))
         except status.NoAnswerError as error:
             print(f"ps-server: {error}", file=sys.stderr)
     if arguments.json and answers:
@@ -246,7 +268,7 @@ def _status(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     try:
-        global_step = export(arguments.sources, arguments.out, arguments.timeout_s)
+        global_step = export(arguments.sources, arguments.out, arguments.timeout_s, Access(security_of(arguments)))
     except ExportError as error:
         print(f"ps-server: {error}", file=sys.stderr)
         return 1

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modelaverage import wire
+from modelaverage.access import Access
 from modelaverage.errors import REASON_METADATA_KEY, ModelAverageError
 from modelaverage.manifest import Manifest
 from modelaverage.placement import assemble, gather
@@ -41,7 +42,7 @@ class _Center:
     global_step: int
 
 
-def export(sources: Sequence[str], out: Path, timeout_s: float) -> int:
+def export(sources: Sequence[str], out: Path, timeout_s: float, access: Access) -> int:
     """Writes the center variables as they are to a safetensors file, and their `global_step` to its metadata.
 
     Args:
@@ -49,6 +50,7 @@ def export(sources: Sequence[str], out: Path, timeout_s: float) -> int:
             servers all of them, in order.
         out: written beside and renamed.
         timeout_s: how long a server may take until it begins to send.
+        access: the way to servers.
 
     Returns:
         The `global_step`.
@@ -60,7 +62,7 @@ def export(sources: Sequence[str], out: Path, timeout_s: float) -> int:
         raise ExportError(f"cannot write {out}: it is a directory")
     if not out.parent.is_dir():
         raise ExportError(f"cannot write {out}: there is no directory {out.parent}")
-    centers = _of_one_step(sources, timeout_s)
+    centers = _of_one_step(sources, timeout_s, access)
     try:
         whole = assemble([center.manifest for center in centers], sources)
     except ModelAverageError as error:
@@ -73,12 +75,12 @@ def export(sources: Sequence[str], out: Path, timeout_s: float) -> int:
     return global_step
 
 
-def _of_one_step(sources: Sequence[str], timeout_s: float) -> list[_Center]:
+def _of_one_step(sources: Sequence[str], timeout_s: float, access: Access) -> list[_Center]:
     """What all sources have, of one `global_step`: the newest that all of them have."""
     at_most: int | None = None
     with ThreadPoolExecutor(len(sources)) as threads:
         for _ in range(_MAX_TRIES):
-            read = [_reader(source, at_most, timeout_s) for source in sources]
+            read = [_reader(source, at_most, timeout_s, access) for source in sources]
             centers = [future.result() for future in [threads.submit(one) for one in read]]
             steps = [center.global_step for center in centers]
             if len(set(steps)) == 1:
@@ -88,11 +90,11 @@ def _of_one_step(sources: Sequence[str], timeout_s: float) -> list[_Center]:
     raise ExportError(f"there is no global_step of which all have a center ({found})")
 
 
-def _reader(source: str, at_most: int | None, timeout_s: float) -> Callable[[], _Center]:
+def _reader(source: str, at_most: int | None, timeout_s: float, access: Access) -> Callable[[], _Center]:
     if Path(source).is_dir():
         return lambda: _read(Path(source), at_most)
     if _is_address(source):
-        return lambda: _pull(source, timeout_s)
+        return lambda: _pull(source, timeout_s, access)
     raise ExportError(f"{source} is neither a directory nor a server's address (HOST:PORT or unix:PATH)")
 
 
@@ -114,17 +116,19 @@ def _read(directory: Path, at_most: int | None) -> _Center:
     return _Center(checkpoint.manifest, checkpoint.arrays, checkpoint.global_step)
 
 
-def _pull(address: str, timeout_s: float) -> _Center:
-    with grpc.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+def _pull(address: str, timeout_s: float, access: Access) -> _Center:
+    with access.channel(address, CHANNEL_OPTIONS) as channel:
         rpc = channel.unary_stream(f"/{wire.SERVICE}/Pull", _as_is, _as_is)
-        call = rpc(pb.PullRequest(worker_id=_WORKER_ID).SerializeToString(), wait_for_ready=True)
+        request = pb.PullRequest(worker_id=_WORKER_ID).SerializeToString()
+        call = rpc(request, wait_for_ready=True, metadata=access.metadata)
         # No deadline: a model may take its time. Once a server has begun, keepalive tells whether it is still there.
         patience = threading.Timer(timeout_s, call.cancel)
         patience.start()
         try:
             return _receive(iter(call), patience)
         except grpc.RpcError as error:
-            raise ExportError(_reason(error, address, timeout_s)) from None
+            distrust = access.problem(address) if error.code() is grpc.StatusCode.CANCELLED else None
+            raise ExportError(distrust or _reason(error, address, timeout_s)) from None
         except ModelAverageError as error:
             raise ExportError(f"{address} did not answer as a parameter server: {error}") from None
         finally:

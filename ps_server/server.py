@@ -14,11 +14,20 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import grpc
 import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
 
+from modelaverage import wire
+from modelaverage.errors import SecurityError
 from modelaverage.tuning import CHANNEL_OPTIONS, keep_freed_memory
 from ps_server.checkpoint import Checkpoint, CheckpointError, load_latest
+from ps_server.credentials import credentials_of, tokens_of
+from ps_server.gatekeeper import Gatekeeper
+from ps_server.health import Health
 from ps_server.keeper import CheckpointPolicy
+from ps_server.security import NO_SECURITY, ServerSecurity, check_exposure, warnings_of
 from ps_server.service import ParameterServerService, ServicePolicy
 
 __all__ = ["ServerConfig", "UnusableSettingError", "serve", "stop_on_signals"]
@@ -36,6 +45,10 @@ _OPTIONS = [
 ]
 
 
+# What health says of the center, besides the service's own name.
+_CENTER = "modelaverage.center"
+
+
 class UnusableSettingError(Exception):
     """The server cannot do what a flag says: listen there, write that file."""
 
@@ -49,12 +62,14 @@ class ServerConfig:
         policy: what the service does.
         ready_file: where to write ``{"address": ..., "addresses": [...], "pid": ...}`` once it listens; None: nowhere.
         grace_s: how long calls that are under way may take to finish after SIGTERM.
+        security: who may come in, and over what.
     """
 
     binds: tuple[str, ...]
     policy: ServicePolicy
     ready_file: Path | None = None
     grace_s: float = 5.0
+    security: ServerSecurity = NO_SECURITY
 
 
 async def serve(config: ServerConfig, stop: asyncio.Event, ready: Callable[[list[str]], None]) -> None:
@@ -62,7 +77,7 @@ async def serve(config: ServerConfig, stop: asyncio.Event, ready: Callable[[list
 
     Raises:
         UnusableSettingError: an address is malformed, not of this machine, or taken; the file cannot be written; the
-            directory for checkpoints cannot be used.
+            directory for checkpoints cannot be used; a certificate or token file cannot be used.
     """
     keep_freed_memory(one_arena=True)
     lock, restored = _open_checkpoints(config.policy.checkpoints)
@@ -75,9 +90,9 @@ async def serve(config: ServerConfig, stop: asyncio.Event, ready: Callable[[list
 async def _serve(
     config: ServerConfig, service: ParameterServerService, stop: asyncio.Event, ready: Callable[[list[str]], None]
 ) -> None:
-    server = grpc.aio.server(options=_OPTIONS)
-    server.add_generic_rpc_handlers((service.handler(),))
-    addresses = [_listen(server, bind) for bind in config.binds]
+    server, addresses = _assembled(config, service)
+    health = Health(serving=("",), not_yet=(_CENTER, wire.SERVICE))
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
     await server.start()
     if config.ready_file is not None:
         try:
@@ -86,10 +101,28 @@ async def _serve(
             await server.stop(grace=None)
             raise UnusableSettingError(f"cannot write --ready-file {config.ready_file}: {error.strerror}") from None
     ready(addresses)
+    center = asyncio.ensure_future(service.wait_initialized())
+    center.add_done_callback(lambda task: None if task.cancelled() else health.serve(_CENTER, wire.SERVICE))
     await stop.wait()
     _log.info("stopping")
+    center.cancel()
+    health.stop()
     await service.stop(config.grace_s)
     await server.stop(grace=1.0)
+
+
+def _assembled(config: ServerConfig, service: ParameterServerService) -> tuple[grpc.aio.Server, list[str]]:
+    """A server that listens where it should, and for whom, once it is started; and its addresses."""
+    try:
+        tokens = tokens_of(config.security)
+        credentials = credentials_of(config.security)
+    except SecurityError as error:
+        raise UnusableSettingError(str(error)) from None
+    server = grpc.aio.server(options=_OPTIONS, interceptors=() if tokens is None else (Gatekeeper(tokens.get),))
+    server.add_generic_rpc_handlers((service.handler(),))
+    names = (wire.SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
+    reflection.enable_server_reflection(names, server)
+    return server, [_listen(server, bind, credentials, config.security) for bind in config.binds]
 
 
 def _open_checkpoints(policy: CheckpointPolicy | None) -> tuple[ExitStack, Checkpoint | None]:
@@ -125,11 +158,13 @@ def stop_on_signals(stop: asyncio.Event) -> None:
         loop.add_signal_handler(number, request_stop, number)
 
 
-def _listen(server: grpc.aio.Server, bind: str) -> str:
+def _listen(
+    server: grpc.aio.Server, bind: str, credentials: grpc.ServerCredentials | None, security: ServerSecurity
+) -> str:
     """Listens on one address; returns the address that clients use."""
     if bind.startswith("unix:"):
         _remove_stale_socket(bind)
-        _bind(server, bind)
+        _bind(server, bind, None)
         return bind
     host, colon, port_text = bind.rpartition(":")
     if not colon or not host or not (port_text.isascii() and port_text.isdigit()) or int(port_text) > 65535:
@@ -137,12 +172,18 @@ def _listen(server: grpc.aio.Server, bind: str) -> str:
             f"--bind {bind!r} is neither HOST:PORT nor unix:PATH, such as 127.0.0.1:2222, [::]:2222, unix:/tmp/ps.sock"
         )
     _check_free(host.strip("[]"), int(port_text), bind)
-    return f"{host}:{_bind(server, bind)}"
-
-
-def _bind(server: grpc.aio.Server, bind: str) -> int:
     try:
-        return server.add_insecure_port(bind)
+        check_exposure(host.strip("[]"), bind, security)
+    except SecurityError as error:
+        raise UnusableSettingError(str(error)) from None
+    for warning in warnings_of(host.strip("[]"), bind, security):
+        _log.warning("%s", warning)
+    return f"{host}:{_bind(server, bind, credentials)}"
+
+
+def _bind(server: grpc.aio.Server, bind: str, credentials: grpc.ServerCredentials | None) -> int:
+    try:
+        return server.add_insecure_port(bind) if credentials is None else server.add_secure_port(bind, credentials)
     except RuntimeError as error:
         raise UnusableSettingError(f"cannot listen on {bind}: {error}") from None
 

@@ -1,9 +1,10 @@
-"""The gRPC shell: the four RPCs, their errors, and the end of the service."""
+"""The gRPC shell: the RPCs, their errors, and the end of the service."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -22,10 +23,12 @@ from ps_server.call import Call, Context, Traffic
 from ps_server.center import Center, check_fragment_size
 from ps_server.checkpoint import Checkpoint
 from ps_server.job import Job
+from ps_server.joining import Joining
 from ps_server.keeper import CheckpointPolicy, Keeper
 from ps_server.policy import RoundPolicy
 from ps_server.roster import Roster
 from ps_server.round import Round, check_fragment_order
+from ps_server.task_indexes import DEFAULT_REJOIN_GRACE_S, TaskIndexes
 
 __all__ = ["DEFAULT_SHARED_MEMORY_FROM_BYTES", "ParameterServerService", "ServicePolicy"]
 
@@ -48,6 +51,7 @@ class ServicePolicy:
         shared_memory_from_bytes: models of this size on use shared memory with workers on this host; a smaller one fits
             one or a few messages, to which shared memory would only add. Infinite: none.
         checkpoints: where to keep the center; None: nowhere.
+        rejoin_grace_s: how long a task index is kept for a process whose connection broke.
     """
 
     round: RoundPolicy
@@ -55,6 +59,7 @@ class ServicePolicy:
     stall_timeout_s: float
     shared_memory_from_bytes: float = DEFAULT_SHARED_MEMORY_FROM_BYTES
     checkpoints: CheckpointPolicy | None = None
+    rejoin_grace_s: float = DEFAULT_REJOIN_GRACE_S
 
 
 class ParameterServerService:
@@ -83,6 +88,10 @@ class ParameterServerService:
         self._roster = Roster()
         self._traffic = Traffic()
         self._keeper = None if policy.checkpoints is None else Keeper(policy.checkpoints)
+        # Workers of a server that goes on from a checkpoint have indexes already.
+        closed_until_s = -math.inf if restored is None else self._started_at_s + policy.rejoin_grace_s
+        indexes = TaskIndexes(policy.round.num_workers, policy.rejoin_grace_s, closed_until_s)
+        self._joining = Joining(policy.round.num_workers, indexes, clock)
         if restored is not None:
             self._job = self._restored(restored)
 
@@ -96,8 +105,13 @@ class ParameterServerService:
                 "PushAndAverage": grpc.stream_stream_rpc_method_handler(self._push_and_average),
                 "Leave": grpc.unary_unary_rpc_method_handler(self._leave),
                 "GetStatus": grpc.unary_unary_rpc_method_handler(self._get_status),
+                "Join": grpc.unary_stream_rpc_method_handler(self._join),
             },
         )
+
+    async def wait_initialized(self) -> None:
+        """Returns once there is a center."""
+        await self._initialized.wait()
 
     async def stop(self, grace_s: float) -> None:
         """Refuses what waits for others, lets what is under way finish for up to ``grace_s``, then ends the rest."""
@@ -105,6 +119,7 @@ class ParameterServerService:
         error = refusal(Reason.SERVER_STOPPING, _GOING_DOWN)
         for call in self._pulls_waiting:
             call.fail(error)
+        self._joining.fail(error)
         if self._job is not None:
             self._job.fail_unless_full(error)
         deadline_s = self._clock() + grace_s
@@ -256,6 +271,7 @@ class ParameterServerService:
             message = wire.parse(pb.LeaveRequest, request)
             check_worker_id(message.worker_id)
             check_incarnation(message.incarnation)
+            self._joining.leave(message.incarnation)
             if self._job is not None:
                 self._job.leave(message.worker_id, message.incarnation)
             return pb.LeaveResponse().SerializeToString()
@@ -320,6 +336,16 @@ class ParameterServerService:
                 pushes_counted=record.pushes_counted,
             )
         return status
+
+    # Join
+
+    async def _join(self, request: bytes, context: Context) -> None:
+        async def body(call: Call) -> None:
+            message = wire.parse(pb.JoinRequest, request)
+            check_incarnation(message.incarnation)
+            await self._joining.serve(call, message)
+
+        await self._serve("Join", context, body)
 
     # Common to all calls
 

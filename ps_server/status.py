@@ -10,6 +10,7 @@ import grpc
 from google.protobuf.message import Message
 
 from modelaverage import wire
+from modelaverage.access import Access
 from modelaverage.v1 import parameter_server_pb2 as pb
 
 __all__ = ["NoAnswerError", "as_json", "as_text", "fetch"]
@@ -19,19 +20,26 @@ class NoAnswerError(Exception):
     """No parameter server answers at the address."""
 
 
-def fetch(address: str, timeout_s: float) -> pb.GetStatusResponse:
-    """The status of the server at ``address``. Raises NoAnswerError, naming it, after ``timeout_s`` at most."""
-    with grpc.insecure_channel(address) as channel:
+def fetch(address: str, timeout_s: float, access: Access) -> pb.GetStatusResponse:
+    """The status of the server at ``address``. Raises NoAnswerError, naming it, soon after ``timeout_s`` at most."""
+    with access.channel(address) as channel:
         call = channel.unary_unary(
             f"/{wire.SERVICE}/GetStatus",
             request_serializer=pb.GetStatusRequest.SerializeToString,
             response_deserializer=pb.GetStatusResponse.FromString,
         )
         try:
-            answer: pb.GetStatusResponse = call(pb.GetStatusRequest(), timeout=timeout_s, wait_for_ready=True)
+            answer: pb.GetStatusResponse = call(
+                pb.GetStatusRequest(), timeout=timeout_s, wait_for_ready=True, metadata=access.metadata
+            )
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-                raise NoAnswerError(f"no parameter server answers at {address} (waited {timeout_s:g} s)") from None
+                distrust = access.problem(address)
+                raise NoAnswerError(
+                    distrust or f"no parameter server answers at {address} (waited {timeout_s:g} s)"
+                ) from None
+            if error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+                raise NoAnswerError(f"{address}: {error.details()}") from None
             raise NoAnswerError(f"{address} did not answer as a parameter server: {error.details()}") from None
     return answer
 

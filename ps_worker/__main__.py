@@ -7,12 +7,14 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from modelaverage.security_flags import add_security_flags, security_of
 from ps_worker import flags
 from ps_worker.digits_config import MODULES, DigitsConfig, add_training_flags
 from ps_worker.events import EVENTS_FLAG
 from ps_worker.extras import MissingExtraError, require
+from ps_worker.stop_signals import end_cleanly_on_sigterm
 
 if TYPE_CHECKING:
     from ma_client.cluster import ClusterSpec
@@ -25,6 +27,7 @@ examples, for a server on host ps that was started with --num-workers 2:
   ps-worker run --ps-hosts ps:2222 --num-workers 2 --task-index 1 train.py --epochs 3     on another
   MA_PS_HOSTS=ps:2222 MA_NUM_WORKERS=2 MA_TASK_INDEX=1 ps-worker run train.py             the same
   srun --ntasks 2 ps-worker run --ps-hosts ps:2222 train.py                               both, where Slurm is
+  ps-worker run --ps-hosts ps:2222 --task-index auto train.py                             the server says which it is
   ps-worker run --ps-hosts ps0:2222,ps1:2222 --num-workers 2 --task-index 0 train.py      two servers, half of it each
 """
 _DIGITS_EXAMPLES = """\
@@ -73,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=flags.help_format,
     )
     _add_cluster_flags(command)
+    add_security_flags(command)
     command.add_argument("script", type=flags.script, metavar="SCRIPT", help="a Python file")
     command.add_argument("args", nargs=argparse.REMAINDER, metavar="ARGS", help="its arguments")
     command.set_defaults(run=_run)
@@ -85,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=flags.help_format,
     )
     _add_cluster_flags(command)
+    add_security_flags(command)
     command.add_argument(
         "--connect-timeout-s",
         type=flags.seconds,
@@ -117,9 +122,10 @@ def _add_cluster_flags(command: argparse.ArgumentParser) -> None:
     group.add_argument("--num-workers", type=flags.count, metavar="N", help="how many workers the job has")
     group.add_argument(
         "--task-index",
-        type=flags.whole,
+        type=flags.task_index,
         metavar="I",
-        help="which of them this one is, from 0; 0 is the chief, which initializes the center",
+        help="which of them this one is, from 0; 0 is the chief, which initializes the center; auto: the server hands "
+        "out the lowest that is free",
     )
     group.add_argument(
         "--init-from",
@@ -130,12 +136,15 @@ def _add_cluster_flags(command: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    cluster = _cluster_of(arguments)
+    from ma_client.cluster import ClusterSpec
+
+    variables = ClusterSpec.env_for_child(**_cluster_flags(arguments))
     command = [sys.executable, str(arguments.script), *arguments.args]
-    os.execvpe(command[0], command, {**os.environ, **cluster.to_env()})
+    os.execvpe(command[0], command, {**os.environ, **variables, **security_of(arguments).to_env()})
 
 
 def _digits(arguments: argparse.Namespace) -> None:
+    end_cleanly_on_sigterm()
     config = DigitsConfig.from_flags(arguments)
     cluster = None if arguments.alone else _cluster_of(arguments)
     if arguments.save_center is not None and not os.access(arguments.save_center.parent, os.W_OK):
@@ -147,20 +156,29 @@ def _digits(arguments: argparse.Namespace) -> None:
     report = reporter(arguments.events_fd, config.steps)
     if cluster is None:
         num_workers = _PARTS_ALONE if arguments.num_workers is None else arguments.num_workers
-        digits.train_alone(config, num_workers, arguments.task_index or 0, report)
+        digits.train_alone(config, num_workers, _alone_index(arguments.task_index), report)
     else:
-        digits.train_in_cluster(config, cluster, report, arguments.connect_timeout_s, arguments.save_center)
+        digits.train_in_cluster(
+            config, cluster, report, arguments.connect_timeout_s, arguments.save_center, security_of(arguments)
+        )
+
+
+def _alone_index(task_index: int | str | None) -> int:
+    if task_index == "auto":
+        raise ValueError("--task-index auto asks a server, and --alone has none; give a number")
+    return int(task_index or 0)
 
 
 def _cluster_of(arguments: argparse.Namespace) -> ClusterSpec:
     from ma_client.cluster import ClusterSpec
 
     return ClusterSpec.resolve(
-        ps_hosts=arguments.ps_hosts,
-        num_workers=arguments.num_workers,
-        task_index=arguments.task_index,
-        init_from=arguments.init_from,
+        **_cluster_flags(arguments), join_timeout_s=arguments.connect_timeout_s, security=security_of(arguments)
     )
+
+
+def _cluster_flags(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in ("ps_hosts", "num_workers", "task_index", "init_from")}
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
-from ma_client import ClusterSpec, ModelAverageCustomGetter, ModelAverageOptimizer, ParameterServerSession
+from ma_client import ClusterSpec, ModelAverageCustomGetter, ModelAverageOptimizer, ParameterServerSession, Security
 from ps_worker.digits_config import ALONE, DigitsConfig
 from ps_worker.events import AccuracyEvent, Event, RoundEvent, StepEvent
 
@@ -116,6 +116,7 @@ def train_in_cluster(
     report: Report,
     connect_timeout_s: float = 30.0,
     save_center: Path | None = None,
+    security: Security | None = None,
 ) -> None:
     """Trains as one worker of ``cluster``; the chief also evaluates the center after each round.
 
@@ -128,6 +129,7 @@ def train_in_cluster(
         report: gets the events.
         connect_timeout_s: how long to wait for the server to be there.
         save_center: where the chief writes the last center, under the names of ``DigitsNet``'s state dict.
+        security: as the session's.
 
     Raises:
         ModelAverageError: the server is not there, or a round failed.
@@ -142,6 +144,7 @@ def train_in_cluster(
         is_chief=cluster.is_chief,
         connect_timeout_s=connect_timeout_s,
         init_from=cluster.init_from,
+        security=security,
     ) as session:
         getter = ModelAverageCustomGetter(worker_device="cpu")
         model = getter(_initial_model(config))

@@ -5,9 +5,20 @@ from __future__ import annotations
 import argparse
 import math
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
-__all__ = ["Parser", "count", "fraction", "help_format", "positive", "ps_hosts", "script", "seconds", "whole"]
+__all__ = [
+    "Parser",
+    "count",
+    "fraction",
+    "help_format",
+    "positive",
+    "ps_hosts",
+    "script",
+    "seconds",
+    "task_index",
+    "whole",
+]
 
 _MAX_SECONDS = 1e9
 
@@ -33,6 +44,16 @@ def count(text: str) -> int:
 def whole(text: str) -> int:
     """A whole number from 0 on."""
     return _whole_from(0, text)
+
+
+def task_index(text: str) -> int | Literal["auto"]:
+    """A whole number from 0 on, or "auto"."""
+    if text == "auto":
+        return "auto"
+    try:
+        return whole(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, and not 'auto'") from None
 
 
 def positive(text: str) -> float:

@@ -11,6 +11,7 @@ import pytest
 
 from ps_server.keeper import CheckpointPolicy
 from ps_server.policy import RoundPolicy
+from ps_server.security import NO_SECURITY, ServerSecurity
 from ps_server.server import ServerConfig, serve
 from ps_server.service import ServicePolicy
 from tests.jobs import Job, running
@@ -19,9 +20,9 @@ from tests.jobs import Job, running
 class RunningServer:
     """A parameter server on a free port of loopback."""
 
-    def __init__(self, policy: ServicePolicy) -> None:
+    def __init__(self, policy: ServicePolicy, security: ServerSecurity) -> None:
         self.address = ""
-        self._config = ServerConfig(("127.0.0.1:0",), policy, grace_s=2.0)
+        self._config = ServerConfig(("127.0.0.1:0",), policy, grace_s=2.0, security=security)
         self._ready = threading.Event()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -74,12 +75,22 @@ def start_server() -> Iterator[StartServer]:
         stall_timeout_s: float = 30.0,
         shared: bool = False,
         checkpoints: CheckpointPolicy | None = None,
+        rejoin_grace_s: float = 0.5,
+        security: ServerSecurity = NO_SECURITY,
     ) -> RunningServer:
         round_policy = RoundPolicy.strict(policy) if isinstance(policy, int) else policy
         shared_memory_from_bytes = 0 if shared else math.inf
         servers.append(
             RunningServer(
-                ServicePolicy(round_policy, max_model_bytes, stall_timeout_s, shared_memory_from_bytes, checkpoints)
+                ServicePolicy(
+                    round_policy,
+                    max_model_bytes,
+                    stall_timeout_s,
+                    shared_memory_from_bytes,
+                    checkpoints,
+                    rejoin_grace_s,
+                ),
+                security,
             )
         )
         return servers[-1]

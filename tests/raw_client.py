@@ -37,7 +37,15 @@ __all__ = [
 
 Array = NDArray[Any]
 Arrays = Mapping[str, Array]
-M = TypeVar("M", pb.InitializeResponse, pb.PullResponse, pb.PushAndAverageResponse, pb.GetStatusResponse)
+M = TypeVar(
+    "M",
+    pb.InitializeResponse,
+    pb.PullResponse,
+    pb.PushAndAverageResponse,
+    pb.GetStatusResponse,
+    pb.JoinResponse,
+    pb.LeaveResponse,
+)
 
 # No call of a test lasts longer: what hangs fails.
 DEADLINE_S = 20.0
@@ -216,6 +224,12 @@ class RawClient:
 
     def open_status(self) -> Stream[pb.GetStatusResponse]:
         return self._open("GetStatus", pb.GetStatusResponse)
+
+    def open_join(self) -> Stream[pb.JoinResponse]:
+        return self._open("Join", pb.JoinResponse)
+
+    def open_leave(self) -> Stream[pb.LeaveResponse]:
+        return self._open("Leave", pb.LeaveResponse)
 
     # Whole calls as they should be.
 

@@ -544,17 +544,6 @@ def test_every_tf_config_of_the_document_describes_a_worker() -> None:
     assert found == [ClusterSpec(("ps0:2222",), num_workers=3, task_index=1)]
 
 
-def test_the_manifest_of_the_document_describes_as_many_workers_as_it_starts() -> None:
-    (manifest,) = (block for block in blocks("yaml") if "kind: Job" in block)
-    variables = dict(re.findall(r'name: (MA_\w+)\n +value: "?([^"\n]+)', manifest))
-    (completions,) = re.findall(r"completions: (\d+)", manifest)
-    (parallelism,) = re.findall(r"parallelism: (\d+)", manifest)
-    (server,) = re.findall(r'"--num-workers", "(\d+)"', manifest)
-    last = ClusterSpec.from_env({**variables, "JOB_COMPLETION_INDEX": str(int(completions) - 1)})
-    assert last == ClusterSpec(("ps-0.ps:2222",), num_workers=int(completions), task_index=int(completions) - 1)
-    assert parallelism == server == completions
-
-
 def test_without_a_cluster_nothing_of_a_recorded_one_is_left() -> None:
     for environ in (OURS, tf_config(), torchrun(), slurm(), kubernetes()):
         assert "not set; " in refusal(without_a_cluster(environ))

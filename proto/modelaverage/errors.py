@@ -23,6 +23,7 @@ __all__ = [
     "REASON_PREFIX",
     "Reason",
     "RetryPushError",
+    "SecurityError",
     "ServerUnavailableError",
     "fault_named",
     "refusal",
@@ -59,6 +60,8 @@ class Reason(enum.Enum):
     STREAM_STALLED = 22
     SERVER_STOPPING = 23
     ROUND_TIMED_OUT = 24
+    TOKEN_INVALID = 25
+    ROLE_INSUFFICIENT = 26
 
 
 class ModelAverageError(Exception):
@@ -93,6 +96,10 @@ class RetryPushError(ModelAverageError):
 
 class DeadlineExceededError(ModelAverageError):
     """What was waited for did not happen in the time that was set. Local variables are untouched."""
+
+
+class SecurityError(ModelAverageError):
+    """Server and client do not trust each other, or a file that says whom to trust is unusable. Nothing was changed."""
 
 
 class ServerUnavailableError(ModelAverageError):
@@ -136,6 +143,8 @@ FAULTS: dict[Reason, Fault] = {
     Reason.STREAM_STALLED: Fault("DEADLINE_EXCEEDED", DeadlineExceededError),
     Reason.SERVER_STOPPING: Fault("UNAVAILABLE", ServerUnavailableError),
     Reason.ROUND_TIMED_OUT: Fault("DEADLINE_EXCEEDED", DeadlineExceededError),
+    Reason.TOKEN_INVALID: Fault("UNAUTHENTICATED", SecurityError),
+    Reason.ROLE_INSUFFICIENT: Fault("PERMISSION_DENIED", SecurityError),
 }
 
 

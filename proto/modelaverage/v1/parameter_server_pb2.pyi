@@ -57,6 +57,8 @@ class ErrorReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ERROR_REASON_STREAM_STALLED: _ClassVar[ErrorReason]
     ERROR_REASON_SERVER_STOPPING: _ClassVar[ErrorReason]
     ERROR_REASON_ROUND_TIMED_OUT: _ClassVar[ErrorReason]
+    ERROR_REASON_TOKEN_INVALID: _ClassVar[ErrorReason]
+    ERROR_REASON_ROLE_INSUFFICIENT: _ClassVar[ErrorReason]
 DATA_TYPE_UNSPECIFIED: DataType
 DATA_TYPE_FLOAT32: DataType
 DATA_TYPE_FLOAT64: DataType
@@ -96,6 +98,8 @@ ERROR_REASON_FRAGMENT_SIZE_WRONG: ErrorReason
 ERROR_REASON_STREAM_STALLED: ErrorReason
 ERROR_REASON_SERVER_STOPPING: ErrorReason
 ERROR_REASON_ROUND_TIMED_OUT: ErrorReason
+ERROR_REASON_TOKEN_INVALID: ErrorReason
+ERROR_REASON_ROLE_INSUFFICIENT: ErrorReason
 
 class Variable(_message.Message):
     __slots__ = ("name", "data_type", "shape", "part")
@@ -322,6 +326,22 @@ class LeaveRequest(_message.Message):
 class LeaveResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class JoinRequest(_message.Message):
+    __slots__ = ("incarnation", "task_index")
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    TASK_INDEX_FIELD_NUMBER: _ClassVar[int]
+    incarnation: bytes
+    task_index: int
+    def __init__(self, incarnation: _Optional[bytes] = ..., task_index: _Optional[int] = ...) -> None: ...
+
+class JoinResponse(_message.Message):
+    __slots__ = ("task_index", "num_workers")
+    TASK_INDEX_FIELD_NUMBER: _ClassVar[int]
+    NUM_WORKERS_FIELD_NUMBER: _ClassVar[int]
+    task_index: int
+    num_workers: int
+    def __init__(self, task_index: _Optional[int] = ..., num_workers: _Optional[int] = ...) -> None: ...
 
 class GetStatusRequest(_message.Message):
     __slots__ = ()

@@ -60,6 +60,11 @@ class ParameterServerStub(object):
                 request_serializer=modelaverage_dot_v1_dot_parameter__server__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=modelaverage_dot_v1_dot_parameter__server__pb2.GetStatusResponse.FromString,
                 _registered_method=True)
+        self.Join = channel.unary_stream(
+                '/modelaverage.v1.ParameterServer/Join',
+                request_serializer=modelaverage_dot_v1_dot_parameter__server__pb2.JoinRequest.SerializeToString,
+                response_deserializer=modelaverage_dot_v1_dot_parameter__server__pb2.JoinResponse.FromString,
+                _registered_method=True)
 
 
 class ParameterServerServicer(object):
@@ -125,6 +130,18 @@ class ParameterServerServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Join(self, request, context):
+        """Gives this worker's process an index of its own, for jobs whose launcher does not. The stream stays open for as long
+        as the process lives; its messages say which index it has, or that it has to wait because all are taken. When the
+        stream breaks, the index is kept for its process for a few seconds: it may call again. `Leave` with the same
+        incarnation gives it back at once. A client that knows its index need not call this.
+
+        Errors: INCARNATION_INVALID, ROUND_FULL (no such index), PUSH_SUPERSEDED (a newer call of the same process).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ParameterServerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -152,6 +169,11 @@ def add_ParameterServerServicer_to_server(servicer, server):
                     servicer.GetStatus,
                     request_deserializer=modelaverage_dot_v1_dot_parameter__server__pb2.GetStatusRequest.FromString,
                     response_serializer=modelaverage_dot_v1_dot_parameter__server__pb2.GetStatusResponse.SerializeToString,
+            ),
+            'Join': grpc.unary_stream_rpc_method_handler(
+                    servicer.Join,
+                    request_deserializer=modelaverage_dot_v1_dot_parameter__server__pb2.JoinRequest.FromString,
+                    response_serializer=modelaverage_dot_v1_dot_parameter__server__pb2.JoinResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -290,6 +312,33 @@ class ParameterServer(object):
             '/modelaverage.v1.ParameterServer/GetStatus',
             modelaverage_dot_v1_dot_parameter__server__pb2.GetStatusRequest.SerializeToString,
             modelaverage_dot_v1_dot_parameter__server__pb2.GetStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Join(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/modelaverage.v1.ParameterServer/Join',
+            modelaverage_dot_v1_dot_parameter__server__pb2.JoinRequest.SerializeToString,
+            modelaverage_dot_v1_dot_parameter__server__pb2.JoinResponse.FromString,
             options,
             channel_credentials,
             insecure,

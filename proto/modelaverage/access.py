@@ -1,0 +1,72 @@
+"""The way to parameter servers: channels, the token in every call, and what is wrong when no channel comes about."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from modelaverage import handshake
+from modelaverage.errors import SecurityError
+from modelaverage.pem import read_authorities, read_identity
+from modelaverage.security import Security
+from modelaverage.tokens import bearer, read_tokens
+from modelaverage.watched_files import WatchedFiles
+
+__all__ = ["Access"]
+
+_log = logging.getLogger("modelaverage")
+_Metadata = tuple[tuple[str, str], ...]
+
+
+class Access:
+    """What opens channels to servers and signs calls. For any thread.
+
+    Args:
+        security: whom to trust and what to show. Its files are read here; that of the token again when it changes.
+
+    Raises:
+        SecurityError: a file is missing or unusable; names it.
+    """
+
+    def __init__(self, security: Security) -> None:
+        self._tls = tls = security.tls
+        self._credentials: grpc.ChannelCredentials | None = None
+        if tls is not None:
+            authorities = None if tls.ca_file is None else read_authorities(Path(tls.ca_file))
+            cert = key = None
+            if tls.cert_file is not None and tls.key_file is not None:
+                cert, key = read_identity(Path(tls.cert_file), Path(tls.key_file))
+            self._credentials = grpc.ssl_channel_credentials(authorities, key, cert)
+        self._token: WatchedFiles[_Metadata] | None = None
+        self._metadata: _Metadata = () if security.token is None else bearer(security.token)
+        if security.token_file is not None:
+            path = Path(security.token_file)
+            self._token = WatchedFiles((path,), lambda: bearer(read_tokens(path)[0]), _keep_token)
+
+    def channel(self, address: str, options: Sequence[tuple[str, Any]] = ()) -> grpc.Channel:
+        """A channel to a server. Unix sockets are in plain text: what goes there does not leave the host."""
+        if self._credentials is None or self._tls is None or address.startswith("unix:"):
+            return grpc.insecure_channel(address, options=options)
+        if self._tls.server_name is not None:
+            options = [*options, ("grpc.ssl_target_name_override", self._tls.server_name)]
+        return grpc.secure_channel(address, self._credentials, options=options)
+
+    @property
+    def metadata(self) -> _Metadata:
+        """What the next call has to carry."""
+        return self._metadata if self._token is None else self._token.get()
+
+    def problem(self, address: str) -> str | None:
+        """Why a server at ``address`` and this client do not trust each other; None: that is not what is wrong.
+
+        It asks the server, for a few seconds at most: gRPC takes a server that it does not trust for one that is away.
+        """
+        return handshake.problem(address, self._tls)
+
+
+def _keep_token(error: SecurityError) -> None:
+    _log.warning("%s; going on with the token from before", error)

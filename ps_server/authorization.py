@@ -1,0 +1,91 @@
+"""Who may make which call. Pure: no I/O, no gRPC."""
+
+from __future__ import annotations
+
+import enum
+import hmac
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from modelaverage import wire
+from modelaverage.errors import ModelAverageError, Reason, refusal
+
+__all__ = ["LEAST_ROLES", "OPEN_SERVICES", "Role", "Tokens", "check"]
+
+
+class Role(enum.IntEnum):
+    """What the holder of a token may do; each may do what those before it may."""
+
+    READER = 1
+    """Pull, and see the status."""
+    WORKER = 2
+    """Push, and say goodbye."""
+    CHIEF = 3
+    """Initialize the center."""
+
+
+# The least role for each call; what is not here needs the greatest.
+LEAST_ROLES: Mapping[str, Role] = {
+    f"/{wire.SERVICE}/GetStatus": Role.READER,
+    f"/{wire.SERVICE}/Pull": Role.READER,
+    f"/{wire.SERVICE}/PushAndAverage": Role.WORKER,
+    f"/{wire.SERVICE}/Leave": Role.WORKER,
+    f"/{wire.SERVICE}/Join": Role.WORKER,
+    f"/{wire.SERVICE}/Initialize": Role.CHIEF,
+    # It lists what is in the published .proto.
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": Role.READER,
+}
+# Orchestrators ask for health and have no token; the answer is one word.
+OPEN_SERVICES = ("/grpc.health.v1.Health/",)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens that a server knows.
+
+    Args:
+        roles: the role of each.
+    """
+
+    roles: Mapping[str, Role]
+
+    def role_of(self, token: str) -> Role | None:
+        """The role of a token; None if it is unknown. The time that it takes does not tell how much of it is right."""
+        found = None
+        sent = token.encode("utf-8", "surrogateescape")
+        for known, role in self.roles.items():
+            if hmac.compare_digest(known.encode(), sent):
+                found = role  # no early end: not even which token it is can be timed
+        return found
+
+
+def check(tokens: Tokens, method: str, sent: Sequence[str]) -> ModelAverageError | None:
+    """The refusal of a call; None: it may go on.
+
+    Args:
+        tokens: those that the server knows.
+        method: the call's full name, such as /package.Service/Method.
+        sent: the tokens that it carries: one, or something is wrong.
+    """
+    if method.startswith(OPEN_SERVICES):
+        return None
+    if not sent:
+        return refusal(
+            Reason.TOKEN_INVALID,
+            "the call carries no token, and this server wants one; give the client its token file (MA_TOKEN_FILE)",
+        )
+    role = tokens.role_of(sent[0]) if len(sent) == 1 else None
+    if role is None:
+        return refusal(
+            Reason.TOKEN_INVALID,
+            "the server does not know the token that the call carries; give the client the token in the file that the "
+            "server was started with",
+        )
+    needed = LEAST_ROLES.get(method, Role.CHIEF)
+    if role < needed:
+        name = method.rpartition("/")[2]
+        return refusal(
+            Reason.ROLE_INSUFFICIENT,
+            f"a {role.name.lower()}'s token may not call {name}; it takes a {needed.name.lower()}'s",
+        )
+    return None
