@@ -133,6 +133,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--no-shared-memory", action="store_true", help="workers on this host send their bytes inline like all others"
     )
+    command.add_argument(
+        "--metrics-bind",
+        metavar="ADDRESS",
+        help="serve metrics for Prometheus at http://ADDRESS/metrics, HOST:PORT (port 0: any free one). They are neither "
+        "encrypted nor authenticated: on anything but loopback, anybody can read them, and the workers' names (nowhere)",
+    )
     command.add_argument("--verbose", action="store_true", help="log refused calls and every round")
     command.set_defaults(run=_serve)
 
@@ -201,12 +207,18 @@ def _serve(arguments: argparse.Namespace) -> int:
             else CheckpointPolicy(arguments.checkpoint_dir, arguments.checkpoint_every_rounds),
         ),
         ready_file=arguments.ready_file,
+        metrics_bind=arguments.metrics_bind,
     )
 
     async def run() -> None:
         stop = asyncio.Event()
         stop_on_signals(stop)
-        await serve(config, stop, ready=lambda at: print(f"ps-server: listening on {', '.join(at)}", flush=True))
+        await serve(
+            config,
+            stop,
+            ready=lambda at: print(f"ps-server: listening on {', '.join(at)}", flush=True),
+            metrics_ready=lambda at: print(f"ps-server: metrics at http://{at}/metrics", flush=True),
+        )
 
     asyncio.run(run())
     return 0

@@ -66,6 +66,11 @@ class Call:
         self._watchdog = self._loop.call_later(stall_timeout_s, self._watch)
         self.ended: asyncio.Future[None] = self._loop.create_future()
 
+    @property
+    def peer(self) -> str:
+        """Where the client is, as gRPC names it, such as ``ipv4:10.0.0.7:51234``."""
+        return str(self._context.peer())
+
     def fail(self, error: BaseException) -> None:
         """Ends the call with ``error``, whatever it is blocked in. The first failure counts."""
         if self.failure is None and self._task is not None:

@@ -9,8 +9,8 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Callable
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import grpc.aio
 from modelaverage.tuning import CHANNEL_OPTIONS, keep_freed_memory
 from ps_server.checkpoint import Checkpoint, CheckpointError, load_latest
 from ps_server.keeper import CheckpointPolicy
+from ps_server.metrics import MetricsError, serve_metrics
 from ps_server.service import ParameterServerService, ServicePolicy
 
 __all__ = ["ServerConfig", "UnusableSettingError", "serve", "stop_on_signals"]
@@ -49,16 +50,23 @@ class ServerConfig:
         policy: what the service does.
         ready_file: where to write ``{"address": ..., "addresses": [...], "pid": ...}`` once it listens; None: nowhere.
         grace_s: how long calls that are under way may take to finish after SIGTERM.
+        metrics_bind: where to serve metrics for Prometheus, HOST:PORT (port 0 takes a free one); None: nowhere.
     """
 
     binds: tuple[str, ...]
     policy: ServicePolicy
     ready_file: Path | None = None
     grace_s: float = 5.0
+    metrics_bind: str | None = None
 
 
-async def serve(config: ServerConfig, stop: asyncio.Event, ready: Callable[[list[str]], None]) -> None:
-    """Serves until ``stop`` is set; calls ``ready`` with the real addresses once it listens.
+async def serve(
+    config: ServerConfig,
+    stop: asyncio.Event,
+    ready: Callable[[list[str]], None],
+    metrics_ready: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Serves until ``stop`` is set; calls ``ready`` with the real addresses once it listens, then ``metrics_ready``.
 
     Raises:
         UnusableSettingError: an address is malformed, not of this machine, or taken; the file cannot be written; the
@@ -69,7 +77,14 @@ async def serve(config: ServerConfig, stop: asyncio.Event, ready: Callable[[list
     with lock:
         service = ParameterServerService(config.policy, restored=restored)
         del restored  # as large as the model
-        await _serve(config, service, stop, ready)
+        async with _metrics(config.metrics_bind, service) as metrics_at:
+
+            def listening(addresses: list[str]) -> None:
+                ready(addresses)
+                if metrics_at:
+                    metrics_ready(metrics_at)
+
+            await _serve(config, service, stop, listening)
 
 
 async def _serve(
@@ -90,6 +105,25 @@ async def _serve(
     _log.info("stopping")
     await service.stop(config.grace_s)
     await server.stop(grace=1.0)
+
+
+@asynccontextmanager
+async def _metrics(bind: str | None, service: ParameterServerService) -> AsyncIterator[str]:
+    """Metrics are served meanwhile; their real address, empty if there is none."""
+    if bind is None:
+        yield ""
+        return
+    host, colon, port_text = bind.rpartition(":")
+    if not colon or not host or not (port_text.isascii() and port_text.isdigit()) or int(port_text) > 65535:
+        raise UnusableSettingError(f"--metrics-bind {bind!r} is not HOST:PORT, such as 127.0.0.1:9464")
+    try:
+        port, end = serve_metrics(host.strip("[]"), int(port_text), service.metrics_sample)
+    except MetricsError as error:
+        raise UnusableSettingError(f"cannot serve metrics on --metrics-bind {bind}: {error}") from None
+    try:
+        yield f"{host}:{port}"
+    finally:
+        end()
 
 
 def _open_checkpoints(policy: CheckpointPolicy | None) -> tuple[ExitStack, Checkpoint | None]:

@@ -23,6 +23,8 @@ from ps_server.center import Center, check_fragment_size
 from ps_server.checkpoint import Checkpoint
 from ps_server.job import Job
 from ps_server.keeper import CheckpointPolicy, Keeper
+from ps_server.metrics import MetricsSample
+from ps_server.observations import Observations
 from ps_server.policy import RoundPolicy
 from ps_server.roster import Roster
 from ps_server.round import Round, check_fragment_order
@@ -82,7 +84,8 @@ class ParameterServerService:
         self._pulls_waiting: set[Call] = set()
         self._roster = Roster()
         self._traffic = Traffic()
-        self._keeper = None if policy.checkpoints is None else Keeper(policy.checkpoints)
+        self._observations = Observations()
+        self._keeper = None if policy.checkpoints is None else Keeper(policy.checkpoints, self._observations, clock)
         if restored is not None:
             self._job = self._restored(restored)
 
@@ -169,7 +172,7 @@ class ParameterServerService:
 
     def _new_job(self, center: Center, round_: Round) -> Job:
         self._initialized.set()
-        return Job(center, round_, self._roster, self._clock, self._keeper)
+        return Job(center, round_, self._roster, self._clock, self._keeper, self._observations)
 
     def _restored(self, checkpoint: Checkpoint) -> Job:
         manifest = checkpoint.manifest
@@ -262,7 +265,12 @@ class ParameterServerService:
 
         return await self._serve("Leave", context, body)
 
-    # GetStatus
+    # GetStatus and the metrics
+
+    def metrics_sample(self) -> MetricsSample:
+        """What the metrics show at this moment. To be called on the event loop."""
+        lateness_sum_s = {worker_id: record.lateness_sum_s for worker_id, record in self._roster.records.items()}
+        return MetricsSample(self._status(), self._observations, self._traffic, lateness_sum_s)
 
     async def _get_status(self, request: bytes, context: Context) -> bytes:
         async def body(_: Call) -> bytes:
@@ -281,6 +289,9 @@ class ParameterServerService:
             sent_bytes=self._traffic.sent_bytes,
             shared_bytes=self._traffic.shared_bytes,
             uptime_s=now_s - self._started_at_s,
+            rounds_committed=self._observations.rounds_committed,
+            rounds_per_minute=self._observations.rounds_per_minute(now_s),
+            pushes_retried=self._observations.pushes_retried,
         )
         complete: frozenset[str] = frozenset()
         job = self._job
@@ -296,6 +307,7 @@ class ParameterServerService:
             status.rounds_restarted = job.rounds_restarted
             status.rounds_without_all = job.rounds_without_all
             status.stale_pushes = job.stale_pushes
+            status.connected_workers = job.connected_workers
             status.round_age_s = job.round.age_s(now_s)
             status.phase = pb.PHASE_AVERAGING if job.round.under_way else pb.PHASE_IDLE
             if job.round.under_way:
@@ -306,6 +318,8 @@ class ParameterServerService:
             status.checkpoint_problem = self._keeper.problem
             if self._keeper.step is not None:
                 status.checkpoint_step = self._keeper.step
+            if self._keeper.written_at_s is not None:
+                status.checkpoint_age_s = now_s - self._keeper.written_at_s
         if self._stopping:
             status.phase = pb.PHASE_STOPPING
         for worker_id, record in sorted(self._roster.records.items()):
@@ -318,6 +332,10 @@ class ParameterServerService:
                 last_seen_age_s=now_s - record.last_seen_at_s,
                 nonfinite_values=record.nonfinite_values,
                 pushes_counted=record.pushes_counted,
+                lateness_s=record.lateness_s,
+                loss=record.loss,
+                transport=record.transport,
+                peer=record.peer,
             )
         return status
 
@@ -339,6 +357,7 @@ class ParameterServerService:
         finally:
             self._calls.discard(call)
             call.end()
+        self._observations.refused[error.reason.name] += 1
         _log.info("%s refused: %s: %s", name, error.reason.name, error)
         await context.abort(
             grpc.StatusCode[FAULTS[error.reason].status],

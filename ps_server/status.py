@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,9 @@ from modelaverage import wire
 from modelaverage.v1 import parameter_server_pb2 as pb
 
 __all__ = ["NoAnswerError", "as_json", "as_text", "fetch"]
+
+# JSON has no such numbers; these are the words of protobuf's own JSON.
+_NOT_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
 
 
 class NoAnswerError(Exception):
@@ -50,8 +54,12 @@ def _plain(message: Message) -> dict[str, Any]:
             plain[field.name] = field.enum_type.values_by_number[value].name
         elif field.is_repeated:
             plain[field.name] = [_plain(item) if field.message_type else item for item in value]
+        elif field.has_presence and not message.HasField(field.name):
+            plain[field.name] = None
         elif field.message_type is not None:
-            plain[field.name] = _plain(value) if message.HasField(field.name) else None
+            plain[field.name] = _plain(value)
+        elif isinstance(value, float) and not math.isfinite(value):
+            plain[field.name] = _NOT_FINITE[repr(value)]
         else:
             plain[field.name] = value.hex() if isinstance(value, bytes) else value
     return plain

@@ -19,9 +19,9 @@ from tests.jobs import Job, running
 class RunningServer:
     """A parameter server on a free port of loopback."""
 
-    def __init__(self, policy: ServicePolicy) -> None:
-        self.address = ""
-        self._config = ServerConfig(("127.0.0.1:0",), policy, grace_s=2.0)
+    def __init__(self, policy: ServicePolicy, metrics_bind: str | None = None) -> None:
+        self.address = self.metrics_address = ""
+        self._config = ServerConfig(("127.0.0.1:0",), policy, grace_s=2.0, metrics_bind=metrics_bind)
         self._ready = threading.Event()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -43,9 +43,14 @@ class RunningServer:
 
         def ready(addresses: list[str]) -> None:
             self.address = addresses[0]
+            if self._config.metrics_bind is None:
+                self._ready.set()
+
+        def metrics_ready(address: str) -> None:
+            self.metrics_address = address
             self._ready.set()
 
-        await serve(self._config, self._stop, ready)
+        await serve(self._config, self._stop, ready, metrics_ready)
 
     def stop(self) -> None:
         """Stops it as SIGTERM would, and raises what it raised."""
@@ -74,12 +79,14 @@ def start_server() -> Iterator[StartServer]:
         stall_timeout_s: float = 30.0,
         shared: bool = False,
         checkpoints: CheckpointPolicy | None = None,
+        metrics_bind: str | None = None,
     ) -> RunningServer:
         round_policy = RoundPolicy.strict(policy) if isinstance(policy, int) else policy
         shared_memory_from_bytes = 0 if shared else math.inf
         servers.append(
             RunningServer(
-                ServicePolicy(round_policy, max_model_bytes, stall_timeout_s, shared_memory_from_bytes, checkpoints)
+                ServicePolicy(round_policy, max_model_bytes, stall_timeout_s, shared_memory_from_bytes, checkpoints),
+                metrics_bind,
             )
         )
         return servers[-1]
