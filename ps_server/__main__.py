@@ -8,19 +8,24 @@ import logging
 import math
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 # gRPC's own log would answer a taken port with a page of C++; set before it is imported.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
+from modelaverage.logs import event, log_json, say
 from ps_server import status
 from ps_server.export import ExportError, export
 from ps_server.keeper import CheckpointPolicy
 from ps_server.policy import RoundPolicy
 from ps_server.server import ServerConfig, UnusableSettingError, serve, stop_on_signals
 from ps_server.service import DEFAULT_SHARED_MEMORY_FROM_BYTES, ServicePolicy
+from ps_server.watch import watch
 
 __all__ = ["main"]
+
+_log = logging.getLogger("ps_server")
 
 _SERVE_EXAMPLES = """\
 examples:
@@ -36,6 +41,8 @@ examples:
   ps-server status 127.0.0.1:2222
   ps-server status 127.0.0.1:2222 --json | jq .waiting_for
   ps-server status ps0:2222 ps1:2222                   a job with two servers
+  ps-server status ps0:2222 ps1:2222 --watch           a live view of both
+  ps-server status 127.0.0.1:2222 --watch 10 --json    a line of JSON every 10 s
 """
 _EXPORT_EXAMPLES = """\
 examples:
@@ -47,12 +54,31 @@ examples:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse_args(_spelled_out(sys.argv[1:] if argv is None else argv))
     try:
         return int(arguments.run(arguments))
     except UnusableSettingError as error:
-        print(f"ps-server: {error}", file=sys.stderr)
+        if getattr(arguments, "log_json", False):
+            _log.error("%s", error, extra=event("failed", cause=str(error)))
+        else:
+            print(f"ps-server: {error}", file=sys.stderr)
         return 1
+
+
+def _spelled_out(argv: list[str]) -> list[str]:
+    """So that `status --watch ADDRESS` does not take the address for the interval."""
+    return [
+        "--watch=1" if word == "--watch" and not _is_number(after) else word
+        for word, after in zip(argv, [*argv[1:], ""], strict=True)
+    ]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -136,10 +162,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--metrics-bind",
         metavar="ADDRESS",
-        help="serve metrics for Prometheus at http://ADDRESS/metrics, HOST:PORT (port 0: any free one). They are neither "
-        "encrypted nor authenticated: on anything but loopback, anybody can read them, and the workers' names (nowhere)",
+        help="serve metrics for Prometheus at http://ADDRESS/metrics, HOST:PORT (port 0: any free one). They are not "
+        "encrypted and not authenticated: on any address but loopback, everybody can read them (nowhere)",
     )
     command.add_argument("--verbose", action="store_true", help="log refused calls and every round")
+    command.add_argument(
+        "--log-json", action="store_true", help="every line is a JSON object; docs/observability.md has the fields"
+    )
     command.set_defaults(run=_serve)
 
     command = commands.add_parser(
@@ -155,7 +184,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--json",
         action="store_true",
-        help="the whole status as JSON, times in s, sizes in bytes; a list if there are several servers",
+        help="the whole status as JSON, times in s, sizes in bytes; a list if there are several servers; with --watch "
+        "an object a line",
     )
     command.add_argument(
         "--timeout-s",
@@ -163,6 +193,14 @@ def _parser() -> argparse.ArgumentParser:
         default=5.0,
         metavar="SECONDS",
         help="how long to wait for an answer (%(default)s)",
+    )
+    command.add_argument(
+        "--watch",
+        type=_seconds,
+        nargs="?",
+        const=1.0,
+        metavar="SECONDS",
+        help="look again every so often (1), until Ctrl-C: a picture in a terminal, elsewhere a line for each change",
     )
     command.set_defaults(run=_status)
 
@@ -193,7 +231,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    logging.basicConfig(format="%(asctime)s ps-server: %(message)s")
+    if arguments.log_json:
+        log_json("ps-server")
+    else:
+        logging.basicConfig(format="%(asctime)s ps-server: %(message)s")
     logging.getLogger("ps_server").setLevel(logging.DEBUG if arguments.verbose else logging.WARNING)
     config = ServerConfig(
         binds=tuple(arguments.bind or ["127.0.0.1:2222"]),
@@ -210,14 +251,16 @@ def _serve(arguments: argparse.Namespace) -> int:
         metrics_bind=arguments.metrics_bind,
     )
 
+    tell = partial(say, "ps-server", arguments.log_json)
+
     async def run() -> None:
         stop = asyncio.Event()
         stop_on_signals(stop)
         await serve(
             config,
             stop,
-            ready=lambda at: print(f"ps-server: listening on {', '.join(at)}", flush=True),
-            metrics_ready=lambda at: print(f"ps-server: metrics at http://{at}/metrics", flush=True),
+            ready=lambda at: tell(f"listening on {', '.join(at)}", event("listening", addresses=at)),
+            metrics_ready=lambda at: tell(f"metrics at http://{at}/metrics", event("metrics_listening", address=at)),
         )
 
     asyncio.run(run())
@@ -243,10 +286,16 @@ def _round_policy(arguments: argparse.Namespace) -> RoundPolicy:
 
 
 def _status(arguments: argparse.Namespace) -> int:
+    fetch = partial(status.fetch, timeout_s=arguments.timeout_s)
+    if arguments.watch is not None:
+        # One server that is away must not keep the others from being shown.
+        timeout_s = min(arguments.timeout_s, max(1.0, arguments.watch))
+        watch(arguments.addresses, partial(fetch, timeout_s=timeout_s), arguments.watch, arguments.json)
+        return 0
     answers = []
     for address in arguments.addresses:
         try:
-            answers.append(status.fetch(address, arguments.timeout_s))
+            answers.append(fetch(address))
         except status.NoAnswerError as error:
             print(f"ps-server: {error}", file=sys.stderr)
     if arguments.json and answers:

@@ -52,6 +52,8 @@ class Call:
         self.number = next(_numbers)
         self.expecting = False
         """True while the client owes messages."""
+        self.worker_id = ""
+        """Who calls, as far as is known; for the log."""
         self._context = context
         self._traffic = traffic
         self._stall_timeout_s = stall_timeout_s

@@ -15,6 +15,7 @@ from functools import lru_cache
 
 from modelaverage import wire
 from modelaverage.errors import ModelAverageError, Reason, refusal
+from modelaverage.logs import event
 from modelaverage.manifest import Manifest
 from modelaverage.outcome import Outcome
 from modelaverage.shared_memory import Segment
@@ -332,7 +333,12 @@ class Job:
             try:
                 segment = Segment.create(self.manifest.buffer_size_bytes, for_clients_to_write=True)
             except OSError as error:
-                _log.warning("no shared memory for %r: %s; its fragments come inline", push.worker_id, error)
+                _log.warning(
+                    "no shared memory for %r: %s; its fragments come inline",
+                    push.worker_id,
+                    error,
+                    extra=event("no_shared_memory", worker=push.worker_id),
+                )
                 return None
             self._lent.pop(push.worker_id, None)
             self._lent[push.worker_id] = push.incarnation, segment
@@ -381,7 +387,9 @@ class Job:
                     self._average = _Average(self.center.next)
                     self.rounds_restarted += 1
                     self._observations.started_over()
-                    _log.warning("round %d starts over: %s", self.round.global_step, cause)
+                    step = self.round.global_step
+                    why = event("round_restarted", round=step, cause=cause)
+                    _log.warning("round %d starts over: %s", step, cause, extra=why)
                 case TimeOut(streams, waited_s):
                     self._time_out(streams, waited_s)
                 case Commit():
@@ -419,7 +427,14 @@ class Job:
         self._roster.count(self._observations.committed(commit.contributors, self._clock()))
         self.last_round_s = commit.round_s
         self.rounds_without_all += len(commit.contributors) < self.round.policy.num_workers
-        _log.debug("global_step %d: averaged %s", commit.global_step, ", ".join(commit.contributors))
+        _log.debug(
+            "global_step %d: averaged %s",
+            commit.global_step,
+            ", ".join(commit.contributors),
+            extra=event(
+                "round_committed", round=commit.global_step - 1, workers=commit.contributors, round_s=commit.round_s
+            ),
+        )
         if self._keeper is None or not self._keeper.is_due(commit.global_step):
             sending.since_s = self._clock()
             _answer(outcomes, held)
@@ -485,7 +500,19 @@ class Job:
     def _give_notice(self, gap_s: float) -> None:
         names, unknown = self.missing()
         age_s = self.round.age_s(self._clock())
-        _log.warning("round %d has waited %.0f s for %s", self.round.global_step, age_s, self._missing_text())
+        _log.warning(
+            "round %d has waited %.0f s for %s",
+            self.round.global_step,
+            age_s,
+            self._missing_text(),
+            extra=event(
+                "round_waits",
+                round=self.round.global_step,
+                waited_s=age_s,
+                waiting_for=names,
+                waiting_for_unknown=unknown,
+            ),
+        )
         for part in self._parts.values():
             if part.average is self._average:
                 part.notice = pb.WaitingNotice(waiting_for=names, waiting_for_unknown=unknown, round_age_s=age_s)

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from modelaverage.logs import event
 from ps_server import checkpoint as files
 from ps_server.checkpoint import Checkpoint
 from ps_server.observations import Observations
@@ -122,7 +123,11 @@ class Keeper:
         self._observations.checkpoint_failures += 1
         problem = f"no {missing} in {self._policy.directory}: {error.strerror or error}"
         if problem != last:  # once, not every round
-            _log.warning("%s; the server goes on, and older checkpoints stay", problem)
+            _log.warning(
+                "%s; the server goes on, and older checkpoints stay",
+                problem,
+                extra=event("checkpoint_failed", path=str(self._policy.directory), cause=error.strerror or str(error)),
+            )
         return problem
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import grpc.aio
 
+from modelaverage.logs import event
 from modelaverage.tuning import CHANNEL_OPTIONS, keep_freed_memory
 from ps_server.checkpoint import Checkpoint, CheckpointError, load_latest
 from ps_server.keeper import CheckpointPolicy
@@ -102,7 +103,7 @@ async def _serve(
             raise UnusableSettingError(f"cannot write --ready-file {config.ready_file}: {error.strerror}") from None
     ready(addresses)
     await stop.wait()
-    _log.info("stopping")
+    _log.info("stopping", extra=event("stopping"))
     await service.stop(config.grace_s)
     await server.stop(grace=1.0)
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from modelaverage import wire
 from modelaverage.checks import check_global_step, check_incarnation, check_worker_id
 from modelaverage.errors import FAULTS, REASON_METADATA_KEY, REASON_PREFIX, ModelAverageError, Reason, refusal
+from modelaverage.logs import event
 from modelaverage.manifest import Manifest, first_difference
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.call import Call, Context, Traffic
@@ -129,6 +130,7 @@ class ParameterServerService:
 
     async def _receive_center(self, call: Call) -> pb.InitializeResponse:
         header = await call.read_header(pb.InitializeRequest)
+        call.worker_id = header.worker_id
         check_worker_id(header.worker_id)
         check_global_step(header.global_step)
         manifest = wire.manifest_from_message(header.manifest)
@@ -151,6 +153,14 @@ class ParameterServerService:
                     len(manifest.variables),
                     manifest.size_bytes,
                     header.global_step,
+                    extra=event(
+                        "center_initialized",
+                        worker=header.worker_id,
+                        peer=call.peer,
+                        round=header.global_step,
+                        variables=len(manifest.variables),
+                        size_bytes=manifest.size_bytes,
+                    ),
                 )
         job = self._job
         difference = first_difference(manifest.variables, job.manifest.variables, "in the call", "on the server")
@@ -221,7 +231,11 @@ class ParameterServerService:
             try:
                 return Center(manifest, shared=True)
             except OSError as error:
-                _log.warning("no shared memory for the center: %s; all bytes go inline", error)
+                _log.warning(
+                    "no shared memory for the center: %s; all bytes go inline",
+                    error,
+                    extra=event("no_shared_memory", worker=None),
+                )
         return Center(manifest)
 
     # Pull
@@ -229,6 +243,7 @@ class ParameterServerService:
     async def _pull(self, request: bytes, context: Context) -> None:
         async def body(call: Call) -> None:
             message = wire.parse(pb.PullRequest, request)
+            call.worker_id = message.worker_id
             check_worker_id(message.worker_id)
             if message.wait_initialized:
                 self._roster.heard_of(message.worker_id, self._clock())
@@ -248,6 +263,7 @@ class ParameterServerService:
     async def _push_and_average(self, _: object, context: Context) -> None:
         async def body(call: Call) -> None:
             header = await call.read_header(pb.PushAndAverageRequest)
+            call.worker_id = header.worker_id
             await self._require_job().take_part(call, header)
 
         await self._serve("PushAndAverage", context, body)
@@ -255,8 +271,9 @@ class ParameterServerService:
     # Leave
 
     async def _leave(self, request: bytes, context: Context) -> bytes:
-        async def body(_: Call) -> bytes:
+        async def body(call: Call) -> bytes:
             message = wire.parse(pb.LeaveRequest, request)
+            call.worker_id = message.worker_id
             check_worker_id(message.worker_id)
             check_incarnation(message.incarnation)
             if self._job is not None:
@@ -358,7 +375,13 @@ class ParameterServerService:
             self._calls.discard(call)
             call.end()
         self._observations.refused[error.reason.name] += 1
-        _log.info("%s refused: %s: %s", name, error.reason.name, error)
+        _log.info(
+            "%s refused: %s: %s",
+            name,
+            error.reason.name,
+            error,
+            extra=event("call_refused", rpc=name, reason=error.reason.name, worker=call.worker_id, peer=call.peer),
+        )
         await context.abort(
             grpc.StatusCode[FAULTS[error.reason].status],
             _short(str(error)),
