@@ -430,7 +430,7 @@ class Job:
         _log.debug(
             "global_step %d: averaged %s",
             commit.global_step,
-            ", ".join(commit.contributors),
+            ", ".join(w if w.isprintable() else repr(w) for w in commit.contributors),
             extra=event(
                 "round_committed", round=commit.global_step - 1, workers=commit.contributors, round_s=commit.round_s
             ),

@@ -19,7 +19,7 @@ from ps_server.watch import Seen
 __all__ = ["picture", "show"]
 
 _MISSING = "-"
-_ALARM = "bold red"
+_ALARM = "bold not dim red"
 
 
 def show(samples: Iterable[Sequence[Seen]], console: Console | None = None) -> None:

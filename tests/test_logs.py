@@ -1,4 +1,4 @@
-"""What a line of the log has in it: every event and its fields are in one table, and with --log-json all of it is JSON."""
+"""What a line of the log has in it: every event and its fields are in one table; with --log-json all of it is JSON."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from google.protobuf.message import Message
 
 from modelaverage.logs import COMMON_FIELDS, EVENTS
 from tests.jobs import Job, of
-from tests.raw_client import RawClient, until
+from tests.raw_client import RawClient, fragments_of, until
 from tests.test_server_process import ServerProcess
 from tests.test_structure import MODULES, ROOT, tree_of
 
@@ -77,14 +78,13 @@ def test_every_line_of_a_run_with_faults_is_json(tmp_path: Path) -> None:
         address = listening["addresses"][0]
         with RawClient(address) as client:
             job = Job(client, address)
-            job.push("a", of(7)).answer()  # alone: the round waits for the time of grace
-            client.open_push().send(b"\xff\xff")
-            client.open_push().send(job.header("x" * 3000))
-            job.header("evil\n{}", base_step=4)
             job.break_off("a\n{}", of(1), 1)
-            client.open_initialize().half_close()
-            until(lambda: client.status().global_step == 4, "the round has committed")
-        (tmp_path / "center-0000000000000099.safetensors").write_bytes(b"torn")
+            stream, first = job.restarted("a\n{}")
+            stream.give(fragments_of(of(2)), first)
+            stream.half_close()
+            stream.answer()  # alone: the round waits for the time of grace
+            assert refusal_of(client, b"\xff\xff") == "MESSAGE_MALFORMED"
+            assert refusal_of(client, job.header("x" * 3000)) == "WORKER_ID_INVALID"
         server.signal(signal.SIGTERM)
         code, out, err = server.end()
     assert code == 0, err
@@ -97,7 +97,7 @@ def test_every_line_of_a_run_with_faults_is_json(tmp_path: Path) -> None:
         "round_committed",
         "call_refused",
     } <= by_event.keys()
-    assert by_event["round_committed"]["workers"] == ["a"]
+    assert by_event["round_committed"]["workers"] == ["a\n{}"]
     assert by_event["round_committed"]["round"] == 3
     assert by_event["center_initialized"]["peer"].startswith("ipv4:127.0.0.1:")
     refused = {line["reason"]: line for line in lines if line["event"] == "call_refused"}
@@ -105,6 +105,12 @@ def test_every_line_of_a_run_with_faults_is_json(tmp_path: Path) -> None:
     assert refused["WORKER_ID_INVALID"]["worker"] == "x" * 2000 + "..."
     assert {line["program"] for line in lines} == {"ps-server"}
     assert "Traceback" not in err
+
+
+def refusal_of(client: RawClient, message: Message | bytes) -> str:
+    stream = client.open_push()
+    stream.send(message)
+    return stream.refusal().reason
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
