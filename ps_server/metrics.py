@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent import futures
 from dataclasses import dataclass
 from threading import Thread
 from typing import TYPE_CHECKING
@@ -88,12 +89,20 @@ class _Collector:
         return []
 
     def collect(self) -> Iterable[Metric]:
-        """All metrics of this moment."""
+        """All metrics of this moment; none, which leaves a gap, if the event loop has no time for it or has ended."""
+        found: futures.Future[list[Metric]] = futures.Future()
 
-        async def on_the_loop() -> list[Metric]:
-            return list(_metrics(self._sample()))
+        def on_the_loop() -> None:
+            try:
+                found.set_result(list(_metrics(self._sample())))
+            except Exception as error:
+                found.set_exception(error)
 
-        return asyncio.run_coroutine_threadsafe(on_the_loop(), self._loop).result(_SAMPLE_TIMEOUT_S)
+        try:
+            self._loop.call_soon_threadsafe(on_the_loop)
+            return found.result(_SAMPLE_TIMEOUT_S)
+        except (futures.TimeoutError, RuntimeError):
+            return []
 
 
 def _metrics(sample: MetricsSample) -> Iterator[Metric]:

@@ -98,7 +98,10 @@ def as_text(status: pb.GetStatusResponse) -> str:
     if status.waiting_for or status.waiting_for_unknown:
         lines.append(f"waiting for  {missing_of(status)} (for {status.round_age_s:.1f} s)")
     for worker in status.workers:
-        notes = f", {worker.nonfinite_values} values not finite" if worker.nonfinite_values else ""
+        notes = f", loss {worker.loss:.4g}" if worker.HasField("loss") else ""
+        if worker.HasField("lateness_s"):
+            notes += f", {worker.lateness_s:.2f} s late"
+        notes += f", {worker.nonfinite_values} values not finite" if worker.nonfinite_values else ""
         chief = " (chief)" if worker.is_chief else ""
         lines.append(
             f"  {name_of(worker.worker_id)}{chief}: {state_of(worker)}, local_step {worker.local_step}, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import re
 from pathlib import Path
@@ -202,3 +203,15 @@ def test_a_scrape_does_not_change_what_the_next_one_shows(server: RunningServer)
 def test_the_phases_are_those_of_the_protocol(server: RunningServer) -> None:
     names = {name.removeprefix("PHASE_").lower() for name, _ in pb.Phase.items()} - {"unspecified"}
     assert scrape(server.metrics_address).labels("phase", "phase") == names
+
+
+def test_a_server_that_is_too_busy_or_has_ended_leaves_a_gap(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sample() -> metrics.MetricsSample:
+        raise AssertionError("nobody runs the loop")
+
+    monkeypatch.setattr(metrics, "_SAMPLE_TIMEOUT_S", 0.01)
+    loop = asyncio.new_event_loop()
+    collector = metrics._Collector(sample, loop)
+    assert list(collector.collect()) == []
+    loop.close()
+    assert list(collector.collect()) == []
