@@ -25,6 +25,7 @@ from modelaverage.errors import (
     RetryPushError,
     ServerUnavailableError,
 )
+from modelaverage.logs import event
 from modelaverage.v1 import parameter_server_pb2 as pb
 
 __all__ = ["Contribution", "Member", "Worker"]
@@ -69,12 +70,14 @@ class Contribution:
         untouched: indexes of those that are as they came from the center, ascending.
         weight: share in the average.
         local_step: for the server's status.
+        loss: for the server's status; None: it is not said.
     """
 
     values: Sequence[memoryview]
     untouched: Sequence[int]
     weight: float
     local_step: int = 0
+    loss: float | None = None
 
 
 class Member:
@@ -95,7 +98,7 @@ class Member:
         self.step: int | None = None
         self.elsewhere: Mapping[str, NDArray[Any]] | None = None
         self._worker = worker
-        self._patience = Patience(reconnect_timeout_s, lambda: shard.answered_at_s, shard.stopped)
+        self._patience = Patience(reconnect_timeout_s, lambda: shard.answered_at_s, shard.stopped, shard.address)
         self._push_id = 0
         self._loan: Loan | None = None  # the shared memory that the center came in, if it did
         self._is_copied = True  # whether that no longer matters to whoever was given the center
@@ -183,6 +186,7 @@ class Member:
             untouched_variables=contribution.untouched,
             accepts_shared_memory=self._worker.accepts_shared_memory,
             accepts_runs=True,
+            loss=contribution.loss,
         )
 
         def attempt() -> tuple[Answer, Mapping[str, NDArray[Any]] | None]:
@@ -278,6 +282,14 @@ class Member:
                     step,
                     status.round_age_s,
                     ", ".join(map(repr, status.waiting_for)) or "nobody yet",
+                    extra=event(
+                        "server_behind",
+                        peer=self.shard.address,
+                        round=status.global_step,
+                        other_round=step,
+                        waited_s=status.round_age_s,
+                        waiting_for=list(status.waiting_for),
+                    ),
                 )
                 notice_s *= 2
             if deadline.is_over:

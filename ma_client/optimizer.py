@@ -108,6 +108,9 @@ class ModelAverageOptimizer(torch.optim.Optimizer):
         self._use_locking = use_locking
         self._name = name
         self._local_step = 0
+        self.loss: float | None = None
+        """What this worker says of its loss with its next pushes, for people who look at the servers' status: set it
+        where the number is at hand. A closure's loss is taken by itself. None: nothing."""
         self._names = self._parameter_names()
         self._touched: set[str] = set()  # parameters that have had a gradient since the base step
         self._others: dict[str, bytes] = {}  # variables that `opt` does not update, as they were installed
@@ -142,6 +145,8 @@ class ModelAverageOptimizer(torch.optim.Optimizer):
             self._local_step += 1
         self._touched |= {name for parameter, name in self._names.items() if parameter.grad is not None}
         if self._local_step % self._interval_steps == 0:
+            if loss is not None:
+                self.loss = float(loss.detach() if isinstance(loss, torch.Tensor) else loss)
             self.average()
         return loss
 
@@ -357,7 +362,7 @@ class ModelAverageOptimizer(torch.optim.Optimizer):
                 "leave it trainable until the hook has begun, and freeze it then"
             )
         result = self._session.push_and_average(
-            local, local_step=self._local_step, untouched=self._untouched(local), copy=False
+            local, local_step=self._local_step, loss=self.loss, untouched=self._untouched(local), copy=False
         )
         self._install(result.center, result.untouched)
         try:

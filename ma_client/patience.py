@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from ma_client.shard import Deadline
 from modelaverage.errors import DeadlineExceededError, ModelAverageError, Reason, ServerUnavailableError
+from modelaverage.logs import event
 
 __all__ = ["Patience"]
 
@@ -29,11 +30,17 @@ class Patience:
         timeout_s: how long a server may be away in one stretch.
         answered_at_s: when it was last heard of, on the clock of `time.monotonic`.
         stopped: ends a pause between two tries; what is tried then is expected to fail at once.
+        peer: the server's address, for the log.
     """
 
     def __init__(
-        self, timeout_s: float, answered_at_s: Callable[[], float], stopped: threading.Event | None = None
+        self,
+        timeout_s: float,
+        answered_at_s: Callable[[], float],
+        stopped: threading.Event | None = None,
+        peer: str = "",
     ) -> None:
+        self._peer = peer
         self._timeout_s = timeout_s
         self._answered_at_s = answered_at_s
         self._pause = time.sleep if stopped is None else stopped.wait
@@ -61,7 +68,8 @@ class Patience:
                 in_use = error.reason is Reason.WORKER_ID_IN_USE
                 if away_since_s is None or answered or in_use != was_in_use:
                     away_since_s, sleep_s, was_in_use = now_s, _FIRST_SLEEP_S, in_use
-                    _log.warning("%s; trying again for up to %g s", error, timeout_s)
+                    what = event("server_away", peer=self._peer, cause=str(error), patience_s=timeout_s)
+                    _log.warning("%s; trying again for up to %g s", error, timeout_s, extra=what)
                 if now_s - away_since_s >= timeout_s:
                     message = f"{error} (tried again for {timeout_s:g} s)"
                     raise type(error)(message, error.reason, error.status) from None

@@ -264,6 +264,7 @@ class ParameterServerSession:
         weight: float = 1.0,
         *,
         local_step: int = 0,
+        loss: float | None = None,
         untouched: Collection[str] = (),
         timeout_s: float | None = None,
         copy: bool = True,
@@ -276,6 +277,7 @@ class ParameterServerSession:
             variables: local variables with the center's names, dtypes and shapes, in any order; nested if you like.
             weight: share in the average, from 1e-9 to 1e9.
             local_step: this worker's count of optimizer steps; shown in the server's status.
+            loss: the loss that this worker has reached; shown in the server's status. None: it is not shown.
             untouched: names of variables that are as they came from the center, for want of a gradient. What all
                 workers left untouched keeps the center's bytes.
             timeout_s: how long to wait for the other workers; None: the session's ``round_timeout_s``.
@@ -306,7 +308,7 @@ class ParameterServerSession:
             raise InvalidRequestError(f"untouched names {min(unknown)!r}, which is no center variable")
         untouched_numbers = assembly.cut_numbers({numbers[name] for name in untouched})
         contributions = [
-            Contribution(part, numbers_there, weight, local_step)
+            Contribution(part, numbers_there, weight, local_step, loss)
             for part, numbers_there in zip(assembly.cut(values), untouched_numbers, strict=True)
         ]
         outcomes = self._members.push(self.base_step, contributions, copy, deadline)

@@ -28,6 +28,7 @@ from modelaverage.errors import (
     ServerUnavailableError,
     fault_named,
 )
+from modelaverage.logs import event
 from modelaverage.outcome import Outcome
 from modelaverage.shared_memory import Segment
 from modelaverage.tuning import CHANNEL_OPTIONS, keep_freed_memory
@@ -275,7 +276,7 @@ class Shard:
                         staging.receive_elsewhere(message.shared.first, message.shared.count)
                         shared = True
                     if message.HasField("waiting"):
-                        _log_waiting(message.waiting)
+                        _log_waiting(message.waiting, header.base_step)
                     if message.HasField("outcome"):
                         staging.check_complete()
                         if message.outcome.outcome not in {outcome.value for outcome in Outcome}:
@@ -373,8 +374,15 @@ class Shard:
                 return ModelAverageError(f"{self.address} answered {code.name}: {details}")
 
 
-def _log_waiting(waiting: pb.WaitingNotice) -> None:
+def _log_waiting(waiting: pb.WaitingNotice, step: int) -> None:
     missing = [repr(worker_id) for worker_id in waiting.waiting_for]
     if waiting.waiting_for_unknown:
         missing.append(f"{waiting.waiting_for_unknown} not heard of yet")
-    _log.warning("the round has waited %.0f s for %s", waiting.round_age_s, ", ".join(missing))
+    what = event(
+        "round_waits",
+        round=step,
+        waited_s=waiting.round_age_s,
+        waiting_for=list(waiting.waiting_for),
+        waiting_for_unknown=waiting.waiting_for_unknown,
+    )
+    _log.warning("the round has waited %.0f s for %s", waiting.round_age_s, ", ".join(missing), extra=what)

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 # gRPC's own log would answer a taken port with a page of C++; set before it is imported.
@@ -15,6 +16,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 from modelaverage.access import Access
 from modelaverage.errors import SecurityError
+from modelaverage.logs import event, log_json, say
 from modelaverage.security_flags import add_security_flags, security_of
 from ps_server import status
 from ps_server.export import ExportError, export
@@ -23,8 +25,11 @@ from ps_server.policy import RoundPolicy
 from ps_server.security import ServerSecurity, add_server_security_flags
 from ps_server.server import ServerConfig, UnusableSettingError, serve, stop_on_signals
 from ps_server.service import DEFAULT_SHARED_MEMORY_FROM_BYTES, ServicePolicy
+from ps_server.watch import watch
 
 __all__ = ["main"]
+
+_log = logging.getLogger("ps_server")
 
 _SERVE_EXAMPLES = """\
 examples:
@@ -41,6 +46,8 @@ examples:
   ps-server status 127.0.0.1:2222
   ps-server status 127.0.0.1:2222 --json | jq .waiting_for
   ps-server status ps0:2222 ps1:2222                   a job with two servers
+  ps-server status ps0:2222 ps1:2222 --watch           a live view of both
+  ps-server status 127.0.0.1:2222 --watch 10 --json    a line of JSON every 10 s
 """
 _EXPORT_EXAMPLES = """\
 examples:
@@ -52,12 +59,31 @@ examples:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse_args(_spelled_out(sys.argv[1:] if argv is None else argv))
     try:
         return int(arguments.run(arguments))
     except (SecurityError, UnusableSettingError) as error:
-        print(f"ps-server: {error}", file=sys.stderr)
+        if getattr(arguments, "log_json", False):
+            _log.error("%s", error, extra=event("failed", cause=str(error)))
+        else:
+            print(f"ps-server: {error}", file=sys.stderr)
         return 1
+
+
+def _spelled_out(argv: list[str]) -> list[str]:
+    """So that `status --watch ADDRESS` does not take the address for the interval."""
+    return [
+        "--watch=1" if word == "--watch" and not _is_number(after) else word
+        for word, after in zip(argv, [*argv[1:], ""], strict=True)
+    ]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -138,8 +164,17 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--no-shared-memory", action="store_true", help="workers on this host send their bytes inline like all others"
     )
+    command.add_argument(
+        "--metrics-bind",
+        metavar="ADDRESS",
+        help="serve metrics for Prometheus at http://ADDRESS/metrics, HOST:PORT (port 0: any free one). They are not "
+        "encrypted and not authenticated: on any address but loopback, everybody can read them (nowhere)",
+    )
     command.add_argument("--verbose", action="store_true", help="log refused calls and every round")
     add_server_security_flags(command)
+    command.add_argument(
+        "--log-json", action="store_true", help="every line is a JSON object; docs/observability.md has the fields"
+    )
     command.set_defaults(run=_serve)
 
     command = commands.add_parser(
@@ -155,7 +190,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--json",
         action="store_true",
-        help="the whole status as JSON, times in s, sizes in bytes; a list if there are several servers",
+        help="the whole status as JSON, times in s, sizes in bytes; a list if there are several servers; with --watch "
+        "an object a line",
     )
     command.add_argument(
         "--timeout-s",
@@ -165,6 +201,14 @@ def _parser() -> argparse.ArgumentParser:
         help="how long to wait for an answer (%(default)s)",
     )
     add_security_flags(command)
+    command.add_argument(
+        "--watch",
+        type=_seconds,
+        nargs="?",
+        const=1.0,
+        metavar="SECONDS",
+        help="look again every so often (1), until Ctrl-C: a picture in a terminal, elsewhere a line for each change",
+    )
     command.set_defaults(run=_status)
 
     command = commands.add_parser(
@@ -195,7 +239,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    logging.basicConfig(format="%(asctime)s ps-server: %(message)s")
+    if arguments.log_json:
+        log_json("ps-server")
+    else:
+        logging.basicConfig(format="%(asctime)s ps-server: %(message)s")
     logging.getLogger("ps_server").setLevel(logging.DEBUG if arguments.verbose else logging.WARNING)
     config = ServerConfig(
         binds=tuple(arguments.bind or ["127.0.0.1:2222"]),
@@ -210,12 +257,20 @@ def _serve(arguments: argparse.Namespace) -> int:
         ),
         ready_file=arguments.ready_file,
         security=_server_security(arguments),
+        metrics_bind=arguments.metrics_bind,
     )
+
+    tell = partial(say, "ps-server", arguments.log_json)
 
     async def run() -> None:
         stop = asyncio.Event()
         stop_on_signals(stop)
-        await serve(config, stop, ready=lambda at: print(f"ps-server: listening on {', '.join(at)}", flush=True))
+        await serve(
+            config,
+            stop,
+            ready=lambda at: tell(f"listening on {', '.join(at)}", event("listening", addresses=at)),
+            metrics_ready=lambda at: tell(f"metrics at http://{at}/metrics", event("metrics_listening", address=at)),
+        )
 
     asyncio.run(run())
     return 0
@@ -252,11 +307,16 @@ def _round_policy(arguments: argparse.Namespace) -> RoundPolicy:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    access = Access(security_of(arguments))
+    fetch = partial(status.fetch, timeout_s=arguments.timeout_s, access=Access(security_of(arguments)))
+    if arguments.watch is not None:
+        # One server that is away must not keep the others from being shown.
+        timeout_s = min(arguments.timeout_s, max(1.0, arguments.watch))
+        watch(arguments.addresses, partial(fetch, timeout_s=timeout_s), arguments.watch, arguments.json)
+        return 0
     answers = []
     for address in arguments.addresses:
         try:
-            answers.append(status.fetch(address, arguments.timeout_s, access))
+            answers.append(fetch(address))
         except status.NoAnswerError as error:
             print(f"ps-server: {error}", file=sys.stderr)
     if arguments.json and answers:

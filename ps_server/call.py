@@ -52,6 +52,8 @@ class Call:
         self.number = next(_numbers)
         self.expecting = False
         """True while the client owes messages."""
+        self.worker_id = ""
+        """Who calls, as far as is known; for the log."""
         self._context = context
         self._traffic = traffic
         self._stall_timeout_s = stall_timeout_s
@@ -65,6 +67,11 @@ class Call:
         self._has_written = False
         self._watchdog = self._loop.call_later(stall_timeout_s, self._watch)
         self.ended: asyncio.Future[None] = self._loop.create_future()
+
+    @property
+    def peer(self) -> str:
+        """Where the client is, as gRPC names it, such as ``ipv4:10.0.0.7:51234``."""
+        return str(self._context.peer())
 
     def fail(self, error: BaseException) -> None:
         """Ends the call with ``error``, whatever it is blocked in. The first failure counts."""

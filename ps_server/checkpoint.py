@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from modelaverage.checks import check_global_step
 from modelaverage.errors import ModelAverageError
+from modelaverage.logs import event
 from modelaverage.manifest import ALIGNMENT_BYTES, Manifest, Part, Shard, Variable, dtype_name
 
 __all__ = [
@@ -163,7 +164,8 @@ def load_latest(directory: Path) -> Checkpoint | None:
             unfinished.unlink()
     found, passed_over = find_latest(directory)
     for path, error in passed_over:
-        _log.warning("checkpoint %s is passed over: %s", path, error)
+        why = event("checkpoint_passed_over", path=str(path), cause=str(error))
+        _log.warning("checkpoint %s is passed over: %s", path, error, extra=why)
     if found is None:
         if passed_over:
             raise CheckpointError(
@@ -171,7 +173,9 @@ def load_latest(directory: Path) -> Checkpoint | None:
             )
         return None
     path, checkpoint = found
-    _log.warning("going on from checkpoint %s, global_step %d", path, checkpoint.global_step)
+    step = checkpoint.global_step
+    what = event("checkpoint_restored", path=str(path), round=step)
+    _log.warning("going on from checkpoint %s, global_step %d", path, step, extra=what)
     return checkpoint
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 from modelaverage import wire
 from modelaverage.errors import ModelAverageError, Reason, refusal
+from modelaverage.logs import event
 from modelaverage.manifest import Manifest
 from modelaverage.outcome import Outcome
 from modelaverage.shared_memory import Segment
@@ -34,6 +36,7 @@ from ps_server.decisions import (
     TimeOut,
 )
 from ps_server.keeper import Keeper
+from ps_server.observations import Observations, Sending
 from ps_server.roster import Roster
 from ps_server.round import Round, check_fragment_order
 
@@ -72,6 +75,7 @@ class _Part:
     contribution: Segment | None = None  # where the worker may put its fragments
     shared: bool = False  # whether it does
     outcome: pb.PushOutcome | None = None  # set when its round has committed
+    sending: Sending | None = None  # the answers of that round
     held: bool = False  # whether it waits for the end of a round that it is not in
     notice: pb.WaitingNotice | None = None  # to be sent
     progress: asyncio.Event = field(default_factory=asyncio.Event)
@@ -86,10 +90,17 @@ class Job:
         roster: where to note what workers do.
         clock: seconds, monotonic.
         keeper: what keeps the center on disk; None: nothing.
+        observations: where to note what rounds take.
     """
 
     def __init__(
-        self, center: Center, round_: Round, roster: Roster, clock: Callable[[], float], keeper: Keeper | None
+        self,
+        center: Center,
+        round_: Round,
+        roster: Roster,
+        clock: Callable[[], float],
+        keeper: Keeper | None,
+        observations: Observations,
     ) -> None:
         self.center = center
         self.round = round_
@@ -102,6 +113,7 @@ class Job:
         self._roster = roster
         self._clock = clock
         self._keeper = keeper
+        self._observations = observations
         self._kept = asyncio.Event()  # unset while a commit waits for its checkpoint: nobody hears of it before
         self._kept.set()
         self._keeping: asyncio.Task[None] | None = None
@@ -134,6 +146,11 @@ class Job:
         """A worker's process goes."""
         self._apply(self.round.leave(worker_id, incarnation, self._clock()))
 
+    @property
+    def connected_workers(self) -> int:
+        """How many workers have a push open."""
+        return len({part.worker_id for part in self._parts.values()})
+
     def missing(self) -> tuple[list[str], int]:
         """Whom the round waits for: names of workers, sorted, and how many more."""
         names, unknown = self.round.waits_for
@@ -164,7 +181,8 @@ class Job:
         try:
             decisions = self.round.open(call.number, push, self._clock())
             record = self._roster.heard_of(push.worker_id, self._clock())
-            record.has_pushed, record.is_chief, record.local_step = True, header.is_chief, header.local_step
+            record.note_push(header, call.peer)
+            self._observations.pushes_retried += record.is_retry(push.key)
             answer = self._apply(decisions, part)
             match answer:
                 case CenterFollows(outcome):
@@ -184,6 +202,9 @@ class Job:
         finally:
             del self._parts[call.number]
             self._apply(self.round.close(call.number, self._clock()))
+            self._observations.ended(call.number, self.round.under_way, self._clock())
+            if part.sending is not None:
+                self._observations.answered(part.sending, call.number, self._clock())
 
     async def _receive_push(self, part: _Part, unneeded: int) -> None:
         """Adds fragments to the average until the client half-closes; ignores those below ``unneeded``."""
@@ -205,8 +226,9 @@ class Job:
                 continue
             weight, is_first = self.round.check_fragment(part.call.number, index)
             contribution = Contribution(part.worker_id, weight, values)
-            self._roster.note_nonfinite(self.center.accumulate(index, contribution, is_first))
-            decisions += self._record(part, index)
+            with self._averaging():
+                self._roster.note_nonfinite(self.center.accumulate(index, contribution, is_first))
+            decisions += self._record(part, index, shared=False)
         return decisions
 
     def _take_shared(self, part: _Part, fragments: pb.SharedFragments) -> list[Decision]:
@@ -221,17 +243,35 @@ class Job:
             weight, first = self.round.check_fragment(part.call.number, index)
             begin, stop = self.manifest.fragment_bounds(index)
             data = part.contribution.body[begin:stop].data
-            self._roster.note_nonfinite(self.center.defer(index, Contribution(part.worker_id, weight, data), first))
-            decisions += self._record(part, index)
+            contribution = Contribution(part.worker_id, weight, data)
+            with self._averaging():
+                self._roster.note_nonfinite(self.center.defer(index, contribution, first))
+            decisions += self._record(part, index, shared=True)
             part.call.count(received_bytes=stop - begin, shared=True)
         part.shared = True
         return decisions
 
-    def _record(self, part: _Part, index: int) -> list[Decision]:
+    def _record(self, part: _Part, index: int, shared: bool) -> list[Decision]:
         part.call.expecting = index + 1 < self.manifest.fragment_count
         now_s = self._clock()
-        self._roster.heard_of(part.worker_id, now_s)
+        record = self._roster.heard_of(part.worker_id, now_s)
+        self._observations.fragments_received += 1
+        if not part.call.expecting:
+            record.shares_memory = shared
+            self._observations.whole(part.call.number, part.worker_id, now_s)
         return self.round.record_fragment(part.call.number, now_s)
+
+    def _observe_admission(self, part: _Part, first_needed: int) -> None:
+        stream, owes, now_s = part.call.number, first_needed < self.manifest.fragment_count, self._clock()
+        self._observations.admitted(stream, owes, now_s)
+        if not owes:
+            self._observations.whole(stream, part.worker_id, now_s)
+
+    @contextmanager
+    def _averaging(self) -> Iterator[None]:
+        from_s = self._clock()
+        yield
+        self._observations.averaged(from_s, self._clock())
 
     async def _send_average(self, part: _Part, first_needed: int) -> None:
         """Sends each fragment of the average once it is finished, then the outcome."""
@@ -278,6 +318,7 @@ class Job:
             end = first + 1
         begin, stop = self.manifest.fragment_bounds(first)[0], self.manifest.fragment_bounds(end - 1)[1]
         part.call.count(sent_bytes=stop - begin, shared=part.shared)
+        self._observations.fragments_sent += end - first
         if not part.shared:
             return part.average.message(first, end), end
         shared = pb.SharedFragments(first=first, count=end - first)
@@ -292,7 +333,12 @@ class Job:
             try:
                 segment = Segment.create(self.manifest.buffer_size_bytes, for_clients_to_write=True)
             except OSError as error:
-                _log.warning("no shared memory for %r: %s; its fragments come inline", push.worker_id, error)
+                _log.warning(
+                    "no shared memory for %r: %s; its fragments come inline",
+                    push.worker_id,
+                    error,
+                    extra=event("no_shared_memory", worker=push.worker_id),
+                )
                 return None
             self._lent.pop(push.worker_id, None)
             self._lent[push.worker_id] = push.incarnation, segment
@@ -331,6 +377,7 @@ class Job:
                 case Admit():
                     assert part is not None
                     answer, part.average = decision, self._average
+                    self._observe_admission(part, decision.first_needed)
                 case CenterFollows() | Hold():
                     answer = decision
                 case Dismiss(stream, error):
@@ -339,7 +386,10 @@ class Job:
                     self.center.restart()
                     self._average = _Average(self.center.next)
                     self.rounds_restarted += 1
-                    _log.warning("round %d starts over: %s", self.round.global_step, cause)
+                    self._observations.started_over()
+                    step = self.round.global_step
+                    why = event("round_restarted", round=step, cause=cause)
+                    _log.warning("round %d starts over: %s", step, cause, extra=why)
                 case TimeOut(streams, waited_s):
                     self._time_out(streams, waited_s)
                 case Commit():
@@ -352,7 +402,8 @@ class Job:
 
     def _finish(self, fragments: list[FinishFragment]) -> None:
         if fragments:
-            self._roster.note_nonfinite(self.center.finish(fragments))
+            with self._averaging():
+                self._roster.note_nonfinite(self.center.finish(fragments))
             self._average.finished = fragments[-1].index + 1
             self._wake(self._average)
 
@@ -364,28 +415,41 @@ class Job:
             untouched_variables=sorted(commit.untouched),
         )
         outcomes = dict[_Part, pb.PushOutcome]()
+        sending = Sending(set(commit.verdicts))
         for stream, verdict in commit.verdicts.items():
             outcome = pb.PushOutcome(outcome=pb.Outcome.Name(verdict.outcome.value), waited_s=verdict.waited_s)
             outcome.MergeFrom(common)
-            outcomes[self._parts[stream]] = outcome
+            part = self._parts[stream]
+            outcomes[part], part.sending = outcome, sending
         held = [self._parts[stream] for stream in commit.held]
         self._average = _Average(self.center.next)
         self._lent = {worker_id: self._lent[worker_id] for worker_id in commit.contributors if worker_id in self._lent}
-        self._roster.count(commit.contributors)
+        self._roster.count(self._observations.committed(commit.contributors, self._clock()))
         self.last_round_s = commit.round_s
         self.rounds_without_all += len(commit.contributors) < self.round.policy.num_workers
-        _log.debug("global_step %d: averaged %s", commit.global_step, ", ".join(commit.contributors))
+        _log.debug(
+            "global_step %d: averaged %s",
+            commit.global_step,
+            ", ".join(w if w.isprintable() else repr(w) for w in commit.contributors),
+            extra=event(
+                "round_committed", round=commit.global_step - 1, workers=commit.contributors, round_s=commit.round_s
+            ),
+        )
         if self._keeper is None or not self._keeper.is_due(commit.global_step):
+            sending.since_s = self._clock()
             _answer(outcomes, held)
         else:
             self._kept.clear()
-            self._keeping = asyncio.ensure_future(self._keep_then_answer(self._keeper, outcomes, held))
+            self._keeping = asyncio.ensure_future(self._keep_then_answer(self._keeper, outcomes, held, sending))
 
-    async def _keep_then_answer(self, keeper: Keeper, outcomes: dict[_Part, pb.PushOutcome], held: list[_Part]) -> None:
+    async def _keep_then_answer(
+        self, keeper: Keeper, outcomes: dict[_Part, pb.PushOutcome], held: list[_Part], sending: Sending
+    ) -> None:
         try:
             await self._write_checkpoint(keeper)
         finally:
             self._kept.set()
+            sending.since_s = self._clock()
             _answer(outcomes, held)
 
     async def _write_checkpoint(self, keeper: Keeper) -> None:
@@ -436,7 +500,19 @@ class Job:
     def _give_notice(self, gap_s: float) -> None:
         names, unknown = self.missing()
         age_s = self.round.age_s(self._clock())
-        _log.warning("round %d has waited %.0f s for %s", self.round.global_step, age_s, self._missing_text())
+        _log.warning(
+            "round %d has waited %.0f s for %s",
+            self.round.global_step,
+            age_s,
+            self._missing_text(),
+            extra=event(
+                "round_waits",
+                round=self.round.global_step,
+                waited_s=age_s,
+                waiting_for=names,
+                waiting_for_unknown=unknown,
+            ),
+        )
         for part in self._parts.values():
             if part.average is self._average:
                 part.notice = pb.WaitingNotice(waiting_for=names, waiting_for_unknown=unknown, round_age_s=age_s)

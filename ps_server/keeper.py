@@ -9,12 +9,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from modelaverage.logs import event
 from ps_server import checkpoint as files
 from ps_server.checkpoint import Checkpoint
+from ps_server.observations import Observations
 
 __all__ = ["CheckpointPolicy", "Keeper"]
 
@@ -41,10 +45,19 @@ class Keeper:
 
     Attributes:
         step: the `global_step` of the last one that was written; None if there is none.
+        written_at_s: when that was, on ``clock``.
     """
 
-    def __init__(self, policy: CheckpointPolicy) -> None:
+    def __init__(
+        self,
+        policy: CheckpointPolicy,
+        observations: Observations | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.step: int | None = None
+        self.written_at_s: float | None = None
+        self._observations = Observations() if observations is None else observations
+        self._clock = clock
         self._write_problem = self._flush_problem = ""
         self._policy = policy
         self._fresh: Path | None = None  # the newest, while it waits to be made durable
@@ -65,13 +78,15 @@ class Keeper:
 
     async def write(self, checkpoint: Checkpoint) -> None:
         """Returns when the checkpoint outlives this process, or could not be written; then `problem` says why."""
-        loop = asyncio.get_running_loop()
+        loop, began_at_s = asyncio.get_running_loop(), self._clock()
         try:
             fresh = await loop.run_in_executor(self._writer, files.write_fresh, self._policy.directory, checkpoint)
         except OSError as error:
             self._write_problem = self._problem("checkpoint", error, self._write_problem)
             return
         self.step, self._write_problem = checkpoint.global_step, ""
+        self.written_at_s = self._clock()
+        self._observations.checkpoint_s.observe(self.written_at_s - began_at_s)
         overtaken, self._fresh = self._fresh, fresh
         # A disk that is slower than the rounds does not fill up with them.
         if overtaken is not None and overtaken != fresh:
@@ -105,9 +120,14 @@ class Keeper:
         files.prune(files.make_durable(fresh), self._policy.keep)
 
     def _problem(self, missing: str, error: OSError, last: str) -> str:
+        self._observations.checkpoint_failures += 1
         problem = f"no {missing} in {self._policy.directory}: {error.strerror or error}"
         if problem != last:  # once, not every round
-            _log.warning("%s; the server goes on, and older checkpoints stay", problem)
+            _log.warning(
+                "%s; the server goes on, and older checkpoints stay",
+                problem,
+                extra=event("checkpoint_failed", path=str(self._policy.directory), cause=error.strerror or str(error)),
+            )
         return problem
 
 

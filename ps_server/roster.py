@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+from modelaverage.v1 import parameter_server_pb2 as pb
 
 __all__ = ["Roster", "WorkerRecord"]
 
@@ -22,6 +24,31 @@ class WorkerRecord:
     local_step: int = 0
     nonfinite_values: int = 0
     pushes_counted: int = 0
+    lateness_s: float | None = None  # in the last round that counted it
+    lateness_sum_s: float = 0.0  # over all of them
+    loss: float | None = None
+    peer: str = ""
+    shares_memory: bool | None = None  # None: nothing has come yet
+    last_push: tuple[bytes, int] | None = None
+
+    def note_push(self, header: pb.PushHeader, peer: str) -> None:
+        """The header of a push came."""
+        self.has_pushed, self.is_chief, self.local_step, self.peer = True, header.is_chief, header.local_step, peer
+        self.loss = header.loss if header.HasField("loss") else None
+
+    def is_retry(self, key: tuple[bytes, int]) -> bool:
+        """Whether a push was heard of before; remembers it."""
+        known, self.last_push = self.last_push == key, key
+        return known
+
+    @property
+    def transport(self) -> pb.Transport:
+        """How the fragments of its last push came."""
+        if self.shares_memory is None:
+            return pb.TRANSPORT_UNSPECIFIED
+        if self.shares_memory:
+            return pb.TRANSPORT_SHARED_MEMORY
+        return pb.TRANSPORT_UNIX if self.peer.startswith("unix") else pb.TRANSPORT_TCP
 
 
 @dataclass
@@ -48,11 +75,14 @@ class Roster:
             names = list(others)
         return sorted(names), max(0, missing - len(names))
 
-    def count(self, contributors: Iterable[str]) -> None:
-        """A round committed with these workers' pushes."""
-        for worker_id in contributors:
-            if worker_id in self.records:
-                self.records[worker_id].pushes_counted += 1
+    def count(self, lateness_s: Mapping[str, float]) -> None:
+        """A round committed with these workers' pushes, which were so late."""
+        for worker_id, late_s in lateness_s.items():
+            record = self.records.get(worker_id)
+            if record is not None:
+                record.pushes_counted += 1
+                record.lateness_s = late_s
+                record.lateness_sum_s += late_s
 
     def note_nonfinite(self, values: Mapping[str, int]) -> None:
         """So many values of these workers were not finite."""

@@ -9,8 +9,8 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Callable
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,12 +21,14 @@ from grpc_reflection.v1alpha import reflection
 
 from modelaverage import wire
 from modelaverage.errors import SecurityError
+from modelaverage.logs import event
 from modelaverage.tuning import CHANNEL_OPTIONS, keep_freed_memory
 from ps_server.checkpoint import Checkpoint, CheckpointError, load_latest
 from ps_server.credentials import credentials_of, tokens_of
 from ps_server.gatekeeper import Gatekeeper
 from ps_server.health import Health
 from ps_server.keeper import CheckpointPolicy
+from ps_server.metrics import MetricsError, serve_metrics
 from ps_server.security import NO_SECURITY, ServerSecurity, check_exposure, warnings_of
 from ps_server.service import ParameterServerService, ServicePolicy
 
@@ -63,6 +65,7 @@ class ServerConfig:
         ready_file: where to write ``{"address": ..., "addresses": [...], "pid": ...}`` once it listens; None: nowhere.
         grace_s: how long calls that are under way may take to finish after SIGTERM.
         security: who may come in, and over what.
+        metrics_bind: where to serve metrics for Prometheus, HOST:PORT (port 0 takes a free one); None: nowhere.
     """
 
     binds: tuple[str, ...]
@@ -70,10 +73,16 @@ class ServerConfig:
     ready_file: Path | None = None
     grace_s: float = 5.0
     security: ServerSecurity = NO_SECURITY
+    metrics_bind: str | None = None
 
 
-async def serve(config: ServerConfig, stop: asyncio.Event, ready: Callable[[list[str]], None]) -> None:
-    """Serves until ``stop`` is set; calls ``ready`` with the real addresses once it listens.
+async def serve(
+    config: ServerConfig,
+    stop: asyncio.Event,
+    ready: Callable[[list[str]], None],
+    metrics_ready: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Serves until ``stop`` is set; calls ``ready`` with the real addresses once it listens, then ``metrics_ready``.
 
     Raises:
         UnusableSettingError: an address is malformed, not of this machine, or taken; the file cannot be written; the
@@ -84,7 +93,14 @@ async def serve(config: ServerConfig, stop: asyncio.Event, ready: Callable[[list
     with lock:
         service = ParameterServerService(config.policy, restored=restored)
         del restored  # as large as the model
-        await _serve(config, service, stop, ready)
+        async with _metrics(config.metrics_bind, service) as metrics_at:
+
+            def listening(addresses: list[str]) -> None:
+                ready(addresses)
+                if metrics_at:
+                    metrics_ready(metrics_at)
+
+            await _serve(config, service, stop, listening)
 
 
 async def _serve(
@@ -104,7 +120,7 @@ async def _serve(
     center = asyncio.ensure_future(service.wait_initialized())
     center.add_done_callback(lambda task: None if task.cancelled() else health.serve(_CENTER, wire.SERVICE))
     await stop.wait()
-    _log.info("stopping")
+    _log.info("stopping", extra=event("stopping"))
     center.cancel()
     health.stop()
     await service.stop(config.grace_s)
@@ -123,6 +139,25 @@ def _assembled(config: ServerConfig, service: ParameterServerService) -> tuple[g
     names = (wire.SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
     return server, [_listen(server, bind, credentials, config.security) for bind in config.binds]
+
+
+@asynccontextmanager
+async def _metrics(bind: str | None, service: ParameterServerService) -> AsyncIterator[str]:
+    """Metrics are served meanwhile; their real address, empty if there is none."""
+    if bind is None:
+        yield ""
+        return
+    host, colon, port_text = bind.rpartition(":")
+    if not colon or not host or not (port_text.isascii() and port_text.isdigit()) or int(port_text) > 65535:
+        raise UnusableSettingError(f"--metrics-bind {bind!r} is not HOST:PORT, such as 127.0.0.1:9464")
+    try:
+        port, end = serve_metrics(host.strip("[]"), int(port_text), service.metrics_sample)
+    except MetricsError as error:
+        raise UnusableSettingError(f"cannot serve metrics on --metrics-bind {bind}: {error}") from None
+    try:
+        yield f"{host}:{port}"
+    finally:
+        end()
 
 
 def _open_checkpoints(policy: CheckpointPolicy | None) -> tuple[ExitStack, Checkpoint | None]:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from modelaverage import wire
 from modelaverage.checks import check_global_step, check_incarnation, check_worker_id
 from modelaverage.errors import FAULTS, REASON_METADATA_KEY, REASON_PREFIX, ModelAverageError, Reason, refusal
+from modelaverage.logs import event
 from modelaverage.manifest import Manifest, first_difference
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.call import Call, Context, Traffic
@@ -25,6 +26,8 @@ from ps_server.checkpoint import Checkpoint
 from ps_server.job import Job
 from ps_server.joining import Joining
 from ps_server.keeper import CheckpointPolicy, Keeper
+from ps_server.metrics import MetricsSample
+from ps_server.observations import Observations
 from ps_server.policy import RoundPolicy
 from ps_server.roster import Roster
 from ps_server.round import Round, check_fragment_order
@@ -87,11 +90,12 @@ class ParameterServerService:
         self._pulls_waiting: set[Call] = set()
         self._roster = Roster()
         self._traffic = Traffic()
-        self._keeper = None if policy.checkpoints is None else Keeper(policy.checkpoints)
         # Workers of a server that goes on from a checkpoint have indexes already.
         closed_until_s = -math.inf if restored is None else self._started_at_s + policy.rejoin_grace_s
         indexes = TaskIndexes(policy.round.num_workers, policy.rejoin_grace_s, closed_until_s)
         self._joining = Joining(policy.round.num_workers, indexes, clock)
+        self._observations = Observations()
+        self._keeper = None if policy.checkpoints is None else Keeper(policy.checkpoints, self._observations, clock)
         if restored is not None:
             self._job = self._restored(restored)
 
@@ -141,6 +145,7 @@ class ParameterServerService:
 
     async def _receive_center(self, call: Call) -> pb.InitializeResponse:
         header = await call.read_header(pb.InitializeRequest)
+        call.worker_id = header.worker_id
         check_worker_id(header.worker_id)
         check_global_step(header.global_step)
         manifest = wire.manifest_from_message(header.manifest)
@@ -163,6 +168,14 @@ class ParameterServerService:
                     len(manifest.variables),
                     manifest.size_bytes,
                     header.global_step,
+                    extra=event(
+                        "center_initialized",
+                        worker=header.worker_id,
+                        peer=call.peer,
+                        round=header.global_step,
+                        variables=len(manifest.variables),
+                        size_bytes=manifest.size_bytes,
+                    ),
                 )
         job = self._job
         difference = first_difference(manifest.variables, job.manifest.variables, "in the call", "on the server")
@@ -184,7 +197,7 @@ class ParameterServerService:
 
     def _new_job(self, center: Center, round_: Round) -> Job:
         self._initialized.set()
-        return Job(center, round_, self._roster, self._clock, self._keeper)
+        return Job(center, round_, self._roster, self._clock, self._keeper, self._observations)
 
     def _restored(self, checkpoint: Checkpoint) -> Job:
         manifest = checkpoint.manifest
@@ -233,7 +246,11 @@ class ParameterServerService:
             try:
                 return Center(manifest, shared=True)
             except OSError as error:
-                _log.warning("no shared memory for the center: %s; all bytes go inline", error)
+                _log.warning(
+                    "no shared memory for the center: %s; all bytes go inline",
+                    error,
+                    extra=event("no_shared_memory", worker=None),
+                )
         return Center(manifest)
 
     # Pull
@@ -241,6 +258,7 @@ class ParameterServerService:
     async def _pull(self, request: bytes, context: Context) -> None:
         async def body(call: Call) -> None:
             message = wire.parse(pb.PullRequest, request)
+            call.worker_id = message.worker_id
             check_worker_id(message.worker_id)
             if message.wait_initialized:
                 self._roster.heard_of(message.worker_id, self._clock())
@@ -260,6 +278,7 @@ class ParameterServerService:
     async def _push_and_average(self, _: object, context: Context) -> None:
         async def body(call: Call) -> None:
             header = await call.read_header(pb.PushAndAverageRequest)
+            call.worker_id = header.worker_id
             await self._require_job().take_part(call, header)
 
         await self._serve("PushAndAverage", context, body)
@@ -267,8 +286,9 @@ class ParameterServerService:
     # Leave
 
     async def _leave(self, request: bytes, context: Context) -> bytes:
-        async def body(_: Call) -> bytes:
+        async def body(call: Call) -> bytes:
             message = wire.parse(pb.LeaveRequest, request)
+            call.worker_id = message.worker_id
             check_worker_id(message.worker_id)
             check_incarnation(message.incarnation)
             self._joining.leave(message.incarnation)
@@ -278,7 +298,12 @@ class ParameterServerService:
 
         return await self._serve("Leave", context, body)
 
-    # GetStatus
+    # GetStatus and the metrics
+
+    def metrics_sample(self) -> MetricsSample:
+        """What the metrics show at this moment. To be called on the event loop."""
+        lateness_sum_s = {worker_id: record.lateness_sum_s for worker_id, record in self._roster.records.items()}
+        return MetricsSample(self._status(), self._observations, self._traffic, lateness_sum_s)
 
     async def _get_status(self, request: bytes, context: Context) -> bytes:
         async def body(_: Call) -> bytes:
@@ -297,6 +322,9 @@ class ParameterServerService:
             sent_bytes=self._traffic.sent_bytes,
             shared_bytes=self._traffic.shared_bytes,
             uptime_s=now_s - self._started_at_s,
+            rounds_committed=self._observations.rounds_committed,
+            rounds_per_minute=self._observations.rounds_per_minute(now_s),
+            pushes_retried=self._observations.pushes_retried,
         )
         complete: frozenset[str] = frozenset()
         job = self._job
@@ -312,6 +340,7 @@ class ParameterServerService:
             status.rounds_restarted = job.rounds_restarted
             status.rounds_without_all = job.rounds_without_all
             status.stale_pushes = job.stale_pushes
+            status.connected_workers = job.connected_workers
             status.round_age_s = job.round.age_s(now_s)
             status.phase = pb.PHASE_AVERAGING if job.round.under_way else pb.PHASE_IDLE
             if job.round.under_way:
@@ -322,6 +351,8 @@ class ParameterServerService:
             status.checkpoint_problem = self._keeper.problem
             if self._keeper.step is not None:
                 status.checkpoint_step = self._keeper.step
+            if self._keeper.written_at_s is not None:
+                status.checkpoint_age_s = now_s - self._keeper.written_at_s
         if self._stopping:
             status.phase = pb.PHASE_STOPPING
         for worker_id, record in sorted(self._roster.records.items()):
@@ -334,6 +365,10 @@ class ParameterServerService:
                 last_seen_age_s=now_s - record.last_seen_at_s,
                 nonfinite_values=record.nonfinite_values,
                 pushes_counted=record.pushes_counted,
+                lateness_s=record.lateness_s,
+                loss=record.loss,
+                transport=record.transport,
+                peer=record.peer,
             )
         return status
 
@@ -365,7 +400,14 @@ class ParameterServerService:
         finally:
             self._calls.discard(call)
             call.end()
-        _log.info("%s refused: %s: %s", name, error.reason.name, error)
+        self._observations.refused[error.reason.name] += 1
+        _log.info(
+            "%s refused: %s: %s",
+            name,
+            error.reason.name,
+            error,
+            extra=event("call_refused", rpc=name, reason=error.reason.name, worker=call.worker_id, peer=call.peer),
+        )
         await context.abort(
             grpc.StatusCode[FAULTS[error.reason].status],
             _short(str(error)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,22 @@ from modelaverage import wire
 from modelaverage.access import Access
 from modelaverage.v1 import parameter_server_pb2 as pb
 
-__all__ = ["NoAnswerError", "as_json", "as_text", "fetch"]
+__all__ = [
+    "NoAnswerError",
+    "as_json",
+    "as_text",
+    "fetch",
+    "missing_of",
+    "name_of",
+    "phase_of",
+    "plain",
+    "shard_of",
+    "size",
+    "state_of",
+]
+
+# JSON has no such numbers; these are the words of protobuf's own JSON.
+_NOT_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
 
 
 class NoAnswerError(Exception):
@@ -46,34 +62,38 @@ def fetch(address: str, timeout_s: float, access: Access) -> pb.GetStatusRespons
 
 def as_json(statuses: Sequence[pb.GetStatusResponse]) -> str:
     """Every field under its name in the protocol; numbers as numbers, bytes in hex. A list if there are several."""
-    plain = [_plain(status) for status in statuses]
-    return json.dumps(plain if len(plain) > 1 else plain[0], indent=2)
+    found = [plain(status) for status in statuses]
+    return json.dumps(found if len(found) > 1 else found[0], indent=2)
 
 
-def _plain(message: Message) -> dict[str, Any]:
-    plain: dict[str, Any] = {}
+def plain(message: Message) -> dict[str, Any]:
+    """A message as what JSON knows, under the protocol's names; a field that is absent is None."""
+    found: dict[str, Any] = {}
     for field in message.DESCRIPTOR.fields:
         value = getattr(message, field.name)
         if field.enum_type is not None:
-            plain[field.name] = field.enum_type.values_by_number[value].name
+            found[field.name] = field.enum_type.values_by_number[value].name
         elif field.is_repeated:
-            plain[field.name] = [_plain(item) if field.message_type else item for item in value]
+            found[field.name] = [plain(item) if field.message_type else item for item in value]
+        elif field.has_presence and not message.HasField(field.name):
+            found[field.name] = None
         elif field.message_type is not None:
-            plain[field.name] = _plain(value) if message.HasField(field.name) else None
+            found[field.name] = plain(value)
+        elif isinstance(value, float) and not math.isfinite(value):
+            found[field.name] = _NOT_FINITE[repr(value)]
         else:
-            plain[field.name] = value.hex() if isinstance(value, bytes) else value
-    return plain
+            found[field.name] = value.hex() if isinstance(value, bytes) else value
+    return found
 
 
 def as_text(status: pb.GetStatusResponse) -> str:
     """A few lines for people."""
-    phase = pb.Phase.Name(status.phase).removeprefix("PHASE_").lower()
     lines = [
-        f"phase        {phase}",
+        f"phase        {phase_of(status)}",
         f"global_step  {status.global_step}",
         f"workers      {_workers(status)}",
-        f"model        {_size(status.model_size_bytes)}{_shard(status)}",
-        f"received     {_size(status.received_bytes)}, sent {_size(status.sent_bytes)}",
+        f"model        {size(status.model_size_bytes)}{shard_of(status)}",
+        f"received     {size(status.received_bytes)}, sent {size(status.sent_bytes)}",
         f"up           {status.uptime_s:.1f} s, last round {status.last_round_s:.3f} s, "
         f"{status.rounds_restarted} rounds restarted, {status.stale_pushes} stale pushes",
     ]
@@ -84,24 +104,42 @@ def as_text(status: pb.GetStatusResponse) -> str:
     if status.phase == pb.PHASE_UNINITIALIZED:
         lines.append("waiting for  the chief, to initialize the center")
     if status.waiting_for or status.waiting_for_unknown:
-        missing = [_name(worker_id) for worker_id in status.waiting_for]
-        if status.waiting_for_unknown:
-            missing.append(f"{status.waiting_for_unknown} not heard of yet")
-        lines.append(f"waiting for  {', '.join(missing) or 'nobody'} (for {status.round_age_s:.1f} s)")
+        lines.append(f"waiting for  {missing_of(status)} (for {status.round_age_s:.1f} s)")
     for worker in status.workers:
-        state = "waits at the barrier" if worker.waiting else "computes"
-        if worker.fragments_given and not worker.waiting:
-            state = f"has sent {worker.fragments_given} fragments"
-        notes = f", {worker.nonfinite_values} values not finite" if worker.nonfinite_values else ""
+        notes = f", loss {worker.loss:.4g}" if worker.HasField("loss") else ""
+        if worker.HasField("lateness_s"):
+            notes += f", {worker.lateness_s:.2f} s late"
+        notes += f", {worker.nonfinite_values} values not finite" if worker.nonfinite_values else ""
         chief = " (chief)" if worker.is_chief else ""
         lines.append(
-            f"  {_name(worker.worker_id)}{chief}: {state}, local_step {worker.local_step}, "
+            f"  {name_of(worker.worker_id)}{chief}: {state_of(worker)}, local_step {worker.local_step}, "
             f"{worker.pushes_counted} pushes counted, last seen {worker.last_seen_age_s:.1f} s ago{notes}"
         )
     return "\n".join(lines)
 
 
-def _shard(status: pb.GetStatusResponse) -> str:
+def phase_of(status: pb.GetStatusResponse) -> str:
+    """What the server is doing, in a word."""
+    return pb.Phase.Name(status.phase).removeprefix("PHASE_").lower()
+
+
+def missing_of(status: pb.GetStatusResponse) -> str:
+    """For whom the round waits."""
+    missing = [name_of(worker_id) for worker_id in status.waiting_for]
+    if status.waiting_for_unknown:
+        missing.append(f"{status.waiting_for_unknown} not heard of yet")
+    return ", ".join(missing) or "nobody"
+
+
+def state_of(worker: pb.WorkerStatus) -> str:
+    """What a worker is doing, as far as the server can tell."""
+    if worker.waiting:
+        return "waits at the barrier"
+    return f"has sent {worker.fragments_given} fragments" if worker.fragments_given else "computes"
+
+
+def shard_of(status: pb.GetStatusResponse) -> str:
+    """Which part of the model the server has; empty if it has the whole."""
     if not status.HasField("shard"):
         return ""
     return f", shard {status.shard.index} of {status.shard.count} of job {status.shard.job_id.hex()[:8]}"
@@ -113,11 +151,13 @@ def _workers(status: pb.GetStatusResponse) -> str:
     return f"{status.num_workers}, at least {status.min_workers} in a round; {status.rounds_without_all} without all"
 
 
-def _name(worker_id: str) -> str:
+def name_of(worker_id: str) -> str:
+    """A worker's id as it can be shown: names come from outside."""
     return worker_id if worker_id.isprintable() else repr(worker_id)
 
 
-def _size(size_bytes: int) -> str:
+def size(size_bytes: int) -> str:
+    """A number of bytes for people."""
     for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if size_bytes >= factor:
             return f"{size_bytes / factor:.1f} {unit}"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from modelaverage.logs import event, log_json
 from modelaverage.security_flags import add_security_flags, security_of
 from ps_worker import flags
 from ps_worker.digits_config import MODULES, DigitsConfig, add_training_flags
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from ma_client.cluster import ClusterSpec
 
 __all__ = ["main"]
+
+_log = logging.getLogger("ps_worker")
 
 _RUN_EXAMPLES = """\
 examples, for a server on host ps that was started with --num-workers 2:
@@ -54,10 +58,16 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     from modelaverage.errors import ModelAverageError
 
+    as_json = getattr(arguments, "log_json", False)
+    if as_json:
+        log_json("ps-worker")
     try:
         arguments.run(arguments)
     except (MissingExtraError, ModelAverageError, OSError, ValueError) as error:
-        print(f"ps-worker: {error}", file=sys.stderr)
+        if as_json:
+            _log.error("%s", error, extra=event("failed", cause=str(error)))
+        else:
+            print(f"ps-worker: {error}", file=sys.stderr)
         return 1
     return 0
 
@@ -104,6 +114,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--save-center", type=Path, metavar="FILE", help="the chief writes the last center there (safetensors)"
+    )
+    command.add_argument(
+        "--log-json", action="store_true", help="every line is a JSON object; docs/observability.md has the fields"
     )
     command.add_argument(EVENTS_FLAG, type=flags.whole, help=argparse.SUPPRESS)
     add_training_flags(command)
@@ -153,7 +166,7 @@ def _digits(arguments: argparse.Namespace) -> None:
     from ps_worker import digits
     from ps_worker.event_sinks import reporter
 
-    report = reporter(arguments.events_fd, config.steps)
+    report = reporter(arguments.events_fd, config.steps, arguments.log_json)
     if cluster is None:
         num_workers = _PARTS_ALONE if arguments.num_workers is None else arguments.num_workers
         digits.train_alone(config, num_workers, _alone_index(arguments.task_index), report)

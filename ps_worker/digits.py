@@ -260,8 +260,11 @@ def _train(
         optimizer.zero_grad()
         loss = nn.functional.cross_entropy(model(batch.pixels), batch.digits)
         loss.backward()  # type: ignore[no-untyped-call]
+        loss_now = loss.item()
+        if isinstance(optimizer, ModelAverageOptimizer):
+            optimizer.loss = loss_now
         optimizer.step()
-        meter.step_done(loss.item())
+        meter.step_done(loss_now)
         if step % config.interval_steps == 0:
             after_interval()
         if step % _STEPS_PER_EVENT == 0 or step == config.steps:

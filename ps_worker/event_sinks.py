@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from typing import Any
 
+from modelaverage.logs import event, say
 from ps_worker.events import AccuracyEvent, Event, StepEvent, encode
 
 __all__ = ["reporter"]
@@ -13,18 +15,19 @@ __all__ = ["reporter"]
 _LINE_INTERVAL_S = 1.0
 
 
-def reporter(events_fd: int | None, steps: int) -> Callable[[Event], None]:
+def reporter(events_fd: int | None, steps: int, as_json: bool = False) -> Callable[[Event], None]:
     """What takes the events: a pipe's file descriptor, or the terminal if there is none.
 
     Args:
         events_fd: where to write JSON lines; None: print plain lines, one a second.
-        steps: local steps of the whole training, for the plain lines.
+        steps: local steps of the whole training, for the lines.
+        as_json: the lines are JSON objects, as the log's.
 
     Raises:
         OSError: nothing can be written to ``events_fd``.
     """
     if events_fd is None:
-        return _PlainLines(steps).report
+        return _Lines(steps, as_json).report
     pipe = os.fdopen(events_fd, "w", buffering=1, encoding="utf-8")
 
     def write(event: Event) -> None:
@@ -33,20 +36,37 @@ def reporter(events_fd: int | None, steps: int) -> Callable[[Event], None]:
     return write
 
 
-class _PlainLines:
-    def __init__(self, steps: int) -> None:
+class _Lines:
+    def __init__(self, steps: int, as_json: bool) -> None:
         self._steps = steps
+        self._as_json = as_json
         self._accuracy: float | None = None
         self._printed_at_s = -_LINE_INTERVAL_S
 
-    def report(self, event: Event) -> None:
-        if isinstance(event, AccuracyEvent):
-            self._accuracy = event.accuracy
-        if isinstance(event, StepEvent):
+    def report(self, news: Event) -> None:
+        if isinstance(news, AccuracyEvent):
+            self._accuracy = news.accuracy
+        if isinstance(news, StepEvent):
             now_s = time.monotonic()
-            if now_s - self._printed_at_s >= _LINE_INTERVAL_S or event.step == self._steps:
+            if now_s - self._printed_at_s >= _LINE_INTERVAL_S or news.step == self._steps:
                 self._printed_at_s = now_s
-                print(self._line(event), flush=True)
+                if self._as_json:
+                    say("ps-worker", True, self._line(news), self._extra(news))
+                else:
+                    print(self._line(news), flush=True)
+
+    def _extra(self, step: StepEvent) -> dict[str, Any]:
+        return event(
+            "progress",
+            worker=step.worker,
+            round=step.global_step,
+            local_step=step.step,
+            steps=self._steps,
+            loss=step.loss,
+            samples_per_s=step.samples_per_s,
+            waited_s=step.waited_s,
+            accuracy=self._accuracy,
+        )
 
     def _line(self, event: StepEvent) -> str:
         accuracy = "" if self._accuracy is None else f", test accuracy {self._accuracy:.4f}"

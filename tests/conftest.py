@@ -20,9 +20,9 @@ from tests.jobs import Job, running
 class RunningServer:
     """A parameter server on a free port of loopback."""
 
-    def __init__(self, policy: ServicePolicy, security: ServerSecurity) -> None:
-        self.address = ""
-        self._config = ServerConfig(("127.0.0.1:0",), policy, grace_s=2.0, security=security)
+    def __init__(self, policy: ServicePolicy, security: ServerSecurity, metrics_bind: str | None) -> None:
+        self.address = self.metrics_address = ""
+        self._config = ServerConfig(("127.0.0.1:0",), policy, grace_s=2.0, security=security, metrics_bind=metrics_bind)
         self._ready = threading.Event()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -44,9 +44,14 @@ class RunningServer:
 
         def ready(addresses: list[str]) -> None:
             self.address = addresses[0]
+            if self._config.metrics_bind is None:
+                self._ready.set()
+
+        def metrics_ready(address: str) -> None:
+            self.metrics_address = address
             self._ready.set()
 
-        await serve(self._config, self._stop, ready)
+        await serve(self._config, self._stop, ready, metrics_ready)
 
     def stop(self) -> None:
         """Stops it as SIGTERM would, and raises what it raised."""
@@ -77,6 +82,7 @@ def start_server() -> Iterator[StartServer]:
         checkpoints: CheckpointPolicy | None = None,
         rejoin_grace_s: float = 0.5,
         security: ServerSecurity = NO_SECURITY,
+        metrics_bind: str | None = None,
     ) -> RunningServer:
         round_policy = RoundPolicy.strict(policy) if isinstance(policy, int) else policy
         shared_memory_from_bytes = 0 if shared else math.inf
@@ -91,6 +97,7 @@ def start_server() -> Iterator[StartServer]:
                     rejoin_grace_s,
                 ),
                 security,
+                metrics_bind,
             )
         )
         return servers[-1]

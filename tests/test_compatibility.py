@@ -53,7 +53,7 @@ def missing(file: FileDescriptor) -> set[str]:
 
 
 def without_a_field(file: FileDescriptorProto) -> None:
-    del _message(file, "PushHeader").field[-1]
+    del _message(file, "PushHeader").field[0]
 
 
 def renumbered(file: FileDescriptorProto) -> None:

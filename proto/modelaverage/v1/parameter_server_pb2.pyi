@@ -30,6 +30,13 @@ class Phase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     PHASE_AVERAGING: _ClassVar[Phase]
     PHASE_STOPPING: _ClassVar[Phase]
 
+class Transport(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    TRANSPORT_UNSPECIFIED: _ClassVar[Transport]
+    TRANSPORT_TCP: _ClassVar[Transport]
+    TRANSPORT_UNIX: _ClassVar[Transport]
+    TRANSPORT_SHARED_MEMORY: _ClassVar[Transport]
+
 class ErrorReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     ERROR_REASON_UNSPECIFIED: _ClassVar[ErrorReason]
@@ -73,6 +80,10 @@ PHASE_UNINITIALIZED: Phase
 PHASE_IDLE: Phase
 PHASE_AVERAGING: Phase
 PHASE_STOPPING: Phase
+TRANSPORT_UNSPECIFIED: Transport
+TRANSPORT_TCP: Transport
+TRANSPORT_UNIX: Transport
+TRANSPORT_SHARED_MEMORY: Transport
 ERROR_REASON_UNSPECIFIED: ErrorReason
 ERROR_REASON_MESSAGE_MALFORMED: ErrorReason
 ERROR_REASON_MESSAGE_OUT_OF_ORDER: ErrorReason
@@ -240,7 +251,7 @@ class PushAndAverageRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[PushHeader, _Mapping]] = ..., fragment: _Optional[_Union[Fragment, _Mapping]] = ..., shared: _Optional[_Union[SharedFragments, _Mapping]] = ...) -> None: ...
 
 class PushHeader(_message.Message):
-    __slots__ = ("worker_id", "incarnation", "push_id", "is_chief", "base_step", "local_step", "weight", "manifest_id", "untouched_variables", "accepts_shared_memory", "fragments_follow", "accepts_runs")
+    __slots__ = ("worker_id", "incarnation", "push_id", "is_chief", "base_step", "local_step", "weight", "manifest_id", "untouched_variables", "accepts_shared_memory", "fragments_follow", "accepts_runs", "loss")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     PUSH_ID_FIELD_NUMBER: _ClassVar[int]
@@ -253,6 +264,7 @@ class PushHeader(_message.Message):
     ACCEPTS_SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
     FRAGMENTS_FOLLOW_FIELD_NUMBER: _ClassVar[int]
     ACCEPTS_RUNS_FIELD_NUMBER: _ClassVar[int]
+    LOSS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     incarnation: bytes
     push_id: int
@@ -265,7 +277,8 @@ class PushHeader(_message.Message):
     accepts_shared_memory: bool
     fragments_follow: bool
     accepts_runs: bool
-    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[bytes] = ..., push_id: _Optional[int] = ..., is_chief: bool = ..., base_step: _Optional[int] = ..., local_step: _Optional[int] = ..., weight: _Optional[float] = ..., manifest_id: _Optional[str] = ..., untouched_variables: _Optional[_Iterable[int]] = ..., accepts_shared_memory: bool = ..., fragments_follow: bool = ..., accepts_runs: bool = ...) -> None: ...
+    loss: float
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[bytes] = ..., push_id: _Optional[int] = ..., is_chief: bool = ..., base_step: _Optional[int] = ..., local_step: _Optional[int] = ..., weight: _Optional[float] = ..., manifest_id: _Optional[str] = ..., untouched_variables: _Optional[_Iterable[int]] = ..., accepts_shared_memory: bool = ..., fragments_follow: bool = ..., accepts_runs: bool = ..., loss: _Optional[float] = ...) -> None: ...
 
 class PushAndAverageResponse(_message.Message):
     __slots__ = ("admission", "fragment", "outcome", "shared", "waiting")
@@ -348,7 +361,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("worker_id", "is_chief", "local_step", "fragments_given", "waiting", "last_seen_age_s", "nonfinite_values", "pushes_counted")
+    __slots__ = ("worker_id", "is_chief", "local_step", "fragments_given", "waiting", "last_seen_age_s", "nonfinite_values", "pushes_counted", "lateness_s", "loss", "transport", "peer")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     IS_CHIEF_FIELD_NUMBER: _ClassVar[int]
     LOCAL_STEP_FIELD_NUMBER: _ClassVar[int]
@@ -357,6 +370,10 @@ class WorkerStatus(_message.Message):
     LAST_SEEN_AGE_S_FIELD_NUMBER: _ClassVar[int]
     NONFINITE_VALUES_FIELD_NUMBER: _ClassVar[int]
     PUSHES_COUNTED_FIELD_NUMBER: _ClassVar[int]
+    LATENESS_S_FIELD_NUMBER: _ClassVar[int]
+    LOSS_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    PEER_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     is_chief: bool
     local_step: int
@@ -365,10 +382,14 @@ class WorkerStatus(_message.Message):
     last_seen_age_s: float
     nonfinite_values: int
     pushes_counted: int
-    def __init__(self, worker_id: _Optional[str] = ..., is_chief: bool = ..., local_step: _Optional[int] = ..., fragments_given: _Optional[int] = ..., waiting: bool = ..., last_seen_age_s: _Optional[float] = ..., nonfinite_values: _Optional[int] = ..., pushes_counted: _Optional[int] = ...) -> None: ...
+    lateness_s: float
+    loss: float
+    transport: Transport
+    peer: str
+    def __init__(self, worker_id: _Optional[str] = ..., is_chief: bool = ..., local_step: _Optional[int] = ..., fragments_given: _Optional[int] = ..., waiting: bool = ..., last_seen_age_s: _Optional[float] = ..., nonfinite_values: _Optional[int] = ..., pushes_counted: _Optional[int] = ..., lateness_s: _Optional[float] = ..., loss: _Optional[float] = ..., transport: _Optional[_Union[Transport, str]] = ..., peer: _Optional[str] = ...) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("phase", "global_step", "num_workers", "waiting_for", "waiting_for_unknown", "round_age_s", "workers", "model_size_bytes", "manifest_id", "received_bytes", "sent_bytes", "uptime_s", "last_round_s", "rounds_restarted", "stale_pushes", "shared_bytes", "min_workers", "rounds_without_all", "checkpoint_step", "checkpoint_problem", "shard")
+    __slots__ = ("phase", "global_step", "num_workers", "waiting_for", "waiting_for_unknown", "round_age_s", "workers", "model_size_bytes", "manifest_id", "received_bytes", "sent_bytes", "uptime_s", "last_round_s", "rounds_restarted", "stale_pushes", "shared_bytes", "min_workers", "rounds_without_all", "checkpoint_step", "checkpoint_problem", "shard", "rounds_committed", "rounds_per_minute", "pushes_retried", "connected_workers", "checkpoint_age_s")
     PHASE_FIELD_NUMBER: _ClassVar[int]
     GLOBAL_STEP_FIELD_NUMBER: _ClassVar[int]
     NUM_WORKERS_FIELD_NUMBER: _ClassVar[int]
@@ -390,6 +411,11 @@ class GetStatusResponse(_message.Message):
     CHECKPOINT_STEP_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_PROBLEM_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
+    ROUNDS_COMMITTED_FIELD_NUMBER: _ClassVar[int]
+    ROUNDS_PER_MINUTE_FIELD_NUMBER: _ClassVar[int]
+    PUSHES_RETRIED_FIELD_NUMBER: _ClassVar[int]
+    CONNECTED_WORKERS_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_AGE_S_FIELD_NUMBER: _ClassVar[int]
     phase: Phase
     global_step: int
     num_workers: int
@@ -411,4 +437,9 @@ class GetStatusResponse(_message.Message):
     checkpoint_step: int
     checkpoint_problem: str
     shard: Shard
-    def __init__(self, phase: _Optional[_Union[Phase, str]] = ..., global_step: _Optional[int] = ..., num_workers: _Optional[int] = ..., waiting_for: _Optional[_Iterable[str]] = ..., waiting_for_unknown: _Optional[int] = ..., round_age_s: _Optional[float] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., model_size_bytes: _Optional[int] = ..., manifest_id: _Optional[str] = ..., received_bytes: _Optional[int] = ..., sent_bytes: _Optional[int] = ..., uptime_s: _Optional[float] = ..., last_round_s: _Optional[float] = ..., rounds_restarted: _Optional[int] = ..., stale_pushes: _Optional[int] = ..., shared_bytes: _Optional[int] = ..., min_workers: _Optional[int] = ..., rounds_without_all: _Optional[int] = ..., checkpoint_step: _Optional[int] = ..., checkpoint_problem: _Optional[str] = ..., shard: _Optional[_Union[Shard, _Mapping]] = ...) -> None: ...
+    rounds_committed: int
+    rounds_per_minute: float
+    pushes_retried: int
+    connected_workers: int
+    checkpoint_age_s: float
+    def __init__(self, phase: _Optional[_Union[Phase, str]] = ..., global_step: _Optional[int] = ..., num_workers: _Optional[int] = ..., waiting_for: _Optional[_Iterable[str]] = ..., waiting_for_unknown: _Optional[int] = ..., round_age_s: _Optional[float] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., model_size_bytes: _Optional[int] = ..., manifest_id: _Optional[str] = ..., received_bytes: _Optional[int] = ..., sent_bytes: _Optional[int] = ..., uptime_s: _Optional[float] = ..., last_round_s: _Optional[float] = ..., rounds_restarted: _Optional[int] = ..., stale_pushes: _Optional[int] = ..., shared_bytes: _Optional[int] = ..., min_workers: _Optional[int] = ..., rounds_without_all: _Optional[int] = ..., checkpoint_step: _Optional[int] = ..., checkpoint_problem: _Optional[str] = ..., shard: _Optional[_Union[Shard, _Mapping]] = ..., rounds_committed: _Optional[int] = ..., rounds_per_minute: _Optional[float] = ..., pushes_retried: _Optional[int] = ..., connected_workers: _Optional[int] = ..., checkpoint_age_s: _Optional[float] = ...) -> None: ...

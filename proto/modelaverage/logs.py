@@ -1,0 +1,102 @@
+"""What server and workers log: every event with its fields, in one table, and the two ways to write a line.
+
+A call names its event beside the words for people: ``log.warning("...", extra=event("round_restarted", round=7))``.
+With `--log-json` a line is one JSON object: time, level, program, event, message, and the event's fields.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import threading
+import traceback
+from datetime import datetime, timezone
+from types import TracebackType
+from typing import Any
+
+__all__ = ["COMMON_FIELDS", "EVENTS", "event", "log_json", "say"]
+
+COMMON_FIELDS = ("time", "level", "program", "event", "message")
+# In every event, `worker` is a worker's id, `round` the global_step that a round starts from, `peer` an address.
+EVENTS: dict[str, tuple[str, ...]] = {
+    # of the server
+    "listening": ("addresses",),
+    "metrics_listening": ("address",),
+    "center_initialized": ("worker", "peer", "round", "variables", "size_bytes"),
+    "call_refused": ("rpc", "reason", "worker", "peer"),
+    "round_committed": ("round", "workers", "round_s"),
+    "round_restarted": ("round", "cause"),
+    "no_shared_memory": ("worker",),
+    "checkpoint_failed": ("path", "cause"),
+    "checkpoint_passed_over": ("path", "cause"),
+    "checkpoint_restored": ("path", "round"),
+    "stopping": (),
+    # of the server and of workers
+    "round_waits": ("round", "waited_s", "waiting_for", "waiting_for_unknown"),
+    "failed": ("cause",),  # a setting that cannot be used, a job that cannot go on: the last line
+    "crashed": ("traceback",),  # a defect of this program
+    "other": (),  # of a library
+    # of a worker
+    "server_away": ("peer", "cause", "patience_s"),
+    "server_behind": ("peer", "round", "other_round", "waited_s", "waiting_for"),
+    "progress": ("worker", "round", "local_step", "steps", "loss", "samples_per_s", "waited_s", "accuracy"),
+}
+_EVENT, _FIELDS = "modelaverage_event", "modelaverage_fields"
+_LONGEST_VALUE = 2000
+
+
+def event(name: str, **fields: Any) -> dict[str, Any]:
+    """The ``extra`` of a logging call: an event of the table, with all of its fields."""
+    return {_EVENT: name, _FIELDS: fields}
+
+
+class _JsonLines(logging.Formatter):
+    def __init__(self, program: str) -> None:
+        super().__init__()
+        self._program = program
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = {name: _short(value) for name, value in getattr(record, _FIELDS, {}).items()}
+        name = getattr(record, _EVENT, "other")
+        if record.exc_info:  # nobody's mistake but this program's
+            name, fields = "crashed", {"traceback": "".join(traceback.format_exception(*record.exc_info))}
+        time = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
+        common = (time.replace("+00:00", "Z"), record.levelname.lower(), self._program, name)
+        line = dict(zip(COMMON_FIELDS, (*common, _short(record.getMessage())), strict=True)) | fields
+        return json.dumps(line, default=str)
+
+
+def log_json(program: str) -> None:
+    """From now on every line that this process logs is JSON, the end by an exception and warnings included."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_JsonLines(program))
+    logging.basicConfig(handlers=[handler], force=True)
+    logging.captureWarnings(True)
+
+    def crashed(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            return
+        failure = kind() if error is None else error
+        logging.getLogger().critical("%s", failure, exc_info=(kind, failure, trace))
+
+    sys.excepthook = crashed
+    threading.excepthook = lambda args: crashed(args.exc_type, args.exc_value, args.exc_traceback)
+
+
+def say(program: str, as_json: bool, message: str, extra: dict[str, Any]) -> None:
+    """Prints one line to standard output: for people, or as a logged one would be."""
+    if not as_json:
+        print(f"{program}: {message}", flush=True)
+        return
+    record = logging.makeLogRecord({"msg": message, "levelno": logging.INFO, "levelname": "INFO", **extra})
+    print(_JsonLines(program).format(record), flush=True)
+
+
+def _short(value: Any) -> Any:
+    # Words and names come from outside, and a line has an end. Numbers that JSON has not are words.
+    if isinstance(value, str):
+        return value if len(value) <= _LONGEST_VALUE else value[:_LONGEST_VALUE] + "..."
+    if isinstance(value, float) and value - value != 0:
+        return repr(value)
+    return [_short(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,156 @@
+"""What the server measures of its rounds, for the status and the metrics: nothing here decides anything.
+
+Time is an argument, as in round.py. The seconds of a round, from its first push header to its commit, are split so that
+every moment belongs to one phase: *averaging* while the event loop adds or divides fragments, else *receiving* while
+a push of the round owes fragments and its stream is open, else *waiting*. *Sending* comes after: from the moment when
+the commit may be known to the end of the last answer. (Most of an average is sent before, beside the receiving.)
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter, deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+__all__ = ["Histogram", "Observations", "PHASES", "Sending"]
+
+PHASES = ("waiting", "receiving", "averaging", "sending")
+# Rounds take from a millisecond (a small model on one host) to many minutes (a large one, and somebody is missing).
+_BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+# The rate is that of so many rounds.
+_RECENT_ROUNDS = 20
+
+
+@dataclass
+class Histogram:
+    """Counts durations by upper bounds, the last of which is infinite. All in seconds."""
+
+    bounds_s: tuple[float, ...] = _BOUNDS_S
+    sum_s: float = 0.0
+    counts: list[int] = field(init=False)  # each without those below
+
+    def __post_init__(self) -> None:
+        self.counts = [0] * (len(self.bounds_s) + 1)
+
+    def observe(self, duration_s: float) -> None:
+        """Counts one."""
+        self.counts[bisect_left(self.bounds_s, duration_s)] += 1
+        self.sum_s += duration_s
+
+    @property
+    def count(self) -> int:
+        """How many were counted."""
+        return sum(self.counts)
+
+
+@dataclass(eq=False)
+class Sending:
+    """The answers of one committed round that are on their way: by the number of their stream."""
+
+    streams: set[int]
+    since_s: float = 0.0
+
+
+class Observations:
+    """The round in progress, and what became of those before it.
+
+    Attributes:
+        phase_s: of committed rounds, by phase.
+        round_s: of committed rounds, from the first push header to the commit.
+        checkpoint_s: of checkpoints, until they would outlive the process.
+        rounds_committed: since the server started, as all that follow.
+        pushes_retried: headers of a push that was heard of before.
+        fragments_received: that came into an average.
+        fragments_sent: of averages, counted once for each worker.
+        refused: calls, by reason.
+    """
+
+    def __init__(self) -> None:
+        self.phase_s = {phase: Histogram() for phase in PHASES}
+        self.round_s = Histogram()
+        self.checkpoint_s = Histogram()
+        self.checkpoint_failures = 0
+        self.rounds_committed = self.pushes_retried = 0
+        self.fragments_received = self.fragments_sent = 0
+        self.refused = Counter[str]()
+        self._committed_at_s = deque[float](maxlen=_RECENT_ROUNDS)
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self._since_s: float | None = None  # the first header's time; None: no round is under way
+        self._marked_s = 0.0  # up to then, all time is in `_spent_s`
+        self._spent_s = dict.fromkeys(PHASES, 0.0)
+        self._incoming = set[int]()  # streams that owe fragments
+        self._first_whole_at_s: float | None = None
+        self._lateness_s: dict[str, float] = {}
+
+    # The round in progress.
+
+    def admitted(self, stream: int, owes_fragments: bool, now_s: float) -> None:
+        """A push is in the round."""
+        if self._since_s is None:
+            self._since_s = self._marked_s = now_s
+        self._mark(now_s)
+        if owes_fragments:
+            self._incoming.add(stream)
+
+    def whole(self, stream: int, worker_id: str, now_s: float) -> None:
+        """The last fragment of a push is there."""
+        self._mark(now_s)
+        self._incoming.discard(stream)
+        if self._first_whole_at_s is None:
+            self._first_whole_at_s = now_s
+        self._lateness_s.setdefault(worker_id, now_s - self._first_whole_at_s)
+
+    def averaged(self, from_s: float, to_s: float) -> None:
+        """Between the two, fragments were added or divided."""
+        if self._since_s is not None:
+            self._mark(from_s)
+            self._spent_s["averaging"] += to_s - from_s
+            self._marked_s = to_s
+
+    def ended(self, stream: int, under_way: bool, now_s: float) -> None:
+        """A push's stream has ended. ``under_way``: whether the round in progress has any other push."""
+        if self._since_s is not None:
+            self._mark(now_s)
+            self._incoming.discard(stream)
+            if not under_way:
+                self._begin_anew()
+
+    def started_over(self) -> None:
+        """The round's pushes are void, and so is the time that they took."""
+        self._begin_anew()
+
+    def committed(self, contributors: Iterable[str], now_s: float) -> dict[str, float]:
+        """The round is over. By how many seconds each contributor's push was whole after the first one."""
+        lateness_s = {worker_id: self._lateness_s.get(worker_id, 0.0) for worker_id in contributors}
+        if self._since_s is not None:
+            self._mark(now_s)
+            for phase in PHASES[:-1]:
+                self.phase_s[phase].observe(self._spent_s[phase])
+            self.round_s.observe(now_s - self._since_s)
+        self.rounds_committed += 1
+        self._committed_at_s.append(now_s)
+        self._begin_anew()
+        return lateness_s
+
+    def _mark(self, now_s: float) -> None:
+        self._spent_s["receiving" if self._incoming else "waiting"] += now_s - self._marked_s
+        self._marked_s = now_s
+
+    # Afterwards.
+
+    def answered(self, sending: Sending, stream: int, now_s: float) -> None:
+        """The answer on this stream has ended, well or not."""
+        sending.streams.discard(stream)
+        if not sending.streams:
+            self.phase_s["sending"].observe(now_s - sending.since_s)
+
+    def rounds_per_minute(self, now_s: float) -> float:
+        """Over the last few rounds; an overdue one lowers it."""
+        recent_s = list(self._committed_at_s)
+        if len(recent_s) < 2:
+            return 0.0
+        mean_s = (recent_s[-1] - recent_s[0]) / (len(recent_s) - 1)
+        return 60 / max(mean_s, now_s - recent_s[-1], 1e-9)

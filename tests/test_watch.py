@@ -1,0 +1,288 @@
+"""`ps-server status --watch`: what it shows of servers that work, wait, go away and come back."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from modelaverage.v1 import parameter_server_pb2 as pb
+from ps_server import watch as watching
+from ps_server.__main__ import main
+from ps_server.status import NoAnswerError
+from ps_server.status_view import picture
+from ps_server.watch import Seen, json_line, line, watch
+from tests.jobs import COUNT, STEP, Job, of
+from tests.raw_client import until
+from tests.test_server_process import ServerProcess
+
+TIMEOUT_S = 20
+RED = "\x1b[1;31m"
+
+
+def waiting() -> pb.GetStatusResponse:
+    return pb.GetStatusResponse(
+        phase=pb.PHASE_AVERAGING,
+        global_step=7,
+        num_workers=2,
+        waiting_for=["worker-1"],
+        round_age_s=3.5,
+        rounds_per_minute=12.25,
+        rounds_committed=7,
+        workers=[
+            pb.WorkerStatus(
+                worker_id="worker-0",
+                is_chief=True,
+                waiting=True,
+                local_step=160,
+                lateness_s=0.25,
+                loss=0.125,
+                transport=pb.TRANSPORT_SHARED_MEMORY,
+            ),
+            pb.WorkerStatus(worker_id="worker-1", last_seen_age_s=75.0),
+        ],
+    )
+
+
+def drawn(*servers: Seen, width: int = 110) -> str:
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        console = Console(width=width, record=True, force_terminal=True, color_system="standard", file=nowhere)
+        console.print(picture(servers, "12:00:00"))
+    return console.export_text(styles=True)
+
+
+def without_styles(text: str) -> str:
+    return re.sub(r"\x1b\[[\d;]*m", "", text)
+
+
+def test_who_is_being_waited_for_is_red_and_the_others_are_not() -> None:
+    text = drawn(Seen("ps:2222", waiting()))
+    red = [found for found in text.splitlines() if RED in found]
+    assert len(red) == 2  # whom it waits for, and that worker's line
+    assert all("worker-1" in found and "worker-0" not in found for found in red)
+
+
+def test_a_panel_has_the_phase_the_pace_and_every_worker() -> None:
+    text = without_styles(drawn(Seen("ps:2222", waiting())))
+    for what in ("ps:2222", "averaging", "step 7", "12.2 rounds/min", "worker-1   for 3.5 s", "7 committed"):
+        assert what in text
+    (chief,) = [found for found in text.splitlines() if "worker-0" in found]
+    assert re.search(r"worker-0 \(chief\) +at the barrier +160 +0.125 +250 ms +0 ms +0 +shared memory", chief)
+    (other,) = [found for found in text.splitlines() if "worker-1" in found and "computes" in found]
+    assert re.search(r"computes +0 +- +- +1 min 15 s +0 +-", other)
+
+
+def test_each_shard_has_a_panel() -> None:
+    shards = []
+    for index in range(2):
+        status = waiting()
+        status.shard.CopyFrom(pb.Shard(index=index, count=2, job_id=b"j" * 16))
+        shards.append(Seen(f"ps{index}:2222", status))
+    text = without_styles(drawn(*shards))
+    assert "2 servers" in text
+    assert "ps0:2222, shard 0 of 2 of job 6a6a6a6a" in text
+    assert "ps1:2222, shard 1 of 2 of job 6a6a6a6a" in text
+
+
+def test_a_server_that_is_away_is_red_and_keeps_what_it_said_last() -> None:
+    text = drawn(Seen("ps:2222", waiting(), "no answer", 12.0), Seen("other:2222", None, "refused"))
+    plain = without_styles(text)
+    assert "2 away" in plain
+    assert "AWAY for 12 s; below is what it said last: no answer" in plain
+    assert "AWAY: refused" in plain
+    assert "step 7" in plain
+    assert all(RED in found for found in text.splitlines() if "AWAY" in found)
+
+
+def test_a_checkpoint_that_failed_is_red() -> None:
+    status = waiting()
+    status.checkpoint_problem = "no space"
+    assert any(RED in found and "FAILED: no space" in found for found in drawn(Seen("ps:2222", status)).splitlines())
+
+
+@pytest.mark.parametrize("width", [20, 80, 200])
+def test_names_from_outside_and_narrow_terminals_do_no_harm(width: int) -> None:
+    status = waiting()
+    status.workers[1].worker_id = status.waiting_for[0] = "\x1b[2J[red]\n" + "x" * 100
+    text = drawn(Seen("ps:2222", status), width=width)
+    assert "\x1b[2J" not in text
+    assert max(map(len, without_styles(text).splitlines())) <= width
+
+
+def test_a_line_says_for_whom_it_waits() -> None:
+    expected = "ps:2222  averaging, step 7, 12.2 rounds/min, 1 of 2 at the barrier, waits for worker-1 (for 3.5 s)"
+    assert line(Seen("ps:2222", waiting())) == expected
+    assert "waits for the chief" in line(Seen("ps:2222", pb.GetStatusResponse(phase=pb.PHASE_UNINITIALIZED)))
+    assert line(Seen("a:1", waiting(), "gone", 9.0)) == "a:1  AWAY: gone, last seen 9 s ago at step 7"
+
+
+def test_a_line_of_json_is_one_object_with_stable_names() -> None:
+    servers = [Seen("a:1", waiting()), Seen("b:1", None, "gone", 2.0)]
+    found = json.loads(json_line(servers, 5.0))
+    assert found["unix_time_s"] == 5.0
+    assert [tuple(server) for server in found["servers"]] == [("address", "problem", "away_s", "status")] * 2
+    status = found["servers"][0]["status"]
+    assert tuple(status) == tuple(field.name for field in pb.GetStatusResponse.DESCRIPTOR.fields)
+    assert status["workers"][0]["transport"] == "TRANSPORT_SHARED_MEMORY"
+    assert (status["workers"][0]["loss"], status["workers"][1]["loss"], status["checkpoint_age_s"]) == (
+        0.125,
+        None,
+        None,
+    )
+    assert found["servers"][1] == {"address": "b:1", "problem": "gone", "away_s": 2.0, "status": None}
+
+
+def test_where_it_cannot_draw_it_prints_a_line_for_each_change_until_ctrl_c(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def answers() -> Iterator[pb.GetStatusResponse | Exception]:
+        yield waiting()
+        older = waiting()
+        older.round_age_s = 4.5  # no news
+        yield older
+        yield NoAnswerError("no answer")
+        yield NoAnswerError("no answer (waited longer)")
+        yield waiting()
+        yield KeyboardInterrupt()  # type: ignore[misc]
+
+    left = answers()
+
+    def fetch(_: str) -> pb.GetStatusResponse:
+        answer = next(left)
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(watching.time, "sleep", lambda _: None)
+    watch(["ps:2222"], fetch, 1.0, as_json=False)
+    out, err = capsys.readouterr()
+    printed = [text.split("  ", 1)[1] for text in out.splitlines()]
+    assert [("AWAY" in text, "waits for worker-1" in text) for text in printed] == [
+        (False, True),
+        (True, False),
+        (False, True),
+    ]
+    assert err == ""
+
+
+class Watching:
+    """`ps-server status --watch` as a process; its lines as they come."""
+
+    def __init__(self, *arguments: str) -> None:
+        command = [sys.executable, "-m", "ps_server", "status", *arguments]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self._watchdog = threading.Timer(TIMEOUT_S, self._process.kill)
+        self._watchdog.start()
+
+    def __enter__(self) -> Watching:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._watchdog.cancel()
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.communicate()
+
+    def line_with(self, what: str) -> str:
+        """Waits for a line."""
+        assert self._process.stdout is not None
+        for found in self._process.stdout:
+            if what in found:
+                return found
+        raise AssertionError(f"it ended before it said {what!r}")
+
+    def interrupt(self) -> tuple[int, str]:
+        self._process.send_signal(signal.SIGINT)
+        _, err = self._process.communicate(timeout=TIMEOUT_S)
+        return self._process.returncode, err
+
+
+def test_a_server_that_goes_away_and_comes_back_is_shown_and_ctrl_c_ends_it(tmp_path: Path) -> None:
+    bind = f"unix:{tmp_path}/ps.sock"
+    with Watching("--watch", "0.05", bind) as watcher:
+        watcher.line_with("AWAY")
+        with ServerProcess("--bind", bind) as server:
+            watcher.line_with("waits for the chief")
+            server.signal(signal.SIGKILL)
+            server.end()
+            watcher.line_with("AWAY")
+        with ServerProcess("--bind", bind):
+            watcher.line_with("waits for the chief")
+            assert watcher.interrupt() == (0, "")
+
+
+def test_json_lines_follow_the_job(job: Job) -> None:
+    with Watching(job.address, "--json", "--watch", "0.05") as watcher:
+        job.push("a", of(1))
+        job.given("a", COUNT)
+        found: Any = json.loads(watcher.line_with("PHASE_AVERAGING"))
+        assert found["servers"][0]["status"]["global_step"] == STEP
+        assert watcher.interrupt() == (0, "")
+
+
+def test_in_a_terminal_it_draws_and_ctrl_c_gives_the_terminal_back(job: Job) -> None:
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "ps_server", "status", "--watch", job.address]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "LINES": "40"}
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=subprocess.PIPE, env=environment)
+    watchdog = threading.Timer(TIMEOUT_S, process.kill)
+    watchdog.start()
+    os.close(theirs)
+    shown = b""
+
+    def read() -> bool:
+        nonlocal shown
+        try:
+            shown += os.read(ours, 65536)
+        except OSError:  # the other side is closed
+            return True
+        return False
+
+    while b"waits for" not in shown:
+        assert not read(), shown
+    process.send_signal(signal.SIGINT)
+    until(read, "it ends")
+    _, err = process.communicate(timeout=TIMEOUT_S)
+    watchdog.cancel()
+    os.close(ours)
+    assert (process.returncode, err) == (0, b"")
+    _, left, after = shown.partition(b"\x1b[?1049l")  # the other screen is left
+    assert left
+    assert b"waits for" in after  # the last picture stays
+
+
+def test_without_rich_a_terminal_gets_lines_and_is_told_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fetch(address: str) -> pb.GetStatusResponse:
+        if fetch_again:
+            raise KeyboardInterrupt
+        fetch_again.append(address)
+        return waiting()
+
+    fetch_again: list[str] = []
+    monkeypatch.setattr(watching, "find_spec", lambda _: None)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(watching.time, "sleep", lambda _: None)
+    watch(["ps:2222"], fetch, 1.0, as_json=False)
+    out, err = capsys.readouterr()
+    assert "waits for worker-1" in out
+    assert err == "for a live picture: pip install 'modelaverage[watch]'\n"
+
+
+@pytest.mark.parametrize("interval", ["0", "-1", "nan"])
+def test_an_interval_that_is_none_is_refused(interval: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["status", "127.0.0.1:1", "--watch", interval])
+    assert f"{interval} is not a positive number of seconds" in capsys.readouterr().err
