@@ -18,6 +18,10 @@ push_and_average = Shard.push_and_average
 session_push = ParameterServerSession.push_and_average
 
 
+def replace(owner: type, name: str, by: object) -> None:
+    setattr(owner, name, by)
+
+
 def does_not_try_again() -> None:
     client.RECONNECT_TIMEOUT_S = 0.0
 
@@ -29,7 +33,7 @@ def makes_every_attempt_a_new_push() -> None:
         header.push_id = next(numbers)
         return push_and_average(self, header, *arguments)
 
-    Shard.push_and_average = push  # type: ignore[method-assign]
+    replace(Shard, "push_and_average", push)
 
 
 def takes_an_average_without_an_outcome() -> None:
@@ -39,7 +43,7 @@ def takes_an_average_without_an_outcome() -> None:
         except ProtocolError:
             return Answer(pb.PushOutcome(outcome=pb.OUTCOME_COMMITTED, global_step=header.base_step + 1), None)
 
-    Shard.push_and_average = push  # type: ignore[method-assign]
+    replace(Shard, "push_and_average", push)
 
 
 def keeps_its_base_step() -> None:
@@ -49,14 +53,14 @@ def keeps_its_base_step() -> None:
         self.base_step = base_step
         return result
 
-    ParameterServerSession.push_and_average = push  # type: ignore[method-assign, assignment]
+    replace(ParameterServerSession, "push_and_average", push)
 
 
 def knows_no_padding() -> None:
     def offsets_bytes(self: Manifest) -> tuple[int, ...]:
         return tuple(itertools.accumulate((v.size_bytes for v in self.variables[:-1]), initial=0))
 
-    Manifest.offsets_bytes = property(offsets_bytes)  # type: ignore[assignment]
+    replace(Manifest, "offsets_bytes", property(offsets_bytes))
 
 
 def does_not_look_for_missing_fragments() -> None:
@@ -64,8 +68,8 @@ def does_not_look_for_missing_fragments() -> None:
         start, _ = self.manifest.fragment_bounds(index)
         self._memory.bytes[start : start + len(data)] = memoryview(data)
 
-    Staging.receive = receive  # type: ignore[method-assign]
-    Staging.check_complete = lambda _: None  # type: ignore[method-assign]
+    replace(Staging, "receive", receive)
+    replace(Staging, "check_complete", lambda _: None)
 
 
 def mixes_up_types_of_16_bits() -> None:
@@ -90,7 +94,7 @@ def answers_twice() -> None:
         return conformer_status(self)
 
     conformer_status = client.Conformer.status
-    client.Conformer.status = status  # type: ignore[method-assign]
+    replace(client.Conformer, "status", status)
 
 
 def counts_in_doubles() -> None:
@@ -99,7 +103,7 @@ def counts_in_doubles() -> None:
         return " ".join([str(int(float(step))), *rest])
 
     conformer_pull = client.Conformer.pull
-    client.Conformer.pull = pull  # type: ignore[method-assign]
+    replace(client.Conformer, "pull", pull)
 
 
 # What is broken, and the case that has to notice.

@@ -91,12 +91,13 @@ class Simulation:
     def __init__(self, digits: Path, workers: int) -> None:
         rows = np.loadtxt(digits, delimiter=",")
         self._labels, self._inputs = rows[:, 0].astype(int), rows[:, 1:] / 16
-        self.weights, self.bias = np.zeros((64, 10)), np.zeros(10)
+        self.weights: NDArray[np.float64] = np.zeros((64, 10))
+        self.bias: NDArray[np.float64] = np.zeros(10)
         parts = np.arange(len(rows)) % workers
         for _ in range(ROUNDS):
             trained = [self._train(parts == part) for part in range(workers)]
-            self.weights = sum(weights for weights, _ in trained) / workers
-            self.bias = sum(bias for _, bias in trained) / workers
+            self.weights = np.add.reduce([weights for weights, _ in trained]) / workers
+            self.bias = np.add.reduce([bias for _, bias in trained]) / workers
 
     def _train(self, rows: NDArray[np.bool_]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         inputs, wanted = self._inputs[rows], np.eye(10)[self._labels[rows]]
