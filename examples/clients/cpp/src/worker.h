@@ -39,7 +39,7 @@ class Worker {
   /// Says goodbye.
   void Leave();
 
-  /// Says goodbye from another thread, once and for a few seconds; what goes wrong is of no interest any more.
+  /// Says goodbye, once and within 5 s; what goes wrong is of no interest any more. Any thread may do it.
   void LeaveNow() noexcept;
 
   const std::string& worker_id() const { return worker_id_; }
