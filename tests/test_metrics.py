@@ -14,7 +14,7 @@ from modelaverage.errors import Reason
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server import metrics
 from ps_server.keeper import CheckpointPolicy
-from ps_server.observations import PHASES
+from ps_server.observations import PHASES, Histogram
 from tests.conftest import RunningServer, StartServer
 from tests.jobs import CENTER, COUNT, STEP, Job, of
 from tests.raw_client import RawClient, until
@@ -178,7 +178,7 @@ def test_a_server_without_a_center_serves_metrics(server: RunningServer) -> None
 
 
 def test_a_histogram_counts_up_to_each_bound() -> None:
-    histogram = metrics.Histogram((0.5, 1.0))
+    histogram = Histogram((0.5, 1.0))
     for duration_s in (0.1, 0.7, 0.8, 3.0):
         histogram.observe(duration_s)
     family = metrics._histogram("x_seconds", "Of x.", [({}, histogram)])

@@ -11,7 +11,7 @@ from ps_server.observations import PHASES, Histogram, Observations, Sending
 from ps_server.roster import Roster, WorkerRecord
 
 
-def sums(seen: Observations) -> dict[str, float]:
+def sums(seen: Observations) -> dict[str, object]:
     return {phase: pytest.approx(seen.phase_s[phase].sum_s) for phase in PHASES}
 
 

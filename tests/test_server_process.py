@@ -189,6 +189,13 @@ def test_a_second_ctrl_c_ends_the_server_without_a_traceback() -> None:
 # The command line.
 
 
+def test_help_says_that_anybody_can_read_the_metrics(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["serve", "--help"])
+    text = " ".join(capsys.readouterr().out.rpartition("--metrics-bind ADDRESS")[2].split())
+    assert "not encrypted and not authenticated" in text.partition("--verbose")[0]
+
+
 @pytest.mark.parametrize("command", [[], ["serve"], ["status"]])
 def test_help_is_complete_and_has_units(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -197,8 +204,16 @@ def test_help_is_complete_and_has_units(command: list[str], capsys: pytest.Captu
     text = capsys.readouterr().out
     expected = {
         "": ["serve", "status"],
-        "serve": ["--bind ADDRESS", "--num-workers N", "--ready-file FILE", "SECONDS", "BYTES", "examples:"],
-        "status": ["ADDRESS", "--json", "--timeout-s SECONDS", "examples:"],
+        "serve": [
+            "--bind ADDRESS",
+            "--num-workers N",
+            "--ready-file FILE",
+            "SECONDS",
+            "BYTES",
+            "--log-json",
+            "examples:",
+        ],
+        "status": ["ADDRESS", "--json", "--watch [SECONDS]", "--timeout-s SECONDS", "examples:"],
     }
     for shown in expected["".join(command)]:
         assert shown in text

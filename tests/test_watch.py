@@ -164,7 +164,7 @@ def test_where_it_cannot_draw_it_prints_a_line_for_each_change_until_ctrl_c(
             raise answer
         return answer
 
-    monkeypatch.setattr(watching.time, "sleep", lambda _: None)
+    monkeypatch.setattr("ps_server.watch.time.sleep", lambda _: None)
     watch(["ps:2222"], fetch, 1.0, as_json=False)
     out, err = capsys.readouterr()
     printed = [text.split("  ", 1)[1] for text in out.splitlines()]
@@ -274,7 +274,7 @@ def test_without_rich_a_terminal_gets_lines_and_is_told_what_to_install(
     fetch_again: list[str] = []
     monkeypatch.setattr(watching, "find_spec", lambda _: None)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    monkeypatch.setattr(watching.time, "sleep", lambda _: None)
+    monkeypatch.setattr("ps_server.watch.time.sleep", lambda _: None)
     watch(["ps:2222"], fetch, 1.0, as_json=False)
     out, err = capsys.readouterr()
     assert "waits for worker-1" in out
