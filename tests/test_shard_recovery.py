@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 
 from ma_client import Outcome, ParameterServerSession, PushResult, member, members
 from ma_client.shard import Deadline, Shard
+from modelaverage.access import Access
 from modelaverage.errors import ConflictError, DeadlineExceededError, ModelAverageError
+from modelaverage.security import Security
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server import job as server_job
 from ps_server.policy import RoundPolicy
@@ -477,7 +479,7 @@ class RunningOn:
 def test_shards_that_run_on_while_they_are_read_are_read_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(members, "Member", RunningOn)
     worker = member.Worker("reader", bytes(16), is_chief=False, accepts_shared_memory=False)
-    shards = members.Members(["127.0.0.1:1", "127.0.0.1:2"], worker, reconnect_timeout_s=0)
+    shards = members.Members(["127.0.0.1:1", "127.0.0.1:2"], worker, 0.0, Access(Security()))
     shards.pull(wait_initialized=False, may_push=False, deadline=Deadline(HANG_S))
     assert shards.steps == [10, 10]
     for one in shards:
