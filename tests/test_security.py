@@ -19,6 +19,7 @@ import pytest
 from ma_client import Outcome, ParameterServerSession, Security, SecurityError, Tls
 from modelaverage.access import Access
 from modelaverage.errors import REASON_METADATA_KEY, REASON_PREFIX, Reason
+from modelaverage.handshake import problem
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.__main__ import main
 from ps_server.authorization import LEAST_ROLES, Role, Tokens, check
@@ -344,6 +345,17 @@ def share_found(values: bytes, recorded: bytes) -> float:
     """How many of the pieces of 32 bytes of ``values`` occur; frames' headers cut a few of them in two."""
     pieces = [values[start : start + 32] for start in range(0, len(values), 32)]
     return sum(piece in recorded for piece in pieces) / len(pieces)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "127.0.0.1:99999", "a..b:1", "unix:/nowhere", "nonsense", ":1"])
+@pytest.mark.parametrize("tls", [None, Tls()])
+def test_where_nobody_answers_the_trouble_is_not_with_certificates(address: str, tls: Tls | None) -> None:
+    assert problem(address, tls) is None
+
+
+def test_a_server_that_works_has_no_problem(guarded: Guarded, start_server: StartServer) -> None:
+    assert problem(guarded.address, guarded.files.tls()) is None
+    assert problem(start_server(1).address, None) is None
 
 
 # Renewed files.

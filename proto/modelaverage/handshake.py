@@ -31,7 +31,7 @@ def problem(address: str, tls: Tls | None) -> str | None:
             if tls is None:
                 return _problem_in_plain_text(address, connection)
             return _problem(address, host.strip("[]"), connection, tls)
-    except OSError:
+    except (OSError, OverflowError, UnicodeError):  # nobody there, or no address at all: gRPC's own error is better
         return None
 
 
