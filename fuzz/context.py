@@ -79,6 +79,10 @@ class FakeContext:
 
     # For the service.
 
+    def peer(self) -> str:
+        """Where the client is, as gRPC names it."""
+        return "ipv4:127.0.0.1:1"
+
     async def read(self) -> Any:
         """The next message, or grpc.aio.EOF."""
         if self._reader is not None:

@@ -39,6 +39,8 @@ _MAY_GROW = frozenset(
         "_job.round._barred",
         "_job.round._expected",
         "_job.round._lateness._recent_s",
+        "_observations._committed_at_s",
+        "_observations._lateness_s",
         "_job.round._members",
         "_job.round.counted",
     }

@@ -9,6 +9,7 @@ import math
 import os
 import sys
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
 # gRPC's own log would answer a taken port with a page of C++; set before it is imported.
@@ -74,7 +75,7 @@ def _spelled_out(argv: list[str]) -> list[str]:
     """So that `status --watch ADDRESS` does not take the address for the interval."""
     return [
         "--watch=1" if word == "--watch" and not _is_number(after) else word
-        for word, after in zip(argv, [*argv[1:], ""], strict=True)
+        for word, after in zip_longest(argv, argv[1:], fillvalue="")
     ]
 
 

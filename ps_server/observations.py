@@ -9,9 +9,11 @@ the commit may be known to the end of the last answer. (Most of an average is se
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+
+from modelaverage.errors import Reason
 
 __all__ = ["Histogram", "Observations", "PHASES", "Sending"]
 
@@ -73,7 +75,7 @@ class Observations:
         self.checkpoint_failures = 0
         self.rounds_committed = self.pushes_retried = 0
         self.fragments_received = self.fragments_sent = 0
-        self.refused = Counter[str]()
+        self.refused = {reason.name: 0 for reason in Reason}
         self._committed_at_s = deque[float](maxlen=_RECENT_ROUNDS)
         self._begin_anew()
 

@@ -19,7 +19,7 @@ from ps_server.status import NoAnswerError
 
 __all__ = ["Seen", "json_line", "line", "watch"]
 
-Fetch = Callable[[str], pb.GetStatusResponse]
+_Fetch = Callable[[str], pb.GetStatusResponse]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Seen:
     away_s: float = 0.0
 
 
-def watch(addresses: Sequence[str], fetch: Fetch, interval_s: float, as_json: bool) -> None:
+def watch(addresses: Sequence[str], fetch: _Fetch, interval_s: float, as_json: bool) -> None:
     """Shows the servers until Ctrl-C. ``fetch`` asks one, and may raise NoAnswerError."""
     samples = _samples(addresses, fetch, interval_s)
     try:
@@ -58,7 +58,7 @@ def watch(addresses: Sequence[str], fetch: Fetch, interval_s: float, as_json: bo
         pass
 
 
-def _samples(addresses: Sequence[str], fetch: Fetch, interval_s: float) -> Iterator[list[Seen]]:
+def _samples(addresses: Sequence[str], fetch: _Fetch, interval_s: float) -> Iterator[list[Seen]]:
     """All servers, asked at once, every ``interval_s``."""
     servers = [Seen(address) for address in addresses]
     heard_at_s = dict.fromkeys(addresses, time.monotonic())
