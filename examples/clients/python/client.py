@@ -139,17 +139,18 @@ def train(arguments: argparse.Namespace) -> None:
         if arguments.chief:
             session.initialize({"weights": np.zeros((inputs.shape[1], CLASSES)), "bias": np.zeros(CLASSES)})
         center, step = session.pull()
+        rounds = 0
         while step < arguments.rounds:
             weights, bias = center["weights"].copy(), center["bias"].copy()
             for _ in range(STEPS_PER_ROUND):
                 descend(weights, bias, inputs[mine], labels[mine])
             result = session.push_and_average({"weights": weights, "bias": bias})
-            center, step = result.center, result.global_step
+            center, step, rounds = result.center, result.global_step, rounds + 1
             if step % ROUNDS_PER_REPORT == 0:
                 report = f"{arguments.worker_id}: global_step {step}, accuracy {accuracy(center, inputs, labels):.4f}"
                 print(report, file=sys.stderr)
     print(
-        f"{arguments.worker_id} (python): {arguments.rounds} rounds, global_step {step}, "
+        f"{arguments.worker_id} (python): {rounds} rounds, global_step {step}, "
         f"accuracy {accuracy(center, inputs, labels):.4f}"
     )
 
