@@ -173,8 +173,8 @@ def test_a_client_without_stubs_finds_the_service_and_calls_it(start_server: Sta
         files = reflected(channel, ServerReflectionRequest(file_containing_symbol=SERVICE))
         pool = DescriptorPool()  # not the one that the generated code is in
         for data in files.file_descriptor_response.file_descriptor_proto:
-            pool.Add(FileDescriptorProto.FromString(data))  # type: ignore[no-untyped-call]
-        service = pool.FindServiceByName(SERVICE)  # type: ignore[no-untyped-call]
+            pool.Add(FileDescriptorProto.FromString(data))
+        service = pool.FindServiceByName(SERVICE)
         method = service.methods_by_name["GetStatus"]
         request, response = GetMessageClass(method.input_type), GetMessageClass(method.output_type)
         call = channel.unary_unary(f"/{SERVICE}/GetStatus", request.SerializeToString, response.FromString)
