@@ -283,15 +283,15 @@ def test_every_call_with_too_small_a_role_is_refused_before_anything_of_it_is_re
                 continue
             nothing = queue.SimpleQueue[bytes]()  # the client sends no message, and leaves the stream open
             with access.channel(guarded.address) as channel:
-                rpc = channel.stream_stream(method, bytes, bytes)
+                rpc: Any = channel.stream_stream(method, bytes, bytes)
                 call = rpc(iter(nothing.get, b""), DEADLINE_S, access.metadata)
                 with pytest.raises(grpc.RpcError) as refused:
-                    next(iter(call))
+                    next(call)
                 nothing.put(b"")
             status, reason = ("UNAUTHENTICATED", "TOKEN_INVALID") if role is None else REFUSED_FOR_ROLE
             assert refused.value.code() is grpc.StatusCode[status], (role, method)
-            trailing: Any = refused.value.trailing_metadata()
-            assert dict(trailing)[REASON_METADATA_KEY] == REASON_PREFIX + reason
+            error: Any = refused.value
+            assert dict(error.trailing_metadata())[REASON_METADATA_KEY] == REASON_PREFIX + reason
     guarded.is_unchanged()
 
 
