@@ -104,7 +104,8 @@ class ClusterSpec:
             ClusterError: naming the flags and variables that are missing, unusable or contradict each other, or the
                 server that has another number of workers.
             DeadlineExceededError: there was no task index within ``join_timeout_s``; names what it waited for.
-            ServerUnavailableError: what answers there hands out no task indexes.
+            SecurityError: the server and this process do not trust each other, or a file is missing or unusable.
+            ServerUnavailableError: no parameter server answers there in time.
         """
         init_from = init_from or environ.get(resolvers.INIT_FROM) or None
         settings = resolvers.resolve(resolvers.flag_settings(ps_hosts, num_workers, task_index), environ)

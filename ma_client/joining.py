@@ -41,21 +41,26 @@ class Place:
 class _Holder:
     """Holds the place that a server gives: comes back for it when the connection breaks, says goodbye at the end."""
 
-    def __init__(self, address: str, access: Access) -> None:
+    def __init__(self, address: str, access: Access, timeout_s: float) -> None:
         self._address = address
         self._shard = Shard(address, access)
+        try:
+            self._shard.connect(timeout_s)
+        except BaseException:
+            self._shard.close()
+            raise
         self._incarnation = uuid.uuid4().bytes
         self._place = Future[Place]()
-        self._trouble = f"nobody answers at {address}; is `ps-server serve` running there?"
+        self._trouble = f"{address} does not say one"
         self._thread = threading.Thread(target=self._hold, name="ma_client-join", daemon=True)
         self._thread.start()
 
-    def place(self, timeout_s: float) -> Place:
+    def place(self, deadline: Deadline) -> Place:
         """Waits for it."""
         try:
-            return self._place.result(timeout_s)
+            return self._place.result(deadline.left_s)
         except NotYetError:
-            raise DeadlineExceededError(f"no task index within {timeout_s:g} s: {self._trouble}") from None
+            raise DeadlineExceededError(f"no task index within {deadline.timeout_s:g} s: {self._trouble}") from None
 
     def end(self) -> None:
         """Gives the place back."""
@@ -119,16 +124,18 @@ def join(address: str, timeout_s: float, security: Security | None = None) -> Pl
     Raises:
         SecurityError: a file is missing or unusable, or the server does not let this process in.
         DeadlineExceededError: there was none in time; names what it waited for.
-        ServerUnavailableError: what answers there is no parameter server, or an older one.
+        ServerUnavailableError: no parameter server answers there in time.
     """
     key = os.getpid(), address  # a forked process is another worker, or none
+    deadline = Deadline(timeout_s)
     with _lock:
         holder = _holders.get(key)
         if holder is None:
-            holder = _holders[key] = _Holder(address, Access(Security.from_env() if security is None else security))
+            access = Access(Security.from_env() if security is None else security)
+            holder = _holders[key] = _Holder(address, access, timeout_s)
             atexit.register(_end, key)
     try:
-        return holder.place(timeout_s)
+        return holder.place(deadline)
     except ModelAverageError:
         _end(key)
         raise

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from ma_client import ClusterError, ClusterSpec
 from ma_client import joining as client
-from modelaverage.errors import DeadlineExceededError
+from modelaverage.errors import DeadlineExceededError, ServerUnavailableError
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.keeper import CheckpointPolicy
 from ps_server.task_indexes import TaskIndexes
@@ -226,7 +226,7 @@ def test_a_worker_that_gets_no_index_in_time_says_what_it_waited_for(start_serve
 
 
 def test_a_worker_whose_server_is_not_there_says_so() -> None:
-    with pytest.raises(DeadlineExceededError, match=r"127\.0\.0\.1:1"):
+    with pytest.raises(ServerUnavailableError, match=r"127\.0\.0\.1:1"):
         ClusterSpec.resolve({}, ps_hosts=("127.0.0.1:1",), task_index="auto", join_timeout_s=0.5)
 
 
