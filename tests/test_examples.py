@@ -100,6 +100,18 @@ def test_numpy_only_finds_the_line_without_torch(start_server: StartServer) -> N
         assert (w1, w2, b) == pytest.approx((2.0, -3.0, 0.5), abs=0.01)
 
 
+def test_a_keras_model_ends_with_one_good_center_for_all_workers(start_server: StartServer) -> None:
+    address = start_server(WORKERS).address
+    environs = [ClusterSpec((address,), WORKERS, index).to_env() for index in range(WORKERS)]
+    printed = run_workers(environs, "-W", "default", "examples/keras_digits.py")  # Keras itself warns
+    for lines in (text.splitlines() for text in printed):
+        rounds = [line.split(":")[0] for line in lines if line.startswith("round ")]
+        assert rounds == [f"round {number}" for number in range(1, 9)]
+        assert lines[-1].startswith("accuracy of the center: ")
+        assert lines[-1] == printed[0].splitlines()[-1]
+        assert float(lines[-1].split()[-1]) > 0.9
+
+
 def test_the_code_of_the_porting_guide_runs(start_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in ClusterSpec((start_server(1).address,), 1, 0).to_env().items():
         monkeypatch.setenv(name, value)
