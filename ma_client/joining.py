@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from ma_client.shard import Deadline, Shard
 from modelaverage.access import Access
 from modelaverage.errors import DeadlineExceededError, ModelAverageError, ServerUnavailableError
+from modelaverage.logs import event
 from modelaverage.security import Security
 from modelaverage.v1 import parameter_server_pb2 as pb
 
@@ -78,7 +79,9 @@ class _Holder:
                 self._stay()
             except ServerUnavailableError as error:
                 self._trouble = str(error)
-                _log.debug("task index: %s", error)
+                _log.debug(
+                    "task index: %s", error, extra=event("task_index_waits", peer=self._address, cause=str(error))
+                )
             except ModelAverageError as error:
                 if not self._shard.stopped.is_set():
                     self._fail(error)
@@ -95,13 +98,21 @@ class _Holder:
                     f"all {response.num_workers} of {self._address} are taken; start no more workers than its "
                     "--num-workers, or wait until one that has gone gives its own back"
                 )
-                _log.warning("waiting for a task index: %s", self._trouble)
+                _log.warning(
+                    "waiting for a task index: %s",
+                    self._trouble,
+                    extra=event("task_index_waits", peer=self._address, cause=self._trouble),
+                )
             elif not self._place.done():
                 self._place.set_result(Place(response.task_index, response.num_workers))
 
     def _fail(self, error: ModelAverageError) -> None:
         if self._place.done():
-            _log.warning("the task index is no longer held for this process: %s", error)
+            _log.warning(
+                "the task index is no longer held for this process: %s",
+                error,
+                extra=event("task_index_lost", peer=self._address, cause=str(error)),
+            )
         else:
             self._place.set_exception(error)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import grpc
 
 from modelaverage.errors import SecurityError
+from modelaverage.logs import event
 from modelaverage.pem import read_authorities, read_identity
 from modelaverage.tokens import read_tokens
 from modelaverage.watched_files import WatchedFiles
@@ -36,14 +37,16 @@ def credentials_of(security: ServerSecurity) -> grpc.ServerCredentials | None:
         return grpc.ssl_server_certificate_configuration([(key, certificates)], authorities)
 
     paths = [path for path in (cert_file, key_file, client_ca) if path is not None]
-    files = WatchedFiles(
-        paths, read, lambda error: _log.warning("%s; going on with the certificate from before", error)
-    )
+    files = WatchedFiles(paths, read, lambda error: _keep("certificate", error))
 
     def news() -> grpc.ServerCertificateConfiguration | None:  # gRPC asks before every handshake
         configuration = files.news()
         if configuration is not None:
-            _log.warning("the certificate in %s has changed; new connections get it", cert_file)
+            _log.warning(
+                "the certificate in %s has changed; new connections get it",
+                cert_file,
+                extra=event("certificate_changed", path=str(cert_file)),
+            )
         return configuration
 
     return grpc.dynamic_ssl_server_credentials(
@@ -70,8 +73,12 @@ def tokens_of(security: ServerSecurity) -> WatchedFiles[Tokens] | None:
     return WatchedFiles(
         [path for path, _ in files],
         lambda: _read_tokens(files),
-        lambda error: _log.warning("%s; going on with the tokens from before", error),
+        lambda error: _keep("tokens", error),
     )
+
+
+def _keep(what: str, error: Exception) -> None:
+    _log.warning("%s; going on with the %s from before", error, what, extra=event("credentials_kept", cause=str(error)))
 
 
 def _read_tokens(files: Sequence[tuple[Path, Role]]) -> Tokens:

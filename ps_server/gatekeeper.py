@@ -12,6 +12,7 @@ import grpc
 import grpc.aio
 
 from modelaverage.errors import FAULTS, REASON_METADATA_KEY, REASON_PREFIX, ModelAverageError
+from modelaverage.logs import event
 from modelaverage.tokens import METADATA_KEY, token_of
 from ps_server.authorization import Tokens, check
 
@@ -65,7 +66,17 @@ def _refusing(method: str, error: ModelAverageError, level: int) -> _Handler:
     reason = error.reason
 
     async def refuse(_: object, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-        _log.log(level, "%r from %s refused: %s: %s", method, context.peer(), reason.name, error)
+        _log.log(
+            level,
+            "%r from %s refused: %s: %s",
+            method,
+            context.peer(),
+            reason.name,
+            error,
+            extra=event(
+                "call_refused", rpc=method.rpartition("/")[2], reason=reason.name, worker=None, peer=context.peer()
+            ),
+        )
         await context.abort(
             grpc.StatusCode[FAULTS[reason].status],
             str(error),

@@ -212,7 +212,7 @@ def _listen(
     except SecurityError as error:
         raise UnusableSettingError(str(error)) from None
     for warning in warnings_of(host.strip("[]"), bind, security):
-        _log.warning("%s", warning)
+        _log.warning("%s", warning, extra=event("exposed", address=bind, cause=warning))
     return f"{host}:{_bind(server, bind, credentials)}"
 
 

@@ -11,6 +11,7 @@ import grpc
 
 from modelaverage import handshake
 from modelaverage.errors import SecurityError
+from modelaverage.logs import event
 from modelaverage.pem import read_authorities, read_identity
 from modelaverage.security import Security
 from modelaverage.tokens import bearer, read_tokens
@@ -69,4 +70,4 @@ class Access:
 
 
 def _keep_token(error: SecurityError) -> None:
-    _log.warning("%s; going on with the token from before", error)
+    _log.warning("%s; going on with the token from before", error, extra=event("credentials_kept", cause=str(error)))

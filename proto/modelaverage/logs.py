@@ -32,7 +32,10 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "checkpoint_passed_over": ("path", "cause"),
     "checkpoint_restored": ("path", "round"),
     "stopping": (),
+    "exposed": ("address", "cause"),
+    "certificate_changed": ("path",),
     # of the server and of workers
+    "credentials_kept": ("cause",),  # a new file is unusable
     "round_waits": ("round", "waited_s", "waiting_for", "waiting_for_unknown"),
     "failed": ("cause",),  # a setting that cannot be used, a job that cannot go on: the last line
     "crashed": ("traceback",),  # a defect of this program
@@ -40,6 +43,8 @@ EVENTS: dict[str, tuple[str, ...]] = {
     # of a worker
     "server_away": ("peer", "cause", "patience_s"),
     "server_behind": ("peer", "round", "other_round", "waited_s", "waiting_for"),
+    "task_index_waits": ("peer", "cause"),
+    "task_index_lost": ("peer", "cause"),
     "progress": ("worker", "round", "local_step", "steps", "loss", "samples_per_s", "waited_s", "accuracy"),
 }
 _EVENT, _FIELDS = "modelaverage_event", "modelaverage_fields"
