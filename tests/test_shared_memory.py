@@ -268,7 +268,7 @@ def test_segments_vanish_with_a_server_that_is_killed(tmp_path: Path) -> None:
         before = set(os.listdir("/dev/shm"))
         values = {"w": np.ones(1 << 20, np.float32)}
         with ParameterServerSession(
-            [json.loads(ready.read_text())["address"]], worker_id="w", is_chief=True
+            [json.loads(ready.read_text())["address"]], worker_id="w", is_chief=True, reconnect_timeout_s=0
         ) as session:
             session.initialize(values)
             held = session.push_and_average(values, copy=False).center["w"]
