@@ -152,21 +152,11 @@ class ClusterSpec:
                 environ, ps_hosts=ps_hosts, num_workers=num_workers, task_index=task_index, init_from=init_from
             ).to_env()
         init_from = init_from or environ.get(resolvers.INIT_FROM) or None
-        return {
-            resolvers.PS_HOSTS: ",".join(servers.value),
-            **({} if workers is None else {resolvers.NUM_WORKERS: str(workers.value)}),
-            resolvers.TASK_INDEX: AUTO,
-            **({} if init_from is None else {resolvers.INIT_FROM: init_from}),
-        }
+        return _variables(servers.value, None if workers is None else workers.value, AUTO, init_from)
 
     def to_env(self) -> dict[str, str]:
         """The MA_* variables that describe it; whatever else is in an environment with them, they win."""
-        return {
-            resolvers.PS_HOSTS: ",".join(self.ps_hosts),
-            resolvers.NUM_WORKERS: str(self.num_workers),
-            resolvers.TASK_INDEX: str(self.task_index),
-            **({} if self.init_from is None else {resolvers.INIT_FROM: self.init_from}),
-        }
+        return _variables(self.ps_hosts, self.num_workers, self.task_index, self.init_from)
 
     # As tf.train.ClusterSpec has it.
 
@@ -217,3 +207,15 @@ class ClusterSpec:
         if job_name == _WORKER:
             return [None] * self.num_workers
         raise ValueError(f"there is no job {job_name!r} in the cluster; there are 'ps' and 'worker'")
+
+
+def _variables(
+    ps_hosts: tuple[str, ...], num_workers: int | None, task_index: TaskIndex, init_from: str | None
+) -> dict[str, str]:
+    found = {
+        resolvers.PS_HOSTS: ",".join(ps_hosts),
+        resolvers.NUM_WORKERS: num_workers,
+        resolvers.TASK_INDEX: task_index,
+        resolvers.INIT_FROM: init_from,
+    }
+    return {name: str(value) for name, value in found.items() if value is not None}

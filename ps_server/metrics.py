@@ -100,8 +100,11 @@ class _Collector:
 
         try:
             self._loop.call_soon_threadsafe(on_the_loop)
+        except RuntimeError:  # it is closed
+            return []
+        try:
             return found.result(_SAMPLE_TIMEOUT_S)
-        except (futures.TimeoutError, RuntimeError):
+        except futures.TimeoutError:
             return []
 
 
