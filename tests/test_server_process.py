@@ -33,13 +33,13 @@ class ServerProcess:
             [*command, "--num-workers", str(num_workers), *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            text=True,
+            bufsize=0,  # else the first line takes a second one with it, and communicate() never sees that
         )
         assert self._process.stdout is not None
         # Should it never say a word, its death ends the wait.
         watchdog = threading.Timer(20, self._process.kill)
         watchdog.start()
-        self.line = self._process.stdout.readline()
+        self.line = self._process.stdout.readline().decode()
         watchdog.cancel()
         self.address = self.line.split()[-1] if self.line else ""
         self.pid = self._process.pid
@@ -58,7 +58,7 @@ class ServerProcess:
     def end(self) -> tuple[int, str, str]:
         """Waits, for a few seconds, for the end: exit code, and what else it printed."""
         out, err = self._process.communicate(timeout=8)
-        return self._process.returncode, out, err
+        return self._process.returncode, out.decode(), err.decode()
 
 
 def test_a_push_whose_round_has_committed_gets_its_outcome_though_the_server_stops() -> None:
