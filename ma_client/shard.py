@@ -15,6 +15,7 @@ from typing import Any, cast
 import grpc
 from numpy.typing import NDArray
 
+from ma_client.data_connection import DataLink, Transfer
 from ma_client.lent_memory import Copying, LentMemory, Loan
 from ma_client.staging import Staging
 from modelaverage import wire
@@ -24,6 +25,7 @@ from modelaverage.errors import (
     DeadlineExceededError,
     ModelAverageError,
     ProtocolError,
+    RetryPushError,
     SecurityError,
     ServerUnavailableError,
     fault_named,
@@ -118,6 +120,7 @@ class Shard:
         self._lent = LentMemory()
         self._next_push_lent: Segment | None = None  # the contribution memory that the next push may fill at once
         self._next_push_follows = False  # whether its fragments may follow its header at once
+        self._data = DataLink(address)
         keep_freed_memory()
         self._channel = access.channel(address, CHANNEL_OPTIONS)
         self._initialize = self._channel.stream_unary(f"/{wire.SERVICE}/Initialize", _as_is, _as_is)
@@ -160,6 +163,7 @@ class Shard:
     def close(self) -> None:
         """Ends whatever is under way."""
         self._channel.close()
+        self._data.close()
 
     def initialize(
         self, header: pb.InitializeHeader, fragments: FragmentSource, fragment_count: int, deadline: Deadline
@@ -211,7 +215,8 @@ class Shard:
     def push_and_average(
         self, header: pb.PushHeader, fragments: FragmentSource, staging: Staging, deadline: Deadline
     ) -> Answer:
-        """One push: what the server asks for goes up while what is finished comes down, inline or in shared memory.
+        """One push: what the server asks for goes up while what is finished comes down, inline, on a data connection or
+        in shared memory.
 
         The staging buffer holds the new center only if this returns.
         """
@@ -219,8 +224,13 @@ class Shard:
         fragment_count = staging.manifest.fragment_count
         copying = Copying(staging.manifest, fragments)
         # After a push that ended well nothing of this worker is in the round: what the server will ask for is known.
-        lent, header.fragments_follow = self._next_push_lent, self._next_push_follows
+        lent, follows = self._next_push_lent, self._next_push_follows
         self._next_push_lent, self._next_push_follows = None, False
+        connection = self._data.take() if follows else None
+        header.uses_data_connection, header.fragments_follow = connection is not None, follows and connection is None
+        header.accepts_data_connection = (
+            lent is None and connection is None and self._data.wants(staging.manifest.buffer_size_bytes)
+        )
         loan: Loan | None = None
 
         def inline(first: int) -> Iterator[bytes]:
@@ -237,6 +247,8 @@ class Shard:
                 yield from messages
                 return
             yield opening
+            if header.uses_data_connection:
+                return
             filled = 0
             while lent is not None and filled < fragment_count and admitted.empty() and not copying.over:
                 filled = copying.fill(lent, filled)
@@ -256,11 +268,19 @@ class Shard:
                 first = filled
 
         staging.begin()
-        shared = False
+        shared = whole = False
+        # Before the call: the server finds the bytes when it has read the header.
+        transfer = (
+            None
+            if connection is None
+            else Transfer(connection, header.push_id, fragments, fragment_count, staging.room())
+        )
         with self._faults(deadline, f"the round did not commit (base step {header.base_step})"):
             messages = self._push(requests(), timeout=deadline.left_s, metadata=self._access.metadata)
             try:
                 self._begin(messages)
+                if transfer is not None:
+                    transfer.give_up = messages.cancel
                 for data in messages:
                     self.answered_at_s = time.monotonic()
                     message = wire.read_fragment(pb.PushAndAverageResponse, data)
@@ -270,6 +290,8 @@ class Shard:
                     if message.HasField("admission"):
                         loan = self._lent.accept(message.admission, staging.manifest)
                         admitted.put((message.admission.first_needed_fragment, loan))
+                        if message.admission.HasField("data_connection") and loan is None:
+                            self._data.open(message.admission.data_connection)
                     if message.HasField("fragment"):
                         staging.receive(message.fragment.index, memoryview(message.fragment.data))
                     if message.HasField("shared") and loan is not None:
@@ -278,6 +300,11 @@ class Shard:
                     if message.HasField("waiting"):
                         _log_waiting(message.waiting, header.base_step)
                     if message.HasField("outcome"):
+                        if transfer is not None and message.outcome.outcome == pb.OUTCOME_COMMITTED:
+                            whole = transfer.wait(lambda: not (deadline.is_over or self.stopped.is_set()))
+                            if not whole:
+                                raise RetryPushError(f"the center did not come from {self.address}: {transfer.problem}")
+                            staging.filled()
                         staging.check_complete()
                         if message.outcome.outcome not in {outcome.value for outcome in Outcome}:
                             raise ProtocolError(f"{self.address} sent an outcome that this client does not know")
@@ -288,6 +315,10 @@ class Shard:
                 self._end(messages)
                 admitted.put((fragment_count, None))  # lets the requests end if no admission ever came
                 copying.end()
+                if transfer is not None:
+                    transfer.end(whole)
+                if connection is not None and whole:
+                    self._data.put(connection)
         raise ProtocolError(f"{self.address} ended a push without an outcome; is it a parameter server?")
 
     def join(self, request: pb.JoinRequest) -> Iterator[pb.JoinResponse]:

@@ -78,6 +78,15 @@ class Staging:
         self._memory.bytes[start : start + len(data)] = np.frombuffer(data, np.uint8)
         self._received = end
 
+    def room(self) -> memoryview:
+        """Where all of the next center may be written; then `filled` has to be called."""
+        self.is_torn = True
+        return self._memory.bytes[self._start : self._start + self.manifest.buffer_size_bytes].data
+
+    def filled(self) -> None:
+        """All of the center is in its room."""
+        self._received = self.manifest.fragment_count
+
     def receive_elsewhere(self, first: int, count: int) -> None:
         """The next ``count`` fragments lie in shared memory. Raises ProtocolError if others come next."""
         if first != self._received or not 0 < count <= self.manifest.fragment_count - first:

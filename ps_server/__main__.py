@@ -166,6 +166,14 @@ def _parser() -> argparse.ArgumentParser:
         "--no-shared-memory", action="store_true", help="workers on this host send their bytes inline like all others"
     )
     command.add_argument(
+        "--data-port",
+        type=_data_port,
+        default=0,
+        metavar="PORT",
+        help="where workers may open a second connection for the bytes of large models, on every host of --bind; 0: "
+        "any free one; off: nowhere, as with TLS. A worker that cannot reach it sends bytes in messages (%(default)s)",
+    )
+    command.add_argument(
         "--metrics-bind",
         metavar="ADDRESS",
         help="serve metrics for Prometheus at http://ADDRESS/metrics, HOST:PORT (port 0: any free one). They are not "
@@ -259,6 +267,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         ready_file=arguments.ready_file,
         security=_server_security(arguments),
         metrics_bind=arguments.metrics_bind,
+        data_port=arguments.data_port,
     )
 
     tell = partial(say, "ps-server", arguments.log_json)
@@ -351,6 +360,15 @@ def _seconds(text: str) -> float:
         value = 0.0
     if not 0 < value < 1e9:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number of seconds")
+    return value
+
+
+def _data_port(text: str) -> int | None:
+    if text == "off":
+        return None
+    value = int(text) if text.isascii() and text.isdigit() else -1
+    if not 0 <= value <= 65535:
+        raise argparse.ArgumentTypeError(f"{text} is neither a port, 0 to 65535, nor off")
     return value
 
 

@@ -18,6 +18,7 @@ from google.protobuf.message import Message
 from modelaverage import wire
 from modelaverage.errors import Reason, refusal
 from modelaverage.v1 import parameter_server_pb2 as pb
+from ps_server.data_port import DataConnection
 
 __all__ = ["Call", "Context", "FIRST_WRITE_TIMEOUT_S", "Traffic"]
 
@@ -64,6 +65,8 @@ class Call:
         self._loop = asyncio.get_running_loop()
         self._read_at_s = self._loop.time()
         self._write_began_at_s: float | None = None
+        self._connection: DataConnection | None = None
+        self._bytes_began_at_s: float | None = None
         self._has_written = False
         self._watchdog = self._loop.call_later(stall_timeout_s, self._watch)
         self.ended: asyncio.Future[None] = self._loop.create_future()
@@ -153,6 +156,18 @@ class Call:
         await self.write(wire.encode_fragment(index, (data,)))
         self.count(sent_bytes=len(data))
 
+    async def read_bytes(self, connection: DataConnection, room: memoryview) -> None:
+        """Fills the room from a data connection. Raises RetryPushError (DATA_CONNECTION_LOST)."""
+        self._read_at_s, self._connection = self._loop.time(), connection
+        await connection.receive(room)
+        self._read_at_s = self._loop.time()
+
+    async def write_bytes(self, connection: DataConnection, data: memoryview) -> None:
+        """Sends bytes on a data connection. Raises RetryPushError (DATA_CONNECTION_LOST)."""
+        self._bytes_began_at_s = self._loop.time()
+        await connection.send(data)
+        self._bytes_began_at_s = None
+
     async def run(self, main: Coroutine[Any, Any, _T], beside: Coroutine[Any, Any, None]) -> _T:
         """Runs ``main`` to its end, with ``beside`` in a task at its side; an error of either ends both."""
         task = asyncio.ensure_future(beside)
@@ -179,14 +194,15 @@ class Call:
             self.fail(error)
 
     def _watch(self) -> None:
-        since_s = [self._read_at_s] if self.expecting else []
-        if self._write_began_at_s is not None:
-            since_s.append(self._write_began_at_s)
+        heard_at_s = self._read_at_s if self._connection is None else max(self._read_at_s, self._connection.heard_at_s)
+        since_s = [heard_at_s] if self.expecting else []
+        writes = [at_s for at_s in (self._write_began_at_s, self._bytes_began_at_s) if at_s is not None]
+        since_s += writes
         idle_s = self._loop.time() - min(since_s, default=self._loop.time())
         if idle_s < self._stall_timeout_s:
             self._watchdog = self._loop.call_later(self._stall_timeout_s - idle_s, self._watch)
             return
-        doing = "sends nothing" if self._write_began_at_s is None else "reads nothing of what is sent"
+        doing = "reads nothing of what is sent" if writes else "sends nothing"
         self.fail(
             refusal(
                 Reason.STREAM_STALLED,

@@ -10,10 +10,9 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import lru_cache
 
 from modelaverage import wire
+from modelaverage.data_connection import NUMBER
 from modelaverage.errors import ModelAverageError, Reason, refusal
 from modelaverage.logs import event
 from modelaverage.manifest import Manifest
@@ -21,8 +20,9 @@ from modelaverage.outcome import Outcome
 from modelaverage.shared_memory import Segment
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.call import Call
-from ps_server.center import Buffer, Center, Contribution, split_run
+from ps_server.center import Center, Contribution, split_run
 from ps_server.checkpoint import Checkpoint
+from ps_server.data_port import DataConnection, DataPort
 from ps_server.decisions import (
     Admit,
     CenterFollows,
@@ -37,48 +37,15 @@ from ps_server.decisions import (
 )
 from ps_server.keeper import Keeper
 from ps_server.observations import Observations, Sending
+from ps_server.part import Average, Part, push_of, shared_memory_message
 from ps_server.roster import Roster
 from ps_server.round import Round, check_fragment_order
 
 __all__ = ["Job"]
 
 _log = logging.getLogger("ps_server")
-_MESSAGES_KEPT = 8
 # A round that waits says so after this time, then after twice as long, and so on.
 _FIRST_NOTICE_S = 5.0
-
-
-@dataclass
-class _Average:
-    """The average in the making, or just made: fragments below ``finished`` of ``buffer`` may be sent."""
-
-    buffer: Buffer
-    finished: int = 0
-
-    def __post_init__(self) -> None:
-        buffer = self.buffer
-        # Workers that keep pace are sent the same bytes, so they are made once.
-        self.message = lru_cache(_MESSAGES_KEPT)(
-            lambda first, end: wire.encode_fragment(first, (buffer.fragments(first, end),))
-        )
-
-
-@dataclass(eq=False)
-class _Part:
-    """One push that is being answered."""
-
-    call: Call
-    worker_id: str
-    average: _Average
-    follows: bool = False  # whether its fragments come without waiting for the admission
-    runs: bool = False  # whether several fragments of the average may go in one message
-    contribution: Segment | None = None  # where the worker may put its fragments
-    shared: bool = False  # whether it does
-    outcome: pb.PushOutcome | None = None  # set when its round has committed
-    sending: Sending | None = None  # the answers of that round
-    held: bool = False  # whether it waits for the end of a round that it is not in
-    notice: pb.WaitingNotice | None = None  # to be sent
-    progress: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Job:
@@ -91,6 +58,7 @@ class Job:
         clock: seconds, monotonic.
         keeper: what keeps the center on disk; None: nothing.
         observations: where to note what rounds take.
+        data_port: where workers may open data connections.
     """
 
     def __init__(
@@ -101,19 +69,21 @@ class Job:
         clock: Callable[[], float],
         keeper: Keeper | None,
         observations: Observations,
+        data_port: DataPort,
     ) -> None:
         self.center = center
         self.round = round_
         self.rounds_restarted = self.rounds_without_all = 0
         self.stale_pushes = 0
         self.last_round_s = 0.0
-        self._average = _Average(center.next)
-        self._parts: dict[int, _Part] = {}  # by the number of the call, as the round names its streams
+        self._average = Average(center.next)
+        self._parts: dict[int, Part] = {}  # by the number of the call, as the round names its streams
         self._lent: dict[str, tuple[bytes, Segment]] = {}  # by worker: its incarnation, its contribution memory
         self._roster = roster
         self._clock = clock
         self._keeper = keeper
         self._observations = observations
+        self._data_port = data_port
         self._kept = asyncio.Event()  # unset while a commit waits for its checkpoint: nobody hears of it before
         self._kept.set()
         self._keeping: asyncio.Task[None] | None = None
@@ -144,6 +114,7 @@ class Job:
 
     def leave(self, worker_id: str, incarnation: bytes) -> None:
         """A worker's process goes."""
+        self._data_port.leave(worker_id, incarnation)
         self._apply(self.round.leave(worker_id, incarnation, self._clock()))
 
     @property
@@ -174,11 +145,18 @@ class Job:
 
     async def take_part(self, call: Call, header: pb.PushHeader) -> None:
         """Answers a push, from its header to its outcome."""
-        push = _push_of(header, self.manifest)
-        part = self._parts[call.number] = _Part(
-            call, push.worker_id, self._average, header.fragments_follow, header.accepts_runs
+        push = push_of(header, self.manifest)
+        part = self._parts[call.number] = Part(
+            call,
+            push.worker_id,
+            push.incarnation,
+            self._average,
+            header.fragments_follow or header.uses_data_connection,
+            header.accepts_runs,
         )
         try:
+            if header.uses_data_connection:
+                part.connection = self._data_port.take(push.worker_id, push.incarnation)
             decisions = self.round.open(call.number, push, self._clock())
             record = self._roster.heard_of(push.worker_id, self._clock())
             record.note_push(header, call.peer)
@@ -195,18 +173,25 @@ class Job:
                     await self._send_center(call, Outcome.STALE)
                 case Admit(first_needed):
                     part.contribution = self._lend(push) if header.accepts_shared_memory else None
+                    if header.accepts_data_connection and not call.peer.startswith("unix"):
+                        part.offer = self._data_port.offer(push.worker_id, push.incarnation)
+                    unneeded = first_needed if part.follows else 0
+                    if part.connection is None:
+                        receiving = self._receive_push(part, unneeded)
+                    else:
+                        receiving = self._receive_bytes(part, part.connection, push.push_id, unneeded)
                     with part.average.buffer.reading():
-                        sending = self._send_average(part, first_needed)
-                        unneeded = first_needed if part.follows else 0
-                        await call.run(sending, beside=self._receive_push(part, unneeded))
+                        await call.run(self._send_average(part, first_needed), beside=receiving)
         finally:
+            if part.connection is not None:  # nobody knows what is still in it
+                part.connection.close()
             del self._parts[call.number]
             self._apply(self.round.close(call.number, self._clock()))
             self._observations.ended(call.number, self.round.under_way, self._clock())
             if part.sending is not None:
                 self._observations.answered(part.sending, call.number, self._clock())
 
-    async def _receive_push(self, part: _Part, unneeded: int) -> None:
+    async def _receive_push(self, part: Part, unneeded: int) -> None:
         """Adds fragments to the average until the client half-closes; ignores those below ``unneeded``."""
         while (fragment := await part.call.read_fragment(pb.PushAndAverageRequest)) is not None:
             if isinstance(fragment, tuple):
@@ -216,7 +201,24 @@ class Job:
             self._apply(decisions)
         self.round.check_complete(part.call.number)
 
-    def _take_inline(self, part: _Part, first: int, data: memoryview, unneeded: int) -> list[Decision]:
+    async def _receive_bytes(self, part: Part, connection: DataConnection, push_id: int, unneeded: int) -> None:
+        """As `_receive_push`, from a data connection."""
+        connection.begin()
+        number = bytearray(NUMBER.size)
+        await part.call.read_bytes(connection, memoryview(number))
+        if NUMBER.unpack(number) != (push_id,):
+            raise refusal(Reason.DATA_CONNECTION_LOST, "the bytes on the data connection are another push's")
+        room = memoryview(bytearray(self.manifest.fragment_size_bytes))
+        for index in range(self.manifest.fragment_count):
+            begin, stop = self.manifest.fragment_bounds(index)
+            data = room[: stop - begin]
+            await part.call.read_bytes(connection, data)
+            part.call.count(received_bytes=len(data))
+            self._apply(self._take_inline(part, index, data, unneeded))
+        part.is_drained = True
+        self.round.check_complete(part.call.number)
+
+    def _take_inline(self, part: Part, first: int, data: memoryview, unneeded: int) -> list[Decision]:
         # All or nothing: what is recorded has consequences.
         if first >= unneeded:
             self.round.check_fragment(part.call.number, first)
@@ -228,16 +230,17 @@ class Job:
             contribution = Contribution(part.worker_id, weight, values)
             with self._averaging():
                 self._roster.note_nonfinite(self.center.accumulate(index, contribution, is_first))
-            decisions += self._record(part, index, shared=False)
+            decisions += self._record(part, index)
         return decisions
 
-    def _take_shared(self, part: _Part, fragments: pb.SharedFragments) -> list[Decision]:
+    def _take_shared(self, part: Part, fragments: pb.SharedFragments) -> list[Decision]:
         if part.contribution is None or fragments.count == 0:
             raise refusal(Reason.MESSAGE_OUT_OF_ORDER, "no memory was lent to this push, or no fragments are named")
         # All or nothing: what is recorded has consequences.
         end = fragments.first + fragments.count
         self.round.check_fragment(part.call.number, fragments.first)
         check_fragment_order(end - 1, min(end, self.manifest.fragment_count) - 1, self.manifest.fragment_count)
+        part.shared = True
         decisions = list[Decision]()
         for index in range(fragments.first, end):
             weight, first = self.round.check_fragment(part.call.number, index)
@@ -246,22 +249,21 @@ class Job:
             contribution = Contribution(part.worker_id, weight, data)
             with self._averaging():
                 self._roster.note_nonfinite(self.center.defer(index, contribution, first))
-            decisions += self._record(part, index, shared=True)
+            decisions += self._record(part, index)
             part.call.count(received_bytes=stop - begin, shared=True)
-        part.shared = True
         return decisions
 
-    def _record(self, part: _Part, index: int, shared: bool) -> list[Decision]:
+    def _record(self, part: Part, index: int) -> list[Decision]:
         part.call.expecting = index + 1 < self.manifest.fragment_count
         now_s = self._clock()
         record = self._roster.heard_of(part.worker_id, now_s)
         self._observations.fragments_received += 1
         if not part.call.expecting:
-            record.shares_memory = shared
+            record.transport = part.transport
             self._observations.whole(part.call.number, part.worker_id, now_s)
         return self.round.record_fragment(part.call.number, now_s)
 
-    def _observe_admission(self, part: _Part, first_needed: int) -> None:
+    def _observe_admission(self, part: Part, first_needed: int) -> None:
         stream, owes, now_s = part.call.number, first_needed < self.manifest.fragment_count, self._clock()
         self._observations.admitted(stream, owes, now_s)
         if not owes:
@@ -273,13 +275,15 @@ class Job:
         yield
         self._observations.averaged(from_s, self._clock())
 
-    async def _send_average(self, part: _Part, first_needed: int) -> None:
+    async def _send_average(self, part: Part, first_needed: int) -> None:
         """Sends each fragment of the average once it is finished, then the outcome."""
         part.call.expecting = first_needed < self.manifest.fragment_count
         admission = pb.PushAdmission(first_needed_fragment=first_needed)
         if part.contribution is not None and part.average.buffer.segment is not None:
-            admission.contribution.CopyFrom(_shared_memory(part.contribution))
-            admission.average.CopyFrom(_shared_memory(part.average.buffer.segment))
+            admission.contribution.CopyFrom(shared_memory_message(part.contribution))
+            admission.average.CopyFrom(shared_memory_message(part.average.buffer.segment))
+        if part.offer is not None:
+            admission.data_connection.CopyFrom(part.offer)
         message = pb.PushAndAverageResponse(admission=admission).SerializeToString()
         if not part.follows:
             await part.call.write(message)
@@ -288,8 +292,11 @@ class Job:
         while True:
             part.progress.clear()
             while sent < part.average.finished:
-                fragments, sent = self._finished(part, sent)
-                message += fragments
+                first, sent = sent, self._end_of_run(part, sent)
+                if part.connection is not None:
+                    await part.call.write_bytes(part.connection, part.average.buffer.fragments(first, sent))
+                    continue
+                message += self._naming(first, sent) if part.shared else part.average.message(first, sent)
                 if sent < self.manifest.fragment_count:
                     await part.call.write(message)
                     message = b""
@@ -300,14 +307,22 @@ class Job:
                 message = b""
                 continue
             if part.outcome is not None:
+                if part.is_drained:  # now, for as soon as the client has the outcome it may push again
+                    self._give_back(part)
                 # Messages that stand one after the other are read as one.
                 await part.call.write(message + pb.PushAndAverageResponse(outcome=part.outcome).SerializeToString())
                 return
             await part.progress.wait()
 
-    def _finished(self, part: _Part, first: int) -> tuple[bytes, int]:
-        """The message with what is finished from ``first`` on: in shared memory all of it, else a run, or one fragment;
-        and the fragment after it."""
+    def _give_back(self, part: Part) -> None:
+        """The data connection of this push is ready for the next."""
+        assert part.connection is not None
+        self._data_port.put(part.worker_id, part.incarnation, part.connection)
+        part.connection = None
+
+    def _end_of_run(self, part: Part, first: int) -> int:
+        """The fragment after those that go at once of what is finished from ``first`` on: in shared memory all of it,
+        else a run, or one fragment."""
         if part.shared:
             end = part.average.finished
         elif part.runs:
@@ -319,10 +334,12 @@ class Job:
         begin, stop = self.manifest.fragment_bounds(first)[0], self.manifest.fragment_bounds(end - 1)[1]
         part.call.count(sent_bytes=stop - begin, shared=part.shared)
         self._observations.fragments_sent += end - first
-        if not part.shared:
-            return part.average.message(first, end), end
+        return end
+
+    @staticmethod
+    def _naming(first: int, end: int) -> bytes:
         shared = pb.SharedFragments(first=first, count=end - first)
-        return pb.PushAndAverageResponse(shared=shared).SerializeToString(), end
+        return pb.PushAndAverageResponse(shared=shared).SerializeToString()
 
     def _lend(self, push: Push) -> Segment | None:
         """Memory for this worker's contribution: a process keeps what it got; a later one gets its own."""
@@ -365,7 +382,7 @@ class Job:
                 await call.write_fragment(index, buffer.fragment(index))
             await call.write(pb.PushAndAverageResponse(outcome=last_word).SerializeToString())
 
-    def _apply(self, decisions: Sequence[Decision], part: _Part | None = None) -> Decision | None:
+    def _apply(self, decisions: Sequence[Decision], part: Part | None = None) -> Decision | None:
         """Carries out what the round decided; the answer to the header of ``part``, if it is one of an `open`."""
         answer: Decision | None = None
         finished = list[FinishFragment]()
@@ -384,7 +401,7 @@ class Job:
                     self._parts[stream].call.fail(error)
                 case Restart(cause):
                     self.center.restart()
-                    self._average = _Average(self.center.next)
+                    self._average = Average(self.center.next)
                     self.rounds_restarted += 1
                     self._observations.started_over()
                     step = self.round.global_step
@@ -414,7 +431,7 @@ class Job:
             contributors=commit.contributors,
             untouched_variables=sorted(commit.untouched),
         )
-        outcomes = dict[_Part, pb.PushOutcome]()
+        outcomes = dict[Part, pb.PushOutcome]()
         sending = Sending(set(commit.verdicts))
         for stream, verdict in commit.verdicts.items():
             outcome = pb.PushOutcome(outcome=pb.Outcome.Name(verdict.outcome.value), waited_s=verdict.waited_s)
@@ -422,7 +439,7 @@ class Job:
             part = self._parts[stream]
             outcomes[part], part.sending = outcome, sending
         held = [self._parts[stream] for stream in commit.held]
-        self._average = _Average(self.center.next)
+        self._average = Average(self.center.next)
         self._lent = {worker_id: self._lent[worker_id] for worker_id in commit.contributors if worker_id in self._lent}
         self._roster.count(self._observations.committed(commit.contributors, self._clock()))
         self.last_round_s = commit.round_s
@@ -443,7 +460,7 @@ class Job:
             self._keeping = asyncio.ensure_future(self._keep_then_answer(self._keeper, outcomes, held, sending))
 
     async def _keep_then_answer(
-        self, keeper: Keeper, outcomes: dict[_Part, pb.PushOutcome], held: list[_Part], sending: Sending
+        self, keeper: Keeper, outcomes: dict[Part, pb.PushOutcome], held: list[Part], sending: Sending
     ) -> None:
         try:
             await self._write_checkpoint(keeper)
@@ -523,13 +540,13 @@ class Job:
         names, unknown = self.missing()
         return ", ".join([*map(repr, names), *([f"{unknown} not heard of yet"] if unknown else [])]) or "nobody"
 
-    def _wake(self, average: _Average) -> None:
+    def _wake(self, average: Average) -> None:
         for part in self._parts.values():
             if part.average is average:
                 part.progress.set()
 
 
-def _answer(outcomes: dict[_Part, pb.PushOutcome], held: list[_Part]) -> None:
+def _answer(outcomes: dict[Part, pb.PushOutcome], held: list[Part]) -> None:
     """The commit may be known."""
     for part, outcome in outcomes.items():
         part.outcome = outcome
@@ -537,33 +554,3 @@ def _answer(outcomes: dict[_Part, pb.PushOutcome], held: list[_Part]) -> None:
     for part in held:
         part.held = False
         part.progress.set()
-
-
-def _shared_memory(segment: Segment) -> pb.SharedMemory:
-    address = segment.address
-    return pb.SharedMemory(path=address.path, nonce=address.nonce)
-
-
-def _push_of(header: pb.PushHeader, manifest: Manifest) -> Push:
-    """What a header says, checked against the manifest in force."""
-    untouched = tuple(header.untouched_variables)
-    push = Push(
-        header.worker_id,
-        header.incarnation,
-        header.push_id,
-        header.base_step,
-        header.weight if header.HasField("weight") else 1.0,
-        frozenset(untouched),
-    )
-    if header.manifest_id != manifest.id:
-        raise refusal(
-            Reason.MANIFEST_UNKNOWN,
-            f"{push.worker_id!r} pushes manifest {header.manifest_id[:40]!r}, but {manifest.id!r} is in force; "
-            "pull, and compare the variables",
-        )
-    if list(untouched) != sorted(push.untouched) or any(number >= len(manifest.variables) for number in untouched):
-        raise refusal(
-            Reason.UNTOUCHED_INVALID,
-            f"untouched variables are not ascending indexes below {len(manifest.variables)}: {untouched[:10]}",
-        )
-    return push

@@ -28,7 +28,7 @@ class WorkerRecord:
     lateness_sum_s: float = 0.0  # over all of them
     loss: float | None = None
     peer: str = ""
-    shares_memory: bool | None = None  # None: nothing has come yet
+    transport: pb.Transport = pb.TRANSPORT_UNSPECIFIED  # of its last push
     last_push: tuple[bytes, int] | None = None
 
     def note_push(self, header: pb.PushHeader, peer: str) -> None:
@@ -40,15 +40,6 @@ class WorkerRecord:
         """Whether a push was heard of before; remembers it."""
         known, self.last_push = self.last_push == key, key
         return known
-
-    @property
-    def transport(self) -> pb.Transport:
-        """How the fragments of its last push came."""
-        if self.shares_memory is None:
-            return pb.TRANSPORT_UNSPECIFIED
-        if self.shares_memory:
-            return pb.TRANSPORT_SHARED_MEMORY
-        return pb.TRANSPORT_UNIX if self.peer.startswith("unix") else pb.TRANSPORT_TCP
 
 
 @dataclass

@@ -25,6 +25,7 @@ from modelaverage.logs import event
 from modelaverage.tuning import CHANNEL_OPTIONS, keep_freed_memory
 from ps_server.checkpoint import Checkpoint, CheckpointError, load_latest
 from ps_server.credentials import credentials_of, tokens_of
+from ps_server.data_port import DataPort
 from ps_server.gatekeeper import Gatekeeper
 from ps_server.health import Health
 from ps_server.keeper import CheckpointPolicy
@@ -66,6 +67,8 @@ class ServerConfig:
         grace_s: how long calls that are under way may take to finish after SIGTERM.
         security: who may come in, and over what.
         metrics_bind: where to serve metrics for Prometheus, HOST:PORT (port 0 takes a free one); None: nowhere.
+        data_port: where workers may open data connections, on every host of ``binds``; 0 takes a free one, None:
+            nowhere. Without TLS only: they are not encrypted.
     """
 
     binds: tuple[str, ...]
@@ -74,6 +77,7 @@ class ServerConfig:
     grace_s: float = 5.0
     security: ServerSecurity = NO_SECURITY
     metrics_bind: str | None = None
+    data_port: int | None = 0
 
 
 async def serve(
@@ -107,6 +111,7 @@ async def _serve(
     config: ServerConfig, service: ParameterServerService, stop: asyncio.Event, ready: Callable[[list[str]], None]
 ) -> None:
     server, addresses = _assembled(config, service)
+    _open_data_port(config, service.data_port)
     health = Health(serving=("",), not_yet=(_CENTER, wire.SERVICE))
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     await server.start()
@@ -124,6 +129,7 @@ async def _serve(
     center.cancel()
     health.stop()
     await service.stop(config.grace_s)
+    service.data_port.close()
     await server.stop(grace=1.0)
 
 
@@ -158,6 +164,19 @@ async def _metrics(bind: str | None, service: ParameterServerService) -> AsyncIt
         yield f"{host}:{port}"
     finally:
         end()
+
+
+def _open_data_port(config: ServerConfig, data_port: DataPort) -> None:
+    hosts = list(dict.fromkeys(b.rpartition(":")[0].strip("[]") for b in config.binds if not b.startswith("unix:")))
+    if config.data_port is None or config.security.tls_cert is not None or not hosts:
+        return
+    try:
+        data_port.listen(hosts, config.data_port)
+    except OSError as error:
+        why = f"cannot listen on --data-port {config.data_port} of {', '.join(hosts)}: {error.strerror or error}"
+        if config.data_port:
+            raise UnusableSettingError(why) from None
+        _log.warning("%s; fragments travel in messages", why, extra=event("no_data_port", cause=why))
 
 
 def _open_checkpoints(policy: CheckpointPolicy | None) -> tuple[ExitStack, Checkpoint | None]:

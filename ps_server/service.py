@@ -23,6 +23,7 @@ from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.call import Call, Context, Traffic
 from ps_server.center import Center, check_fragment_size
 from ps_server.checkpoint import Checkpoint
+from ps_server.data_port import DataPort
 from ps_server.job import Job
 from ps_server.joining import Joining
 from ps_server.keeper import CheckpointPolicy, Keeper
@@ -96,6 +97,8 @@ class ParameterServerService:
         self._joining = Joining(policy.round.num_workers, indexes, clock)
         self._observations = Observations()
         self._keeper = None if policy.checkpoints is None else Keeper(policy.checkpoints, self._observations, clock)
+        self.data_port = DataPort(policy.round.max_workers)
+        """Where workers may open data connections, once it listens."""
         if restored is not None:
             self._job = self._restored(restored)
 
@@ -197,7 +200,7 @@ class ParameterServerService:
 
     def _new_job(self, center: Center, round_: Round) -> Job:
         self._initialized.set()
-        return Job(center, round_, self._roster, self._clock, self._keeper, self._observations)
+        return Job(center, round_, self._roster, self._clock, self._keeper, self._observations, self.data_port)
 
     def _restored(self, checkpoint: Checkpoint) -> Job:
         manifest = checkpoint.manifest

@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.observations import PHASES, Histogram, Observations, Sending
 from ps_server.roster import Roster, WorkerRecord
 
@@ -111,20 +110,6 @@ def test_a_push_is_a_retry_when_the_same_one_was_heard_of_before() -> None:
     record = WorkerRecord(0.0)
     keys = [(b"a", 1), (b"a", 1), (b"a", 2), (b"b", 2), (b"b", 2)]
     assert [record.is_retry(key) for key in keys] == [False, True, False, False, True]
-
-
-@pytest.mark.parametrize(
-    ("shares_memory", "peer", "transport"),
-    [
-        (None, "ipv4:127.0.0.1:1", pb.TRANSPORT_UNSPECIFIED),
-        (True, "ipv4:127.0.0.1:1", pb.TRANSPORT_SHARED_MEMORY),
-        (True, "unix:", pb.TRANSPORT_SHARED_MEMORY),
-        (False, "unix:", pb.TRANSPORT_UNIX),
-        (False, "ipv6:[::1]:1", pb.TRANSPORT_TCP),
-    ],
-)
-def test_the_transport_is_how_the_bytes_came(shares_memory: bool | None, peer: str, transport: pb.Transport) -> None:
-    assert WorkerRecord(0.0, peer=peer, shares_memory=shares_memory).transport == transport
 
 
 def test_only_contributors_are_counted_and_their_lateness_sums_up() -> None:

@@ -62,6 +62,7 @@ class Reason(enum.Enum):
     ROUND_TIMED_OUT = 24
     TOKEN_INVALID = 25
     ROLE_INSUFFICIENT = 26
+    DATA_CONNECTION_LOST = 27
 
 
 class ModelAverageError(Exception):
@@ -145,6 +146,7 @@ FAULTS: dict[Reason, Fault] = {
     Reason.ROUND_TIMED_OUT: Fault("DEADLINE_EXCEEDED", DeadlineExceededError),
     Reason.TOKEN_INVALID: Fault("UNAUTHENTICATED", SecurityError),
     Reason.ROLE_INSUFFICIENT: Fault("PERMISSION_DENIED", SecurityError),
+    Reason.DATA_CONNECTION_LOST: Fault("UNAVAILABLE", RetryPushError),
 }
 
 

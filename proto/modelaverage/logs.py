@@ -28,6 +28,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "round_committed": ("round", "workers", "round_s"),
     "round_restarted": ("round", "cause"),
     "no_shared_memory": ("worker",),
+    "no_data_port": ("cause",),
     "checkpoint_failed": ("path", "cause"),
     "checkpoint_passed_over": ("path", "cause"),
     "checkpoint_restored": ("path", "round"),

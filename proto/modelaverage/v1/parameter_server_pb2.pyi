@@ -36,6 +36,7 @@ class Transport(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     TRANSPORT_TCP: _ClassVar[Transport]
     TRANSPORT_UNIX: _ClassVar[Transport]
     TRANSPORT_SHARED_MEMORY: _ClassVar[Transport]
+    TRANSPORT_DATA_CONNECTION: _ClassVar[Transport]
 
 class ErrorReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -66,6 +67,7 @@ class ErrorReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ERROR_REASON_ROUND_TIMED_OUT: _ClassVar[ErrorReason]
     ERROR_REASON_TOKEN_INVALID: _ClassVar[ErrorReason]
     ERROR_REASON_ROLE_INSUFFICIENT: _ClassVar[ErrorReason]
+    ERROR_REASON_DATA_CONNECTION_LOST: _ClassVar[ErrorReason]
 DATA_TYPE_UNSPECIFIED: DataType
 DATA_TYPE_FLOAT32: DataType
 DATA_TYPE_FLOAT64: DataType
@@ -84,6 +86,7 @@ TRANSPORT_UNSPECIFIED: Transport
 TRANSPORT_TCP: Transport
 TRANSPORT_UNIX: Transport
 TRANSPORT_SHARED_MEMORY: Transport
+TRANSPORT_DATA_CONNECTION: Transport
 ERROR_REASON_UNSPECIFIED: ErrorReason
 ERROR_REASON_MESSAGE_MALFORMED: ErrorReason
 ERROR_REASON_MESSAGE_OUT_OF_ORDER: ErrorReason
@@ -111,6 +114,7 @@ ERROR_REASON_SERVER_STOPPING: ErrorReason
 ERROR_REASON_ROUND_TIMED_OUT: ErrorReason
 ERROR_REASON_TOKEN_INVALID: ErrorReason
 ERROR_REASON_ROLE_INSUFFICIENT: ErrorReason
+ERROR_REASON_DATA_CONNECTION_LOST: ErrorReason
 
 class Variable(_message.Message):
     __slots__ = ("name", "data_type", "shape", "part")
@@ -169,6 +173,14 @@ class SharedMemory(_message.Message):
     path: str
     nonce: bytes
     def __init__(self, path: _Optional[str] = ..., nonce: _Optional[bytes] = ...) -> None: ...
+
+class DataConnection(_message.Message):
+    __slots__ = ("port", "key")
+    PORT_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    port: int
+    key: bytes
+    def __init__(self, port: _Optional[int] = ..., key: _Optional[bytes] = ...) -> None: ...
 
 class SharedFragments(_message.Message):
     __slots__ = ("first", "count")
@@ -251,7 +263,7 @@ class PushAndAverageRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[PushHeader, _Mapping]] = ..., fragment: _Optional[_Union[Fragment, _Mapping]] = ..., shared: _Optional[_Union[SharedFragments, _Mapping]] = ...) -> None: ...
 
 class PushHeader(_message.Message):
-    __slots__ = ("worker_id", "incarnation", "push_id", "is_chief", "base_step", "local_step", "weight", "manifest_id", "untouched_variables", "accepts_shared_memory", "fragments_follow", "accepts_runs", "loss")
+    __slots__ = ("worker_id", "incarnation", "push_id", "is_chief", "base_step", "local_step", "weight", "manifest_id", "untouched_variables", "accepts_shared_memory", "fragments_follow", "accepts_runs", "loss", "accepts_data_connection", "uses_data_connection")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     PUSH_ID_FIELD_NUMBER: _ClassVar[int]
@@ -265,6 +277,8 @@ class PushHeader(_message.Message):
     FRAGMENTS_FOLLOW_FIELD_NUMBER: _ClassVar[int]
     ACCEPTS_RUNS_FIELD_NUMBER: _ClassVar[int]
     LOSS_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTS_DATA_CONNECTION_FIELD_NUMBER: _ClassVar[int]
+    USES_DATA_CONNECTION_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     incarnation: bytes
     push_id: int
@@ -278,7 +292,9 @@ class PushHeader(_message.Message):
     fragments_follow: bool
     accepts_runs: bool
     loss: float
-    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[bytes] = ..., push_id: _Optional[int] = ..., is_chief: bool = ..., base_step: _Optional[int] = ..., local_step: _Optional[int] = ..., weight: _Optional[float] = ..., manifest_id: _Optional[str] = ..., untouched_variables: _Optional[_Iterable[int]] = ..., accepts_shared_memory: bool = ..., fragments_follow: bool = ..., accepts_runs: bool = ..., loss: _Optional[float] = ...) -> None: ...
+    accepts_data_connection: bool
+    uses_data_connection: bool
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[bytes] = ..., push_id: _Optional[int] = ..., is_chief: bool = ..., base_step: _Optional[int] = ..., local_step: _Optional[int] = ..., weight: _Optional[float] = ..., manifest_id: _Optional[str] = ..., untouched_variables: _Optional[_Iterable[int]] = ..., accepts_shared_memory: bool = ..., fragments_follow: bool = ..., accepts_runs: bool = ..., loss: _Optional[float] = ..., accepts_data_connection: bool = ..., uses_data_connection: bool = ...) -> None: ...
 
 class PushAndAverageResponse(_message.Message):
     __slots__ = ("admission", "fragment", "outcome", "shared", "waiting")
@@ -305,14 +321,16 @@ class WaitingNotice(_message.Message):
     def __init__(self, waiting_for: _Optional[_Iterable[str]] = ..., waiting_for_unknown: _Optional[int] = ..., round_age_s: _Optional[float] = ...) -> None: ...
 
 class PushAdmission(_message.Message):
-    __slots__ = ("first_needed_fragment", "contribution", "average")
+    __slots__ = ("first_needed_fragment", "contribution", "average", "data_connection")
     FIRST_NEEDED_FRAGMENT_FIELD_NUMBER: _ClassVar[int]
     CONTRIBUTION_FIELD_NUMBER: _ClassVar[int]
     AVERAGE_FIELD_NUMBER: _ClassVar[int]
+    DATA_CONNECTION_FIELD_NUMBER: _ClassVar[int]
     first_needed_fragment: int
     contribution: SharedMemory
     average: SharedMemory
-    def __init__(self, first_needed_fragment: _Optional[int] = ..., contribution: _Optional[_Union[SharedMemory, _Mapping]] = ..., average: _Optional[_Union[SharedMemory, _Mapping]] = ...) -> None: ...
+    data_connection: DataConnection
+    def __init__(self, first_needed_fragment: _Optional[int] = ..., contribution: _Optional[_Union[SharedMemory, _Mapping]] = ..., average: _Optional[_Union[SharedMemory, _Mapping]] = ..., data_connection: _Optional[_Union[DataConnection, _Mapping]] = ...) -> None: ...
 
 class PushOutcome(_message.Message):
     __slots__ = ("outcome", "global_step", "contributors", "waited_s", "untouched_variables")

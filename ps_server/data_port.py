@@ -1,0 +1,245 @@
+"""Data connections: sockets beside gRPC for the bytes of pushes. I/O only; no rules of the round.
+
+Offered to a worker in an admission, opened by it with the key that it was given, used by later pushes one at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from modelaverage.data_connection import HALF_KEY_BYTES, halves, new_key, prepare, use_short_queues, want
+from modelaverage.errors import Reason, refusal
+from modelaverage.v1 import parameter_server_pb2 as pb
+
+__all__ = ["DataConnection", "DataPort"]
+
+_OFFER_TIMEOUT_S = 60.0
+_GREETING_TIMEOUT_S = 5.0
+# Strangers that connect and say nothing hold up new connections, not more.
+_GREETINGS_AT_ONCE = 64
+
+
+class DataConnection:
+    """A connection to one worker's process.
+
+    Args:
+        connection: a socket that does not block; this object's from now on.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+        self._loop = asyncio.get_running_loop()
+        self._room = memoryview(b"")  # what is still to be filled
+        self._filled: asyncio.Future[None] | None = None
+        self._is_watched = False
+        self.heard_at_s = self._loop.time()
+        """When bytes last came, on the loop's clock."""
+
+    def begin(self) -> None:
+        """A push begins."""
+        with contextlib.suppress(OSError):  # the next read or write says it
+            use_short_queues(self._socket)
+
+    async def receive(self, room: memoryview) -> None:
+        """Fills the room. Raises RetryPushError (DATA_CONNECTION_LOST)."""
+        self._room, self._filled = room, self._loop.create_future()
+        try:
+            want(self._socket, len(room))
+            if not self._is_watched:
+                self._loop.add_reader(self._socket, self._read)
+                self._is_watched = True
+            await self._filled
+        except OSError as error:
+            raise _lost(error) from None
+        finally:
+            self._filled = None
+
+    async def send(self, data: memoryview) -> None:
+        """All of the bytes, once the kernel has them. Raises RetryPushError (DATA_CONNECTION_LOST)."""
+        try:
+            await self._loop.sock_sendall(self._socket, data)
+        except OSError as error:
+            raise _lost(error) from None
+
+    def close(self) -> None:
+        """Ends it."""
+        self._watch_no_longer()
+        self._socket.close()
+
+    def _read(self) -> None:
+        """There is something to read. The socket stays watched from one fragment to the next, which saves calls."""
+        filled = self._filled
+        if filled is None or filled.done():
+            self._watch_no_longer()
+            return
+        try:
+            count = self._socket.recv_into(self._room)
+            if count == 0:
+                raise ConnectionResetError("the worker has closed it")
+            self._room = self._room[count:]
+            if self._room:
+                want(self._socket, len(self._room))
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._watch_no_longer()
+            filled.set_exception(error)
+            return
+        self.heard_at_s = self._loop.time()
+        if not self._room:
+            filled.set_result(None)
+
+    def _watch_no_longer(self) -> None:
+        if self._is_watched:
+            self._loop.remove_reader(self._socket)
+            self._is_watched = False
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Whose connection it is."""
+
+    worker_id: str
+    incarnation: bytes
+
+
+class DataPort:
+    """Where workers open data connections; offers none until `listen`. Made and used on one running event loop.
+
+    Args:
+        max_connections: how many are kept; of more, the oldest are closed.
+    """
+
+    def __init__(self, max_connections: int) -> None:
+        self._max_connections = max_connections
+        self._listeners: list[socket.socket] = []
+        self._offers: dict[bytes, tuple[bytes, _Place]] = {}  # by the first half of the key: the second half
+        self._connections: dict[str, tuple[_Place, DataConnection]] = {}  # by worker id
+        self._greetings = asyncio.Semaphore(_GREETINGS_AT_ONCE)
+        self._tasks = set[asyncio.Task[None]]()
+
+    def listen(self, hosts: Sequence[str], port: int) -> None:
+        """Listens on these hosts, on the same port of each; 0: any free one.
+
+        Raises:
+            OSError: it cannot.
+        """
+        try:
+            for host in hosts:
+                family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+                both = host == "::" and socket.has_dualstack_ipv6()
+                listener = socket.create_server(address[:2], family=family, backlog=1024, dualstack_ipv6=both)
+                self._listeners.append(listener)
+                listener.setblocking(False)
+                port = listener.getsockname()[1]
+        except OSError:
+            self.close()
+            raise
+        for listener in self._listeners:
+            self._begin(self._accept(listener))
+
+    def offer(self, worker_id: str, incarnation: bytes) -> pb.DataConnection | None:
+        """What to tell a worker that would like a connection; None: there is none to be had, or it has one."""
+        place = _Place(worker_id, incarnation)
+        if not self._listeners or self._connections.get(worker_id, (None,))[0] == place:
+            return None
+        key = new_key()
+        hello, answer = halves(key)
+        self._offers[hello] = answer, place
+        asyncio.get_running_loop().call_later(_OFFER_TIMEOUT_S, self._offers.pop, hello, None)
+        return pb.DataConnection(port=self._listeners[0].getsockname()[1], key=key)
+
+    def take(self, worker_id: str, incarnation: bytes) -> DataConnection:
+        """The connection of this process, for a push; `put` gives it back.
+
+        Raises:
+            RetryPushError: DATA_CONNECTION_LOST: there is none.
+        """
+        place, connection = self._connections.pop(worker_id, (None, None))
+        if connection is None:
+            raise _lost("this server has none")
+        if place != _Place(worker_id, incarnation):
+            connection.close()
+            raise _lost("it belongs to an earlier process")
+        return connection
+
+    def put(self, worker_id: str, incarnation: bytes, connection: DataConnection) -> None:
+        """A connection is ready for this process's next push; one that it had before is closed."""
+        self._drop(worker_id)
+        self._connections[worker_id] = _Place(worker_id, incarnation), connection
+        if len(self._connections) > self._max_connections:  # names come from outside, sockets must not
+            self._drop(next(iter(self._connections)))
+
+    def leave(self, worker_id: str, incarnation: bytes) -> None:
+        """Closes the connection of a process that goes, if it has one."""
+        if self._connections.get(worker_id, (None,))[0] == _Place(worker_id, incarnation):
+            self._drop(worker_id)
+
+    def _drop(self, worker_id: str) -> None:
+        _, connection = self._connections.pop(worker_id, (None, None))
+        if connection is not None:
+            connection.close()
+
+    def close(self) -> None:
+        """Ends all."""
+        for task in self._tasks:
+            task.cancel()
+        for listener in self._listeners:
+            listener.close()
+        self._listeners.clear()
+        for worker_id in list(self._connections):
+            self._drop(worker_id)
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._greetings.acquire()
+            try:
+                connection, _ = await loop.sock_accept(listener)
+            except OSError:  # no descriptors left, or the client has gone: others may come
+                self._greetings.release()
+                await asyncio.sleep(1.0)
+                continue
+            self._begin(self._greet(connection))
+
+    async def _greet(self, connection: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+
+        async def greeting() -> _Place | None:
+            hello = b""
+            while len(hello) < HALF_KEY_BYTES:
+                more = await loop.sock_recv(connection, HALF_KEY_BYTES - len(hello))
+                if not more:
+                    return None
+                hello += more
+            answer, place = self._offers.pop(hello, (b"", None))
+            await loop.sock_sendall(connection, answer)
+            return place
+
+        place = None
+        try:
+            connection.setblocking(False)
+            prepare(connection)
+            place = await asyncio.wait_for(greeting(), _GREETING_TIMEOUT_S)
+        except (OSError, asyncio.TimeoutError):
+            pass  # a stranger, or somebody who gave up
+        finally:
+            self._greetings.release()
+            if place is None:
+                connection.close()
+        if place is not None:
+            self.put(place.worker_id, place.incarnation, DataConnection(connection))
+
+
+def _lost(why: object) -> Exception:
+    return refusal(Reason.DATA_CONNECTION_LOST, f"the data connection is lost ({why}); push again without it")
