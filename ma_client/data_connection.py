@@ -182,6 +182,7 @@ class Transfer:
 
     Attributes:
         give_up: ends the push's call; to be set once there is one.
+        is_whole: whether everything has gone and come.
     """
 
     def __init__(
@@ -194,6 +195,7 @@ class Transfer:
     ) -> None:
         self._connection = connection
         self.give_up: Callable[[], object] = lambda: None
+        self.is_whole = False
         self._over = threading.Event()
         self.problem: Exception | None = None
         """Why bytes did not go or come."""
@@ -212,20 +214,21 @@ class Transfer:
             thread.start()
 
     def wait(self, goes_on: Callable[[], bool]) -> bool:
-        """Waits for the rest of the bytes for as long as ``goes_on``; whether all have gone and come."""
+        """Waits for the rest of the bytes for as long as ``goes_on``; `is_whole`."""
         for thread in self._threads:
             while thread.is_alive() and goes_on():
                 thread.join(_LOOK_S)
-        return self.problem is None and not any(thread.is_alive() for thread in self._threads)
+        self.is_whole = self.problem is None and not any(thread.is_alive() for thread in self._threads)
+        return self.is_whole
 
-    def end(self, whole: bool) -> None:
-        """The push has ended. Unless it is ``whole``, nobody knows what is still in the connection: it is closed."""
+    def end(self) -> None:
+        """The push has ended. Unless it `is_whole`, nobody knows what is still in the connection: it is closed."""
         self._over.set()
-        if not whole:
+        if not self.is_whole:
             self._connection.break_off()
         for thread in self._threads:
             thread.join()
-        if not whole:
+        if not self.is_whole:
             self._connection.close()
 
     def _run(self, work: Callable[[], None]) -> None:

@@ -15,7 +15,7 @@ from typing import Any, cast
 import grpc
 from numpy.typing import NDArray
 
-from ma_client.data_connection import DataLink, Transfer
+from ma_client.data_connection import DataConnection, DataLink, Transfer
 from ma_client.lent_memory import Copying, LentMemory, Loan
 from ma_client.staging import Staging
 from modelaverage import wire
@@ -268,14 +268,13 @@ class Shard:
                 first = filled
 
         staging.begin()
-        shared = whole = False
-        # Before the call: the server finds the bytes when it has read the header.
-        transfer = (
-            None
-            if connection is None
-            else Transfer(connection, header.push_id, fragments, fragment_count, staging.room())
-        )
-        with self._faults(deadline, f"the round did not commit (base step {header.base_step})"):
+        shared = False
+        late = f"the round did not commit (base step {header.base_step})"
+        # Bytes go before the call: the server finds them when it has read the header.
+        with (
+            self._transferring(connection, header.push_id, fragments, staging) as transfer,
+            self._faults(deadline, late),
+        ):
             messages = self._push(requests(), timeout=deadline.left_s, metadata=self._access.metadata)
             try:
                 self._begin(messages)
@@ -301,8 +300,7 @@ class Shard:
                         _log_waiting(message.waiting, header.base_step)
                     if message.HasField("outcome"):
                         if transfer is not None and message.outcome.outcome == pb.OUTCOME_COMMITTED:
-                            whole = transfer.wait(lambda: not (deadline.is_over or self.stopped.is_set()))
-                            if not whole:
+                            if not transfer.wait(lambda: not (deadline.is_over or self.stopped.is_set())):
                                 raise RetryPushError(f"the center did not come from {self.address}: {transfer.problem}")
                             staging.filled()
                         staging.check_complete()
@@ -315,11 +313,23 @@ class Shard:
                 self._end(messages)
                 admitted.put((fragment_count, None))  # lets the requests end if no admission ever came
                 copying.end()
-                if transfer is not None:
-                    transfer.end(whole)
-                if connection is not None and whole:
-                    self._data.put(connection)
         raise ProtocolError(f"{self.address} ended a push without an outcome; is it a parameter server?")
+
+    @contextmanager
+    def _transferring(
+        self, connection: DataConnection | None, push_id: int, fragments: FragmentSource, staging: Staging
+    ) -> Iterator[Transfer | None]:
+        """A push's bytes move on the data connection meanwhile, if there is one."""
+        if connection is None:
+            yield None
+            return
+        transfer = Transfer(connection, push_id, fragments, staging.manifest.fragment_count, staging.room())
+        try:
+            yield transfer
+        finally:
+            transfer.end()
+            if transfer.is_whole:
+                self._data.put(connection)
 
     def join(self, request: pb.JoinRequest) -> Iterator[pb.JoinResponse]:
         """What the server says of this process's task index; open until `stop` or a fault."""

@@ -122,6 +122,7 @@ class DataPort:
         self._connections: dict[str, tuple[_Place, DataConnection]] = {}  # by worker id
         self._greetings = asyncio.Semaphore(_GREETINGS_AT_ONCE)
         self._tasks = set[asyncio.Task[None]]()
+        self._arriving = set[socket.socket]()
 
     def listen(self, hosts: Sequence[str], port: int) -> None:
         """Listens on these hosts, on the same port of each; 0: any free one.
@@ -144,13 +145,13 @@ class DataPort:
             self._begin(self._accept(listener))
 
     def offer(self, worker_id: str, incarnation: bytes) -> pb.DataConnection | None:
-        """What to tell a worker that would like a connection; None: there is none to be had, or it has one."""
-        place = _Place(worker_id, incarnation)
-        if not self._listeners or self._connections.get(worker_id, (None,))[0] == place:
+        """What to tell a worker that would like a connection; None: there is none to be had."""
+        if not self._listeners:
             return None
+        self._drop(worker_id)  # it has lost that, or it would not ask
         key = new_key()
         hello, answer = halves(key)
-        self._offers[hello] = answer, place
+        self._offers[hello] = answer, _Place(worker_id, incarnation)
         asyncio.get_running_loop().call_later(_OFFER_TIMEOUT_S, self._offers.pop, hello, None)
         return pb.DataConnection(port=self._listeners[0].getsockname()[1], key=key)
 
@@ -189,8 +190,8 @@ class DataPort:
         """Ends all."""
         for task in self._tasks:
             task.cancel()
-        for listener in self._listeners:
-            listener.close()
+        for ended in (*self._listeners, *self._arriving):
+            ended.close()
         self._listeners.clear()
         for worker_id in list(self._connections):
             self._drop(worker_id)
@@ -210,35 +211,39 @@ class DataPort:
                 self._greetings.release()
                 await asyncio.sleep(1.0)
                 continue
+            self._arriving.add(connection)
             self._begin(self._greet(connection))
 
     async def _greet(self, connection: socket.socket) -> None:
         loop = asyncio.get_running_loop()
 
-        async def greeting() -> _Place | None:
+        async def greeting() -> bool:
             hello = b""
             while len(hello) < HALF_KEY_BYTES:
                 more = await loop.sock_recv(connection, HALF_KEY_BYTES - len(hello))
                 if not more:
-                    return None
+                    return False
                 hello += more
             answer, place = self._offers.pop(hello, (b"", None))
+            if place is None:
+                return False
+            # Before the answer: whoever has that may push at once.
+            self.put(place.worker_id, place.incarnation, DataConnection(connection))
             await loop.sock_sendall(connection, answer)
-            return place
+            return True
 
-        place = None
+        is_known = False
         try:
             connection.setblocking(False)
             prepare(connection)
-            place = await asyncio.wait_for(greeting(), _GREETING_TIMEOUT_S)
+            is_known = await asyncio.wait_for(greeting(), _GREETING_TIMEOUT_S)
         except (OSError, asyncio.TimeoutError):
             pass  # a stranger, or somebody who gave up
         finally:
             self._greetings.release()
-            if place is None:
+            self._arriving.discard(connection)
+            if not is_known:
                 connection.close()
-        if place is not None:
-            self.put(place.worker_id, place.incarnation, DataConnection(connection))
 
 
 def _lost(why: object) -> Exception:

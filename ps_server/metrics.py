@@ -151,8 +151,8 @@ def _metrics(sample: MetricsSample) -> Iterator[Metric]:
         [({"phase": phase}, seen.phase_s[phase]) for phase in PHASES],
     )
 
-    yield counter("received_bytes", "Bytes of fragments received, in shared memory too.", traffic.received_bytes)
-    yield counter("sent_bytes", "Bytes of fragments sent, in shared memory too.", traffic.sent_bytes)
+    yield counter("received_bytes", "Bytes of fragments received, however they came.", traffic.received_bytes)
+    yield counter("sent_bytes", "Bytes of fragments sent, however they went.", traffic.sent_bytes)
     yield counter("shared_memory_bytes", "How many of both lay in shared memory.", traffic.shared_bytes)
     yield counter("received_fragments", "Fragments of pushes that came into an average.", seen.fragments_received)
     yield counter("sent_fragments", "Fragments of averages sent, once for each worker.", seen.fragments_sent)

@@ -13,7 +13,7 @@ from grpc import StatusCode
 
 from ma_client import ParameterServerSession
 from modelaverage.v1 import parameter_server_pb2 as pb
-from tests.raw_client import Arrays, RawClient, Stream, fragments_of, push_header, until
+from tests.raw_client import FRAGMENT_SIZE_BYTES, Arrays, RawClient, Stream, fragments_of, push_header, until
 
 if TYPE_CHECKING:
     from tests.conftest import StartServer
@@ -41,11 +41,17 @@ def worker(address: str, worker_id: str, **options: Any) -> ParameterServerSessi
 
 
 class Job:
-    """A server with CENTER at STEP, and a raw client of it."""
+    """A server with a center at STEP, and a raw client of it."""
 
-    def __init__(self, client: RawClient, address: str) -> None:
+    def __init__(
+        self,
+        client: RawClient,
+        address: str,
+        center: Arrays = CENTER,
+        fragment_size_bytes: int = FRAGMENT_SIZE_BYTES,
+    ) -> None:
         self.client, self.address = client, address
-        self.manifest_id = client.initialize(CENTER, STEP).manifest_id
+        self.manifest_id = client.initialize(center, STEP, fragment_size_bytes=fragment_size_bytes).manifest_id
 
     def header(self, worker_id: str, **fields: Any) -> pb.PushAndAverageRequest:
         return push_header(self.manifest_id, worker_id, **{"base_step": STEP, **fields})

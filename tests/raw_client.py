@@ -23,6 +23,7 @@ from modelaverage.v1 import parameter_server_pb2 as pb
 
 __all__ = [
     "Arrays",
+    "FRAGMENT_SIZE_BYTES",
     "RawClient",
     "Refusal",
     "Stream",

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ma_client import data_connection
 from tests.faults import Model, RestartedServer, Training
 from tests.killed_server import BETWEEN_TWO_ANSWERS, MOMENTS
 
@@ -20,8 +21,13 @@ LARGE: Model = {"w": np.zeros(1 << 18, np.float32), "b": np.ones((7, 3), np.floa
 TIMES_A_ROUND = {"in the middle of the fragments": 10, "when a fragment is averaged": 5, BETWEEN_TWO_ANSWERS: 2}
 
 
+@pytest.mark.parametrize("on_data_connections", [False, True])
 @pytest.mark.parametrize("moment", [*MOMENTS, BETWEEN_TWO_ANSWERS])
-def test_a_server_killed_at_any_moment_of_a_round_costs_a_retry_and_not_a_round(moment: str, tmp_path: Path) -> None:
+def test_a_server_killed_at_any_moment_of_a_round_costs_a_retry_and_not_a_round(
+    moment: str, on_data_connections: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if on_data_connections:
+        monkeypatch.setattr(data_connection, "_WORTH_BYTES", 0)
     times = TIMES_A_ROUND.get(moment, 2 if "header" in moment else 1)
     in_the_third_round = 2 * times + 1
     deaths = ((moment, in_the_third_round),)

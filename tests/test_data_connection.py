@@ -1,0 +1,379 @@
+"""Data connections: who gets one, that a push on one is a push like any other, and that losing one loses nothing."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import ClassVar
+
+import numpy as np
+import pytest
+
+from ma_client import Outcome, ParameterServerSession, PushResult, data_connection
+from ma_client.data_connection import DataConnection, host_of
+from modelaverage.v1 import parameter_server_pb2 as pb
+from ps_server import data_port
+from tests.conftest import StartServer
+from tests.jobs import CENTER, COUNT, STEP, Job, of
+from tests.raw_client import RawClient, Stream, flat_bytes, fragments_of, until
+
+TIMEOUT_S = 20.0
+LOST = "DATA_CONNECTION_LOST"
+SIZE_BYTES = len(flat_bytes(CENTER))
+
+
+class Wire:
+    """The client's end of a data connection, by hand; closed when the test ends."""
+
+    opened: ClassVar[list[Wire]] = []
+
+    def __init__(self, offer: pb.DataConnection, hello: bytes | None = None) -> None:
+        self.opened.append(self)
+        self.socket = socket.socket()
+        self.socket.settimeout(TIMEOUT_S)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 << 10)
+        self.socket.connect(("127.0.0.1", offer.port))
+        self.socket.sendall(offer.key[:16] if hello is None else hello)
+        self.answer = self.receive(16)
+
+    def give(self, push_id: int, data: bytes) -> None:
+        self.socket.sendall(struct.pack("<Q", push_id) + data)
+
+    def receive(self, size_bytes: int) -> bytes:
+        """So many bytes, or those before the end."""
+        try:
+            return self.socket.recv(size_bytes, socket.MSG_WAITALL)
+        except ConnectionResetError:
+            return b""
+
+
+@pytest.fixture(autouse=True)
+def closing() -> Iterator[None]:
+    yield
+    for wire in Wire.opened:
+        wire.socket.close()
+    Wire.opened.clear()
+
+
+def offer_to(job: Job, worker_id: str) -> pb.DataConnection:
+    """What the server offers in the admission of a push that is then given up; nothing of it is in the round."""
+    with RawClient(job.address) as client:
+        stream = client.open_push()
+        stream.send(job.header(worker_id, accepts_data_connection=True))
+        admission = stream.receive().admission
+        stream.cancel()
+        until(lambda: job.client.status().connected_workers == 0, "the push is given up")
+    return admission.data_connection
+
+
+def connected(job: Job, worker_id: str = "a") -> Wire:
+    offer = offer_to(job, worker_id)
+    wire = Wire(offer)
+    assert wire.answer == offer.key[16:]
+    return wire
+
+
+def begin(job: Job, worker_id: str = "a", **fields: object) -> Stream[pb.PushAndAverageResponse]:
+    """A push whose bytes are on the data connection."""
+    stream = job.client.open_push()
+    stream.send(job.header(worker_id, uses_data_connection=True, **fields))
+    stream.half_close()
+    return stream
+
+
+# A push like any other.
+
+
+def test_a_push_on_a_data_connection_is_in_the_average_and_gets_it_there(job: Job) -> None:
+    wire = connected(job)
+    wire.give(1, flat_bytes(of(1)))
+    a = begin(job)
+    b = job.push("b", of(3))
+    assert b.answer()[1] == flat_bytes(of(2))
+    outcome, inline = a.answer()
+    assert (outcome.outcome, outcome.global_step, inline) == (pb.OUTCOME_COMMITTED, STEP + 1, b"")
+    assert wire.receive(SIZE_BYTES) == flat_bytes(of(2))
+    status = job.client.worker("a")
+    assert (status.transport, status.pushes_counted) == (pb.TRANSPORT_DATA_CONNECTION, 1)
+    assert job.client.worker("b").transport == pb.TRANSPORT_TCP
+
+
+def test_fragments_of_the_average_come_while_later_ones_still_go_up(job: Job) -> None:
+    wire = connected(job)
+    begin(job)
+    b, _ = job.admitted("b")
+    fragments, average = fragments_of(of(1)), fragments_of(of(2))
+    wire.give(1, b"")
+    for index, data in enumerate(fragments):
+        b.give(fragments_of(of(3)), index, index + 1)
+        wire.socket.sendall(data)
+        assert wire.receive(len(data)) == average[index]
+
+
+def test_a_connection_serves_one_push_after_another(job: Job) -> None:
+    wire = connected(job)
+    for step in range(3):
+        wire.give(step + 1, flat_bytes(of(step)))
+        a = begin(job, push_id=step + 1, base_step=STEP + step)
+        job.push("b", of(step + 2), push_id=step + 1, base_step=STEP + step).answer()
+        assert a.answer()[0].outcome == pb.OUTCOME_COMMITTED
+        assert wire.receive(SIZE_BYTES) == flat_bytes(of(step + 1))
+
+
+# Who gets one.
+
+
+def test_only_who_would_like_one_is_offered_one(job: Job) -> None:
+    stream = job.client.open_push()
+    stream.send(job.header("a"))
+    assert not stream.receive().admission.HasField("data_connection")
+
+
+def test_the_key_opens_one_connection_and_no_other(job: Job) -> None:
+    offer = offer_to(job, "a")
+    assert Wire(offer, hello=bytes(16)).answer == b""
+    assert Wire(offer, hello=offer.key[16:]).answer == b""
+    assert Wire(offer).answer == offer.key[16:]
+    assert Wire(offer).answer == b""
+    assert job.center() == flat_bytes(CENTER)
+
+
+def test_a_key_is_for_the_process_that_it_was_given_to(job: Job) -> None:
+    connected(job, "a")
+    assert begin(job, "b").refusal().reason == LOST
+    assert begin(job, "a", incarnation=b"another process!").refusal().reason == LOST
+
+
+def test_who_connects_and_says_nothing_is_sent_away(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_port, "_GREETING_TIMEOUT_S", 0.1)
+    assert Wire(offer_to(job, "a"), hello=b"").answer == b""
+    connected(job)
+
+
+def test_a_worker_that_leaves_takes_its_connection_along(job: Job) -> None:
+    wire = connected(job)
+    leaving = job.client.open_leave()
+    leaving.send(pb.LeaveRequest(worker_id="a", incarnation=job.header("a").header.incarnation))
+    leaving.receive()
+    assert wire.receive(1) == b""
+
+
+# Nothing is lost, and nothing changes, when one is.
+
+
+def test_a_push_on_a_connection_that_is_not_there_is_refused_and_may_come_in_messages(job: Job) -> None:
+    assert begin(job).refusal().reason == LOST
+    a, b = job.push("a", of(1)), job.push("b", of(3))
+    for stream in (a, b):
+        assert stream.answer()[1] == flat_bytes(of(2))
+    assert job.client.status().rounds_restarted == 0
+
+
+@pytest.mark.parametrize("given", [0, 1, COUNT - 1])
+def test_after_a_connection_broke_the_same_push_is_asked_for_the_rest(job: Job, given: int) -> None:
+    wire = connected(job)
+    a = begin(job)
+    fragments = fragments_of(of(1))
+    wire.give(1, b"".join(fragments[:given]) + fragments[given][:5])
+    job.given("a", given)
+    wire.socket.close()
+    assert a.refusal().reason == LOST
+    again, first = job.admitted("a")
+    assert first == given
+    again.give(fragments, first)
+    again.half_close()
+    b = job.push("b", of(3))
+    for stream in (again, b):
+        assert stream.answer()[1] == flat_bytes(of(2))
+    assert job.client.status().rounds_restarted == 0
+
+
+def test_bytes_of_another_push_are_refused(job: Job) -> None:
+    wire = connected(job)
+    wire.give(2, flat_bytes(of(1)))
+    assert begin(job).refusal().reason == LOST
+    assert job.client.worker("a").fragments_given == 0
+    assert wire.receive(1) == b""
+
+
+def test_a_stale_push_gets_the_center_in_messages(job: Job) -> None:
+    wire = connected(job)
+    wire.give(1, flat_bytes(of(7)))
+    outcome, center = begin(job, base_step=STEP - 1).answer()
+    assert (outcome.outcome, center) == (pb.OUTCOME_STALE, flat_bytes(CENTER))
+    assert wire.receive(1) == b""
+
+
+def test_a_connection_on_which_nothing_comes_is_cut_off(start_server: StartServer) -> None:
+    address = start_server(2, stall_timeout_s=0.3).address
+    with RawClient(address) as client:
+        job = Job(client, address)
+        wire = connected(job)
+        assert begin(job).refusal().reason == "STREAM_STALLED"
+        assert wire.receive(1) == b""
+
+
+def test_a_client_that_does_not_read_holds_up_nobody_but_itself(start_server: StartServer) -> None:
+    address = start_server(2, stall_timeout_s=0.5).address
+    big = {"w": np.zeros(4 << 20, np.float32)}  # more than the kernel takes for somebody who does not read
+    with RawClient(address) as client:
+        job = Job(client, address, big, fragment_size_bytes=1 << 20)
+        wire = connected(job)
+        a = begin(job)
+        threading.Thread(target=wire.give, args=(1, flat_bytes(big)), daemon=True).start()
+        b = client.open_push()
+        b.send(job.header("b"))
+        b.admission()
+        b.give(fragments_of(big, 1 << 20))
+        b.half_close()
+        assert b.answer()[0].outcome == pb.OUTCOME_COMMITTED
+        assert a.refusal().reason == "STREAM_STALLED"
+
+
+# The session.
+
+MODEL = {"w": np.arange(700, dtype=np.float32), "b": np.array(2.0), "e": np.zeros(0, np.float16)}
+
+
+@pytest.fixture(autouse=True)
+def worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small models travel on data connections, too."""
+    monkeypatch.setattr(data_connection, "_WORTH_BYTES", 0)
+
+
+class Pair:
+    """Two workers, each on a thread of its own."""
+
+    def __init__(self, address: str) -> None:
+        self.sessions = [
+            ParameterServerSession(
+                [address],
+                worker_id=f"worker-{rank}",
+                is_chief=rank == 0,
+                fragment_size_bytes=256,
+                shared_memory=False,
+                reconnect_timeout_s=TIMEOUT_S,
+            )
+            for rank in range(2)
+        ]
+        self.sessions[0].initialize(MODEL)
+        self.sessions[1].pull()
+        self._threads = ThreadPoolExecutor(2)
+        self.rounds = 0
+
+    def round(self) -> list[PushResult]:
+        """A round; its results are checked."""
+        local = [{name: v + v.dtype.type(2 * rank + self.rounds) for name, v in MODEL.items()} for rank in (0, 1)]
+        results = list(self._threads.map(lambda s, v: s.push_and_average(v, timeout_s=TIMEOUT_S), self.sessions, local))
+        for result in results:
+            for name, value in MODEL.items():
+                assert np.array_equal(result.center[name], value + value.dtype.type(1 + self.rounds))
+            assert result.global_step == self.rounds + 1
+        self.rounds += 1
+        return results
+
+    def until_connected(self) -> None:
+        """Rounds until both have a data connection."""
+        until(lambda: self.round() != [] and self.transports == {pb.TRANSPORT_DATA_CONNECTION}, "both are connected")
+
+    @property
+    def transports(self) -> set[pb.Transport]:
+        with RawClient(self.sessions[0].ps_hosts[0]) as client:
+            return {worker.transport for worker in client.status().workers}
+
+    def close(self) -> None:
+        for session in self.sessions:
+            session.close()
+        self._threads.shutdown()
+
+
+@pytest.fixture
+def pair(start_server: StartServer) -> Iterator[Pair]:
+    pair = Pair(start_server(2).address)
+    yield pair
+    pair.close()
+
+
+def test_a_session_moves_on_to_a_data_connection_and_stays_there(pair: Pair) -> None:
+    pair.until_connected()
+    for _ in range(5):
+        pair.round()
+        assert pair.transports == {pb.TRANSPORT_DATA_CONNECTION}
+
+
+@pytest.mark.parametrize("after_bytes", [0, 1, 7, 8, 9, 300, 2000, 2815])
+@pytest.mark.parametrize("direction", ["send", "receive"])
+def test_a_session_whose_connection_breaks_anywhere_loses_nothing(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, direction: str, after_bytes: int
+) -> None:
+    pair.until_connected()
+    left = {"bytes": after_bytes}
+    send, receive = DataConnection.send, DataConnection.receive
+
+    def cut_send(self: DataConnection, parts: Iterable[bytes | memoryview]) -> None:
+        data = b"".join(parts)
+        if len(data) > left["bytes"]:
+            send(self, [data[: left["bytes"]]])
+            self.break_off()
+        left["bytes"] -= len(data)
+        send(self, [data])
+
+    def cut_receive(self: DataConnection, room: memoryview) -> None:
+        if len(room) > left["bytes"]:
+            receive(self, room[: left["bytes"]])
+            self.break_off()
+        left["bytes"] -= len(room)
+        receive(self, room)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DataConnection, direction, cut_send if direction == "send" else cut_receive)
+        outcomes = {result.outcome for result in pair.round()}
+    assert outcomes <= {Outcome.COMMITTED, Outcome.ALREADY_COUNTED}
+    pair.until_connected()
+
+
+def test_a_session_that_cannot_reach_the_port_goes_on_in_messages_and_does_not_ask_again_at_once(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def unreachable(host: str, offer: pb.DataConnection) -> DataConnection:
+        tried.append((host, offer.port))
+        raise TimeoutError
+
+    monkeypatch.setattr(DataConnection, "open", unreachable)
+    for _ in range(4):
+        pair.round()
+    assert pair.transports == {pb.TRANSPORT_TCP}
+    assert len(tried) == 2  # one a worker
+
+
+def test_closing_a_session_ends_a_push_on_a_data_connection(pair: Pair) -> None:
+    pair.until_connected()
+    with ThreadPoolExecutor(1) as thread:
+        alone = thread.submit(pair.sessions[0].push_and_average, MODEL)
+        with RawClient(pair.sessions[0].ps_hosts[0]) as client:
+            until(lambda: client.worker("worker-0").waiting, "it waits at the barrier")
+        pair.sessions[0].close()
+        assert alone.exception(TIMEOUT_S) is not None
+
+
+@pytest.mark.parametrize(
+    ("address", "host"),
+    [
+        ("ps:2222", "ps"),
+        ("10.0.0.1:2222", "10.0.0.1"),
+        ("[::1]:2222", "::1"),
+        ("dns:///ps.example:2222", "ps.example"),
+        ("ipv4:10.0.0.1:2222", "10.0.0.1"),
+        ("unix:/tmp/ps.sock", None),
+        ("unix-abstract:ps", None),
+        ("xds:///ps", None),
+        ("ps", None),
+    ],
+)
+def test_the_host_is_that_of_the_servers_address(address: str, host: str | None) -> None:
+    assert host_of(address) == host
