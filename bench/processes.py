@@ -14,11 +14,13 @@ __all__ = ["listening_at", "parameter_server", "peak_bytes", "resident_bytes", "
 
 
 @contextmanager
-def parameter_server(num_workers: int, unix_socket: bool = False) -> Iterator[tuple[str, int]]:
-    """A server process on a free port, or a Unix socket: its address and its pid."""
+def parameter_server(num_workers: int, *flags: str, unix_socket: bool = False) -> Iterator[tuple[str, int]]:
+    """A server process on a free port, or a Unix socket, with these flags besides: its address and its pid."""
     with tempfile.TemporaryDirectory() as directory:
         bind = f"unix:{directory}/socket" if unix_socket else "127.0.0.1:0"
-        with subprocess.Popen(serve_command(bind, num_workers), stdout=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(
+            [*serve_command(bind, num_workers), *flags], stdout=subprocess.PIPE, text=True
+        ) as process:
             try:
                 yield listening_at(process), process.pid
             finally:

@@ -22,6 +22,9 @@ from rich.table import Table
 from bench.processes import parameter_server, peak_bytes, resident_bytes
 from bench.turns import Turns, over_workers, take_turns, values_of
 
+TRANSPORTS = ("shared memory", "unix socket", "tcp, messages", "tcp")
+"""The last one: with a data connection for what is worth it."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -98,7 +101,8 @@ def measure(case: Case, rounds: int) -> Result:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         gloo_port = probe.getsockname()[1]
-    with parameter_server(case.workers, unix_socket=case.transport == "unix socket") as (address, server_pid):
+    flags = ("--data-port", "off") if case.transport == "tcp, messages" else ()
+    with parameter_server(case.workers, *flags, unix_socket=case.transport == "unix socket") as (address, server_pid):
         idle_bytes = resident_bytes(server_pid)
         pipes, processes = [], []
         for rank in range(case.workers):
@@ -165,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     parameters = (1_000, 1_000_000, 10_000_000) if arguments.quick else (1_000, 1_000_000, 10_000_000, 50_000_000)
     workers = (2,) if arguments.quick else (2, 4, 8)
-    cases = [Case(t, p, w) for p in parameters for w in workers for t in ("shared memory", "unix socket", "tcp")]
+    cases = [Case(t, p, w) for p in parameters for w in workers for t in TRANSPORTS]
     if not arguments.quick:
         cases.append(Case("tcp", 10_000_000, 16))  # the server's memory is the same as with two
     console, results = Console(width=140), []

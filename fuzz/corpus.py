@@ -133,6 +133,8 @@ def _pushes(model: Model, step: int) -> list[list[bytes]]:
         ({"accepts_shared_memory": True, "weight": 1e9}, [*fragments[:1], *all_shared]),
         ({"fragments_follow": True}, fragments),
         ({"fragments_follow": True, "accepts_shared_memory": True, "weight": 1e-9}, odd),
+        ({"accepts_data_connection": True}, fragments),
+        ({"uses_data_connection": True}, fragments),
         ({"base_step": step - 1}, []),
         ({"base_step": step + 1}, fragments),
         ({"base_step": 2**63 - 1}, fragments),

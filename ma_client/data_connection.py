@@ -47,7 +47,10 @@ class DataConnection:
         try:
             prepare(connection)
             connection.sendall(hello)
-            if connection.recv(len(answer), socket.MSG_WAITALL) != answer:
+            came = b""
+            while len(came) < len(answer) and (more := connection.recv(len(answer) - len(came))):
+                came += more
+            if came != answer:
                 raise OSError("what listens there does not know the key")
         except BaseException:
             connection.close()

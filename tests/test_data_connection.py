@@ -235,7 +235,7 @@ def test_a_client_that_does_not_read_holds_up_nobody_but_itself(start_server: St
 
 # The session.
 
-MODEL = {"w": np.arange(700, dtype=np.float32), "b": np.array(2.0), "e": np.zeros(0, np.float16)}
+MODEL = {"w": np.arange(701, dtype=np.float32), "b": np.array(2.0), "e": np.zeros(0, np.float16)}
 
 
 @pytest.fixture(autouse=True)
@@ -304,7 +304,7 @@ def test_a_session_moves_on_to_a_data_connection_and_stays_there(pair: Pair) -> 
         assert pair.transports == {pb.TRANSPORT_DATA_CONNECTION}
 
 
-@pytest.mark.parametrize("after_bytes", [0, 1, 7, 8, 9, 300, 2000, 2815])
+@pytest.mark.parametrize("after_bytes", [0, 1, 7, 8, 9, 300, 2000, 2815, 2823])
 @pytest.mark.parametrize("direction", ["send", "receive"])
 def test_a_session_whose_connection_breaks_anywhere_loses_nothing(
     pair: Pair, monkeypatch: pytest.MonkeyPatch, direction: str, after_bytes: int
