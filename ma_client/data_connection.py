@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 
+from ma_client.staging import Staging
 from modelaverage.data_connection import NUMBER, halves, prepare, use_short_queues, want
 from modelaverage.v1 import parameter_server_pb2 as pb
 
@@ -41,7 +42,7 @@ class DataConnection:
 
     @classmethod
     def open(cls, host: str, offer: pb.DataConnection) -> DataConnection:
-        """Connects. Raises OSError: nobody is there, or somebody else."""
+        """Connects. Raises OSError: nobody is there, or somebody else; ValueError, OverflowError: that is no offer."""
         hello, answer = halves(offer.key)
         connection = socket.create_connection((host, offer.port), _CONNECT_TIMEOUT_S)
         try:
@@ -78,8 +79,8 @@ class DataConnection:
             if sent:
                 left[0] = left[0][sent:]
 
-    def receive(self, room: memoryview) -> None:
-        """Fills the room. Raises OSError."""
+    def receive(self, room: memoryview, heard: Callable[[], None] = lambda: None) -> None:
+        """Fills the room; says so when something of it has come. Raises OSError."""
         while room:
             # A blocking recv would do, but for Linux: once it has taken some, the rest wakes it up only if that alone
             # is as much as is wanted.
@@ -88,6 +89,7 @@ class DataConnection:
             count = self._socket.recv_into(room, flags=socket.MSG_DONTWAIT)
             if count == 0:
                 raise OSError("the server has closed it")
+            heard()
             room = room[count:]
 
     def break_off(self) -> None:
@@ -166,7 +168,7 @@ class DataLink:
         assert self._host is not None
         try:
             self.put(DataConnection.open(self._host, offer))
-        except OSError:
+        except (OSError, ValueError, OverflowError):  # not there, or no host, or no port
             self._not_before_s = time.monotonic() + _TRY_AGAIN_AFTER_S
         finally:
             with self._lock:
@@ -180,11 +182,12 @@ class Transfer:
         connection: where; this object's until `end`.
         number: of the push.
         fragments: the bytes of every fragment, as parts.
-        fragment_count: how many there are.
-        room: where the center arrives.
+        staging: where the center arrives.
 
     Attributes:
         give_up: ends the push's call; to be set once there is one.
+        gave_up: whether that was done.
+        problem: why bytes did not go or come.
         is_whole: whether everything has gone and come.
     """
 
@@ -193,26 +196,32 @@ class Transfer:
         connection: DataConnection,
         number: int,
         fragments: Callable[[int], Iterable[memoryview]],
-        fragment_count: int,
-        room: memoryview,
+        staging: Staging,
     ) -> None:
         self._connection = connection
-        self.give_up: Callable[[], object] = lambda: None
-        self.is_whole = False
+        self._staging = staging
         self._over = threading.Event()
+        self.give_up: Callable[[], object] = lambda: None
+        self.gave_up = self.is_whole = False
         self.problem: Exception | None = None
-        """Why bytes did not go or come."""
+        room = staging.room()
 
         def send() -> None:
             connection.begin()
             connection.send([NUMBER.pack(number)])
-            for index in range(fragment_count):
+            for index in range(staging.manifest.fragment_count):
                 connection.send(fragments(index))
+
+        def receive() -> None:
+            connection.receive(room, staging.begin_to_fill)
 
         self._threads = [
             threading.Thread(target=self._run, args=(work,), name="data-transfer", daemon=True)
-            for work in (send, lambda: connection.receive(room))
+            for work in (send, receive)
         ]
+
+    def start(self) -> None:
+        """Begins. Whatever it raises, `end` has to be called."""
         for thread in self._threads:
             thread.start()
 
@@ -222,6 +231,8 @@ class Transfer:
             while thread.is_alive() and goes_on():
                 thread.join(_LOOK_S)
         self.is_whole = self.problem is None and not any(thread.is_alive() for thread in self._threads)
+        if self.is_whole:
+            self._staging.filled()
         return self.is_whole
 
     def end(self) -> None:
@@ -230,7 +241,8 @@ class Transfer:
         if not self.is_whole:
             self._connection.break_off()
         for thread in self._threads:
-            thread.join()
+            if thread.ident is not None:
+                thread.join()
         if not self.is_whole:
             self._connection.close()
 
@@ -240,4 +252,5 @@ class Transfer:
         except Exception as error:
             self.problem = error
             if not self._over.wait(_LAST_WORD_S):
+                self.gave_up = True
                 self.give_up()

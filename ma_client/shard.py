@@ -299,10 +299,10 @@ class Shard:
                     if message.HasField("waiting"):
                         _log_waiting(message.waiting, header.base_step)
                     if message.HasField("outcome"):
-                        if transfer is not None and message.outcome.outcome == pb.OUTCOME_COMMITTED:
-                            if not transfer.wait(lambda: not (deadline.is_over or self.stopped.is_set())):
+                        if transfer is not None and not staging.is_complete:
+                            committed = message.outcome.outcome == pb.OUTCOME_COMMITTED
+                            if not committed or not transfer.wait(lambda: not self._is_over(deadline)):
                                 raise RetryPushError(f"the center did not come from {self.address}: {transfer.problem}")
-                            staging.filled()
                         staging.check_complete()
                         if message.outcome.outcome not in {outcome.value for outcome in Outcome}:
                             raise ProtocolError(f"{self.address} sent an outcome that this client does not know")
@@ -323,9 +323,15 @@ class Shard:
         if connection is None:
             yield None
             return
-        transfer = Transfer(connection, push_id, fragments, staging.manifest.fragment_count, staging.room())
+        transfer = Transfer(connection, push_id, fragments, staging)
         try:
+            transfer.start()
             yield transfer
+        except ServerUnavailableError:
+            if not transfer.gave_up:
+                raise
+            # The server is there, but not on this way.
+            raise RetryPushError(f"the data connection to {self.address} broke: {transfer.problem}") from None
         finally:
             transfer.end()
             if transfer.is_whole:
@@ -355,6 +361,9 @@ class Shard:
             with self._ending(call):
                 answer: bytes = call.result()
         return wire.parse(pb.GetStatusResponse, answer)
+
+    def _is_over(self, deadline: Deadline) -> bool:
+        return deadline.is_over or self.stopped.is_set()
 
     def _begin(self, call: grpc.Call) -> None:
         self._under_way = call

@@ -79,9 +79,12 @@ class Staging:
         self._received = end
 
     def room(self) -> memoryview:
-        """Where all of the next center may be written; then `filled` has to be called."""
-        self.is_torn = True
+        """Where all of the next center may be written; `begin_to_fill` when that begins, `filled` when it is done."""
         return self._memory.bytes[self._start : self._start + self.manifest.buffer_size_bytes].data
+
+    def begin_to_fill(self) -> None:
+        """What was in the room is no longer whole."""
+        self.is_torn = True
 
     def filled(self) -> None:
         """All of the center is in its room."""
@@ -93,9 +96,14 @@ class Staging:
             raise ProtocolError(f"the server sent {count} fragments from {first} on where {self._received} belongs")
         self._received += count
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether every fragment has come."""
+        return self._received == self.manifest.fragment_count
+
     def check_complete(self) -> None:
         """Raises ProtocolError unless every fragment has come."""
-        if self._received < self.manifest.fragment_count:
+        if not self.is_complete:
             raise ProtocolError(f"the server sent {self._received} of {self.manifest.fragment_count} fragments")
         self.is_torn = False
 

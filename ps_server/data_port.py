@@ -18,7 +18,6 @@ from modelaverage.v1 import parameter_server_pb2 as pb
 
 __all__ = ["DataConnection", "DataPort"]
 
-_OFFER_TIMEOUT_S = 60.0
 _GREETING_TIMEOUT_S = 5.0
 # Strangers that connect and say nothing hold up new connections, not more.
 _GREETINGS_AT_ONCE = 64
@@ -119,6 +118,7 @@ class DataPort:
         self._max_connections = max_connections
         self._listeners: list[socket.socket] = []
         self._offers: dict[bytes, tuple[bytes, _Place]] = {}  # by the first half of the key: the second half
+        self._offered: dict[str, bytes] = {}  # by worker id: the first half of the key of its last offer
         self._connections: dict[str, tuple[_Place, DataConnection]] = {}  # by worker id
         self._greetings = asyncio.Semaphore(_GREETINGS_AT_ONCE)
         self._tasks = set[asyncio.Task[None]]()
@@ -145,43 +145,49 @@ class DataPort:
             self._begin(self._accept(listener))
 
     def offer(self, worker_id: str, incarnation: bytes) -> pb.DataConnection | None:
-        """What to tell a worker that would like a connection; None: there is none to be had."""
+        """What to tell a worker that would like a connection; None: there is none. Earlier offers are void."""
         if not self._listeners:
             return None
-        self._drop(worker_id)  # it has lost that, or it would not ask
+        self._drop(worker_id)  # its own, which it has lost, or an earlier process's
         key = new_key()
         hello, answer = halves(key)
         self._offers[hello] = answer, _Place(worker_id, incarnation)
-        asyncio.get_running_loop().call_later(_OFFER_TIMEOUT_S, self._offers.pop, hello, None)
+        self._offered[worker_id] = hello
+        if len(self._offered) > self._max_connections:  # names come from outside, memory must not
+            self._drop(next(iter(self._offered)))
         return pb.DataConnection(port=self._listeners[0].getsockname()[1], key=key)
 
     def take(self, worker_id: str, incarnation: bytes) -> DataConnection:
-        """The connection of this process, for a push; `put` gives it back.
+        """The connection of this process, for a push; `give_back` is for afterwards.
 
         Raises:
             RetryPushError: DATA_CONNECTION_LOST: there is none.
         """
-        place, connection = self._connections.pop(worker_id, (None, None))
-        if connection is None:
-            raise _lost("this server has none")
-        if place != _Place(worker_id, incarnation):
-            connection.close()
-            raise _lost("it belongs to an earlier process")
+        place, connection = self._connections.get(worker_id, (None, None))
+        if connection is None or place != _Place(worker_id, incarnation):
+            raise _lost("this server has none of this process")
+        del self._connections[worker_id]
         return connection
 
-    def put(self, worker_id: str, incarnation: bytes, connection: DataConnection) -> None:
-        """A connection is ready for this process's next push; one that it had before is closed."""
-        self._drop(worker_id)
-        self._connections[worker_id] = _Place(worker_id, incarnation), connection
-        if len(self._connections) > self._max_connections:  # names come from outside, sockets must not
-            self._drop(next(iter(self._connections)))
+    def give_back(self, worker_id: str, incarnation: bytes, connection: DataConnection) -> None:
+        """A connection is ready for this process's next push, unless there is another one by now."""
+        if worker_id in self._connections:
+            connection.close()
+        else:
+            self._put(_Place(worker_id, incarnation), connection)
 
     def leave(self, worker_id: str, incarnation: bytes) -> None:
         """Closes the connection of a process that goes, if it has one."""
         if self._connections.get(worker_id, (None,))[0] == _Place(worker_id, incarnation):
             self._drop(worker_id)
 
+    def _put(self, place: _Place, connection: DataConnection) -> None:
+        self._connections[place.worker_id] = place, connection
+        if len(self._connections) > self._max_connections:  # names come from outside, sockets must not
+            self._drop(next(iter(self._connections)))
+
     def _drop(self, worker_id: str) -> None:
+        self._offers.pop(self._offered.pop(worker_id, b""), None)
         _, connection = self._connections.pop(worker_id, (None, None))
         if connection is not None:
             connection.close()
@@ -191,6 +197,7 @@ class DataPort:
         for task in self._tasks:
             task.cancel()
         for ended in (*self._listeners, *self._arriving):
+            asyncio.get_running_loop().remove_reader(ended)
             ended.close()
         self._listeners.clear()
         for worker_id in list(self._connections):
@@ -228,7 +235,8 @@ class DataPort:
             if place is None:
                 return False
             # Before the answer: whoever has that may push at once.
-            self.put(place.worker_id, place.incarnation, DataConnection(connection))
+            self._drop(place.worker_id)
+            self._put(place, DataConnection(connection))
             await loop.sock_sendall(connection, answer)
             return True
 

@@ -307,7 +307,8 @@ class Job:
                 message = b""
                 continue
             if part.outcome is not None:
-                if part.is_drained:  # now, for as soon as the client has the outcome it may push again
+                # Now, for as soon as the client has the outcome it may push again.
+                if part.is_drained and part.outcome.outcome == pb.OUTCOME_COMMITTED:
                     self._give_back(part)
                 # Messages that stand one after the other are read as one.
                 await part.call.write(message + pb.PushAndAverageResponse(outcome=part.outcome).SerializeToString())
@@ -317,7 +318,7 @@ class Job:
     def _give_back(self, part: Part) -> None:
         """The data connection of this push is ready for the next."""
         assert part.connection is not None
-        self._data_port.put(part.worker_id, part.incarnation, part.connection)
+        self._data_port.give_back(part.worker_id, part.incarnation, part.connection)
         part.connection = None
 
     def _end_of_run(self, part: Part, first: int) -> int:

@@ -104,7 +104,10 @@ async def serve(
                 if metrics_at:
                     metrics_ready(metrics_at)
 
-            await _serve(config, service, stop, listening)
+            try:
+                await _serve(config, service, stop, listening)
+            finally:
+                service.data_port.close()
 
 
 async def _serve(
@@ -129,7 +132,6 @@ async def _serve(
     center.cancel()
     health.stop()
     await service.stop(config.grace_s)
-    service.data_port.close()
     await server.stop(grace=1.0)
 
 

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from ma_client import Outcome, ParameterServerSession, PushResult, data_connection
-from ma_client.data_connection import DataConnection, host_of
+from ma_client.data_connection import DataConnection, Transfer, host_of
+from ma_client.staging import Memory, Staging
+from modelaverage.manifest import Manifest, Variable
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server import data_port
 from tests.conftest import StartServer
@@ -255,7 +257,7 @@ class Pair:
                 is_chief=rank == 0,
                 fragment_size_bytes=256,
                 shared_memory=False,
-                reconnect_timeout_s=TIMEOUT_S,
+                reconnect_timeout_s=0.0,  # the server is always there
             )
             for rank in range(2)
         ]
@@ -333,6 +335,43 @@ def test_a_session_whose_connection_breaks_anywhere_loses_nothing(
         outcomes = {result.outcome for result in pair.round()}
     assert outcomes <= {Outcome.COMMITTED, Outcome.ALREADY_COUNTED}
     pair.until_connected()
+
+
+def test_a_connection_that_breaks_at_the_barrier_is_not_taken_for_a_server_that_is_away(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair.until_connected()
+    used: dict[str, DataConnection] = {}
+    begin_push = DataConnection.begin
+
+    def begin_noted(self: DataConnection) -> None:
+        used["last"] = self
+        begin_push(self)
+
+    monkeypatch.setattr(DataConnection, "begin", begin_noted)
+    with ThreadPoolExecutor(1) as thread, RawClient(pair.sessions[0].ps_hosts[0]) as client:
+        alone = thread.submit(pair.sessions[0].push_and_average, MODEL)
+        until(lambda: client.worker("worker-0").waiting, "it waits at the barrier")
+        used["last"].break_off()
+        until(lambda: client.status().pushes_retried > 0, "it pushes again")
+        pair.sessions[1].push_and_average(MODEL)
+        assert alone.result(TIMEOUT_S).outcome is Outcome.COMMITTED
+
+
+def test_a_center_is_whole_until_the_next_one_begins_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DataConnection, "begin", lambda _: None)  # a pair of sockets has no way
+    ours, theirs = socket.socketpair()
+    manifest = Manifest((Variable("w", "float32", (4,)),), 8)
+    staging = Staging(manifest, Memory(manifest.buffer_size_bytes))
+    with theirs:
+        transfer = Transfer(DataConnection(ours), 1, lambda _: [memoryview(bytes(8))], staging)
+        transfer.start()
+        assert len(theirs.recv(24, socket.MSG_WAITALL)) == 24
+        assert not staging.is_torn
+        theirs.sendall(bytes(5))
+        until(lambda: staging.is_torn, "it begins to come")
+        transfer.end()
+    assert not transfer.is_whole
 
 
 def test_a_session_that_cannot_reach_the_port_goes_on_in_messages_and_does_not_ask_again_at_once(

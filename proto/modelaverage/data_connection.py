@@ -17,8 +17,8 @@ HALF_KEY_BYTES = 16
 NUMBER = struct.Struct("<Q")
 """The number of a push, which comes before its bytes."""
 
-# Between two pushes the way stays open, and a peer that is gone is noticed. In a push gRPC's keepalive does that: a
-# limit here would also end what only waits for a peer that does not read yet.
+# Between two pushes the way stays open, and a peer that is gone is noticed. In a push that is for gRPC's keepalive, and
+# the server's limit for clients that stall: one here would also end what waits for a peer that does not read yet.
 _OPTIONS = (
     (socket.IPPROTO_TCP, "TCP_NODELAY", 1),
     (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
@@ -28,7 +28,7 @@ _OPTIONS = (
 )
 # Both measured with `python -m bench.links` at 1 Gbit.
 _WAKE_UP_BYTES = 256 << 10
-_SHORT_QUEUE_BYTES = 128 << 10  # the kernel takes it twice, for its own accounts
+_SHORT_QUEUE_BYTES = 64 << 10  # the kernel takes it twice, for its own accounts
 _SHORT_WAY_US = 1000
 # linux/tcp.h: struct tcp_info has the least round trip so far, in microseconds, at this place.
 _MIN_RTT_AT = 148
@@ -40,7 +40,9 @@ def new_key() -> bytes:
 
 
 def halves(key: bytes) -> tuple[bytes, bytes]:
-    """What the client says first, and what the server answers."""
+    """What the client says first, and what the server answers. Raises ValueError: it is no key."""
+    if len(key) != 2 * HALF_KEY_BYTES:
+        raise ValueError(f"a key has {2 * HALF_KEY_BYTES} bytes, not {len(key)}")
     return key[:HALF_KEY_BYTES], key[HALF_KEY_BYTES:]
 
 
@@ -60,8 +62,8 @@ def use_short_queues(connection: socket.socket) -> None:
     """On a short way (a round trip below 1 ms) keeps no more on its way than it needs.
 
     TCP sends faster and faster until a switch's queue is full and packets are lost, and where several workers send to
-    one server at once, that is all the time. 256 KiB fill a link of 2 Gbit/s at 1 ms. On longer ways more has to be on
-    its way, and it is left to the kernel how much.
+    one server at once, that is all the time. 128 KiB fill a link of 1 Gbit/s at 1 ms, of 10 at 0.1. On longer ways more
+    has to be on its way, and it is left to the kernel how much.
     """
     if not sys.platform.startswith("linux") or connection.getsockname()[0] == connection.getpeername()[0]:
         return
