@@ -214,7 +214,8 @@ class Job:
             data = room[: stop - begin]
             await part.call.read_bytes(connection, data)
             part.call.count(received_bytes=len(data))
-            self._apply(self._take_inline(part, index, data, unneeded))
+            if index >= unneeded:
+                self._apply(self._add(part, index, data))
         part.is_drained = True
         self.round.check_complete(part.call.number)
 
@@ -226,12 +227,16 @@ class Job:
         for index, values in split_run(self.manifest, first, data):
             if index < unneeded:
                 continue
-            weight, is_first = self.round.check_fragment(part.call.number, index)
-            contribution = Contribution(part.worker_id, weight, values)
-            with self._averaging():
-                self._roster.note_nonfinite(self.center.accumulate(index, contribution, is_first))
-            decisions += self._record(part, index)
+            decisions += self._add(part, index, values)
         return decisions
+
+    def _add(self, part: Part, index: int, values: memoryview) -> list[Decision]:
+        """Adds one fragment, whose size is right, to the average."""
+        weight, is_first = self.round.check_fragment(part.call.number, index)
+        contribution = Contribution(part.worker_id, weight, values)
+        with self._averaging():
+            self._roster.note_nonfinite(self.center.accumulate(index, contribution, is_first))
+        return self._record(part, index)
 
     def _take_shared(self, part: Part, fragments: pb.SharedFragments) -> list[Decision]:
         if part.contribution is None or fragments.count == 0:
