@@ -68,6 +68,7 @@ class Settings:
     rate_mbit: float
     congestion_control: str
     fragment_size_bytes: int | None
+    data_port: str = "0"
 
     def network(self, num_hosts: int) -> Network:
         """Hosts."""
@@ -149,7 +150,14 @@ def measure(case: Case, settings: Settings) -> Result:
     with settings.network(case.hosts) as network:
         workers = network.hosts[: case.workers]
         servers = [
-            host.popen([*serve_command(f"{host.address}:{PS_PORT}", case.workers), "--insecure"])
+            host.popen(
+                [
+                    *serve_command(f"{host.address}:{PS_PORT}", case.workers),
+                    "--insecure",
+                    "--data-port",
+                    settings.data_port,
+                ]
+            )
             for host in network.hosts[-case.servers :]
         ]
         ps_hosts = [listening_at(server) for server in servers]
@@ -225,6 +233,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rate-mbit", type=float, default=RATE_MBIT, help="of every link, either way (%(default)s)")
     parser.add_argument("--congestion-control", default="reno", help="of TCP on the hosts (%(default)s)")
     parser.add_argument("--fragment-bytes", type=int, help="unit of transfer (the session's choice)")
+    parser.add_argument("--data-port", default="0", help="of the servers; off: fragments go in messages (%(default)s)")
     parser.add_argument("--json", type=Path, default=Path("runs/bench-links.json"), help="results (%(default)s)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
@@ -241,6 +250,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments.rate_mbit,
         arguments.congestion_control,
         arguments.fragment_bytes,
+        arguments.data_port,
     )
     console, results = Console(width=140), []
     console.print(f"link: a plain TCP stream gets {settings.stream_mb_per_s():.1f} MB/s")
