@@ -63,6 +63,8 @@ class Reason(enum.Enum):
     TOKEN_INVALID = 25
     ROLE_INSUFFICIENT = 26
     DATA_CONNECTION_LOST = 27
+    SERVER_OVERLOADED = 28
+    READER_TOO_SLOW = 29
 
 
 class ModelAverageError(Exception):
@@ -147,6 +149,8 @@ FAULTS: dict[Reason, Fault] = {
     Reason.TOKEN_INVALID: Fault("UNAUTHENTICATED", SecurityError),
     Reason.ROLE_INSUFFICIENT: Fault("PERMISSION_DENIED", SecurityError),
     Reason.DATA_CONNECTION_LOST: Fault("UNAVAILABLE", RetryPushError),
+    Reason.SERVER_OVERLOADED: Fault("UNAVAILABLE", ServerUnavailableError),
+    Reason.READER_TOO_SLOW: Fault("UNAVAILABLE", ServerUnavailableError),
 }
 
 

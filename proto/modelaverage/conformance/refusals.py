@@ -18,7 +18,8 @@ __all__: list[str] = []
 
 _MODEL = vector(40)
 _LEAST_S, _MOST_S, _SLACK_S = 15.0, 60.0, 10.0
-_TRIED_AGAIN = {"ROUND_RESTARTED", "SERVER_STOPPING", "STREAM_STALLED", "WORKER_ID_IN_USE"}
+_UNAVAILABLE = {"SERVER_STOPPING", "SERVER_OVERLOADED", "READER_TOO_SLOW"}
+_TRIED_AGAIN = {"ROUND_RESTARTED", "STREAM_STALLED", "WORKER_ID_IN_USE", *_UNAVAILABLE}
 _NEVER_COMES = {"DATA_CONNECTION_LOST"}  # to a client that asks for none
 _AT_ONCE = {
     reason.name: fault.status for reason, fault in FAULTS.items() if reason.name not in _TRIED_AGAIN | _NEVER_COMES

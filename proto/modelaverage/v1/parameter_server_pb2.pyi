@@ -68,6 +68,8 @@ class ErrorReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ERROR_REASON_TOKEN_INVALID: _ClassVar[ErrorReason]
     ERROR_REASON_ROLE_INSUFFICIENT: _ClassVar[ErrorReason]
     ERROR_REASON_DATA_CONNECTION_LOST: _ClassVar[ErrorReason]
+    ERROR_REASON_SERVER_OVERLOADED: _ClassVar[ErrorReason]
+    ERROR_REASON_READER_TOO_SLOW: _ClassVar[ErrorReason]
 DATA_TYPE_UNSPECIFIED: DataType
 DATA_TYPE_FLOAT32: DataType
 DATA_TYPE_FLOAT64: DataType
@@ -115,6 +117,8 @@ ERROR_REASON_ROUND_TIMED_OUT: ErrorReason
 ERROR_REASON_TOKEN_INVALID: ErrorReason
 ERROR_REASON_ROLE_INSUFFICIENT: ErrorReason
 ERROR_REASON_DATA_CONNECTION_LOST: ErrorReason
+ERROR_REASON_SERVER_OVERLOADED: ErrorReason
+ERROR_REASON_READER_TOO_SLOW: ErrorReason
 
 class Variable(_message.Message):
     __slots__ = ("name", "data_type", "shape", "part")
@@ -311,14 +315,16 @@ class PushAndAverageResponse(_message.Message):
     def __init__(self, admission: _Optional[_Union[PushAdmission, _Mapping]] = ..., fragment: _Optional[_Union[Fragment, _Mapping]] = ..., outcome: _Optional[_Union[PushOutcome, _Mapping]] = ..., shared: _Optional[_Union[SharedFragments, _Mapping]] = ..., waiting: _Optional[_Union[WaitingNotice, _Mapping]] = ...) -> None: ...
 
 class WaitingNotice(_message.Message):
-    __slots__ = ("waiting_for", "waiting_for_unknown", "round_age_s")
+    __slots__ = ("waiting_for", "waiting_for_unknown", "round_age_s", "waiting_for_omitted")
     WAITING_FOR_FIELD_NUMBER: _ClassVar[int]
     WAITING_FOR_UNKNOWN_FIELD_NUMBER: _ClassVar[int]
     ROUND_AGE_S_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FOR_OMITTED_FIELD_NUMBER: _ClassVar[int]
     waiting_for: _containers.RepeatedScalarFieldContainer[str]
     waiting_for_unknown: int
     round_age_s: float
-    def __init__(self, waiting_for: _Optional[_Iterable[str]] = ..., waiting_for_unknown: _Optional[int] = ..., round_age_s: _Optional[float] = ...) -> None: ...
+    waiting_for_omitted: int
+    def __init__(self, waiting_for: _Optional[_Iterable[str]] = ..., waiting_for_unknown: _Optional[int] = ..., round_age_s: _Optional[float] = ..., waiting_for_omitted: _Optional[int] = ...) -> None: ...
 
 class PushAdmission(_message.Message):
     __slots__ = ("first_needed_fragment", "contribution", "average", "data_connection")
@@ -407,7 +413,7 @@ class WorkerStatus(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., is_chief: bool = ..., local_step: _Optional[int] = ..., fragments_given: _Optional[int] = ..., waiting: bool = ..., last_seen_age_s: _Optional[float] = ..., nonfinite_values: _Optional[int] = ..., pushes_counted: _Optional[int] = ..., lateness_s: _Optional[float] = ..., loss: _Optional[float] = ..., transport: _Optional[_Union[Transport, str]] = ..., peer: _Optional[str] = ...) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("phase", "global_step", "num_workers", "waiting_for", "waiting_for_unknown", "round_age_s", "workers", "model_size_bytes", "manifest_id", "received_bytes", "sent_bytes", "uptime_s", "last_round_s", "rounds_restarted", "stale_pushes", "shared_bytes", "min_workers", "rounds_without_all", "checkpoint_step", "checkpoint_problem", "shard", "rounds_committed", "rounds_per_minute", "pushes_retried", "connected_workers", "checkpoint_age_s")
+    __slots__ = ("phase", "global_step", "num_workers", "waiting_for", "waiting_for_unknown", "round_age_s", "workers", "model_size_bytes", "manifest_id", "received_bytes", "sent_bytes", "uptime_s", "last_round_s", "rounds_restarted", "stale_pushes", "shared_bytes", "min_workers", "rounds_without_all", "checkpoint_step", "checkpoint_problem", "shard", "rounds_committed", "rounds_per_minute", "pushes_retried", "connected_workers", "checkpoint_age_s", "workers_omitted", "waiting_for_omitted", "checkpoint_writing_s")
     PHASE_FIELD_NUMBER: _ClassVar[int]
     GLOBAL_STEP_FIELD_NUMBER: _ClassVar[int]
     NUM_WORKERS_FIELD_NUMBER: _ClassVar[int]
@@ -434,6 +440,9 @@ class GetStatusResponse(_message.Message):
     PUSHES_RETRIED_FIELD_NUMBER: _ClassVar[int]
     CONNECTED_WORKERS_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_AGE_S_FIELD_NUMBER: _ClassVar[int]
+    WORKERS_OMITTED_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FOR_OMITTED_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_WRITING_S_FIELD_NUMBER: _ClassVar[int]
     phase: Phase
     global_step: int
     num_workers: int
@@ -460,4 +469,7 @@ class GetStatusResponse(_message.Message):
     pushes_retried: int
     connected_workers: int
     checkpoint_age_s: float
-    def __init__(self, phase: _Optional[_Union[Phase, str]] = ..., global_step: _Optional[int] = ..., num_workers: _Optional[int] = ..., waiting_for: _Optional[_Iterable[str]] = ..., waiting_for_unknown: _Optional[int] = ..., round_age_s: _Optional[float] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., model_size_bytes: _Optional[int] = ..., manifest_id: _Optional[str] = ..., received_bytes: _Optional[int] = ..., sent_bytes: _Optional[int] = ..., uptime_s: _Optional[float] = ..., last_round_s: _Optional[float] = ..., rounds_restarted: _Optional[int] = ..., stale_pushes: _Optional[int] = ..., shared_bytes: _Optional[int] = ..., min_workers: _Optional[int] = ..., rounds_without_all: _Optional[int] = ..., checkpoint_step: _Optional[int] = ..., checkpoint_problem: _Optional[str] = ..., shard: _Optional[_Union[Shard, _Mapping]] = ..., rounds_committed: _Optional[int] = ..., rounds_per_minute: _Optional[float] = ..., pushes_retried: _Optional[int] = ..., connected_workers: _Optional[int] = ..., checkpoint_age_s: _Optional[float] = ...) -> None: ...
+    workers_omitted: int
+    waiting_for_omitted: int
+    checkpoint_writing_s: float
+    def __init__(self, phase: _Optional[_Union[Phase, str]] = ..., global_step: _Optional[int] = ..., num_workers: _Optional[int] = ..., waiting_for: _Optional[_Iterable[str]] = ..., waiting_for_unknown: _Optional[int] = ..., round_age_s: _Optional[float] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., model_size_bytes: _Optional[int] = ..., manifest_id: _Optional[str] = ..., received_bytes: _Optional[int] = ..., sent_bytes: _Optional[int] = ..., uptime_s: _Optional[float] = ..., last_round_s: _Optional[float] = ..., rounds_restarted: _Optional[int] = ..., stale_pushes: _Optional[int] = ..., shared_bytes: _Optional[int] = ..., min_workers: _Optional[int] = ..., rounds_without_all: _Optional[int] = ..., checkpoint_step: _Optional[int] = ..., checkpoint_problem: _Optional[str] = ..., shard: _Optional[_Union[Shard, _Mapping]] = ..., rounds_committed: _Optional[int] = ..., rounds_per_minute: _Optional[float] = ..., pushes_retried: _Optional[int] = ..., connected_workers: _Optional[int] = ..., checkpoint_age_s: _Optional[float] = ..., workers_omitted: _Optional[int] = ..., waiting_for_omitted: _Optional[int] = ..., checkpoint_writing_s: _Optional[float] = ...) -> None: ...

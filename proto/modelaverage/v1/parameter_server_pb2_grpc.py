@@ -89,7 +89,7 @@ class ParameterServerServicer(object):
         """Reads the center variables. The stream is one header, then every fragment in ascending order, unless only the header
         is wanted. All of it belongs to one `global_step`, whatever rounds commit meanwhile.
 
-        Errors: NOT_INITIALIZED, WORKER_ID_INVALID, STREAM_STALLED.
+        Errors: NOT_INITIALIZED, WORKER_ID_INVALID, STREAM_STALLED, READER_TOO_SLOW.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -107,7 +107,7 @@ class ParameterServerServicer(object):
 
         Errors: NOT_INITIALIZED, MANIFEST_UNKNOWN, WORKER_ID_INVALID, WORKER_ID_IN_USE, INCARNATION_INVALID, WEIGHT_INVALID,
         BASE_STEP_AHEAD, GLOBAL_STEP_INVALID, UNTOUCHED_INVALID, ROUND_FULL, ROUND_RESTARTED, ROUND_TIMED_OUT,
-        PUSH_SUPERSEDED, MESSAGE_OUT_OF_ORDER, FRAGMENT_*, STREAM_STALLED, DATA_CONNECTION_LOST.
+        PUSH_SUPERSEDED, MESSAGE_OUT_OF_ORDER, FRAGMENT_*, STREAM_STALLED, DATA_CONNECTION_LOST, READER_TOO_SLOW.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
