@@ -44,7 +44,9 @@ def _reasons_by_call() -> dict[str, set[Reason]]:
     for comment, name in re.findall(r"((?:  //.*\n)+)  rpc (\w+)\(", protocol.read_text(encoding="utf-8")):
         words = re.findall(r"[A-Z]+_[A-Z_]*", comment.partition("Errors:")[2])
         allowed[name] = {reason for reason in Reason if any(reason.name.startswith(word) for word in words)}
-        allowed[name] |= {Reason.MESSAGE_MALFORMED, Reason.SERVER_OVERLOADED} | ({Reason.SERVER_STOPPING} if name != "GetStatus" else set())
+        allowed[name] |= {Reason.MESSAGE_MALFORMED, Reason.SERVER_OVERLOADED} | (
+            {Reason.SERVER_STOPPING} if name != "GetStatus" else set()
+        )
     return allowed
 
 

@@ -16,6 +16,8 @@ from modelaverage.data_connection import NUMBER
 from modelaverage.errors import ModelAverageError, Reason, refusal
 from modelaverage.logs import event
 from modelaverage.manifest import Manifest
+from modelaverage.missing import Missing
+from modelaverage.names import MAX_NAMES, listed, shown
 from modelaverage.outcome import Outcome
 from modelaverage.shared_memory import Segment
 from modelaverage.v1 import parameter_server_pb2 as pb
@@ -36,6 +38,7 @@ from ps_server.decisions import (
     TimeOut,
 )
 from ps_server.keeper import Keeper
+from ps_server.missing import missing_of
 from ps_server.observations import Observations, Sending
 from ps_server.part import Average, Part, push_of, shared_memory_message
 from ps_server.roster import Roster
@@ -53,6 +56,7 @@ class Job:
 
     Args:
         center: the center variables.
+        pull_header: what opens a pulled center.
         round_: the ledger; nobody has pushed yet.
         roster: where to note what workers do.
         clock: seconds, monotonic.
@@ -64,6 +68,7 @@ class Job:
     def __init__(
         self,
         center: Center,
+        pull_header: wire.PullHeader,
         round_: Round,
         roster: Roster,
         clock: Callable[[], float],
@@ -76,6 +81,7 @@ class Job:
         self.rounds_restarted = self.rounds_without_all = 0
         self.stale_pushes = 0
         self.last_round_s = 0.0
+        self._pull_header = pull_header
         self._average = Average(center.next)
         self._parts: dict[int, Part] = {}  # by the number of the call, as the round names its streams
         self._lent: dict[str, tuple[bytes, Segment]] = {}  # by worker: its incarnation, its contribution memory
@@ -122,24 +128,17 @@ class Job:
         """How many workers have a push open."""
         return len({part.worker_id for part in self._parts.values()})
 
-    def missing(self) -> tuple[list[str], int]:
-        """Whom the round waits for: names of workers, sorted, and how many more."""
-        names, unknown = self.round.waits_for
-        if unknown == 0:
-            return sorted(names), 0
-        return self._roster.waiting_for(self.round.complete, len(self.round.complete) + len(names) + unknown)
+    def missing(self) -> Missing:
+        """Whom the round waits for."""
+        named, unnamed = self.round.waits_for
+        return missing_of(named, unnamed, self.round.complete, self.round.contributors, self._roster)
 
     async def send_pulled(self, call: Call, header_only: bool) -> None:
         """Answers a pull: header, then every fragment if they are wanted, all of one step."""
         await self._until_kept()
-        header = pb.CenterHeader(
-            manifest=wire.manifest_to_message(self.manifest),
-            manifest_id=self.manifest.id,
-            global_step=self.round.global_step,
-            num_workers=self.round.policy.num_workers,
-        )
+        header = self._pull_header.encode(self.round.global_step, self.round.policy.num_workers)
         with self.center.current.reading() as buffer:
-            await call.write(pb.PullResponse(header=header).SerializeToString())
+            await call.write(header)
             for index in range(0 if header_only else self.manifest.fragment_count):
                 await call.write_fragment(index, buffer.fragment(index))
 
@@ -158,7 +157,7 @@ class Job:
             if header.uses_data_connection:
                 part.connection = self._data_port.take(push.worker_id, push.incarnation)
             decisions = self.round.open(call.number, push, self._clock())
-            record = self._roster.heard_of(push.worker_id, self._clock())
+            record = self._roster.heard_push_of(push.worker_id, self._clock())
             record.note_push(header, call.peer)
             self._observations.pushes_retried += record.is_retry(push.key)
             answer = self._apply(decisions, part)
@@ -261,7 +260,7 @@ class Job:
     def _record(self, part: Part, index: int) -> list[Decision]:
         part.call.expecting = index + 1 < self.manifest.fragment_count
         now_s = self._clock()
-        record = self._roster.heard_of(part.worker_id, now_s)
+        record = self._roster.heard_push_of(part.worker_id, now_s)
         self._observations.fragments_received += 1
         if not part.call.expecting:
             record.transport = part.transport
@@ -453,9 +452,13 @@ class Job:
         _log.debug(
             "global_step %d: averaged %s",
             commit.global_step,
-            ", ".join(w if w.isprintable() else repr(w) for w in commit.contributors),
+            listed(commit.contributors, show=shown),
             extra=event(
-                "round_committed", round=commit.global_step - 1, workers=commit.contributors, round_s=commit.round_s
+                "round_committed",
+                round=commit.global_step - 1,
+                workers=commit.contributors[:MAX_NAMES],
+                workers_omitted=max(0, len(commit.contributors) - MAX_NAMES),
+                round_s=commit.round_s,
             ),
         )
         if self._keeper is None or not self._keeper.is_due(commit.global_step):
@@ -511,7 +514,7 @@ class Job:
     def _time_out(self, streams: tuple[int, ...], waited_s: float) -> None:
         error = refusal(
             Reason.ROUND_TIMED_OUT,
-            f"round {self.round.global_step} waited {waited_s:g} s (--round-timeout-s) for {self._missing_text()}; "
+            f"round {self.round.global_step} waited {waited_s:g} s (--round-timeout-s) for {self.missing().text()}; "
             "the push stays in the round: push again to wait on",
         )
         for stream in streams:
@@ -521,30 +524,28 @@ class Job:
         self._notice_timer = asyncio.get_running_loop().call_later(gap_s, self._give_notice, gap_s)
 
     def _give_notice(self, gap_s: float) -> None:
-        names, unknown = self.missing()
+        missing = self.missing()
         age_s = self.round.age_s(self._clock())
         _log.warning(
             "round %d has waited %.0f s for %s",
             self.round.global_step,
             age_s,
-            self._missing_text(),
+            missing.text(),
             extra=event(
                 "round_waits",
                 round=self.round.global_step,
                 waited_s=age_s,
-                waiting_for=names,
-                waiting_for_unknown=unknown,
+                waiting_for=missing.names,
+                waiting_for_omitted=missing.omitted,
+                waiting_for_unknown=missing.unknown,
             ),
         )
+        notice = missing.notice(age_s)
         for part in self._parts.values():
             if part.average is self._average:
-                part.notice = pb.WaitingNotice(waiting_for=names, waiting_for_unknown=unknown, round_age_s=age_s)
+                part.notice = notice
                 part.progress.set()
         self._plan_notice(2 * gap_s)
-
-    def _missing_text(self) -> str:
-        names, unknown = self.missing()
-        return ", ".join([*map(repr, names), *([f"{unknown} not heard of yet"] if unknown else [])]) or "nobody"
 
     def _wake(self, average: Average) -> None:
         for part in self._parts.values():

@@ -104,10 +104,12 @@ async def serve(
                 if metrics_at:
                     metrics_ready(metrics_at)
 
+            _start_helper(service)
             try:
                 await _serve(config, service, stop, listening)
             finally:
                 service.data_port.close()
+                service.helper.stop()
 
 
 async def _serve(
@@ -166,6 +168,13 @@ async def _metrics(bind: str | None, service: ParameterServerService) -> AsyncIt
         yield f"{host}:{port}"
     finally:
         end()
+
+
+def _start_helper(service: ParameterServerService) -> None:
+    try:
+        service.helper.start()
+    except RuntimeError as error:
+        raise UnusableSettingError(f"this machine has no thread for the server: {error}") from None
 
 
 def _open_data_port(config: ServerConfig, data_port: DataPort) -> None:

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 
+from modelaverage.names import printable
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server import status
 from ps_server.status import NoAnswerError
@@ -94,7 +95,7 @@ def _news(server: Seen) -> tuple[object, ...]:
     if server.status is None or server.problem:
         return bool(server.problem), server.status is None
     now = server.status
-    return now.phase, now.global_step, tuple(now.waiting_for), now.waiting_for_unknown, now.checkpoint_problem
+    return now.phase, now.global_step, status.missing_of(now), now.checkpoint_problem
 
 
 def line(server: Seen) -> str:
@@ -117,10 +118,10 @@ def line(server: Seen) -> str:
     ]
     if now.phase == pb.PHASE_UNINITIALIZED:
         parts.append("waits for the chief, to initialize the center")
-    if now.waiting_for or now.waiting_for_unknown:
-        parts.append(f"waits for {status.missing_of(now)} (for {now.round_age_s:.1f} s)")
+    if missing := status.missing_of(now):
+        parts.append(f"waits for {missing} (for {now.round_age_s:.1f} s)")
     if now.checkpoint_problem:
-        parts.append(f"checkpoint FAILED: {now.checkpoint_problem}")
+        parts.append(f"checkpoint FAILED: {printable(now.checkpoint_problem)}")
     return f"{server.address}  {', '.join(parts)}"
 
 

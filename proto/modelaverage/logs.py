@@ -25,7 +25,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "metrics_listening": ("address",),
     "center_initialized": ("worker", "peer", "round", "variables", "size_bytes"),
     "call_refused": ("rpc", "reason", "worker", "peer"),
-    "round_committed": ("round", "workers", "round_s"),
+    "round_committed": ("round", "workers", "workers_omitted", "round_s"),
     "round_restarted": ("round", "cause"),
     "no_shared_memory": ("worker",),
     "no_data_port": ("cause",),
@@ -37,7 +37,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "certificate_changed": ("path",),
     # of the server and of workers
     "credentials_kept": ("cause",),  # a new file is unusable
-    "round_waits": ("round", "waited_s", "waiting_for", "waiting_for_unknown"),
+    "round_waits": ("round", "waited_s", "waiting_for", "waiting_for_omitted", "waiting_for_unknown"),
     "failed": ("cause",),  # a setting that cannot be used, a job that cannot go on: the last line
     "crashed": ("traceback",),  # a defect of this program
     "other": (),  # of a library
