@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Sequence
 
-__all__ = ["MAX_NAMES", "listed", "printable", "quoted", "shown"]
+__all__ = ["MAX_NAMES", "file_name", "listed", "printable", "quoted", "shown"]
 
 MAX_NAMES = 16
 """How many names a message, a line of the log or a view carries at most; the rest is counted."""
@@ -13,6 +14,8 @@ MAX_NAMES = 16
 _MAX_CHARACTERS = 1000
 # What can stand among other words without quotes: letters and digits of any script, and what host names and paths have.
 _PLAIN = re.compile(r"[\w.:@/+~-]+")
+_FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}")
+_FILE_CHARACTERS = re.compile(r"[A-Za-z0-9_-]")
 
 
 def quoted(name: str) -> str:
@@ -28,6 +31,14 @@ def shown(name: str) -> str:
 def printable(text: str) -> str:
     """Words from outside on one line, with escapes for whatever cannot be printed."""
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def file_name(name: str) -> str:
+    """A name as that of a file: itself if it is plain; another for every other one, in any directory."""
+    if _FILE_NAME.fullmatch(name):
+        return name
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return "".join(_FILE_CHARACTERS.findall(name))[:40] + f"~{digest}"
 
 
 def listed(names: Sequence[str], omitted: int = 0, show: Callable[[str], str] = quoted) -> str:
