@@ -106,7 +106,7 @@ def line(server: Seen) -> str:
             if server.status is None
             else f", last seen {server.away_s:.0f} s ago at step {server.status.global_step}"
         )
-        return f"{server.address}  AWAY: {server.problem}{last}"
+        return f"{server.address}  AWAY: {printable(server.problem)}{last}"
     now = server.status
     if now is None:
         return f"{server.address}  not asked yet"

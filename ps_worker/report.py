@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ _WORKER_COLOURS = ("#0072B2", "#E69F00", "#56B4E9", "#CC79A7", "#F0E442", "#D55E
 _CENTER_COLOUR = "#009E73"
 _ALONE_STYLE: dict[str, Any] = {"color": "#444444", "linestyle": (0, (4, 2))}
 _NEIGHBOURS = 4
+_LONGEST_LABEL = 30
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -60,7 +62,9 @@ def draw(record: Record, path: Path) -> None:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_xlim(left=0)
-    figure.savefig(path, dpi=120)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a name in a script that the font has not
+        figure.savefig(path, dpi=120)
 
 
 def write_tensorboard(record: Record, directory: Path) -> None:
@@ -137,8 +141,11 @@ def _styles(workers: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
 def _label(worker: str) -> str:
     if worker == ALONE:
         return "one worker alone"
+    text = shown(worker)
+    if len(text) > _LONGEST_LABEL:  # or there is no room for the curves
+        text = text[: _LONGEST_LABEL - 1] + "\u2026"
     # A dollar would begin a formula; a legend leaves out what begins with an underscore.
-    text = shown(worker).replace("$", r"\$")
+    text = text.replace("$", r"\$")
     return f"'{text}'" if text.startswith("_") else text
 
 

@@ -16,7 +16,9 @@ import pytest
 from grpc import StatusCode
 
 from ma_client import ParameterServerSession
+from modelaverage import wire
 from modelaverage.errors import ConflictError, InvalidRequestError, Reason, ServerUnavailableError
+from modelaverage.manifest import MAX_VARIABLES
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.__main__ import main
 from tests.conftest import StartServer
@@ -224,6 +226,12 @@ def test_an_incarnation_of_another_length_is_refused(job: Job, length: int) -> N
     job.assert_still_serves()
 
 
+def test_a_million_untouched_variables_are_refused_like_one_too_many(job: Job) -> None:
+    stream = job.open_push(job.header(untouched_variables=[0] * 1_000_000))
+    assert_refused(stream, StatusCode.INVALID_ARGUMENT, "UNTOUCHED_INVALID", "below 3", "(0, 0, 0, 0)")
+    job.assert_still_serves()
+
+
 @pytest.mark.parametrize("untouched", [[3], [0, 2**32 - 1], [1, 0], [0, 0]])
 def test_untouched_variables_that_are_no_ascending_indexes_are_refused(job: Job, untouched: list[int]) -> None:
     stream = job.open_push(job.header(untouched_variables=untouched))
@@ -408,6 +416,31 @@ def test_a_manifest_with_a_repeated_name_is_refused(bare: Job) -> None:
     manifest = manifest_of(CENTER)
     manifest.variables[2].name = "w"
     assert_manifest_refused(bare, manifest, "'w'", "twice")
+
+
+def test_a_manifest_of_too_many_variables_is_refused(bare: Job) -> None:
+    manifest = pb.Manifest(fragment_size_bytes=64, variables=[pb.Variable()] * (MAX_VARIABLES + 1))
+    assert_manifest_refused(bare, manifest, f"{MAX_VARIABLES + 1} variables", MAX_VARIABLES)
+
+
+def test_a_manifest_that_no_pull_could_be_answered_with_is_refused(bare: Job) -> None:
+    manifest = pb.Manifest(fragment_size_bytes=64)
+    for number in range(4080):
+        manifest.variables.add(name=f"{number:04d}".ljust(1017, "n"), data_type=pb.DATA_TYPE_FLOAT32, shape=[1])
+    size_bytes = manifest.ByteSize()
+    assert wire.MAX_MANIFEST_BYTES < size_bytes < (4 << 20) - 20  # the header of Initialize fits a message
+    assert_manifest_refused(bare, manifest, "4080 variables", f"{size_bytes} bytes", wire.MAX_MANIFEST_BYTES)
+
+
+def test_a_session_refuses_what_no_message_can_carry_before_it_sends_anything(bare: Job) -> None:
+    arrays = {f"{number:04d}".ljust(1017, "n"): np.zeros(1, np.float32) for number in range(4080)}
+    with ParameterServerSession([bare.address], worker_id="chief", is_chief=True) as session:
+        with pytest.raises(InvalidRequestError) as refused:
+            session.initialize(arrays)
+        assert refused.value.reason is Reason.MANIFEST_INVALID
+        assert refused.value.status is None  # nobody was asked
+        assert_one_line(str(refused.value), "4080 variables", wire.MAX_MANIFEST_BYTES)
+    bare.assert_still_serves()
 
 
 @pytest.mark.parametrize(("name", "size"), [("", 0), ("n" * 1025, 1025)])

@@ -57,4 +57,5 @@ def listed(names: Sequence[str], omitted: int = 0, show: Callable[[str], str] = 
         words.append(word)
         characters += len(word)
     more = omitted + len(names) - len(words)
-    return ", ".join(words) + (f" and {more:,} more" if more else "")
+    rest = [f"{more:,} more"] if more else []
+    return " and ".join(filter(None, [", ".join(words), *rest]))
