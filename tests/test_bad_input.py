@@ -496,6 +496,20 @@ def test_a_model_over_max_model_bytes_is_refused(start_server: StartServer) -> N
         assert_manifest_refused(job, one_variable(shape=(251,)), 1004, "--max-model-bytes", 1000)
 
 
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--num-workers", "10001"], "--num-workers 10001"),
+        (["--num-workers", "3", "--min-workers", "2", "--max-workers", "10001"], "--max-workers 10001"),
+    ],
+)
+def test_more_workers_than_an_outcome_can_name_are_refused(
+    flags: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", "--bind", "127.0.0.1:0", *flags]) == 1
+    assert_one_line(capsys.readouterr().err[:-1], named, "at most 10000")
+
+
 def test_an_initial_step_that_does_not_fit_63_bits_is_refused(bare: Job) -> None:
     stream = bare.client.open_initialize()
     stream.send(initialize_header(manifest_of(CENTER), global_step=2**63))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ import pytest
 from modelaverage import wire
 from modelaverage.manifest import MAX_VARIABLES
 from modelaverage.v1 import parameter_server_pb2 as pb
-from ps_server.helper_thread import HelperThread
+from ps_server.helper_thread import HelperThread, no_collections
 from tests.conftest import RunningServer, StartServer
 from tests.raw_client import DEADLINE_S, until
 
@@ -56,6 +57,12 @@ def beating(server: RunningServer) -> Iterator[Heart]:
         asyncio.run_coroutine_threadsafe(asyncio.sleep(2 * BEAT_S), server._loop).result(DEADLINE_S)
     finally:
         future.cancel()
+
+
+@pytest.fixture(autouse=True)
+def _garbage_is_collected_afterwards() -> Iterator[None]:
+    yield
+    gc.unfreeze()
 
 
 def manifest_of(count: int, fragment_size_bytes: int = 1 << 20) -> pb.Manifest:
@@ -189,6 +196,18 @@ def test_the_helper_does_one_thing_after_the_other_and_hands_on_what_comes_of_it
         helper.stop()
 
     asyncio.run(main())
+
+
+def test_a_million_objects_that_stay_are_never_looked_through_for_garbage() -> None:
+    before = gc.get_freeze_count()
+    with no_collections():
+        assert not gc.isenabled()
+        made: list[list[int]] = [[] for _ in range(1000)]
+    assert gc.isenabled()
+    assert gc.get_freeze_count() >= before + len(made)
+    with pytest.raises(MemoryError), no_collections():
+        raise MemoryError
+    assert gc.isenabled()
 
 
 def test_work_that_nobody_waits_for_any_more_is_not_begun() -> None:

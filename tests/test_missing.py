@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,10 +19,12 @@ from modelaverage.missing import Missing
 from modelaverage.names import MAX_NAMES
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server import roster as rosters
+from ps_server.decisions import Push, Restart
 from ps_server.keeper import CheckpointPolicy
 from ps_server.missing import missing_of
 from ps_server.policy import RoundPolicy
 from ps_server.roster import Rank, Roster, WorkerRecord
+from ps_server.round import Round
 from ps_server.security import ServerSecurity
 from ps_server.service import ParameterServerService, ServicePolicy
 from tests.conftest import StartServer
@@ -268,6 +271,18 @@ def test_names_of_a_large_job_are_few_in_every_message_and_the_rest_is_counted(
     (committed,) = [record for record in caplog.records if "averaged" in record.getMessage()]
     fields = vars(committed)["modelaverage_fields"]
     assert (len(fields["workers"]), fields["workers_omitted"]) == (MAX_NAMES, 30 - MAX_NAMES)
+
+
+def test_a_round_that_starts_over_names_few_of_those_it_does_not_wait_for() -> None:
+    round_ = Round(RoundPolicy(41, 1, 41, grace_s=1.0), fragment_count=2)
+    names = [f"w{number:02d}".ljust(128, "x") for number in range(40)]
+    for stream, name in enumerate(["whole", *names]):
+        round_.open(stream, Push(name, bytes(16), 1, 0), 0.0)
+        round_.record_fragment(stream, 0.0)
+    round_.record_fragment(0, 0.0)
+    (cause,) = [decision.cause for decision in round_.expire(1.0) if isinstance(decision, Restart)]
+    assert re.fullmatch(r"it waited 1 s for 'w00x*', .* and \d\d more", cause)
+    assert len(cause) < 1200
 
 
 def test_whose_token_is_a_readers_is_never_waited_for(start_server: StartServer, tmp_path: Path) -> None:

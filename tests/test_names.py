@@ -22,8 +22,10 @@ from ps_worker.event_sinks import reporter
 from ps_worker.events import AccuracyEvent, RoundEvent, ServerEvent, StepEvent
 from ps_worker.record import Record
 from ps_worker.view import Cast, LiveView, PlainView
+from tests.conftest import StartServer
 from tests.jobs import STEP, Job, of
 from tests.raw_client import RawClient, push_header
+from tests.scraped import scrape
 from tests.strategies import fast
 from tests.test_server_process import ServerProcess
 
@@ -162,6 +164,17 @@ def test_a_name_makes_no_line_of_its_own_in_the_log() -> None:
         assert sum(line.endswith(f"averaged {shown(name)}") for line in lines) == 1
         assert sum(f"MANIFEST_UNKNOWN: {name!r} pushes" in line for line in lines) == 1
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} ps-server: ", line) for line in lines if line)
+
+
+def test_a_name_is_one_label_value_for_prometheus(start_server: StartServer) -> None:
+    server = start_server(1, metrics_bind="127.0.0.1:0")
+    with RawClient(server.address) as client:
+        job = Job(client, server.address)
+        for number, name in enumerate(HOSTILE):
+            job.push(name, of(1), base_step=STEP + number).answer()
+    found = scrape(server.metrics_address)
+    assert found.labels("worker_local_step", "worker") == set(HOSTILE)
+    assert found["rounds_total"] == len(HOSTILE)
 
 
 # Where people read it: the demo, and what it leaves behind.
