@@ -29,7 +29,7 @@ from ps_server.security import ServerSecurity
 from ps_server.service import ParameterServerService, ServicePolicy
 from tests.conftest import StartServer
 from tests.jobs import COUNT, STEP, Job, of
-from tests.raw_client import DEADLINE_S, RawClient, until
+from tests.raw_client import DEADLINE_S, RawClient, fragments_of, until
 from tests.strategies import fast
 
 MANY = 12_000
@@ -253,10 +253,13 @@ def test_names_of_a_large_job_are_few_in_every_message_and_the_rest_is_counted(
     names = [f"w{number:02d}".ljust(128, "x") for number in range(30)]
     with RawClient(start_server(30).address) as client:
         job = Job(client, "")
-        streams = [job.push(name, of(1)) for name in names]
+        last, _ = job.admitted(names[-1])
+        streams = [*(job.push(name, of(1)) for name in names[:-1]), last]
         refused = client.open_push()
         refused.send(job.header("one too many"))
         assert "and 23 more" in refused.refusal().message  # what a message has room for
+        last.give(fragments_of(of(1)))
+        last.half_close()
         for stream in streams:
             assert list(stream.answer()[0].contributors) == names
         waits = job.push(names[3], of(1), base_step=STEP + 1, push_id=2)
