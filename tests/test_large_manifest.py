@@ -152,12 +152,13 @@ def test_while_a_manifest_is_read_others_are_answered(
 
     monkeypatch.setattr(wire, "manifest_from_message", slow)
     # The client is not to blame for it, however long it takes.
-    server = start_server(1, stall_timeout_s=0.2)
+    server = start_server(1, stall_timeout_s=1.0)
     with Client(server.address, manifest_of(1001)) as client:
         call = client._initialize.future(iter(client._messages), timeout=DEADLINE_S)
         assert begun.wait(DEADLINE_S)
         status = client._channel.unary_unary(f"{SERVICE}GetStatus", bytes, pb.GetStatusResponse.FromString)
-        until(lambda: status(b"").uptime_s > 1.0, "the time for stalled streams is over")
+        over_s = status(b"").uptime_s + 2.0
+        until(lambda: status(b"").uptime_s > over_s, "the time for stalled streams is over")
         go_on.set()
         assert pb.InitializeResponse.FromString(call.result()).initialized
 
