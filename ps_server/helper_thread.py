@@ -51,8 +51,8 @@ class HelperThread:
 
 @contextmanager
 def no_collections() -> Iterator[None]:
-    """For making a million objects that stay. Python would look through all of them again and again for garbage, now
-    and ever after, and every thread would wait for that, the event loop, too."""
+    """For making a million objects that stay. Python would look through all of them for garbage again and again, while
+    they are made and later, and every thread would wait for that, the event loop's too."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -114,8 +114,8 @@ class Roster:
                 self._queue(worker_id, record)
 
     def foremost(self, count: int) -> list[tuple[str, WorkerRecord]]:
-        """The records of so many workers, sorted by name: those of the highest rank, and of these those heard of
-        last."""
+        """Up to ``count`` records, sorted by name: those of the highest rank, and of these the most recently heard
+        of."""
         found = list(reversed(self.records.items()))
         if len(found) > count:
             found = sorted(found, key=lambda item: -item[1].rank)[:count]

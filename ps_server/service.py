@@ -45,11 +45,11 @@ _log = logging.getLogger("ps_server")
 # A status message travels in HTTP/2 headers, whose size is limited; there, a byte that is not ASCII takes three.
 _MAX_MESSAGE_BYTES = 2000
 DEFAULT_SHARED_MEMORY_FROM_BYTES = 256 << 10
-# From so many variables, fragments or bytes on a model is handled beside the event loop: on it, everybody would wait.
+# A model with more variables, fragments or bytes is handled beside the event loop: on it, every other call would wait.
 _MANY_VARIABLES = 1000
 _MANY_FRAGMENTS = 8192
 _MANY_BYTES = 64 << 20
-# So many workers are in a status: with the longest names, a fifth of what a message may have.
+# The most workers in a status; with the longest names they take a fifth of a message.
 _MAX_WORKERS_SHOWN = 2000
 _GOING_DOWN = "the parameter server is going down; try again when it is back"
 _T = TypeVar("_T")

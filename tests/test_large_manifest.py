@@ -1,4 +1,4 @@
-"""However large a manifest is, the event loop goes on: whoever waits for something else waits no longer."""
+"""However large a manifest is, the event loop goes on, and other calls are answered."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _garbage_is_collected_afterwards() -> Iterator[None]:
 
 
 def manifest_of(count: int, fragment_size_bytes: int = 1 << 20) -> pb.Manifest:
-    """So many float64 scalars."""
+    """``count`` float64 scalars."""
     variables = [pb.Variable(name=f"{n:x}", data_type=pb.DATA_TYPE_FLOAT64) for n in range(count)]
     return pb.Manifest(variables=variables, fragment_size_bytes=fragment_size_bytes)
 
@@ -95,7 +95,7 @@ class Client:
         return answer
 
     def pull(self, count: int = 1) -> list[bytes]:
-        """The headers of so many pulls at once."""
+        """The headers of ``count`` pulls at once."""
         request = pb.PullRequest(worker_id="reader", header_only=True).SerializeToString()
         calls = [self._pull(request, timeout=DEADLINE_S) for _ in range(count)]
         return [next(iter(call)) for call in calls]

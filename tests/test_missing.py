@@ -53,7 +53,7 @@ def crowd(count: int = MANY) -> list[str]:
 # Who is remembered.
 
 
-def test_whoever_only_pulls_never_displaces_a_worker_that_pushes() -> None:
+def test_a_client_that_only_pulls_never_displaces_a_worker_that_pushes() -> None:
     roster = Roster()
     roster.heard_push_of("counted", 0.0)
     roster.count({"counted": 0.0})
@@ -66,7 +66,7 @@ def test_whoever_only_pulls_never_displaces_a_worker_that_pushes() -> None:
     assert crowd()[-1] in roster.records
 
 
-def test_whoever_only_pushes_never_displaces_a_worker_that_was_counted() -> None:
+def test_a_client_that_only_pushes_never_displaces_a_worker_that_was_counted() -> None:
     roster = Roster()
     for name in ("b", "c"):
         roster.heard_push_of(name, 0.0)

@@ -1,4 +1,4 @@
-"""Names of workers are text, whatever is in them, wherever people read them; and only so many are read."""
+"""Names of workers are text, whatever is in them, wherever people read them; of very many, a few are shown."""
 
 from __future__ import annotations
 

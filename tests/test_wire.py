@@ -252,7 +252,7 @@ def test_a_manifest_of_many_variables_is_encoded_as_the_library_does(shard: Shar
 
 
 def manifest_of_bytes(size_bytes: int) -> Manifest:
-    """One whose message has exactly so many bytes; of long names, because they take the least time."""
+    """One whose message has exactly this size; of long names, because they take the least time."""
     beside = 11  # a variable's bytes besides its name, if that has 128 bytes or more
     names = [f"{number:04d}".ljust(1000, "n") for number in range(size_bytes // (1000 + beside) - 1)]
     left = size_bytes - 4 - len(names) * (1000 + beside)  # four bytes say the fragment size

@@ -364,7 +364,7 @@ class Manifest:
 
 
 def check_variable_count(count: int) -> None:
-    """Raises InvalidRequestError (MANIFEST_INVALID) if a manifest cannot have so many variables."""
+    """Raises InvalidRequestError (MANIFEST_INVALID) if a manifest cannot have ``count`` variables."""
     if count > MAX_VARIABLES:
         raise _invalid(
             f"the manifest has {count} variables; at most {MAX_VARIABLES} are possible: "
@@ -373,7 +373,7 @@ def check_variable_count(count: int) -> None:
 
 
 def check_dimensions(name: str, count: int) -> None:
-    """Raises InvalidRequestError (MANIFEST_INVALID) if no variable can have so many dimensions."""
+    """Raises InvalidRequestError (MANIFEST_INVALID) if no variable can have ``count`` dimensions."""
     if count > MAX_DIMENSIONS:
         raise _invalid(f"variable {name!r} has {count} dimensions; {MAX_DIMENSIONS} are possible")
 

@@ -10,7 +10,7 @@ __all__ = ["MAX_NAMES", "file_name", "listed", "printable", "quoted", "shown"]
 
 MAX_NAMES = 16
 """How many names a message, a line of the log or a view carries at most; the rest is counted."""
-# Names may be long, and lines have an end: past so many characters the rest is counted, too.
+# Names may be long: once a list has this many characters, the rest is counted, too.
 _MAX_CHARACTERS = 1000
 # What can stand among other words without quotes: letters and digits of any script, and what host names and paths have.
 _PLAIN = re.compile(r"[\w.:@/+~-]+")
