@@ -7,6 +7,7 @@ import fcntl
 import json
 import logging
 import os
+import resource
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable
@@ -30,6 +31,7 @@ from ps_server.gatekeeper import Gatekeeper
 from ps_server.health import Health
 from ps_server.keeper import CheckpointPolicy
 from ps_server.metrics import MetricsError, serve_metrics
+from ps_server.reserve import Reserve
 from ps_server.security import NO_SECURITY, ServerSecurity, check_exposure, warnings_of
 from ps_server.service import ParameterServerService, ServicePolicy
 
@@ -95,7 +97,7 @@ async def serve(
     keep_freed_memory(one_arena=True)
     lock, restored = _open_checkpoints(config.policy.checkpoints)
     with lock:
-        service = ParameterServerService(config.policy, restored=restored)
+        service = ParameterServerService(config.policy, restored=restored, reserve=Reserve(_reserve_size()))
         del restored  # as large as the model
         async with _metrics(config.metrics_bind, service) as metrics_at:
 
@@ -199,6 +201,12 @@ def _open_checkpoints(policy: CheckpointPolicy | None) -> tuple[ExitStack, Check
             why = getattr(error, "strerror", None) or error
             raise UnusableSettingError(f"cannot use --checkpoint-dir {directory}: {why}") from None
         return on_failure.pop_all(), restored
+
+
+def _reserve_size() -> int:
+    """Room for two more buffers, and for memory that is lent to workers; less where there are few descriptors."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(4, min(16, limit // 16))
 
 
 def stop_on_signals(stop: asyncio.Event) -> None:

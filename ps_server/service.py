@@ -30,9 +30,11 @@ from ps_server.keeper import CheckpointPolicy, Keeper
 from ps_server.metrics import MetricsSample
 from ps_server.observations import Observations
 from ps_server.policy import RoundPolicy
+from ps_server.reserve import Reserve
 from ps_server.roster import Roster
 from ps_server.round import Round, check_fragment_order
 from ps_server.task_indexes import DEFAULT_REJOIN_GRACE_S, TaskIndexes
+from ps_server.trouble import describe, end_process, is_expected
 
 __all__ = ["DEFAULT_SHARED_MEMORY_FROM_BYTES", "ParameterServerService", "ServicePolicy"]
 
@@ -73,6 +75,8 @@ class ParameterServerService:
         policy: what it is told.
         clock: seconds, monotonic.
         restored: the checkpoint to go on from; None: the chief initializes the center.
+        reserve: descriptors for the server's own needs.
+        die: ends the process, with a line that says why.
     """
 
     def __init__(
@@ -80,8 +84,12 @@ class ParameterServerService:
         policy: ServicePolicy,
         clock: Callable[[], float] = time.monotonic,
         restored: Checkpoint | None = None,
+        reserve: Reserve | None = None,
+        die: Callable[[str], None] = end_process,
     ) -> None:
         self._policy = policy
+        self._reserve = Reserve(0) if reserve is None else reserve
+        self._die = die
         self._clock = clock
         self._started_at_s = clock()
         self._job: Job | None = None
@@ -200,7 +208,17 @@ class ParameterServerService:
 
     def _new_job(self, center: Center, round_: Round) -> Job:
         self._initialized.set()
-        return Job(center, round_, self._roster, self._clock, self._keeper, self._observations, self.data_port)
+        return Job(
+            center,
+            round_,
+            self._roster,
+            self._clock,
+            self._keeper,
+            self._observations,
+            self.data_port,
+            self._reserve,
+            self._die,
+        )
 
     def _restored(self, checkpoint: Checkpoint) -> Job:
         manifest = checkpoint.manifest
@@ -247,7 +265,7 @@ class ParameterServerService:
     def _new_center(self, manifest: Manifest) -> Center:
         if manifest.buffer_size_bytes >= self._policy.shared_memory_from_bytes:
             try:
-                return Center(manifest, shared=True)
+                return Center(manifest, True, self._reserve)
             except OSError as error:
                 _log.warning(
                     "no shared memory for the center: %s; all bytes go inline",
@@ -272,6 +290,11 @@ class ParameterServerService:
                     self._pulls_waiting.discard(call)
             job = self._require_job()
             self._roster.heard_of(message.worker_id, self._clock())
+            if self._reserve.is_short and not message.header_only:
+                raise refusal(
+                    Reason.SERVER_OVERLOADED,
+                    "the server has no descriptors left to keep a center for a reader (`ulimit -n`); try again later",
+                )
             await job.send_pulled(call, message.header_only)
 
         await self._serve("Pull", context, body)
@@ -397,26 +420,40 @@ class ParameterServerService:
             return await body(call)
         except (ModelAverageError, asyncio.CancelledError) as raised:
             # Without a failure it was gRPC that cancelled: the client is gone.
-            error = raised if call.failure is None else call.failure
-            if not isinstance(error, ModelAverageError) or error.reason is None:
-                raise error from None
+            failure = raised if call.failure is None else call.failure
+        except grpc.aio.BaseError:
+            raise  # gRPC's own way to end a call
+        except Exception as unexpected:
+            failure = unexpected
         finally:
             self._calls.discard(call)
             call.end()
-        self._observations.refused[error.reason.name] += 1
+        reason, message = self._refusal(name, call, failure)
+        self._observations.refused[reason.name] += 1
         _log.info(
             "%s refused: %s: %s",
             name,
-            error.reason.name,
-            error,
-            extra=event("call_refused", rpc=name, reason=error.reason.name, worker=call.worker_id, peer=call.peer),
+            reason.name,
+            message,
+            extra=event("call_refused", rpc=name, reason=reason.name, worker=call.worker_id, peer=call.peer),
         )
         await context.abort(
-            grpc.StatusCode[FAULTS[error.reason].status],
-            _short(str(error)),
-            ((REASON_METADATA_KEY, REASON_PREFIX + error.reason.name),),
+            grpc.StatusCode[FAULTS[reason].status],
+            _short(message),
+            ((REASON_METADATA_KEY, REASON_PREFIX + reason.name),),
         )
-        raise error  # never reached: abort raises
+        raise failure  # never reached: abort raises
+
+    def _refusal(self, name: str, call: Call, failure: BaseException) -> tuple[Reason, str]:
+        """What the client is told. Raises the failure itself if it is of no use to a client."""
+        if isinstance(failure, ModelAverageError) and failure.reason is not None:
+            return failure.reason, str(failure)
+        if not isinstance(failure, Exception):
+            raise failure from None
+        what = event("call_failed", rpc=name, worker=call.worker_id, peer=call.peer, cause=describe(failure))
+        trace = None if is_expected(failure) else failure
+        _log.error("%s failed: %s", name, describe(failure), extra=what, exc_info=trace)
+        return Reason.SERVER_OVERLOADED, f"the server failed ({describe(failure)}); call again after a pause"
 
     def _require_job(self) -> Job:
         if self._job is None:
