@@ -98,6 +98,7 @@ class Job:
         self._sender = Sender(self.manifest, observations, data_port)
         self._writing: asyncio.Task[None] | None = None  # a checkpoint on its way to the disk
         self._committing: asyncio.Task[None] | None = None  # a prepared round that waits for it
+        self._prepared = 0  # how many rounds have waited so
         self._timer: asyncio.TimerHandle | None = None
         self._notice_timer: asyncio.TimerHandle | None = None
 
@@ -106,12 +107,11 @@ class Job:
         """The manifest in force."""
         return self.center.manifest
 
-    def fail_unless_full(self, error: ModelAverageError) -> None:
-        """Ends the pushes of the round in progress, unless all workers are there and it can finish."""
-        if not self.round.full:
-            for stream, part in self._parts.items():
-                if self.round.holds(stream):
-                    part.call.fail(error)
+    def fail_pushes(self, error: ModelAverageError) -> None:
+        """Ends the pushes of the round in progress."""
+        for stream, part in list(self._parts.items()):
+            if self.round.holds(stream):
+                part.call.fail(error)
 
     async def keep(self) -> None:
         """Writes a checkpoint of the center as it is, unless there is one.
@@ -423,13 +423,13 @@ class Job:
             self._commit()
             return
         writing = self._write(keeper, self.center.next, *self.round.as_committed())
-        self._committing = asyncio.ensure_future(self._commit_when_kept(writing))
+        self._prepared += 1
+        self._committing = asyncio.ensure_future(self._commit_when_kept(writing, self._prepared))
 
-    async def _commit_when_kept(self, writing: asyncio.Task[None]) -> None:
-        myself = asyncio.current_task()
+    async def _commit_when_kept(self, writing: asyncio.Task[None], number: int) -> None:
         try:
             await asyncio.wait((writing,))
-            if self._committing is myself:  # the round has not been started over meanwhile
+            if self.round.prepared and self._prepared == number:  # the round has not been started over meanwhile
                 self._committing = None
                 self._commit()
                 self._set_timers()

@@ -132,15 +132,15 @@ class ParameterServerService:
         """Refuses what waits for others, lets what is under way finish for up to ``grace_s``, then ends the rest."""
         self._stopping = True
         error = refusal(Reason.SERVER_STOPPING, _GOING_DOWN)
-        for call in self._pulls_waiting:
+        for call in list(self._pulls_waiting):
             call.fail(error)
         self._joining.fail(error)
-        if self._job is not None:
-            self._job.fail_unless_full(error)
+        if self._job is not None and not self._job.round.full:
+            self._job.fail_pushes(error)
         deadline_s = self._clock() + grace_s
         while self._calls and (left_s := deadline_s - self._clock()) > 0:
             await asyncio.wait([call.ended for call in self._calls], timeout=left_s)
-        for call in self._calls:
+        for call in list(self._calls):
             call.fail(error)
         if self._job is not None and self._keeper is not None:
             await self._job.keep()
@@ -412,30 +412,26 @@ class ParameterServerService:
 
     async def _serve(self, name: str, context: Context, body: Callable[[Call], Awaitable[_T]]) -> _T:
         """Runs one call. A fault from the table becomes its gRPC status, with the reason's name for programs."""
-        call = Call(context, self._traffic, self._policy.stall_timeout_s)
-        self._calls.add(call)
+        call: Call | None = None
         try:
-            if self._stopping and name != "GetStatus":
-                raise refusal(Reason.SERVER_STOPPING, _GOING_DOWN)
-            return await body(call)
+            call = Call(context, self._traffic, self._policy.stall_timeout_s)
+            return await self._run(name, call, body)
         except (ModelAverageError, asyncio.CancelledError) as raised:
             # Without a failure it was gRPC that cancelled: the client is gone.
-            failure = raised if call.failure is None else call.failure
+            failure = raised if call is None or call.failure is None else call.failure
         except grpc.aio.BaseError:
             raise  # gRPC's own way to end a call
         except Exception as unexpected:
             failure = unexpected
-        finally:
-            self._calls.discard(call)
-            call.end()
-        reason, message = self._refusal(name, call, failure)
+        worker_id = "" if call is None else call.worker_id
+        reason, message = self._refusal(name, worker_id, str(context.peer()), failure)
         self._observations.refused[reason.name] += 1
         _log.info(
             "%s refused: %s: %s",
             name,
             reason.name,
             message,
-            extra=event("call_refused", rpc=name, reason=reason.name, worker=call.worker_id, peer=call.peer),
+            extra=event("call_refused", rpc=name, reason=reason.name, worker=worker_id, peer=str(context.peer())),
         )
         await context.abort(
             grpc.StatusCode[FAULTS[reason].status],
@@ -444,13 +440,23 @@ class ParameterServerService:
         )
         raise failure  # never reached: abort raises
 
-    def _refusal(self, name: str, call: Call, failure: BaseException) -> tuple[Reason, str]:
+    async def _run(self, name: str, call: Call, body: Callable[[Call], Awaitable[_T]]) -> _T:
+        self._calls.add(call)
+        try:
+            if self._stopping and name != "GetStatus":
+                raise refusal(Reason.SERVER_STOPPING, _GOING_DOWN)
+            return await body(call)
+        finally:
+            self._calls.discard(call)
+            call.end()
+
+    def _refusal(self, name: str, worker_id: str, peer: str, failure: BaseException) -> tuple[Reason, str]:
         """What the client is told. Raises the failure itself if it is of no use to a client."""
         if isinstance(failure, ModelAverageError) and failure.reason is not None:
             return failure.reason, str(failure)
         if not isinstance(failure, Exception):
             raise failure from None
-        what = event("call_failed", rpc=name, worker=call.worker_id, peer=call.peer, cause=describe(failure))
+        what = event("call_failed", rpc=name, worker=worker_id, peer=peer, cause=describe(failure))
         trace = None if is_expected(failure) else failure
         _log.error("%s failed: %s", name, describe(failure), extra=what, exc_info=trace)
         return Reason.SERVER_OVERLOADED, f"the server failed ({describe(failure)}); call again after a pause"
