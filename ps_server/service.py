@@ -23,6 +23,7 @@ from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.call import Call, Context, Traffic
 from ps_server.center import Center, check_fragment_size
 from ps_server.checkpoint import Checkpoint
+from ps_server.connections import cut
 from ps_server.data_port import DataPort
 from ps_server.job import Job
 from ps_server.joining import Joining
@@ -42,6 +43,8 @@ _log = logging.getLogger("ps_server")
 # A status message travels in HTTP/2 headers, whose size is limited; there, a byte that is not ASCII takes three.
 _MAX_MESSAGE_BYTES = 2000
 DEFAULT_SHARED_MEMORY_FROM_BYTES = 256 << 10
+# A client that does not take for so long what was sent before its call was refused loses its connection.
+_LAST_WORD_TIMEOUT_S = 2.0
 _GOING_DOWN = "the parameter server is going down; try again when it is back"
 _T = TypeVar("_T")
 
@@ -425,6 +428,7 @@ class ParameterServerService:
             failure = unexpected
         worker_id = "" if call is None else call.worker_id
         reason, message = self._refusal(name, worker_id, str(context.peer()), failure)
+        del failure  # its traceback holds this frame and what the call was sending
         self._observations.refused[reason.name] += 1
         _log.info(
             "%s refused: %s: %s",
@@ -433,12 +437,17 @@ class ParameterServerService:
             message,
             extra=event("call_refused", rpc=name, reason=reason.name, worker=worker_id, peer=str(context.peer())),
         )
-        await context.abort(
-            grpc.StatusCode[FAULTS[reason].status],
-            _short(message),
-            ((REASON_METADATA_KEY, REASON_PREFIX + reason.name),),
-        )
-        raise failure  # never reached: abort raises
+        code, metadata = FAULTS[reason].status, ((REASON_METADATA_KEY, REASON_PREFIX + reason.name),)
+        last_word = context.abort(grpc.StatusCode[code], _short(message), metadata)
+        try:
+            await asyncio.wait_for(last_word, _LAST_WORD_TIMEOUT_S)
+        except asyncio.TimeoutError:
+            if cut(str(context.peer())):
+                what = event("connection_cut", peer=str(context.peer()), reason=reason.name)
+                _log.warning(
+                    "%s takes nothing, not even %s: its connection is cut", context.peer(), reason.name, extra=what
+                )
+        raise asyncio.CancelledError  # after a last word that went out never reached: abort raises
 
     async def _run(self, name: str, call: Call, body: Callable[[Call], Awaitable[_T]]) -> _T:
         self._calls.add(call)

@@ -33,7 +33,7 @@ MOMENTS: dict[str, tuple[Any, str, bool]] = {
     "in the middle of the fragments": (Round, "record_fragment", True),
     "when a fragment is averaged": (Center, "finish", True),
     "before the commit": (Center, "commit", False),
-    "after the commit, before the checkpoint": (job.Job, "_commit", True),
+    "before the checkpoint": (job.Job, "_write", False),
     "in the middle of a checkpoint": (Path, "replace", False),
     "after the checkpoint, before the answer": (job, "_answer", False),
     "after the answer": (job, "_answer", True),

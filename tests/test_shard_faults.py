@@ -28,7 +28,7 @@ TIMES_A_ROUND = {"in the middle of the fragments": 6, BETWEEN_TWO_ANSWERS: 2}
 # Those in which a shard knows of a round what no other knows, or they what it does not.
 TELLING = [
     "in the middle of the fragments",
-    "after the commit, before the checkpoint",
+    "before the checkpoint",
     BETWEEN_TWO_ANSWERS,
 ]
 BEFORE_THE_COMMIT = ("before the commit", MIDDLE)

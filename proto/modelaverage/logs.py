@@ -25,6 +25,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "metrics_listening": ("address",),
     "center_initialized": ("worker", "peer", "round", "variables", "size_bytes"),
     "call_refused": ("rpc", "reason", "worker", "peer"),
+    "connection_cut": ("peer", "reason"),
     "call_failed": ("rpc", "worker", "peer", "cause"),  # through no fault of the client
     "round_committed": ("round", "workers", "round_s"),
     "round_restarted": ("round", "cause"),

@@ -1,13 +1,14 @@
 """A job of a few rounds on a real event loop, without gRPC: every value that anybody gets is known beforehand.
 
-Worker w pushes the number `10 s + 2 w + 1` everywhere from base step s. So the center of each step is known, whatever fails
-and however often pushes are made again.
+Worker w pushes the number `10 s + 2 w + 1` everywhere from base step s. So the center of each step is known, whatever
+fails and however often pushes are made again.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import math
 import shutil
 import socket
@@ -199,7 +200,9 @@ class Server:
             self.start()
         assert self.service is not None
         found: Any = self.service.handler().service(_Details(f"/{wire.SERVICE}/{rpc}"))
-        return next(m for m in (found.unary_unary, found.unary_stream, found.stream_unary, found.stream_stream) if m)
+        kinds: list[Callable[[Any, Context], Awaitable[Any]] | None]
+        kinds = [found.unary_unary, found.unary_stream, found.stream_unary, found.stream_stream]
+        return next(method for method in kinds if method is not None)
 
     def call(self, rpc: str, request: bytes | None = None) -> tuple[Context, asyncio.Task[Any]]:
         context = Context()
@@ -255,8 +258,7 @@ class Worker:
         step = await self.until_answered(self.pull)
         while step < ROUNDS:
             self.push_id += 1
-            base = step
-            step = await self.until_answered(lambda base=base: self.push(base))
+            step = await self.until_answered(functools.partial(self.push, step))
         await self.until_answered(self.leave)
 
     async def until_answered(self, attempt: Callable[[], Awaitable[Any]]) -> Any:

@@ -1,4 +1,4 @@
-"""Every call in the server's core as a place where the machine may refuse: modules are compiled with a probe before each.
+"""Every call in the server's core as a place where the machine may refuse: a probe is compiled before each.
 
 `install` has to come before these modules are imported, so this runs in a process of its own.
 """
