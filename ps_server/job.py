@@ -484,6 +484,7 @@ class Job:
                     self.round.global_step,
                     self.round.contributors,
                     dict(self.round.counted),
+                    buffer.segment,
                 )
             )
 
