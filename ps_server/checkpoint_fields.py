@@ -19,7 +19,7 @@ from modelaverage.shared_memory import Segment
 from ps_server import strict_json
 from ps_server.safetensors_file import Head
 
-__all__ = ["Checkpoint", "CheckpointError", "Content", "content_of", "fields_of"]
+__all__ = ["Checkpoint", "CheckpointError", "Content", "boot_id", "content_of", "fields_of"]
 
 _FORMAT = "modelaverage.center.v1"
 _FIELDS = ("global_step", "variables", "fragment_size_bytes", "contributors", "counted", "boot_id")
@@ -54,8 +54,13 @@ class Checkpoint:
     segment: Segment | None = None
 
 
-def fields_of(checkpoint: Checkpoint) -> dict[str, str]:
-    """What the metadata of its file says. Raises OSError: this boot's id cannot be read."""
+def boot_id() -> str:
+    """What this boot of this machine is called; "unknown" where that is not told. Raises OSError: it cannot be read."""
+    return _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else "unknown"
+
+
+def fields_of(checkpoint: Checkpoint, boot: str) -> dict[str, str]:
+    """What the metadata of its file says, when it is written in this boot."""
     fields = {
         "format": _FORMAT,
         "global_step": str(checkpoint.global_step),
@@ -63,7 +68,7 @@ def fields_of(checkpoint: Checkpoint) -> dict[str, str]:
         "fragment_size_bytes": str(checkpoint.manifest.fragment_size_bytes),
         "contributors": json.dumps(checkpoint.contributors),
         "counted": json.dumps({w: [key.hex(), number] for w, (key, number) in (checkpoint.counted or {}).items()}),
-        "boot_id": _boot_id(),
+        "boot_id": boot,
     }
     shard = checkpoint.manifest.shard
     if shard is not None:
@@ -101,7 +106,7 @@ def content_of(head: Head, step: int, is_fresh: bool) -> Content:
     missing = [name for name in _FIELDS if name not in about]
     if missing:
         raise ValueError(f"it does not say {', '.join(missing)}")
-    if is_fresh and about["boot_id"] != _boot_id():
+    if is_fresh and about["boot_id"] != boot_id():
         raise CheckpointError("it may not have reached the disk before the machine went down")
     if strict_json.whole_number_in_text(about["global_step"], "global_step", 0, STEP_LIMIT - 1) != step:
         raise CheckpointError(f"its name is not that of global_step {about['global_step']}")
@@ -179,7 +184,3 @@ def _part(value: Any) -> Part:
 
 def _extent(value: Any) -> int:
     return strict_json.whole_number(value, "extent", 0, STEP_LIMIT - 1)
-
-
-def _boot_id() -> str:
-    return _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else "unknown"

@@ -39,11 +39,14 @@ class CheckpointHome:
         self.directory = directory
         absolute = Path(os.path.abspath(directory))
         self.path = os.fsencode(absolute)
-        absolute.parent.mkdir(parents=True, exist_ok=True)
+        exists = os.path.isdir(absolute)  # a disk that hangs would hold who makes what there is already
+        if not exists:
+            absolute.parent.mkdir(parents=True, exist_ok=True)
         self._guard = _guard_of(absolute)
         try:
-            with suppress(FileExistsError):  # what it is shows when it is opened
-                os.mkdir(absolute, 0o700)
+            if not exists:
+                with suppress(FileExistsError):  # what it is shows when it is opened
+                    os.mkdir(absolute, 0o700)
             self.descriptor = files.open_directory(absolute)
             try:
                 self._lock = files.take_lock(self.descriptor)

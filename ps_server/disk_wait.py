@@ -62,27 +62,21 @@ class DiskWait:
         """
         self._timer.cancel()
         if self._is_said and is_written:
-            waited_s = self._waited_s
-            _log.warning(
-                "%s is written in %s after %.0f s",
-                self._what,
-                self._directory,
-                waited_s,
-                extra=self._event("checkpoint_written_late", waited_s),
-            )
+            path, step, waited_s = str(self._directory), self._global_step, self._waited_s
+            what = event("checkpoint_written_late", path=path, round=step, waited_s=waited_s)
+            _log.warning("%s is written in %s after %.0f s", self._what, path, waited_s, extra=what)
 
     def give_up(self) -> None:
         """It is over for who waits: the server ends."""
         self._timer.cancel()
-        _log.warning(
-            "the server ends, and %s; it may not be there when the server comes back",
-            self._lasts,
-            extra=self._event("checkpoint_given_up", self._waited_s),
-        )
+        path, step = str(self._directory), self._global_step
+        what = event("checkpoint_given_up", path=path, round=step, waited_s=self._waited_s)
+        _log.warning("the server ends, and %s; the next one may not find it", self._lasts, extra=what)
 
     def _say(self, gap_s: float) -> None:
         self._is_said = True
-        what = self._event("checkpoint_hangs", self._waited_s)
+        path, step = str(self._directory), self._global_step
+        what = event("checkpoint_hangs", path=path, round=step, waited_s=self._waited_s)
         _log.warning("%s; %s", self._lasts, self._meanwhile, extra=what)
         self._timer = asyncio.get_running_loop().call_later(2 * gap_s, self._say, 2 * gap_s)
 
@@ -93,6 +87,3 @@ class DiskWait:
     @property
     def _lasts(self) -> str:
         return f"{self._what} has been waiting for {self._directory} for {self._waited_s:.0f} s"
-
-    def _event(self, name: str, waited_s: float) -> dict[str, object]:
-        return event(name, path=str(self._directory), round=self._global_step, waited_s=waited_s)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from modelaverage.logs import event
 from modelaverage.shared_memory import BODY_AT_BYTES
-from ps_server.checkpoint_fields import Checkpoint, fields_of
+from ps_server.checkpoint_fields import Checkpoint, boot_id, fields_of
 from ps_server.checkpoint_files import fresh_name
 from ps_server.checkpoint_home import CheckpointHome
 from ps_server.disk_wait import DiskWait
@@ -86,6 +86,7 @@ class Keeper:
         self._home = home
         self._observations = Observations() if observations is None else observations
         self._clock = clock
+        self._boot_id = boot_id()
         self._write_problem = self._flush_problem = ""
         self._turn = asyncio.Lock()  # held while a fresh one is written
         self._writing: DiskWait | None = None
@@ -186,7 +187,7 @@ class Keeper:
 
     def _send(self, checkpoint: Checkpoint) -> Reply:
         """In the writer's thread: has the checkpoint written, from where the arrays lie."""
-        layout = lay_out(checkpoint.arrays, fields_of(checkpoint))
+        layout = lay_out(checkpoint.arrays, fields_of(checkpoint, self._boot_id))
         name, segment = fresh_name(checkpoint.global_step), checkpoint.segment
         request = ("write", self._home.path, name, layout.head, _ranges(checkpoint, layout))
         if segment is not None:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from modelaverage.manifest import ALIGNMENT_BYTES, DTYPES, MAX_DIMENSIONS, dtype_name
 from ps_server import strict_json
 
-__all__ = ["MAX_HEAD_BYTES", "Head", "Layout", "Tensor", "bytes_of", "lay_out", "read_head", "save"]
+__all__ = ["Head", "Layout", "MAX_HEAD_BYTES", "Tensor", "bytes_of", "lay_out", "read_head", "save"]
 
 MAX_HEAD_BYTES = 64 << 20
 """Before the tensors. The longest manifest that a message can carry takes less, whatever its names are."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -14,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modelaverage.manifest import Manifest, Variable, dtype_name
+from modelaverage.shared_memory import Segment
 from ps_server import checkpoint
 from ps_server import checkpoint_files as files
-from ps_server.checkpoint_fields import Checkpoint, fields_of
+from ps_server.checkpoint_fields import Checkpoint, boot_id, fields_of
 from ps_server.checkpoint_home import CheckpointHome
 from ps_server.keeper import CheckpointPolicy, Keeper
 from ps_server.safetensors_file import bytes_of, lay_out
@@ -28,6 +30,7 @@ __all__ = [
     "durable",
     "faulty_writer",
     "header_of",
+    "in_segment",
     "is_durable",
     "make_durable",
     "opened_keeper",
@@ -54,6 +57,16 @@ def small(global_step: int = STEP, seed: int = 0) -> Checkpoint:
     return checkpoint_of(Manifest(variables, 64), seed, global_step, contributors=("a", "b"), counted=counted)
 
 
+def in_segment(checkpoint: Checkpoint) -> Checkpoint:
+    """The same, in shared memory."""
+    manifest = checkpoint.manifest
+    segment = Segment.create(manifest.buffer_size_bytes, for_clients_to_write=False)
+    arrays = manifest.arrays(segment.body)
+    for name, array in arrays.items():
+        array[...] = checkpoint.arrays[name]
+    return dataclasses.replace(checkpoint, arrays=arrays, segment=segment)
+
+
 # As the writer does it, by path.
 
 
@@ -76,7 +89,7 @@ def write_file(path: Path, arrays: Mapping[str, NDArray[Any]], about: Mapping[st
 
 def write_fresh(directory: Path, written: Checkpoint) -> Path:
     """Its path."""
-    return write_file(directory / files.fresh_name(written.global_step), written.arrays, fields_of(written))
+    return write_file(directory / files.fresh_name(written.global_step), written.arrays, fields_of(written, boot_id()))
 
 
 def make_durable(fresh: Path) -> Path:

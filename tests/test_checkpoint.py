@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import json
 import logging
 import os
@@ -23,7 +22,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelaverage.manifest import DTYPES, Manifest, Variable
-from modelaverage.shared_memory import Segment
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server import checkpoint as reading
 from ps_server import checkpoint_fields, writer_process
@@ -36,6 +34,7 @@ from tests.checkpoints import (
     durable,
     faulty_writer,
     header_of,
+    in_segment,
     is_durable,
     make_durable,
     opened_keeper,
@@ -359,16 +358,6 @@ def test_a_writer_that_is_killed_in_the_middle_leaves_only_what_the_next_one_rem
     assert asyncio.run(write(2)) == ""
     assert [path.suffix for path in tmp_path.iterdir() if path.name != "lock"] == [".safetensors"]
     assert steps(tmp_path) == [2]
-
-
-def in_segment(checkpoint: Checkpoint) -> Checkpoint:
-    """The same, in shared memory."""
-    manifest = checkpoint.manifest
-    segment = Segment.create(manifest.buffer_size_bytes, for_clients_to_write=False)
-    arrays = manifest.arrays(segment.body)
-    for name, array in arrays.items():
-        array[...] = checkpoint.arrays[name]
-    return dataclasses.replace(checkpoint, arrays=arrays, segment=segment)
 
 
 def test_who_looks_while_a_server_is_at_work_gets_the_newest_one(
