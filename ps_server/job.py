@@ -99,6 +99,7 @@ class Job:
         self._writing: asyncio.Task[None] | None = None  # a checkpoint on its way to the disk
         self._committing: asyncio.Task[None] | None = None  # a prepared round that waits for it
         self._prepared = 0  # how many rounds have waited so
+        self._void: asyncio.Task[None] | None = None  # writes the checkpoint of a round that was started over meanwhile
         self._timer: asyncio.TimerHandle | None = None
         self._notice_timer: asyncio.TimerHandle | None = None
 
@@ -360,6 +361,8 @@ class Job:
             self.center.restart()
             self._average = Average(self.center.next)
             self._committing = None
+            if self._writing is not None and not self._writing.done():
+                self._void = self._writing
             told = refusal(Reason.SERVER_OVERLOADED, f"round {step} starts over, because the server failed: {cause}")
             for part in list(self._parts.values()):
                 if part.outcome is None:  # the others know how their round ended
@@ -419,17 +422,26 @@ class Job:
     def _prepare(self, global_step: int) -> None:
         """All pushes are whole, and so is the average: it is written down first if it is due, then committed."""
         keeper = self._keeper
-        if keeper is None or not keeper.is_due(global_step):
+        if keeper is None or not (self._void or keeper.is_due(global_step)):
             self._commit()
             return
-        writing = self._write(keeper, self.center.next, *self.round.as_committed())
         self._prepared += 1
-        self._committing = asyncio.ensure_future(self._commit_when_kept(writing, self._prepared))
+        self._committing = asyncio.ensure_future(self._commit_when_kept(keeper, self._prepared))
 
-    async def _commit_when_kept(self, writing: asyncio.Task[None], number: int) -> None:
+    async def _commit_when_kept(self, keeper: Keeper, number: int) -> None:
+        """Commits the round when its checkpoint is written, or has taken longer than it may."""
+
+        def is_prepared() -> bool:  # or else it has been started over meanwhile
+            return self.round.prepared and self._prepared == number
+
         try:
-            await asyncio.wait((writing,))
-            if self.round.prepared and self._prepared == number:  # the round has not been started over meanwhile
+            if self._void is not None:
+                await asyncio.wait((self._void,))
+                self._void = None
+            if is_prepared():
+                writing = self._write(keeper, self.center.next, *self.round.as_committed())
+                await asyncio.wait((writing,), timeout=keeper.timeout_s)
+            if is_prepared():
                 self._committing = None
                 self._commit()
                 self._set_timers()
@@ -448,7 +460,10 @@ class Job:
 
         async def write() -> None:
             with self.center.reading(buffer, Reader(self._clock())):
-                await keeper.write(Checkpoint(self.manifest, buffer.arrays, global_step, contributors, counted))
+                checkpoint = Checkpoint(
+                    self.manifest, buffer.arrays, global_step, contributors, counted, buffer.segment
+                )
+                await keeper.write(checkpoint)
 
         self._writing = asyncio.ensure_future(write())
         return self._writing

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import json
 import logging
 import os
 import resource
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable
-from contextlib import ExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +23,8 @@ from modelaverage import wire
 from modelaverage.errors import SecurityError
 from modelaverage.logs import event
 from modelaverage.tuning import CHANNEL_OPTIONS, keep_freed_memory
-from ps_server.checkpoint import Checkpoint, CheckpointError, load_latest
+from ps_server.checkpoint import CheckpointError, load_latest
+from ps_server.checkpoint_home import CheckpointHome
 from ps_server.credentials import credentials_of, tokens_of
 from ps_server.data_port import DataPort
 from ps_server.gatekeeper import Gatekeeper
@@ -95,10 +95,7 @@ async def serve(
             directory for checkpoints cannot be used; a certificate or token file cannot be used.
     """
     keep_freed_memory(one_arena=True)
-    lock, restored = _open_checkpoints(config.policy.checkpoints)
-    with lock:
-        service = ParameterServerService(config.policy, restored=restored, reserve=Reserve(_reserve_size()))
-        del restored  # as large as the model
+    with _opened_home(config.policy.checkpoints) as home, closing(_service(config.policy, home)) as service:
         async with _metrics(config.metrics_bind, service) as metrics_at:
 
             def listening(addresses: list[str]) -> None:
@@ -106,10 +103,7 @@ async def serve(
                 if metrics_at:
                     metrics_ready(metrics_at)
 
-            try:
-                await _serve(config, service, stop, listening)
-            finally:
-                service.data_port.close()
+            await _serve(config, service, stop, listening)
 
 
 async def _serve(
@@ -183,24 +177,40 @@ def _open_data_port(config: ServerConfig, data_port: DataPort) -> None:
         _log.warning("%s; fragments travel in messages", why, extra=event("no_data_port", cause=why))
 
 
-def _open_checkpoints(policy: CheckpointPolicy | None) -> tuple[ExitStack, Checkpoint | None]:
-    """A lock that keeps other servers out of the directory, and the checkpoint to go on from."""
+@contextmanager
+def _opened_home(policy: CheckpointPolicy | None) -> Iterator[CheckpointHome | None]:
+    """The directory for checkpoints; meanwhile other servers are kept out of it."""
     if policy is None:
-        return ExitStack(), None
-    directory = policy.directory
-    with ExitStack() as on_failure:
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            (directory / "lock").touch()
-            lock = on_failure.enter_context((directory / "lock").open())
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            restored = load_latest(directory)
-        except BlockingIOError:
-            raise UnusableSettingError(f"another server keeps its center in --checkpoint-dir {directory}") from None
-        except (CheckpointError, OSError) as error:
-            why = getattr(error, "strerror", None) or error
-            raise UnusableSettingError(f"cannot use --checkpoint-dir {directory}: {why}") from None
-        return on_failure.pop_all(), restored
+        yield None
+        return
+    try:
+        home = CheckpointHome(policy.directory)
+    except BlockingIOError:
+        raise UnusableSettingError(f"another server keeps its center in --checkpoint-dir {policy.directory}") from None
+    except OSError as error:
+        raise _unusable_home(policy, error) from None
+    try:
+        yield home
+    finally:
+        home.close()
+
+
+def _service(policy: ServicePolicy, home: CheckpointHome | None) -> ParameterServerService:
+    """The service, from where the newest checkpoint left off. Nothing else holds on to that: it is as large as the
+    model."""
+    reserve = Reserve(_reserve_size())
+    if policy.checkpoints is None:
+        return ParameterServerService(policy, reserve=reserve)
+    try:
+        restored = load_latest(policy.checkpoints.directory, policy.max_model_bytes)
+        return ParameterServerService(policy, restored=restored, reserve=reserve, home=home)
+    except (CheckpointError, OSError, RuntimeError) as error:
+        raise _unusable_home(policy.checkpoints, error) from None
+
+
+def _unusable_home(policy: CheckpointPolicy, error: Exception) -> UnusableSettingError:
+    why = getattr(error, "strerror", None) or error
+    return UnusableSettingError(f"cannot use --checkpoint-dir {policy.directory}: {why}")
 
 
 def _reserve_size() -> int:

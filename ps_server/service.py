@@ -23,6 +23,7 @@ from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.call import Call, Context, Traffic
 from ps_server.center import Center, check_fragment_size
 from ps_server.checkpoint import Checkpoint
+from ps_server.checkpoint_home import CheckpointHome
 from ps_server.connections import cut
 from ps_server.data_port import DataPort
 from ps_server.job import Job
@@ -45,6 +46,9 @@ _MAX_MESSAGE_BYTES = 2000
 DEFAULT_SHARED_MEMORY_FROM_BYTES = 256 << 10
 # A client that does not take for so long what was sent before its call was refused loses its connection.
 _LAST_WORD_TIMEOUT_S = 2.0
+# What a disk is given at least for the last checkpoint; and for a large one, so many bytes a second.
+_LEAST_LAST_WRITE_S = 0.3
+_DISK_BYTES_PER_S = 200e6
 _GOING_DOWN = "the parameter server is going down; try again when it is back"
 _T = TypeVar("_T")
 
@@ -80,6 +84,10 @@ class ParameterServerService:
         restored: the checkpoint to go on from; None: the chief initializes the center.
         reserve: descriptors for the server's own needs.
         die: ends the process, with a line that says why.
+        home: where to keep the center, as the policy says; None: nowhere.
+
+    Raises:
+        OSError, RuntimeError: what writes checkpoints cannot be started.
     """
 
     def __init__(
@@ -89,6 +97,7 @@ class ParameterServerService:
         restored: Checkpoint | None = None,
         reserve: Reserve | None = None,
         die: Callable[[str], None] = end_process,
+        home: CheckpointHome | None = None,
     ) -> None:
         self._policy = policy
         self._reserve = Reserve(0) if reserve is None else reserve
@@ -107,7 +116,9 @@ class ParameterServerService:
         indexes = TaskIndexes(policy.round.num_workers, policy.rejoin_grace_s, closed_until_s)
         self._joining = Joining(policy.round.num_workers, indexes, clock)
         self._observations = Observations()
-        self._keeper = None if policy.checkpoints is None else Keeper(policy.checkpoints, self._observations, clock)
+        self._keeper: Keeper | None = None
+        if policy.checkpoints is not None and home is not None:
+            self._keeper = Keeper(policy.checkpoints, home, self._observations, clock)
         self.data_port = DataPort(policy.round.max_workers)
         """Where workers may open data connections, once it listens."""
         if restored is not None:
@@ -146,8 +157,18 @@ class ParameterServerService:
         for call in list(self._calls):
             call.fail(error)
         if self._job is not None and self._keeper is not None:
-            await self._job.keep()
-            await self._keeper.finish()
+            deadline_s = max(deadline_s, self._clock() + _LEAST_LAST_WRITE_S)
+            deadline_s += self._job.manifest.size_bytes / _DISK_BYTES_PER_S
+            keeping = asyncio.ensure_future(self._job.keep())  # if the disk hangs, this ends with the loop
+            await asyncio.wait((keeping,), timeout=deadline_s - self._clock())
+            await self._keeper.finish(max(deadline_s - self._clock(), _LEAST_LAST_WRITE_S))
+
+    def close(self) -> None:
+        """Ends what runs beside the event loop; to be called at the end, however it comes."""
+        self.data_port.close()
+        self._reserve.close()
+        if self._keeper is not None:
+            self._keeper.close()
 
     # Initialize
 
@@ -382,6 +403,8 @@ class ParameterServerService:
                 status.checkpoint_step = self._keeper.step
             if self._keeper.written_at_s is not None:
                 status.checkpoint_age_s = now_s - self._keeper.written_at_s
+            if self._keeper.writing_since_s is not None:
+                status.checkpoint_writing_s = now_s - self._keeper.writing_since_s
         if self._stopping:
             status.phase = pb.PHASE_STOPPING
         for worker_id, record in sorted(self._roster.records.items()):

@@ -82,7 +82,7 @@ def _summary(status: pb.GetStatusResponse) -> Table:
     moved = f"{words.size(status.received_bytes)} received, {words.size(status.sent_bytes)} sent"
     grid.add_row("model", f"{words.size(status.model_size_bytes)}; {moved}")
     if status.checkpoint_problem:
-        grid.add_row("checkpoint", Text(f"FAILED: {status.checkpoint_problem}", _ALARM))
+        grid.add_row("checkpoint", Text(f"{words.trouble_of(status)}: {status.checkpoint_problem}", _ALARM))
     elif status.HasField("checkpoint_age_s"):
         grid.add_row("checkpoint", f"step {status.checkpoint_step}, {_age(status.checkpoint_age_s)} ago")
     return grid

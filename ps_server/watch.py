@@ -6,6 +6,7 @@ A picture in a terminal, where rich is installed; elsewhere a line for each chan
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -94,7 +95,8 @@ def _news(server: Seen) -> tuple[object, ...]:
     if server.status is None or server.problem:
         return bool(server.problem), server.status is None
     now = server.status
-    return now.phase, now.global_step, tuple(now.waiting_for), now.waiting_for_unknown, now.checkpoint_problem
+    lasting_problem = re.sub(r" for \d+ s$", "", now.checkpoint_problem)
+    return now.phase, now.global_step, tuple(now.waiting_for), now.waiting_for_unknown, lasting_problem
 
 
 def line(server: Seen) -> str:
@@ -120,7 +122,7 @@ def line(server: Seen) -> str:
     if now.waiting_for or now.waiting_for_unknown:
         parts.append(f"waits for {status.missing_of(now)} (for {now.round_age_s:.1f} s)")
     if now.checkpoint_problem:
-        parts.append(f"checkpoint FAILED: {now.checkpoint_problem}")
+        parts.append(f"checkpoint {status.trouble_of(now)}: {now.checkpoint_problem}")
     return f"{server.address}  {', '.join(parts)}"
 
 

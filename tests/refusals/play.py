@@ -29,6 +29,7 @@ from modelaverage.manifest import Manifest, Variable
 from modelaverage.shared_memory import Segment, SegmentAddress
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.checkpoint import load_latest
+from ps_server.checkpoint_home import CheckpointHome
 from ps_server.keeper import CheckpointPolicy
 from ps_server.policy import RoundPolicy
 from ps_server.reserve import Reserve
@@ -167,31 +168,43 @@ class Server:
     def __init__(self, kind: Kind, directory: Path) -> None:
         self.kind, self.directory, self.result = kind, directory, Result()
         self.service: ParameterServerService | None = None
+        self.home: CheckpointHome | None = None
         self.tasks: set[asyncio.Task[Any]] = set()
 
     def start(self) -> None:
         shared = any(way == "shared" for way in self.kind.ways)
         checkpoints = CheckpointPolicy(self.directory) if self.kind.keeps else None
         policy = ServicePolicy(self.kind.policy, 1 << 20, _STALL_TIMEOUT_S, 0 if shared else math.inf, checkpoints)
-        restored = load_latest(self.directory) if self.kind.keeps else None
-        self.service = ParameterServerService(policy, restored=restored, reserve=Reserve(4), die=self._die)
+        restored = None
+        if self.kind.keeps:
+            self.home = CheckpointHome(self.directory)
+            restored = load_latest(self.directory)
+        self.service = ParameterServerService(
+            policy, restored=restored, reserve=Reserve(4), home=self.home, die=self._die
+        )
         if "data" in self.kind.ways:
             self.service.data_port.listen(["127.0.0.1"], 0)
 
     def _die(self, why: str) -> None:
         assert why
         self.result.died += 1
-        service, self.service = self.service, None
-        if service is not None:
-            service.data_port.close()
+        self.close()
         for task in self.tasks:
             task.cancel()
         raise Died(why)
 
+    def close(self) -> None:
+        """What the end of the process would end."""
+        service, self.service = self.service, None
+        if service is not None:
+            service.close()
+        home, self.home = self.home, None
+        if home is not None:
+            home.close()
+
     async def stop(self) -> None:
         if self.service is not None:
             await self.service.stop(0.5)
-            self.service.data_port.close()
 
     def method(self, rpc: str) -> Callable[[Any, Context], Awaitable[Any]]:
         if self.service is None:
@@ -522,7 +535,8 @@ async def _play(kind: Kind, directory: Path, result_of: list[Server]) -> None:
             raise  # else it ends in another way, which is also an end
 
 
-async def _end_tasks() -> None:
+async def _end(server: Server) -> None:
+    server.close()
     left = asyncio.all_tasks() - {asyncio.current_task()}
     for task in left:
         task.cancel()
@@ -551,6 +565,7 @@ def play(name: str) -> Result:
         return servers[0].result
     finally:
         PROBE.disarm()
-        loop.run_until_complete(_end_tasks())
+        for server in servers:
+            loop.run_until_complete(_end(server))
         loop.close()
         shutil.rmtree(directory, ignore_errors=True)
