@@ -34,6 +34,7 @@ __all__ = ["CheckpointPolicy", "Keeper"]
 _log = logging.getLogger("ps_server")
 # A writer that takes longer to start is waited for when there is something to write.
 _START_TIMEOUT_S = 2.0
+_LOOK_AGAIN_S = 1.0
 # Rounds wait for a fresh checkpoint, and a disk takes a while for a large one: patience before it is said to hang.
 _WRITE_PATIENCE_S, _FLUSH_PATIENCE_S = 5.0, 30.0
 
@@ -145,11 +146,18 @@ class Keeper:
 
     async def finish(self, timeout_s: float) -> None:
         """Waits until what was written is durable, for so long at most. Says in the log what is not."""
-        with suppress(asyncio.TimeoutError):
+        try:
             await asyncio.wait_for(self._settled(), timeout_s)
+        except Exception:  # the time is over, or the machine refuses to wait
+            self._give_up()
+
+    def _give_up(self) -> None:
         wait = self._writing or self._flushing
-        if wait is not None:
-            wait.give_up()
+        try:
+            if wait is not None:
+                wait.give_up()
+        except Exception:
+            return  # it refuses even to say so
 
     def close(self) -> None:
         """Ends the processes that write, whatever they are at; the disk may keep them, but nobody who waits."""
@@ -160,7 +168,8 @@ class Keeper:
         """Returns when nothing is under way."""
         async with self._turn:
             if self._removing is not None:
-                await asyncio.wait((asyncio.wrap_future(self._removing),))
+                with suppress(Exception):
+                    await _done(self._removing)
         if self._fresh is not None:
             self._begin_to_flush()
         if self._flush_task is not None:
@@ -175,8 +184,7 @@ class Keeper:
         )
         is_written = False
         try:
-            reply = await asyncio.wrap_future(self._writer.submit(partial(self._send, checkpoint)))
-            self._check(reply)
+            self._check(await _done(self._writer.submit(partial(self._send, checkpoint))))
             is_written = True
         finally:
             self._writing = None
@@ -236,7 +244,7 @@ class Keeper:
         )
         is_written = False
         try:
-            self._check(await asyncio.wrap_future(self._command(self._flusher, "flush", name, self._policy.keep)))
+            self._check(await _done(self._command(self._flusher, "flush", name, self._policy.keep)))
             is_written = True
         finally:
             self._flushing = None
@@ -270,6 +278,19 @@ class Keeper:
                 extra=event("checkpoint_failed", path=str(self._policy.directory), cause=cause),
             )
         return problem
+
+
+async def _done(command: Future[Reply]) -> Reply:
+    """What a writer's thread returns or raises."""
+    # The thread wakes this task up; should it find no memory even for that, the task looks by itself.
+    waking = asyncio.wrap_future(command)
+    try:
+        while not waking.done() and not command.done():
+            await asyncio.wait((waking,), timeout=_LOOK_AGAIN_S)
+    except asyncio.CancelledError:
+        waking.cancel()  # the loop ends, and is not to be woken up any more
+        raise
+    return waking.result() if waking.done() else command.result()
 
 
 def _ranges(checkpoint: Checkpoint, layout: Layout) -> list[tuple[int, int]]:

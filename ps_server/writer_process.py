@@ -125,9 +125,18 @@ class WriterProcess:
     # In the thread.
 
     def _run(self) -> None:
-        while (item := self._work.get()) is not None:
-            _do(*item)
-            del item  # it may hold on to a center
+        done: Future[Reply] | None = None
+        while True:
+            try:
+                item = self._work.get()
+                if item is None:
+                    break
+                done, work = item
+                _do(done, work)
+            except BaseException as error:  # nothing may end this thread: somebody waits for it
+                if done is not None and not done.done():
+                    done.set_exception(error)
+            done = item = work = None  # type: ignore[assignment]  # they may hold on to a center
         self._end()
 
     def _connected(self) -> socket.socket:
@@ -192,9 +201,9 @@ class WriterProcess:
 
 
 def _do(done: Future[Reply], work: Callable[[], Reply]) -> None:
-    if not done.set_running_or_notify_cancel():
-        return
     try:
+        if not done.set_running_or_notify_cancel():
+            return
         reply = work()
     except BaseException as error:
         done.set_exception(error)

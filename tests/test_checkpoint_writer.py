@@ -26,6 +26,7 @@ from modelaverage.manifest import Manifest, Variable
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server import checkpoint_writer, writer_process
 from ps_server import keeper as keeping
+from ps_server.__main__ import main
 from ps_server.checkpoint import find_latest, load_latest
 from ps_server.checkpoint_home import CheckpointHome
 from ps_server.keeper import CheckpointPolicy, Keeper
@@ -45,6 +46,7 @@ from tests.checkpoints import (
 from tests.conftest import StartServer
 from tests.jobs import STEP, Job, of
 from tests.raw_client import RawClient, until
+from tests.scraped import scrape
 from tests.test_server_process import ServerProcess
 
 Play = Callable[[Callable[[Keeper], Any], CheckpointPolicy], None]
@@ -191,6 +193,38 @@ def test_two_writes_come_one_after_the_other(play: Play, tmp_path: Path) -> None
     assert is_durable(tmp_path, 2)
 
 
+def test_status_and_metrics_say_since_when_a_disk_hangs(
+    start_server: StartServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeping, "_WRITE_PATIENCE_S", 0.1)
+    server = start_server(2, checkpoints=CheckpointPolicy(tmp_path), metrics_bind="127.0.0.1:0")
+    with RawClient(server.address) as client:
+        job = Job(client, server.address)
+        assert not client.status().HasField("checkpoint_writing_s")
+        assert scrape(server.metrics_address)["checkpoint_writing_seconds"] == 0
+        with stopped(writers_of(os.getpid())):
+            streams = [job.push(name, of(1), base_step=STEP) for name in ("a", "b")]
+            until(lambda: client.status().checkpoint_problem != "", "it is said")
+            status = client.status()
+            expected = f"the checkpoint of global_step {STEP + 1} has been waiting for {tmp_path} for "
+            assert status.checkpoint_problem.startswith(expected)
+            assert status.checkpoint_writing_s >= 0.1
+            assert status.checkpoint_step == STEP
+            assert scrape(server.metrics_address)["checkpoint_writing_seconds"] >= 0.1
+        for stream in streams:
+            assert stream.answer()[0].outcome == pb.OUTCOME_COMMITTED
+        assert client.status().checkpoint_problem == ""
+
+
+def test_how_long_a_round_waits_for_its_checkpoint_is_a_positive_number_of_seconds(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for word in ("0", "-1", "nan", "soon"):
+        with pytest.raises(SystemExit, match="2"):
+            main(["serve", "--num-workers", "1", "--checkpoint-timeout-s", word])
+        assert "--checkpoint-timeout-s" in capsys.readouterr().err
+
+
 def test_a_server_ends_on_time_though_the_disk_hangs(tmp_path: Path) -> None:
     with ServerProcess("--checkpoint-dir", str(tmp_path)) as server, RawClient(server.address) as client:
         job = Job(client, server.address)
@@ -205,6 +239,7 @@ def test_a_server_ends_on_time_though_the_disk_hangs(tmp_path: Path) -> None:
             for stream in streams:
                 stream.refusal()
     assert f"the checkpoint of global_step {STEP + 1} has been waiting for {tmp_path}" in log
+    assert "Traceback" not in log
 
 
 @pytest.fixture
@@ -248,7 +283,10 @@ def test_a_disk_that_holds_its_writers_for_good_does_not_hold_the_server(
         writers = writers_of(server.pid)
         until(lambda: "D" in map(state_of, writers), "the disk holds a writer")
         server.signal(signal.SIGTERM)
-        assert server.end()[0] == 0
+        code, _, log = server.end()
+        assert code == 0
+        assert "the server ends, and the checkpoint of global_step" in log
+        assert "Traceback" not in log
         # Its lock and its guard went with it, though a process that it has started is still there.
         CheckpointHome(directory).close()
         assert "D" in map(state_of, writers)
