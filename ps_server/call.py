@@ -18,7 +18,7 @@ from google.protobuf.message import Message
 from modelaverage import wire
 from modelaverage.errors import Reason, refusal
 from modelaverage.v1 import parameter_server_pb2 as pb
-from ps_server.data_port import DataConnection
+from ps_server.data_port import DataConnection, lost
 
 __all__ = ["Call", "Context", "FIRST_WRITE_TIMEOUT_S", "Traffic"]
 
@@ -203,9 +203,7 @@ class Call:
             self._watchdog = self._loop.call_later(self._stall_timeout_s - idle_s, self._watch)
             return
         doing = "reads nothing of what is sent" if writes else "sends nothing"
-        self.fail(
-            refusal(
-                Reason.STREAM_STALLED,
-                f"the client {doing} for {self._stall_timeout_s:g} s (--stream-idle-timeout-s); call again",
-            )
-        )
+        why = f"the client {doing} for {self._stall_timeout_s:g} s (--stream-idle-timeout-s)"
+        # Where bytes go beside the call, their way may be at fault: the client is to try the other one.
+        stalled = refusal(Reason.STREAM_STALLED, f"{why}; call again") if self._connection is None else lost(why)
+        self.fail(stalled)

@@ -12,11 +12,19 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from modelaverage.data_connection import HALF_KEY_BYTES, halves, new_key, prepare, use_short_queues, want
-from modelaverage.errors import Reason, refusal
+from modelaverage.data_connection import (
+    HALF_KEY_BYTES,
+    SILENCE_TIMEOUT_S,
+    halves,
+    new_key,
+    prepare,
+    use_short_queues,
+    want,
+)
+from modelaverage.errors import ModelAverageError, Reason, refusal
 from modelaverage.v1 import parameter_server_pb2 as pb
 
-__all__ = ["DataConnection", "DataPort"]
+__all__ = ["DataConnection", "DataPort", "lost"]
 
 _GREETING_TIMEOUT_S = 5.0
 # Strangers that connect and say nothing hold up new connections, not more.
@@ -54,7 +62,7 @@ class DataConnection:
                 self._is_watched = True
             await self._filled
         except OSError as error:
-            raise _lost(error) from None
+            raise lost(error) from None
         finally:
             self._filled = None
 
@@ -63,7 +71,7 @@ class DataConnection:
         try:
             await self._loop.sock_sendall(self._socket, data)
         except OSError as error:
-            raise _lost(error) from None
+            raise lost(error) from None
 
     def close(self) -> None:
         """Ends it."""
@@ -112,10 +120,12 @@ class DataPort:
 
     Args:
         max_connections: how many are kept; of more, the oldest are closed.
+        silence_timeout_s: one on which bytes get no acknowledgement for so long is lost.
     """
 
-    def __init__(self, max_connections: int) -> None:
+    def __init__(self, max_connections: int, silence_timeout_s: float = SILENCE_TIMEOUT_S) -> None:
         self._max_connections = max_connections
+        self._silence_timeout_s = silence_timeout_s
         self._listeners: list[socket.socket] = []
         self._offers: dict[bytes, tuple[bytes, _Place]] = {}  # by the first half of the key: the second half
         self._offered: dict[str, bytes] = {}  # by worker id: the first half of the key of its last offer
@@ -165,7 +175,7 @@ class DataPort:
         """
         place, connection = self._connections.get(worker_id, (None, None))
         if connection is None or place != _Place(worker_id, incarnation):
-            raise _lost("this server has none of this process")
+            raise lost("this server has none of this process")
         del self._connections[worker_id]
         return connection
 
@@ -243,7 +253,7 @@ class DataPort:
         is_known = False
         try:
             connection.setblocking(False)
-            prepare(connection)
+            prepare(connection, self._silence_timeout_s)
             is_known = await asyncio.wait_for(greeting(), _GREETING_TIMEOUT_S)
         except (OSError, asyncio.TimeoutError):
             pass  # a stranger, or somebody who gave up
@@ -254,5 +264,6 @@ class DataPort:
                 connection.close()
 
 
-def _lost(why: object) -> Exception:
+def lost(why: object) -> ModelAverageError:
+    """DATA_CONNECTION_LOST, for this reason."""
     return refusal(Reason.DATA_CONNECTION_LOST, f"the data connection is lost ({why}); push again without it")

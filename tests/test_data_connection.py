@@ -12,8 +12,9 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from ma_client import Outcome, ParameterServerSession, PushResult, data_connection
-from ma_client.data_connection import DataConnection, Transfer, host_of
+from ma_client import DataSettings, Outcome, ParameterServerSession, PushResult
+from ma_client.data_connection import DataConnection, Transfer
+from ma_client.data_link import host_of
 from ma_client.staging import Memory, Staging
 from modelaverage.manifest import Manifest, Variable
 from modelaverage.v1 import parameter_server_pb2 as pb
@@ -214,7 +215,7 @@ def test_a_connection_on_which_nothing_comes_is_cut_off(start_server: StartServe
     with RawClient(address) as client:
         job = Job(client, address)
         wire = connected(job)
-        assert begin(job).refusal().reason == "STREAM_STALLED"
+        assert begin(job).refusal().reason == LOST
         assert wire.receive(1) == b""
 
 
@@ -232,7 +233,7 @@ def test_a_client_that_does_not_read_holds_up_nobody_but_itself(start_server: St
         b.give(fragments_of(big, 1 << 20))
         b.half_close()
         assert b.answer()[0].outcome == pb.OUTCOME_COMMITTED
-        assert a.refusal().reason == "STREAM_STALLED"
+        assert a.refusal().reason == LOST
 
 
 # The session.
@@ -240,16 +241,14 @@ def test_a_client_that_does_not_read_holds_up_nobody_but_itself(start_server: St
 MODEL = {"w": np.arange(701, dtype=np.float32), "b": np.array(2.0), "e": np.zeros(0, np.float16)}
 
 
-@pytest.fixture(autouse=True)
-def worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small models travel on data connections, too."""
-    monkeypatch.setattr(data_connection, "_WORTH_BYTES", 0)
+# Small models travel on data connections, too, and after a break soon again.
+SETTINGS = DataSettings(least_bytes=0, pause_s=0.0)
 
 
 class Pair:
     """Two workers, each on a thread of its own."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, settings: DataSettings = SETTINGS) -> None:
         self.sessions = [
             ParameterServerSession(
                 [address],
@@ -258,6 +257,7 @@ class Pair:
                 fragment_size_bytes=256,
                 shared_memory=False,
                 reconnect_timeout_s=0.0,  # the server is always there
+                data_connections=settings,
             )
             for rank in range(2)
         ]

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ma_client import data_connection
+from ma_client import DataSettings
 from tests.faults import Model, RestartedServer, Training
 from tests.killed_server import BETWEEN_TWO_ANSWERS, MOMENTS
 
@@ -24,15 +24,14 @@ TIMES_A_ROUND = {"in the middle of the fragments": 10, "when a fragment is avera
 @pytest.mark.parametrize("on_data_connections", [False, True])
 @pytest.mark.parametrize("moment", [*MOMENTS, BETWEEN_TWO_ANSWERS])
 def test_a_server_killed_at_any_moment_of_a_round_costs_a_retry_and_not_a_round(
-    moment: str, on_data_connections: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    moment: str, on_data_connections: bool, tmp_path: Path
 ) -> None:
-    if on_data_connections:
-        monkeypatch.setattr(data_connection, "_WORTH_BYTES", 0)
+    data = DataSettings(least_bytes=0 if on_data_connections else 1 << 20)
     times = TIMES_A_ROUND.get(moment, 2 if "header" in moment else 1)
     in_the_third_round = 2 * times + 1
     deaths = ((moment, in_the_third_round),)
     with RestartedServer(tmp_path, "--num-workers", str(WORKERS), deaths=deaths) as server:
-        training = Training(server.address, SMALL, WORKERS, ROUNDS, fragment_size_bytes=256)
+        training = Training(server.address, SMALL, WORKERS, ROUNDS, fragment_size_bytes=256, data_connections=data)
         training.check(training.run())
         assert server.ends == [-signal.SIGKILL], f"the server never came to {moment!r}"
 
