@@ -19,7 +19,7 @@ from ma_client.data_connection import DATA_SETTINGS, DataSettings, Transfer
 from ma_client.data_link import DataLink
 from ma_client.lent_memory import Copying, LentMemory, Loan
 from ma_client.staging import Staging
-from ma_client.threads import is_about_threads, without_thread
+from ma_client.threads import is_about_threads, keep_for_ever, without_thread
 from modelaverage import wire
 from modelaverage.access import Access
 from modelaverage.errors import (
@@ -131,7 +131,7 @@ class Shard:
         self._open_channel()
 
     def _open_channel(self) -> None:
-        self._channel_lacks_thread = False  # whether gRPC found no thread for it; then calls hang, and its close, too
+        self._channel_lacks_thread = False
         self._channel = self._access.channel(self.address, CHANNEL_OPTIONS)
         self._initialize = self._channel.stream_unary(f"/{wire.SERVICE}/Initialize", _as_is, _as_is)
         self._pull = self._channel.unary_stream(f"/{wire.SERVICE}/Pull", _as_is, _as_is)
@@ -432,15 +432,20 @@ class Shard:
         except RuntimeError as error:
             if not is_about_threads(error):
                 raise
-            self._channel_lacks_thread = True
+            self._abandon_channel()
             raise without_thread(f"no call to {self.address} can be made", error) from None
         except MemoryError:
-            self._channel_lacks_thread = True  # perhaps it was for that
+            self._abandon_channel()  # perhaps it was for a thread
             raise
         except ValueError as error:
             if "closed" not in str(error):  # gRPC's words for a channel that was closed
                 raise
             raise ModelAverageError(f"the session with {self.address} is closed ({error})") from None
+
+    def _abandon_channel(self) -> None:
+        """gRPC had no thread for the channel: whatever is called on it, even its close, hangs."""
+        self._channel_lacks_thread = True
+        keep_for_ever(self._channel)  # or its end would close it
 
     def _replace_channel(self) -> None:
         """Raises RuntimeError: there are still no threads."""

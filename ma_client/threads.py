@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+
 from modelaverage.errors import ServerUnavailableError
 
-__all__ = ["is_about_threads", "without_thread"]
+__all__ = ["is_about_threads", "keep_for_ever", "without_thread"]
 
 
 def is_about_threads(error: RuntimeError) -> bool:
@@ -17,3 +19,8 @@ def without_thread(what: str, error: RuntimeError) -> ServerUnavailableError:
     return ServerUnavailableError(
         f"{what}: {error}; raise the limit on processes (ulimit -u, pids.max of the container's cgroup)"
     )
+
+
+def keep_for_ever(thing: object) -> None:
+    """It is never deleted, not even when this process ends."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))

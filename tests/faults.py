@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from ma_client import DataSettings, Outcome, ParameterServerSession, PushResult
 from ma_client.data_connection import DATA_SETTINGS
 
-__all__ = ["Model", "RestartedServer", "Training", "trained"]
+__all__ = ["HANG_S", "Model", "RestartedServer", "Training", "trained"]
 
 Model = Mapping[str, NDArray[np.float32]]
 # A job that hangs for longer than this after a kill has failed.
