@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import logging
 import math
@@ -22,9 +23,10 @@ from ma_client.data_connection import DataConnection, Transfer
 from ma_client.joining import join
 from ma_client.staging import Memory, Staging
 from modelaverage.data_connection import prepare
-from modelaverage.errors import DeadlineExceededError, ServerUnavailableError
+from modelaverage.errors import DeadlineExceededError, Reason, RetryPushError, ServerUnavailableError
 from modelaverage.manifest import Manifest, Variable
 from modelaverage.v1 import parameter_server_pb2 as pb
+from ps_server.data_port import DataPort
 from tests.conftest import StartServer
 from tests.pairs import MODEL, SETTINGS, Pair
 from tests.raw_client import Arrays
@@ -171,6 +173,25 @@ def test_the_wait_for_the_rest_of_a_center_ends_when_nothing_comes_and_says_so(c
         transfer.end()
     assert str(transfer.problem) == "nothing came for 0.2 s"
     assert not staging.is_complete
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the system has no such limit")
+def test_the_server_gives_up_a_connection_whose_client_does_not_read() -> None:
+    async def scenario() -> None:
+        port = DataPort(1, silence_timeout_s=SILENCE_S)
+        port.listen(["127.0.0.1"], 0)
+        offer = port.offer("a", b"a process")
+        assert offer is not None
+        client = await asyncio.to_thread(DataConnection.open, "127.0.0.1", offer, SETTINGS)
+        connection = port.take("a", b"a process")
+        with pytest.raises(RetryPushError, match="the data connection is lost") as lost:
+            await asyncio.wait_for(connection.send(memoryview(bytes(32 << 20))), TIMEOUT_S)
+        assert lost.value.reason is Reason.DATA_CONNECTION_LOST
+        connection.close()
+        client.close()
+        port.close()
+
+    asyncio.run(scenario())
 
 
 def test_a_transfer_ends_whose_threads_did_not_all_start(monkeypatch: pytest.MonkeyPatch) -> None:
