@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import select
 import socket
 import threading
@@ -11,11 +12,21 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from ma_client.staging import Staging
-from modelaverage.data_connection import NUMBER, SILENCE_TIMEOUT_S, halves, prepare, use_short_queues, want
+from modelaverage.data_connection import (
+    NOTICES_IN_SILENCE,
+    NUMBER,
+    SILENCE_TIMEOUT_S,
+    halves,
+    prepare,
+    use_short_queues,
+    want,
+)
+from modelaverage.logs import event
 from modelaverage.v1 import parameter_server_pb2 as pb
 
 __all__ = ["DATA_SETTINGS", "DataConnection", "DataSettings", "Transfer"]
 
+_log = logging.getLogger("ma_client")
 # When the connection breaks, the server's own word on the push comes so soon after it.
 _LAST_WORD_S = 1.0
 _MOST_PARTS = 64
@@ -52,11 +63,13 @@ class DataConnection:
     Args:
         connection: the socket; this object's from now on.
         silence_timeout_s: it is lost when it is silent for longer, though something should move.
+        peer: what it is connected to, for the log.
     """
 
-    def __init__(self, connection: socket.socket, silence_timeout_s: float = SILENCE_TIMEOUT_S) -> None:
+    def __init__(self, connection: socket.socket, silence_timeout_s: float = SILENCE_TIMEOUT_S, peer: str = "") -> None:
         self._socket = connection
         self.silence_timeout_s = silence_timeout_s
+        self.peer = peer
         self.moved_at_s = time.monotonic()
         """When bytes last went or came, on the monotonic clock."""
         connection.settimeout(None)
@@ -79,7 +92,7 @@ class DataConnection:
         except BaseException:
             connection.close()
             raise
-        return cls(connection, settings.silence_timeout_s)
+        return cls(connection, settings.silence_timeout_s, f"{host}:{offer.port}")
 
     @property
     def is_open(self) -> bool:
@@ -103,8 +116,11 @@ class DataConnection:
             if sent:
                 left[0] = left[0][sent:]
 
-    def receive(self, room: memoryview, heard: Callable[[], None] = lambda: None) -> None:
-        """Fills the room; says so when something of it has come. Raises OSError."""
+    def receive(
+        self, room: memoryview, heard: Callable[[], None] = lambda: None, unheard: Callable[[], None] = lambda: None
+    ) -> None:
+        """Fills the room. ``heard`` is called when something of it has come, ``unheard`` now and then while nothing
+        comes. Raises OSError."""
         while room:
             # A blocking recv would do, but for Linux: once it has taken some, the rest wakes it up only if that alone
             # is as much as is wanted.
@@ -113,6 +129,7 @@ class DataConnection:
             try:
                 count = self._socket.recv_into(room, flags=socket.MSG_DONTWAIT)
             except BlockingIOError:
+                unheard()
                 continue
             if count == 0:
                 raise OSError("the server has closed it")
@@ -166,6 +183,8 @@ class Transfer:
         self.give_up: Callable[[], object] = lambda: None
         self.gave_up = self.is_whole = False
         self.problem: Exception | None = None
+        self._due_since_s: float | None = None  # since when bytes have to come; those that go up have to from the start
+        self._has_noticed = False
         room = staging.room()
 
         def send() -> None:
@@ -175,7 +194,7 @@ class Transfer:
                 connection.send(fragments(index))
 
         def receive() -> None:
-            connection.receive(room, staging.begin_to_fill)
+            connection.receive(room, staging.begin_to_fill, self._notice)
 
         self._threads = [
             threading.Thread(target=self._run, args=(work,), name="data-transfer", daemon=True)
@@ -189,10 +208,10 @@ class Transfer:
 
     def wait(self, goes_on: Callable[[], bool]) -> bool:
         """Waits for the rest of the bytes as long as they move and ``goes_on``; `is_whole`."""
-        since_s, limit_s = time.monotonic(), self.connection.silence_timeout_s
+        self._due_since_s, limit_s = time.monotonic(), self.connection.silence_timeout_s
         for thread in self._threads:
             while thread.is_alive() and self.problem is None and goes_on():
-                if time.monotonic() - max(since_s, self.connection.moved_at_s) > limit_s:
+                if self._silent_s > limit_s:
                     self.problem = TimeoutError(f"nothing came for {limit_s:g} s")
                 thread.join(_LOOK_S)
         self.is_whole = self.problem is None and not any(thread.is_alive() for thread in self._threads)
@@ -210,6 +229,21 @@ class Transfer:
                 thread.join()
         if not self.is_whole:
             self.connection.close()
+
+    @property
+    def _silent_s(self) -> float:
+        """For how long nothing has moved that should have; 0 if nothing has to."""
+        if self._due_since_s is None and not self._threads[0].is_alive():
+            return 0.0
+        return time.monotonic() - max(self._due_since_s or 0.0, self.connection.moved_at_s)
+
+    def _notice(self) -> None:
+        silent_s = self._silent_s
+        if self._has_noticed or silent_s < self.connection.silence_timeout_s / NOTICES_IN_SILENCE:
+            return
+        self._has_noticed, peer = True, self.connection.peer
+        what = event("data_connection_waits", worker=None, peer=peer, waited_s=silent_s)
+        _log.warning("nothing has moved on the data connection to %s for %.0f s", peer, silent_s, extra=what)
 
     def _run(self, work: Callable[[], None]) -> None:
         try:

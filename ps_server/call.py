@@ -196,7 +196,10 @@ class Call:
     def _watch(self) -> None:
         heard_at_s = self._read_at_s if self._connection is None else max(self._read_at_s, self._connection.heard_at_s)
         since_s = [heard_at_s] if self.expecting else []
-        writes = [at_s for at_s in (self._write_began_at_s, self._bytes_began_at_s) if at_s is not None]
+        bytes_at_s = self._bytes_began_at_s
+        if bytes_at_s is not None and self._connection is not None:
+            bytes_at_s = max(bytes_at_s, self._connection.taken_at_s)
+        writes = [at_s for at_s in (self._write_began_at_s, bytes_at_s) if at_s is not None]
         since_s += writes
         idle_s = self._loop.time() - min(since_s, default=self._loop.time())
         if idle_s < self._stall_timeout_s:

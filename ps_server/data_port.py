@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from modelaverage.data_connection import (
     HALF_KEY_BYTES,
+    NOTICES_IN_SILENCE,
     SILENCE_TIMEOUT_S,
     halves,
     new_key,
@@ -22,13 +25,17 @@ from modelaverage.data_connection import (
     want,
 )
 from modelaverage.errors import ModelAverageError, Reason, refusal
+from modelaverage.logs import event
 from modelaverage.v1 import parameter_server_pb2 as pb
 
 __all__ = ["DataConnection", "DataPort", "lost"]
 
+_log = logging.getLogger("ps_server")
 _GREETING_TIMEOUT_S = 5.0
 # Strangers that connect and say nothing hold up new connections, not more.
 _GREETINGS_AT_ONCE = 64
+# What is sent is counted in such pieces.
+_PIECE_BYTES = 256 << 10
 
 
 class DataConnection:
@@ -36,19 +43,26 @@ class DataConnection:
 
     Args:
         connection: a socket that does not block; this object's from now on.
+        worker_id: of the worker, for the log.
+        notice_s: when nothing moves for so long, it is said, once.
     """
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, worker_id: str, notice_s: float) -> None:
         self._socket = connection
+        self._worker_id, self._notice_s, self._has_noticed = worker_id, notice_s, False
+        self._peer = "{}:{}".format(*connection.getpeername()[:2])
         self._loop = asyncio.get_running_loop()
         self._room = memoryview(b"")  # what is still to be filled
         self._filled: asyncio.Future[None] | None = None
         self._is_watched = False
         self.heard_at_s = self._loop.time()
         """When bytes last came, on the loop's clock."""
+        self.taken_at_s = self.heard_at_s
+        """When bytes last went."""
 
     def begin(self) -> None:
         """A push begins."""
+        self._has_noticed = False
         with contextlib.suppress(OSError):  # the next read or write says it
             use_short_queues(self._socket)
 
@@ -60,7 +74,8 @@ class DataConnection:
             if not self._is_watched:
                 self._loop.add_reader(self._socket, self._read)
                 self._is_watched = True
-            await self._filled
+            with self._noticing("sends nothing", lambda: self.heard_at_s):
+                await self._filled
         except OSError as error:
             raise lost(error) from None
         finally:
@@ -69,7 +84,10 @@ class DataConnection:
     async def send(self, data: memoryview) -> None:
         """All of the bytes, once the kernel has them. Raises RetryPushError (DATA_CONNECTION_LOST)."""
         try:
-            await self._loop.sock_sendall(self._socket, data)
+            with self._noticing("takes nothing of what is sent", lambda: self.taken_at_s):
+                for begin in range(0, len(data), _PIECE_BYTES):
+                    await self._loop.sock_sendall(self._socket, data[begin : begin + _PIECE_BYTES])
+                    self.taken_at_s = self._loop.time()
         except OSError as error:
             raise lost(error) from None
 
@@ -77,6 +95,29 @@ class DataConnection:
         """Ends it."""
         self._watch_no_longer()
         self._socket.close()
+
+    @contextmanager
+    def _noticing(self, doing: str, moved_at_s: Callable[[], float]) -> Iterator[None]:
+        """If nothing moves for long, it is said."""
+        began_at_s = self._loop.time()
+        timer: asyncio.TimerHandle
+
+        def look() -> None:
+            nonlocal timer
+            waited_s = self._loop.time() - max(began_at_s, moved_at_s())
+            if waited_s < self._notice_s:
+                timer = self._loop.call_later(self._notice_s - waited_s, look)
+            elif not self._has_noticed:
+                self._has_noticed = True
+                worker, peer = self._worker_id, self._peer
+                what = event("data_connection_waits", worker=worker, peer=peer, waited_s=waited_s)
+                _log.warning("%r %s on its data connection for %.0f s", worker, doing, waited_s, extra=what)
+
+        timer = self._loop.call_later(self._notice_s, look)
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def _read(self) -> None:
         """There is something to read. The socket stays watched from one fragment to the next, which saves calls."""
@@ -246,7 +287,8 @@ class DataPort:
                 return False
             # Before the answer: whoever has that may push at once.
             self._drop(place.worker_id)
-            self._put(place, DataConnection(connection))
+            notice_s = self._silence_timeout_s / NOTICES_IN_SILENCE
+            self._put(place, DataConnection(connection, place.worker_id, notice_s))
             await loop.sock_sendall(connection, answer)
             return True
 

@@ -26,6 +26,7 @@ from modelaverage.data_connection import prepare
 from modelaverage.errors import DeadlineExceededError, Reason, RetryPushError, ServerUnavailableError
 from modelaverage.manifest import Manifest, Variable
 from modelaverage.v1 import parameter_server_pb2 as pb
+from ps_server import data_port
 from ps_server.data_port import DataPort
 from tests.conftest import StartServer
 from tests.pairs import MODEL, SETTINGS, Pair
@@ -68,9 +69,11 @@ def test_a_center_that_does_not_come_after_the_outcome_comes_in_messages(
             pair.round()
             assert pair.transports == IN_MESSAGES
         assert stopcock.passed == opened == 2
-    (said, _) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert "nothing came for 0.3 s" in said
-    assert "go in messages for 600 s" in said
+    said = [record.getMessage() for record in caplog.records if record.name == "ma_client"]
+    assert len(said) == 4  # of each worker
+    assert all("nothing has moved on the data connection to 127.0.0.1" in words for words in said[:2])
+    assert all("nothing came for 0.3 s; pushes to 127.0.0.1" in words for words in said[2:])
+    assert all("go in messages for 600 s" in words for words in said[2:])
 
 
 def test_a_push_that_does_not_get_through_goes_in_messages(
@@ -134,11 +137,16 @@ def test_after_the_pause_a_data_connection_is_tried_again(
 # The ends of a connection, alone.
 
 
-def connection_of(silence_timeout_s: float) -> tuple[DataConnection, socket.socket]:
-    """A client's end that is limited so, and the other one."""
+def connected_pair() -> tuple[socket.socket, socket.socket]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         ours = socket.create_connection(listener.getsockname())
         theirs, _ = listener.accept()
+    return ours, theirs
+
+
+def connection_of(silence_timeout_s: float) -> tuple[DataConnection, socket.socket]:
+    """A client's end that is limited so, and the other one."""
+    ours, theirs = connected_pair()
     prepare(ours, silence_timeout_s)
     return DataConnection(ours, silence_timeout_s), theirs
 
@@ -175,8 +183,31 @@ def test_the_wait_for_the_rest_of_a_center_ends_when_nothing_comes_and_says_so(c
     assert not staging.is_complete
 
 
+def test_the_server_says_that_a_worker_sends_nothing_once_and_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        ours, theirs = connected_pair()
+        ours.setblocking(False)
+        connection = data_port.DataConnection(ours, "a", notice_s=0.05)
+        connection.begin()
+        for _ in range(2):
+            room = bytearray(4)
+            filling = asyncio.ensure_future(connection.receive(memoryview(room)))
+            for part in (b"m", b"ore"):
+                await asyncio.wait([filling], timeout=0.2)
+                theirs.sendall(part)
+            await asyncio.wait_for(filling, TIMEOUT_S)
+            assert room == b"more"
+        connection.close()
+        theirs.close()
+
+    asyncio.run(scenario())
+    assert caplog.messages == ["'a' sends nothing on its data connection for 0 s"]
+
+
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the system has no such limit")
-def test_the_server_gives_up_a_connection_whose_client_does_not_read() -> None:
+def test_the_server_gives_up_a_connection_whose_client_does_not_read_and_says_before_that_it_waits(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     async def scenario() -> None:
         port = DataPort(1, silence_timeout_s=SILENCE_S)
         port.listen(["127.0.0.1"], 0)
@@ -187,6 +218,7 @@ def test_the_server_gives_up_a_connection_whose_client_does_not_read() -> None:
         with pytest.raises(RetryPushError, match="the data connection is lost") as lost:
             await asyncio.wait_for(connection.send(memoryview(bytes(32 << 20))), TIMEOUT_S)
         assert lost.value.reason is Reason.DATA_CONNECTION_LOST
+        assert caplog.messages == ["'a' takes nothing of what is sent on its data connection for 0 s"]
         connection.close()
         client.close()
         port.close()
