@@ -101,6 +101,7 @@ class DataConnection:
 
     def begin(self) -> None:
         """A push begins."""
+        self.moved_at_s = time.monotonic()
         use_short_queues(self._socket)
 
     def send(self, parts: Iterable[bytes | memoryview]) -> None:

@@ -218,9 +218,11 @@ def _threads(count: int) -> ThreadPoolExecutor:
         for _ in range(count):
             threads.submit(all_run.wait)
         all_run.wait()
-    except RuntimeError as error:
+    except BaseException as error:
         all_run.abort()
         threads.shutdown()
+        if not isinstance(error, RuntimeError):
+            raise
         raise without_thread(f"there are not enough threads for {count} parameter servers", error) from None
     return threads
 

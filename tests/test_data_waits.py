@@ -36,7 +36,7 @@ from tests.stopcock import Stopcock, data_through
 TIMEOUT_S = 20.0
 # Nobody waits for that in a test: where it is over in time, another limit has ended the wait.
 LONG_S = 600.0
-SILENCE_S = 0.3
+SILENCE_S = 1.0
 ON_DATA, IN_MESSAGES = {pb.TRANSPORT_DATA_CONNECTION}, {pb.TRANSPORT_TCP}
 # More than the kernel and the relay take for somebody who does not read.
 BIG: Arrays = {"w": np.arange(2 << 20, dtype=np.float32)}
@@ -69,11 +69,10 @@ def test_a_center_that_does_not_come_after_the_outcome_comes_in_messages(
             pair.round()
             assert pair.transports == IN_MESSAGES
         assert stopcock.passed == opened == 2
-    said = [record.getMessage() for record in caplog.records if record.name == "ma_client"]
-    assert len(said) == 4  # of each worker
-    assert all("nothing has moved on the data connection to 127.0.0.1" in words for words in said[:2])
-    assert all("nothing came for 0.3 s; pushes to 127.0.0.1" in words for words in said[2:])
-    assert all("go in messages for 600 s" in words for words in said[2:])
+    waited = [words for words in caplog.messages if "nothing has moved on the data connection to 127.0.0.1" in words]
+    given_up = [words for words in caplog.messages if "nothing came for 1 s; pushes to 127.0.0.1" in words]
+    assert len(waited) >= len(given_up) == 2  # one a worker
+    assert all("go in messages for 600 s" in words for words in given_up)
 
 
 def test_a_push_that_does_not_get_through_goes_in_messages(
@@ -116,7 +115,7 @@ def test_a_push_that_times_out_beside_a_silent_connection_is_followed_by_pushes_
     with relayed(start_server(2, stall_timeout_s=LONG_S).address, monkeypatch, settings) as (pair, stopcock):
         stopcock.up.open.clear()
         with pytest.raises(DeadlineExceededError):
-            pair.sessions[0].push_and_average(MODEL, timeout_s=SILENCE_S)
+            pair.sessions[0].push_and_average(MODEL, timeout_s=0.3)
         stopcock.up.open.set()
         pair.round()
         assert pair.transports == ON_DATA | IN_MESSAGES
@@ -201,7 +200,8 @@ def test_the_server_says_that_a_worker_sends_nothing_once_and_goes_on(caplog: py
         theirs.close()
 
     asyncio.run(scenario())
-    assert caplog.messages == ["'a' sends nothing on its data connection for 0 s"]
+    (said,) = caplog.messages
+    assert said.startswith("'a' sends nothing on its data connection for")
 
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the system has no such limit")
@@ -218,7 +218,8 @@ def test_the_server_gives_up_a_connection_whose_client_does_not_read_and_says_be
         with pytest.raises(RetryPushError, match="the data connection is lost") as lost:
             await asyncio.wait_for(connection.send(memoryview(bytes(32 << 20))), TIMEOUT_S)
         assert lost.value.reason is Reason.DATA_CONNECTION_LOST
-        assert caplog.messages == ["'a' takes nothing of what is sent on its data connection for 0 s"]
+        (said,) = caplog.messages
+        assert said.startswith("'a' takes nothing of what is sent on its data connection for")
         connection.close()
         client.close()
         port.close()
