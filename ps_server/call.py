@@ -18,7 +18,7 @@ from google.protobuf.message import Message
 from modelaverage import wire
 from modelaverage.errors import Reason, refusal
 from modelaverage.v1 import parameter_server_pb2 as pb
-from ps_server.data_port import DataConnection
+from ps_server.data_port import DataConnection, lost
 
 __all__ = ["Call", "Context", "FIRST_WRITE_TIMEOUT_S", "Traffic"]
 
@@ -211,16 +211,17 @@ class Call:
         """Fails the call if its client has kept it waiting for too long; else looks again when that may be."""
         heard_at_s = self._read_at_s if self._connection is None else max(self._read_at_s, self._connection.heard_at_s)
         since_s = [heard_at_s] if self.expecting else []
-        writes = [at_s for at_s in (self._write_began_at_s, self._bytes_began_at_s) if at_s is not None]
+        bytes_at_s = self._bytes_began_at_s
+        if bytes_at_s is not None and self._connection is not None:
+            bytes_at_s = max(bytes_at_s, self._connection.taken_at_s)
+        writes = [at_s for at_s in (self._write_began_at_s, bytes_at_s) if at_s is not None]
         since_s += writes
         idle_s = self._loop.time() - min(since_s, default=self._loop.time())
         if idle_s < self._stall_timeout_s:
             self._watchdog = self._loop.call_later(self._stall_timeout_s - idle_s, self._watch)
             return
         doing = "reads nothing of what is sent" if writes else "sends nothing"
-        self.fail(
-            refusal(
-                Reason.STREAM_STALLED,
-                f"the client {doing} for {self._stall_timeout_s:g} s (--stream-idle-timeout-s); call again",
-            )
-        )
+        why = f"the client {doing} for {self._stall_timeout_s:g} s (--stream-idle-timeout-s)"
+        # Where bytes go beside the call, their way may be at fault: the client is to try the other one.
+        stalled = refusal(Reason.STREAM_STALLED, f"{why}; call again") if self._connection is None else lost(why)
+        self.fail(stalled)

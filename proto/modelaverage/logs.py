@@ -44,12 +44,14 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "certificate_changed": ("path",),
     # of the server and of workers
     "credentials_kept": ("cause",),  # a new file is unusable
+    "data_connection_waits": ("worker", "peer", "waited_s"),
     "round_waits": ("round", "waited_s", "waiting_for", "waiting_for_unknown"),
     "failed": ("cause",),  # a setting that cannot be used, a job that cannot go on: the last line
     "crashed": ("traceback",),  # a defect of this program
     "other": (),  # of a library
     # of a worker
     "server_away": ("peer", "cause", "patience_s"),
+    "data_connection_given_up": ("peer", "cause", "pause_s"),
     "server_behind": ("peer", "round", "other_round", "waited_s", "waiting_for"),
     "task_index_waits": ("peer", "cause"),
     "task_index_lost": ("peer", "cause"),
