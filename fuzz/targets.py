@@ -14,7 +14,7 @@ from fuzz.context import ClientCall, Failure
 from fuzz.corpus import CONVERSATIONS, MODELS, RESPONSES, STEP
 from fuzz.fields import with_other_fields
 from fuzz.mutate import mutated
-from fuzz.sequences import Sequences
+from fuzz.sequences import Sequence, Sequences
 from fuzz.world import LONG_ENOUGH_S, Center, World
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.policy import RoundPolicy
@@ -222,9 +222,10 @@ def _check_initialized(world: World, messages: list[bytes]) -> None:
             raise Failure(f"the center has other values of {variable.name!r} than those that were sent")
 
 
-TARGETS = (*_RESPONSES, Sequences.name)
+_SEQUENCES: Mapping[str, type[Sequence]] = {"sequences": Sequence}
+TARGETS = (*_RESPONSES, *_SEQUENCES)
 
 
 def target_named(name: str, seed: int) -> Target:
     """One of TARGETS."""
-    return Sequences(seed) if name == Sequences.name else Bytes(seed, name)
+    return Sequences(seed, name, _SEQUENCES[name]) if name in _SEQUENCES else Bytes(seed, name)
