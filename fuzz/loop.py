@@ -198,8 +198,8 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         for sock in self.watched:
             if sock.is_closed:  # the next socket with its number would be taken for it
                 self.problems.append({"message": "a socket was closed while it was watched"})
-        self._readers = {sock: handle for sock, handle in self._readers.items() if not sock.is_closed}
-        self._writers = {sock: handle for sock, handle in self._writers.items() if not sock.is_closed}
+                self.remove_reader(sock)
+                self._watch_no_longer(self._writers, sock)
         self._ready += [handle for sock, handle in self._readers.items() if sock.readable]
         self._ready += [handle for sock, handle in self._writers.items() if sock.writable]
 

@@ -115,6 +115,7 @@ class Sequence:
         self._policy = rng.choice(_POLICIES)
         self.world = World(self._policy, rng.random() < 0.3, self.has_connections)
         self._witness = Witness(self.world, self._policy, endings)
+        self.begins_with: list[Callable[[], None]] = []
         self._joins = Joins(self.world, self._policy.num_workers)
         self._initialized = False
         self._calls: list[ClientCall] = []
@@ -134,8 +135,8 @@ class Sequence:
             (self._pass_time, 3),
             (self._pull, 2),
             (self._initialize, 1),
-            (self._leave, 2),
-            (self._join, 2),
+            (self._leave, 3),
+            (self._join, 4),
             (self._ask_status, 1),
             (self._come_in_crowds, 0.1),
         ]
@@ -149,7 +150,7 @@ class Sequence:
         events, weights = zip(*self._events, strict=True)
         happened = list[str]()
         try:
-            for event in self._rng.choices(events, weights, k=self._rng.choice((5, 20, 20, 40))):
+            for event in (*self.begins_with, *self._rng.choices(events, weights, k=self._rng.choice((5, 20, 20, 40)))):
                 happened.append(event.__name__)
                 event()
                 self.world.settle()
@@ -164,18 +165,19 @@ class Sequence:
     def _open_push(self) -> None:
         self._begin_push(self._rng.choice(WORKER_IDS[: self._policy.max_workers + 1]))
 
-    def _begin_push(self, worker_id: str) -> Push:
+    def _begin_push(self, worker_id: str, is_good: bool = False) -> Push:
+        """The next push of a worker, or an earlier one; unless it has to be good, something may be wrong with it."""
         rng = self._rng
-        incarnation = INCARNATIONS[rng.random() < 0.2]
+        incarnation = self._process_of(worker_id)
         last = self._last_push_ids.get((worker_id, incarnation), 1)
-        push_id = max(0, last + rng.choice((0, 0, 0, 1, 1, 1, 1, -1)))
+        push_id = last + 1 if is_good else max(0, last + rng.choice((0, 0, 0, 1, 1, 1, 1, -1)))
         self._last_push_ids[worker_id, incarnation] = max(last, push_id)
         key = worker_id, incarnation, push_id
         given = self._given(key)
         header = push_header(
             self._model,
             worker_id,
-            self._base_step(),
+            self._base_step(is_good),
             incarnation=incarnation,
             push_id=push_id,
             weight=given.weight,
@@ -184,11 +186,11 @@ class Sequence:
             fragments_follow=rng.random() < 0.3,
         )
         self._adorn(header)
-        if rng.random() < 0.1:
+        if rng.random() < 0.1 and not is_good:
             self._spoil(header)
         push = Push(self._opened("PushAndAverage"), key, header, is_beside=header.uses_data_connection)
         self._pushes[push.call] = push
-        if rng.random() < 0.05:
+        if rng.random() < 0.05 and not is_good:
             push.call.half_close()
         elif self._fragments_follow(header) and self._model.manifest.fragment_count and rng.random() < 0.5:
             push.call.send(pb.PushAndAverageRequest(header=header).SerializeToString() + self._next_fragment(push))
@@ -196,13 +198,17 @@ class Sequence:
             push.call.send(pb.PushAndAverageRequest(header=header).SerializeToString())
         return push
 
+    def _process_of(self, _worker_id: str) -> bytes:
+        """Which of a worker's processes it is that pushes."""
+        return INCARNATIONS[self._rng.random() < 0.2]
+
     def _adorn(self, header: pb.PushHeader) -> None:
         """For others to say more."""
 
-    def _base_step(self) -> int:
+    def _base_step(self, is_good: bool) -> int:
         rng, center = self._rng, self._witness.center
         step = 0 if center is None else center.step
-        if rng.random() < 0.15:
+        if rng.random() < 0.15 and not is_good:
             return rng.choice((max(0, step - 1), min(step + self._ahead_by, 2**63 - 2)))
         return min(step + self._ahead_by, 2**63 - 2) if step == STEP and self._all_ahead else step
 

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from google.protobuf.message import DecodeError, Message
 
+from fuzz.connections import ConnectionSequence
 from fuzz.context import ClientCall, Failure
 from fuzz.corpus import CONVERSATIONS, MODELS, RESPONSES, STEP
 from fuzz.fields import with_other_fields
@@ -92,6 +93,7 @@ class Bytes:
         self._number = rng.randrange(len(MODELS))
         self._model = MODELS[self._number]
         self._policy, self._shared = rng.choice(_POLICIES), rng.random() < 0.3
+        self._connections = rng.random() < 0.5
         # Who initializes meets a server without a center; so does everybody else now and then.
         self._initialized = rng.random() < (0.3 if self.name == "Initialize" else 0.95)
         self._renew()
@@ -101,7 +103,7 @@ class Bytes:
         return self._worlds[0]
 
     def _renew(self) -> None:
-        self._worlds = [World(self._policy, self._shared)]
+        self._worlds = [World(self._policy, self._shared, self._connections)]
         self._center: Center | None = None
         if self._initialized:
             self._center = self._world.initialize(self._model, STEP)
@@ -222,7 +224,7 @@ def _check_initialized(world: World, messages: list[bytes]) -> None:
             raise Failure(f"the center has other values of {variable.name!r} than those that were sent")
 
 
-_SEQUENCES: Mapping[str, type[Sequence]] = {"sequences": Sequence}
+_SEQUENCES: Mapping[str, type[Sequence]] = {"sequences": Sequence, "data-connections": ConnectionSequence}
 TARGETS = (*_RESPONSES, *_SEQUENCES)
 
 

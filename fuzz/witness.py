@@ -55,6 +55,10 @@ class Witness:
         self._endings = endings
         self._centers: dict[int, bytes] = {}
 
+    def center_of(self, step: int) -> bytes | None:
+        """The center of a step; None if it was never seen."""
+        return self._centers.get(step)
+
     def look(self) -> None:
         """Raises Failure if the center has changed, unless by a chief or by a round of pushes that came whole."""
         before, after = self.center, self._world.center()

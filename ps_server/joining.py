@@ -28,9 +28,7 @@ class Joining:
         self._indexes = indexes
         self._clock = clock
         self._calls: dict[bytes, Call] = {}
-        self._waiting: dict[
-            asyncio.Event, None
-        ] = {}  # a set, in the order in which they came: the first is served first
+        self._waiting: dict[asyncio.Event, None] = {}  # a set in its order: who has waited longest is served first
 
     async def serve(self, call: Call, request: pb.JoinRequest) -> None:
         """Serves one call until the client, a newer call of the same process or `fail` ends it.
