@@ -155,9 +155,8 @@ class ConnectionSequence(Sequence):
             self._pushes[call].key for call, its in self._by_push.items() if its is wire and call in self._pushes
         ]
         last = self._last_push_ids.get(place, 1)
-        key = waiting[-1] if waiting and rng.random() < 0.95 else (*place, last + rng.choice((0, 1)))
-        if key[:2] != place and rng.random() < 0.8:  # a push waits on another process's connection: that one's comes
-            key = (*place, key[2])
+        push_id = waiting[-1][2] if waiting and rng.random() < 0.95 else last + rng.choice((0, 1))
+        key = *place, push_id  # of the process whose connection it is, whoever waits on it
         given = self._given(key)
         number = key[2] if rng.random() < 0.98 else rng.choice(_NO_NUMBERS)
         wire.begin(key, given, self._model.flat(given.value), self._model.manifest, number)
