@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,11 +22,15 @@ from ma_client import (
     ModelAverageOptimizer,
     ParameterServerSession,
     PushResult,
+    data_connection,
 )
 from ps_worker.digits import DigitsData, DigitsNet, Images, accuracy
 from ps_worker.digits_config import DigitsConfig
 
-__all__ = ["Task", "accuracy_of", "warm_up", "work"]
+__all__ = ["WAYS", "Task", "Way", "accuracy_of", "warm_up", "work"]
+
+Way = Literal["shared memory", "data connection", "messages"]
+WAYS: tuple[Way, ...] = ("shared memory", "data connection", "messages")
 
 # Ten fragments, so that a push can break off in the middle.
 _FRAGMENT_SIZE_BYTES = 4096
@@ -43,12 +47,14 @@ class Task:
         process: the how-manieth process of this worker, from 1.
         rounds: the `global_step` at which it is done.
         log: the directory of the run's log.
+        way: how its bytes go; None: as they would of themselves.
     """
 
     cluster: ClusterSpec
     process: int
     rounds: int
     log: Path
+    way: Way | None = None
 
 
 def work(task: Task) -> None:
@@ -59,7 +65,9 @@ def work(task: Task) -> None:
     logging.getLogger("ma_client").addHandler(_TriedAgainHandler(log))
     logging.info("begins")
     order = _Order(_digits().part(cluster.num_workers, cluster.task_index, _CONFIG.batch_size), cluster)
-    with _LoggedSession(cluster, log) as session:
+    if task.way == "data connection":
+        data_connection._WORTH_BYTES = 0
+    with _LoggedSession(cluster, log, shared_memory=task.way in (None, "shared memory")) as session:
         getter = ModelAverageCustomGetter(worker_device="cpu")
         model = getter(_initial_model())
         optimizer = ModelAverageOptimizer(
@@ -120,7 +128,7 @@ class _Order:
 class _LoggedSession(ParameterServerSession):
     """Writes down what it pushes, before it does, and every center that comes."""
 
-    def __init__(self, cluster: ClusterSpec, log: WorkerLog) -> None:
+    def __init__(self, cluster: ClusterSpec, log: WorkerLog, shared_memory: bool) -> None:
         self._log = log
         self._pushes = 0
         super().__init__(
@@ -128,6 +136,7 @@ class _LoggedSession(ParameterServerSession):
             worker_id=cluster.worker_id,
             is_chief=cluster.is_chief,
             fragment_size_bytes=_FRAGMENT_SIZE_BYTES,
+            shared_memory=shared_memory,
         )
 
     def pull(self, *args: Any, **kwargs: Any) -> tuple[Mapping[str, NDArray[Any]], int]:

@@ -151,7 +151,10 @@ def _parser() -> argparse.ArgumentParser:
         "disk answers again (it waits)",
     )
     command.add_argument(
-        "--ready-file", type=Path, metavar="FILE", help='when listening, write {"address": ..., "pid": ...} there'
+        "--ready-file",
+        type=Path,
+        metavar="FILE",
+        help='when listening, write {"address": ..., "pid": ..., "data_port": ...} there',
     )
     command.add_argument(
         "--stream-idle-timeout-s",
@@ -289,6 +292,9 @@ def _serve(arguments: argparse.Namespace) -> int:
             stop,
             ready=lambda at: tell(f"listening on {', '.join(at)}", event("listening", addresses=at)),
             metrics_ready=lambda at: tell(f"metrics at http://{at}/metrics", event("metrics_listening", address=at)),
+            data_port_ready=lambda at: tell(
+                f"data connections at {', '.join(at)}", event("data_port_listening", addresses=at)
+            ),
         )
 
     asyncio.run(run())

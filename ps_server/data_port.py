@@ -175,8 +175,8 @@ class DataPort:
         self._tasks = set[asyncio.Task[None]]()
         self._arriving = set[socket.socket]()
 
-    def listen(self, hosts: Sequence[str], port: int) -> None:
-        """Listens on these hosts, on the same port of each; 0: any free one.
+    def listen(self, hosts: Sequence[str], port: int) -> int:
+        """Listens on these hosts, on the same port of each; 0: any free one. Returns the port.
 
         Raises:
             OSError: it cannot.
@@ -194,6 +194,7 @@ class DataPort:
             raise
         for listener in self._listeners:
             self._begin(self._accept(listener))
+        return port
 
     def offer(self, worker_id: str, incarnation: bytes) -> pb.DataConnection | None:
         """What to tell a worker that would like a connection; None: there is none. Earlier offers are void."""

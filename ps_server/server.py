@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -65,7 +66,8 @@ class ServerConfig:
     Args:
         binds: where to listen, HOST:PORT (port 0 takes a free one) or unix:PATH each.
         policy: what the service does.
-        ready_file: where to write ``{"address": ..., "addresses": [...], "pid": ...}`` once it listens; None: nowhere.
+        ready_file: where to write ``{"address": ..., "addresses": [...], "pid": ..., "data_port": ...}`` once it
+            listens, without ``data_port`` if it offers no data connections; None: nowhere.
         grace_s: how long calls that are under way may take to finish after SIGTERM.
         security: who may come in, and over what.
         metrics_bind: where to serve metrics for Prometheus, HOST:PORT (port 0 takes a free one); None: nowhere.
@@ -87,8 +89,10 @@ async def serve(
     stop: asyncio.Event,
     ready: Callable[[list[str]], None],
     metrics_ready: Callable[[str], None] = lambda _: None,
+    data_port_ready: Callable[[list[str]], None] = lambda _: None,
 ) -> None:
-    """Serves until ``stop`` is set; calls ``ready`` with the real addresses once it listens, then ``metrics_ready``.
+    """Serves until ``stop`` is set; calls ``ready`` with the real addresses once it listens, then ``data_port_ready``
+    with those of data connections, if there are any, and ``metrics_ready``.
 
     Raises:
         UnusableSettingError: an address is malformed, not of this machine, or taken; the file cannot be written; the
@@ -98,8 +102,10 @@ async def serve(
     with _opened_home(config.policy.checkpoints) as home, closing(_service(config.policy, home)) as service:
         async with _metrics(config.metrics_bind, service) as metrics_at:
 
-            def listening(addresses: list[str]) -> None:
+            def listening(addresses: list[str], data_addresses: list[str]) -> None:
                 ready(addresses)
+                if data_addresses:
+                    data_port_ready(data_addresses)
                 if metrics_at:
                     metrics_ready(metrics_at)
 
@@ -107,20 +113,23 @@ async def serve(
 
 
 async def _serve(
-    config: ServerConfig, service: ParameterServerService, stop: asyncio.Event, ready: Callable[[list[str]], None]
+    config: ServerConfig,
+    service: ParameterServerService,
+    stop: asyncio.Event,
+    ready: Callable[[list[str], list[str]], None],
 ) -> None:
     server, addresses = _assembled(config, service)
-    _open_data_port(config, service.data_port)
+    data_addresses = _open_data_port(config, service.data_port)
     health = Health(serving=("",), not_yet=(_CENTER, wire.SERVICE))
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     await server.start()
     if config.ready_file is not None:
         try:
-            _write_ready_file(config.ready_file, addresses)
+            _write_ready_file(config.ready_file, addresses, data_addresses)
         except OSError as error:
             await server.stop(grace=None)
             raise UnusableSettingError(f"cannot write --ready-file {config.ready_file}: {error.strerror}") from None
-    ready(addresses)
+    ready(addresses, data_addresses)
     center = asyncio.ensure_future(service.wait_initialized())
     center.add_done_callback(lambda task: None if task.cancelled() else health.serve(_CENTER, wire.SERVICE))
     await stop.wait()
@@ -164,17 +173,20 @@ async def _metrics(bind: str | None, service: ParameterServerService) -> AsyncIt
         end()
 
 
-def _open_data_port(config: ServerConfig, data_port: DataPort) -> None:
+def _open_data_port(config: ServerConfig, data_port: DataPort) -> list[str]:
+    """Where it listens for data connections: HOST:PORT each, all with the same port."""
     hosts = list(dict.fromkeys(b.rpartition(":")[0].strip("[]") for b in config.binds if not b.startswith("unix:")))
     if config.data_port is None or config.security.tls_cert is not None or not hosts:
-        return
+        return []
     try:
-        data_port.listen(hosts, config.data_port)
+        port = data_port.listen(hosts, config.data_port)
     except OSError as error:
         why = f"cannot listen on --data-port {config.data_port} of {', '.join(hosts)}: {error.strerror or error}"
         if config.data_port:
             raise UnusableSettingError(why) from None
         _log.warning("%s; fragments travel in messages", why, extra=event("no_data_port", cause=why))
+        return []
+    return [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host in hosts]
 
 
 @contextmanager
@@ -293,9 +305,11 @@ def _remove_stale_socket(bind: str) -> None:
             raise UnusableSettingError(f"cannot listen on {bind}: another server listens there")
 
 
-def _write_ready_file(path: Path, addresses: list[str]) -> None:
+def _write_ready_file(path: Path, addresses: list[str], data_addresses: list[str]) -> None:
     # Written beside and renamed, so that who waits for the file never reads half of it.
     beside = path.with_name(f"{path.name}.{os.getpid()}")
-    content = {"address": addresses[0], "addresses": addresses, "pid": os.getpid()}
+    content: dict[str, Any] = {"address": addresses[0], "addresses": addresses, "pid": os.getpid()}
+    if data_addresses:
+        content["data_port"] = int(data_addresses[0].rpartition(":")[2])
     beside.write_text(json.dumps(content) + "\n")
     beside.replace(path)

@@ -22,6 +22,7 @@ COMMON_FIELDS = ("time", "level", "program", "event", "message")
 EVENTS: dict[str, tuple[str, ...]] = {
     # of the server
     "listening": ("addresses",),
+    "data_port_listening": ("addresses",),
     "metrics_listening": ("address",),
     "center_initialized": ("worker", "peer", "round", "variables", "size_bytes"),
     "call_refused": ("rpc", "reason", "worker", "peer"),
