@@ -22,8 +22,8 @@ from ma_client import (
     ModelAverageOptimizer,
     ParameterServerSession,
     PushResult,
-    data_connection,
 )
+from ma_client.data_connection import DATA_SETTINGS, DataSettings
 from ps_worker.digits import DigitsData, DigitsNet, Images, accuracy
 from ps_worker.digits_config import DigitsConfig
 
@@ -65,9 +65,7 @@ def work(task: Task) -> None:
     logging.getLogger("ma_client").addHandler(_TriedAgainHandler(log))
     logging.info("begins")
     order = _Order(_digits().part(cluster.num_workers, cluster.task_index, _CONFIG.batch_size), cluster)
-    if task.way == "data connection":
-        data_connection._WORTH_BYTES = 0
-    with _LoggedSession(cluster, log, shared_memory=task.way in (None, "shared memory")) as session:
+    with _LoggedSession(cluster, log, task.way) as session:
         getter = ModelAverageCustomGetter(worker_device="cpu")
         model = getter(_initial_model())
         optimizer = ModelAverageOptimizer(
@@ -128,7 +126,7 @@ class _Order:
 class _LoggedSession(ParameterServerSession):
     """Writes down what it pushes, before it does, and every center that comes."""
 
-    def __init__(self, cluster: ClusterSpec, log: WorkerLog, shared_memory: bool) -> None:
+    def __init__(self, cluster: ClusterSpec, log: WorkerLog, way: str | None) -> None:
         self._log = log
         self._pushes = 0
         super().__init__(
@@ -136,7 +134,8 @@ class _LoggedSession(ParameterServerSession):
             worker_id=cluster.worker_id,
             is_chief=cluster.is_chief,
             fragment_size_bytes=_FRAGMENT_SIZE_BYTES,
-            shared_memory=shared_memory,
+            shared_memory=way in (None, "shared memory"),
+            data_connections=DataSettings(least_bytes=0) if way == "data connection" else DATA_SETTINGS,
         )
 
     def pull(self, *args: Any, **kwargs: Any) -> tuple[Mapping[str, NDArray[Any]], int]:

@@ -22,7 +22,7 @@ from modelaverage.security_flags import add_security_flags, security_of
 from ps_server import status
 from ps_server.export import ExportError, export
 from ps_server.keeper import CheckpointPolicy
-from ps_server.policy import RoundPolicy
+from ps_server.policy import MAX_WORKERS, RoundPolicy
 from ps_server.security import ServerSecurity, add_server_security_flags
 from ps_server.server import ServerConfig, UnusableSettingError, serve, stop_on_signals
 from ps_server.service import DEFAULT_SHARED_MEMORY_FROM_BYTES, ServicePolicy
@@ -322,6 +322,9 @@ def _round_policy(arguments: argparse.Namespace) -> RoundPolicy:
         raise UnusableSettingError(
             f"--min-workers {min_workers}, --num-workers {num_workers}, --max-workers {max_workers} have to ascend"
         )
+    if max_workers > MAX_WORKERS:
+        flag = "--num-workers" if num_workers > MAX_WORKERS else "--max-workers"
+        raise UnusableSettingError(f"{flag} {max_workers} is more than a round may have; at most {MAX_WORKERS} fit")
     quorum_flags = [
         f for f in ("--max-workers", "--grace-s") if getattr(arguments, f[2:].replace("-", "_")) is not None
     ]

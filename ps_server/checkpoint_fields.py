@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from modelaverage.checks import INCARNATION_BYTES, STEP_LIMIT, check_incarnation, check_worker_id
 from modelaverage.manifest import MAX_DIMENSIONS, MAX_FRAGMENT_SIZE_BYTES, Manifest, Part, Shard, Variable
 from modelaverage.shared_memory import Segment
+from modelaverage.wire import check_sendable
 from ps_server import strict_json
 from ps_server.safetensors_file import Head
 
@@ -127,7 +128,9 @@ def content_of(head: Head, step: int, is_fresh: bool) -> Content:
     if len(set(contributors)) != len(contributors):
         raise ValueError("contributors has a worker twice")
     counted = strict_json.map_of(strict_json.parse(about["counted"]), "counted", _MAX_COUNTED, _counted)
-    return Content(Manifest(variables, fragment_size_bytes, shard), tuple(contributors), counted)
+    manifest = Manifest(variables, fragment_size_bytes, shard)
+    check_sendable(manifest)
+    return Content(manifest, tuple(contributors), counted)
 
 
 def _name(value: Any) -> str:

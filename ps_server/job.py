@@ -14,10 +14,13 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
+from modelaverage import wire
 from modelaverage.data_connection import NUMBER
 from modelaverage.errors import ModelAverageError, Reason, refusal
 from modelaverage.logs import event
 from modelaverage.manifest import Manifest
+from modelaverage.missing import Missing
+from modelaverage.names import MAX_NAMES, listed, shown
 from modelaverage.outcome import Outcome
 from modelaverage.shared_memory import Segment
 from modelaverage.v1 import parameter_server_pb2 as pb
@@ -38,12 +41,13 @@ from ps_server.decisions import (
     TimeOut,
 )
 from ps_server.keeper import Keeper
+from ps_server.missing import missing_of
 from ps_server.observations import Observations, Sending
 from ps_server.part import Average, Part, push_of
 from ps_server.reserve import Reserve
 from ps_server.roster import Roster
 from ps_server.round import Round, check_fragment_order
-from ps_server.sender import Sender, center_header
+from ps_server.sender import Sender
 from ps_server.trouble import describe, end_process, is_expected
 
 __all__ = ["Job"]
@@ -58,6 +62,7 @@ class Job:
 
     Args:
         center: the center variables.
+        pull_header: what opens a pulled center.
         round_: the ledger; nobody has pushed yet.
         roster: where to note what workers do.
         clock: seconds, monotonic.
@@ -71,6 +76,7 @@ class Job:
     def __init__(
         self,
         center: Center,
+        pull_header: wire.PullHeader,
         round_: Round,
         roster: Roster,
         clock: Callable[[], float],
@@ -85,6 +91,7 @@ class Job:
         self.rounds_restarted = self.rounds_without_all = 0
         self.stale_pushes = 0
         self.last_round_s = 0.0
+        self._pull_header = pull_header
         self._average = Average(center.next)
         self._parts: dict[int, Part] = {}  # by the number of the call, as the round names its streams
         self._lent: dict[str, tuple[bytes, Segment]] = {}  # by worker: its incarnation, its contribution memory
@@ -135,16 +142,14 @@ class Job:
         """How many workers have a push open."""
         return len({part.worker_id for part in self._parts.values()})
 
-    def missing(self) -> tuple[list[str], int]:
-        """Whom the round waits for: names of workers, sorted, and how many more."""
-        names, unknown = self.round.waits_for
-        if unknown == 0:
-            return sorted(names), 0
-        return self._roster.waiting_for(self.round.complete, len(self.round.complete) + len(names) + unknown)
+    def missing(self) -> Missing:
+        """Whom the round waits for."""
+        named, unnamed = self.round.waits_for
+        return missing_of(named, unnamed, self.round.complete, self.round.contributors, self._roster)
 
     async def send_pulled(self, call: Call, header_only: bool) -> None:
         """Answers a pull: header, then every fragment if they are wanted, all of one step."""
-        header = center_header(self.manifest, self.round.global_step, self.round.policy.num_workers)
+        header = self._pull_header.encode(self.round.global_step, self.round.policy.num_workers)
         count = 0 if header_only else self.manifest.fragment_count
         buffer, reader = self.center.current, Reader(self._clock(), call.fail)
         with self.center.reading(buffer, reader):
@@ -198,7 +203,7 @@ class Job:
         """The header of a push came: what the round says to it."""
         with self._as_a_whole():
             decisions = self.round.open(part.call.number, push, self._clock())
-            record = self._roster.heard_of(push.worker_id, self._clock())
+            record = self._roster.heard_push_of(push.worker_id, self._clock())
             record.note_push(header, part.call.peer)
             self._observations.pushes_retried += record.is_retry(push.key)
             return self._apply(decisions, part)
@@ -283,7 +288,7 @@ class Job:
     def _record(self, part: Part, index: int) -> list[Decision]:
         part.call.expecting = index + 1 < self.manifest.fragment_count
         now_s = self._clock()
-        record = self._roster.heard_of(part.worker_id, now_s)
+        record = self._roster.heard_push_of(part.worker_id, now_s)
         self._observations.fragments_received += 1
         if not part.call.expecting:
             record.transport = part.transport
@@ -493,9 +498,13 @@ class Job:
         _log.debug(
             "global_step %d: averaged %s",
             commit.global_step,
-            ", ".join(w if w.isprintable() else repr(w) for w in commit.contributors),
+            listed(commit.contributors, show=shown),
             extra=event(
-                "round_committed", round=commit.global_step - 1, workers=commit.contributors, round_s=commit.round_s
+                "round_committed",
+                round=commit.global_step - 1,
+                workers=commit.contributors[:MAX_NAMES],
+                workers_omitted=max(0, len(commit.contributors) - MAX_NAMES),
+                round_s=commit.round_s,
             ),
         )
         _answer(outcomes, held, sending)
@@ -527,7 +536,7 @@ class Job:
                 self._set_timers()
 
     def _time_out(self, streams: tuple[int, ...], waited_s: float) -> None:
-        whom = "its checkpoint" if self.round.prepared else self._missing_text()
+        whom = "its checkpoint" if self.round.prepared else self.missing().text()
         error = refusal(
             Reason.ROUND_TIMED_OUT,
             f"round {self.round.global_step} waited {waited_s:g} s (--round-timeout-s) for {whom}; "
@@ -540,30 +549,33 @@ class Job:
         self._notice_timer = asyncio.get_running_loop().call_later(gap_s, self._give_notice, gap_s)
 
     def _give_notice(self, gap_s: float) -> None:
-        names, unknown = self.missing()
+        try:
+            self._say_who_is_missing()
+        finally:
+            self._plan_notice(2 * gap_s)
+
+    def _say_who_is_missing(self) -> None:
+        missing = self.missing()
         age_s = self.round.age_s(self._clock())
         _log.warning(
             "round %d has waited %.0f s for %s",
             self.round.global_step,
             age_s,
-            self._missing_text(),
+            "its checkpoint" if self.round.prepared else missing.text(),
             extra=event(
                 "round_waits",
                 round=self.round.global_step,
                 waited_s=age_s,
-                waiting_for=names,
-                waiting_for_unknown=unknown,
+                waiting_for=missing.names,
+                waiting_for_omitted=missing.omitted,
+                waiting_for_unknown=missing.unknown,
             ),
         )
+        notice = missing.notice(age_s)
         for part in self._parts.values():
             if part.average is self._average:
-                part.notice = pb.WaitingNotice(waiting_for=names, waiting_for_unknown=unknown, round_age_s=age_s)
+                part.notice = notice
                 part.progress.set()
-        self._plan_notice(2 * gap_s)
-
-    def _missing_text(self) -> str:
-        names, unknown = self.missing()
-        return ", ".join([*map(repr, names), *([f"{unknown} not heard of yet"] if unknown else [])]) or "nobody"
 
     def _wake(self, average: Average) -> None:
         for part in self._parts.values():

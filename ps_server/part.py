@@ -77,7 +77,8 @@ def shared_memory_message(segment: Segment) -> pb.SharedMemory:
 
 def push_of(header: pb.PushHeader, manifest: Manifest) -> Push:
     """What a header says, checked against the manifest in force."""
-    untouched = tuple(header.untouched_variables)
+    # One more than there can be is enough to see that they are too many: there may be millions.
+    untouched = tuple(header.untouched_variables[: len(manifest.variables) + 1])
     push = Push(
         header.worker_id,
         header.incarnation,

@@ -25,6 +25,7 @@ import math
 from dataclasses import dataclass, field
 
 from modelaverage.errors import ModelAverageError, Reason, refusal
+from modelaverage.names import listed
 from modelaverage.outcome import Outcome
 from ps_server.decisions import (
     Admit,
@@ -394,7 +395,7 @@ class Round:
         raise refusal(
             Reason.ROUND_FULL,
             f"{newcomer!r} is one too many for round {self.global_step}, which has its {self.policy.max_workers} "
-            f"workers ({', '.join(map(repr, sorted(self._members)))}); start the server with a higher --num-workers "
+            f"workers ({listed(sorted(self._members))}); start the server with a higher --num-workers "
             "or --max-workers",
         )
 
@@ -456,7 +457,7 @@ class Round:
             return self._dismiss_held("others did not come back")
         for worker_id in gone:
             self._expected.pop(worker_id, None)
-        return self._restart(f"the push of {', '.join(map(repr, gone))} broke off")
+        return self._restart(f"the push of {listed(gone)} broke off")
 
     def _settle(self, member: _Member | None, now_s: float) -> list[Decision]:
         """Draws the consequences of who is there and who has given all; ``member`` may just have done so."""
@@ -501,7 +502,7 @@ class Round:
             self._expected.pop(worker_id, None)
         self._barred |= late
         self._barred_at_s, self._knows_workers = now_s, True
-        cause = f"it waited {self._grace_s:g} s for {', '.join(map(repr, sorted(late)))}"
+        cause = f"it waited {self._grace_s:g} s for {listed(sorted(late))}"
         if any(member.given > 0 for member in missing.values()):
             return self._restart(cause)
         error = refusal(Reason.ROUND_RESTARTED, f"round {self.global_step} goes on without you: {cause}; push again")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from modelaverage import wire
 from modelaverage.manifest import Manifest
 from modelaverage.outcome import Outcome
 from modelaverage.v1 import parameter_server_pb2 as pb
@@ -12,7 +11,7 @@ from ps_server.data_port import DataPort
 from ps_server.observations import Observations
 from ps_server.part import Part, shared_memory_message
 
-__all__ = ["Sender", "center_header"]
+__all__ = ["Sender"]
 
 
 class Sender:
@@ -126,14 +125,3 @@ class Sender:
     def _naming(first: int, end: int) -> bytes:
         shared = pb.SharedFragments(first=first, count=end - first)
         return pb.PushAndAverageResponse(shared=shared).SerializeToString()
-
-
-def center_header(manifest: Manifest, global_step: int, num_workers: int) -> bytes:
-    """The message that begins a pulled center."""
-    header = pb.CenterHeader(
-        manifest=wire.manifest_to_message(manifest),
-        manifest_id=manifest.id,
-        global_step=global_step,
-        num_workers=num_workers,
-    )
-    return pb.PullResponse(header=header).SerializeToString()

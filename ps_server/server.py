@@ -109,6 +109,7 @@ async def serve(
                 if metrics_at:
                     metrics_ready(metrics_at)
 
+            _start_helper(service)
             await _serve(config, service, stop, listening)
 
 
@@ -171,6 +172,13 @@ async def _metrics(bind: str | None, service: ParameterServerService) -> AsyncIt
         yield f"{host}:{port}"
     finally:
         end()
+
+
+def _start_helper(service: ParameterServerService) -> None:
+    try:
+        service.helper.start()
+    except RuntimeError as error:
+        raise UnusableSettingError(f"this machine has no thread for the server: {error}") from None
 
 
 def _open_data_port(config: ServerConfig, data_port: DataPort) -> list[str]:

@@ -7,7 +7,9 @@ import logging
 import math
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import grpc.aio
@@ -18,14 +20,17 @@ from modelaverage import wire
 from modelaverage.checks import check_global_step, check_incarnation, check_worker_id
 from modelaverage.errors import FAULTS, REASON_METADATA_KEY, REASON_PREFIX, ModelAverageError, Reason, refusal
 from modelaverage.logs import event
-from modelaverage.manifest import Manifest, first_difference
+from modelaverage.manifest import MAX_VARIABLES, Manifest, first_difference
 from modelaverage.v1 import parameter_server_pb2 as pb
+from ps_server.authorization import Role
 from ps_server.call import Call, Context, Traffic
 from ps_server.center import Center, check_fragment_size
 from ps_server.checkpoint import Checkpoint
 from ps_server.checkpoint_home import CheckpointHome
 from ps_server.connections import cut
 from ps_server.data_port import DataPort
+from ps_server.gatekeeper import caller_role
+from ps_server.helper_thread import HelperThread, no_collections
 from ps_server.job import Job
 from ps_server.joining import Joining
 from ps_server.keeper import CheckpointPolicy, Keeper
@@ -49,6 +54,12 @@ _LAST_WORD_TIMEOUT_S = 2.0
 # What a disk is given at least for the last checkpoint; and for a large one, so many bytes a second.
 _LEAST_LAST_WRITE_S = 0.3
 _DISK_BYTES_PER_S = 200e6
+# From so many variables, fragments or bytes on a model is handled beside the event loop: on it, everybody would wait.
+_MANY_VARIABLES = 1000
+_MANY_FRAGMENTS = 8192
+_MANY_BYTES = 64 << 20
+# So many workers are in a status: with the longest names, a fifth of what a message may have.
+_MAX_WORKERS_SHOWN = 2000
 _GOING_DOWN = "the parameter server is going down; try again when it is back"
 _T = TypeVar("_T")
 
@@ -121,6 +132,8 @@ class ParameterServerService:
             self._keeper = Keeper(policy.checkpoints, home, self._observations, clock)
         self.data_port = DataPort(policy.round.max_workers)
         """Where workers may open data connections, once it listens."""
+        self.helper = HelperThread()
+        """For large models, once it is started."""
         if restored is not None:
             self._job = self._restored(restored)
 
@@ -166,6 +179,7 @@ class ParameterServerService:
     def close(self) -> None:
         """Ends what runs beside the event loop; to be called at the end, however it comes."""
         self.data_port.close()
+        self.helper.stop()
         self._reserve.close()
         if self._keeper is not None:
             self._keeper.close()
@@ -183,18 +197,16 @@ class ParameterServerService:
         call.worker_id = header.worker_id
         check_worker_id(header.worker_id)
         check_global_step(header.global_step)
-        manifest = wire.manifest_from_message(header.manifest)
+        many = _MANY_VARIABLES < len(header.manifest.variables) <= MAX_VARIABLES
+        manifest, pull_header = await self._beside_the_loop(call, many, lambda: _read_manifest(header.manifest))
         initialized = False
         if self._job is None:
             values = await self._receive_values(call, manifest)
-            if self._job is None:  # another chief may have been faster
-                center = self._new_center(manifest)
-                for index in range(manifest.fragment_count):
-                    start, end = manifest.fragment_bounds(index)
-                    center.load(index, values[start:end].data)
-                del values
+            center = await self._beside_the_loop(call, _is_large(manifest), lambda: self._new_center(manifest, values))
+            del values
+            if self._job is None and center is not None:  # another chief may have been faster
                 round_ = Round(self._policy.round, manifest.fragment_count, header.global_step)
-                self._job = self._new_job(center, round_)
+                self._job = self._new_job(center, pull_header, round_)
                 initialized = True
                 _log.info(
                     "center initialized by %r: %s%d variables, %d bytes, global_step %d",
@@ -213,13 +225,20 @@ class ParameterServerService:
                     ),
                 )
         job = self._job
-        difference = first_difference(manifest.variables, job.manifest.variables, "in the call", "on the server")
+        assert job is not None
+        difference = None
+        if not initialized:
+            compare = partial(
+                first_difference, manifest.variables, job.manifest.variables, "in the call", "on the server"
+            )
+            difference = await self._beside_the_loop(call, many, compare)
         if difference is not None:
             raise refusal(
                 Reason.MANIFEST_MISMATCH,
                 f"the center was initialized with another manifest: {difference}; give all workers the same model",
             )
-        self._roster.heard_of(header.worker_id, self._clock()).is_chief = True
+        record = self._roster.heard_of(header.worker_id, self._clock())
+        record.is_chief = record.may_push = True
         if initialized:
             await job.keep()
         return pb.InitializeResponse(
@@ -230,10 +249,20 @@ class ParameterServerService:
             shard=wire.shard_to_message(job.manifest.shard),
         )
 
-    def _new_job(self, center: Center, round_: Round) -> Job:
+    async def _beside_the_loop(self, call: Call, is_long: bool, work: Callable[[], _T]) -> _T:
+        """What ``work`` returns. If it takes long, all else goes on meanwhile, and the client is not to blame."""
+        if not is_long:
+            return work()
+        call.expecting = False
+        result = await self.helper.run(work)
+        call.expecting = True
+        return result
+
+    def _new_job(self, center: Center, pull_header: wire.PullHeader, round_: Round) -> Job:
         self._initialized.set()
         return Job(
             center,
+            pull_header,
             round_,
             self._roster,
             self._clock,
@@ -246,7 +275,7 @@ class ParameterServerService:
 
     def _restored(self, checkpoint: Checkpoint) -> Job:
         manifest = checkpoint.manifest
-        center = self._new_center(manifest)
+        center = self._empty_center(manifest)
         for name, array in center.current.arrays.items():
             array[...] = checkpoint.arrays[name]
         round_ = Round(
@@ -256,7 +285,7 @@ class ParameterServerService:
             checkpoint.contributors,
             dict(checkpoint.counted or {}),
         )
-        return self._new_job(center, round_)
+        return self._new_job(center, wire.PullHeader(manifest), round_)
 
     async def _receive_values(self, call: Call, manifest: Manifest) -> NDArray[np.uint8]:
         """The flat buffer that the chief sends. A header alone costs nothing: memory is used as bytes come."""
@@ -286,7 +315,18 @@ class ParameterServerService:
             )
         return values
 
-    def _new_center(self, manifest: Manifest) -> Center:
+    def _new_center(self, manifest: Manifest, values: NDArray[np.uint8]) -> Center | None:
+        """A center with these values, a flat buffer; None if there is a job already."""
+        if self._job is not None:
+            return None
+        with no_collections() if _is_large(manifest) else nullcontext():
+            center = self._empty_center(manifest)
+            for index in range(manifest.fragment_count):
+                start, end = manifest.fragment_bounds(index)
+                center.load(index, values[start:end].data)
+        return center
+
+    def _empty_center(self, manifest: Manifest) -> Center:
         if manifest.buffer_size_bytes >= self._policy.shared_memory_from_bytes:
             try:
                 return Center(manifest, True, self._reserve)
@@ -306,14 +346,14 @@ class ParameterServerService:
             call.worker_id = message.worker_id
             check_worker_id(message.worker_id)
             if message.wait_initialized:
-                self._roster.heard_of(message.worker_id, self._clock())
+                self._heard_pull_of(message.worker_id)
                 self._pulls_waiting.add(call)
                 try:
                     await self._initialized.wait()
                 finally:
                     self._pulls_waiting.discard(call)
             job = self._require_job()
-            self._roster.heard_of(message.worker_id, self._clock())
+            self._heard_pull_of(message.worker_id)
             if self._reserve.is_short and not message.header_only:
                 raise refusal(
                     Reason.SERVER_OVERLOADED,
@@ -322,6 +362,10 @@ class ParameterServerService:
             await job.send_pulled(call, message.header_only)
 
         await self._serve("Pull", context, body)
+
+    def _heard_pull_of(self, worker_id: str) -> None:
+        record = self._roster.heard_of(worker_id, self._clock())
+        record.may_push = record.may_push or caller_role.get() is not Role.READER
 
     # PushAndAverage
 
@@ -352,7 +396,9 @@ class ParameterServerService:
 
     def metrics_sample(self) -> MetricsSample:
         """What the metrics show at this moment. To be called on the event loop."""
-        lateness_sum_s = {worker_id: record.lateness_sum_s for worker_id, record in self._roster.records.items()}
+        lateness_sum_s = {
+            w: record.lateness_sum_s for w, record in self._roster.records.items() if record.pushes_counted
+        }
         return MetricsSample(self._status(), self._observations, self._traffic, lateness_sum_s)
 
     async def _get_status(self, request: bytes, context: Context) -> bytes:
@@ -394,9 +440,10 @@ class ParameterServerService:
             status.round_age_s = job.round.age_s(now_s)
             status.phase = pb.PHASE_AVERAGING if job.round.under_way else pb.PHASE_IDLE
             if job.round.under_way:
-                names, unknown = job.missing()
-                status.waiting_for.extend(names)
-                status.waiting_for_unknown = unknown
+                missing = job.missing()
+                status.waiting_for.extend(missing.names)
+                status.waiting_for_omitted = missing.omitted
+                status.waiting_for_unknown = missing.unknown
         if self._keeper is not None:
             status.checkpoint_problem = self._keeper.problem
             if self._keeper.step is not None:
@@ -407,7 +454,9 @@ class ParameterServerService:
                 status.checkpoint_writing_s = now_s - self._keeper.writing_since_s
         if self._stopping:
             status.phase = pb.PHASE_STOPPING
-        for worker_id, record in sorted(self._roster.records.items()):
+        foremost = self._roster.foremost(_MAX_WORKERS_SHOWN)
+        status.workers_omitted = len(self._roster.records) - len(foremost)
+        for worker_id, record in foremost:
             status.workers.add(
                 worker_id=worker_id,
                 is_chief=record.is_chief,
@@ -500,6 +549,20 @@ class ParameterServerService:
                 "there is no center yet: the chief has to initialize it, or pull and wait for it",
             )
         return self._job
+
+
+def _read_manifest(message: pb.Manifest) -> tuple[Manifest, wire.PullHeader]:
+    """Raises InvalidRequestError (MANIFEST_INVALID), also if no pull could be answered with it."""
+    manifest = wire.manifest_from_message(message)
+    return manifest, wire.PullHeader(manifest)
+
+
+def _is_large(manifest: Manifest) -> bool:
+    return (
+        len(manifest.variables) > _MANY_VARIABLES
+        or manifest.fragment_count > _MANY_FRAGMENTS
+        or manifest.buffer_size_bytes > _MANY_BYTES
+    )
 
 
 def _short(message: str) -> str:
