@@ -18,13 +18,14 @@ from types import TracebackType
 
 from ps_worker import leash
 
-__all__ = ["INTERFACE", "Host", "Network", "unavailable_because"]
+__all__ = ["INTERFACE", "Host", "Network", "port_to", "unavailable_because"]
 
 INTERFACE = "eth0"
 """The name of every host's interface to its link."""
 # The kernel hands packets of up to 64 KiB to the queue and splits those larger than the burst, at four times the cost.
 # 5 ms of packets are about what a port of a small switch holds.
-_QUEUE = "burst 131072b latency 5ms"
+_BURST_BYTES = 131072
+_QUEUE = f"burst {_BURST_BYTES}b latency 5ms"
 _TOOLS = ("ip", "tc", "nsenter", "unshare")
 # In a namespace that is gone at once: may we, and does the kernel have what we need?
 _PROBE = (
@@ -102,6 +103,10 @@ class Network:
         congestion_control: of TCP on the hosts. "reno" is the one that every kernel has and every namespace may choose;
             Linux's usual "cubic" behaves the same on ways so short.
 
+    Attributes:
+        hosts: linked to the switch.
+        switch: where the bridge is.
+
     Raises:
         CalledProcessError: the machine cannot have them; `unavailable_because` says why, beforehand.
 
@@ -113,19 +118,19 @@ class Network:
 
     def __init__(self, num_hosts: int, rate_mbit: float, congestion_control: str = "reno") -> None:
         self.hosts: list[Host] = []
+        self.switch: Host
         self._num_hosts, self._rate_mbit = num_hosts, rate_mbit
         self._congestion_control = congestion_control
 
     def __enter__(self) -> Network:
         with contextlib.ExitStack() as cleanup:
-            switch = Host()
+            self.switch = switch = Host()
             cleanup.callback(switch.close)
-            switch.run("ip", "link", "add", "bridge", "type", "bridge")
-            switch.run("ip", "link", "set", "bridge", "up")
+            self.add_bridge("bridge")
             for number in range(1, self._num_hosts + 1):
                 host = Host(f"10.0.0.{number}")
                 cleanup.callback(host.close)
-                self._link(switch, host, f"port{number}")
+                self._link(switch, host, port_to(host))
                 self.hosts.append(host)
             self._cleanup = cleanup.pop_all()
         return self
@@ -134,6 +139,18 @@ class Network:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._cleanup.close()
+
+    def add_bridge(self, name: str) -> None:
+        """Another one at the switch."""
+        self.switch.run("ip", "link", "add", name, "type", "bridge")
+        self.switch.run("ip", "link", "set", name, "up")
+
+    def lose(self, port: str, from_bytes: int | None) -> None:
+        """Packets from this size on that leave the switch there are lost without a word; None: none are."""
+        # A bucket that is smaller than a packet never has enough for it.
+        burst = _BURST_BYTES if from_bytes is None else max(8, from_bytes)
+        queue = f"root tbf rate {self._rate_mbit}mbit burst {burst}b latency 5ms".split()
+        self.switch.run("tc", "qdisc", "replace", "dev", port, *queue)
 
     def _link(self, switch: Host, host: Host, port: str) -> None:
         peer = ("peer", "name", INTERFACE, "netns", str(host.pid))
@@ -148,6 +165,11 @@ class Network:
         limit = f"root tbf rate {self._rate_mbit}mbit {_QUEUE}".split()
         switch.run("tc", "qdisc", "add", "dev", port, *limit)
         host.run("tc", "qdisc", "add", "dev", INTERFACE, *limit)
+
+
+def port_to(host: Host) -> str:
+    """The switch's interface to a host."""
+    return f"port{host.address.rpartition('.')[2]}"
 
 
 def _path(tool: str) -> str:

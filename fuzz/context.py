@@ -153,6 +153,11 @@ class FakeContext:
             self._wake(self._writer)
 
     @property
+    def reads(self) -> bool:
+        """Whether the client takes what is written."""
+        return self._room
+
+    @property
     def blocked(self) -> bool:
         """Whether the service waits for room."""
         return self._writer is not None

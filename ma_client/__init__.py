@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ma_client.cluster import ClusterError, ClusterSpec
+from ma_client.data_connection import DataSettings
 from ma_client.session import InitializeResult, ParameterServerSession, PushResult
 from modelaverage.errors import SecurityError
 from modelaverage.outcome import Outcome
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ClusterError",
     "ClusterSpec",
+    "DataSettings",
     "GLOBAL_VARIABLE_NAME",
     "InitializeResult",
     "ModelAverageCustomGetter",

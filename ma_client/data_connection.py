@@ -3,60 +3,96 @@
 from __future__ import annotations
 
 import contextlib
-import re
+import logging
 import select
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 from ma_client.staging import Staging
-from modelaverage.data_connection import NUMBER, halves, prepare, use_short_queues, want
+from modelaverage.data_connection import (
+    NOTICES_IN_SILENCE,
+    NUMBER,
+    SILENCE_TIMEOUT_S,
+    halves,
+    prepare,
+    use_short_queues,
+    want,
+)
+from modelaverage.logs import event
 from modelaverage.v1 import parameter_server_pb2 as pb
 
-__all__ = ["DataConnection", "DataLink", "Transfer", "host_of"]
+__all__ = ["DATA_SETTINGS", "DataConnection", "DataSettings", "Transfer"]
 
-_CONNECT_TIMEOUT_S = 5.0
-# What stands between may let gRPC's port pass and no other; so it is tried again, but not with every push.
-_TRY_AGAIN_AFTER_S = 60.0
-# A smaller model is one message, or a few.
-_WORTH_BYTES = 1 << 20
+_log = logging.getLogger("ma_client")
 # When the connection breaks, the server's own word on the push comes so soon after it.
 _LAST_WORD_S = 1.0
 _MOST_PARTS = 64
 _LOOK_S = 0.1
+# A reader is woken up for whole fragments; on a slow link it has to look meanwhile whether anything comes.
+_LOOKS_IN_SILENCE = 8
 
 
-def host_of(address: str) -> str | None:
-    """The host in an address as gRPC takes it; None: there is none that a socket could connect to."""
-    found = re.fullmatch(r"(?:dns:///|ipv4:|ipv6:)?(\[[^\]]+\]|[^:/]+):\d+", address)
-    return None if found is None else found[1].strip("[]")
+@dataclass(frozen=True)
+class DataSettings:
+    """When a session uses data connections, and how long it waits for them.
+
+    Args:
+        least_bytes: a smaller model is one message, or a few, and travels so.
+        connect_timeout_s: to connect, and to be answered.
+        silence_timeout_s: a connection on which nothing moves for so long, though something should, is lost.
+        pause_s: after one was lost, or was not to be had, pushes go in messages for so long: what stands between may
+            let gRPC's port pass and no other, or small packets and no large ones.
+    """
+
+    least_bytes: int = 1 << 20
+    connect_timeout_s: float = 5.0
+    silence_timeout_s: float = SILENCE_TIMEOUT_S
+    pause_s: float = 60.0
+
+
+DATA_SETTINGS = DataSettings()
+"""The usual ones."""
 
 
 class DataConnection:
-    """A connection that the server has answered. Either direction is for one thread at a time, `break_off` for any."""
+    """A connection that the server has answered. Either direction is for one thread at a time, `break_off` for any.
 
-    def __init__(self, connection: socket.socket) -> None:
+    Args:
+        connection: the socket; this object's from now on.
+        silence_timeout_s: it is lost when it is silent for longer, though something should move.
+        peer: what it is connected to, for the log.
+    """
+
+    def __init__(self, connection: socket.socket, silence_timeout_s: float = SILENCE_TIMEOUT_S, peer: str = "") -> None:
         self._socket = connection
+        self.silence_timeout_s = silence_timeout_s
+        self.peer = peer
+        self.moved_at_s = time.monotonic()
+        """When bytes last went or came, on the monotonic clock."""
         connection.settimeout(None)
 
     @classmethod
-    def open(cls, host: str, offer: pb.DataConnection) -> DataConnection:
+    def open(cls, host: str, offer: pb.DataConnection, settings: DataSettings) -> DataConnection:
         """Connects. Raises OSError: nobody is there, or somebody else; ValueError, OverflowError: that is no offer."""
         hello, answer = halves(offer.key)
-        connection = socket.create_connection((host, offer.port), _CONNECT_TIMEOUT_S)
+        connection = socket.create_connection((host, offer.port), settings.connect_timeout_s)
+        end_s = time.monotonic() + settings.connect_timeout_s
         try:
-            prepare(connection)
+            prepare(connection, settings.silence_timeout_s)
             connection.sendall(hello)
             came = b""
             while len(came) < len(answer) and (more := connection.recv(len(answer) - len(came))):
                 came += more
+                connection.settimeout(max(0.001, end_s - time.monotonic()))
             if came != answer:
                 raise OSError("what listens there does not know the key")
         except BaseException:
             connection.close()
             raise
-        return cls(connection)
+        return cls(connection, settings.silence_timeout_s, f"{host}:{offer.port}")
 
     @property
     def is_open(self) -> bool:
@@ -65,6 +101,7 @@ class DataConnection:
 
     def begin(self) -> None:
         """A push begins."""
+        self.moved_at_s = time.monotonic()
         use_short_queues(self._socket)
 
     def send(self, parts: Iterable[bytes | memoryview]) -> None:
@@ -74,21 +111,30 @@ class DataConnection:
             left = [memoryview(b"".join(left))]
         while left:
             sent = self._socket.sendmsg(left)
+            self.moved_at_s = time.monotonic()
             while left and sent >= len(left[0]):
                 sent -= len(left.pop(0))
             if sent:
                 left[0] = left[0][sent:]
 
-    def receive(self, room: memoryview, heard: Callable[[], None] = lambda: None) -> None:
-        """Fills the room; says so when something of it has come. Raises OSError."""
+    def receive(
+        self, room: memoryview, heard: Callable[[], None] = lambda: None, unheard: Callable[[], None] = lambda: None
+    ) -> None:
+        """Fills the room. ``heard`` is called when something of it has come, ``unheard`` now and then while nothing
+        comes. Raises OSError."""
         while room:
             # A blocking recv would do, but for Linux: once it has taken some, the rest wakes it up only if that alone
             # is as much as is wanted.
             want(self._socket, len(room))
-            self._poll()
-            count = self._socket.recv_into(room, flags=socket.MSG_DONTWAIT)
+            self._poll(self.silence_timeout_s / _LOOKS_IN_SILENCE)
+            try:
+                count = self._socket.recv_into(room, flags=socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                unheard()
+                continue
             if count == 0:
                 raise OSError("the server has closed it")
+            self.moved_at_s = time.monotonic()
             heard()
             room = room[count:]
 
@@ -101,78 +147,11 @@ class DataConnection:
         """Ends it. Nobody sends or receives."""
         self._socket.close()
 
-    def _poll(self, timeout_ms: int | None = None) -> bool:
+    def _poll(self, timeout_s: float) -> bool:
         """Waits for something to read."""
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
-        return bool(poll.poll(timeout_ms))
-
-
-class DataLink:
-    """The way to one server's data connections: opened beside a push, used by later ones.
-
-    Args:
-        address: of the server, as gRPC takes it.
-    """
-
-    def __init__(self, address: str) -> None:
-        self._host = host_of(address)
-        self._lock = threading.Lock()
-        self._connection: DataConnection | None = None
-        self._opening = self._closed = False
-        self._not_before_s = 0.0
-
-    def wants(self, size_bytes: int) -> bool:
-        """Whether to ask the server for a connection, for models of this size."""
-        with self._lock:
-            needed = self._connection is None and not self._opening and not self._closed
-            return (
-                self._host is not None
-                and needed
-                and size_bytes >= _WORTH_BYTES
-                and time.monotonic() >= self._not_before_s
-            )
-
-    def open(self, offer: pb.DataConnection) -> None:
-        """Connects, without keeping anybody waiting."""
-        with self._lock:
-            self._opening = True
-        threading.Thread(target=self._open, args=(offer,), name="data-connection", daemon=True).start()
-
-    def take(self) -> DataConnection | None:
-        """The connection, for a push, if there is one; `put` gives it back."""
-        with self._lock:
-            connection, self._connection = self._connection, None
-        if connection is not None and not connection.is_open:
-            connection.close()
-            return None
-        return connection
-
-    def put(self, connection: DataConnection) -> None:
-        """A connection is ready for the next push."""
-        with self._lock:
-            if not self._closed:
-                self._connection = connection
-                return
-        connection.close()
-
-    def close(self) -> None:
-        """There will be no other push."""
-        with self._lock:
-            self._closed = True
-        connection = self.take()
-        if connection is not None:
-            connection.close()
-
-    def _open(self, offer: pb.DataConnection) -> None:
-        assert self._host is not None
-        try:
-            self.put(DataConnection.open(self._host, offer))
-        except (OSError, ValueError, OverflowError):  # not there, or no host, or no port
-            self._not_before_s = time.monotonic() + _TRY_AGAIN_AFTER_S
-        finally:
-            with self._lock:
-                self._opening = False
+        return bool(poll.poll(timeout_s * 1000))
 
 
 class Transfer:
@@ -185,6 +164,7 @@ class Transfer:
         staging: where the center arrives.
 
     Attributes:
+        connection: the same.
         give_up: ends the push's call; to be set once there is one.
         gave_up: whether that was done.
         problem: why bytes did not go or come.
@@ -198,12 +178,14 @@ class Transfer:
         fragments: Callable[[int], Iterable[memoryview]],
         staging: Staging,
     ) -> None:
-        self._connection = connection
+        self.connection = connection
         self._staging = staging
         self._over = threading.Event()
         self.give_up: Callable[[], object] = lambda: None
         self.gave_up = self.is_whole = False
         self.problem: Exception | None = None
+        self._due_since_s: float | None = None  # since when bytes have to come; those that go up have to from the start
+        self._has_noticed = False
         room = staging.room()
 
         def send() -> None:
@@ -213,7 +195,7 @@ class Transfer:
                 connection.send(fragments(index))
 
         def receive() -> None:
-            connection.receive(room, staging.begin_to_fill)
+            connection.receive(room, staging.begin_to_fill, self._notice)
 
         self._threads = [
             threading.Thread(target=self._run, args=(work,), name="data-transfer", daemon=True)
@@ -221,14 +203,17 @@ class Transfer:
         ]
 
     def start(self) -> None:
-        """Begins. Whatever it raises, `end` has to be called."""
+        """Begins. Whatever it raises, `end` has to be called. Raises RuntimeError: there are no threads left."""
         for thread in self._threads:
             thread.start()
 
     def wait(self, goes_on: Callable[[], bool]) -> bool:
-        """Waits for the rest of the bytes for as long as ``goes_on``; `is_whole`."""
+        """Waits for the rest of the bytes as long as they move and ``goes_on``; `is_whole`."""
+        self._due_since_s, limit_s = time.monotonic(), self.connection.silence_timeout_s
         for thread in self._threads:
-            while thread.is_alive() and goes_on():
+            while thread.is_alive() and self.problem is None and goes_on():
+                if self._silent_s > limit_s:
+                    self.problem = TimeoutError(f"nothing came for {limit_s:g} s")
                 thread.join(_LOOK_S)
         self.is_whole = self.problem is None and not any(thread.is_alive() for thread in self._threads)
         if self.is_whole:
@@ -239,18 +224,33 @@ class Transfer:
         """The push has ended. Unless it `is_whole`, nobody knows what is still in the connection: it is closed."""
         self._over.set()
         if not self.is_whole:
-            self._connection.break_off()
+            self.connection.break_off()
         for thread in self._threads:
-            if thread.ident is not None:
+            if thread.ident is not None:  # it was started
                 thread.join()
         if not self.is_whole:
-            self._connection.close()
+            self.connection.close()
+
+    @property
+    def _silent_s(self) -> float:
+        """For how long nothing has moved that should have; 0 if nothing has to."""
+        if self._due_since_s is None and not self._threads[0].is_alive():
+            return 0.0
+        return time.monotonic() - max(self._due_since_s or 0.0, self.connection.moved_at_s)
+
+    def _notice(self) -> None:
+        silent_s = self._silent_s
+        if self._has_noticed or silent_s < self.connection.silence_timeout_s / NOTICES_IN_SILENCE:
+            return
+        self._has_noticed, peer = True, self.connection.peer
+        what = event("data_connection_waits", worker=None, peer=peer, waited_s=silent_s)
+        _log.warning("nothing has moved on the data connection to %s for %.0f s", peer, silent_s, extra=what)
 
     def _run(self, work: Callable[[], None]) -> None:
         try:
             work()
         except Exception as error:
-            self.problem = error
+            self.problem = self.problem or error
             if not self._over.wait(_LAST_WORD_S):
                 self.gave_up = True
                 self.give_up()

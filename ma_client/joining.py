@@ -13,6 +13,7 @@ from concurrent.futures import TimeoutError as NotYetError
 from dataclasses import dataclass
 
 from ma_client.shard import Deadline, Shard
+from ma_client.threads import without_thread
 from modelaverage.access import Access
 from modelaverage.errors import DeadlineExceededError, ModelAverageError, ServerUnavailableError
 from modelaverage.logs import event
@@ -45,16 +46,19 @@ class _Holder:
     def __init__(self, address: str, access: Access, timeout_s: float) -> None:
         self._address = address
         self._shard = Shard(address, access)
-        try:
-            self._shard.connect(timeout_s)
-        except BaseException:
-            self._shard.close()
-            raise
         self._incarnation = uuid.uuid4().bytes
         self._place = Future[Place]()
         self._trouble = f"{address} does not say one"
         self._thread = threading.Thread(target=self._hold, name="ma_client-join", daemon=True)
-        self._thread.start()
+        try:
+            self._shard.connect(timeout_s)
+            self._thread.start()
+        except RuntimeError as error:
+            self._shard.close()
+            raise without_thread(f"no task index can be held at {address}", error) from None
+        except BaseException:
+            self._shard.close()
+            raise
 
     def place(self, deadline: Deadline) -> Place:
         """Waits for it."""

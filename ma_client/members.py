@@ -9,8 +9,10 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from typing import TypeVar
 
+from ma_client.data_connection import DATA_SETTINGS, DataSettings
 from ma_client.member import Contribution, Member, Worker
 from ma_client.shard import Deadline, Shard
+from ma_client.threads import without_thread
 from modelaverage.access import Access
 from modelaverage.errors import ConflictError, ModelAverageError, Reason
 from modelaverage.v1 import parameter_server_pb2 as pb
@@ -32,11 +34,22 @@ class Members:
         worker: who takes the places.
         reconnect_timeout_s: how long to try again when a server is away.
         access: the way to servers.
+        data: when to use data connections.
+
+    Raises:
+        ServerUnavailableError: there are no threads for so many servers.
     """
 
-    def __init__(self, addresses: Sequence[str], worker: Worker, reconnect_timeout_s: float, access: Access) -> None:
-        self._members = [Member(Shard(address, access), worker, reconnect_timeout_s) for address in addresses]
-        self._threads = ThreadPoolExecutor(len(addresses), "ma_client")
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        worker: Worker,
+        reconnect_timeout_s: float,
+        access: Access,
+        data: DataSettings = DATA_SETTINGS,
+    ) -> None:
+        self._threads = _threads(len(addresses))
+        self._members = [Member(Shard(address, access, data), worker, reconnect_timeout_s) for address in addresses]
         self._is_closed = False
 
     def __len__(self) -> int:
@@ -191,6 +204,27 @@ class _Meeting:
         with self._condition:
             self._over = True
             self._condition.notify_all()
+
+
+def _threads(count: int) -> ThreadPoolExecutor:
+    """A pool whose threads run already, if it is to have several.
+
+    One that gets no thread later keeps the work that it refused, and does it when nobody expects that any more.
+    """
+    threads, all_run = ThreadPoolExecutor(count, "ma_client"), threading.Barrier(count + 1)
+    if count == 1:  # its work is done by who asks for it
+        return threads
+    try:
+        for _ in range(count):
+            threads.submit(all_run.wait)
+        all_run.wait()
+    except BaseException as error:
+        all_run.abort()
+        threads.shutdown()
+        if not isinstance(error, RuntimeError):
+            raise
+        raise without_thread(f"there are not enough threads for {count} parameter servers", error) from None
+    return threads
 
 
 def _results(futures: Sequence[Future[_T]], done: set[Future[_T]]) -> list[_T]:

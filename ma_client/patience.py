@@ -19,6 +19,7 @@ _log = logging.getLogger("ma_client")
 _T = TypeVar("_T")
 _FIRST_SLEEP_S = 0.05
 _LONGEST_SLEEP_S = 1.0
+_FIRST_NOTICE_S = 5.0
 # A process that was killed holds its worker id until the server's keepalive notices: about 10 s.
 _ID_IN_USE_TIMEOUT_S = 20.0
 
@@ -54,6 +55,7 @@ class Patience:
             ModelAverageError: whatever else ``function`` raised that trying again does not mend.
         """
         away_since_s: float | None = None
+        notice_s = _FIRST_NOTICE_S
         sleep_s, was_in_use = _FIRST_SLEEP_S, False
         while True:
             began_at_s = time.monotonic()
@@ -68,9 +70,15 @@ class Patience:
                 in_use = error.reason is Reason.WORKER_ID_IN_USE
                 if away_since_s is None or answered or in_use != was_in_use:
                     away_since_s, sleep_s, was_in_use = now_s, _FIRST_SLEEP_S, in_use
+                    notice_s = _FIRST_NOTICE_S
                     what = event("server_away", peer=self._peer, cause=str(error), patience_s=timeout_s)
                     _log.warning("%s; trying again for up to %g s", error, timeout_s, extra=what)
-                if now_s - away_since_s >= timeout_s:
+                tried_s = now_s - away_since_s
+                if notice_s <= tried_s < timeout_s:
+                    more_s, notice_s = timeout_s - tried_s, 2 * notice_s + _FIRST_NOTICE_S
+                    what = event("server_away", peer=self._peer, cause=str(error), patience_s=more_s)
+                    _log.warning("%s; tried for %.0f s, trying for up to %.0f more", error, tried_s, more_s, extra=what)
+                if tried_s >= timeout_s:
                     message = f"{error} (tried again for {timeout_s:g} s)"
                     raise type(error)(message, error.reason, error.status) from None
                 if deadline.is_over:

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 from ma_client.assembly import Assembly
 from ma_client.cluster import ClusterSpec
+from ma_client.data_connection import DATA_SETTINGS, DataSettings
 from ma_client.initialization import Proposal, initialize
 from ma_client.member import Contribution, Worker
 from ma_client.members import Members
@@ -92,6 +93,7 @@ class ParameterServerSession:
             shares, or "round_robin", whole variables in turn, as TensorFlow 1.15 places them.
         security: TLS with the servers, and the token that they want; None: what MA_TLS_CA, MA_TLS_CERT, MA_TLS_KEY,
             MA_TLS_SERVER_NAME and MA_TOKEN_FILE say (`Security.from_env`).
+        data_connections: from which size on a model's bytes go beside the calls, and how long that may be silent.
 
     Raises:
         InvalidRequestError: WORKER_ID_INVALID, no address, one twice, or no such placement.
@@ -120,6 +122,7 @@ class ParameterServerSession:
         round_timeout_s: float | None = None,
         placement: str = "balanced",
         security: Security | None = None,
+        data_connections: DataSettings = DATA_SETTINGS,
     ) -> None:
         _check_ps_hosts(ps_hosts)
         check_worker_id(worker_id)
@@ -141,7 +144,7 @@ class ParameterServerSession:
         self._paths: Paths = {}
         worker = Worker(worker_id, uuid.uuid4().bytes, is_chief, shared_memory)
         access = Access(Security.from_env() if security is None else security)
-        self._members = Members(self.ps_hosts, worker, reconnect_timeout_s, access)
+        self._members = Members(self.ps_hosts, worker, reconnect_timeout_s, access, data_connections)
         try:
             self._members.each(lambda _, member: member.shard.connect(connect_timeout_s))
         except BaseException:

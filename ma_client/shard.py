@@ -15,9 +15,11 @@ from typing import Any, cast
 import grpc
 from numpy.typing import NDArray
 
-from ma_client.data_connection import DataConnection, DataLink, Transfer
+from ma_client.data_connection import DATA_SETTINGS, DataSettings, Transfer
+from ma_client.data_link import DataLink
 from ma_client.lent_memory import Copying, LentMemory, Loan
 from ma_client.staging import Staging
+from ma_client.threads import is_about_threads, keep_for_ever, without_thread
 from modelaverage import wire
 from modelaverage.access import Access
 from modelaverage.errors import (
@@ -25,6 +27,7 @@ from modelaverage.errors import (
     DeadlineExceededError,
     ModelAverageError,
     ProtocolError,
+    Reason,
     RetryPushError,
     SecurityError,
     ServerUnavailableError,
@@ -43,6 +46,8 @@ _log = logging.getLogger("ma_client")
 
 # How long a server may be silent at first before it is asked whether there is trouble with certificates; doubled then.
 _FIRST_LOOK_S = 0.5
+# So ends a push whose bytes got stuck beside it; by other reasons, it is the round's or the server's fault.
+_STUCK = (None, Reason.DATA_CONNECTION_LOST, Reason.STREAM_STALLED)
 
 # The bytes of a fragment, as parts to be joined.
 FragmentSource = Callable[[int], Iterable[memoryview]]
@@ -106,12 +111,13 @@ class Shard:
     Args:
         address: HOST:PORT, or anything that gRPC resolves.
         access: the way to servers.
+        data: when to use data connections.
 
     Attributes:
         stopped: set while whatever is under way has to end.
     """
 
-    def __init__(self, address: str, access: Access) -> None:
+    def __init__(self, address: str, access: Access, data: DataSettings = DATA_SETTINGS) -> None:
         self.address = address
         self._access = access
         self.answered_at_s = time.monotonic()
@@ -121,9 +127,13 @@ class Shard:
         self._lent = LentMemory()
         self._next_push_lent: Segment | None = None  # the contribution memory that the next push may fill at once
         self._next_push_follows = False  # whether its fragments may follow its header at once
-        self._data = DataLink(address)
+        self._data = DataLink(address, access.is_encrypted(address), data)
         keep_freed_memory()
-        self._channel = access.channel(address, CHANNEL_OPTIONS)
+        self._open_channel()
+
+    def _open_channel(self) -> None:
+        self._channel_lacks_thread = False
+        self._channel = self._access.channel(self.address, CHANNEL_OPTIONS)
         self._initialize = self._channel.stream_unary(f"/{wire.SERVICE}/Initialize", _as_is, _as_is)
         self._pull = self._channel.unary_stream(f"/{wire.SERVICE}/Pull", _as_is, _as_is)
         self._push = self._channel.stream_stream(f"/{wire.SERVICE}/PushAndAverage", _as_is, _as_is)
@@ -163,7 +173,8 @@ class Shard:
 
     def close(self) -> None:
         """Ends whatever is under way."""
-        self._channel.close()
+        if not self._channel_lacks_thread:
+            self._channel.close()
         self._data.close()
 
     def initialize(
@@ -227,11 +238,6 @@ class Shard:
         # After a push that ended well nothing of this worker is in the round: what the server will ask for is known.
         lent, follows = self._next_push_lent, self._next_push_follows
         self._next_push_lent, self._next_push_follows = None, False
-        connection = self._data.take() if follows else None
-        header.uses_data_connection, header.fragments_follow = connection is not None, follows and connection is None
-        header.accepts_data_connection = (
-            lent is None and connection is None and self._data.wants(staging.manifest.buffer_size_bytes)
-        )
         loan: Loan | None = None
 
         def inline(first: int) -> Iterator[bytes]:
@@ -273,9 +279,13 @@ class Shard:
         late = f"the round did not commit (base step {header.base_step})"
         # Bytes go before the call: the server finds them when it has read the header.
         with (
-            self._transferring(connection, header.push_id, fragments, staging) as transfer,
+            self._transferring(follows, header.push_id, fragments, staging) as transfer,
             self._faults(deadline, late),
         ):
+            header.uses_data_connection, header.fragments_follow = transfer is not None, follows and transfer is None
+            header.accepts_data_connection = (
+                lent is None and transfer is None and self._data.wants(staging.manifest.buffer_size_bytes)
+            )
             messages = self._push(requests(), timeout=deadline.left_s, metadata=self._access.metadata)
             try:
                 self._begin(messages)
@@ -290,7 +300,8 @@ class Shard:
                     if message.HasField("admission"):
                         loan = self._lent.accept(message.admission, staging.manifest)
                         admitted.put((message.admission.first_needed_fragment, loan))
-                        if message.admission.HasField("data_connection") and loan is None:
+                        offered = message.admission.HasField("data_connection")
+                        if offered and header.accepts_data_connection and loan is None:
                             self._data.open(message.admission.data_connection)
                     if message.HasField("fragment"):
                         staging.receive(message.fragment.index, memoryview(message.fragment.data))
@@ -318,25 +329,47 @@ class Shard:
 
     @contextmanager
     def _transferring(
-        self, connection: DataConnection | None, push_id: int, fragments: FragmentSource, staging: Staging
+        self, may_use_it: bool, push_id: int, fragments: FragmentSource, staging: Staging
     ) -> Iterator[Transfer | None]:
         """A push's bytes move on the data connection meanwhile, if there is one."""
+        transfer = self._begin_transfer(push_id, fragments, staging) if may_use_it else None
+        stuck: ModelAverageError | None = None
+        try:
+            yield transfer
+        except ServerUnavailableError as error:
+            if transfer is not None and transfer.gave_up:
+                # The server is there, but not on this way.
+                stuck = RetryPushError(f"the data connection to {self.address} broke: {transfer.problem}")
+                raise stuck from None
+            if error.reason is None:
+                self._data.server_was_away()
+            raise
+        except (RetryPushError, DeadlineExceededError) as error:
+            stuck = error if error.reason in _STUCK and not self.stopped.is_set() else None
+            raise
+        finally:
+            if transfer is not None:
+                transfer.end()
+                if transfer.is_whole:
+                    self._data.put(transfer.connection)
+                elif stuck is not None:
+                    self._data.give_up(stuck)
+
+    def _begin_transfer(self, push_id: int, fragments: FragmentSource, staging: Staging) -> Transfer | None:
+        connection = self._data.take()
         if connection is None:
-            yield None
-            return
+            return None
         transfer = Transfer(connection, push_id, fragments, staging)
         try:
             transfer.start()
-            yield transfer
-        except ServerUnavailableError:
-            if not transfer.gave_up:
-                raise
-            # The server is there, but not on this way.
-            raise RetryPushError(f"the data connection to {self.address} broke: {transfer.problem}") from None
-        finally:
+        except RuntimeError as error:
             transfer.end()
-            if transfer.is_whole:
-                self._data.put(connection)
+            self._data.give_up(without_thread(f"nothing moves on the data connection to {self.address}", error))
+            return None
+        except BaseException:
+            transfer.end()
+            raise
+        return transfer
 
     def join(self, request: pb.JoinRequest) -> Iterator[pb.JoinResponse]:
         """What the server says of this process's task index; open until `stop` or a fault."""
@@ -388,6 +421,8 @@ class Shard:
     def _faults(self, deadline: Deadline, late: str) -> Iterator[None]:
         """gRPC's errors -> the table's exceptions; ``late`` says what did not happen in time."""
         try:
+            if self._channel_lacks_thread:
+                self._replace_channel()
             yield
         except grpc.RpcError as error:
             fault = self._fault(error, deadline, late)
@@ -395,10 +430,30 @@ class Shard:
             raise fault from None
         except grpc.FutureCancelledError:
             raise ModelAverageError(f"the call to {self.address} was ended here") from None
+        except RuntimeError as error:
+            if not is_about_threads(error):
+                raise
+            self._abandon_channel()
+            raise without_thread(f"no call to {self.address} can be made", error) from None
+        except MemoryError:
+            self._abandon_channel()  # perhaps it was for a thread
+            raise
         except ValueError as error:
             if "closed" not in str(error):  # gRPC's words for a channel that was closed
                 raise
             raise ModelAverageError(f"the session with {self.address} is closed ({error})") from None
+
+    def _abandon_channel(self) -> None:
+        """gRPC had no thread for the channel: whatever is called on it, even its close, hangs."""
+        self._channel_lacks_thread = True
+        keep_for_ever(self._channel)  # or its end would close it
+
+    def _replace_channel(self) -> None:
+        """Raises RuntimeError: there are still no threads."""
+        probe = threading.Thread(target=lambda: None)  # better this one fails than the new channel's
+        probe.start()
+        probe.join()
+        self._open_channel()
 
     def _fault(self, error: grpc.RpcError, deadline: Deadline, late: str) -> ModelAverageError:
         details = error.details() or ""
@@ -435,4 +490,5 @@ def _log_waiting(waiting: pb.WaitingNotice, step: int) -> None:
         waiting_for_omitted=missing.omitted,
         waiting_for_unknown=missing.unknown,
     )
-    _log.warning("the round has waited %.0f s for %s", waiting.round_age_s, missing.text(), extra=what)
+    whom = missing.text() if missing else "the server: all pushes are there, and its checkpoint is being written"
+    _log.warning("the round has waited %.0f s for %s", waiting.round_age_s, whom, extra=what)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,23 +16,32 @@ __all__ = ["Memory", "Staging", "read_only"]
 
 
 class Memory:
-    """Bytes for the centers of all shards, one behind the other; made when the first fragment arrives."""
+    """Bytes for the centers of all shards, one behind the other; made when the first fragment arrives.
+
+    For any thread.
+    """
 
     def __init__(self, size_bytes: int) -> None:
         self._size_bytes = size_bytes
+        self._bytes: NDArray[np.uint8] | None = None
+        self._lock = threading.Lock()  # two shards' first fragments may arrive at the same time
 
-    @cached_property
+    @property
     def bytes(self) -> NDArray[np.uint8]:
         """All of it; uint8."""
-        return np.zeros(self._size_bytes, np.uint8)
+        with self._lock:
+            if self._bytes is None:
+                self._bytes = np.zeros(self._size_bytes, np.uint8)
+            return self._bytes
 
     def overlaps(self, array: NDArray[Any]) -> bool:
         """Whether an array may lie in it."""
-        return "bytes" in self.__dict__ and np.may_share_memory(array, self.bytes)
+        return self._bytes is not None and np.may_share_memory(array, self._bytes)
 
     def release(self) -> None:
         """Gives it back until a center arrives inline again."""
-        self.__dict__.pop("bytes", None)
+        with self._lock:
+            self._bytes = None
 
 
 class Staging:

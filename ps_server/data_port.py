@@ -7,20 +7,37 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from modelaverage.data_connection import HALF_KEY_BYTES, halves, new_key, prepare, use_short_queues, want
-from modelaverage.errors import Reason, refusal
+from modelaverage.data_connection import (
+    HALF_KEY_BYTES,
+    NOTICES_IN_SILENCE,
+    SILENCE_TIMEOUT_S,
+    halves,
+    new_key,
+    prepare,
+    use_short_queues,
+    want,
+)
+from modelaverage.errors import ModelAverageError, Reason, refusal
+from modelaverage.logs import event
 from modelaverage.v1 import parameter_server_pb2 as pb
 
-__all__ = ["DataConnection", "DataPort"]
+__all__ = ["DataConnection", "DataPort", "lost"]
 
+_log = logging.getLogger("ps_server")
 _GREETING_TIMEOUT_S = 5.0
+# After a failure to accept.
+_PAUSE_S = 0.5
 # Strangers that connect and say nothing hold up new connections, not more.
 _GREETINGS_AT_ONCE = 64
+# What is sent is counted in such pieces.
+_PIECE_BYTES = 256 << 10
 
 
 class DataConnection:
@@ -28,19 +45,26 @@ class DataConnection:
 
     Args:
         connection: a socket that does not block; this object's from now on.
+        worker_id: of the worker, for the log.
+        notice_s: when nothing moves for so long, it is said, once.
     """
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, worker_id: str, notice_s: float) -> None:
         self._socket = connection
+        self._worker_id, self._notice_s, self._has_noticed = worker_id, notice_s, False
+        self._peer = "{}:{}".format(*connection.getpeername()[:2])
         self._loop = asyncio.get_running_loop()
         self._room = memoryview(b"")  # what is still to be filled
         self._filled: asyncio.Future[None] | None = None
         self._is_watched = False
         self.heard_at_s = self._loop.time()
         """When bytes last came, on the loop's clock."""
+        self.taken_at_s = self.heard_at_s
+        """When bytes last went."""
 
     def begin(self) -> None:
         """A push begins."""
+        self._has_noticed = False
         with contextlib.suppress(OSError):  # the next read or write says it
             use_short_queues(self._socket)
 
@@ -52,23 +76,50 @@ class DataConnection:
             if not self._is_watched:
                 self._loop.add_reader(self._socket, self._read)
                 self._is_watched = True
-            await self._filled
+            with self._noticing("sends nothing", lambda: self.heard_at_s):
+                await self._filled
         except OSError as error:
-            raise _lost(error) from None
+            raise lost(error) from None
         finally:
             self._filled = None
 
     async def send(self, data: memoryview) -> None:
         """All of the bytes, once the kernel has them. Raises RetryPushError (DATA_CONNECTION_LOST)."""
         try:
-            await self._loop.sock_sendall(self._socket, data)
+            with self._noticing("takes nothing of what is sent", lambda: self.taken_at_s):
+                for begin in range(0, len(data), _PIECE_BYTES):
+                    await self._loop.sock_sendall(self._socket, data[begin : begin + _PIECE_BYTES])
+                    self.taken_at_s = self._loop.time()
         except OSError as error:
-            raise _lost(error) from None
+            raise lost(error) from None
 
     def close(self) -> None:
         """Ends it."""
         self._watch_no_longer()
         self._socket.close()
+
+    @contextmanager
+    def _noticing(self, doing: str, moved_at_s: Callable[[], float]) -> Iterator[None]:
+        """If nothing moves for long, it is said."""
+        began_at_s = self._loop.time()
+        timer: asyncio.TimerHandle
+
+        def look() -> None:
+            nonlocal timer
+            waited_s = self._loop.time() - max(began_at_s, moved_at_s())
+            if waited_s < self._notice_s:
+                timer = self._loop.call_later(self._notice_s - waited_s, look)
+            elif not self._has_noticed:
+                self._has_noticed = True
+                worker, peer = self._worker_id, self._peer
+                what = event("data_connection_waits", worker=worker, peer=peer, waited_s=waited_s)
+                _log.warning("%r %s on its data connection for %.0f s", worker, doing, waited_s, extra=what)
+
+        timer = self._loop.call_later(self._notice_s, look)
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def _read(self) -> None:
         """There is something to read. The socket stays watched from one fragment to the next, which saves calls."""
@@ -112,10 +163,12 @@ class DataPort:
 
     Args:
         max_connections: how many are kept; of more, the oldest are closed.
+        silence_timeout_s: one on which bytes get no acknowledgement for so long is lost.
     """
 
-    def __init__(self, max_connections: int) -> None:
+    def __init__(self, max_connections: int, silence_timeout_s: float = SILENCE_TIMEOUT_S) -> None:
         self._max_connections = max_connections
+        self._silence_timeout_s = silence_timeout_s
         self._listeners: list[socket.socket] = []
         self._offers: dict[bytes, tuple[bytes, _Place]] = {}  # by the first half of the key: the second half
         self._offered: dict[str, bytes] = {}  # by worker id: the first half of the key of its last offer
@@ -124,8 +177,8 @@ class DataPort:
         self._tasks = set[asyncio.Task[None]]()
         self._arriving = set[socket.socket]()
 
-    def listen(self, hosts: Sequence[str], port: int) -> None:
-        """Listens on these hosts, on the same port of each; 0: any free one.
+    def listen(self, hosts: Sequence[str], port: int) -> int:
+        """Listens on these hosts, on the same port of each; 0: any free one. Returns the port.
 
         Raises:
             OSError: it cannot.
@@ -143,6 +196,7 @@ class DataPort:
             raise
         for listener in self._listeners:
             self._begin(self._accept(listener))
+        return port
 
     def offer(self, worker_id: str, incarnation: bytes) -> pb.DataConnection | None:
         """What to tell a worker that would like a connection; None: there is none. Earlier offers are void."""
@@ -165,7 +219,7 @@ class DataPort:
         """
         place, connection = self._connections.get(worker_id, (None, None))
         if connection is None or place != _Place(worker_id, incarnation):
-            raise _lost("this server has none of this process")
+            raise lost("this server has none of this process")
         del self._connections[worker_id]
         return connection
 
@@ -197,7 +251,8 @@ class DataPort:
         for task in self._tasks:
             task.cancel()
         for ended in (*self._listeners, *self._arriving):
-            asyncio.get_running_loop().remove_reader(ended)
+            with contextlib.suppress(ValueError):  # it is closed
+                asyncio.get_running_loop().remove_reader(ended)
             ended.close()
         self._listeners.clear()
         for worker_id in list(self._connections):
@@ -209,17 +264,25 @@ class DataPort:
         task.add_done_callback(self._tasks.discard)
 
     async def _accept(self, listener: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
         while True:
-            await self._greetings.acquire()
             try:
-                connection, _ = await loop.sock_accept(listener)
-            except OSError:  # no descriptors left, or the client has gone: others may come
-                self._greetings.release()
-                await asyncio.sleep(1.0)
-                continue
+                await self._accept_one(listener)
+            except Exception:  # no descriptors, no memory, or the client has gone: others may come
+                await asyncio.sleep(_PAUSE_S)
+
+    async def _accept_one(self, listener: socket.socket) -> None:
+        await self._greetings.acquire()
+        connection: socket.socket | None = None
+        try:
+            connection, _ = await asyncio.get_running_loop().sock_accept(listener)
             self._arriving.add(connection)
             self._begin(self._greet(connection))
+        except BaseException:
+            self._greetings.release()
+            if connection is not None:
+                self._arriving.discard(connection)
+                connection.close()
+            raise
 
     async def _greet(self, connection: socket.socket) -> None:
         loop = asyncio.get_running_loop()
@@ -236,23 +299,25 @@ class DataPort:
                 return False
             # Before the answer: whoever has that may push at once.
             self._drop(place.worker_id)
-            self._put(place, DataConnection(connection))
+            notice_s = self._silence_timeout_s / NOTICES_IN_SILENCE
+            self._put(place, DataConnection(connection, place.worker_id, notice_s))
             await loop.sock_sendall(connection, answer)
             return True
 
         is_known = False
         try:
             connection.setblocking(False)
-            prepare(connection)
+            prepare(connection, self._silence_timeout_s)
             is_known = await asyncio.wait_for(greeting(), _GREETING_TIMEOUT_S)
-        except (OSError, asyncio.TimeoutError):
+        except (OSError, ValueError, asyncio.TimeoutError):
             pass  # a stranger, or somebody who gave up
         finally:
-            self._greetings.release()
-            self._arriving.discard(connection)
             if not is_known:
                 connection.close()
+            self._arriving.discard(connection)
+            self._greetings.release()
 
 
-def _lost(why: object) -> Exception:
+def lost(why: object) -> ModelAverageError:
+    """DATA_CONNECTION_LOST, for this reason."""
     return refusal(Reason.DATA_CONNECTION_LOST, f"the data connection is lost ({why}); push again without it")

@@ -160,6 +160,8 @@ def _metrics(sample: MetricsSample) -> Iterator[Metric]:
 
     yield _histogram("checkpoint_seconds", "From a commit to its checkpoint's file.", [({}, seen.checkpoint_s)])
     yield counter("checkpoint_failures", "Checkpoints not written, or not made durable.", seen.checkpoint_failures)
+    writing = "Since the server began to write the checkpoint that is being written; 0 without."
+    yield gauge("checkpoint_writing_seconds", writing, status.checkpoint_writing_s)
     if status.HasField("checkpoint_age_s"):
         yield gauge("checkpoint_age_seconds", "Since the newest checkpoint was written.", status.checkpoint_age_s)
         yield gauge("checkpoint_global_step", "The step of the newest checkpoint.", status.checkpoint_step)

@@ -27,9 +27,12 @@ __all__ = [
     "shard_of",
     "size",
     "state_of",
+    "trouble_of",
     "workers_of",
 ]
 
+# From then on what the server says of a checkpoint that is being written is a problem.
+_HANGS_FROM_S = 5.0
 # JSON has no such numbers; these are the words of protobuf's own JSON.
 _NOT_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
 
@@ -101,7 +104,7 @@ def as_text(status: pb.GetStatusResponse) -> str:
         f"{status.rounds_restarted} rounds restarted, {status.stale_pushes} stale pushes",
     ]
     if status.checkpoint_problem:
-        lines.append(f"checkpoint   FAILED: {printable(status.checkpoint_problem)}")
+        lines.append(f"checkpoint   {trouble_of(status)}: {printable(status.checkpoint_problem)}")
     elif status.HasField("checkpoint_step"):
         lines.append(f"checkpoint   of global_step {status.checkpoint_step}")
     if status.phase == pb.PHASE_UNINITIALIZED:
@@ -127,6 +130,11 @@ def as_text(status: pb.GetStatusResponse) -> str:
 def phase_of(status: pb.GetStatusResponse) -> str:
     """What the server is doing, in a word."""
     return pb.Phase.Name(status.phase).removeprefix("PHASE_").lower()
+
+
+def trouble_of(status: pb.GetStatusResponse) -> str:
+    """What a problem with a checkpoint is, in a word: the disk does not answer, or it says no."""
+    return "HANGS" if status.checkpoint_writing_s >= _HANGS_FROM_S else "FAILED"
 
 
 def missing_of(status: pb.GetStatusResponse) -> str:

@@ -94,7 +94,7 @@ def _summary(status: pb.GetStatusResponse) -> Table:
     moved = f"{words.size(status.received_bytes)} received, {words.size(status.sent_bytes)} sent"
     add_row("model", f"{words.size(status.model_size_bytes)}; {moved}")
     if status.checkpoint_problem:
-        add_row("checkpoint", Text(f"FAILED: {printable(status.checkpoint_problem)}", _ALARM))
+        add_row("checkpoint", Text(f"{words.trouble_of(status)}: {printable(status.checkpoint_problem)}", _ALARM))
     elif status.HasField("checkpoint_age_s"):
         add_row("checkpoint", f"step {status.checkpoint_step}, {_age(status.checkpoint_age_s)} ago")
     return grid

@@ -6,6 +6,7 @@ A picture in a terminal, where rich is installed; elsewhere a line for each chan
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -95,7 +96,8 @@ def _news(server: Seen) -> tuple[object, ...]:
     if server.status is None or server.problem:
         return bool(server.problem), server.status is None
     now = server.status
-    return now.phase, now.global_step, status.missing_of(now), now.checkpoint_problem
+    lasting_problem = re.sub(r" for \d+ s$", "", now.checkpoint_problem)
+    return now.phase, now.global_step, status.missing_of(now), lasting_problem
 
 
 def line(server: Seen) -> str:
@@ -121,7 +123,7 @@ def line(server: Seen) -> str:
     if missing := status.missing_of(now):
         parts.append(f"waits for {missing} (for {now.round_age_s:.1f} s)")
     if now.checkpoint_problem:
-        parts.append(f"checkpoint FAILED: {printable(now.checkpoint_problem)}")
+        parts.append(f"checkpoint {status.trouble_of(now)}: {printable(now.checkpoint_problem)}")
     return f"{server.address}  {', '.join(parts)}"
 
 

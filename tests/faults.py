@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ma_client import Outcome, ParameterServerSession, PushResult
+from ma_client import DataSettings, Outcome, ParameterServerSession, PushResult
+from ma_client.data_connection import DATA_SETTINGS
 
-__all__ = ["Model", "RestartedServer", "Training", "trained"]
+__all__ = ["HANG_S", "Model", "RestartedServer", "Training", "trained"]
 
 Model = Mapping[str, NDArray[np.float32]]
 # A job that hangs for longer than this after a kill has failed.
@@ -130,6 +131,7 @@ class Training:
         shared_memory: whether they accept some.
         fragment_size_bytes: of the manifest.
         more_shards: the other servers' addresses.
+        data_connections: when they use some.
         results: by worker, how its pushes ended.
     """
 
@@ -140,6 +142,7 @@ class Training:
     shared_memory: bool = True
     fragment_size_bytes: int = 1 << 20
     more_shards: Sequence[str] = ()
+    data_connections: DataSettings = DATA_SETTINGS
     results: list[list[PushResult]] = field(default_factory=list)
 
     def run(self) -> list[Model]:
@@ -171,6 +174,7 @@ class Training:
             fragment_size_bytes=self.fragment_size_bytes,
             reconnect_timeout_s=HANG_S,
             round_timeout_s=2 * HANG_S,
+            data_connections=self.data_connections,
         ) as session:
             if worker == 0:
                 session.initialize(self.start)

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import queue
 import socket
 import struct
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import grpc
 import numpy as np
 import pytest
 
-from ma_client import Outcome, ParameterServerSession, PushResult, data_connection
-from ma_client.data_connection import DataConnection, Transfer, host_of
+from ma_client import DataSettings, Outcome, Security
+from ma_client.data_connection import DataConnection, Transfer
+from ma_client.data_link import DataLink, host_of
+from ma_client.shard import Deadline, Shard
 from ma_client.staging import Memory, Staging
+from modelaverage import wire
+from modelaverage.access import Access
 from modelaverage.manifest import Manifest, Variable
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server import data_port
 from tests.conftest import StartServer
 from tests.jobs import CENTER, COUNT, STEP, Job, of
+from tests.pairs import MODEL, SETTINGS, Pair
 from tests.raw_client import RawClient, Stream, flat_bytes, fragments_of, until
 
 TIMEOUT_S = 20.0
@@ -55,8 +62,8 @@ class Wire:
 @pytest.fixture(autouse=True)
 def closing() -> Iterator[None]:
     yield
-    for wire in Wire.opened:
-        wire.socket.close()
+    for opened in Wire.opened:
+        opened.socket.close()
     Wire.opened.clear()
 
 
@@ -214,7 +221,7 @@ def test_a_connection_on_which_nothing_comes_is_cut_off(start_server: StartServe
     with RawClient(address) as client:
         job = Job(client, address)
         wire = connected(job)
-        assert begin(job).refusal().reason == "STREAM_STALLED"
+        assert begin(job).refusal().reason == LOST
         assert wire.receive(1) == b""
 
 
@@ -232,64 +239,10 @@ def test_a_client_that_does_not_read_holds_up_nobody_but_itself(start_server: St
         b.give(fragments_of(big, 1 << 20))
         b.half_close()
         assert b.answer()[0].outcome == pb.OUTCOME_COMMITTED
-        assert a.refusal().reason == "STREAM_STALLED"
+        assert a.refusal().reason == LOST
 
 
 # The session.
-
-MODEL = {"w": np.arange(701, dtype=np.float32), "b": np.array(2.0), "e": np.zeros(0, np.float16)}
-
-
-@pytest.fixture(autouse=True)
-def worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small models travel on data connections, too."""
-    monkeypatch.setattr(data_connection, "_WORTH_BYTES", 0)
-
-
-class Pair:
-    """Two workers, each on a thread of its own."""
-
-    def __init__(self, address: str) -> None:
-        self.sessions = [
-            ParameterServerSession(
-                [address],
-                worker_id=f"worker-{rank}",
-                is_chief=rank == 0,
-                fragment_size_bytes=256,
-                shared_memory=False,
-                reconnect_timeout_s=0.0,  # the server is always there
-            )
-            for rank in range(2)
-        ]
-        self.sessions[0].initialize(MODEL)
-        self.sessions[1].pull()
-        self._threads = ThreadPoolExecutor(2)
-        self.rounds = 0
-
-    def round(self) -> list[PushResult]:
-        """A round; its results are checked."""
-        local = [{name: v + v.dtype.type(2 * rank + self.rounds) for name, v in MODEL.items()} for rank in (0, 1)]
-        results = list(self._threads.map(lambda s, v: s.push_and_average(v, timeout_s=TIMEOUT_S), self.sessions, local))
-        for result in results:
-            for name, value in MODEL.items():
-                assert np.array_equal(result.center[name], value + value.dtype.type(1 + self.rounds))
-            assert result.global_step == self.rounds + 1
-        self.rounds += 1
-        return results
-
-    def until_connected(self) -> None:
-        """Rounds until both have a data connection."""
-        until(lambda: self.round() != [] and self.transports == {pb.TRANSPORT_DATA_CONNECTION}, "both are connected")
-
-    @property
-    def transports(self) -> set[pb.Transport]:
-        with RawClient(self.sessions[0].ps_hosts[0]) as client:
-            return {worker.transport for worker in client.status().workers}
-
-    def close(self) -> None:
-        for session in self.sessions:
-            session.close()
-        self._threads.shutdown()
 
 
 @pytest.fixture
@@ -375,19 +328,93 @@ def test_a_center_is_whole_until_the_next_one_begins_to_come(monkeypatch: pytest
 
 
 def test_a_session_that_cannot_reach_the_port_goes_on_in_messages_and_does_not_ask_again_at_once(
-    pair: Pair, monkeypatch: pytest.MonkeyPatch
+    start_server: StartServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried = []
 
-    def unreachable(host: str, offer: pb.DataConnection) -> DataConnection:
+    def unreachable(host: str, offer: pb.DataConnection, _: DataSettings) -> DataConnection:
         tried.append((host, offer.port))
         raise TimeoutError
 
     monkeypatch.setattr(DataConnection, "open", unreachable)
-    for _ in range(4):
-        pair.round()
-    assert pair.transports == {pb.TRANSPORT_TCP}
+    with Pair(start_server(2).address, DataSettings(least_bytes=0)) as pair:
+        for _ in range(4):
+            pair.round()
+        assert pair.transports == {pb.TRANSPORT_TCP}
     assert len(tried) == 2  # one a worker
+
+
+# Offers that the client wants none of.
+
+
+class Offering:
+    """Commits every push as if it were alone, and offers a data connection to whoever pushes."""
+
+    def __init__(self, port: int) -> None:
+        self.headers: list[pb.PushHeader] = []
+        self._offer = pb.DataConnection(port=port, key=bytes(32))
+
+    def handler(self) -> grpc.GenericRpcHandler[Any, Any]:
+        method = grpc.stream_stream_rpc_method_handler(
+            self._push, pb.PushAndAverageRequest.FromString, pb.PushAndAverageResponse.SerializeToString
+        )
+        return grpc.method_handlers_generic_handler(wire.SERVICE, {"PushAndAverage": method})
+
+    def _push(
+        self, requests: Iterator[pb.PushAndAverageRequest], _: grpc.ServicerContext
+    ) -> Iterator[pb.PushAndAverageResponse]:
+        self.headers.append(next(requests).header)
+        yield pb.PushAndAverageResponse(admission=pb.PushAdmission(data_connection=self._offer))
+        yield pb.PushAndAverageResponse(fragment=next(requests).fragment)
+        yield pb.PushAndAverageResponse(outcome=pb.PushOutcome(outcome=pb.OUTCOME_COMMITTED))
+
+
+@pytest.mark.parametrize(("least_bytes", "asks"), [(0, True), (1 << 20, False)])
+def test_a_data_connection_that_was_not_asked_for_is_not_opened(least_bytes: int, asks: bool) -> None:
+    manifest = Manifest((Variable("w", "float32", (2,)),), 8)
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(2) as threads:
+        listener.settimeout(TIMEOUT_S)
+        offering = Offering(listener.getsockname()[1])
+        server = grpc.server(threads, [offering.handler()])
+        port = server.add_insecure_port("127.0.0.1:0")
+        server.start()
+        before = set(threading.enumerate())
+        shard = Shard(f"127.0.0.1:{port}", Access(Security()), DataSettings(least_bytes=least_bytes))
+        staging = Staging(manifest, Memory(manifest.buffer_size_bytes))
+        header = pb.PushHeader(push_id=1)
+        shard.push_and_average(header, lambda _: [memoryview(b"2 floats")], staging, Deadline(TIMEOUT_S))
+        assert [header.accepts_data_connection for header in offering.headers] == [asks]
+        opening = [
+            thread for thread in threading.enumerate() if thread not in before and thread.name == "data-connection"
+        ]
+        assert bool(opening) == asks
+        if asks:
+            listener.accept()[0].close()
+        shard.close()
+        server.stop(None).wait(TIMEOUT_S)
+
+
+@pytest.mark.parametrize("offered", [1, 2])
+def test_an_offer_is_taken_once_and_never_beside_tls(monkeypatch: pytest.MonkeyPatch, offered: int) -> None:
+    opened = queue.SimpleQueue[int]()
+
+    def noted(_: str, offer: pb.DataConnection, __: DataSettings) -> DataConnection:
+        opened.put(offer.port)
+        return DataConnection(socket.socket())
+
+    monkeypatch.setattr(DataConnection, "open", noted)
+    encrypted, plain = (DataLink("127.0.0.1:1", is_encrypted, SETTINGS) for is_encrypted in (True, False))
+    assert not encrypted.wants(1 << 30)
+    assert plain.wants(1 << 30)
+    for link in (encrypted, plain):
+        for port in range(offered):
+            link.open(pb.DataConnection(port=port))
+    assert opened.get(timeout=TIMEOUT_S) == 0
+    for thread in threading.enumerate():
+        if thread.name == "data-connection":
+            thread.join(TIMEOUT_S)
+    assert opened.empty()
+    plain.close()
 
 
 def test_closing_a_session_ends_a_push_on_a_data_connection(pair: Pair) -> None:

@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ma_client import data_connection
-from tests.faults import Model, RestartedServer, Training
+from ma_client import DataSettings, data_connection
+from tests.faults import HANG_S, Model, RestartedServer, Training
 from tests.killed_server import BETWEEN_TWO_ANSWERS, MOMENTS
+from tests.pairs import FRAGMENT_SIZE_BYTES, MODEL, Pair
+from tests.raw_client import fragments_of
 
 WORKERS, ROUNDS = 2, 6
 SMALL: Model = {"w": np.zeros(300, np.float32), "b": np.ones((), np.float32)}  # 5 fragments of 256 bytes
@@ -24,17 +26,37 @@ TIMES_A_ROUND = {"in the middle of the fragments": 10, "when a fragment is avera
 @pytest.mark.parametrize("on_data_connections", [False, True])
 @pytest.mark.parametrize("moment", [*MOMENTS, BETWEEN_TWO_ANSWERS])
 def test_a_server_killed_at_any_moment_of_a_round_costs_a_retry_and_not_a_round(
-    moment: str, on_data_connections: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    moment: str, on_data_connections: bool, tmp_path: Path
 ) -> None:
-    if on_data_connections:
-        monkeypatch.setattr(data_connection, "_WORTH_BYTES", 0)
+    data = DataSettings(least_bytes=0 if on_data_connections else 1 << 20)
     times = TIMES_A_ROUND.get(moment, 2 if "header" in moment else 1)
     in_the_third_round = 2 * times + 1
     deaths = ((moment, in_the_third_round),)
     with RestartedServer(tmp_path, "--num-workers", str(WORKERS), deaths=deaths) as server:
-        training = Training(server.address, SMALL, WORKERS, ROUNDS, fragment_size_bytes=256)
+        training = Training(server.address, SMALL, WORKERS, ROUNDS, fragment_size_bytes=256, data_connections=data)
         training.check(training.run())
         assert server.ends == [-signal.SIGKILL], f"the server never came to {moment!r}"
+
+
+@pytest.mark.parametrize("last_word_s", [1.0, 0.0])
+def test_after_a_server_was_killed_and_started_again_data_connections_come_back_without_a_pause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last_word_s: float
+) -> None:
+    # 0: the end of the call is heard of later than that of the connection, as on a machine that is very busy.
+    monkeypatch.setattr(data_connection, "_LAST_WORD_S", last_word_s)
+    settings = DataSettings(least_bytes=0, pause_s=600.0)
+    in_the_tenth_round = 10 * 2 * len(fragments_of(MODEL, FRAGMENT_SIZE_BYTES)) - 5
+    deaths = (("in the middle of the fragments", in_the_tenth_round),)
+    with (
+        RestartedServer(tmp_path, "--num-workers", "2", deaths=deaths) as server,
+        Pair(server.address, settings, reconnect_timeout_s=HANG_S) as pair,
+    ):
+        pair.until_connected()
+        while not server.ends:
+            pair.round()
+        pair.until_connected()
+        server.kill()
+        pair.until_connected()
 
 
 @pytest.mark.parametrize("shared_memory", [True, False])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 
@@ -135,3 +136,20 @@ def test_an_id_in_use_is_named_rather_than_the_deadline_that_it_leads_to(clock: 
     with pytest.raises(ConflictError, match="in use"):
         Patience(60, lambda: 0.0).call(failing(*[taken] * 1000), Deadline(0.3))
     assert sum(clock.sleeps) < 0.3
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_server_that_stays_away_is_named_again_and_again(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(ServerUnavailableError):
+        Patience(60, lambda: 0.0).call(failing(*away(10_000)), FOREVER)
+    first, *later = caplog.messages
+    assert first == "the server is gone; trying again for up to 60 s"
+    tried_s = [
+        int(re.findall(r"the server is gone; tried for (\d+) s, trying for up to \d+ more", words)[0])
+        for words in later
+    ]
+    # Sleeps of up to a second are in between.
+    assert all(0 <= at_s - due_s <= 1 for at_s, due_s in zip(tried_s, (5, 15, 35), strict=True))
+    caplog.clear()
+    assert Patience(60, lambda: 0.0).call(failing(*away(5)), FOREVER) == "done"
+    assert caplog.messages == [first]

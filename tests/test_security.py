@@ -17,17 +17,21 @@ import numpy as np
 import pytest
 
 from ma_client import Outcome, ParameterServerSession, Security, SecurityError, Tls
+from ma_client.data_connection import DataConnection
 from modelaverage.access import Access
 from modelaverage.errors import REASON_METADATA_KEY, REASON_PREFIX, Reason
 from modelaverage.handshake import problem
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.__main__ import main
 from ps_server.authorization import LEAST_ROLES, Role, Tokens, check
+from ps_server.data_port import DataPort
 from ps_server.security import ServerSecurity, check_exposure, warnings_of
 from tests.certificates import Authority, Identity
 from tests.conftest import RunningServer, StartServer
 from tests.launched import Launched
+from tests.pairs import Pair
 from tests.raw_client import DEADLINE_S
+from tests.tls_proxy import TlsProxy
 from tests.wiretap import Wiretap
 
 CENTER = {"w": np.arange(100, dtype=np.float32)}
@@ -347,6 +351,43 @@ def share_found(values: bytes, recorded: bytes) -> float:
     """How many of the pieces of 32 bytes of ``values`` occur; frames' headers cut a few of them in two."""
     pieces = [values[start : start + 32] for start in range(0, len(values), 32)]
     return sum(piece in recorded for piece in pieces) / len(pieces)
+
+
+@pytest.mark.parametrize("is_mutual", [False, True])
+def test_behind_a_proxy_that_ends_tls_nothing_goes_beside_the_calls(
+    start_server: StartServer, files: Files, monkeypatch: pytest.MonkeyPatch, is_mutual: bool
+) -> None:
+    beside = list[str]()
+    monkeypatch.setattr(DataPort, "offer", lambda _, worker_id, __: beside.append(f"asked for by {worker_id}"))
+    monkeypatch.setattr(DataConnection, "open", lambda *_: beside.append("opened"))
+    client = files.tls() if is_mutual else Tls(files.authority.ca)
+    # A server that would offer some: it has no TLS itself.
+    target = start_server(2, security=ServerSecurity(token_file=files.token(Role.WORKER))).address
+    with TlsProxy(target, files.server, str(files.authority.ca) if is_mutual else None) as proxy:
+        security = Security(client, token_file=files.token(Role.WORKER))
+        with Pair(proxy.address, security=security) as pair:
+            for _ in range(4):
+                pair.round()
+            assert pair.transports == {pb.TRANSPORT_TCP}
+    assert beside == []
+
+
+@pytest.mark.parametrize(
+    ("tls", "address", "is_encrypted"),
+    [
+        (None, "ps:2222", False),
+        (Tls(), "ps:2222", True),
+        (Tls(), "dns:///ps:2222", True),
+        (Tls(), "unix-abstract:ps", True),
+        (Tls(), "unix:/run/ps.sock", False),
+        (Tls(), "unix:///run/ps.sock", False),
+        (None, "unix:/run/ps.sock", False),
+    ],
+)
+def test_channels_are_encrypted_with_tls_but_for_unix_sockets(
+    tls: Tls | None, address: str, is_encrypted: bool
+) -> None:
+    assert Access(Security(tls)).is_encrypted(address) == is_encrypted
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "127.0.0.1:99999", "a..b:1", "unix:/nowhere", "nonsense", ":1"])

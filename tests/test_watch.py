@@ -113,6 +113,22 @@ def test_a_checkpoint_that_failed_is_red() -> None:
     assert any(RED in found and "FAILED: no space" in found for found in drawn(Seen("ps:2222", status)).splitlines())
 
 
+def test_a_checkpoint_that_hangs_has_not_failed_and_is_no_news_every_second() -> None:
+    def hanging(age_s: float) -> Seen:
+        status = waiting()
+        status.checkpoint_writing_s = age_s
+        status.checkpoint_problem = f"the checkpoint of global_step 2 has been waiting for /center for {age_s:.0f} s"
+        return Seen("ps:2222", status)
+
+    shown = "HANGS: the checkpoint of global_step 2 has been waiting for /center for 12 s"
+    assert any(RED in found and shown in found for found in drawn(hanging(12), width=200).splitlines())
+    assert f"checkpoint {shown}" in line(hanging(12))
+    assert watching._news(hanging(12)) == watching._news(hanging(13))
+    assert watching._news(hanging(12)) != watching._news(Seen("ps:2222", waiting()))
+    failed = hanging(0.5)  # an earlier one failed, and another one is being written
+    assert "checkpoint FAILED" in line(failed)
+
+
 @pytest.mark.parametrize("width", [20, 80, 200])
 def test_names_from_outside_and_narrow_terminals_do_no_harm(width: int) -> None:
     status = waiting()

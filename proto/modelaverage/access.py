@@ -49,12 +49,16 @@ class Access:
             self._token = WatchedFiles((path,), lambda: bearer(read_tokens(path)[0]), _keep_token)
 
     def channel(self, address: str, options: Sequence[tuple[str, Any]] = ()) -> grpc.Channel:
-        """A channel to a server. Unix sockets are in plain text: what goes there does not leave the host."""
-        if self._credentials is None or self._tls is None or address.startswith("unix:"):
+        """A channel to a server, encrypted if `is_encrypted` says so."""
+        if self._credentials is None or self._tls is None or not self.is_encrypted(address):
             return grpc.insecure_channel(address, options=options)
         if self._tls.server_name is not None:
             options = [*options, ("grpc.ssl_target_name_override", self._tls.server_name)]
         return grpc.secure_channel(address, self._credentials, options=options)
+
+    def is_encrypted(self, address: str) -> bool:
+        """Whether channels to ``address`` are. Those over Unix sockets need not be: they do not leave the host."""
+        return self._tls is not None and not address.startswith("unix:")
 
     @property
     def metadata(self) -> _Metadata:
