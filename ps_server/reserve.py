@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -14,7 +15,7 @@ _EXHAUSTED = (errno.EMFILE, errno.ENFILE)
 
 
 class Reserve:
-    """Descriptors that point at nothing, until one is needed. For one thread.
+    """Descriptors that point at nothing, until one is needed. For any thread.
 
     Connections come in without asking: strangers can take every descriptor that the process may have. These they cannot
     take, and `open` gives one up for something that the server needs.
@@ -26,6 +27,7 @@ class Reserve:
     def __init__(self, size: int) -> None:
         self._size = size
         self._held: list[int] = []
+        self._lock = threading.RLock()  # large centers are not made on the event loop
         self.refill()
 
     @property
@@ -39,25 +41,27 @@ class Reserve:
         Raises:
             OSError: EMFILE or ENFILE, if the reserve is used up, or whatever else ``make`` raises.
         """
-        while True:
-            try:
-                made = make()
-            except OSError as error:
-                if error.errno not in _EXHAUSTED or not self._held:
-                    raise
-                os.close(self._held.pop())
-            else:
-                self.refill()
-                return made
+        with self._lock:
+            while True:
+                try:
+                    made = make()
+                except OSError as error:
+                    if error.errno not in _EXHAUSTED or not self._held:
+                        raise
+                    os.close(self._held.pop())
+                else:
+                    self.refill()
+                    return made
 
     def refill(self) -> bool:
         """Takes back what was given up, as far as there is any; whether it is full."""
-        try:
-            while len(self._held) < self._size:
-                self._held.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
-        except OSError:
-            return False
-        return True
+        with self._lock:
+            try:
+                while len(self._held) < self._size:
+                    self._held.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+            except OSError:
+                return False
+            return True
 
     def close(self) -> None:
         """Gives everything up."""

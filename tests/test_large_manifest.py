@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,12 +12,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import grpc
+import numpy as np
 import pytest
 
 from modelaverage import wire
 from modelaverage.manifest import MAX_VARIABLES
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.helper_thread import HelperThread, no_collections
+from ps_server.safetensors_file import lay_out
 from tests.conftest import RunningServer, StartServer
 from tests.raw_client import DEADLINE_S, until
 
@@ -170,6 +173,16 @@ def test_of_two_chiefs_with_large_manifests_one_sets_the_center(start_server: St
         answers = [pb.InitializeResponse.FromString(call.result()) for call in calls]
     assert sorted(answer.initialized for answer in answers) == [False, False, False, True]
     assert len({answer.manifest_id for answer in answers}) == 1
+
+
+@pytest.mark.parametrize("count", [0, 1, 998, 999, 1000, 2500])
+def test_the_head_of_a_checkpoint_is_the_text_that_json_makes_of_it(count: int) -> None:
+    arrays = {f'v"{number}': np.zeros((2, 1), np.float16) for number in range(count)}
+    text = lay_out(arrays, {"global_step": "7"}).head[8:].decode().rstrip(" ")
+    content = json.loads(text)
+    assert json.dumps(content) == text
+    assert list(content) == ["__metadata__", *arrays]
+    assert [content[name]["data_offsets"] for name in arrays] == [[4 * n, 4 * n + 4] for n in range(count)]
 
 
 # The thread.
