@@ -47,7 +47,7 @@ class ServerProcess:
         watchdog = threading.Timer(20, self._process.kill)
         watchdog.start()
         self.line = self._process.stdout.readline().decode()
-        has_data_line = self.line and "--data-port=off" not in arguments
+        has_data_line = bool(self.line) and not {"off", "--data-port=off", "--tls-cert"} & set(arguments)
         self.data_line = self._process.stdout.readline().decode() if has_data_line else ""
         watchdog.cancel()
         self.address = self.line.split()[-1] if self.line else ""
