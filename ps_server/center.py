@@ -200,8 +200,15 @@ class Center:
         return sum((work.result() for work in working), Counter[str]())
 
     def restart(self) -> None:
-        """The round starts over: what was to be summed is void."""
+        """The round starts over: what was to be summed is void.
+
+        Raises:
+            OSError, MemoryError: its average is on its way to the disk, and there is no room for another one.
+        """
         self._deferred.clear()
+        if any(reader.end is None for reader in self.next.readers):
+            room = self._new_buffer()
+            self._old, self.next = [*self._old, self.next], room
 
     @contextmanager
     def reading(self, buffer: Buffer, reader: Reader) -> Iterator[None]:

@@ -69,7 +69,7 @@ class Job:
         keeper: what keeps the center on disk; None: nothing.
         observations: where to note what rounds take.
         data_port: where workers may open data connections.
-        reserve: descriptors for memory that is lent to workers.
+        reserve: tells whether there are descriptors for workers' memory and connections.
         die: ends the process, with a line that says why; for a state that nobody can be sure of.
     """
 
@@ -181,7 +181,8 @@ class Job:
                     await self._send_center(part, Outcome.STALE)
                 case Admit(first_needed):
                     part.contribution = self._lend(push) if header.accepts_shared_memory else None
-                    if header.accepts_data_connection and not call.peer.startswith("unix"):
+                    wanted = header.accepts_data_connection and not call.peer.startswith("unix")
+                    if wanted and not self._reserve.is_short:
                         part.offer = self._data_port.offer(push.worker_id, push.incarnation)
                     unneeded = first_needed if part.follows else 0
                     if part.connection is None:
@@ -309,13 +310,13 @@ class Job:
 
     def _lend(self, push: Push) -> Segment | None:
         """Memory for this worker's contribution: a process keeps what it got; a later one gets its own."""
-        if self.center.current.segment is None:
+        if self.center.current.segment is None or self._reserve.is_short:
             return None
         incarnation, segment = self._lent.get(push.worker_id, (b"", None))
         if segment is None or incarnation != push.incarnation:
             size_bytes = self.manifest.buffer_size_bytes
             try:
-                segment = self._reserve.open(lambda: Segment.create(size_bytes, for_clients_to_write=True))
+                segment = Segment.create(size_bytes, for_clients_to_write=True)
             except (OSError, MemoryError) as error:
                 _log.warning(
                     "no shared memory for %r: %s; its fragments come inline",

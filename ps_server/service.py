@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -509,6 +509,8 @@ class ParameterServerService:
             message,
             extra=event("call_refused", rpc=name, reason=reason.name, worker=worker_id, peer=str(context.peer())),
         )
+        with suppress(asyncio.CancelledError):  # `fail` may have been called by this very task
+            await asyncio.sleep(0)
         code, metadata = FAULTS[reason].status, ((REASON_METADATA_KEY, REASON_PREFIX + reason.name),)
         last_word = context.abort(grpc.StatusCode[code], _short(message), metadata)
         try:

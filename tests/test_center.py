@@ -445,6 +445,21 @@ def test_a_reader_that_cannot_be_ended_is_never_in_the_way() -> None:
         assert everything(ALL_DTYPES, kept) == before
 
 
+def test_a_round_that_starts_over_leaves_alone_what_is_on_its_way_to_the_disk() -> None:
+    center = center_of(ALL_DTYPES, random_arrays(ALL_DTYPES, np.random.default_rng(0)))
+    first, second = (Pushed(random_arrays(ALL_DTYPES, np.random.default_rng(seed))) for seed in (1, 2))
+    average(center, [first], arrivals(1, ALL_DTYPES.fragment_count, np.random.default_rng(0)), [False])
+    kept, before = center.next, everything(ALL_DTYPES, center.next)
+    with center.reading(kept, Reader(0.0)):
+        center.restart()
+        whole_round(center, second)
+        assert everything(ALL_DTYPES, kept) == before
+    with center.reading(center.next, Reader(0.0, lambda _: None)):
+        kept = center.next
+        center.restart()
+        assert center.next is kept, "whoever reads it is told to push again"
+
+
 def test_where_no_thread_can_be_started_fragments_are_averaged_without(monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = Manifest((Variable("w", "float32", (64,)),), 16)
     values = {"w": np.arange(64, dtype=np.float32)}

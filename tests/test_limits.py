@@ -275,6 +275,28 @@ def test_an_event_that_fails_starts_the_round_over_and_the_same_pushes_make_it(t
         assert server.printed().count("starts over, because the server failed: ArithmeticError: a test broke this") == 1
 
 
+def test_a_push_whose_header_fails_is_told_so_and_made_again(tmp_path: Path) -> None:
+    broken = """
+import sys
+from ps_server.roster import Roster
+heard, left = Roster.heard_push_of, [3]
+def broken(self, *arguments):
+    left[0] -= 1
+    if left[0] == 0:
+        raise MemoryError
+    return heard(self, *arguments)
+Roster.heard_push_of = broken
+from ps_server.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+    with ExitStack() as stack:
+        server, address = stack.enter_context(serving(tmp_path, "--num-workers", "2", program=("-c", broken)))
+        pair = Pair(address, stack)
+        for value in range(3):
+            pair.round(value)
+        assert server.printed().count("starts over, because the server failed: MemoryError") == 1
+
+
 def test_a_failure_of_one_call_is_that_calls_only(tmp_path: Path) -> None:
     broken = """
 import sys
