@@ -34,6 +34,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits of a run
 
 SIZE = 4 << 20  # elements: 16 MiB, more than gRPC has on its way to a client that takes nothing
 MODEL_BYTES = 4 * SIZE
+_NO_READING_AHEAD = [("grpc.use_local_subchannel_pool", 1), ("grpc.http2.bdp_probe", 0)]
 # Breaks a round's arithmetic once, and then the way to start over.
 BROKEN_TWICE = """
 import sys
@@ -106,7 +107,7 @@ class Reader:
     """Somebody who pulls and takes only the header, on a connection of its own."""
 
     def __init__(self, address: str, stack: ExitStack) -> None:
-        channel: Any = stack.enter_context(grpc.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)]))
+        channel: Any = stack.enter_context(grpc.insecure_channel(address, _NO_READING_AHEAD))
         request = pb.PullRequest(worker_id="reader").SerializeToString()
         self._pull: Any = channel.unary_stream(f"/{wire.SERVICE}/Pull")(request)
         self.step = pb.PullResponse.FromString(next(self._pull)).header.global_step
