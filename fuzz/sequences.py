@@ -385,6 +385,8 @@ class Sequence:
         self._witness.look()
         if self._witness.model is not None and not self._initialized:
             self._initialized, self._model = True, self._witness.model
+            for given in self._witness.given.values():  # what came before was of another model
+                given.indexes.clear()
             self.world.count_from_here()
         for call in [call for call in self._calls if call.done]:
             self._calls.remove(call)
