@@ -28,10 +28,10 @@ bench: $(VENV)/dev.stamp ## what a round costs, beside gloo's all-reduce; add QU
 	@$(BIN)/python -m bench.links $(QUICK)
 	@$(if $(QUICK),,$(BIN)/pytest -m slow)
 
-chaos: $(VENV)/dev.stamp ## kills and stops everything at random for 200 rounds, and checks that nothing is lost; SEED=1 for others
-	@$(BIN)/python -m chaos --seed $(or $(SEED),0)
+chaos: $(VENV)/dev.stamp ## kills and stops everything at random for 200 rounds, and checks that nothing is lost; SEED=1, SQUEEZE=--squeeze
+	@$(BIN)/python -m chaos --seed $(or $(SEED),0) $(SQUEEZE)
 
-fuzz: $(VENV)/dev.stamp ## a million hostile inputs for every handler; INPUTS=10000 for less
+fuzz: $(VENV)/dev.stamp ## a million hostile inputs for every handler and for data connections; INPUTS=10000 for less
 	@$(BIN)/python -m fuzz --inputs $(or $(INPUTS),1000000)
 
 conformance: $(VENV)/dev.stamp ## plays the clients in Python, Node.js, C++ and Go through every case; CLIENTS=go for one

@@ -1,8 +1,10 @@
 """Trains the digits while processes are killed and stopped at random, and checks that nothing is lost: `make chaos`.
 
 One parameter server and its workers run as processes. Every second one of them, by chance, is killed, or stopped for a
-while; whatever ended is started again. The workers log what they push and what they get; at the end every center has to
-be the average of one push of each worker, and as good a model as that of a run without faults.
+while; whatever ended is started again. With --squeeze, the server may also have no more descriptors or threads than it
+has, for some seconds; not the workers, whose own log could not be written then. The workers log what they push and what
+they get; at the end every center has to be the average of one push of each worker, and as good a model as that of a run
+without faults.
 """
 
 from __future__ import annotations
@@ -28,6 +30,12 @@ def main(argv: list[str] | None = None) -> int:
         "--workers", type=int, choices=range(2, MAX_WORKERS + 1), default=4, help="how many (%(default)s)"
     )
     parser.add_argument("--seed", type=flags.whole, default=0, help="of the faults (%(default)s)")
+    parser.add_argument(
+        "--squeeze",
+        action="store_true",
+        help="the server also runs out of descriptors and threads now and then (threads: as root, on Linux with the "
+        "pids controller of cgroup v1)",
+    )
     parser.add_argument(
         "--faults-every-s", type=flags.seconds, default=1.0, help="one fault every so many seconds (%(default)s)"
     )

@@ -13,15 +13,18 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from chaos.faults import Fault
-from chaos.forks import fork, serve
-from chaos.log import Values, flat, newest_step
+from chaos.forks import fork, serve, serve_small
+from chaos.limits import limits
+from chaos.log import Values, flat, newest_checkpoint, newest_step
 from chaos.seats import Seat
-from chaos.worker import Task, work
+from chaos.visitors import Visitors
+from chaos.worker import WAYS, Task, work
 from ma_client import ClusterSpec, ParameterServerSession
 
 __all__ = ["Course", "Plan", "SERVER", "run", "workers_of"]
 
 SERVER = "server"
+_CHECKPOINTS = "checkpoints"
 _TICK_S = 0.01
 _PROGRESS_EVERY_S = 2.0
 # So long without a round, and the faults end, to tell a job that hangs from one that is struck too often.
@@ -37,11 +40,13 @@ class Plan:
         workers: how many; the server is strict.
         rounds: until this `global_step`.
         directory: where the log, the checkpoints and what the processes print will lie.
+        squeezes: whether the server is made to run out of descriptors and threads, too.
     """
 
     workers: int
     rounds: int
     directory: Path
+    squeezes: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,8 @@ class Course:
         starts: of each process, by name.
         struck: the faults, with the times at which they happened.
         deaths: processes that ended otherwise than by a fault.
+        squeezed_deaths: those that ended of themselves because they lacked something; that is their right.
+        lacks_limit: which limit this machine does not have, and why; empty if it has all, or none was wanted.
         rounds_started_over: by the server, for the sake of pushes that broke off.
         center: what the server has at the end; None if the run was given up.
         global_step: the center's.
@@ -65,6 +72,8 @@ class Course:
     starts: dict[str, int]
     struck: tuple[Fault, ...]
     deaths: tuple[str, ...]
+    squeezed_deaths: tuple[str, ...]
+    lacks_limit: str
     rounds_started_over: int
     center: Values | None
     global_step: int
@@ -98,11 +107,13 @@ class _Cluster:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self._address = f"127.0.0.1:{probe.getsockname()[1]}"
-        self._server = Seat(SERVER, self._start_server, finishes=False)
+        server_limits, self._lacks_limit = limits(SERVER) if plan.squeezes else ({}, "")
+        self._server = Seat(SERVER, self._start_server, finishes=False, limits=server_limits)
         self._workers = [
             Seat(name, partial(self._start_worker, index), finishes=True)
             for index, name in enumerate(workers_of(plan.workers))
         ]
+        self._visitors = Visitors(self._address) if plan.squeezes else None
         self._seats = {seat.name: seat for seat in (self._server, *self._workers)}
 
     def run(self, faults: Iterator[Fault], on_progress: Callable[[int, int], None]) -> Course:
@@ -114,10 +125,11 @@ class _Cluster:
             now_s = time.monotonic()
             for seat in self._seats.values():
                 seat.tend(now_s)
+                struck += [replace(each, at_s=now_s - began_at_s) for each in seat.news()]
             calm = now_s - newer_at_s > _CALM_AFTER_S
             while fault is not None and now_s - began_at_s >= fault.at_s:
-                if not calm and self._seats[fault.process].strike(fault, now_s):
-                    struck.append(replace(fault, at_s=now_s - began_at_s))
+                if not calm and self._may_strike(fault, now_s):
+                    self._seats[fault.process].strike(fault, now_s)
                 fault = next(faults, None)
             if now_s - told_at_s >= _PROGRESS_EVERY_S:
                 newest, told_at_s = newest_step(self._plan.directory), now_s
@@ -135,24 +147,37 @@ class _Cluster:
             {seat.name: seat.starts for seat in self._seats.values()},
             tuple(struck),
             tuple(death for seat in self._seats.values() for death in seat.deaths),
+            tuple(death for seat in self._seats.values() for death in seat.squeezed_deaths),
+            self._lacks_limit,
             log.count("starts over"),
             center,
             step,
             gave_up,
         )
 
+    def _may_strike(self, fault: Fault, now_s: float) -> bool:
+        """A server that could not write a checkpoint answers all the same, and says that a kill would lose rounds."""
+        if (fault.process, fault.kind) != (SERVER, "kill") or not self._plan.squeezes:
+            return True
+        kept = newest_checkpoint(self._plan.directory / _CHECKPOINTS)
+        return not self._server.is_squeezed(now_s) and kept >= newest_step(self._plan.directory)
+
     def end(self) -> None:
+        if self._visitors is not None:
+            self._visitors.end()
         for seat in self._seats.values():
             seat.end()
 
     def _start_server(self, _: int) -> BaseProcess:
         arguments = ["serve", "--bind", self._address, "--num-workers", str(self._plan.workers)]
-        arguments += ["--checkpoint-dir", str(self._plan.directory / "checkpoints")]
-        return fork(self._words(SERVER), serve, arguments)
+        arguments += ["--checkpoint-dir", str(self._plan.directory / _CHECKPOINTS)]
+        return fork(self._words(SERVER), serve_small if self._plan.squeezes else serve, arguments)
 
     def _start_worker(self, index: int, number: int) -> BaseProcess:
         cluster = ClusterSpec((self._address,), self._plan.workers, index)
-        task = Task(cluster, number, self._plan.rounds, self._plan.directory)
+        # Descriptors are for segments and connections, too: the workers go all ways.
+        way = WAYS[index % len(WAYS)] if self._plan.squeezes else None
+        task = Task(cluster, number, self._plan.rounds, self._plan.directory, way)
         return fork(self._words(cluster.worker_id), work, task)
 
     def _words(self, name: str) -> Path:

@@ -7,12 +7,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Fault", "Kind", "sequence"]
+__all__ = ["SQUEEZES", "Fault", "Kind", "sequence"]
 
-Kind = Literal["kill", "stop"]
+Kind = Literal["kill", "stop", "descriptors", "threads"]
+SQUEEZES: tuple[Kind, ...] = ("descriptors", "threads")
+"""What a process runs out of for a while."""
 
 _SHORTEST_STOP_S = 0.5
 _LONGEST_STOP_S = 3.0
+_PART_OF_SQUEEZES = 0.25
+_SHORTEST_SQUEEZE_S = 0.5
+_LONGEST_SQUEEZE_S = 2.0
+_MOST_SPARE = 3
 
 
 @dataclass(frozen=True)
@@ -22,22 +28,39 @@ class Fault:
     Args:
         at_s: seconds from the start of the run.
         process: the name of whom it strikes.
-        kind: kill is SIGKILL; stop is SIGSTOP, and SIGCONT later.
-        lasts_s: how long a stop lasts; 0 for a kill.
+        kind: kill is SIGKILL; stop is SIGSTOP, and SIGCONT later; descriptors and threads: it gets no more of them than
+            it has and ``spare``.
+        lasts_s: how long it lasts; 0 for a kill.
+        spare: how many more of what runs out it may have.
+        at_start: it strikes the next process, which is about to make most of its threads and connections.
     """
 
     at_s: float
     process: str
     kind: Kind
     lasts_s: float
+    spare: int = 0
+    at_start: bool = False
 
 
-def sequence(seed: int, processes: Sequence[str], every_s: float) -> Iterator[Fault]:
-    """One fault every ``every_s`` seconds, without end; the same for the same arguments."""
+def sequence(seed: int, processes: Sequence[str], every_s: float, squeezed: str | None = None) -> Iterator[Fault]:
+    """One fault every ``every_s`` seconds, without end; the same for the same arguments.
+
+    Args:
+        seed: other seeds are other faults.
+        processes: whom kills and stops strike.
+        every_s: seconds.
+        squeezed: who runs out of descriptors and threads, too; None: nobody.
+    """
     chance = random.Random(seed)
     at_s = every_s
     while True:
         process = chance.choice(processes)
         stops, lasts_s = chance.random() < 0.5, round(chance.uniform(_SHORTEST_STOP_S, _LONGEST_STOP_S), 2)
-        yield Fault(at_s, process, "stop", lasts_s) if stops else Fault(at_s, process, "kill", 0.0)
+        if squeezed is not None and chance.random() < _PART_OF_SQUEEZES:
+            lasts_s = round(chance.uniform(_SHORTEST_SQUEEZE_S, _LONGEST_SQUEEZE_S), 2)
+            kind, spare = chance.choice(SQUEEZES), chance.randint(0, _MOST_SPARE)
+            yield Fault(at_s, squeezed, kind, lasts_s, spare, at_start=chance.random() < 0.5)
+        else:
+            yield Fault(at_s, process, "stop", lasts_s) if stops else Fault(at_s, process, "kill", 0.0)
         at_s += every_s

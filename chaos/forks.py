@@ -14,9 +14,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TypeVar
 
-from ps_server.__main__ import main as server_main
+from ps_server import __main__ as server
 
-__all__ = ["Argument", "die_with_parent", "fork", "serve"]
+__all__ = ["Argument", "die_with_parent", "fork", "serve", "serve_small"]
 
 Argument = TypeVar("Argument")
 _PR_SET_PDEATHSIG = 1
@@ -33,7 +33,13 @@ def fork(words: Path, function: Callable[[Argument], None], argument: Argument) 
 
 def serve(arguments: list[str]) -> None:
     """`ps-server` with these arguments."""
-    sys.exit(server_main(arguments))
+    sys.exit(server.main(arguments))
+
+
+def serve_small(arguments: list[str]) -> None:
+    """The same, but models of any size lie in shared memory, and so need descriptors."""
+    vars(server)["DEFAULT_SHARED_MEMORY_FROM_BYTES"] = 0
+    serve(arguments)
 
 
 def die_with_parent() -> None:

@@ -19,7 +19,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Log", "Push", "Received", "TriedAgain", "Values", "WorkerLog", "flat", "newest_step", "read"]
+__all__ = [
+    "Log",
+    "Push",
+    "Received",
+    "TriedAgain",
+    "Values",
+    "WorkerLog",
+    "flat",
+    "newest_checkpoint",
+    "newest_step",
+    "read",
+]
 
 Values = NDArray[np.float32]
 
@@ -155,6 +166,12 @@ def newest_step(directory: Path) -> int:
     """The largest `global_step` of a center that a worker has received so far; -1 if there is none."""
     names = (path.name for path in (directory / "values").glob("center-*.npy"))
     return max((int(name.split("-")[1]) for name in names), default=-1)
+
+
+def newest_checkpoint(directory: Path) -> int:
+    """The largest `global_step` of a checkpoint that a server has written there; -1 if there is none."""
+    names = (path.name for path in directory.glob("center-*.safetensors"))
+    return max((int(name.partition(".")[0].removeprefix("center-")) for name in names), default=-1)
 
 
 def read(directory: Path) -> Log:

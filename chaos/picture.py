@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -9,12 +10,18 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from chaos.faults import Kind
 from chaos.report import Report
 
 __all__ = ["draw"]
 
 # Told apart with any kind of colour vision.
-_CURVE, _KILL, _STOP = "#0072B2", "#222222", "#E69F00"
+_CURVE, _KILL = "#0072B2", "#222222"
+_LASTING: dict[Kind, tuple[str, str]] = {
+    "stop": ("stopped", "#E69F00"),
+    "descriptors": ("out of descriptors", "#CC79A7"),
+    "threads": ("out of threads", "#009E73"),
+}
 
 
 def draw(report: Report, path: Path) -> None:
@@ -27,21 +34,23 @@ def draw(report: Report, path: Path) -> None:
     curve.step(times_s, [0, *(each.global_step for each in report.course)], where="post", color=_CURVE, linewidth=1.8)
     curve.set_ylabel("global_step")
     curve.set_ylim(0, report.rounds * 1.03)
-    kills = sum(fault.kind == "kill" for fault in report.faults)
+    counts = Counter(fault.kind for fault in report.faults)
+    squeezes = counts["descriptors"] + counts["threads"]
     curve.set_title(
         f"{report.workers} workers, seed {report.seed}: {report.global_step} rounds in {report.took_s:.0f} s, "
-        f"{kills} kills, {len(report.faults) - kills} stops",
+        f"{counts['kill']} kills, {counts['stop']} stops" + (f", {squeezes} squeezes" if squeezes else ""),
         loc="left",
     )
     for row, name in enumerate(report.processes):
         mine = [fault for fault in report.faults if fault.process == name]
         killed_s = [fault.at_s for fault in mine if fault.kind == "kill"]
-        stops = list[tuple[float, float]]()
-        for fault in mine:
-            if fault.kind == "stop":  # until it goes on, or another process takes its place
-                ends_s = [at_s for at_s in (fault.at_s + fault.lasts_s, report.took_s, *killed_s) if at_s > fault.at_s]
-                stops.append((fault.at_s, min(ends_s) - fault.at_s))
-        marks.broken_barh(stops, (row - 0.28, 0.56), facecolors=_STOP, linewidth=0)
+        for kind, (_, color) in _LASTING.items():
+            lasting = list[tuple[float, float]]()
+            for fault in mine:
+                if fault.kind == kind:  # until it is over, or another process takes its place
+                    ends_s = [s for s in (fault.at_s + fault.lasts_s, report.took_s, *killed_s) if s > fault.at_s]
+                    lasting.append((fault.at_s, min(ends_s) - fault.at_s))
+            marks.broken_barh(lasting, (row - 0.28, 0.56), facecolors=color, linewidth=0)
         marks.plot(killed_s, [row] * len(killed_s), "x", color=_KILL, markersize=8, markeredgewidth=2)
     marks.set_yticks(range(rows), report.processes)
     marks.set_ylim(rows - 0.4, -0.6)
@@ -54,7 +63,7 @@ def draw(report: Report, path: Path) -> None:
     curve.grid(axis="y", alpha=0.25)
     legend = [
         Line2D([], [], linestyle="none", marker="x", color=_KILL, markersize=8, markeredgewidth=2, label="killed"),
-        Patch(color=_STOP, label="stopped"),
+        *(Patch(color=color, label=label) for kind, (label, color) in _LASTING.items() if counts[kind]),
     ]
-    figure.legend(handles=legend, loc="outside lower center", ncols=2, frameon=False)
+    figure.legend(handles=legend, loc="outside lower center", ncols=len(legend), frameon=False)
     figure.savefig(path, dpi=120)

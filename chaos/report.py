@@ -11,7 +11,7 @@ import numpy as np
 from rich.table import Table
 
 from chaos.cluster import SERVER, Course, Plan, workers_of
-from chaos.faults import Fault, Kind
+from chaos.faults import SQUEEZES, Fault, Kind
 from chaos.log import Log
 from chaos.replay import replay
 from chaos.worker import accuracy_of
@@ -19,6 +19,7 @@ from chaos.worker import accuracy_of
 __all__ = ["Report", "Round", "judge", "table"]
 
 _LONGEST_STRETCH_S = 30.0
+_SQUEEZED: dict[Kind, str] = {"descriptors": "out of descriptors", "threads": "out of threads"}
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Report:
         undisturbed_accuracy: of that of a run without faults.
         starts: processes, by name.
         faults: with the times at which they happened.
+        squeezed_deaths: how processes ended that lacked descriptors or threads.
         course: the rounds, in their order.
     """
 
@@ -75,6 +77,7 @@ class Report:
     undisturbed_accuracy: float
     starts: dict[str, int]
     faults: list[Fault]
+    squeezed_deaths: list[str]
     course: list[Round]
 
     @property
@@ -122,6 +125,7 @@ def judge(plan: Plan, seed: int, course: Course, log: Log, calm: Course, accurac
         undisturbed_accuracy=0.0 if calm.center is None else accuracy_of(calm.center),
         starts=course.starts,
         faults=[replace(fault, at_s=round(fault.at_s, 2)) for fault in course.struck],
+        squeezed_deaths=list(course.squeezed_deaths),
         course=rounds,
     )
     problems = [*replayed.problems, *course.deaths, *_problems(report, course, log, accuracy_points)]
@@ -144,6 +148,9 @@ def _rows(report: Report) -> list[tuple[str, str]]:
         by_process = ", ".join(f"{name} {count[name]}" for name in report.processes)
         return f"{count.total()} ({by_process})"
 
+    squeezes = [(_SQUEEZED[kind], each(kind)) for kind in SQUEEZES if any(f.kind == kind for f in report.faults)]
+    if squeezes:
+        squeezes.append(("ended while it lacked them", "; ".join(report.squeezed_deaths) or "never"))
     restarts = {name: report.starts[name] - 1 for name in report.processes}
     outcomes = ", ".join(f"{outcome} {count}" for outcome, count in sorted(report.outcomes.items()))
     points = 100 * (report.accuracy - report.undisturbed_accuracy)
@@ -154,6 +161,7 @@ def _rows(report: Report) -> list[tuple[str, str]]:
         ("told", outcomes),
         ("killed", each("kill")),
         ("stopped", each("stop")),
+        *squeezes,
         ("restarts", f"{sum(restarts.values())} ({', '.join(f'{name} {n}' for name, n in restarts.items())})"),
         ("calls tried again", str(report.calls_tried_again)),
         ("rounds started over", str(report.rounds_started_over)),

@@ -28,6 +28,7 @@ class Settings:
         workers: how many.
         rounds: planned.
         seed: of the faults.
+        squeeze: whether the server runs out of descriptors and threads now and then, too.
         faults_every_s: one fault every so many seconds.
         accuracy_points: by how many percentage points the test accuracy may differ from that of a run without faults.
         json: where the report goes; the picture goes beside it.
@@ -36,6 +37,7 @@ class Settings:
     workers: int
     rounds: int
     seed: int
+    squeeze: bool
     faults_every_s: float
     accuracy_points: float
     json: Path
@@ -70,10 +72,14 @@ def _both(settings: Settings, directory: Path, console: Console) -> Report:
     plan = cluster.Plan(settings.workers, settings.rounds, directory / "calm")
     console.print("without faults:", style="dim")
     calm = cluster.run(plan, iter(()), _progress(console))
-    plan = replace(plan, directory=directory / "struck")
+    plan = replace(plan, directory=directory / "struck", squeezes=settings.squeeze)
     processes = [cluster.SERVER, *cluster.workers_of(plan.workers)]
     console.print(f"with a fault every {settings.faults_every_s:g} s, seed {settings.seed}:", style="dim")
-    course = cluster.run(plan, sequence(settings.seed, processes, settings.faults_every_s), _progress(console))
+    squeezed = cluster.SERVER if settings.squeeze else None
+    faults = sequence(settings.seed, processes, settings.faults_every_s, squeezed)
+    course = cluster.run(plan, faults, _progress(console))
+    if course.lacks_limit:
+        console.print(course.lacks_limit, style="dim", markup=False)
     return judge(plan, settings.seed, course, log.read(plan.directory), calm, settings.accuracy_points)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,10 +23,14 @@ from ma_client import (
     ParameterServerSession,
     PushResult,
 )
+from ma_client.data_connection import DATA_SETTINGS, DataSettings
 from ps_worker.digits import DigitsData, DigitsNet, Images, accuracy
 from ps_worker.digits_config import DigitsConfig
 
-__all__ = ["Task", "accuracy_of", "warm_up", "work"]
+__all__ = ["WAYS", "Task", "Way", "accuracy_of", "warm_up", "work"]
+
+Way = Literal["shared memory", "data connection", "messages"]
+WAYS: tuple[Way, ...] = ("shared memory", "data connection", "messages")
 
 # Ten fragments, so that a push can break off in the middle.
 _FRAGMENT_SIZE_BYTES = 4096
@@ -43,12 +47,14 @@ class Task:
         process: the how-manieth process of this worker, from 1.
         rounds: the `global_step` at which it is done.
         log: the directory of the run's log.
+        way: how its bytes go; None: as they would of themselves.
     """
 
     cluster: ClusterSpec
     process: int
     rounds: int
     log: Path
+    way: Way | None = None
 
 
 def work(task: Task) -> None:
@@ -59,7 +65,7 @@ def work(task: Task) -> None:
     logging.getLogger("ma_client").addHandler(_TriedAgainHandler(log))
     logging.info("begins")
     order = _Order(_digits().part(cluster.num_workers, cluster.task_index, _CONFIG.batch_size), cluster)
-    with _LoggedSession(cluster, log) as session:
+    with _LoggedSession(cluster, log, task.way) as session:
         getter = ModelAverageCustomGetter(worker_device="cpu")
         model = getter(_initial_model())
         optimizer = ModelAverageOptimizer(
@@ -120,7 +126,7 @@ class _Order:
 class _LoggedSession(ParameterServerSession):
     """Writes down what it pushes, before it does, and every center that comes."""
 
-    def __init__(self, cluster: ClusterSpec, log: WorkerLog) -> None:
+    def __init__(self, cluster: ClusterSpec, log: WorkerLog, way: str | None) -> None:
         self._log = log
         self._pushes = 0
         super().__init__(
@@ -128,6 +134,8 @@ class _LoggedSession(ParameterServerSession):
             worker_id=cluster.worker_id,
             is_chief=cluster.is_chief,
             fragment_size_bytes=_FRAGMENT_SIZE_BYTES,
+            shared_memory=way in (None, "shared memory"),
+            data_connections=DataSettings(least_bytes=0) if way == "data connection" else DATA_SETTINGS,
         )
 
     def pull(self, *args: Any, **kwargs: Any) -> tuple[Mapping[str, NDArray[Any]], int]:

@@ -44,7 +44,9 @@ def _reasons_by_call() -> dict[str, set[Reason]]:
     for comment, name in re.findall(r"((?:  //.*\n)+)  rpc (\w+)\(", protocol.read_text(encoding="utf-8")):
         words = re.findall(r"[A-Z]+_[A-Z_]*", comment.partition("Errors:")[2])
         allowed[name] = {reason for reason in Reason if any(reason.name.startswith(word) for word in words)}
-        allowed[name] |= {Reason.MESSAGE_MALFORMED, Reason.SERVER_OVERLOADED} | ({Reason.SERVER_STOPPING} if name != "GetStatus" else set())
+        allowed[name] |= {Reason.MESSAGE_MALFORMED, Reason.SERVER_OVERLOADED} | (
+            {Reason.SERVER_STOPPING} if name != "GetStatus" else set()
+        )
     return allowed
 
 
@@ -149,6 +151,11 @@ class FakeContext:
         self._room = room
         if room:
             self._wake(self._writer)
+
+    @property
+    def reads(self) -> bool:
+        """Whether the client takes what is written."""
+        return self._room
 
     @property
     def blocked(self) -> bool:

@@ -1,4 +1,5 @@
-"""An event loop whose time stands still until the fuzzer moves it: no sockets, no sleeping, the same run every time."""
+"""An event loop whose time stands still until the fuzzer moves it: no sockets but those of sockets.py, no sleeping, the
+same run every time."""
 
 from __future__ import annotations
 
@@ -8,7 +9,10 @@ import heapq
 import itertools
 from collections import deque
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any, TypeVar
+
+from fuzz.sockets import Listener, MemorySocket
 
 __all__ = ["EndlessError", "VirtualLoop"]
 
@@ -42,6 +46,8 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
         self._numbers = itertools.count()
         self._cancelled = 0
+        self._readers: dict[MemorySocket | Listener, asyncio.Handle] = {}
+        self._writers: dict[MemorySocket, asyncio.Handle] = {}
 
     # What the fuzzer calls.
 
@@ -50,6 +56,8 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         asyncio._set_running_loop(self)
         try:
             for _ in range(max_steps):
+                if not self._ready:
+                    self._poll()
                 if not self._ready:
                     return
                 handle = self._ready.popleft()
@@ -74,6 +82,11 @@ class VirtualLoop(asyncio.AbstractEventLoop):
             self._ready.append(timer)
             self.settle(max_steps)
         raise EndlessError(f"still busy after {max_steps} timers in {seconds:g} s")
+
+    @property
+    def watched(self) -> list[MemorySocket | Listener]:
+        """Sockets that somebody waits for."""
+        return [*self._readers, *self._writers]
 
     # What asyncio calls.
 
@@ -127,9 +140,77 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         """Notes the problem."""
         self.problems.append(context)
 
+    def add_reader(self, fd: Any, callback: Callable[..., Any], *args: Any) -> None:  # type: ignore[override]
+        """As asyncio's, for sockets of sockets.py."""
+        self._watch(self._readers, fd, callback, args)
+
+    def remove_reader(self, fd: Any) -> bool:
+        """As asyncio's."""
+        return self._watch_no_longer(self._readers, fd)
+
+    async def sock_recv(self, sock: Any, nbytes: int) -> bytes:
+        """As asyncio's."""
+        data: bytes = await self._when_possible(self._readers, sock, lambda: sock.recv(nbytes))
+        return data
+
+    async def sock_sendall(self, sock: Any, data: Any) -> None:
+        """As asyncio's."""
+        left = memoryview(data).cast("B")
+        while left:
+            left = left[await self._when_possible(self._writers, sock, partial(sock.send, left)) :]
+
+    async def sock_accept(self, sock: Any) -> tuple[Any, Any]:
+        """As asyncio's."""
+        accepted: tuple[Any, Any] = await self._when_possible(self._readers, sock, sock.accept)
+        return accepted
+
+    async def _when_possible(self, watched: dict[Any, asyncio.Handle], sock: Any, attempt: Callable[[], Any]) -> Any:
+        while True:
+            try:
+                return attempt()
+            except BlockingIOError:
+                pass
+            possible = self.create_future()
+            self._watch(watched, sock, _set_once, (possible,))
+            try:
+                await possible
+            finally:
+                self._watch_no_longer(watched, sock)
+
+    def _watch(
+        self, watched: dict[Any, asyncio.Handle], sock: Any, callback: Callable[..., Any], args: tuple[Any, ...]
+    ) -> None:
+        if sock.is_closed:
+            raise ValueError("a socket that is closed cannot be watched")
+        self._watch_no_longer(watched, sock)
+        watched[sock] = asyncio.Handle(callback, args, self, None)
+
+    def _watch_no_longer(self, watched: dict[Any, asyncio.Handle], sock: Any) -> bool:
+        handle = watched.pop(sock, None)
+        if handle is not None:
+            handle.cancel()
+        return handle is not None
+
+    def _poll(self) -> None:
+        """Wakes up who waits for a socket with which something can be done."""
+        if not self._readers and not self._writers:
+            return
+        for sock in self.watched:
+            if sock.is_closed:  # the next socket with its number would be taken for it
+                self.problems.append({"message": "a socket was closed while it was watched"})
+                self.remove_reader(sock)
+                self._watch_no_longer(self._writers, sock)
+        self._ready += [handle for sock, handle in self._readers.items() if sock.readable]
+        self._ready += [handle for sock, handle in self._writers.items() if sock.writable]
+
     def _timer_handle_cancelled(self, _: asyncio.TimerHandle) -> None:
         self._cancelled += 1
         if self._cancelled > _CANCELLED_TIMERS:
             self._timers = [entry for entry in self._timers if not entry[2].cancelled()]
             heapq.heapify(self._timers)
             self._cancelled = 0
+
+
+def _set_once(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

@@ -17,6 +17,7 @@ import numpy as np
 
 from fuzz.context import ClientCall, Failure
 from fuzz.corpus import CENTER_VALUE, INCARNATIONS, MODELS, initialize_messages, odd_fragment, push_header
+from fuzz.joins import PROCESSES, Joins
 from fuzz.loop import EndlessError
 from fuzz.witness import Given, Key, Witness
 from fuzz.world import LONG_ENOUGH_S, STALL_TIMEOUT_S, World
@@ -25,9 +26,9 @@ from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.call import FIRST_WRITE_TIMEOUT_S
 from ps_server.policy import RoundPolicy
 
-__all__ = ["Sequences"]
+__all__ = ["Event", "Push", "Sequence", "Sequences", "STEP", "WORKER_IDS"]
 
-_WORKER_IDS = ("a", "b", "\U0001f9e0" * 32, "d")
+WORKER_IDS = ("a", "b", "\U0001f9e0" * 32, "d")
 _BAD_IDS = ("", "x" * 129, "\u00fc" * 65)
 _ODD_IDS = ("\U0001f9e0" * 32, "\x00\n", "chief")
 _POLICIES = (
@@ -38,8 +39,10 @@ _POLICIES = (
     RoundPolicy(2, 1, 3, round_timeout_s=7.0),
     RoundPolicy(4, 2, 4),
 )
+Event = tuple[Callable[[], None], float]
+"""Something that may happen, and how often it does."""
 _STOP_GRACE_S = 3.0
-_STEP = 5
+STEP = 5
 _OTHER_MESSAGES = (
     b"",
     b"\xff\xff\xff\xff",
@@ -55,7 +58,7 @@ _OTHER_MESSAGES = (
 
 
 @dataclass
-class _Push:
+class Push:
     """One push as its client sees it."""
 
     call: ClientCall
@@ -63,17 +66,25 @@ class _Push:
     header: pb.PushHeader
     first: int | None = None  # the first fragment that is wanted
     next: int = 0  # the next fragment that the client sends
+    is_beside: bool = False  # whether its fragments go beside the call
     segment: Segment | None = None
 
 
 class Sequences:
-    """Plays one sequence of events after the other, each at a server of its own."""
+    """Plays one sequence of events after the other, each at a server of its own.
 
-    name = "sequences"
+    Args:
+        seed: other seeds are other sequences.
+        name: of the target.
+        kind: what happens in them.
+    """
+
     inputs_per_world = 1
     inputs_each = 20
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, name: str, kind: type[Sequence]) -> None:
+        self.name = name
+        self._kind = kind
         self.endings = Counter[str]()
         self._seed = seed
         self._grown: dict[str, int] = {}
@@ -83,7 +94,7 @@ class Sequences:
 
     def play(self, number: int) -> None:
         """See Target."""
-        sequence = _Sequence(Random(f"{self._seed} {self.name} {number}"), self.endings)
+        sequence = self._kind(Random(f"{self._seed} {self.name} {number}"), self.endings)
         sequence.run()
         self._grown = sequence.world.grown()
 
@@ -92,23 +103,27 @@ class Sequences:
         return self._grown
 
 
-class _Sequence:
+class Sequence:
     """One server, its clients, and what they know of each other."""
+
+    has_connections = False
 
     def __init__(self, rng: Random, endings: Counter[str]) -> None:
         self._rng = rng
         self._endings = endings
         self._model = rng.choice(MODELS)
         self._policy = rng.choice(_POLICIES)
-        self.world = World(self._policy, shared=rng.random() < 0.3)
+        self.world = World(self._policy, rng.random() < 0.3, self.has_connections)
         self._witness = Witness(self.world, self._policy, endings)
+        self.begins_with: list[Callable[[], None]] = []
+        self._joins = Joins(self.world, self._policy.num_workers)
         self._initialized = False
         self._calls: list[ClientCall] = []
-        self._pushes: dict[ClientCall, _Push] = {}
+        self._pushes: dict[ClientCall, Push] = {}
         self._all_ahead = rng.random() < 0.1
         self._ahead_by = rng.choice((1, 2, 1000, 2**63 - 1))
         self._last_push_ids: dict[tuple[str, bytes], int] = {}
-        self._events: list[tuple[Callable[[], None], float]] = [
+        self._events: list[Event] = [
             (self._open_push, 8),
             (self._push_on, 18),
             (self._push_the_rest, 6),
@@ -120,7 +135,8 @@ class _Sequence:
             (self._pass_time, 3),
             (self._pull, 2),
             (self._initialize, 1),
-            (self._leave, 2),
+            (self._leave, 3),
+            (self._join, 4),
             (self._ask_status, 1),
             (self._come_in_crowds, 0.1),
         ]
@@ -128,13 +144,13 @@ class _Sequence:
     def run(self) -> None:
         """Plays it from the first to the last event."""
         if self._rng.random() < 0.9:
-            self._witness.initials.append((_STEP, self._model, CENTER_VALUE))
-            self.world.initialize(self._model, _STEP)
+            self._witness.initials.append((STEP, self._model, CENTER_VALUE))
+            self.world.initialize(self._model, STEP)
             self._check()
         events, weights = zip(*self._events, strict=True)
         happened = list[str]()
         try:
-            for event in self._rng.choices(events, weights, k=self._rng.choice((5, 20, 20, 40))):
+            for event in (*self.begins_with, *self._rng.choices(events, weights, k=self._rng.choice((5, 20, 20, 40)))):
                 happened.append(event.__name__)
                 event()
                 self.world.settle()
@@ -147,25 +163,21 @@ class _Sequence:
     # Events.
 
     def _open_push(self) -> None:
+        self._begin_push(self._rng.choice(WORKER_IDS[: self._policy.max_workers + 1]))
+
+    def _begin_push(self, worker_id: str, is_good: bool = False) -> Push:
+        """The next push of a worker, or an earlier one; unless it has to be good, something may be wrong with it."""
         rng = self._rng
-        center = self._witness.center
-        step = 0 if center is None else center.step
-        worker_id = rng.choice(_WORKER_IDS[: self._policy.max_workers + 1])
-        incarnation = INCARNATIONS[rng.random() < 0.2]
+        incarnation = self._process_of(worker_id)
         last = self._last_push_ids.get((worker_id, incarnation), 1)
-        push_id = max(0, last + rng.choice((0, 0, 0, 1, 1, 1, 1, -1)))
+        push_id = last + 1 if is_good else max(0, last + rng.choice((0, 0, 0, 1, 1, 1, 1, -1)))
         self._last_push_ids[worker_id, incarnation] = max(last, push_id)
         key = worker_id, incarnation, push_id
-        given = self._witness.given.get(key) or self._witness.given.setdefault(key, self._new_push(key))
-        base_step = step
-        if rng.random() < 0.15:
-            base_step = rng.choice((max(0, step - 1), min(step + self._ahead_by, 2**63 - 2)))
-        elif step == _STEP and self._all_ahead:
-            base_step = min(step + self._ahead_by, 2**63 - 2)
+        given = self._given(key)
         header = push_header(
             self._model,
             worker_id,
-            base_step,
+            self._base_step(is_good),
             incarnation=incarnation,
             push_id=push_id,
             weight=given.weight,
@@ -173,16 +185,39 @@ class _Sequence:
             accepts_shared_memory=rng.random() < 0.5,
             fragments_follow=rng.random() < 0.3,
         )
-        if rng.random() < 0.1:
+        self._adorn(header)
+        if rng.random() < 0.1 and not is_good:
             self._spoil(header)
-        push = _Push(self._opened("PushAndAverage"), key, header)
+        push = Push(self._opened("PushAndAverage"), key, header, is_beside=header.uses_data_connection)
         self._pushes[push.call] = push
-        if rng.random() < 0.05:
+        if rng.random() < 0.05 and not is_good:
             push.call.half_close()
-        elif header.fragments_follow and self._model.manifest.fragment_count and rng.random() < 0.5:
+        elif self._fragments_follow(header) and self._model.manifest.fragment_count and rng.random() < 0.5:
             push.call.send(pb.PushAndAverageRequest(header=header).SerializeToString() + self._next_fragment(push))
         else:
             push.call.send(pb.PushAndAverageRequest(header=header).SerializeToString())
+        return push
+
+    def _process_of(self, _worker_id: str) -> bytes:
+        """Which of a worker's processes it is that pushes."""
+        return INCARNATIONS[self._rng.random() < 0.2]
+
+    def _adorn(self, header: pb.PushHeader) -> None:
+        """For others to say more."""
+
+    def _base_step(self, is_good: bool) -> int:
+        rng, center = self._rng, self._witness.center
+        step = 0 if center is None else center.step
+        if rng.random() < 0.15 and not is_good:
+            return rng.choice((max(0, step - 1), min(step + self._ahead_by, 2**63 - 2)))
+        return min(step + self._ahead_by, 2**63 - 2) if step == STEP and self._all_ahead else step
+
+    def _given(self, key: Key) -> Given:
+        return self._witness.given.get(key) or self._witness.given.setdefault(key, self._new_push(key))
+
+    @staticmethod
+    def _fragments_follow(header: pb.PushHeader) -> bool:
+        return header.fragments_follow and not header.uses_data_connection
 
     def _new_push(self, key: Key) -> Given:
         number = zlib.crc32(repr(key).encode())
@@ -208,7 +243,7 @@ class _Sequence:
             case _:
                 header.Clear()
 
-    def _next_fragment(self, push: _Push) -> bytes:
+    def _next_fragment(self, push: Push) -> bytes:
         """The next fragment of a push, inline or in shared memory."""
         given, index, rng = self._witness.given[push.key], push.next, self._rng
         count = self._model.manifest.fragment_count
@@ -252,7 +287,7 @@ class _Sequence:
             case _:
                 push.call.send(rng.choice(_OTHER_MESSAGES))
 
-    def _can_send(self, push: _Push) -> bool:
+    def _can_send(self, push: Push) -> bool:
         """Whether a good client would send a fragment now."""
         if push.first is None and push.call.context.written:
             admission = pb.PushAndAverageResponse.FromString(push.call.context.written[0]).admission
@@ -260,7 +295,7 @@ class _Sequence:
             push.next = max(push.next, push.first)
             if admission.HasField("contribution") and push.first == 0 == push.next:
                 push.segment = self._lent(admission.contribution, self._witness.given[push.key].value)
-        if push.call.context.half_closed or push.next >= self._model.manifest.fragment_count:
+        if push.is_beside or push.call.context.half_closed or push.next >= self._model.manifest.fragment_count:
             return False
         return push.header.fragments_follow or push.first is not None
 
@@ -292,7 +327,7 @@ class _Sequence:
         self.world.advance(self._rng.choice((0.1, 0.6, 1.1, 6.0, STALL_TIMEOUT_S + 0.1, 40.0)))
 
     def _pull(self) -> None:
-        worker_id = self._rng.choice((*_WORKER_IDS, *_ODD_IDS, *_BAD_IDS))
+        worker_id = self._rng.choice((*WORKER_IDS, *_ODD_IDS, *_BAD_IDS))
         request = pb.PullRequest(worker_id=worker_id, wait_initialized=self._rng.random() < 0.5)
         call = self._opened("Pull", request.SerializeToString())
         call.half_close()
@@ -301,8 +336,8 @@ class _Sequence:
     def _initialize(self) -> None:
         rng = self._rng
         model = self._model if rng.random() < 0.8 else rng.choice(MODELS)
-        step, value = rng.choice((0, _STEP, 2**63 - 1, 2**63)), rng.choice((7.0, 8.0))
-        messages = initialize_messages(model, rng.choice((*_WORKER_IDS, *_ODD_IDS, *_BAD_IDS)), step, value)
+        step, value = rng.choice((0, STEP, 2**63 - 1, 2**63)), rng.choice((7.0, 8.0))
+        messages = initialize_messages(model, rng.choice((*WORKER_IDS, *_ODD_IDS, *_BAD_IDS)), step, value)
         whole = rng.random() < 0.5
         if not whole and (kind := rng.randrange(4)) < 3:
             at = rng.randrange(len(messages))
@@ -316,9 +351,18 @@ class _Sequence:
 
     def _leave(self) -> None:
         rng = self._rng
-        worker_id = rng.choice((*_WORKER_IDS, *_WORKER_IDS, *_BAD_IDS))
-        incarnation = rng.choice((INCARNATIONS[0], INCARNATIONS[0], INCARNATIONS[1], b""))
+        worker_id = rng.choice((*WORKER_IDS, *WORKER_IDS, *_BAD_IDS))
+        incarnation = rng.choice((INCARNATIONS[0], INCARNATIONS[0], INCARNATIONS[1], b"", *PROCESSES))
+        if worker_id in WORKER_IDS and incarnation:
+            self._joins.left(incarnation)
         self._opened("Leave", pb.LeaveRequest(worker_id=worker_id, incarnation=incarnation).SerializeToString())
+
+    def _join(self) -> None:
+        rng = self._rng
+        process = rng.choice(PROCESSES) if rng.random() < 0.95 else rng.choice((b"", bytes(17)))
+        wanted = None if rng.random() < 0.6 else rng.choice((0, 0, 1, 1, 2, 3, 2**32 - 1))
+        request = pb.JoinRequest(incarnation=process, task_index=wanted).SerializeToString()
+        self._joins.asked(self._opened("Join", request), process, wanted)
 
     def _ask_status(self) -> None:
         self._opened("GetStatus", b"")
@@ -333,7 +377,7 @@ class _Sequence:
         self._calls.append(self.world.open(rpc, request))
         return self._calls[-1]
 
-    def _some_push(self) -> _Push | None:
+    def _some_push(self) -> Push | None:
         pushes = list(self._pushes.values())
         return self._rng.choice(pushes) if pushes else None
 
@@ -344,10 +388,15 @@ class _Sequence:
             self.world.count_from_here()
         for call in [call for call in self._calls if call.done]:
             self._calls.remove(call)
-            self._pushes.pop(call, None)
+            push = self._pushes.pop(call, None)
             self._endings[call.verdict()] += 1
-            self._witness.hear(call)
+            self._witness.hear(call, self._beside(call, push))
+        self._joins.check()
         self.world.check_calls(len(self._calls))
+
+    def _beside(self, _call: ClientCall, _push: Push | None) -> bytes | None:
+        """What has come of the answer to a push, but not in its call."""
+        return b""
 
     # The end.
 
@@ -369,12 +418,14 @@ class _Sequence:
     def _check_may_wait(self, call: ClientCall) -> None:
         """Nobody but those who wait for others is still there when all the time for stalled streams has passed."""
         job = self.world.job
-        if call.rpc == "Pull" and job is None:
+        if call.rpc == "Join" or (call.rpc == "Pull" and job is None):
             return
         push = self._pushes.get(call)
         if push is not None and job is not None:
             self._can_send(push)
-            if push.next >= job.manifest.fragment_count or (push.first is None and job.round._held):
+            # An earlier push of the worker may be whole, and this one waits for its round.
+            is_whole = push.next >= job.manifest.fragment_count or push.key[0] in job.round.complete
+            if is_whole or (push.first is None and job.round._held):
                 return
         raise Failure(f"{call.rpc} does not end, though its client does nothing")
 

@@ -10,11 +10,12 @@ from typing import Protocol
 
 from google.protobuf.message import DecodeError, Message
 
+from fuzz.connections import ConnectionSequence
 from fuzz.context import ClientCall, Failure
 from fuzz.corpus import CONVERSATIONS, MODELS, RESPONSES, STEP
 from fuzz.fields import with_other_fields
 from fuzz.mutate import mutated
-from fuzz.sequences import Sequences
+from fuzz.sequences import Sequence, Sequences
 from fuzz.world import LONG_ENOUGH_S, Center, World
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.policy import RoundPolicy
@@ -92,6 +93,7 @@ class Bytes:
         self._number = rng.randrange(len(MODELS))
         self._model = MODELS[self._number]
         self._policy, self._shared = rng.choice(_POLICIES), rng.random() < 0.3
+        self._connections = rng.random() < 0.5
         # Who initializes meets a server without a center; so does everybody else now and then.
         self._initialized = rng.random() < (0.3 if self.name == "Initialize" else 0.95)
         self._renew()
@@ -101,7 +103,7 @@ class Bytes:
         return self._worlds[0]
 
     def _renew(self) -> None:
-        self._worlds = [World(self._policy, self._shared)]
+        self._worlds = [World(self._policy, self._shared, self._connections)]
         self._center: Center | None = None
         if self._initialized:
             self._center = self._world.initialize(self._model, STEP)
@@ -222,9 +224,10 @@ def _check_initialized(world: World, messages: list[bytes]) -> None:
             raise Failure(f"the center has other values of {variable.name!r} than those that were sent")
 
 
-TARGETS = (*_RESPONSES, Sequences.name)
+_SEQUENCES: Mapping[str, type[Sequence]] = {"sequences": Sequence, "data-connections": ConnectionSequence}
+TARGETS = (*_RESPONSES, *_SEQUENCES)
 
 
 def target_named(name: str, seed: int) -> Target:
     """One of TARGETS."""
-    return Sequences(seed) if name == Sequences.name else Bytes(seed, name)
+    return Sequences(seed, name, _SEQUENCES[name]) if name in _SEQUENCES else Bytes(seed, name)

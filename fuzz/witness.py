@@ -55,6 +55,10 @@ class Witness:
         self._endings = endings
         self._centers: dict[int, bytes] = {}
 
+    def center_of(self, step: int) -> bytes | None:
+        """The center of a step; None if it was never seen."""
+        return self._centers.get(step)
+
     def look(self) -> None:
         """Raises Failure if the center has changed, unless by a chief or by a round of pushes that came whole."""
         before, after = self.center, self._world.center()
@@ -104,11 +108,16 @@ class Witness:
             elif not np.allclose(array.astype(np.float64), mean, rtol=_TOLERANCE[variable.dtype], atol=0):
                 raise Failure(f"{variable.name!r} is {array}, not the average {mean} of {names}")
 
-    def hear(self, call: ClientCall) -> None:
-        """Raises Failure unless what a call that is over has said is in order and true."""
+    def hear(self, call: ClientCall, beside: bytes | None = None) -> None:
+        """Raises Failure unless what a call that is over has said is in order and true.
+
+        Args:
+            call: the call.
+            beside: what else has come of the answer to a push, on a data connection; None: nobody knows.
+        """
         match call.rpc:
             case "PushAndAverage":
-                self._check_push(call)
+                self._check_push(call, beside)
             case "Pull":
                 self._check_pull(call)
             case "GetStatus":
@@ -119,7 +128,7 @@ class Witness:
                 if response.global_step not in self._centers:
                     raise Failure(f"a chief was told of a center that never was: {response}")
 
-    def _check_push(self, call: ClientCall) -> None:
+    def _check_push(self, call: ClientCall, beside: bytes | None) -> None:
         """The messages have come in their order, and the center that came is the one that the outcome names."""
         count, flat, outcome = 0, b"", None
         for number, data in enumerate(call.context.written):
@@ -136,15 +145,23 @@ class Witness:
                 count += message.shared.count
             if message.HasField("outcome"):
                 outcome = message.outcome
-        if call.completed is (outcome is None):
+        # Of a call that fails while it waits to send its first message, that message comes, and the error beside it.
+        was_late = call.context.refused is not None and len(call.context.written) == 1
+        if call.completed is (outcome is None) and not (outcome is not None and was_late):
             raise Failure(f"a push ended with the outcome {outcome}")
         if outcome is not None:
-            self._check_outcome(outcome, count, flat)
+            self._check_outcome(outcome, count, flat, beside)
 
-    def _check_outcome(self, outcome: pb.PushOutcome, count: int, flat: bytes) -> None:
+    def _check_outcome(self, outcome: pb.PushOutcome, count: int, flat: bytes, beside: bytes | None) -> None:
         center = self._centers.get(outcome.global_step)
         assert self.model is not None
-        if center is None or count != self.model.manifest.fragment_count:
+        if center is None:
+            raise Failure(f"there never was a center of {outcome}")
+        if count == 0 and beside != b"":
+            count, flat = self.model.manifest.fragment_count, center if beside is None else beside
+            if flat != center:
+                raise Failure(f"{len(flat)} bytes of another center came with {outcome}")
+        if count != self.model.manifest.fragment_count:
             raise Failure(f"{count} fragments came with {outcome}")
         if len(flat) == len(center) and flat != center:
             raise Failure(f"another center came than that of {outcome}")

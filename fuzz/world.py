@@ -16,6 +16,7 @@ import grpc
 from fuzz.context import ClientCall, Failure, Method
 from fuzz.corpus import Model, initialize_messages
 from fuzz.loop import EndlessError, VirtualLoop
+from fuzz.sockets import Listener
 from modelaverage import wire
 from ps_server.job import Job
 from ps_server.policy import RoundPolicy
@@ -41,6 +42,9 @@ _MAY_GROW = frozenset(
         "_job.round._lateness._recent_s",
         "_observations._committed_at_s",
         "_observations._lateness_s",
+        "data_port._connections",
+        "data_port._offered",
+        "data_port._offers",
         "_job.round._members",
         "_job.round.counted",
     }
@@ -63,16 +67,32 @@ class _Details(grpc.HandlerCallDetails):
 
 
 class World:
-    """A service, and time that passes when it is told to."""
+    """A service, and time that passes when it is told to.
 
-    def __init__(self, policy: RoundPolicy, shared: bool) -> None:
+    Args:
+        policy: for whom its rounds wait.
+        shared: whether its center lies in shared memory.
+        connections: whether workers may open data connections; `listener` is where.
+    """
+
+    def __init__(self, policy: RoundPolicy, shared: bool, connections: bool = False) -> None:
         self.loop = VirtualLoop.create()
+        self.listener = Listener()
+        self._max_workers = policy.max_workers
         self._services: list[ParameterServerService] = []
         limits = ServicePolicy(policy, _MAX_MODEL_BYTES, STALL_TIMEOUT_S, 0 if shared else math.inf)
-        self.loop.call_soon(lambda: self._services.append(ParameterServerService(limits, self.loop.time)))
+        self.loop.call_soon(self._start, limits, connections)
         self.settle()
         self._methods = {rpc: _method(self.service, rpc) for rpc in _RPCS}
         self.count_from_here()
+
+    def _start(self, limits: ServicePolicy, connections: bool) -> None:
+        service = ParameterServerService(limits, self.loop.time)
+        if connections:
+            listener: Any = self.listener  # what `DataPort.listen` does, but for the sockets
+            service.data_port._listeners.append(listener)
+            service.data_port._begin(service.data_port._accept(listener))
+        self._services.append(service)
 
     @property
     def service(self) -> ParameterServerService:
@@ -138,8 +158,10 @@ class World:
         """Raises Failure if the service knows other calls than there are."""
         if len(self.service._calls) != open_calls:
             raise Failure(f"{open_calls} calls are open, and the service has {len(self.service._calls)}")
+        self._check_offers()
         if open_calls == 0:
             self._check_empty()
+            self._check_connections()
 
     def _check_empty(self) -> None:
         left = dict[str, Any](_pulls_waiting=self.service._pulls_waiting)
@@ -156,6 +178,27 @@ class World:
         for name, table in left.items():
             if table:
                 raise Failure(f"no call is open, but {name} has {len(table)} entries")
+
+    def _check_offers(self) -> None:
+        port = self.service.data_port
+        if not set(port._offers) <= set(port._offered.values()):
+            raise Failure("there are offers of data connections that are nobody's last one")
+        if max(len(port._offered), len(port._connections)) > self._max_workers:
+            raise Failure(f"{len(port._offered)} offers and {len(port._connections)} data connections are too many")
+
+    def _check_connections(self) -> None:
+        port = self.service.data_port
+        known: set[Any] = {*port._arriving, *(connection._socket for _, connection in port._connections.values())}
+        left = [each for each in self.listener.accepted if not each.is_closed and each not in known]
+        if left:
+            raise Failure(f"no call is open, but {len(left)} data connections are that nobody can use")
+
+    def end_data_port(self) -> None:
+        """No data connections any more, as when the server ends."""
+        self.loop.call_soon(self.service.data_port.close)
+        self.settle()
+        if self.loop.watched or [each for each in self.listener.accepted if not each.is_closed]:
+            raise Failure("data connections outlive the server")
 
     def count_from_here(self) -> None:
         """What the tables have now is what they have to have: `grown` tells what is more."""

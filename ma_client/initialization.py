@@ -68,6 +68,7 @@ def initialize(members: Members, addresses: Sequence[str], proposal: Proposal, d
     """Sets the center on all servers, or completes what an earlier call could not; changes nothing if it is set.
 
     Raises:
+        InvalidRequestError: MANIFEST_INVALID: a manifest is too long for a message; nothing was sent.
         ConflictError: MANIFEST_MISMATCH: another model is in force, or the servers do not belong together.
         NotInitializedError: a server has lost its part of a center that has been averaged already.
     """
@@ -85,13 +86,15 @@ def initialize(members: Members, addresses: Sequence[str], proposal: Proposal, d
             Reason.NOT_INITIALIZED,
         )
     shards = _place(proposal, addresses, there)
+    # All of them, before the first is sent.
+    messages = [pb.Manifest.FromString(wire.encode_manifest(shard)) for shard in shards]
     assembly = Assembly(shards, addresses)
     values = assembly.cut(proposal.values)
 
     def set_one(index: int, member: Member) -> pb.InitializeResponse:
         header = pb.InitializeHeader(
             worker_id=proposal.worker_id,
-            manifest=wire.manifest_to_message(shards[index]),
+            manifest=messages[index],
             global_step=proposal.global_step,
         )
         response = member.initialize(header, values[index], assembly.stagings[index], deadline)

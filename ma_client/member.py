@@ -26,6 +26,7 @@ from modelaverage.errors import (
     ServerUnavailableError,
 )
 from modelaverage.logs import event
+from modelaverage.missing import Missing
 from modelaverage.v1 import parameter_server_pb2 as pb
 
 __all__ = ["Contribution", "Member", "Worker"]
@@ -275,20 +276,21 @@ class Member:
                     if error.reason is not Reason.ROUND_FULL:  # then it waits for others
                         raise
             if waited_s >= notice_s:
+                missing = Missing.told(status)
                 _log.warning(
                     "the parameter server at %s is at step %d, another at %d; it has waited %.0f s for %s",
                     self.shard.address,
                     status.global_step,
                     step,
                     status.round_age_s,
-                    ", ".join(map(repr, status.waiting_for)) or "nobody yet",
+                    missing.text() if missing else "nobody yet",
                     extra=event(
                         "server_behind",
                         peer=self.shard.address,
                         round=status.global_step,
                         other_round=step,
                         waited_s=status.round_age_s,
-                        waiting_for=list(status.waiting_for),
+                        waiting_for=missing.names,
                     ),
                 )
                 notice_s *= 2
@@ -324,7 +326,8 @@ class Member:
 
     def _waits_for_this_worker(self, status: pb.GetStatusResponse) -> bool:
         at_rest = status.phase == pb.PHASE_IDLE
-        return at_rest or self._worker.worker_id in status.waiting_for or status.waiting_for_unknown > 0
+        perhaps = status.waiting_for_unknown > 0 or status.waiting_for_omitted > 0
+        return at_rest or perhaps or self._worker.worker_id in status.waiting_for
 
     def _lost(self, why: object) -> NotInitializedError:
         return NotInitializedError(

@@ -34,6 +34,7 @@ from modelaverage.errors import (
     fault_named,
 )
 from modelaverage.logs import event
+from modelaverage.missing import Missing
 from modelaverage.outcome import Outcome
 from modelaverage.shared_memory import Segment
 from modelaverage.tuning import CHANNEL_OPTIONS, keep_freed_memory
@@ -480,14 +481,14 @@ class Shard:
 
 
 def _log_waiting(waiting: pb.WaitingNotice, step: int) -> None:
-    missing = [repr(worker_id) for worker_id in waiting.waiting_for]
-    if waiting.waiting_for_unknown:
-        missing.append(f"{waiting.waiting_for_unknown} not heard of yet")
+    missing = Missing.told(waiting)
     what = event(
         "round_waits",
         round=step,
         waited_s=waiting.round_age_s,
-        waiting_for=list(waiting.waiting_for),
-        waiting_for_unknown=waiting.waiting_for_unknown,
+        waiting_for=missing.names,
+        waiting_for_omitted=missing.omitted,
+        waiting_for_unknown=missing.unknown,
     )
-    _log.warning("the round has waited %.0f s for %s", waiting.round_age_s, ", ".join(missing), extra=what)
+    whom = missing.text() if missing else "the server: all pushes are there, and its checkpoint is being written"
+    _log.warning("the round has waited %.0f s for %s", waiting.round_age_s, whom, extra=what)

@@ -22,7 +22,7 @@ from modelaverage.security_flags import add_security_flags, security_of
 from ps_server import status
 from ps_server.export import ExportError, export
 from ps_server.keeper import CheckpointPolicy
-from ps_server.policy import RoundPolicy
+from ps_server.policy import MAX_WORKERS, RoundPolicy
 from ps_server.security import ServerSecurity, add_server_security_flags
 from ps_server.server import ServerConfig, UnusableSettingError, serve, stop_on_signals
 from ps_server.service import DEFAULT_SHARED_MEMORY_FROM_BYTES, ServicePolicy
@@ -144,7 +144,17 @@ def _parser() -> argparse.ArgumentParser:
         help="a checkpoint after every K-th round; with 1, a server that is killed loses nothing (%(default)s)",
     )
     command.add_argument(
-        "--ready-file", type=Path, metavar="FILE", help='when listening, write {"address": ..., "pid": ...} there'
+        "--checkpoint-timeout-s",
+        type=_seconds,
+        metavar="SECONDS",
+        help="how long a round waits for its checkpoint; then it is answered without, and checkpoints pause until the "
+        "disk answers again (it waits)",
+    )
+    command.add_argument(
+        "--ready-file",
+        type=Path,
+        metavar="FILE",
+        help='when listening, write {"address": ..., "pid": ..., "data_port": ...} there',
     )
     command.add_argument(
         "--stream-idle-timeout-s",
@@ -262,7 +272,9 @@ def _serve(arguments: argparse.Namespace) -> int:
             shared_memory_from_bytes=math.inf if arguments.no_shared_memory else DEFAULT_SHARED_MEMORY_FROM_BYTES,
             checkpoints=None
             if arguments.checkpoint_dir is None
-            else CheckpointPolicy(arguments.checkpoint_dir, arguments.checkpoint_every_rounds),
+            else CheckpointPolicy(
+                arguments.checkpoint_dir, arguments.checkpoint_every_rounds, timeout_s=arguments.checkpoint_timeout_s
+            ),
         ),
         ready_file=arguments.ready_file,
         security=_server_security(arguments),
@@ -280,6 +292,9 @@ def _serve(arguments: argparse.Namespace) -> int:
             stop,
             ready=lambda at: tell(f"listening on {', '.join(at)}", event("listening", addresses=at)),
             metrics_ready=lambda at: tell(f"metrics at http://{at}/metrics", event("metrics_listening", address=at)),
+            data_port_ready=lambda at: tell(
+                f"data connections at {', '.join(at)}", event("data_port_listening", addresses=at)
+            ),
         )
 
     asyncio.run(run())
@@ -307,6 +322,9 @@ def _round_policy(arguments: argparse.Namespace) -> RoundPolicy:
         raise UnusableSettingError(
             f"--min-workers {min_workers}, --num-workers {num_workers}, --max-workers {max_workers} have to ascend"
         )
+    if max_workers > MAX_WORKERS:
+        flag = "--num-workers" if num_workers > MAX_WORKERS else "--max-workers"
+        raise UnusableSettingError(f"{flag} {max_workers} is more than a round may have; at most {MAX_WORKERS} fit")
     quorum_flags = [
         f for f in ("--max-workers", "--grace-s") if getattr(arguments, f[2:].replace("-", "_")) is not None
     ]
@@ -338,7 +356,13 @@ def _status(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     try:
-        global_step = export(arguments.sources, arguments.out, arguments.timeout_s, Access(security_of(arguments)))
+        global_step = export(
+            arguments.sources,
+            arguments.out,
+            arguments.timeout_s,
+            Access(security_of(arguments)),
+            tell=lambda line: print(f"ps-server: {line}", file=sys.stderr),
+        )
     except ExportError as error:
         print(f"ps-server: {error}", file=sys.stderr)
         return 1

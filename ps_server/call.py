@@ -61,6 +61,7 @@ class Call:
         self._beside_header: tuple[int, memoryview] | pb.SharedFragments | None = None
         self.failure: BaseException | None = None
         """Why the call's task was cancelled, if `fail` did it."""
+        self._is_ending = False
         self._task = asyncio.current_task()
         self._loop = asyncio.get_running_loop()
         self._read_at_s = self._loop.time()
@@ -78,13 +79,16 @@ class Call:
 
     def fail(self, error: BaseException) -> None:
         """Ends the call with ``error``, whatever it is blocked in. The first failure counts."""
-        if self.failure is None and self._task is not None:
+        if self._is_ending or self._task is None:
+            return
+        if self.failure is None:
             self.failure = error
-            if self._has_written or self._write_began_at_s is None:
-                self._cancel()
-            else:
-                # Beside a call's first message gRPC sends no status: cancelled now, the client would never hear of it.
-                self._loop.call_later(FIRST_WRITE_TIMEOUT_S, self._cancel)
+        if self._has_written or self._write_began_at_s is None:
+            self._cancel()
+        else:
+            # Beside a call's first message gRPC sends no status: cancelled now, the client would never hear of it.
+            self._loop.call_later(FIRST_WRITE_TIMEOUT_S, self._cancel)
+        self._is_ending = True
 
     async def read(self) -> bytes | None:
         """The client's next message; None when it has half-closed."""
@@ -171,29 +175,40 @@ class Call:
     async def run(self, main: Coroutine[Any, Any, _T], beside: Coroutine[Any, Any, None]) -> _T:
         """Runs ``main`` to its end, with ``beside`` in a task at its side; an error of either ends both."""
         task = asyncio.ensure_future(beside)
-        task.add_done_callback(self._beside_ended)
         try:
+            task.add_done_callback(self._beside_ended)
             return await main
         finally:
+            main.close()
             if not task.done():
                 task.cancel()
                 await asyncio.wait((task,))
 
     def end(self) -> None:
         """The call is over; what comes from outside no longer matters."""
-        self._watchdog.cancel()
         self._task = None
         self.ended.set_result(None)
+        self._watchdog.cancel()
 
     def _cancel(self) -> None:
         if self._task is not None:
             self._task.cancel()
 
     def _beside_ended(self, task: asyncio.Future[None]) -> None:
-        if not task.cancelled() and (error := task.exception()) is not None:
+        try:
+            if not task.cancelled() and (error := task.exception()) is not None:
+                self.fail(error)
+        except Exception as error:  # nobody else looks
             self.fail(error)
 
     def _watch(self) -> None:
+        try:
+            self._look()
+        except Exception as error:  # nobody would look again
+            self.fail(error)
+
+    def _look(self) -> None:
+        """Fails the call if its client has kept it waiting for too long; else looks again when that may be."""
         heard_at_s = self._read_at_s if self._connection is None else max(self._read_at_s, self._connection.heard_at_s)
         since_s = [heard_at_s] if self.expecting else []
         bytes_at_s = self._bytes_began_at_s

@@ -3,31 +3,38 @@
 There are two flat buffers. Readers see the current center; the round in progress adds into the other one, divides
 there, and a commit swaps them. So readers never meet a half-made center, and memory is twice the model however many
 workers there are (16-bit variables are summed in float32 beside it). A buffer that somebody still reads is left to
-them, and a fresh one takes its place.
+them, and a fresh one takes its place; but only two old ones are kept, then the slowest readers are ended.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from modelaverage.errors import Reason, refusal
+from modelaverage.errors import ModelAverageError, Reason, refusal
 from modelaverage.manifest import DTYPES, Manifest
 from modelaverage.shared_memory import Segment
 from ps_server.decisions import FinishFragment
+from ps_server.reserve import Reserve
+from ps_server.threads import started_pool
 
-__all__ = ["Buffer", "Center", "Contribution", "check_fragment_size", "split_run"]
+__all__ = ["Buffer", "Center", "Contribution", "MAX_OLD_BUFFERS", "Reader", "check_fragment_size", "split_run"]
 
 _Array = NDArray[np.generic]
+_T = TypeVar("_T")
 _THREADS = min(4, os.cpu_count() or 1)
+MAX_OLD_BUFFERS = 2
+"""How many centers that are no longer in force are kept for those who still read them."""
 
 
 @dataclass(frozen=True)
@@ -39,19 +46,42 @@ class Contribution:
     data: memoryview
 
 
+@dataclass(eq=False)
+class Reader:
+    """Somebody who reads a buffer.
+
+    Args:
+        since_s: when it could begin to read.
+        end: ends it with an error: from then on it reads nothing more. None: it cannot be ended.
+        read_bytes: how much it has read.
+    """
+
+    since_s: float
+    end: Callable[[ModelAverageError], None] | None = None
+    read_bytes: int = 0
+
+    def pace(self, now_s: float) -> float:
+        """Bytes a second."""
+        return self.read_bytes / max(now_s - self.since_s, 1e-3)
+
+
 class Buffer:
-    """One flat buffer, and how many streams still read it.
+    """One flat buffer.
+
+    Args:
+        manifest: what lies in it; all is zero at first.
+        segment: the shared memory that it lies in; None: in memory of this process.
 
     Attributes:
-        segment: the shared memory that it lies in, if it does.
+        readers: who reads it.
         arrays: the variables in it, by name.
     """
 
-    def __init__(self, manifest: Manifest, shared: bool) -> None:
+    def __init__(self, manifest: Manifest, segment: Segment | None) -> None:
         self._manifest = manifest
-        self._readers = 0
+        self.readers = set[Reader]()
+        self.segment = segment
         size_bytes = manifest.buffer_size_bytes
-        self.segment = Segment.create(size_bytes, for_clients_to_write=False) if shared else None
         self._bytes = np.zeros(size_bytes, np.uint8) if self.segment is None else self.segment.body
         self.arrays = manifest.arrays(self._bytes)
         flat = [array.reshape(-1) for array in self.arrays.values()]
@@ -70,19 +100,14 @@ class Buffer:
         start, stop = self._manifest.fragment_bounds(first)[0], self._manifest.fragment_bounds(end - 1)[1]
         return self._bytes[start:stop].data
 
-    @contextmanager
-    def reading(self) -> Iterator[Buffer]:
-        """As long as the context lives, no later round writes into this buffer."""
-        self._readers += 1
-        try:
-            yield self
-        finally:
-            self._readers -= 1
-
     @property
     def in_use(self) -> bool:
         """Whether somebody reads it."""
-        return self._readers > 0
+        return bool(self.readers)
+
+    def pace(self, now_s: float) -> float:
+        """How fast its fastest reader is, in bytes a second; infinite if one cannot be ended."""
+        return max(math.inf if reader.end is None else reader.pace(now_s) for reader in self.readers)
 
     def retire(self) -> None:
         """It is no longer the center, and a round may write into it."""
@@ -96,16 +121,19 @@ class Center:
     Args:
         manifest: what the center variables are; all are zero until `load` has set every fragment.
         shared: whether buffers lie in shared memory. Raises OSError if the system has none.
+        reserve: descriptors for that memory, should the system have no others.
     """
 
-    def __init__(self, manifest: Manifest, shared: bool = False) -> None:
+    def __init__(self, manifest: Manifest, shared: bool = False, reserve: Reserve | None = None) -> None:
         self.manifest = manifest
         self._shared = shared
-        self.current = Buffer(manifest, shared)
-        self.next = Buffer(manifest, shared)
+        self._reserve = Reserve(0) if reserve is None else reserve
+        self.current = self._new_buffer()
+        self.next = self._new_buffer()
+        self._old: list[Buffer] = []  # those that somebody still reads
         # Contributions in shared memory to fragments whose sum has not begun.
         self._deferred: dict[int, list[Contribution]] = {}
-        self._threads = ThreadPoolExecutor(_THREADS, "center")
+        self._threads: ThreadPoolExecutor | None = None
         # Sums of 16-bit variables, in float32; None where the next buffer itself is precise enough.
         self._wide: list[list[NDArray[np.float32] | None]] = [
             [
@@ -158,28 +186,103 @@ class Center:
         Returns:
             By worker id, how many of the values that are summed only now were not finite.
         """
-        if len(fragments) == 1:
+        threads = None if len(fragments) == 1 else self._running_threads()
+        if threads is None:
             return self._finish(fragments)
         # One stretch a thread: handing over every fragment by itself costs as much as summing it.
         stretch = math.ceil(len(fragments) / _THREADS)
-        stretches = [fragments[start : start + stretch] for start in range(0, len(fragments), stretch)]
-        return sum(self._threads.map(self._finish, stretches), Counter[str]())
+        working = list[Future[Counter[str]]]()
+        try:
+            for start in range(0, len(fragments), stretch):
+                working += [threads.submit(self._finish, fragments[start : start + stretch])]
+        finally:
+            wait(working)  # whatever happens: nothing may be written later
+        return sum((work.result() for work in working), Counter[str]())
 
     def restart(self) -> None:
-        """The round starts over: what was to be summed is void."""
-        self._deferred.clear()
+        """The round starts over: what was to be summed is void.
 
-    def commit(self) -> None:
-        """The next buffer, whose fragments are all finished, becomes the center."""
-        spare = self.current
-        self.current = self.next
-        if spare.in_use:
-            self.next = Buffer(self.manifest, self._shared)
-        else:
-            spare.retire()
-            self.next = spare
+        Raises:
+            OSError, MemoryError: its average is on its way to the disk, and there is no room for another one.
+        """
+        self._deferred.clear()
+        if any(reader.end is None for reader in self.next.readers):
+            room = self._new_buffer()
+            self._old, self.next = [*self._old, self.next], room
+
+    @contextmanager
+    def reading(self, buffer: Buffer, reader: Reader) -> Iterator[None]:
+        """As long as the context lives, no later round writes into this buffer, unless the reader is ended."""
+        buffer.readers.add(reader)
+        try:
+            yield
+        finally:
+            buffer.readers.discard(reader)
+            if not buffer.readers:
+                self._old = [old for old in self._old if old is not buffer]
+
+    def room(self, now_s: float) -> Buffer:
+        """A buffer for the round after the next commit. It changes nothing but this: readers that are in the way, the
+        slowest, are ended with READER_TOO_SLOW.
+
+        Raises:
+            OSError, MemoryError: there is none to be had, and who reads those that there are cannot be ended.
+        """
+        if not self.current.in_use:
+            return self.current
+        old = [*self._old, self.current]
+        if len(old) <= MAX_OLD_BUFFERS:
+            try:
+                return self._new_buffer()
+            except (OSError, MemoryError):
+                if all(math.isinf(buffer.pace(now_s)) for buffer in old):
+                    raise
+        slowest = min(old, key=lambda buffer: buffer.pace(now_s))
+        if math.isinf(slowest.pace(now_s)):
+            return self._new_buffer()
+        error = refusal(
+            Reason.READER_TOO_SLOW,
+            f"this center was read at {slowest.pace(now_s):.0f} bytes a second, and the server needs its memory for "
+            "new rounds; call again for the present one",
+        )
+        for reader in slowest.readers:
+            assert reader.end is not None
+            reader.end(error)
+        slowest.readers.clear()
+        return slowest
+
+    def commit(self, room: Buffer, then: Callable[[], _T]) -> _T:
+        """The next buffer, whose fragments are all finished, becomes the center; whatever ``then`` returns.
+
+        Args:
+            room: what `room` has returned: where the round after this one adds.
+            then: what has to happen together with it. If it raises, the center is what it was.
+        """
+        old = [buffer for buffer in (*self._old, self.current) if buffer is not room and buffer.in_use]
+        room.retire()
+        before = self.current, self.next, self._old
+        self.current, self.next, self._old = self.next, room, old
+        try:
+            return then()
+        except BaseException:
+            self.current, self.next, self._old = before
+            raise
 
     # How it is done.
+
+    def _new_buffer(self) -> Buffer:
+        if not self._shared:
+            return Buffer(self.manifest, None)
+        size_bytes = self.manifest.buffer_size_bytes
+        create = functools.partial(Segment.create, size_bytes, for_clients_to_write=False)
+        return Buffer(self.manifest, self._reserve.open(create))
+
+    def _running_threads(self) -> ThreadPoolExecutor | None:
+        """Threads that share the work; None: the system has no more of them."""
+        if self._threads is None:
+            with suppress(RuntimeError, MemoryError):
+                self._threads = started_pool(_THREADS, "center")
+        return self._threads
 
     def _add(self, index: int, contribution: Contribution, first: bool) -> int:
         nonfinite = 0

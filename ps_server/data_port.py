@@ -32,6 +32,8 @@ __all__ = ["DataConnection", "DataPort", "lost"]
 
 _log = logging.getLogger("ps_server")
 _GREETING_TIMEOUT_S = 5.0
+# After a failure to accept.
+_PAUSE_S = 0.5
 # Strangers that connect and say nothing hold up new connections, not more.
 _GREETINGS_AT_ONCE = 64
 # What is sent is counted in such pieces.
@@ -173,8 +175,8 @@ class DataPort:
         self._tasks = set[asyncio.Task[None]]()
         self._arriving = set[socket.socket]()
 
-    def listen(self, hosts: Sequence[str], port: int) -> None:
-        """Listens on these hosts, on the same port of each; 0: any free one.
+    def listen(self, hosts: Sequence[str], port: int) -> int:
+        """Listens on these hosts, on the same port of each; 0: any free one. Returns the port.
 
         Raises:
             OSError: it cannot.
@@ -192,6 +194,7 @@ class DataPort:
             raise
         for listener in self._listeners:
             self._begin(self._accept(listener))
+        return port
 
     def offer(self, worker_id: str, incarnation: bytes) -> pb.DataConnection | None:
         """What to tell a worker that would like a connection; None: there is none. Earlier offers are void."""
@@ -246,7 +249,8 @@ class DataPort:
         for task in self._tasks:
             task.cancel()
         for ended in (*self._listeners, *self._arriving):
-            asyncio.get_running_loop().remove_reader(ended)
+            with contextlib.suppress(ValueError):  # it is closed
+                asyncio.get_running_loop().remove_reader(ended)
             ended.close()
         self._listeners.clear()
         for worker_id in list(self._connections):
@@ -258,17 +262,25 @@ class DataPort:
         task.add_done_callback(self._tasks.discard)
 
     async def _accept(self, listener: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
         while True:
-            await self._greetings.acquire()
             try:
-                connection, _ = await loop.sock_accept(listener)
-            except OSError:  # no descriptors left, or the client has gone: others may come
-                self._greetings.release()
-                await asyncio.sleep(1.0)
-                continue
+                await self._accept_one(listener)
+            except Exception:  # no descriptors, no memory, or the client has gone: others may come
+                await asyncio.sleep(_PAUSE_S)
+
+    async def _accept_one(self, listener: socket.socket) -> None:
+        await self._greetings.acquire()
+        connection: socket.socket | None = None
+        try:
+            connection, _ = await asyncio.get_running_loop().sock_accept(listener)
             self._arriving.add(connection)
             self._begin(self._greet(connection))
+        except BaseException:
+            self._greetings.release()
+            if connection is not None:
+                self._arriving.discard(connection)
+                connection.close()
+            raise
 
     async def _greet(self, connection: socket.socket) -> None:
         loop = asyncio.get_running_loop()
@@ -295,13 +307,13 @@ class DataPort:
             connection.setblocking(False)
             prepare(connection, self._silence_timeout_s)
             is_known = await asyncio.wait_for(greeting(), _GREETING_TIMEOUT_S)
-        except (OSError, asyncio.TimeoutError):
+        except (OSError, ValueError, asyncio.TimeoutError):
             pass  # a stranger, or somebody who gave up
         finally:
-            self._greetings.release()
-            self._arriving.discard(connection)
             if not is_known:
                 connection.close()
+            self._arriving.discard(connection)
+            self._greetings.release()
 
 
 def lost(why: object) -> ModelAverageError:

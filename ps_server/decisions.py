@@ -16,6 +16,7 @@ __all__ = [
     "Dismiss",
     "FinishFragment",
     "Hold",
+    "Prepare",
     "Push",
     "Restart",
     "TimeOut",
@@ -102,6 +103,19 @@ class FinishFragment:
 
 
 @dataclass(frozen=True)
+class Prepare:
+    """Every push is whole, every fragment finished: get whatever the commit needs, then call `Round.commit`.
+
+    Until then nothing has changed that anybody may hear of, and `Round.abandon` is possible. Always the last decision.
+
+    Args:
+        global_step: the step that the commit reaches.
+    """
+
+    global_step: int
+
+
+@dataclass(frozen=True)
 class Verdict:
     """What one attached stream is told about the commit."""
 
@@ -111,7 +125,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Commit:
-    """The round is over: ``global_step`` rounds are complete.
+    """What `Round.commit` returns. The round is over: ``global_step`` rounds are complete.
 
     Args:
         global_step: the step reached.
@@ -130,4 +144,4 @@ class Commit:
     round_s: float
 
 
-Decision = Admit | CenterFollows | Hold | Dismiss | Restart | FinishFragment | Commit | TimeOut
+Decision = Admit | CenterFollows | Hold | Dismiss | Restart | FinishFragment | Prepare | TimeOut

@@ -20,7 +20,8 @@ from modelaverage.manifest import Manifest
 from modelaverage.placement import assemble, gather
 from modelaverage.tuning import CHANNEL_OPTIONS
 from modelaverage.v1 import parameter_server_pb2 as pb
-from ps_server.checkpoint import find_latest, save
+from ps_server.checkpoint import find_latest, reason_of
+from ps_server.safetensors_file import save
 
 __all__ = ["ExportError", "export"]
 
@@ -40,9 +41,16 @@ class _Center:
     manifest: Manifest
     arrays: Mapping[str, NDArray[Any]]
     global_step: int
+    passed_over: tuple[str, ...] = ()
 
 
-def export(sources: Sequence[str], out: Path, timeout_s: float, access: Access) -> int:
+def export(
+    sources: Sequence[str],
+    out: Path,
+    timeout_s: float,
+    access: Access,
+    tell: Callable[[str], None] = lambda _: None,
+) -> int:
     """Writes the center variables as they are to a safetensors file, and their `global_step` to its metadata.
 
     Args:
@@ -51,6 +59,7 @@ def export(sources: Sequence[str], out: Path, timeout_s: float, access: Access) 
         out: written beside and renamed.
         timeout_s: how long a server may take until it begins to send.
         access: the way to servers.
+        tell: is told, in a line each, which checkpoints are passed over, and why.
 
     Returns:
         The `global_step`.
@@ -63,6 +72,8 @@ def export(sources: Sequence[str], out: Path, timeout_s: float, access: Access) 
     if not out.parent.is_dir():
         raise ExportError(f"cannot write {out}: there is no directory {out.parent}")
     centers = _of_one_step(sources, timeout_s, access)
+    for line in dict.fromkeys(line for center in centers for line in center.passed_over):
+        tell(line)
     try:
         whole = assemble([center.manifest for center in centers], sources)
     except ModelAverageError as error:
@@ -109,11 +120,12 @@ def _read(directory: Path, at_most: int | None) -> _Center:
     except OSError as error:
         raise ExportError(f"cannot read {directory}: {error.strerror or error}") from None
     if found is None:
-        newest = "".join(f"; of the newest, {path.name}: {error}" for path, error in passed_over[:1])
+        newest = "".join(f"; of the newest, {path.name}: {reason_of(error)}" for path, error in passed_over[:1])
         of_step = "" if at_most is None else f" of global_step {at_most} or before, as another server has"
         raise ExportError(f"there is no usable checkpoint in {directory}{of_step}{newest}")
     _, checkpoint = found
-    return _Center(checkpoint.manifest, checkpoint.arrays, checkpoint.global_step)
+    why = tuple(f"checkpoint {path} is passed over: {reason_of(error)}" for path, error in passed_over)
+    return _Center(checkpoint.manifest, checkpoint.arrays, checkpoint.global_step, why)
 
 
 def _pull(address: str, timeout_s: float, access: Access) -> _Center:

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -14,10 +15,12 @@ import grpc.aio
 from modelaverage.errors import FAULTS, REASON_METADATA_KEY, REASON_PREFIX, ModelAverageError
 from modelaverage.logs import event
 from modelaverage.tokens import METADATA_KEY, token_of
-from ps_server.authorization import Tokens, check
+from ps_server.authorization import Role, Tokens, check
 
-__all__ = ["Gatekeeper"]
+__all__ = ["Gatekeeper", "caller_role"]
 
+caller_role: ContextVar[Role | None] = ContextVar("caller_role", default=None)
+"""In a call: the role of its token; None without tokens. The task that looks at the token goes on to serve the call."""
 _WARNING_INTERVAL_S = 1.0
 _log = logging.getLogger("ps_server")
 if TYPE_CHECKING:  # gRPC's classes have parameters in its stubs only
@@ -49,8 +52,10 @@ class Gatekeeper(_Interceptor):
             for key, value in handler_call_details.invocation_metadata
             if key == METADATA_KEY and (token := token_of(value)) is not None
         ]
-        error = check(self._tokens(), handler_call_details.method, sent)
+        tokens = self._tokens()
+        error = check(tokens, handler_call_details.method, sent)
         if error is None:
+            caller_role.set(tokens.role_of(sent[0]) if sent else None)
             return await continuation(handler_call_details)
         # A stranger who tries a thousand tokens a second does not fill the disk.
         now_s = time.monotonic()

@@ -1,7 +1,10 @@
 """One job: the round and the center that belong together, and what a pushing or pulling call does with them.
 
 Everything runs on one event loop, so between two awaits nothing else happens: no locks. What to do is decided in
-round.py; how values are stored and averaged is center.py's.
+round.py; how values are stored and averaged is center.py's; what goes down is sender.py's.
+
+All or nothing: whatever a commit needs is there before anything changes, and an event of the round that fails in the
+middle starts the round over. If even that fails, the process ends.
 """
 
 from __future__ import annotations
@@ -9,37 +12,43 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from modelaverage import wire
 from modelaverage.data_connection import NUMBER
 from modelaverage.errors import ModelAverageError, Reason, refusal
 from modelaverage.logs import event
 from modelaverage.manifest import Manifest
+from modelaverage.missing import Missing
+from modelaverage.names import MAX_NAMES, listed, shown
 from modelaverage.outcome import Outcome
 from modelaverage.shared_memory import Segment
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.call import Call
-from ps_server.center import Center, Contribution, split_run
+from ps_server.center import Buffer, Center, Contribution, Reader, split_run
 from ps_server.checkpoint import Checkpoint
 from ps_server.data_port import DataConnection, DataPort
 from ps_server.decisions import (
     Admit,
     CenterFollows,
-    Commit,
     Decision,
     Dismiss,
     FinishFragment,
     Hold,
+    Prepare,
     Push,
     Restart,
     TimeOut,
 )
 from ps_server.keeper import Keeper
+from ps_server.missing import missing_of
 from ps_server.observations import Observations, Sending
-from ps_server.part import Average, Part, push_of, shared_memory_message
+from ps_server.part import Average, Part, push_of
+from ps_server.reserve import Reserve
 from ps_server.roster import Roster
 from ps_server.round import Round, check_fragment_order
+from ps_server.sender import Sender
+from ps_server.trouble import describe, end_process, is_expected
 
 __all__ = ["Job"]
 
@@ -53,29 +62,36 @@ class Job:
 
     Args:
         center: the center variables.
+        pull_header: what opens a pulled center.
         round_: the ledger; nobody has pushed yet.
         roster: where to note what workers do.
         clock: seconds, monotonic.
         keeper: what keeps the center on disk; None: nothing.
         observations: where to note what rounds take.
         data_port: where workers may open data connections.
+        reserve: tells whether there are descriptors for workers' memory and connections.
+        die: ends the process, with a line that says why; for a state that nobody can be sure of.
     """
 
     def __init__(
         self,
         center: Center,
+        pull_header: wire.PullHeader,
         round_: Round,
         roster: Roster,
         clock: Callable[[], float],
         keeper: Keeper | None,
         observations: Observations,
         data_port: DataPort,
+        reserve: Reserve,
+        die: Callable[[str], None] = end_process,
     ) -> None:
         self.center = center
         self.round = round_
         self.rounds_restarted = self.rounds_without_all = 0
         self.stale_pushes = 0
         self.last_round_s = 0.0
+        self._pull_header = pull_header
         self._average = Average(center.next)
         self._parts: dict[int, Part] = {}  # by the number of the call, as the round names its streams
         self._lent: dict[str, tuple[bytes, Segment]] = {}  # by worker: its incarnation, its contribution memory
@@ -84,9 +100,13 @@ class Job:
         self._keeper = keeper
         self._observations = observations
         self._data_port = data_port
-        self._kept = asyncio.Event()  # unset while a commit waits for its checkpoint: nobody hears of it before
-        self._kept.set()
-        self._keeping: asyncio.Task[None] | None = None
+        self._reserve = reserve
+        self._die = die
+        self._sender = Sender(self.manifest, observations, data_port)
+        self._writing: asyncio.Task[None] | None = None  # a checkpoint on its way to the disk
+        self._committing: asyncio.Task[None] | None = None  # a prepared round that waits for it
+        self._prepared = 0  # how many rounds have waited so
+        self._void: asyncio.Task[None] | None = None  # writes the checkpoint of a round that was started over meanwhile
         self._timer: asyncio.TimerHandle | None = None
         self._notice_timer: asyncio.TimerHandle | None = None
 
@@ -95,53 +115,45 @@ class Job:
         """The manifest in force."""
         return self.center.manifest
 
-    def fail_unless_full(self, error: ModelAverageError) -> None:
-        """Ends the pushes of the round in progress, unless all workers are there and it can finish."""
-        if not self.round.full:
-            for stream, part in self._parts.items():
-                if self.round.holds(stream):
-                    part.call.fail(error)
+    def fail_pushes(self, error: ModelAverageError) -> None:
+        """Ends the pushes of the round in progress."""
+        for stream, part in list(self._parts.items()):
+            if self.round.holds(stream):
+                part.call.fail(error)
 
     async def keep(self) -> None:
-        """Writes a checkpoint of the center as it is, unless there is one."""
-        await self._until_kept()
-        if self._keeper is not None and self._keeper.step != self.round.global_step:
-            await self._write_checkpoint(self._keeper)
+        """Writes a checkpoint of the center as it is, unless there is one.
 
-    async def _until_kept(self) -> None:
-        while not self._kept.is_set():  # another commit may follow before this task comes to run
-            await self._kept.wait()
+        Returns when it outlives the process, or cannot be written."""
+        if self._committing is not None:
+            await asyncio.wait((self._committing,))
+        if self._keeper is not None and self._keeper.step != self.round.global_step:
+            state = self.round.global_step, self.round.contributors, self.round.counted
+            await asyncio.wait((self._write(self._keeper, self.center.current, *state),))
 
     def leave(self, worker_id: str, incarnation: bytes) -> None:
         """A worker's process goes."""
         self._data_port.leave(worker_id, incarnation)
-        self._apply(self.round.leave(worker_id, incarnation, self._clock()))
+        with self._as_a_whole():
+            self._apply(self.round.leave(worker_id, incarnation, self._clock()))
 
     @property
     def connected_workers(self) -> int:
         """How many workers have a push open."""
         return len({part.worker_id for part in self._parts.values()})
 
-    def missing(self) -> tuple[list[str], int]:
-        """Whom the round waits for: names of workers, sorted, and how many more."""
-        names, unknown = self.round.waits_for
-        if unknown == 0:
-            return sorted(names), 0
-        return self._roster.waiting_for(self.round.complete, len(self.round.complete) + len(names) + unknown)
+    def missing(self) -> Missing:
+        """Whom the round waits for."""
+        named, unnamed = self.round.waits_for
+        return missing_of(named, unnamed, self.round.complete, self.round.contributors, self._roster)
 
     async def send_pulled(self, call: Call, header_only: bool) -> None:
         """Answers a pull: header, then every fragment if they are wanted, all of one step."""
-        await self._until_kept()
-        header = pb.CenterHeader(
-            manifest=wire.manifest_to_message(self.manifest),
-            manifest_id=self.manifest.id,
-            global_step=self.round.global_step,
-            num_workers=self.round.policy.num_workers,
-        )
-        with self.center.current.reading() as buffer:
-            await call.write(pb.PullResponse(header=header).SerializeToString())
-            for index in range(0 if header_only else self.manifest.fragment_count):
-                await call.write_fragment(index, buffer.fragment(index))
+        header = self._pull_header.encode(self.round.global_step, self.round.policy.num_workers)
+        count = 0 if header_only else self.manifest.fragment_count
+        buffer, reader = self.center.current, Reader(self._clock(), call.fail)
+        with self.center.reading(buffer, reader):
+            await self._sender.send_buffer(call, header, buffer, reader, count)
 
     async def take_part(self, call: Call, header: pb.PushHeader) -> None:
         """Answers a push, from its header to its outcome."""
@@ -151,54 +163,69 @@ class Job:
             push.worker_id,
             push.incarnation,
             self._average,
+            Reader(self._clock(), call.fail),
             header.fragments_follow or header.uses_data_connection,
             header.accepts_runs,
         )
         try:
             if header.uses_data_connection:
                 part.connection = self._data_port.take(push.worker_id, push.incarnation)
-            decisions = self.round.open(call.number, push, self._clock())
-            record = self._roster.heard_of(push.worker_id, self._clock())
-            record.note_push(header, call.peer)
-            self._observations.pushes_retried += record.is_retry(push.key)
-            answer = self._apply(decisions, part)
-            match answer:
+            match self._open(part, push, header):
                 case CenterFollows(outcome):
-                    await self._send_center(call, outcome)
+                    await self._send_center(part, outcome)
                 case Hold():
                     part.held, call.expecting = True, False
                     while part.held:
                         part.progress.clear()
                         await part.progress.wait()
-                    await self._send_center(call, Outcome.STALE)
+                    await self._send_center(part, Outcome.STALE)
                 case Admit(first_needed):
                     part.contribution = self._lend(push) if header.accepts_shared_memory else None
-                    if header.accepts_data_connection and not call.peer.startswith("unix"):
+                    wanted = header.accepts_data_connection and not call.peer.startswith("unix")
+                    if wanted and not self._reserve.is_short:
                         part.offer = self._data_port.offer(push.worker_id, push.incarnation)
                     unneeded = first_needed if part.follows else 0
                     if part.connection is None:
                         receiving = self._receive_push(part, unneeded)
                     else:
                         receiving = self._receive_bytes(part, part.connection, push.push_id, unneeded)
-                    with part.average.buffer.reading():
-                        await call.run(self._send_average(part, first_needed), beside=receiving)
+                    with self.center.reading(part.average.buffer, part.reader):
+                        await call.run(self._sender.send_average(part, first_needed), beside=receiving)
         finally:
-            if part.connection is not None:  # nobody knows what is still in it
-                part.connection.close()
+            # Before anything that may fail: from here on nobody answers this push.
             del self._parts[call.number]
-            self._apply(self.round.close(call.number, self._clock()))
-            self._observations.ended(call.number, self.round.under_way, self._clock())
+            try:
+                if part.connection is not None:  # nobody knows what is still in it
+                    part.connection.close()
+            finally:
+                self._close(part)
+
+    def _open(self, part: Part, push: Push, header: pb.PushHeader) -> Decision | None:
+        """The header of a push came: what the round says to it."""
+        with self._as_a_whole():
+            decisions = self.round.open(part.call.number, push, self._clock())
+            record = self._roster.heard_push_of(push.worker_id, self._clock())
+            record.note_push(header, part.call.peer)
+            self._observations.pushes_retried += record.is_retry(push.key)
+            return self._apply(decisions, part)
+
+    def _close(self, part: Part) -> None:
+        """The call of a push has ended, in whatever way."""
+        with self._as_a_whole():
+            self._apply(self.round.close(part.call.number, self._clock()))
+            self._observations.ended(part.call.number, self.round.under_way, self._clock())
             if part.sending is not None:
-                self._observations.answered(part.sending, call.number, self._clock())
+                self._observations.answered(part.sending, part.call.number, self._clock())
 
     async def _receive_push(self, part: Part, unneeded: int) -> None:
         """Adds fragments to the average until the client half-closes; ignores those below ``unneeded``."""
         while (fragment := await part.call.read_fragment(pb.PushAndAverageRequest)) is not None:
-            if isinstance(fragment, tuple):
-                decisions = self._take_inline(part, *fragment, unneeded)
-            else:
-                decisions = self._take_shared(part, fragment)
-            self._apply(decisions)
+            with self._as_a_whole():
+                if isinstance(fragment, tuple):
+                    decisions = self._take_inline(part, *fragment, unneeded)
+                else:
+                    decisions = self._take_shared(part, fragment)
+                self._apply(decisions)
         self.round.check_complete(part.call.number)
 
     async def _receive_bytes(self, part: Part, connection: DataConnection, push_id: int, unneeded: int) -> None:
@@ -215,7 +242,8 @@ class Job:
             await part.call.read_bytes(connection, data)
             part.call.count(received_bytes=len(data))
             if index >= unneeded:
-                self._apply(self._add(part, index, data))
+                with self._as_a_whole():
+                    self._apply(self._add(part, index, data))
         part.is_drained = True
         self.round.check_complete(part.call.number)
 
@@ -261,7 +289,7 @@ class Job:
     def _record(self, part: Part, index: int) -> list[Decision]:
         part.call.expecting = index + 1 < self.manifest.fragment_count
         now_s = self._clock()
-        record = self._roster.heard_of(part.worker_id, now_s)
+        record = self._roster.heard_push_of(part.worker_id, now_s)
         self._observations.fragments_received += 1
         if not part.call.expecting:
             record.transport = part.transport
@@ -280,82 +308,16 @@ class Job:
         yield
         self._observations.averaged(from_s, self._clock())
 
-    async def _send_average(self, part: Part, first_needed: int) -> None:
-        """Sends each fragment of the average once it is finished, then the outcome."""
-        part.call.expecting = first_needed < self.manifest.fragment_count
-        admission = pb.PushAdmission(first_needed_fragment=first_needed)
-        if part.contribution is not None and part.average.buffer.segment is not None:
-            admission.contribution.CopyFrom(shared_memory_message(part.contribution))
-            admission.average.CopyFrom(shared_memory_message(part.average.buffer.segment))
-        if part.offer is not None:
-            admission.data_connection.CopyFrom(part.offer)
-        message = pb.PushAndAverageResponse(admission=admission).SerializeToString()
-        if not part.follows:
-            await part.call.write(message)
-            message = b""
-        sent = 0
-        while True:
-            part.progress.clear()
-            while sent < part.average.finished:
-                first, sent = sent, self._end_of_run(part, sent)
-                if part.connection is not None:
-                    await part.call.write_bytes(part.connection, part.average.buffer.fragments(first, sent))
-                    continue
-                message += self._naming(first, sent) if part.shared else part.average.message(first, sent)
-                if sent < self.manifest.fragment_count:
-                    await part.call.write(message)
-                    message = b""
-            if part.notice is not None:
-                message += pb.PushAndAverageResponse(waiting=part.notice).SerializeToString()
-                part.notice = None
-                await part.call.write(message)
-                message = b""
-                continue
-            if part.outcome is not None:
-                # Now, for as soon as the client has the outcome it may push again.
-                if part.is_drained and part.outcome.outcome == pb.OUTCOME_COMMITTED:
-                    self._give_back(part)
-                # Messages that stand one after the other are read as one.
-                await part.call.write(message + pb.PushAndAverageResponse(outcome=part.outcome).SerializeToString())
-                return
-            await part.progress.wait()
-
-    def _give_back(self, part: Part) -> None:
-        """The data connection of this push is ready for the next."""
-        assert part.connection is not None
-        self._data_port.give_back(part.worker_id, part.incarnation, part.connection)
-        part.connection = None
-
-    def _end_of_run(self, part: Part, first: int) -> int:
-        """The fragment after those that go at once of what is finished from ``first`` on: in shared memory all of it,
-        else a run, or one fragment."""
-        if part.shared:
-            end = part.average.finished
-        elif part.runs:
-            # Runs end at multiples of the longest one, so that workers that keep pace are sent the same ones.
-            longest = self.manifest.longest_run
-            end = min(part.average.finished, (first // longest + 1) * longest)
-        else:
-            end = first + 1
-        begin, stop = self.manifest.fragment_bounds(first)[0], self.manifest.fragment_bounds(end - 1)[1]
-        part.call.count(sent_bytes=stop - begin, shared=part.shared)
-        self._observations.fragments_sent += end - first
-        return end
-
-    @staticmethod
-    def _naming(first: int, end: int) -> bytes:
-        shared = pb.SharedFragments(first=first, count=end - first)
-        return pb.PushAndAverageResponse(shared=shared).SerializeToString()
-
     def _lend(self, push: Push) -> Segment | None:
         """Memory for this worker's contribution: a process keeps what it got; a later one gets its own."""
-        if self.center.current.segment is None:
+        if self.center.current.segment is None or self._reserve.is_short:
             return None
         incarnation, segment = self._lent.get(push.worker_id, (b"", None))
         if segment is None or incarnation != push.incarnation:
+            size_bytes = self.manifest.buffer_size_bytes
             try:
-                segment = Segment.create(self.manifest.buffer_size_bytes, for_clients_to_write=True)
-            except OSError as error:
+                segment = Segment.create(size_bytes, for_clients_to_write=True)
+            except (OSError, MemoryError) as error:
                 _log.warning(
                     "no shared memory for %r: %s; its fragments come inline",
                     push.worker_id,
@@ -369,24 +331,57 @@ class Job:
                 del self._lent[next(iter(self._lent))]
         return segment
 
-    async def _send_center(self, call: Call, outcome: Outcome) -> None:
+    async def _send_center(self, part: Part, outcome: Outcome) -> None:
         """Answers a push that is not in the round: the present center, whole, and why."""
-        await self._until_kept()
-        count = self.manifest.fragment_count
-        admission = pb.PushAdmission(first_needed_fragment=count)
-        last_word = pb.PushOutcome(
-            outcome=pb.Outcome.Name(outcome.value),
-            global_step=self.round.global_step,
-            contributors=self.round.contributors,
-        )
-        call.expecting = False
-        if outcome is Outcome.STALE:
-            self.stale_pushes += 1
-        with self.center.current.reading() as buffer:
-            await call.write(pb.PushAndAverageResponse(admission=admission).SerializeToString())
-            for index in range(count):
-                await call.write_fragment(index, buffer.fragment(index))
-            await call.write(pb.PushAndAverageResponse(outcome=last_word).SerializeToString())
+        part.call.expecting = False
+        self.stale_pushes += outcome is Outcome.STALE
+        buffer, step, contributors = self.center.current, self.round.global_step, self.round.contributors
+        with self.center.reading(buffer, part.reader):
+            await self._sender.send_center(part.call, buffer, part.reader, outcome, step, contributors)
+
+    # All or nothing.
+
+    @contextmanager
+    def _as_a_whole(self) -> Iterator[None]:
+        """An event of the round happens as a whole: a refusal has changed nothing, any other failure starts the round
+        over.
+
+        Raises:
+            ModelAverageError: the refusal, or SERVER_OVERLOADED.
+        """
+        try:
+            yield
+        except ModelAverageError:
+            raise
+        except BaseException as error:
+            self._start_over(error)
+            if not isinstance(error, Exception):
+                raise
+            raise refusal(Reason.SERVER_OVERLOADED, f"the server failed ({describe(error)}); push again") from error
+
+    def _start_over(self, error: BaseException) -> None:
+        """Something that nobody expected broke off an event of the round: nobody knows what of it has happened."""
+        cause, step = describe(error), self.round.global_step
+        try:
+            self.round.abandon()
+            self.center.restart()
+            self._average = Average(self.center.next)
+            self._committing = None
+            if self._writing is not None and not self._writing.done():
+                self._void = self._writing
+            told = refusal(Reason.SERVER_OVERLOADED, f"round {step} starts over, because the server failed: {cause}")
+            for part in list(self._parts.values()):
+                if part.outcome is None:  # the others know how their round ended
+                    part.call.fail(told)
+            self._set_timers()
+        except BaseException as second:
+            self._die(f"round {step} failed ({cause}), and could not be started over ({describe(second)})")
+            raise
+        self.rounds_restarted += 1
+        self._observations.started_over()
+        why = event("round_restarted", round=step, cause=cause)
+        trace = None if is_expected(error) else error
+        _log.error("round %d starts over, because the server failed: %s", step, cause, extra=why, exc_info=trace)
 
     def _apply(self, decisions: Sequence[Decision], part: Part | None = None) -> Decision | None:
         """Carries out what the round decided; the answer to the header of ``part``, if it is one of an `open`."""
@@ -415,10 +410,10 @@ class Job:
                     _log.warning("round %d starts over: %s", step, cause, extra=why)
                 case TimeOut(streams, waited_s):
                     self._time_out(streams, waited_s)
-                case Commit():
+                case Prepare(global_step):
                     self._finish(finished)
                     finished = []
-                    self._commit(decision)
+                    self._prepare(global_step)
         self._finish(finished)
         self._set_timers()
         return answer
@@ -430,62 +425,90 @@ class Job:
             self._average.finished = fragments[-1].index + 1
             self._wake(self._average)
 
-    def _commit(self, commit: Commit) -> None:
-        self.center.commit()
+    def _prepare(self, global_step: int) -> None:
+        """All pushes are whole, and so is the average: it is written down first if it is due, then committed."""
+        keeper = self._keeper
+        if keeper is None or not (self._void or keeper.is_due(global_step)):
+            self._commit()
+            return
+        self._prepared += 1
+        self._committing = asyncio.ensure_future(self._commit_when_kept(keeper, self._prepared))
+
+    async def _commit_when_kept(self, keeper: Keeper, number: int) -> None:
+        """Commits the round when its checkpoint is written, or has taken longer than it may."""
+
+        def is_prepared() -> bool:  # or else it has been started over meanwhile
+            return self.round.prepared and self._prepared == number
+
+        try:
+            if self._void is not None:
+                await asyncio.wait((self._void,))
+                self._void = None
+            if is_prepared():
+                writing = self._write(keeper, self.center.next, *self.round.as_committed())
+                await asyncio.wait((writing,), timeout=keeper.timeout_s)
+            if is_prepared():
+                self._committing = None
+                self._commit()
+                self._set_timers()
+        except Exception as error:
+            self._start_over(error)
+
+    def _write(
+        self,
+        keeper: Keeper,
+        buffer: Buffer,
+        global_step: int,
+        contributors: tuple[str, ...],
+        counted: dict[str, tuple[bytes, int]],
+    ) -> asyncio.Task[None]:
+        """Begins to write a checkpoint, during which the buffer stays as it is. The task never fails."""
+
+        async def write() -> None:
+            with self.center.reading(buffer, Reader(self._clock())):
+                checkpoint = Checkpoint(
+                    self.manifest, buffer.arrays, global_step, contributors, counted, buffer.segment
+                )
+                await keeper.write(checkpoint)
+
+        self._writing = asyncio.ensure_future(write())
+        return self._writing
+
+    def _commit(self) -> None:
+        """A prepared round is over."""
+        now_s = self._clock()
+        room = self.center.room(now_s)
+        commit = self.center.commit(room, lambda: self.round.commit(now_s))
+        self._average = Average(self.center.next)
         common = pb.PushOutcome(
             global_step=commit.global_step,
             contributors=commit.contributors,
             untouched_variables=sorted(commit.untouched),
         )
         outcomes = dict[Part, pb.PushOutcome]()
-        sending = Sending(set(commit.verdicts))
+        sending = Sending(set(commit.verdicts), now_s)
         for stream, verdict in commit.verdicts.items():
             outcome = pb.PushOutcome(outcome=pb.Outcome.Name(verdict.outcome.value), waited_s=verdict.waited_s)
             outcome.MergeFrom(common)
-            part = self._parts[stream]
-            outcomes[part], part.sending = outcome, sending
+            outcomes[self._parts[stream]] = outcome
         held = [self._parts[stream] for stream in commit.held]
-        self._average = Average(self.center.next)
         self._lent = {worker_id: self._lent[worker_id] for worker_id in commit.contributors if worker_id in self._lent}
-        self._roster.count(self._observations.committed(commit.contributors, self._clock()))
+        self._roster.count(self._observations.committed(commit.contributors, now_s))
         self.last_round_s = commit.round_s
         self.rounds_without_all += len(commit.contributors) < self.round.policy.num_workers
         _log.debug(
             "global_step %d: averaged %s",
             commit.global_step,
-            ", ".join(w if w.isprintable() else repr(w) for w in commit.contributors),
+            listed(commit.contributors, show=shown),
             extra=event(
-                "round_committed", round=commit.global_step - 1, workers=commit.contributors, round_s=commit.round_s
+                "round_committed",
+                round=commit.global_step - 1,
+                workers=commit.contributors[:MAX_NAMES],
+                workers_omitted=max(0, len(commit.contributors) - MAX_NAMES),
+                round_s=commit.round_s,
             ),
         )
-        if self._keeper is None or not self._keeper.is_due(commit.global_step):
-            sending.since_s = self._clock()
-            _answer(outcomes, held)
-        else:
-            self._kept.clear()
-            self._keeping = asyncio.ensure_future(self._keep_then_answer(self._keeper, outcomes, held, sending))
-
-    async def _keep_then_answer(
-        self, keeper: Keeper, outcomes: dict[Part, pb.PushOutcome], held: list[Part], sending: Sending
-    ) -> None:
-        try:
-            await self._write_checkpoint(keeper)
-        finally:
-            self._kept.set()
-            sending.since_s = self._clock()
-            _answer(outcomes, held)
-
-    async def _write_checkpoint(self, keeper: Keeper) -> None:
-        with self.center.current.reading() as buffer:
-            await keeper.write(
-                Checkpoint(
-                    self.manifest,
-                    buffer.arrays,
-                    self.round.global_step,
-                    self.round.contributors,
-                    dict(self.round.counted),
-                )
-            )
+        _answer(outcomes, held, sending)
 
     # Time.
 
@@ -506,12 +529,18 @@ class Job:
 
     def _expire(self) -> None:
         self._timer = None
-        self._apply(self.round.expire(self._clock()))
+        try:
+            with suppress(ModelAverageError), self._as_a_whole():  # it is said
+                self._apply(self.round.expire(self._clock()))
+        finally:
+            if self._timer is None:
+                self._set_timers()
 
     def _time_out(self, streams: tuple[int, ...], waited_s: float) -> None:
+        whom = "its checkpoint" if self.round.prepared else self.missing().text()
         error = refusal(
             Reason.ROUND_TIMED_OUT,
-            f"round {self.round.global_step} waited {waited_s:g} s (--round-timeout-s) for {self._missing_text()}; "
+            f"round {self.round.global_step} waited {waited_s:g} s (--round-timeout-s) for {whom}; "
             "the push stays in the round: push again to wait on",
         )
         for stream in streams:
@@ -521,30 +550,33 @@ class Job:
         self._notice_timer = asyncio.get_running_loop().call_later(gap_s, self._give_notice, gap_s)
 
     def _give_notice(self, gap_s: float) -> None:
-        names, unknown = self.missing()
+        try:
+            self._say_who_is_missing()
+        finally:
+            self._plan_notice(2 * gap_s)
+
+    def _say_who_is_missing(self) -> None:
+        missing = self.missing()
         age_s = self.round.age_s(self._clock())
         _log.warning(
             "round %d has waited %.0f s for %s",
             self.round.global_step,
             age_s,
-            self._missing_text(),
+            "its checkpoint" if self.round.prepared else missing.text(),
             extra=event(
                 "round_waits",
                 round=self.round.global_step,
                 waited_s=age_s,
-                waiting_for=names,
-                waiting_for_unknown=unknown,
+                waiting_for=missing.names,
+                waiting_for_omitted=missing.omitted,
+                waiting_for_unknown=missing.unknown,
             ),
         )
+        notice = missing.notice(age_s)
         for part in self._parts.values():
             if part.average is self._average:
-                part.notice = pb.WaitingNotice(waiting_for=names, waiting_for_unknown=unknown, round_age_s=age_s)
+                part.notice = notice
                 part.progress.set()
-        self._plan_notice(2 * gap_s)
-
-    def _missing_text(self) -> str:
-        names, unknown = self.missing()
-        return ", ".join([*map(repr, names), *([f"{unknown} not heard of yet"] if unknown else [])]) or "nobody"
 
     def _wake(self, average: Average) -> None:
         for part in self._parts.values():
@@ -552,10 +584,10 @@ class Job:
                 part.progress.set()
 
 
-def _answer(outcomes: dict[Part, pb.PushOutcome], held: list[Part]) -> None:
+def _answer(outcomes: dict[Part, pb.PushOutcome], held: list[Part], sending: Sending) -> None:
     """The commit may be known."""
     for part, outcome in outcomes.items():
-        part.outcome = outcome
+        part.outcome, part.sending, part.reader.since_s = outcome, sending, sending.since_s
         part.progress.set()
     for part in held:
         part.held = False

@@ -28,7 +28,7 @@ class Joining:
         self._indexes = indexes
         self._clock = clock
         self._calls: dict[bytes, Call] = {}
-        self._waiting: set[asyncio.Event] = set()
+        self._waiting: dict[asyncio.Event, None] = {}  # a set in its order: who has waited longest is served first
 
     async def serve(self, call: Call, request: pb.JoinRequest) -> None:
         """Serves one call until the client, a newer call of the same process or `fail` ends it.
@@ -84,7 +84,7 @@ class Joining:
     async def _change(self) -> None:
         """Waits until somebody who has to wait may get an index."""
         changed = asyncio.Event()
-        self._waiting.add(changed)
+        self._waiting[changed] = None
         now_s = self._clock()
         due_at_s = self._indexes.due_at_s(now_s)
         try:
@@ -92,7 +92,7 @@ class Joining:
         except asyncio.TimeoutError:
             pass
         finally:
-            self._waiting.discard(changed)
+            del self._waiting[changed]
 
     def _wake(self) -> None:
         for changed in self._waiting:

@@ -14,6 +14,7 @@ from threading import Thread
 from typing import TYPE_CHECKING
 
 from modelaverage.errors import Reason
+from modelaverage.missing import Missing
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.call import Traffic
 from ps_server.observations import PHASES, Histogram, Observations
@@ -129,7 +130,7 @@ def _metrics(sample: MetricsSample) -> Iterator[Metric]:
     yield gauge("num_workers", "How many workers a round is for.", status.num_workers)
     yield gauge("min_workers", "How many workers a round needs at least.", status.min_workers)
     yield gauge("connected_workers", "Workers with a push open now.", status.connected_workers)
-    missing = len(status.waiting_for) + status.waiting_for_unknown
+    missing = Missing.told(status).count
     yield gauge("missing_workers", "Workers whose pushes the round in progress waits for.", missing)
     yield gauge("round_age_seconds", "Since the first push of the round in progress; 0 without.", status.round_age_s)
     yield gauge("model_size_bytes", "The center variables, without padding.", status.model_size_bytes)
@@ -159,6 +160,8 @@ def _metrics(sample: MetricsSample) -> Iterator[Metric]:
 
     yield _histogram("checkpoint_seconds", "From a commit to its checkpoint's file.", [({}, seen.checkpoint_s)])
     yield counter("checkpoint_failures", "Checkpoints not written, or not made durable.", seen.checkpoint_failures)
+    writing = "Since the server began to write the checkpoint that is being written; 0 without."
+    yield gauge("checkpoint_writing_seconds", writing, status.checkpoint_writing_s)
     if status.HasField("checkpoint_age_s"):
         yield gauge("checkpoint_age_seconds", "Since the newest checkpoint was written.", status.checkpoint_age_s)
         yield gauge("checkpoint_global_step", "The step of the newest checkpoint.", status.checkpoint_step)

@@ -12,7 +12,7 @@ from modelaverage.manifest import Manifest
 from modelaverage.shared_memory import Segment
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.call import Call
-from ps_server.center import Buffer
+from ps_server.center import Buffer, Reader
 from ps_server.data_port import DataConnection
 from ps_server.decisions import Push
 from ps_server.observations import Sending
@@ -45,6 +45,7 @@ class Part:
     worker_id: str
     incarnation: bytes
     average: Average
+    reader: Reader
     follows: bool = False  # whether its fragments come without waiting for the admission
     runs: bool = False  # whether several fragments of the average may go in one message
     contribution: Segment | None = None  # where the worker may put its fragments
@@ -52,7 +53,7 @@ class Part:
     offer: pb.DataConnection | None = None  # a data connection for later pushes
     connection: DataConnection | None = None  # where its fragments come, and the average goes
     is_drained: bool = False  # whether all that the worker sent there has been read
-    outcome: pb.PushOutcome | None = None  # set when its round has committed
+    outcome: pb.PushOutcome | None = None  # set when its round has committed, and may be known
     sending: Sending | None = None  # the answers of that round
     held: bool = False  # whether it waits for the end of a round that it is not in
     notice: pb.WaitingNotice | None = None  # to be sent
@@ -76,7 +77,8 @@ def shared_memory_message(segment: Segment) -> pb.SharedMemory:
 
 def push_of(header: pb.PushHeader, manifest: Manifest) -> Push:
     """What a header says, checked against the manifest in force."""
-    untouched = tuple(header.untouched_variables)
+    # One more than there can be is enough to see that they are too many: there may be millions.
+    untouched = tuple(header.untouched_variables[: len(manifest.variables) + 1])
     push = Push(
         header.worker_id,
         header.incarnation,

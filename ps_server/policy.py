@@ -7,7 +7,10 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-__all__ = ["Lateness", "RoundPolicy"]
+__all__ = ["Lateness", "MAX_WORKERS", "RoundPolicy"]
+
+MAX_WORKERS = 10_000
+"""How many workers a round may have: their names, of 128 bytes each, fit the message that tells who was counted."""
 
 # Until so many late pushes have been seen, the time of grace is the initial one.
 _ENOUGH_OBSERVATIONS = 5

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from modelaverage.v1 import parameter_server_pb2 as pb
 
-__all__ = ["Roster", "WorkerRecord"]
+__all__ = ["Rank", "Roster", "WorkerRecord"]
 
 
 # Names come from outside: whoever makes up new ones must not fill the memory.
 _MAX_RECORDS = 10_000
+
+
+class Rank(enum.IntEnum):
+    """How much is certain of a worker. Of very many, those of a higher rank are remembered, named and shown."""
+
+    READER = 0
+    """It has only pulled."""
+    PUSHER = 1
+    """It has pushed, or is the chief."""
+    COUNTED = 2
+    """A round counted its push."""
 
 
 @dataclass
@@ -20,6 +32,7 @@ class WorkerRecord:
 
     last_seen_at_s: float
     is_chief: bool = False
+    may_push: bool = False  # whether a call of it carried no token that is for readers only
     has_pushed: bool = False
     local_step: int = 0
     nonfinite_values: int = 0
@@ -30,6 +43,14 @@ class WorkerRecord:
     peer: str = ""
     transport: pb.Transport = pb.TRANSPORT_UNSPECIFIED  # of its last push
     last_push: tuple[bytes, int] | None = None
+    queued_as: Rank = Rank.READER  # in which queue of the roster it is
+
+    @property
+    def rank(self) -> Rank:
+        """How much is certain of it."""
+        if self.pushes_counted:
+            return Rank.COUNTED
+        return Rank.PUSHER if self.has_pushed or self.is_chief else Rank.READER
 
     def note_push(self, header: pb.PushHeader, peer: str) -> None:
         """The header of a push came."""
@@ -44,27 +65,61 @@ class WorkerRecord:
 
 @dataclass
 class Roster:
-    """Every worker that was heard of."""
+    """Every worker that was heard of; of very many, those of the highest rank, and of these those heard of last.
+
+    Attributes:
+        records: by worker id, the last heard of last.
+    """
 
     records: dict[str, WorkerRecord] = field(default_factory=dict)
+    # Who is forgotten first, by rank. A record whose rank has grown moves on when its turn comes: no call looks at all.
+    _queues: tuple[dict[str, None], ...] = field(default_factory=lambda: tuple({} for _ in Rank), init=False)
 
     def heard_of(self, worker_id: str, now_s: float) -> WorkerRecord:
-        """The record of a worker that has just been heard of. Of very many, those heard of last are kept."""
-        record = self.records.pop(worker_id, None) or WorkerRecord(now_s)
-        self.records[worker_id] = record  # the last heard of come last
+        """The record of a worker that has just been heard of."""
+        return self._heard_of(worker_id, now_s, pushes=False)
+
+    def heard_push_of(self, worker_id: str, now_s: float) -> WorkerRecord:
+        """As `heard_of`, of a worker that pushes."""
+        return self._heard_of(worker_id, now_s, pushes=True)
+
+    def _heard_of(self, worker_id: str, now_s: float, pushes: bool) -> WorkerRecord:
+        record = self.records.pop(worker_id, None)
+        if record is None:
+            record = WorkerRecord(now_s)
+        else:
+            del self._queues[record.queued_as][worker_id]
         record.last_seen_at_s = now_s
+        record.has_pushed = record.has_pushed or pushes
+        self.records[worker_id] = record
+        self._queue(worker_id, record)
         if len(self.records) > _MAX_RECORDS:
-            del self.records[next(iter(self.records))]
+            self._forget_one()
         return record
 
-    def waiting_for(self, complete: frozenset[str], num_workers: int) -> tuple[list[str], int]:
-        """Whom a round waits for: the names of known workers that are not complete, and how many more it needs."""
-        missing = num_workers - len(complete)
-        others = {w: record for w, record in self.records.items() if w not in complete} if missing > 0 else {}
-        names = [worker_id for worker_id, record in others.items() if record.has_pushed]
-        if len(names) < missing:  # somebody may not have pushed yet; an evaluator only pulls, too
-            names = list(others)
-        return sorted(names), max(0, missing - len(names))
+    def _queue(self, worker_id: str, record: WorkerRecord) -> None:
+        record.queued_as = record.rank
+        self._queues[record.queued_as][worker_id] = None
+
+    def _forget_one(self) -> None:
+        for rank in Rank:
+            queue = self._queues[rank]
+            while queue:
+                worker_id = next(iter(queue))
+                del queue[worker_id]
+                record = self.records[worker_id]
+                if record.rank == rank:
+                    del self.records[worker_id]
+                    return
+                self._queue(worker_id, record)
+
+    def foremost(self, count: int) -> list[tuple[str, WorkerRecord]]:
+        """Up to ``count`` records, sorted by name: those of the highest rank, and of these the most recently heard
+        of."""
+        found = list(reversed(self.records.items()))
+        if len(found) > count:
+            found = sorted(found, key=lambda item: -item[1].rank)[:count]
+        return sorted(found, key=lambda item: item[0])
 
     def count(self, lateness_s: Mapping[str, float]) -> None:
         """A round committed with these workers' pushes, which were so late."""

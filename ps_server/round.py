@@ -13,6 +13,8 @@ Rules (docs/architecture.md has the picture):
   is held have been gone for the time of grace, it is let in.
 - What was added to an average cannot be taken out. When a push that is partly in can never be completed, because its
   process is gone or the time of grace is over, the round starts over and everyone in it pushes again.
+- A round whose pushes are all whole is *prepared*: the shell gets what the commit needs (room for the next round, a
+  checkpoint) and calls `commit`, or `abandon` if it cannot. Until then nobody leaves the round or gets in.
 - After a server came back from an old checkpoint, workers may push from a later base step. If all that the round waits
   for agree on it, that is the round; if anybody pushes from an earlier one, those who are ahead are refused.
 """
@@ -23,6 +25,7 @@ import math
 from dataclasses import dataclass, field
 
 from modelaverage.errors import ModelAverageError, Reason, refusal
+from modelaverage.names import listed
 from modelaverage.outcome import Outcome
 from ps_server.decisions import (
     Admit,
@@ -32,6 +35,7 @@ from ps_server.decisions import (
     Dismiss,
     FinishFragment,
     Hold,
+    Prepare,
     Push,
     Restart,
     TimeOut,
@@ -64,7 +68,8 @@ class Round:
     """The ledger of the round in progress.
 
     Streams are named by numbers that the caller never uses twice. Every stream that `open` admitted or held has to be
-    closed, however it ends. `expire` has to be called when the time is `due_at_s`.
+    closed, however it ends. `expire` has to be called when the time is `due_at_s`, and `commit` or `abandon` some time
+    after a `Prepare`.
 
     Args:
         policy: for whom a round waits, and how long.
@@ -92,6 +97,7 @@ class Round:
     _finished: int = field(default=0, init=False)  # fragments 0 .. _finished-1 are
     _complete_count: int = field(default=0, init=False)
     _closed: bool = field(default=False, init=False)  # whether it is certain whose pushes are averaged
+    _prepared: bool = field(default=False, init=False)  # whether only `commit` is missing
     _base_step: int = field(default=0, init=False)
     _started_at_s: float | None = field(default=None, init=False)
     _enough_at_s: float | None = field(default=None, init=False)  # when a quorum's pushes were whole
@@ -115,6 +121,8 @@ class Round:
         member, decisions = self._members.get(push.worker_id), list[Decision]()
         if member is not None:
             self._check_rivals(member, push)
+        if self._prepared:
+            return self._open_prepared(stream, push, member, now_s)
         decisions += self._agree_on_base_step(push)
         member = self._members.get(push.worker_id)
         barred = push.worker_id in self._barred
@@ -133,12 +141,25 @@ class Round:
         member = self._members.setdefault(push.worker_id, _Member(push))
         if not self._has_begun(member):
             member.push = push
-        member.stream, member.attached, member.attached_at_s = stream, push, now_s
-        self._streams[stream] = push.worker_id
+        self._attach(member, stream, push, now_s)
         if self._started_at_s is None:
             self._started_at_s = now_s
         decisions.append(Admit(member.given))
         return decisions + self._settle(member, now_s)
+
+    def _open_prepared(self, stream: int, push: Push, member: _Member | None, now_s: float) -> list[Decision]:
+        """A push header came to a prepared round: its worker waits for the commit, whether it is counted or not."""
+        self._expect(push)
+        if member is None:
+            self._held[stream] = push, now_s
+            return [Hold()]
+        decisions = self._detach_older(member)
+        self._attach(member, stream, push, now_s)
+        return [*decisions, Admit(member.given)]
+
+    def _attach(self, member: _Member, stream: int, push: Push, now_s: float) -> None:
+        member.stream, member.attached, member.attached_at_s = stream, push, now_s
+        self._streams[stream] = push.worker_id
 
     def check_fragment(self, stream: int, index: int) -> tuple[float, bool]:
         """A fragment came: the weight to add it with, and whether it is the first contribution to that fragment.
@@ -191,6 +212,49 @@ class Round:
         its_own = member.push.incarnation == incarnation
         return self._restart_without(worker_id) if its_own or self._has_left(worker_id) else []
 
+    # A prepared round.
+
+    @property
+    def prepared(self) -> bool:
+        """Whether the round waits for `commit`, and for nobody."""
+        return self._prepared
+
+    def as_committed(self) -> tuple[int, tuple[str, ...], dict[str, tuple[bytes, int]]]:
+        """What `global_step`, `contributors` and `counted` of a prepared round will be; a checkpoint needs them."""
+        counted = {worker_id: key for worker_id, key in self.counted.items() if worker_id not in self._members}
+        counted.update((worker_id, member.push.key) for worker_id, member in self._members.items())
+        for worker_id in list(counted)[: max(0, len(counted) - _MAX_NAMES)]:  # the last counted come last
+            del counted[worker_id]
+        return self._base_step + 1, tuple(sorted(self._members)), counted
+
+    def commit(self, now_s: float) -> Commit:
+        """A prepared round is over. If this raises, `global_step` is what it was, and the round has to be abandoned."""
+        assert self._prepared
+        untouched = self._untouched()
+        global_step, contributors, counted = self.as_committed()
+        verdicts, late_s = {}, list[float]()
+        for member in self._members.values():
+            assert member.completed_at_s is not None
+            assert self._enough_at_s is not None
+            if member.completed_at_s > self._enough_at_s:
+                late_s.append(member.completed_at_s - self._enough_at_s)
+            if member.stream is not None:
+                outcome = Outcome.COMMITTED if member.attached == member.push else Outcome.ALREADY_COUNTED
+                verdicts[member.stream] = Verdict(outcome, now_s - member.completed_at_s)
+        commit = Commit(global_step, contributors, untouched, verdicts, tuple(self._held), self.age_s(now_s))
+        contributions = [0] * self.fragment_count
+        self._lateness.observe(late_s)
+        self._barred.clear()
+        self._clear(contributions)
+        self._knows_workers = True
+        # Last, for whatever fails before leaves a round that can be abandoned.
+        self.global_step, self.contributors, self.counted = global_step, contributors, counted
+        return commit
+
+    def abandon(self) -> None:
+        """The shell failed at something: the round starts over, whatever state it is in, and forgets its streams."""
+        self._clear([0] * self.fragment_count)
+
     @property
     def due_at_s(self) -> float | None:
         """When `expire` has something to do; None if nothing but an event can change anything."""
@@ -206,6 +270,8 @@ class Round:
         if over_at_s is not None and now_s >= over_at_s:
             enough = self._enough_at_s is not None
             decisions += self._go_on_without_the_missing(now_s) if enough else self._let_in_the_held()
+        if self._prepared and decisions:
+            return decisions  # their wait is over, too
         timeout_s = self.policy.round_timeout_s
         if timeout_s is not None:
             waiting_since_s = self._waiting_since_s()
@@ -284,6 +350,8 @@ class Round:
     @property
     def _grace_over_at_s(self) -> float | None:
         """When those who are there have waited long enough for those who are not."""
+        if self._prepared:
+            return None
         if self._enough_at_s is not None:
             return self._enough_at_s + self._grace_s
         if not self._held:
@@ -327,7 +395,7 @@ class Round:
         raise refusal(
             Reason.ROUND_FULL,
             f"{newcomer!r} is one too many for round {self.global_step}, which has its {self.policy.max_workers} "
-            f"workers ({', '.join(map(repr, sorted(self._members)))}); start the server with a higher --num-workers "
+            f"workers ({listed(sorted(self._members))}); start the server with a higher --num-workers "
             "or --max-workers",
         )
 
@@ -362,7 +430,7 @@ class Round:
 
     def _start_over(self, cause: str, error: ModelAverageError) -> list[Decision]:
         dismissed = [Dismiss(stream, error) for stream in (*self._streams, *self._held)]
-        self._clear()
+        self._clear([0] * self.fragment_count)
         return [Restart(cause), *dismissed]
 
     def _remove(self, worker_id: str, now_s: float) -> list[Decision]:
@@ -389,10 +457,12 @@ class Round:
             return self._dismiss_held("others did not come back")
         for worker_id in gone:
             self._expected.pop(worker_id, None)
-        return self._restart(f"the push of {', '.join(map(repr, gone))} broke off")
+        return self._restart(f"the push of {listed(gone)} broke off")
 
     def _settle(self, member: _Member | None, now_s: float) -> list[Decision]:
         """Draws the consequences of who is there and who has given all; ``member`` may just have done so."""
+        if self._prepared:
+            return []
         if member is not None and member.given == self.fragment_count and member.completed_at_s is None:
             member.completed_at_s = now_s
             self._complete_count += 1
@@ -406,7 +476,8 @@ class Round:
         finished = self._finish()
         if not self._closed or complete < len(self._members):
             return finished
-        return [*finished, self._commit(now_s)]
+        self._prepared = True
+        return [*finished, Prepare(self._base_step + 1)]
 
     def _finish(self) -> list[Decision]:
         """The fragments that all have given, once it is certain who they all are."""
@@ -431,7 +502,7 @@ class Round:
             self._expected.pop(worker_id, None)
         self._barred |= late
         self._barred_at_s, self._knows_workers = now_s, True
-        cause = f"it waited {self._grace_s:g} s for {', '.join(map(repr, sorted(late)))}"
+        cause = f"it waited {self._grace_s:g} s for {listed(sorted(late))}"
         if any(member.given > 0 for member in missing.values()):
             return self._restart(cause)
         error = refusal(Reason.ROUND_RESTARTED, f"round {self.global_step} goes on without you: {cause}; push again")
@@ -447,37 +518,13 @@ class Round:
             if len(self._expected) > _MAX_NAMES:
                 del self._expected[next(iter(self._expected))]
 
-    def _commit(self, now_s: float) -> Commit:
-        untouched = self._untouched()
-        self.global_step = self._base_step + 1
-        self.contributors = tuple(sorted(self._members))
-        verdicts, whole_at_s = {}, list[float]()
-        for worker_id, member in self._members.items():
-            self.counted.pop(worker_id, None)  # the last counted come last
-            self.counted[worker_id] = member.push.key
-            assert member.completed_at_s is not None
-            whole_at_s.append(member.completed_at_s)
-            if member.stream is not None:
-                outcome = Outcome.COMMITTED if member.attached == member.push else Outcome.ALREADY_COUNTED
-                verdicts[member.stream] = Verdict(outcome, now_s - member.completed_at_s)
-        for worker_id in list(self.counted)[:-_MAX_NAMES]:
-            del self.counted[worker_id]
-        if self._enough_at_s is not None:
-            enough_at_s = self._enough_at_s
-            self._lateness.observe(at_s - enough_at_s for at_s in whole_at_s if at_s > enough_at_s)
-        commit = Commit(self.global_step, self.contributors, untouched, verdicts, tuple(self._held), self.age_s(now_s))
-        self._knows_workers = True
-        self._barred.clear()
-        self._clear()
-        return commit
-
-    def _clear(self) -> None:
+    def _clear(self, contributions: list[int]) -> None:
         self._members.clear()
         self._streams.clear()
         self._held.clear()
-        self._contributions = [0] * self.fragment_count
+        self._contributions = contributions
         self._finished = self._complete_count = 0
-        self._closed = False
+        self._closed = self._prepared = False
         self._started_at_s = self._enough_at_s = None
 
     def _untouched(self) -> frozenset[int]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import json
 import logging
 import os
+import resource
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable
-from contextlib import ExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -23,13 +24,15 @@ from modelaverage import wire
 from modelaverage.errors import SecurityError
 from modelaverage.logs import event
 from modelaverage.tuning import CHANNEL_OPTIONS, keep_freed_memory
-from ps_server.checkpoint import Checkpoint, CheckpointError, load_latest
+from ps_server.checkpoint import CheckpointError, load_latest
+from ps_server.checkpoint_home import CheckpointHome
 from ps_server.credentials import credentials_of, tokens_of
 from ps_server.data_port import DataPort
 from ps_server.gatekeeper import Gatekeeper
 from ps_server.health import Health
 from ps_server.keeper import CheckpointPolicy
 from ps_server.metrics import MetricsError, serve_metrics
+from ps_server.reserve import Reserve
 from ps_server.security import NO_SECURITY, ServerSecurity, check_exposure, warnings_of
 from ps_server.service import ParameterServerService, ServicePolicy
 
@@ -63,7 +66,8 @@ class ServerConfig:
     Args:
         binds: where to listen, HOST:PORT (port 0 takes a free one) or unix:PATH each.
         policy: what the service does.
-        ready_file: where to write ``{"address": ..., "addresses": [...], "pid": ...}`` once it listens; None: nowhere.
+        ready_file: where to write ``{"address": ..., "addresses": [...], "pid": ..., "data_port": ...}`` once it
+            listens, without ``data_port`` if it offers no data connections; None: nowhere.
         grace_s: how long calls that are under way may take to finish after SIGTERM.
         security: who may come in, and over what.
         metrics_bind: where to serve metrics for Prometheus, HOST:PORT (port 0 takes a free one); None: nowhere.
@@ -85,46 +89,48 @@ async def serve(
     stop: asyncio.Event,
     ready: Callable[[list[str]], None],
     metrics_ready: Callable[[str], None] = lambda _: None,
+    data_port_ready: Callable[[list[str]], None] = lambda _: None,
 ) -> None:
-    """Serves until ``stop`` is set; calls ``ready`` with the real addresses once it listens, then ``metrics_ready``.
+    """Serves until ``stop`` is set; calls ``ready`` with the real addresses once it listens, then ``data_port_ready``
+    with those of data connections, if there are any, and ``metrics_ready``.
 
     Raises:
         UnusableSettingError: an address is malformed, not of this machine, or taken; the file cannot be written; the
             directory for checkpoints cannot be used; a certificate or token file cannot be used.
     """
     keep_freed_memory(one_arena=True)
-    lock, restored = _open_checkpoints(config.policy.checkpoints)
-    with lock:
-        service = ParameterServerService(config.policy, restored=restored)
-        del restored  # as large as the model
+    with _opened_home(config.policy.checkpoints) as home, closing(_service(config.policy, home)) as service:
         async with _metrics(config.metrics_bind, service) as metrics_at:
 
-            def listening(addresses: list[str]) -> None:
+            def listening(addresses: list[str], data_addresses: list[str]) -> None:
                 ready(addresses)
+                if data_addresses:
+                    data_port_ready(data_addresses)
                 if metrics_at:
                     metrics_ready(metrics_at)
 
-            try:
-                await _serve(config, service, stop, listening)
-            finally:
-                service.data_port.close()
+            _start_helper(service)
+            await _serve(config, service, stop, listening)
 
 
 async def _serve(
-    config: ServerConfig, service: ParameterServerService, stop: asyncio.Event, ready: Callable[[list[str]], None]
+    config: ServerConfig,
+    service: ParameterServerService,
+    stop: asyncio.Event,
+    ready: Callable[[list[str], list[str]], None],
 ) -> None:
     server, addresses = _assembled(config, service)
-    _open_data_port(config, service.data_port)
+    data_addresses = _open_data_port(config, service.data_port)
     health = Health(serving=("",), not_yet=(_CENTER, wire.SERVICE))
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     await server.start()
     if config.ready_file is not None:
         try:
-            _write_ready_file(config.ready_file, addresses)
+            _write_ready_file(config.ready_file, addresses, data_addresses)
         except OSError as error:
             await server.stop(grace=None)
             raise UnusableSettingError(f"cannot write --ready-file {config.ready_file}: {error.strerror}") from None
-    ready(addresses)
+    ready(addresses, data_addresses)
     center = asyncio.ensure_future(service.wait_initialized())
     center.add_done_callback(lambda task: None if task.cancelled() else health.serve(_CENTER, wire.SERVICE))
     await stop.wait()
@@ -168,37 +174,69 @@ async def _metrics(bind: str | None, service: ParameterServerService) -> AsyncIt
         end()
 
 
-def _open_data_port(config: ServerConfig, data_port: DataPort) -> None:
+def _start_helper(service: ParameterServerService) -> None:
+    try:
+        service.helper.start()
+    except RuntimeError as error:
+        raise UnusableSettingError(f"this machine has no thread for the server: {error}") from None
+
+
+def _open_data_port(config: ServerConfig, data_port: DataPort) -> list[str]:
+    """Where it listens for data connections: HOST:PORT each, all with the same port."""
     hosts = list(dict.fromkeys(b.rpartition(":")[0].strip("[]") for b in config.binds if not b.startswith("unix:")))
     if config.data_port is None or config.security.tls_cert is not None or not hosts:
-        return
+        return []
     try:
-        data_port.listen(hosts, config.data_port)
+        port = data_port.listen(hosts, config.data_port)
     except OSError as error:
         why = f"cannot listen on --data-port {config.data_port} of {', '.join(hosts)}: {error.strerror or error}"
         if config.data_port:
             raise UnusableSettingError(why) from None
         _log.warning("%s; fragments travel in messages", why, extra=event("no_data_port", cause=why))
+        return []
+    return [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host in hosts]
 
 
-def _open_checkpoints(policy: CheckpointPolicy | None) -> tuple[ExitStack, Checkpoint | None]:
-    """A lock that keeps other servers out of the directory, and the checkpoint to go on from."""
+@contextmanager
+def _opened_home(policy: CheckpointPolicy | None) -> Iterator[CheckpointHome | None]:
+    """The directory for checkpoints; meanwhile other servers are kept out of it."""
     if policy is None:
-        return ExitStack(), None
-    directory = policy.directory
-    with ExitStack() as on_failure:
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            (directory / "lock").touch()
-            lock = on_failure.enter_context((directory / "lock").open())
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            restored = load_latest(directory)
-        except BlockingIOError:
-            raise UnusableSettingError(f"another server keeps its center in --checkpoint-dir {directory}") from None
-        except (CheckpointError, OSError) as error:
-            why = getattr(error, "strerror", None) or error
-            raise UnusableSettingError(f"cannot use --checkpoint-dir {directory}: {why}") from None
-        return on_failure.pop_all(), restored
+        yield None
+        return
+    try:
+        home = CheckpointHome(policy.directory)
+    except BlockingIOError:
+        raise UnusableSettingError(f"another server keeps its center in --checkpoint-dir {policy.directory}") from None
+    except OSError as error:
+        raise _unusable_home(policy, error) from None
+    try:
+        yield home
+    finally:
+        home.close()
+
+
+def _service(policy: ServicePolicy, home: CheckpointHome | None) -> ParameterServerService:
+    """The service, from where the newest checkpoint left off. Nothing else holds on to that: it is as large as the
+    model."""
+    reserve = Reserve(_reserve_size())
+    if policy.checkpoints is None:
+        return ParameterServerService(policy, reserve=reserve)
+    try:
+        restored = load_latest(policy.checkpoints.directory, policy.max_model_bytes)
+        return ParameterServerService(policy, restored=restored, reserve=reserve, home=home)
+    except (CheckpointError, OSError, RuntimeError) as error:
+        raise _unusable_home(policy.checkpoints, error) from None
+
+
+def _unusable_home(policy: CheckpointPolicy, error: Exception) -> UnusableSettingError:
+    why = getattr(error, "strerror", None) or error
+    return UnusableSettingError(f"cannot use --checkpoint-dir {policy.directory}: {why}")
+
+
+def _reserve_size() -> int:
+    """Room for two more buffers, and for memory that is lent to workers; less where there are few descriptors."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(4, min(16, limit // 16))
 
 
 def stop_on_signals(stop: asyncio.Event) -> None:
@@ -275,9 +313,11 @@ def _remove_stale_socket(bind: str) -> None:
             raise UnusableSettingError(f"cannot listen on {bind}: another server listens there")
 
 
-def _write_ready_file(path: Path, addresses: list[str]) -> None:
+def _write_ready_file(path: Path, addresses: list[str], data_addresses: list[str]) -> None:
     # Written beside and renamed, so that who waits for the file never reads half of it.
     beside = path.with_name(f"{path.name}.{os.getpid()}")
-    content = {"address": addresses[0], "addresses": addresses, "pid": os.getpid()}
+    content: dict[str, Any] = {"address": addresses[0], "addresses": addresses, "pid": os.getpid()}
+    if data_addresses:
+        content["data_port"] = int(data_addresses[0].rpartition(":")[2])
     beside.write_text(json.dumps(content) + "\n")
     beside.replace(path)

@@ -7,7 +7,9 @@ import logging
 import math
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import grpc.aio
@@ -18,21 +20,28 @@ from modelaverage import wire
 from modelaverage.checks import check_global_step, check_incarnation, check_worker_id
 from modelaverage.errors import FAULTS, REASON_METADATA_KEY, REASON_PREFIX, ModelAverageError, Reason, refusal
 from modelaverage.logs import event
-from modelaverage.manifest import Manifest, first_difference
+from modelaverage.manifest import MAX_VARIABLES, Manifest, first_difference
 from modelaverage.v1 import parameter_server_pb2 as pb
+from ps_server.authorization import Role
 from ps_server.call import Call, Context, Traffic
 from ps_server.center import Center, check_fragment_size
 from ps_server.checkpoint import Checkpoint
+from ps_server.checkpoint_home import CheckpointHome
+from ps_server.connections import cut
 from ps_server.data_port import DataPort
+from ps_server.gatekeeper import caller_role
+from ps_server.helper_thread import HelperThread, no_collections
 from ps_server.job import Job
 from ps_server.joining import Joining
 from ps_server.keeper import CheckpointPolicy, Keeper
 from ps_server.metrics import MetricsSample
 from ps_server.observations import Observations
 from ps_server.policy import RoundPolicy
+from ps_server.reserve import Reserve
 from ps_server.roster import Roster
 from ps_server.round import Round, check_fragment_order
 from ps_server.task_indexes import DEFAULT_REJOIN_GRACE_S, TaskIndexes
+from ps_server.trouble import describe, end_process, is_expected
 
 __all__ = ["DEFAULT_SHARED_MEMORY_FROM_BYTES", "ParameterServerService", "ServicePolicy"]
 
@@ -40,6 +49,17 @@ _log = logging.getLogger("ps_server")
 # A status message travels in HTTP/2 headers, whose size is limited; there, a byte that is not ASCII takes three.
 _MAX_MESSAGE_BYTES = 2000
 DEFAULT_SHARED_MEMORY_FROM_BYTES = 256 << 10
+# A client that does not take for so long what was sent before its call was refused loses its connection.
+_LAST_WORD_TIMEOUT_S = 2.0
+# What a disk is given at least for the last checkpoint; and for a large one, so many bytes a second.
+_LEAST_LAST_WRITE_S = 0.3
+_DISK_BYTES_PER_S = 200e6
+# A model with more variables, fragments or bytes is handled beside the event loop: on it, every other call would wait.
+_MANY_VARIABLES = 1000
+_MANY_FRAGMENTS = 8192
+_MANY_BYTES = 64 << 20
+# The most workers in a status; with the longest names they take a fifth of a message.
+_MAX_WORKERS_SHOWN = 2000
 _GOING_DOWN = "the parameter server is going down; try again when it is back"
 _T = TypeVar("_T")
 
@@ -73,6 +93,12 @@ class ParameterServerService:
         policy: what it is told.
         clock: seconds, monotonic.
         restored: the checkpoint to go on from; None: the chief initializes the center.
+        reserve: descriptors for the server's own needs.
+        die: ends the process, with a line that says why.
+        home: where to keep the center, as the policy says; None: nowhere.
+
+    Raises:
+        OSError, RuntimeError: what writes checkpoints cannot be started.
     """
 
     def __init__(
@@ -80,8 +106,13 @@ class ParameterServerService:
         policy: ServicePolicy,
         clock: Callable[[], float] = time.monotonic,
         restored: Checkpoint | None = None,
+        reserve: Reserve | None = None,
+        die: Callable[[str], None] = end_process,
+        home: CheckpointHome | None = None,
     ) -> None:
         self._policy = policy
+        self._reserve = Reserve(0) if reserve is None else reserve
+        self._die = die
         self._clock = clock
         self._started_at_s = clock()
         self._job: Job | None = None
@@ -96,9 +127,13 @@ class ParameterServerService:
         indexes = TaskIndexes(policy.round.num_workers, policy.rejoin_grace_s, closed_until_s)
         self._joining = Joining(policy.round.num_workers, indexes, clock)
         self._observations = Observations()
-        self._keeper = None if policy.checkpoints is None else Keeper(policy.checkpoints, self._observations, clock)
+        self._keeper: Keeper | None = None
+        if policy.checkpoints is not None and home is not None:
+            self._keeper = Keeper(policy.checkpoints, home, self._observations, clock)
         self.data_port = DataPort(policy.round.max_workers)
         """Where workers may open data connections, once it listens."""
+        self.helper = HelperThread()
+        """For large models, once it is started."""
         if restored is not None:
             self._job = self._restored(restored)
 
@@ -124,19 +159,30 @@ class ParameterServerService:
         """Refuses what waits for others, lets what is under way finish for up to ``grace_s``, then ends the rest."""
         self._stopping = True
         error = refusal(Reason.SERVER_STOPPING, _GOING_DOWN)
-        for call in self._pulls_waiting:
+        for call in list(self._pulls_waiting):
             call.fail(error)
         self._joining.fail(error)
-        if self._job is not None:
-            self._job.fail_unless_full(error)
+        if self._job is not None and not self._job.round.full:
+            self._job.fail_pushes(error)
         deadline_s = self._clock() + grace_s
         while self._calls and (left_s := deadline_s - self._clock()) > 0:
             await asyncio.wait([call.ended for call in self._calls], timeout=left_s)
-        for call in self._calls:
+        for call in list(self._calls):
             call.fail(error)
         if self._job is not None and self._keeper is not None:
-            await self._job.keep()
-            await self._keeper.finish()
+            deadline_s = max(deadline_s, self._clock() + _LEAST_LAST_WRITE_S)
+            deadline_s += self._job.manifest.size_bytes / _DISK_BYTES_PER_S
+            keeping = asyncio.ensure_future(self._job.keep())  # if the disk hangs, this ends with the loop
+            await asyncio.wait((keeping,), timeout=deadline_s - self._clock())
+            await self._keeper.finish(max(deadline_s - self._clock(), _LEAST_LAST_WRITE_S))
+
+    def close(self) -> None:
+        """Ends what runs beside the event loop; to be called at the end, however it comes."""
+        self.data_port.close()
+        self.helper.stop()
+        self._reserve.close()
+        if self._keeper is not None:
+            self._keeper.close()
 
     # Initialize
 
@@ -151,18 +197,16 @@ class ParameterServerService:
         call.worker_id = header.worker_id
         check_worker_id(header.worker_id)
         check_global_step(header.global_step)
-        manifest = wire.manifest_from_message(header.manifest)
+        many = _MANY_VARIABLES < len(header.manifest.variables) <= MAX_VARIABLES
+        manifest, pull_header = await self._beside_the_loop(call, many, lambda: _read_manifest(header.manifest))
         initialized = False
         if self._job is None:
             values = await self._receive_values(call, manifest)
-            if self._job is None:  # another chief may have been faster
-                center = self._new_center(manifest)
-                for index in range(manifest.fragment_count):
-                    start, end = manifest.fragment_bounds(index)
-                    center.load(index, values[start:end].data)
-                del values
+            center = await self._beside_the_loop(call, _is_large(manifest), lambda: self._new_center(manifest, values))
+            del values
+            if self._job is None and center is not None:  # another chief may have been faster
                 round_ = Round(self._policy.round, manifest.fragment_count, header.global_step)
-                self._job = self._new_job(center, round_)
+                self._job = self._new_job(center, pull_header, round_)
                 initialized = True
                 _log.info(
                     "center initialized by %r: %s%d variables, %d bytes, global_step %d",
@@ -181,13 +225,20 @@ class ParameterServerService:
                     ),
                 )
         job = self._job
-        difference = first_difference(manifest.variables, job.manifest.variables, "in the call", "on the server")
+        assert job is not None
+        difference = None
+        if not initialized:
+            compare = partial(
+                first_difference, manifest.variables, job.manifest.variables, "in the call", "on the server"
+            )
+            difference = await self._beside_the_loop(call, many, compare)
         if difference is not None:
             raise refusal(
                 Reason.MANIFEST_MISMATCH,
                 f"the center was initialized with another manifest: {difference}; give all workers the same model",
             )
-        self._roster.heard_of(header.worker_id, self._clock()).is_chief = True
+        record = self._roster.heard_of(header.worker_id, self._clock())
+        record.is_chief = record.may_push = True
         if initialized:
             await job.keep()
         return pb.InitializeResponse(
@@ -198,13 +249,33 @@ class ParameterServerService:
             shard=wire.shard_to_message(job.manifest.shard),
         )
 
-    def _new_job(self, center: Center, round_: Round) -> Job:
+    async def _beside_the_loop(self, call: Call, is_long: bool, work: Callable[[], _T]) -> _T:
+        """What ``work`` returns. If it takes long, all else goes on meanwhile, and the client is not to blame."""
+        if not is_long:
+            return work()
+        call.expecting = False
+        result = await self.helper.run(work)
+        call.expecting = True
+        return result
+
+    def _new_job(self, center: Center, pull_header: wire.PullHeader, round_: Round) -> Job:
         self._initialized.set()
-        return Job(center, round_, self._roster, self._clock, self._keeper, self._observations, self.data_port)
+        return Job(
+            center,
+            pull_header,
+            round_,
+            self._roster,
+            self._clock,
+            self._keeper,
+            self._observations,
+            self.data_port,
+            self._reserve,
+            self._die,
+        )
 
     def _restored(self, checkpoint: Checkpoint) -> Job:
         manifest = checkpoint.manifest
-        center = self._new_center(manifest)
+        center = self._empty_center(manifest)
         for name, array in center.current.arrays.items():
             array[...] = checkpoint.arrays[name]
         round_ = Round(
@@ -214,7 +285,7 @@ class ParameterServerService:
             checkpoint.contributors,
             dict(checkpoint.counted or {}),
         )
-        return self._new_job(center, round_)
+        return self._new_job(center, wire.PullHeader(manifest), round_)
 
     async def _receive_values(self, call: Call, manifest: Manifest) -> NDArray[np.uint8]:
         """The flat buffer that the chief sends. A header alone costs nothing: memory is used as bytes come."""
@@ -244,10 +315,21 @@ class ParameterServerService:
             )
         return values
 
-    def _new_center(self, manifest: Manifest) -> Center:
+    def _new_center(self, manifest: Manifest, values: NDArray[np.uint8]) -> Center | None:
+        """A center with these values, a flat buffer; None if there is a job already."""
+        if self._job is not None:
+            return None
+        with no_collections() if _is_large(manifest) else nullcontext():
+            center = self._empty_center(manifest)
+            for index in range(manifest.fragment_count):
+                start, end = manifest.fragment_bounds(index)
+                center.load(index, values[start:end].data)
+        return center
+
+    def _empty_center(self, manifest: Manifest) -> Center:
         if manifest.buffer_size_bytes >= self._policy.shared_memory_from_bytes:
             try:
-                return Center(manifest, shared=True)
+                return Center(manifest, True, self._reserve)
             except OSError as error:
                 _log.warning(
                     "no shared memory for the center: %s; all bytes go inline",
@@ -264,17 +346,26 @@ class ParameterServerService:
             call.worker_id = message.worker_id
             check_worker_id(message.worker_id)
             if message.wait_initialized:
-                self._roster.heard_of(message.worker_id, self._clock())
+                self._heard_pull_of(message.worker_id)
                 self._pulls_waiting.add(call)
                 try:
                     await self._initialized.wait()
                 finally:
                     self._pulls_waiting.discard(call)
             job = self._require_job()
-            self._roster.heard_of(message.worker_id, self._clock())
+            self._heard_pull_of(message.worker_id)
+            if self._reserve.is_short and not message.header_only:
+                raise refusal(
+                    Reason.SERVER_OVERLOADED,
+                    "the server has no descriptors left to keep a center for a reader (`ulimit -n`); try again later",
+                )
             await job.send_pulled(call, message.header_only)
 
         await self._serve("Pull", context, body)
+
+    def _heard_pull_of(self, worker_id: str) -> None:
+        record = self._roster.heard_of(worker_id, self._clock())
+        record.may_push = record.may_push or caller_role.get() is not Role.READER
 
     # PushAndAverage
 
@@ -305,7 +396,9 @@ class ParameterServerService:
 
     def metrics_sample(self) -> MetricsSample:
         """What the metrics show at this moment. To be called on the event loop."""
-        lateness_sum_s = {worker_id: record.lateness_sum_s for worker_id, record in self._roster.records.items()}
+        lateness_sum_s = {
+            w: record.lateness_sum_s for w, record in self._roster.records.items() if record.pushes_counted
+        }
         return MetricsSample(self._status(), self._observations, self._traffic, lateness_sum_s)
 
     async def _get_status(self, request: bytes, context: Context) -> bytes:
@@ -347,18 +440,23 @@ class ParameterServerService:
             status.round_age_s = job.round.age_s(now_s)
             status.phase = pb.PHASE_AVERAGING if job.round.under_way else pb.PHASE_IDLE
             if job.round.under_way:
-                names, unknown = job.missing()
-                status.waiting_for.extend(names)
-                status.waiting_for_unknown = unknown
+                missing = job.missing()
+                status.waiting_for.extend(missing.names)
+                status.waiting_for_omitted = missing.omitted
+                status.waiting_for_unknown = missing.unknown
         if self._keeper is not None:
             status.checkpoint_problem = self._keeper.problem
             if self._keeper.step is not None:
                 status.checkpoint_step = self._keeper.step
             if self._keeper.written_at_s is not None:
                 status.checkpoint_age_s = now_s - self._keeper.written_at_s
+            if self._keeper.writing_since_s is not None:
+                status.checkpoint_writing_s = now_s - self._keeper.writing_since_s
         if self._stopping:
             status.phase = pb.PHASE_STOPPING
-        for worker_id, record in sorted(self._roster.records.items()):
+        foremost = self._roster.foremost(_MAX_WORKERS_SHOWN)
+        status.workers_omitted = len(self._roster.records) - len(foremost)
+        for worker_id, record in foremost:
             status.workers.add(
                 worker_id=worker_id,
                 is_chief=record.is_chief,
@@ -389,34 +487,62 @@ class ParameterServerService:
 
     async def _serve(self, name: str, context: Context, body: Callable[[Call], Awaitable[_T]]) -> _T:
         """Runs one call. A fault from the table becomes its gRPC status, with the reason's name for programs."""
-        call = Call(context, self._traffic, self._policy.stall_timeout_s)
+        call: Call | None = None
+        try:
+            call = Call(context, self._traffic, self._policy.stall_timeout_s)
+            return await self._run(name, call, body)
+        except (ModelAverageError, asyncio.CancelledError) as raised:
+            # Without a failure it was gRPC that cancelled: the client is gone.
+            failure = raised if call is None or call.failure is None else call.failure
+        except grpc.aio.BaseError:
+            raise  # gRPC's own way to end a call
+        except Exception as unexpected:
+            failure = unexpected
+        worker_id = "" if call is None else call.worker_id
+        reason, message = self._refusal(name, worker_id, str(context.peer()), failure)
+        del failure  # its traceback holds this frame and what the call was sending
+        self._observations.refused[reason.name] += 1
+        _log.info(
+            "%s refused: %s: %s",
+            name,
+            reason.name,
+            message,
+            extra=event("call_refused", rpc=name, reason=reason.name, worker=worker_id, peer=str(context.peer())),
+        )
+        with suppress(asyncio.CancelledError):  # `fail` may have been called by this very task
+            await asyncio.sleep(0)
+        code, metadata = FAULTS[reason].status, ((REASON_METADATA_KEY, REASON_PREFIX + reason.name),)
+        last_word = context.abort(grpc.StatusCode[code], _short(message), metadata)
+        try:
+            await asyncio.wait_for(last_word, _LAST_WORD_TIMEOUT_S)
+        except asyncio.TimeoutError:
+            if cut(str(context.peer())):
+                what = event("connection_cut", peer=str(context.peer()), reason=reason.name)
+                _log.warning(
+                    "%s takes nothing, not even %s: its connection is cut", context.peer(), reason.name, extra=what
+                )
+        raise asyncio.CancelledError  # after a last word that went out never reached: abort raises
+
+    async def _run(self, name: str, call: Call, body: Callable[[Call], Awaitable[_T]]) -> _T:
         self._calls.add(call)
         try:
             if self._stopping and name != "GetStatus":
                 raise refusal(Reason.SERVER_STOPPING, _GOING_DOWN)
             return await body(call)
-        except (ModelAverageError, asyncio.CancelledError) as raised:
-            # Without a failure it was gRPC that cancelled: the client is gone.
-            error = raised if call.failure is None else call.failure
-            if not isinstance(error, ModelAverageError) or error.reason is None:
-                raise error from None
         finally:
             self._calls.discard(call)
             call.end()
-        self._observations.refused[error.reason.name] += 1
-        _log.info(
-            "%s refused: %s: %s",
-            name,
-            error.reason.name,
-            error,
-            extra=event("call_refused", rpc=name, reason=error.reason.name, worker=call.worker_id, peer=call.peer),
-        )
-        await context.abort(
-            grpc.StatusCode[FAULTS[error.reason].status],
-            _short(str(error)),
-            ((REASON_METADATA_KEY, REASON_PREFIX + error.reason.name),),
-        )
-        raise error  # never reached: abort raises
+
+    def _refusal(self, name: str, worker_id: str, peer: str, failure: BaseException) -> tuple[Reason, str]:
+        """What the client is told. Raises the failure itself if it is of no use to a client."""
+        if isinstance(failure, ModelAverageError) and failure.reason is not None:
+            return failure.reason, str(failure)
+        if not isinstance(failure, Exception):
+            raise failure from None
+        what = event("call_failed", rpc=name, worker=worker_id, peer=peer, cause=describe(failure))
+        trace = None if is_expected(failure) else failure
+        _log.error("%s failed: %s", name, describe(failure), extra=what, exc_info=trace)
+        return Reason.SERVER_OVERLOADED, f"the server failed ({describe(failure)}); call again after a pause"
 
     def _require_job(self) -> Job:
         if self._job is None:
@@ -425,6 +551,20 @@ class ParameterServerService:
                 "there is no center yet: the chief has to initialize it, or pull and wait for it",
             )
         return self._job
+
+
+def _read_manifest(message: pb.Manifest) -> tuple[Manifest, wire.PullHeader]:
+    """Raises InvalidRequestError (MANIFEST_INVALID), also if no pull could be answered with it."""
+    manifest = wire.manifest_from_message(message)
+    return manifest, wire.PullHeader(manifest)
+
+
+def _is_large(manifest: Manifest) -> bool:
+    return (
+        len(manifest.variables) > _MANY_VARIABLES
+        or manifest.fragment_count > _MANY_FRAGMENTS
+        or manifest.buffer_size_bytes > _MANY_BYTES
+    )
 
 
 def _short(message: str) -> str:

@@ -12,6 +12,8 @@ from google.protobuf.message import Message
 
 from modelaverage import wire
 from modelaverage.access import Access
+from modelaverage.missing import Missing
+from modelaverage.names import MAX_NAMES, printable, shown
 from modelaverage.v1 import parameter_server_pb2 as pb
 
 __all__ = [
@@ -20,14 +22,17 @@ __all__ = [
     "as_text",
     "fetch",
     "missing_of",
-    "name_of",
     "phase_of",
     "plain",
     "shard_of",
     "size",
     "state_of",
+    "trouble_of",
+    "workers_of",
 ]
 
+# From then on what the server says of a checkpoint that is being written is a problem.
+_HANGS_FROM_S = 5.0
 # JSON has no such numbers; these are the words of protobuf's own JSON.
 _NOT_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
 
@@ -55,8 +60,9 @@ def fetch(address: str, timeout_s: float, access: Access) -> pb.GetStatusRespons
                     distrust or f"no parameter server answers at {address} (waited {timeout_s:g} s)"
                 ) from None
             if error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
-                raise NoAnswerError(f"{address}: {error.details()}") from None
-            raise NoAnswerError(f"{address} did not answer as a parameter server: {error.details()}") from None
+                raise NoAnswerError(f"{address}: {printable(error.details() or '')}") from None
+            details = printable(error.details() or "")
+            raise NoAnswerError(f"{address} did not answer as a parameter server: {details}") from None
     return answer
 
 
@@ -98,23 +104,26 @@ def as_text(status: pb.GetStatusResponse) -> str:
         f"{status.rounds_restarted} rounds restarted, {status.stale_pushes} stale pushes",
     ]
     if status.checkpoint_problem:
-        lines.append(f"checkpoint   FAILED: {status.checkpoint_problem}")
+        lines.append(f"checkpoint   {trouble_of(status)}: {printable(status.checkpoint_problem)}")
     elif status.HasField("checkpoint_step"):
         lines.append(f"checkpoint   of global_step {status.checkpoint_step}")
     if status.phase == pb.PHASE_UNINITIALIZED:
         lines.append("waiting for  the chief, to initialize the center")
-    if status.waiting_for or status.waiting_for_unknown:
-        lines.append(f"waiting for  {missing_of(status)} (for {status.round_age_s:.1f} s)")
-    for worker in status.workers:
+    if missing := missing_of(status):
+        lines.append(f"waiting for  {missing} (for {status.round_age_s:.1f} s)")
+    workers, more = workers_of(status)
+    for worker in workers:
         notes = f", loss {worker.loss:.4g}" if worker.HasField("loss") else ""
         if worker.HasField("lateness_s"):
             notes += f", {worker.lateness_s:.2f} s late"
         notes += f", {worker.nonfinite_values} values not finite" if worker.nonfinite_values else ""
         chief = " (chief)" if worker.is_chief else ""
         lines.append(
-            f"  {name_of(worker.worker_id)}{chief}: {state_of(worker)}, local_step {worker.local_step}, "
+            f"  {shown(worker.worker_id)}{chief}: {state_of(worker)}, local_step {worker.local_step}, "
             f"{worker.pushes_counted} pushes counted, last seen {worker.last_seen_age_s:.1f} s ago{notes}"
         )
+    if more:
+        lines.append(f"  and {more:,} more")
     return "\n".join(lines)
 
 
@@ -123,12 +132,23 @@ def phase_of(status: pb.GetStatusResponse) -> str:
     return pb.Phase.Name(status.phase).removeprefix("PHASE_").lower()
 
 
+def trouble_of(status: pb.GetStatusResponse) -> str:
+    """What a problem with a checkpoint is, in a word: the disk does not answer, or it says no."""
+    return "HANGS" if status.checkpoint_writing_s >= _HANGS_FROM_S else "FAILED"
+
+
 def missing_of(status: pb.GetStatusResponse) -> str:
-    """For whom the round waits."""
-    missing = [name_of(worker_id) for worker_id in status.waiting_for]
-    if status.waiting_for_unknown:
-        missing.append(f"{status.waiting_for_unknown} not heard of yet")
-    return ", ".join(missing) or "nobody"
+    """For whom the round waits; empty if it waits for nobody."""
+    missing = Missing.told(status)
+    return missing.text(shown) if missing else ""
+
+
+def workers_of(status: pb.GetStatusResponse) -> tuple[list[pb.WorkerStatus], int]:
+    """The workers to be shown, by name, and how many more there are. Those that have only pulled come last, and of
+    these a few do: anybody who may read can make up any number of them."""
+    pushers = [worker for worker in status.workers if _has_pushed(worker)]
+    readers = [worker for worker in status.workers if not _has_pushed(worker)]
+    return pushers + readers[:MAX_NAMES], status.workers_omitted + len(readers[MAX_NAMES:])
 
 
 def state_of(worker: pb.WorkerStatus) -> str:
@@ -145,15 +165,15 @@ def shard_of(status: pb.GetStatusResponse) -> str:
     return f", shard {status.shard.index} of {status.shard.count} of job {status.shard.job_id.hex()[:8]}"
 
 
+def _has_pushed(worker: pb.WorkerStatus) -> bool:
+    """Whether it has, or is the chief, which is about to."""
+    return bool(worker.peer or worker.local_step or worker.pushes_counted or worker.waiting or worker.is_chief)
+
+
 def _workers(status: pb.GetStatusResponse) -> str:
     if status.min_workers == status.num_workers:
         return f"{status.num_workers} in a round"
     return f"{status.num_workers}, at least {status.min_workers} in a round; {status.rounds_without_all} without all"
-
-
-def name_of(worker_id: str) -> str:
-    """A worker's id as it can be shown: names come from outside."""
-    return worker_id if worker_id.isprintable() else repr(worker_id)
 
 
 def size(size_bytes: int) -> str:

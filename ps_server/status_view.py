@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
+from rich.measure import Measurement
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from modelaverage.names import printable, shown
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server import status as words
 from ps_server.watch import Seen
@@ -20,6 +25,9 @@ __all__ = ["picture", "show"]
 
 _MISSING = "-"
 _ALARM = "bold not dim red"
+# A wider name is folded; one of 128 letters would leave room for nothing else.
+_WIDEST_NAME = 40
+_ANY_WIDTH = 10_000
 
 
 def show(samples: Iterable[Sequence[Seen]], console: Console | None = None) -> None:
@@ -52,9 +60,9 @@ def _panel(server: Seen) -> Panel:
     rows = list[RenderableType]()
     if server.problem:
         since = "" if status is None else f" for {server.away_s:.0f} s; below is what it said last"
-        rows.append(Text(f"AWAY{since}: {server.problem}", _ALARM))
+        rows.append(Text(f"AWAY{since}: {printable(server.problem)}", _ALARM))
     if status is not None:
-        rows += [_summary(status), *([_workers(status)] if status.workers else [])]
+        rows += [_summary(status), *([_Workers(status)] if status.workers else [])]
     calm = "dim" if server.problem else "none"
     return Panel(
         Group(*rows), title=title, title_align="left", border_style="red" if server.problem else calm, style=calm
@@ -65,9 +73,13 @@ def _summary(status: pb.GetStatusResponse) -> Table:
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
+
+    def add_row(title: str, content: str | Text) -> None:
+        grid.add_row(Text(title), Text(content) if isinstance(content, str) else content)
+
     pace = f"{status.rounds_per_minute:.1f} rounds/min, the last took {status.last_round_s:.3f} s"
-    grid.add_row("phase", Text.assemble((words.phase_of(status), "bold"), f"   step {status.global_step}   {pace}"))
-    grid.add_row("waits for", _waits_for(status))
+    add_row("phase", Text.assemble((words.phase_of(status), "bold"), f"   step {status.global_step}   {pace}"))
+    add_row("waits for", _waits_for(status))
     trouble = [
         f"{count} {what}"
         for count, what in (
@@ -78,45 +90,61 @@ def _summary(status: pb.GetStatusResponse) -> Table:
         )
         if count
     ]
-    grid.add_row("rounds", ", ".join([f"{status.rounds_committed} committed", *trouble]))
+    add_row("rounds", ", ".join([f"{status.rounds_committed} committed", *trouble]))
     moved = f"{words.size(status.received_bytes)} received, {words.size(status.sent_bytes)} sent"
-    grid.add_row("model", f"{words.size(status.model_size_bytes)}; {moved}")
+    add_row("model", f"{words.size(status.model_size_bytes)}; {moved}")
     if status.checkpoint_problem:
-        grid.add_row("checkpoint", Text(f"FAILED: {status.checkpoint_problem}", _ALARM))
+        add_row("checkpoint", Text(f"{words.trouble_of(status)}: {printable(status.checkpoint_problem)}", _ALARM))
     elif status.HasField("checkpoint_age_s"):
-        grid.add_row("checkpoint", f"step {status.checkpoint_step}, {_age(status.checkpoint_age_s)} ago")
+        add_row("checkpoint", f"step {status.checkpoint_step}, {_age(status.checkpoint_age_s)} ago")
     return grid
 
 
 def _waits_for(status: pb.GetStatusResponse) -> Text:
     if status.phase == pb.PHASE_UNINITIALIZED:
         return Text("the chief, to initialize the center", _ALARM)
-    if status.waiting_for or status.waiting_for_unknown:
-        return Text(f"{words.missing_of(status)}   for {_age(status.round_age_s)}", _ALARM)
+    if missing := words.missing_of(status):
+        return Text(f"{missing}   for {_age(status.round_age_s)}", _ALARM)
     return Text("nobody", "dim")
 
 
-def _workers(status: pb.GetStatusResponse) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, header_style="dim", expand=True, padding=(0, 1))
-    table.add_column("worker", overflow="fold")
-    table.add_column("doing")
-    for title in ("local step", "loss", "late", "last seen", "counted"):
-        table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("by", no_wrap=True)
-    for worker in status.workers:
-        late = _age(worker.lateness_s) if worker.HasField("lateness_s") else _MISSING
-        table.add_row(
-            words.name_of(worker.worker_id) + (" (chief)" if worker.is_chief else ""),
-            words.state_of(worker).removeprefix("waits "),
-            str(worker.local_step),
-            f"{worker.loss:.4g}" if worker.HasField("loss") else _MISSING,
-            late,
-            _age(worker.last_seen_age_s),
-            str(worker.pushes_counted),
-            _transport(worker),
-            style=_ALARM if worker.worker_id in status.waiting_for else None,
-        )
-    return table
+class _Workers:
+    """A line for each worker. Where a terminal is too narrow for all columns, names stay whole and columns go."""
+
+    def __init__(self, status: pb.GetStatusResponse) -> None:
+        self._waiting_for = frozenset(status.waiting_for)
+        self._workers, self._more = words.workers_of(status)
+        self._names = [shown(w.worker_id) + (" (chief)" if w.is_chief else "") for w in self._workers]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        name_width = min(_WIDEST_NAME, max(map(cell_len, self._names), default=0))
+        anything = options.update(max_width=_ANY_WIDTH)
+        left = dict(_COLUMNS)
+        for title in _FIRST_TO_GO:
+            if Measurement.get(console, anything, self._table(left, name_width)).maximum <= options.max_width:
+                break
+            del left[title]
+        yield self._table(left)
+        if self._more:
+            yield Text(f"  and {self._more:,} more", "dim")
+
+    def _table(self, columns: Mapping[str, _Column], name_width: int | None = None) -> Table:
+        table = Table(box=box.SIMPLE_HEAD, header_style="dim", expand=True, padding=(0, 1))
+        table.add_column("worker", overflow="fold", width=name_width)
+        for title, column in columns.items():
+            table.add_column(title, justify=column.justify, no_wrap=True)
+        for worker, name in zip(self._workers, self._names, strict=True):
+            cells = [Text(column.cell(worker)) for column in columns.values()]
+            table.add_row(Text(name), *cells, style=_ALARM if worker.worker_id in self._waiting_for else None)
+        return table
+
+
+@dataclass(frozen=True)
+class _Column:
+    """What stands in a column, and on which side."""
+
+    cell: Callable[[pb.WorkerStatus], str]
+    justify: Literal["left", "right"] = "right"
 
 
 def _transport(worker: pb.WorkerStatus) -> str:
@@ -129,3 +157,15 @@ def _age(age_s: float) -> str:
     if age_s < 1:
         return f"{age_s * 1000:.0f} ms"
     return f"{age_s:.1f} s" if age_s < 60 else f"{age_s // 60:.0f} min {age_s % 60:.0f} s"
+
+
+_COLUMNS = {
+    "doing": _Column(lambda worker: words.state_of(worker).removeprefix("waits "), "left"),
+    "local step": _Column(lambda worker: str(worker.local_step)),
+    "loss": _Column(lambda worker: f"{worker.loss:.4g}" if worker.HasField("loss") else _MISSING),
+    "late": _Column(lambda worker: _age(worker.lateness_s) if worker.HasField("lateness_s") else _MISSING),
+    "last seen": _Column(lambda worker: _age(worker.last_seen_age_s)),
+    "counted": _Column(lambda worker: str(worker.pushes_counted)),
+    "by": _Column(_transport, "left"),
+}
+_FIRST_TO_GO = ("by", "loss", "counted", "local step", "late", "doing", "last seen")

@@ -6,6 +6,7 @@ A picture in a terminal, where rich is installed; elsewhere a line for each chan
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 
+from modelaverage.names import printable
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server import status
 from ps_server.status import NoAnswerError
@@ -94,7 +96,8 @@ def _news(server: Seen) -> tuple[object, ...]:
     if server.status is None or server.problem:
         return bool(server.problem), server.status is None
     now = server.status
-    return now.phase, now.global_step, tuple(now.waiting_for), now.waiting_for_unknown, now.checkpoint_problem
+    lasting_problem = re.sub(r" for \d+ s$", "", now.checkpoint_problem)
+    return now.phase, now.global_step, status.missing_of(now), lasting_problem
 
 
 def line(server: Seen) -> str:
@@ -105,7 +108,7 @@ def line(server: Seen) -> str:
             if server.status is None
             else f", last seen {server.away_s:.0f} s ago at step {server.status.global_step}"
         )
-        return f"{server.address}  AWAY: {server.problem}{last}"
+        return f"{server.address}  AWAY: {printable(server.problem)}{last}"
     now = server.status
     if now is None:
         return f"{server.address}  not asked yet"
@@ -117,10 +120,10 @@ def line(server: Seen) -> str:
     ]
     if now.phase == pb.PHASE_UNINITIALIZED:
         parts.append("waits for the chief, to initialize the center")
-    if now.waiting_for or now.waiting_for_unknown:
-        parts.append(f"waits for {status.missing_of(now)} (for {now.round_age_s:.1f} s)")
+    if missing := status.missing_of(now):
+        parts.append(f"waits for {missing} (for {now.round_age_s:.1f} s)")
     if now.checkpoint_problem:
-        parts.append(f"checkpoint FAILED: {now.checkpoint_problem}")
+        parts.append(f"checkpoint {status.trouble_of(now)}: {printable(now.checkpoint_problem)}")
     return f"{server.address}  {', '.join(parts)}"
 
 

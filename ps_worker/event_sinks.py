@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from modelaverage.logs import event, say
+from modelaverage.names import shown
 from ps_worker.events import AccuracyEvent, Event, StepEvent, encode
 
 __all__ = ["reporter"]
@@ -71,7 +72,7 @@ class _Lines:
     def _line(self, event: StepEvent) -> str:
         accuracy = "" if self._accuracy is None else f", test accuracy {self._accuracy:.4f}"
         return (
-            f"{event.worker}: step {event.step}/{self._steps}, loss {event.loss:.4f}, "
+            f"{shown(event.worker)}: step {event.step}/{self._steps}, loss {event.loss:.4f}, "
             f"{event.samples_per_s:.0f} samples/s, waited {event.waited_s:.2f} s, "
             f"global_step {event.global_step}{accuracy}"
         )

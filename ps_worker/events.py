@@ -72,6 +72,7 @@ class ServerEvent:
         received_bytes: from the workers.
         sent_bytes: to the workers.
         waiting_for: workers that the round waits for.
+        waiting_for_omitted: how many more, because there are too many.
     """
 
     kind: ClassVar[str] = "server"
@@ -82,6 +83,7 @@ class ServerEvent:
     received_bytes: int
     sent_bytes: int
     waiting_for: tuple[str, ...]
+    waiting_for_omitted: int = 0
 
 
 Event = StepEvent | RoundEvent | AccuracyEvent | ServerEvent

@@ -175,7 +175,7 @@ class RayCluster:
         else:
             max_restarts, give_up = config.max_restarts, f"--max-restarts {config.max_restarts}"
         handlers: dict[str, LineHandler] = {
-            OUTPUT: lambda line: self._listens(index, line.split()[-1]),  # "... listening on HOST:PORT"
+            OUTPUT: lambda line: self._hear_of_server(index, line),
             ERROR: lambda line: self._on_message(f"[{name}] {line}"),
         }
         return RayProcess(
@@ -188,7 +188,10 @@ class RayCluster:
             self._announce,
         )
 
-    def _listens(self, index: int, address: str) -> None:
+    def _hear_of_server(self, index: int, line: str) -> None:
+        _, listens, address = line.partition("listening on ")
+        if not listens:  # it says more, such as where its data connections are
+            return
         self._servers[index].listens_at = address
         addresses = tuple(server.listens_at for server in self._servers)
         if not all(addresses):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from torch.utils.tensorboard import SummaryWriter
 
+from modelaverage.names import file_name, shown
 from ps_worker.digits_config import ALONE
 from ps_worker.record import Record
 from ps_worker.run_files import CURVES, METRICS, TENSORBOARD
@@ -29,6 +31,7 @@ _WORKER_COLOURS = ("#0072B2", "#E69F00", "#56B4E9", "#CC79A7", "#F0E442", "#D55E
 _CENTER_COLOUR = "#009E73"
 _ALONE_STYLE: dict[str, Any] = {"color": "#444444", "linestyle": (0, (4, 2))}
 _NEIGHBOURS = 4
+_LONGEST_LABEL = 30
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -59,13 +62,15 @@ def draw(record: Record, path: Path) -> None:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_xlim(left=0)
-    figure.savefig(path, dpi=120)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a name in a script that the font has not
+        figure.savefig(path, dpi=120)
 
 
 def write_tensorboard(record: Record, directory: Path) -> None:
     """Writes one TensorBoard run for each worker and each server, with the events' own times. Raises OSError."""
     for worker in sorted(record.steps):
-        with SummaryWriter(str(directory / worker)) as writer:
+        with SummaryWriter(str(directory / file_name(worker))) as writer:
             for step in record.steps[worker]:
                 for name, value in (("loss", step.loss), ("samples_per_s", step.samples_per_s)):
                     writer.add_scalar(name, value, step.step, step.unix_time_s)
@@ -74,7 +79,7 @@ def write_tensorboard(record: Record, directory: Path) -> None:
             for round_ in record.rounds[worker]:
                 writer.add_scalar("barrier_wait_s", round_.waited_s, round_.step, round_.unix_time_s)
     for server, samples in sorted(record.servers.items()):
-        with SummaryWriter(str(directory / server)) as writer:
+        with SummaryWriter(str(directory / file_name(server))) as writer:
             for sample in samples:
                 moved_bytes = sample.received_bytes + sample.sent_bytes
                 writer.add_scalar("moved_bytes", moved_bytes, sample.global_step, sample.unix_time_s)
@@ -121,7 +126,7 @@ def _draw_wait(axes: Axes, record: Record, workers: Sequence[str]) -> None:
             ".",
             markersize=6,
             clip_on=False,
-            label=f"{worker}: {sum(waits_ms) / 1000:.1f} s",
+            label=f"{_label(worker)}: {sum(waits_ms) / 1000:.1f} s",
             **style,
         )
     axes.set(title="Wait at the barrier, each round", xlabel="time since the first steps [s]", ylabel="wait [ms]")
@@ -134,7 +139,14 @@ def _styles(workers: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _label(worker: str) -> str:
-    return "one worker alone" if worker == ALONE else worker
+    if worker == ALONE:
+        return "one worker alone"
+    text = shown(worker)
+    if len(text) > _LONGEST_LABEL:  # or there is no room for the curves
+        text = text[: _LONGEST_LABEL - 1] + "\u2026"
+    # A dollar would begin a formula; a legend leaves out what begins with an underscore.
+    text = text.replace("$", r"\$")
+    return f"'{text}'" if text.startswith("_") else text
 
 
 def _smooth(values: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:

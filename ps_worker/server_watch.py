@@ -7,6 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from ma_client import ParameterServerSession
+from modelaverage.missing import Missing
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_worker.events import ServerEvent
 
@@ -25,6 +26,7 @@ class ServerWatch:
     async def sample(self, server: str, address: str) -> ServerEvent:
         """What the server at ``address`` is doing. Raises ModelAverageError if it does not say so within a second."""
         status = await asyncio.get_running_loop().run_in_executor(self._thread, self._status, address)
+        missing = Missing.told(status)
         return ServerEvent(
             server=server,
             unix_time_s=time.time(),
@@ -32,7 +34,8 @@ class ServerWatch:
             global_step=status.global_step,
             received_bytes=status.received_bytes,
             sent_bytes=status.sent_bytes,
-            waiting_for=tuple(status.waiting_for),
+            waiting_for=missing.names,
+            waiting_for_omitted=missing.omitted,
         )
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from modelaverage.names import shown
 from ps_worker.digits_config import DigitsConfig
 
 __all__ = ["Summary", "size"]
@@ -51,7 +52,7 @@ class Summary:
         """The table: what, how much."""
         servers = "the server" if self.num_servers == 1 else f"{self.num_servers} servers"
         part = f"{self.config.steps} steps on 1/{self.num_workers} of the images"
-        waits = ", ".join(f"{worker} {seconds:.1f} s" for worker, seconds in self.waited_s.items())
+        waits = ", ".join(f"{shown(worker)} {seconds:.1f} s" for worker, seconds in self.waited_s.items())
         return [
             ("test accuracy of the center", f"{self.center_accuracy:.4f}"),
             ("test accuracy of one worker alone", f"{self.alone_accuracy:.4f}  ({part})"),

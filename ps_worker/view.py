@@ -14,6 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from modelaverage.names import listed, shown
 from ps_worker.record import Record
 from ps_worker.summary import size
 
@@ -90,11 +91,11 @@ class LiveView:
 
     def table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         """Prints the result."""
-        table = Table(title=title, title_justify="left", title_style="bold", box=box.ROUNDED, show_header=False)
+        table = Table(title=Text(title), title_justify="left", title_style="bold", box=box.ROUNDED, show_header=False)
         table.add_column(no_wrap=True)
         table.add_column(overflow="fold", style="bold")
         for label, value in rows:
-            table.add_row(label, value)
+            table.add_row(Text(label), Text(value))
         self._console.print(table)
 
 
@@ -137,9 +138,9 @@ def _line(cast: Cast, record: Record) -> str:
     alone = record.last_step(cast.alone)
     if alone is not None:
         accuracy = record.last_accuracy(cast.alone)
-        shown = "" if accuracy is None else f", test accuracy {accuracy:.4f}"
+        tested = "" if accuracy is None else f", test accuracy {accuracy:.4f}"
         speed = f"{alone.samples_per_s:.0f} samples/s"
-        return f"{cast.alone}: step {alone.step}/{cast.steps}, loss {alone.loss:.4f}, {speed}{shown}"
+        return f"{shown(cast.alone)}: step {alone.step}/{cast.steps}, loss {alone.loss:.4f}, {speed}{tested}"
     steps = [step for worker in cast.workers if (step := record.last_step(worker)) is not None]
     if not steps:
         return ""
@@ -173,21 +174,22 @@ def _workers(cast: Cast, record: Record) -> Table:
     table.add_column("samples/s", justify="right")
     table.add_column("barrier wait", justify="right")
     for worker in cast.workers:
-        _add_row(table, cast, record, worker, f"{worker} (chief)" if worker == cast.workers[0] else worker)
+        _add_row(table, cast, record, worker, shown(worker) + (" (chief)" if worker == cast.workers[0] else ""))
     table.add_section()
-    _add_row(table, cast, record, cast.alone, cast.alone)
+    _add_row(table, cast, record, cast.alone, shown(cast.alone))
     return table
 
 
 def _add_row(table: Table, cast: Cast, record: Record, worker: str, label: str) -> None:
     step = record.last_step(worker)
     done = 0 if step is None else step.step
+    name = Text(label)
     bar = ProgressBar(total=cast.steps, completed=done, width=_BAR_WIDTH)
     if step is None:
-        table.add_row(label, f"0/{cast.steps}", bar, *[_MISSING] * 3, style="dim")
+        table.add_row(name, f"0/{cast.steps}", bar, *[_MISSING] * 3, style="dim")
     else:
         waited = _MISSING if worker == cast.alone else f"{step.waited_s:.2f} s"
-        table.add_row(label, f"{done}/{cast.steps}", bar, f"{step.loss:.4f}", f"{step.samples_per_s:,.0f}", waited)
+        table.add_row(name, f"{done}/{cast.steps}", bar, f"{step.loss:.4f}", f"{step.samples_per_s:,.0f}", waited)
 
 
 def _servers(cast: Cast, record: Record) -> RenderableType:
@@ -196,14 +198,19 @@ def _servers(cast: Cast, record: Record) -> RenderableType:
         grid.add_row("servers", "starting")
     for name, address in cast.servers.items():
         if name not in record.servers:
-            grid.add_row(name, address)
+            grid.add_row(Text(name), Text(address))
             continue
         server = record.servers[name][-1]
-        waits = f"waits for {', '.join(server.waiting_for)}" if server.waiting_for else server.phase
-        grid.add_row(name, f"{address}  {waits}")
-        traffic = f"received {size(server.received_bytes)}, sent {size(server.sent_bytes)}"
-        grid.add_row("", f"global_step [bold]{server.global_step}[/], {traffic}")
+        missing = listed(server.waiting_for, server.waiting_for_omitted, shown)
+        waits = f"waits for {missing}" if missing else server.phase
+        grid.add_row(Text(name), Text(f"{address}  {waits}"))
+        traffic = f", received {size(server.received_bytes)}, sent {size(server.sent_bytes)}"
+        grid.add_row("", Text.assemble("global_step ", (str(server.global_step), "bold"), traffic))
     accuracies = [("center", record.last_accuracy(cast.workers[0])), (cast.alone, record.last_accuracy(cast.alone))]
-    shown = [f"{who} [bold]{accuracy:.4f}[/]" for who, accuracy in accuracies if accuracy is not None]
-    grid.add_row("test accuracy", ", ".join(shown) or _MISSING)
+    found = [
+        Text.assemble(f"{shown(who)} ", (f"{accuracy:.4f}", "bold"))
+        for who, accuracy in accuracies
+        if accuracy is not None
+    ]
+    grid.add_row("test accuracy", Text(", ").join(found) if found else _MISSING)
     return grid

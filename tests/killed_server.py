@@ -2,7 +2,8 @@
 
 python -m tests.killed_server SIGKILL MOMENT COUNT serve --bind ... : the COUNT-th time that MOMENT is reached
 
-With SIGSTOP it stands still there, until the test has it go on or kills it.
+With SIGSTOP it stands still there, until the test has it go on or kills it. What happens to files happens in the
+server's checkpoint writers; at a moment of theirs they send the signal.
 """
 
 from __future__ import annotations
@@ -12,17 +13,17 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from google.protobuf.message import DecodeError
 
 from modelaverage.v1 import parameter_server_pb2 as pb
-from ps_server import checkpoint, job
+from ps_server import checkpoint_files, job, writer_process
 from ps_server.__main__ import main
 from ps_server.call import Call
 from ps_server.center import Center
 from ps_server.round import Round
+from tests.checkpoints import faulty_writer
 
 __all__ = ["BETWEEN_TWO_ANSWERS", "MOMENTS"]
 
@@ -33,12 +34,12 @@ MOMENTS: dict[str, tuple[Any, str, bool]] = {
     "in the middle of the fragments": (Round, "record_fragment", True),
     "when a fragment is averaged": (Center, "finish", True),
     "before the commit": (Center, "commit", False),
-    "after the commit, before the checkpoint": (job.Job, "_commit", True),
-    "in the middle of a checkpoint": (Path, "replace", False),
+    "before the checkpoint": (job.Job, "_write", False),
+    "in the middle of a checkpoint": (checkpoint_files, "put_in_place", False),
     "after the checkpoint, before the answer": (job, "_answer", False),
     "after the answer": (job, "_answer", True),
-    "while the checkpoint goes to the disk": (checkpoint, "make_durable", False),
-    "after the checkpoint is on the disk": (checkpoint, "make_durable", True),
+    "while the checkpoint goes to the disk": (checkpoint_files, "make_durable", False),
+    "after the checkpoint is on the disk": (checkpoint_files, "make_durable", True),
 }
 
 
@@ -70,8 +71,31 @@ def arm_between_two_answers(count: int) -> None:
     Call.write = deadly  # type: ignore[assignment, method-assign]
 
 
+def _deadly_to_the_server(name: str, count: int, number: int, runs_before: bool) -> str:
+    """A fault of a checkpoint writer; one that has killed its server does no more."""
+    return f"""
+now, reached = files.{name}, 0
+def signal_server():
+    os.kill(int(sys.argv[1]), {int(number)})
+    if {int(number)} == signal.SIGKILL:
+        os._exit(0)
+def deadly(*arguments):
+    global reached
+    reached += 1
+    if reached == {count} and not {runs_before}:
+        signal_server()
+    result = now(*arguments)
+    if reached == {count} and {runs_before}:
+        signal_server()
+    return result
+files.{name} = deadly"""
+
+
 def arm(moment: str, count: int, number: int) -> None:
     owner, name, runs_before = MOMENTS[moment]
+    if owner is checkpoint_files:
+        writer_process.command = faulty_writer(_deadly_to_the_server(name, count, number, runs_before))
+        return
     original: Callable[..., Any] = getattr(owner, name)
     reached = 0
 

@@ -10,7 +10,6 @@ from ps_server.decisions import (
     Admit,
     CenterFollows,
     Commit,
-    Decision,
     Dismiss,
     FinishFragment,
     Hold,
@@ -20,7 +19,8 @@ from ps_server.decisions import (
     Verdict,
 )
 from ps_server.policy import RoundPolicy
-from ps_server.round import Round
+from tests.committing import CommittingRound as Round
+from tests.committing import Decided
 from tests.round_oracle import Committed, Event, Finished, Given, Process
 
 __all__ = ["EVENTS", "SECOND", "Plan", "Play", "Records"]
@@ -570,7 +570,7 @@ class Play:
         self._follow("close", expected, self.round.close(stream, self.now_s))
 
     def _follow(
-        self, what: str, expected: Answer, decisions: list[Decision], stream: int = 0, push: Push | None = None
+        self, what: str, expected: Answer, decisions: list[Decided], stream: int = 0, push: Push | None = None
     ) -> None:
         """Carries out decisions and compares them with what the rules want."""
         admitted, held, commits = None, False, False

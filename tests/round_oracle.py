@@ -11,7 +11,6 @@ from ps_server.decisions import (
     Admit,
     CenterFollows,
     Commit,
-    Decision,
     Dismiss,
     FinishFragment,
     Push,
@@ -19,7 +18,8 @@ from ps_server.decisions import (
     Verdict,
 )
 from ps_server.policy import RoundPolicy
-from ps_server.round import Round
+from tests.committing import CommittingRound as Round
+from tests.committing import Decided
 
 __all__ = ["EVENTS", "Answer", "Committed", "Event", "Finished", "Given", "Ledger", "Play", "Process", "value_of"]
 
@@ -276,7 +276,7 @@ class Play:
         self.admitted: list[int] = []
         self.last_words: list[tuple[int, Outcome | Reason]] = []
         self.closed: set[int] = set()
-        self.decisions: list[Decision] = []
+        self.decisions: list[Decided] = []
         self._gone: list[int] = []  # streams that have ended; the round has not been told
         self._sums: list[list[Given]] = [[] for _ in range(fragment_count)]
         self._center: list[Finished | None] = [None] * fragment_count
@@ -406,7 +406,7 @@ class Play:
         self._compare(self.ledger.expected_finish(index), finished)
         self._apply(decisions, stream, push)
 
-    def _apply(self, decisions: list[Decision], stream: int, push: Push) -> None:
+    def _apply(self, decisions: list[Decided], stream: int, push: Push) -> None:
         self.decisions += decisions
         for decision in decisions:
             match decision:

@@ -151,10 +151,10 @@ _this_shard: ContextVar[FaultyShard] = ContextVar("_this_shard")
 _answer = server_job._answer
 
 
-def answer_but_the_silent(outcomes: Mapping[Any, pb.PushOutcome], held: list[Any]) -> None:
+def answer_but_the_silent(outcomes: Mapping[Any, pb.PushOutcome], held: list[Any], sending: Any) -> None:
     """Takes the place of the server's function that answers those whose round has committed."""
     silent = _this_shard.get().silent
-    _answer({part: outcome for part, outcome in outcomes.items() if part.worker_id not in silent}, held)
+    _answer({part: outcome for part, outcome in outcomes.items() if part.worker_id not in silent}, held, sending)
 
 
 @dataclass(frozen=True)

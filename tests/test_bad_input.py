@@ -16,7 +16,9 @@ import pytest
 from grpc import StatusCode
 
 from ma_client import ParameterServerSession
+from modelaverage import wire
 from modelaverage.errors import ConflictError, InvalidRequestError, Reason, ServerUnavailableError
+from modelaverage.manifest import MAX_VARIABLES
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.__main__ import main
 from tests.conftest import StartServer
@@ -224,6 +226,12 @@ def test_an_incarnation_of_another_length_is_refused(job: Job, length: int) -> N
     job.assert_still_serves()
 
 
+def test_a_million_untouched_variables_are_refused_like_one_too_many(job: Job) -> None:
+    stream = job.open_push(job.header(untouched_variables=[0] * 1_000_000))
+    assert_refused(stream, StatusCode.INVALID_ARGUMENT, "UNTOUCHED_INVALID", "below 3", "(0, 0, 0, 0)")
+    job.assert_still_serves()
+
+
 @pytest.mark.parametrize("untouched", [[3], [0, 2**32 - 1], [1, 0], [0, 0]])
 def test_untouched_variables_that_are_no_ascending_indexes_are_refused(job: Job, untouched: list[int]) -> None:
     stream = job.open_push(job.header(untouched_variables=untouched))
@@ -410,6 +418,31 @@ def test_a_manifest_with_a_repeated_name_is_refused(bare: Job) -> None:
     assert_manifest_refused(bare, manifest, "'w'", "twice")
 
 
+def test_a_manifest_of_too_many_variables_is_refused(bare: Job) -> None:
+    manifest = pb.Manifest(fragment_size_bytes=64, variables=[pb.Variable()] * (MAX_VARIABLES + 1))
+    assert_manifest_refused(bare, manifest, f"{MAX_VARIABLES + 1} variables", MAX_VARIABLES)
+
+
+def test_a_manifest_that_no_pull_could_be_answered_with_is_refused(bare: Job) -> None:
+    manifest = pb.Manifest(fragment_size_bytes=64)
+    for number in range(4080):
+        manifest.variables.add(name=f"{number:04d}".ljust(1017, "n"), data_type=pb.DATA_TYPE_FLOAT32, shape=[1])
+    size_bytes = manifest.ByteSize()
+    assert wire.MAX_MANIFEST_BYTES < size_bytes < (4 << 20) - 20  # the header of Initialize fits a message
+    assert_manifest_refused(bare, manifest, "4080 variables", f"{size_bytes} bytes", wire.MAX_MANIFEST_BYTES)
+
+
+def test_a_session_refuses_what_no_message_can_carry_before_it_sends_anything(bare: Job) -> None:
+    arrays = {f"{number:04d}".ljust(1017, "n"): np.zeros(1, np.float32) for number in range(4080)}
+    with ParameterServerSession([bare.address], worker_id="chief", is_chief=True) as session:
+        with pytest.raises(InvalidRequestError) as refused:
+            session.initialize(arrays)
+        assert refused.value.reason is Reason.MANIFEST_INVALID
+        assert refused.value.status is None  # nobody was asked
+        assert_one_line(str(refused.value), "4080 variables", wire.MAX_MANIFEST_BYTES)
+    bare.assert_still_serves()
+
+
 @pytest.mark.parametrize(("name", "size"), [("", 0), ("n" * 1025, 1025)])
 def test_a_manifest_with_an_empty_or_over_long_name_is_refused(bare: Job, name: str, size: int) -> None:
     assert_manifest_refused(bare, one_variable(name=name), f"{size} bytes", "1 to 1024")
@@ -461,6 +494,20 @@ def test_a_model_cut_into_far_too_many_fragments_is_refused(start_server: StartS
 def test_a_model_over_max_model_bytes_is_refused(start_server: StartServer) -> None:
     with running(start_server, max_model_bytes=1000) as job:
         assert_manifest_refused(job, one_variable(shape=(251,)), 1004, "--max-model-bytes", 1000)
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--num-workers", "10001"], "--num-workers 10001"),
+        (["--num-workers", "3", "--min-workers", "2", "--max-workers", "10001"], "--max-workers 10001"),
+    ],
+)
+def test_more_workers_than_an_outcome_can_name_are_refused(
+    flags: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", "--bind", "127.0.0.1:0", *flags]) == 1
+    assert_one_line(capsys.readouterr().err[:-1], named, "at most 10000")
 
 
 def test_an_initial_step_that_does_not_fit_63_bits_is_refused(bare: Job) -> None:

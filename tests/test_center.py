@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import tracemalloc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from modelaverage.errors import ProtocolError, Reason
+from modelaverage.errors import ModelAverageError, ProtocolError, Reason
 from modelaverage.manifest import DTYPES, Manifest, Variable
-from ps_server.center import Buffer, Center, Contribution, check_fragment_size
+from ps_server.center import MAX_OLD_BUFFERS, Buffer, Center, Contribution, Reader, check_fragment_size
 from ps_server.decisions import FinishFragment
 from tests.strategies import fast, manifests
 
@@ -70,6 +71,10 @@ def everything(manifest: Manifest, buffer: Buffer) -> bytes:
     return b"".join(bytes(buffer.fragment(index)) for index in range(manifest.fragment_count))
 
 
+def commit(center: Center) -> None:
+    center.commit(center.room(0.0), lambda: None)
+
+
 def read(center: Center) -> Arrays:
     flat = bytearray(everything(center.manifest, center.current))
     return center.manifest.arrays(np.frombuffer(flat, np.uint8))
@@ -102,7 +107,7 @@ def whole_round(center: Center, *pushes: Pushed, seed: int = 0) -> int:
     chance = np.random.default_rng(seed)
     order = arrivals(len(pushes), center.manifest.fragment_count, chance)
     nonfinite = average(center, pushes, order, [bool(chance.integers(2)) for _ in pushes])
-    center.commit()
+    commit(center)
     return nonfinite
 
 
@@ -147,7 +152,7 @@ def test_the_average_of_two_is_bit_for_bit_the_same_in_any_order_of_arrival(
         center = Center(manifest)
         shared = [bool(chance.integers(2)) for _ in pushes]
         average(center, pushes, arrivals(2, manifest.fragment_count, chance), shared)
-        center.commit()
+        commit(center)
         results.add(everything(manifest, center.current))
     assert len(results) == 1
 
@@ -285,8 +290,9 @@ def test_no_reader_sees_a_center_that_changes(manifest: Manifest, rounds: int, s
         given = [0, 0]
         for worker in order:
             if chance.random() < 0.3:
-                context = center.current.reading()
-                readers.append((context, context.__enter__(), expected))
+                context = center.reading(center.current, Reader(0.0))
+                context.__enter__()
+                readers.append((context, center.current, expected))
             if readers and chance.random() < 0.3:
                 readers.pop(int(chance.integers(len(readers))))[0].__exit__(None, None, None)
             index = given[worker]
@@ -297,7 +303,7 @@ def test_no_reader_sees_a_center_that_changes(manifest: Manifest, rounds: int, s
                 center.finish([FinishFragment(index, 2.0, frozenset())])
             assert everything(manifest, center.current) == expected
             assert all(everything(manifest, buffer) == seen for _, buffer, seen in readers)
-        center.commit()
+        commit(center)
         expected = everything(manifest, center.current)
         assert all(everything(manifest, buffer) == seen for _, buffer, seen in readers)
     for context, _, _ in readers:
@@ -306,18 +312,18 @@ def test_no_reader_sees_a_center_that_changes(manifest: Manifest, rounds: int, s
 
 def test_a_reader_that_fails_does_not_hold_its_buffer_for_ever() -> None:
     center = Center(ALL_DTYPES)
-    with contextlib.suppress(ZeroDivisionError), center.current.reading():
+    with contextlib.suppress(ZeroDivisionError), center.reading(center.current, Reader(0.0)):
         raise ZeroDivisionError
     assert not center.current.in_use
 
 
 def test_a_buffer_is_in_use_until_its_last_reader_has_gone() -> None:
     center = Center(ALL_DTYPES)
-    with center.current.reading() as buffer:
-        with center.current.reading():
+    with center.reading(center.current, Reader(0.0)):
+        with center.reading(center.current, Reader(0.0)):
             pass
-        assert buffer.in_use
-    assert not buffer.in_use
+        assert center.current.in_use
+    assert not center.current.in_use
 
 
 @fast
@@ -349,7 +355,8 @@ def test_rounds_use_the_same_two_buffers_when_nobody_reads() -> None:
 
 def test_a_buffer_that_is_read_is_replaced_once_and_dropped_when_its_reader_has_gone() -> None:
     center = Center(ALL_DTYPES)
-    with center.current.reading() as held:
+    held = center.current
+    with center.reading(held, Reader(0.0)):
         for _ in range(3):
             whole_round(center, Pushed(read(center)))
             assert held is not center.current
@@ -357,6 +364,116 @@ def test_a_buffer_that_is_read_is_replaced_once_and_dropped_when_its_reader_has_
         two = {id(center.current), id(center.next)}
     whole_round(center, Pushed(read(center)))
     assert {id(center.current), id(center.next)} == two
+
+
+def readers_of(center: Center, ended: list[str], **paces: int) -> contextlib.ExitStack:
+    """Readers of the present center that have read so many bytes."""
+    stack = contextlib.ExitStack()
+    for name, read_bytes in paces.items():
+
+        def end(error: ModelAverageError, name: str = name) -> None:
+            assert error.reason is Reason.READER_TOO_SLOW
+            ended.append(name)
+
+        stack.enter_context(center.reading(center.current, Reader(0.0, end, read_bytes)))
+    return stack
+
+
+def test_of_three_old_centers_that_are_read_the_one_with_the_slowest_readers_is_given_up() -> None:
+    center, ended = center_of(ALL_DTYPES, random_arrays(ALL_DTYPES, np.random.default_rng(0))), list[str]()
+    seen = dict[str, tuple[Buffer, bytes]]()
+    with contextlib.ExitStack() as stack:
+        for name, pace in (("quick", 900), ("slow", 10), ("slower", 20)):
+            stack.enter_context(readers_of(center, ended, **{name: pace, f"{name}-too": 0}))
+            seen[name] = center.current, everything(ALL_DTYPES, center.current)
+            whole_round(center, Pushed(random_arrays(ALL_DTYPES, np.random.default_rng(pace))))
+        assert sorted(ended) == ["slow", "slow-too"]
+        assert center.next is seen["slow"][0]
+        for name in ("quick", "slower"):
+            assert everything(ALL_DTYPES, seen[name][0]) == seen[name][1]
+
+
+@fast
+@given(st.lists(st.sampled_from(["read", "leave", "round", "fail", "no memory"]), max_size=60), seeds)
+def test_no_more_than_two_old_centers_are_kept_and_none_of_them_changes(events: list[str], seed: int) -> None:
+    manifest, chance = Manifest((Variable("w", "float32", (8,)),), 16), np.random.default_rng(seed)
+    center = center_of(manifest, random_arrays(manifest, chance))
+    reading = dict[int, tuple[contextlib.ExitStack, Buffer, bytes]]()
+    ended = list[str]()
+    for number, event in enumerate(events):
+        if event == "read":
+            stack = readers_of(center, ended, **{str(number): int(chance.integers(100))})
+            reading[number] = stack, center.current, everything(manifest, center.current)
+        elif event == "leave" and reading:
+            reading.pop(list(reading)[int(chance.integers(len(reading)))])[0].close()
+        elif event != "leave":
+            push = Pushed(random_arrays(manifest, chance))
+            before = center.current, everything(manifest, center.current)
+            average(center, [push], arrivals(1, manifest.fragment_count, chance), [False])
+            with pytest.MonkeyPatch.context() as patch:
+                if event == "no memory":
+                    patch.setattr(center, "_new_buffer", out_of_memory)
+                room = center.room(1.0)
+            if event == "fail":
+                with contextlib.suppress(ZeroDivisionError):
+                    center.commit(room, lambda: 1 // 0)
+                center.restart()
+                assert (center.current, everything(manifest, center.current)) == before
+            else:
+                center.commit(room, lambda: None)
+                assert read(center)["w"].tobytes() == push.values["w"].tobytes()
+        for name in ended:
+            reading.pop(int(name))[0].close()
+        ended.clear()
+        assert len({id(buffer) for _, buffer, _ in reading.values()} - {id(center.current)}) <= MAX_OLD_BUFFERS
+        assert all(everything(manifest, buffer) == seen for _, buffer, seen in reading.values())
+    for stack, _, _ in reading.values():
+        stack.close()
+
+
+def out_of_memory() -> Buffer:
+    raise MemoryError
+
+
+def test_a_reader_that_cannot_be_ended_is_never_in_the_way() -> None:
+    center = center_of(ALL_DTYPES, random_arrays(ALL_DTYPES, np.random.default_rng(0)))
+    before, kept = everything(ALL_DTYPES, center.current), center.current
+    with center.reading(kept, Reader(0.0)):
+        for number in range(MAX_OLD_BUFFERS + 2):
+            with readers_of(center, [], reader=number):
+                whole_round(center, Pushed(random_arrays(ALL_DTYPES, np.random.default_rng(number))))
+        assert everything(ALL_DTYPES, kept) == before
+
+
+def test_a_round_that_starts_over_leaves_alone_what_is_on_its_way_to_the_disk() -> None:
+    center = center_of(ALL_DTYPES, random_arrays(ALL_DTYPES, np.random.default_rng(0)))
+    first, second = (Pushed(random_arrays(ALL_DTYPES, np.random.default_rng(seed))) for seed in (1, 2))
+    average(center, [first], arrivals(1, ALL_DTYPES.fragment_count, np.random.default_rng(0)), [False])
+    kept, before = center.next, everything(ALL_DTYPES, center.next)
+    with center.reading(kept, Reader(0.0)):
+        center.restart()
+        whole_round(center, second)
+        assert everything(ALL_DTYPES, kept) == before
+    with center.reading(center.next, Reader(0.0, lambda _: None)):
+        kept = center.next
+        center.restart()
+        assert center.next is kept, "whoever reads it is told to push again"
+
+
+def test_where_no_thread_can_be_started_fragments_are_averaged_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = Manifest((Variable("w", "float32", (64,)),), 16)
+    values = {"w": np.arange(64, dtype=np.float32)}
+    center = Center(manifest)
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
+    for index in range(manifest.fragment_count):
+        center.accumulate(index, Contribution("a", 1.0, fragment(manifest, values, index)), first=True)
+    center.finish([FinishFragment(index, 2.0, frozenset()) for index in range(manifest.fragment_count)])
+    commit(center)
+    np.testing.assert_array_equal(read(center)["w"], values["w"] / 2)
+
+
+def no_thread(_: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -372,7 +489,7 @@ def test_a_round_allocates_nothing_of_the_size_of_the_model(shared: bool) -> Non
             give(index, Contribution("a", 2.0, data), first=True)
             give(index, Contribution("b", 3.0, data), first=False)
             center.finish([FinishFragment(index, 5.0, frozenset())])
-        center.commit()
+        commit(center)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

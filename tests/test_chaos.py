@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from chaos.faults import Fault, sequence
-from chaos.log import Push, Received, Values, WorkerLog, read
+from chaos.faults import SQUEEZES, Fault, Kind, sequence
+from chaos.limits import DescriptorLimit, Limit, ThreadLimit, limit_with_spare
+from chaos.log import Push, Received, Values, WorkerLog, newest_checkpoint, read
 from chaos.replay import replay
+from chaos.seats import Seat
 
 ROOT = Path(__file__).parents[1]
 ROUNDS = 3
@@ -43,6 +48,203 @@ def test_every_process_is_killed_and_stopped_and_a_stop_lasts_half_a_second_to_t
         assert {fault.kind for fault in faults if fault.process == process} == {"kill", "stop"}
     assert all(0.5 <= fault.lasts_s <= 3.0 for fault in faults if fault.kind == "stop")
     assert all(fault.lasts_s == 0 for fault in faults if fault.kind == "kill")
+
+
+@pytest.mark.parametrize(
+    ("seed", "expected"),
+    [
+        (0, "worker-0 kill, worker-0 kill, worker-0 kill, server kill, server kill, worker-1 kill"),
+        (1, "server kill, server stop 1.74, worker-0 stop 1.45, server stop 0.57, worker-0 stop 2.41, server kill"),
+        (2, "server stop 1.4, server kill, worker-0 stop 1.03, server kill, worker-0 kill, worker-1 kill"),
+    ],
+)
+def test_without_squeezes_a_seed_makes_the_faults_that_it_always_made(seed: int, expected: str) -> None:
+    faults = itertools.islice(sequence(seed, ["server", "worker-0", "worker-1"], 1.0), 6)
+    said = (f"{fault.process} {fault.kind}" + (f" {fault.lasts_s}" if fault.lasts_s else "") for fault in faults)
+    assert ", ".join(said) == expected
+
+
+def test_squeezes_strike_the_one_whom_they_should_besides_all_that_happens_anyhow() -> None:
+    faults = list(itertools.islice(sequence(3, ["server", *WORKERS], 1.0, squeezed="server"), 400))
+    assert faults == list(itertools.islice(sequence(3, ["server", *WORKERS], 1.0, squeezed="server"), 400))
+    squeezes = [fault for fault in faults if fault.kind in SQUEEZES]
+    assert {fault.process for fault in squeezes} == {"server"}
+    assert {(fault.kind, fault.spare, fault.at_start) for fault in squeezes} == set(
+        itertools.product(SQUEEZES, range(4), (False, True))
+    )
+    assert all(0.5 <= fault.lasts_s <= 2.0 for fault in squeezes)
+    others = {(fault.process, fault.kind) for fault in faults if fault.kind not in SQUEEZES}
+    assert others == set(itertools.product(("server", *WORKERS), ("kill", "stop")))
+
+
+# What a process runs out of.
+
+
+@pytest.mark.parametrize(
+    ("numbers", "spare", "limit"),
+    [((0, 1, 2), 0, 3), ((0, 1, 2), 2, 5), ((0, 2, 5), 0, 1), ((0, 2, 5), 1, 3), ((0, 2, 5), 3, 6), ((), 0, 0)],
+)
+def test_a_limit_leaves_as_many_free_numbers_as_it_should(numbers: tuple[int, ...], spare: int, limit: int) -> None:
+    assert limit_with_spare(numbers, spare) == limit
+    assert limit - sum(number < limit for number in numbers) == spare
+
+
+class Hungry:
+    """A process that takes as many descriptors or threads as it gets, when it is asked; ten at most, and keeps none."""
+
+    _CODE = """
+import sys, threading
+over = threading.Event()
+def opened(): return open("/dev/null")
+def started():
+    thread = threading.Thread(target=over.wait, daemon=True)
+    thread.start()
+    return thread
+for line in sys.stdin:
+    got = []
+    try:
+        while len(got) < 10:
+            got.append(opened() if line == "descriptors\\n" else started())
+    except (OSError, RuntimeError):
+        pass
+    over.set()
+    for each in got:
+        each.close() if line == "descriptors\\n" else each.join()
+    over.clear()
+    print(len(got), flush=True)
+"""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", self._CODE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def __enter__(self) -> Hungry:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def gets(self, what: str) -> int:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(f"{what}\n")
+        self.process.stdin.flush()
+        got = int(self.process.stdout.readline())
+        deadline_s = time.monotonic() + 20
+        while len(os.listdir(f"/proc/{self.process.pid}/task")) > 1:  # a thread that was joined ends a moment later
+            assert time.monotonic() < deadline_s
+        return got
+
+
+def limit_on(kind: Kind) -> Limit:
+    if kind == "descriptors":
+        return DescriptorLimit()
+    try:
+        return ThreadLimit("test")
+    except OSError as error:
+        pytest.skip(f"no limit on threads here: {error}")
+
+
+@pytest.mark.parametrize("kind", SQUEEZES)
+def test_a_process_gets_no_more_than_it_has_and_is_spared_and_later_all_it_wants(kind: Kind) -> None:
+    limit = limit_on(kind)
+    with Hungry() as hungry:
+        assert hungry.gets(kind) == 10
+        for spare in (3, 0, 1):
+            limit.tighten(hungry.process.pid, spare)
+            assert hungry.gets(kind) == spare
+        limit.loosen(hungry.process.pid)
+        assert hungry.gets(kind) == 10
+    limit.close()
+
+
+# Seats.
+
+
+class FakeProcess:
+    """As much of a process as a seat asks for."""
+
+    pid = 1
+
+    def __init__(self) -> None:
+        self.exitcode: int | None = None
+
+
+class FakeLimit:
+    """A limit that is put down in a list."""
+
+    def __init__(self) -> None:
+        self.done: list[str] = []
+
+    def tighten(self, _pid: int, spare: int) -> None:
+        self.done.append(f"tightened to {spare}")
+
+    def loosen(self, _pid: int) -> None:
+        self.done.append("loosened")
+
+    def close(self) -> None:
+        self.done.append("closed")
+
+
+class Seated:
+    """A seat with processes that a test ends."""
+
+    def __init__(self) -> None:
+        self.processes: list[FakeProcess] = []
+        self.limit = FakeLimit()
+        self.seat = Seat("server", self._start, finishes=False, limits={"threads": self.limit})
+
+    def _start(self, _: int) -> Any:
+        self.processes.append(FakeProcess())
+        return self.processes[-1]
+
+    def ends(self, code: int, now_s: float) -> None:
+        self.processes[-1].exitcode = code
+        self.seat.tend(now_s)
+
+
+def test_a_squeeze_lasts_as_long_as_it_should() -> None:
+    seated = Seated()
+    squeeze = Fault(10.0, "server", "threads", 2.0, spare=1)
+    seated.seat.strike(squeeze, 10.0)
+    assert seated.seat.news() == [squeeze]
+    seated.seat.tend(11.9)
+    assert (seated.limit.done, seated.seat.is_squeezed(11.9)) == (["tightened to 1"], True)
+    seated.seat.tend(12.0)
+    assert (seated.limit.done, seated.seat.is_squeezed(12.1)) == (["tightened to 1", "loosened"], True)
+    assert not seated.seat.is_squeezed(14.0)
+
+
+def test_a_squeeze_at_the_start_strikes_the_next_process() -> None:
+    seated = Seated()
+    seated.seat.strike(Fault(10.0, "server", "threads", 2.0, spare=0, at_start=True), 10.0)
+    seated.seat.tend(11.0)
+    assert (seated.seat.news(), seated.limit.done) == ([], [])
+    seated.ends(1, 12.0)
+    seated.seat.tend(12.1)
+    assert seated.limit.done == []
+    seated.seat.tend(12.5)
+    assert seated.limit.done == ["tightened to 0"]
+    assert [fault.at_start for fault in seated.seat.news()] == [True]
+
+
+def test_a_squeeze_without_its_limit_does_not_happen() -> None:
+    seated = Seated()
+    seated.seat.strike(Fault(10.0, "server", "descriptors", 2.0), 10.0)
+    assert (seated.seat.news(), seated.limit.done) == ([], [])
+
+
+def test_a_process_may_end_of_itself_only_while_it_lacks_something() -> None:
+    seated = Seated()
+    seated.ends(1, 1.0)
+    assert (len(seated.seat.deaths), len(seated.seat.squeezed_deaths)) == (1, 0)
+    seated.seat.strike(Fault(2.0, "server", "threads", 1.0), 2.0)
+    seated.ends(1, 2.5)
+    assert (len(seated.seat.deaths), len(seated.seat.squeezed_deaths)) == (1, 1)
+    seated.ends(1, 10.0)
+    assert (len(seated.seat.deaths), len(seated.seat.squeezed_deaths)) == (2, 1)
 
 
 # The check. What a strict server's workers log; a test bends it.
@@ -213,6 +415,13 @@ def test_the_log_gives_back_what_was_written_but_for_a_line_that_is_not_whole(tm
     assert [(r.global_step, r.contributors) for r in found.received] == [(0, None), (1, ("worker-0", "worker-1"))]
     arrays = [*(p.values for p in found.pushes), *(r.values for r in found.received)]
     assert [a.tobytes() for a in arrays] == [values(key).tobytes() for key in (1, 3, 0, 2)]
+
+
+def test_the_newest_checkpoint_is_the_one_of_the_largest_step(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path) == -1
+    for name in (f"center-{7:020d}.5f3a9c1b.safetensors", f"center-{12:020d}.fresh.safetensors", "center-99.tmp"):
+        (tmp_path / name).touch()
+    assert newest_checkpoint(tmp_path) == 12
 
 
 # A run.

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import json
 import logging
 import os
 import shutil
 import signal
 import subprocess
-import sys
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -25,65 +21,36 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modelaverage.manifest import DTYPES, Manifest, Variable, dtype_name
+from modelaverage.manifest import DTYPES, Manifest, Variable
 from modelaverage.v1 import parameter_server_pb2 as pb
-from ps_server import checkpoint as files
-from ps_server.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    find_latest,
-    load_latest,
+from ps_server import checkpoint as reading
+from ps_server import checkpoint_fields, writer_process
+from ps_server.checkpoint import Checkpoint, CheckpointError, find_latest, load_latest
+from ps_server.keeper import CheckpointPolicy
+from ps_server.server import UnusableSettingError
+from tests.checkpoints import (
+    checkpoint_of,
+    content,
+    durable,
+    faulty_writer,
+    header_of,
+    in_segment,
+    is_durable,
     make_durable,
+    opened_keeper,
     prune,
     read,
-    save,
+    small,
+    steps,
+    write_file,
     write_fresh,
+    writers_of,
 )
-from ps_server.keeper import CheckpointPolicy, Keeper
-from ps_server.server import UnusableSettingError
 from tests.conftest import RunningServer, StartServer
 from tests.jobs import CENTER, STEP, Job, of
 from tests.raw_client import Arrays, RawClient, flat_bytes, rest_of_center, until
 from tests.strategies import fast, manifests
 from tests.test_server_process import ServerProcess
-
-# Made by hand.
-
-
-def checkpoint_of(manifest: Manifest, seed: int = 0, global_step: int = STEP, **fields: Any) -> Checkpoint:
-    """Any bytes at all, NaNs among them."""
-    buffer = np.random.default_rng(seed).integers(0, 256, manifest.buffer_size_bytes, np.uint8)
-    return Checkpoint(manifest, manifest.arrays(buffer), global_step, **fields)
-
-
-def small(global_step: int = STEP, seed: int = 0) -> Checkpoint:
-    variables = tuple(Variable(name, dtype_name(array.dtype), array.shape) for name, array in CENTER.items())
-    counted = {"a": (b"0123456789abcdef", 7)}
-    return checkpoint_of(Manifest(variables, 64), seed, global_step, contributors=("a", "b"), counted=counted)
-
-
-def durable(directory: Path, global_step: int = STEP, seed: int = 0) -> Path:
-    return make_durable(write_fresh(directory, small(global_step, seed)))
-
-
-def header_of(path: Path) -> dict[str, Any]:
-    whole = path.read_bytes()
-    header: dict[str, Any] = json.loads(whole[8 : 8 + int.from_bytes(whole[:8], "little")])
-    return header
-
-
-def content(checkpoint: Checkpoint) -> object:
-    arrays = [(name, a.dtype, a.shape, a.tobytes()) for name, a in checkpoint.arrays.items()]
-    return checkpoint.manifest, arrays, checkpoint.global_step, checkpoint.contributors, checkpoint.counted
-
-
-def steps(directory: Path) -> list[int]:
-    """Of all checkpoints, fresh or durable."""
-    return sorted(int(path.name.split(".")[0].removeprefix("center-")) for path in directory.glob("*.safetensors"))
-
-
-def is_durable(directory: Path, global_step: int) -> bool:
-    return any(".fresh." not in path.name for path in directory.glob(f"center-{global_step:020d}.*.safetensors"))
 
 
 @pytest.fixture
@@ -91,7 +58,7 @@ def reboot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None
     def reboot() -> None:
         boot_id = tmp_path / "boot_id"
         boot_id.write_text("11111111-2222-3333-4444-555555555555\n")
-        monkeypatch.setattr(files, "_BOOT_ID", boot_id)
+        monkeypatch.setattr(checkpoint_fields, "_BOOT_ID", boot_id)
 
     return reboot
 
@@ -99,13 +66,17 @@ def reboot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None
 # Written and read.
 
 
+def worker_ids() -> st.SearchStrategy[str]:
+    return st.text(st.characters(codec="utf-8"), min_size=1, max_size=32)
+
+
 @given(
     manifests(),
     st.integers(0, 2**32 - 1),
     st.integers(0, 2**63 - 1),
-    st.lists(st.text(st.characters(codec="utf-8"), min_size=1)).map(tuple),
+    st.lists(worker_ids(), unique=True).map(tuple),
     st.dictionaries(
-        st.text(st.characters(codec="utf-8"), min_size=1),
+        worker_ids(),
         st.tuples(st.binary(min_size=16, max_size=16), st.integers(0, 2**64 - 1)),
     ),
 )
@@ -147,10 +118,13 @@ def test_equal_centers_make_equal_files(tmp_path: Path) -> None:
     assert durable(tmp_path) == durable(tmp_path)
 
 
-def test_a_checkpoint_may_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
-    before = os.umask(0o027)
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
+def test_a_checkpoint_is_for_this_user_alone_whatever_the_umask(umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
     try:
-        assert durable(tmp_path).stat().st_mode & 0o777 == 0o640
+        fresh = write_fresh(tmp_path, small())
+        assert fresh.stat().st_mode & 0o777 == 0o600
+        assert make_durable(fresh).stat().st_mode & 0o777 == 0o600
     finally:
         os.umask(before)
 
@@ -218,7 +192,7 @@ def test_a_file_whose_fields_say_anything_else_is_read_or_refused(
     path = write_fresh(tmp_path_factory.getbasetemp(), small())
     fields = about(path)
     del fields[name]
-    save(path, small().arrays, fields if value is None else {**fields, name: value})
+    write_file(path, small().arrays, fields if value is None else {**fields, name: value})
     with suppress(CheckpointError):
         assert isinstance(read(path), Checkpoint)
     path.unlink()
@@ -229,16 +203,16 @@ def test_a_file_whose_fields_say_anything_else_is_read_or_refused(
     [
         ({"format": "pt"}, "not written by ps-server"),
         ({"global_step": str(STEP + 1)}, "name"),
-        ({"global_step": "-1"}, "global_step -1"),
+        ({"global_step": "-1"}, "global_step '-1'"),
         ({"variables": '["w"]'}, "list of variables"),
         ({"fragment_size_bytes": "7"}, "fragment_size_bytes 7"),
         ({"counted": '{"a": ["not hex", 1]}'}, "damaged"),
-        ({"counted": '{"a": ["00", Infinity]}'}, "damaged"),
+        ({"counted": '{"a": ["00", Infinity]}'}, "Infinity"),
     ],
 )
 def test_a_file_that_contradicts_itself_is_refused(change: dict[str, str], why: str, tmp_path: Path) -> None:
     path = write_fresh(tmp_path, small())
-    save(path, small().arrays, {**about(path), **change})
+    write_file(path, small().arrays, {**about(path), **change})
     with pytest.raises(CheckpointError, match=why):
         read(path)
 
@@ -278,7 +252,7 @@ def emptied(path: Path) -> None:
 
 
 def foreign(path: Path) -> None:
-    save(path, CENTER, {})
+    write_file(path, CENTER, {})
 
 
 def a_directory(path: Path) -> None:
@@ -347,36 +321,43 @@ def test_where_no_checkpoint_is_usable_a_server_refuses_to_begin_anew(tmp_path: 
     assert damaged.exists()
 
 
-def test_what_a_killed_writer_left_is_removed_when_a_server_starts_and_not_when_somebody_looks(tmp_path: Path) -> None:
+def test_what_a_killed_writer_left_is_removed_when_a_server_starts_and_not_when_somebody_looks(
+    start_server: StartServer, tmp_path: Path
+) -> None:
     kept = durable(tmp_path)
-    left = kept.with_name("center-00000000000000000004.fresh.123.tmp")
-    left.write_bytes(b"half of")
+    left = [kept.with_name(f"center-00000000000000000004.fresh.{number}.tmp") for number in ("123", "0f" * 8)]
+    for path in left:
+        path.write_bytes(b"half of")
     other = tmp_path / "notes.tmp"
     other.touch()
     found, _ = find_latest(tmp_path)
     assert found is not None
     assert found[0] == kept
-    assert left.exists()
     load_latest(tmp_path)
-    assert set(tmp_path.iterdir()) == {kept, other}
+    assert all(path.exists() for path in left)
+    start_server(2, checkpoints=CheckpointPolicy(tmp_path))
+    until(lambda: set(tmp_path.iterdir()) == {kept, other, tmp_path / "lock"}, "what was left is removed")
 
 
-def test_a_writer_that_is_killed_leaves_only_what_the_next_server_removes(tmp_path: Path) -> None:
-    script = (
-        "import os, signal, sys, numpy as np\n"
-        "from pathlib import Path\n"
-        "from ps_server import checkpoint as files\n"
-        "class Killer(np.ndarray):\n"
-        "    def reshape(self, *_): os.kill(os.getpid(), signal.SIGKILL)\n"
-        "path = Path(sys.argv[1], 'center-00000000000000000004.fresh.safetensors')\n"
-        "files.save(path, {'w': np.zeros(9), 'x': np.zeros(9).view(Killer)}, {})"
-    )
-    kept = durable(tmp_path)
-    killed = subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False, timeout=20)
-    assert killed.returncode == -signal.SIGKILL
-    assert len(list(tmp_path.iterdir())) == 2
-    load_latest(tmp_path)
-    assert list(tmp_path.iterdir()) == [kept]
+@pytest.mark.parametrize("shared", [True, False], ids=["shared memory", "inline"])
+def test_a_writer_that_is_killed_in_the_middle_leaves_only_what_the_next_one_removes(
+    shared: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    die = "files.put_in_place = lambda *_: os.kill(os.getpid(), signal.SIGKILL)"
+
+    async def write(step: int) -> str:
+        with opened_keeper(CheckpointPolicy(tmp_path)) as keeper:
+            await keeper.write(in_segment(small(step)) if shared else small(step))
+            await keeper.finish(20)
+            return keeper.problem
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer_process, "command", faulty_writer(die))
+        assert "was ended by signal 9" in asyncio.run(write(1))
+    assert [path.suffix for path in tmp_path.iterdir() if path.name != "lock"] == [".tmp"]
+    assert asyncio.run(write(2)) == ""
+    assert [path.suffix for path in tmp_path.iterdir() if path.name != "lock"] == [".safetensors"]
+    assert steps(tmp_path) == [2]
 
 
 def test_who_looks_while_a_server_is_at_work_gets_the_newest_one(
@@ -385,12 +366,14 @@ def test_who_looks_while_a_server_is_at_work_gets_the_newest_one(
     durable(tmp_path, 4)
     fresh = write_fresh(tmp_path, small(5))
 
-    def read_late(path: Path) -> Checkpoint:
+    read_now = reading.read
+
+    def read_late(directory: int, name: str, max_model_bytes: int | None) -> Checkpoint:
         if fresh.exists():
             make_durable(fresh)
-        return read(path)
+        return read_now(directory, name, max_model_bytes)
 
-    monkeypatch.setattr(files, "read", read_late)
+    monkeypatch.setattr(reading, "read", read_late)
     found, passed_over = find_latest(tmp_path)
     assert found is not None
     assert (found[1].global_step, passed_over) == (5, [])
@@ -453,63 +436,112 @@ def test_one_that_is_written_again_takes_the_place_of_its_like(tmp_path: Path) -
 # The keeper.
 
 
+def test_what_is_written_from_shared_memory_is_what_is_written_inline(tmp_path: Path) -> None:
+    async def write(directory: Path, checkpoint: Checkpoint) -> bytes:
+        with opened_keeper(CheckpointPolicy(directory)) as keeper:
+            await keeper.write(checkpoint)
+            await keeper.finish(20)
+            assert (keeper.problem, keeper.step) == ("", checkpoint.global_step)
+        (path,) = directory.glob("*.safetensors")
+        assert content(read(path)) == content(checkpoint)
+        return path.read_bytes()
+
+    inline = asyncio.run(write(tmp_path / "inline", small()))
+    assert asyncio.run(write(tmp_path / "shared", in_segment(small()))) == inline
+    assert durable(tmp_path).read_bytes() == inline
+
+
 def test_a_disk_that_is_slower_than_the_rounds_does_not_fill_up_with_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun, go_on = threading.Event(), threading.Event()
-
-    def slowly(fresh: Path) -> Path:
-        begun.set()
-        assert go_on.wait(20)
-        return make_durable(fresh)
+    begun, go_on = tmp_path / "begun", tmp_path / "go on"
+    slowly = f"""
+now = files.make_durable
+def slowly(directory, name):
+    open({str(begun)!r}, "w").close()
+    while not os.path.exists({str(go_on)!r}):
+        time.sleep(0.01)
+    return now(directory, name)
+files.make_durable = slowly"""
 
     async def rounds() -> None:
-        keeper = Keeper(CheckpointPolicy(tmp_path))
-        await keeper.write(small(1))
-        await asyncio.to_thread(begun.wait, 20)
-        for step in range(2, 9):
-            await keeper.write(small(step))
-        # The last removal goes before the next write.
-        assert steps(tmp_path) in ([1, 7, 8], [1, 8])
-        go_on.set()
-        await keeper.finish()
+        with opened_keeper(CheckpointPolicy(tmp_path)) as keeper:
+            await keeper.write(small(1))
+            await asyncio.to_thread(until, begun.exists, "the first is about to be made durable")
+            for step in range(2, 9):
+                await keeper.write(small(step))
+            # The last removal goes before the next write.
+            assert steps(tmp_path) in ([1, 7, 8], [1, 8])
+            go_on.touch()
+            await keeper.finish(20)
 
-    monkeypatch.setattr(files, "make_durable", slowly)
+    monkeypatch.setattr(writer_process, "command", faulty_writer(slowly))
     asyncio.run(rounds())
     assert steps(tmp_path) == [1, 8]
     assert is_durable(tmp_path, 8)
 
 
-@pytest.mark.parametrize("failing", ["write_fresh", "make_durable"])
+def failing_while_there_is(path: Path, function: str) -> str:
+    """A fault: this function of checkpoint_files.py says EIO as long as there is a file."""
+    return f"""
+now = files.{function}
+def failing(*arguments):
+    if os.path.exists({str(path)!r}):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    return now(*arguments)
+files.{function} = failing"""
+
+
+@pytest.mark.parametrize("failing", ["write", "make_durable"])
 def test_a_disk_that_fails_is_told_once_and_when_it_works_again_all_is_well(
     failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def broken(*_: object) -> Path:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    fault, directory = tmp_path / "fault", tmp_path / "center"
 
     async def rounds() -> None:
-        keeper = Keeper(CheckpointPolicy(tmp_path))
-        await keeper.write(small(1))
-        await keeper.finish()
-        assert keeper.problem == ""
-        good = list(tmp_path.iterdir())
-        with monkeypatch.context() as patch:
-            patch.setattr(files, failing, broken)
+        with opened_keeper(CheckpointPolicy(directory)) as keeper:
+            await keeper.write(small(1))
+            await keeper.finish(20)
+            assert keeper.problem == ""
+            good = list(directory.iterdir())
+            fault.touch()
             for step in (2, 3, 4):
                 await keeper.write(small(step))
-                await keeper.finish()
-                assert str(tmp_path) in keeper.problem
+                await keeper.finish(20)
+                assert str(directory) in keeper.problem
                 assert "Input/output error" in keeper.problem
-        assert len(caplog.messages) == 1
-        assert all(path.exists() for path in good)
-        assert len(steps(tmp_path)) <= 2
-        await keeper.write(small(5))
-        await keeper.finish()
-        assert (keeper.problem, keeper.step) == ("", 5)
-        assert steps(tmp_path) == [1, 5]
-        assert is_durable(tmp_path, 5)
+            assert len(caplog.messages) == 1
+            assert all(path.exists() for path in good)
+            assert len(steps(directory)) <= 2
+            fault.unlink()
+            await keeper.write(small(5))
+            await keeper.finish(20)
+            assert (keeper.problem, keeper.step) == ("", 5)
+            assert steps(directory) == [1, 5]
+            assert is_durable(directory, 5)
 
+    monkeypatch.setattr(writer_process, "command", faulty_writer(failing_while_there_is(fault, failing)))
     asyncio.run(rounds())
+
+
+def test_what_could_not_be_made_durable_is_tried_again_when_the_server_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault, directory = tmp_path / "fault", tmp_path / "center"
+    fault.touch()
+
+    async def rounds() -> None:
+        with opened_keeper(CheckpointPolicy(directory)) as keeper:
+            await keeper.write(small(1))
+            while "Input/output error" not in keeper.problem:
+                await asyncio.sleep(0.01)
+            fault.unlink()
+            await keeper.finish(20)
+            assert keeper.problem == ""
+
+    monkeypatch.setattr(writer_process, "command", faulty_writer(failing_while_there_is(fault, "make_durable")))
+    asyncio.run(rounds())
+    assert is_durable(directory, 1)
 
 
 # A server that keeps its center.
@@ -590,60 +622,63 @@ def test_a_server_that_stops_twice_at_one_step_keeps_the_steps_before(
 
 
 @pytest.fixture
-def hold_writes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], tuple[threading.Event, threading.Event]]]:
-    """From its call on, writing a checkpoint sets the first event and waits for the second one."""
-    begun, go_on = threading.Event(), threading.Event()
+def held_disk() -> Iterator[Callable[[], Callable[[], None]]]:
+    """From its call on nothing comes to the disk from this process's servers, until what it returns is called."""
+    held = list[int]()
 
-    def held(directory: Path, checkpoint: Checkpoint) -> Path:
-        begun.set()
-        assert go_on.wait(20)
-        return write_fresh(directory, checkpoint)
+    def go_on() -> None:
+        while held:
+            os.kill(held.pop(), signal.SIGCONT)
 
-    def hold() -> tuple[threading.Event, threading.Event]:
-        monkeypatch.setattr(files, "write_fresh", held)
-        return begun, go_on
+    def hold() -> Callable[[], None]:
+        held.extend(writers_of(os.getpid()))
+        assert held
+        for process in held:
+            os.kill(process, signal.SIGSTOP)
+        return go_on
 
     yield hold
-    go_on.set()
+    go_on()
 
 
 def test_nobody_hears_of_a_round_before_it_is_on_disk(
-    kept_job: Job, hold_writes: Callable[[], tuple[threading.Event, threading.Event]]
+    kept_job: Job, held_disk: Callable[[], Callable[[], None]]
 ) -> None:
-    begun, go_on = hold_writes()
+    go_on = held_disk()
     client = kept_job.client
     with ThreadPoolExecutor(4) as pool:
-        answers = [pool.submit(kept_job.push(name, of(1), base_step=STEP).answer) for name in ("a", "b")]
-        assert begun.wait(20)
+        a, b = (kept_job.push(name, of(1), base_step=STEP) for name in ("a", "b"))
+        answer = pool.submit(b.answer)
+        until(lambda: client.status().HasField("checkpoint_writing_s"), "the checkpoint is being written")
         pull = client.open_pull()
         pull.send(pb.PullRequest(worker_id="meanwhile"))
         pull.half_close()
-        pulled = pool.submit(pull.receive)
+        assert pull.receive().header.global_step == STEP
+        assert rest_of_center(pull) == flat_bytes(CENTER)
         retry = client.open_push()
         retry.send(kept_job.header("a", base_step=STEP, local_step=77))
         retried = pool.submit(retry.answer)
-        until(lambda: client.worker("meanwhile").worker_id != "", "the pull came")
         until(lambda: client.worker("a").local_step == 77, "the retry came")
+        assert a.refusal().reason == "PUSH_SUPERSEDED"
+        assert client.status().global_step == STEP
+        assert not answer.done()
+        assert not retried.done()
+        go_on()
+        assert answer.result(20)[0].outcome == pb.OUTCOME_COMMITTED
+        assert retried.result(20)[0].outcome == pb.OUTCOME_COMMITTED
         assert client.status().global_step == STEP + 1
-        assert not any(answer.done() for answer in [*answers, retried])
-        assert not pulled.done()
-        go_on.set()
-        for answer in answers:
-            assert answer.result(20)[0].outcome == pb.OUTCOME_COMMITTED
-        assert pulled.result(20).header.global_step == STEP + 1
-        assert rest_of_center(pull) == flat_bytes(of(1))
-        assert retried.result(20)[0].outcome == pb.OUTCOME_ALREADY_COUNTED
+    assert not client.status().HasField("checkpoint_writing_s")
 
 
 def test_a_round_that_is_not_due_waits_for_no_disk(
-    start_server: StartServer, tmp_path: Path, hold_writes: Callable[[], tuple[threading.Event, threading.Event]]
+    start_server: StartServer, tmp_path: Path, held_disk: Callable[[], Callable[[], None]]
 ) -> None:
     with job_of(start_server(2, checkpoints=CheckpointPolicy(tmp_path, every_rounds=3))) as job:
-        begun, go_on = hold_writes()
+        go_on = held_disk()
         push_all(job, STEP, of(1))
         push_all(job, STEP + 1, of(2))
-        assert not begun.is_set()
-        go_on.set()
+        assert not job.client.status().HasField("checkpoint_writing_s")
+        go_on()
 
 
 # A server that goes on.
@@ -789,30 +824,18 @@ def remount(path: Path, option: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{option}", str(path)], timeout=20, check=True)
 
 
-def test_a_directory_that_is_removed_holds_up_no_round(
-    kept_job: Job, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    directory = tmp_path / "center"
-    until(lambda: is_durable(directory, STEP), "the center is durable")
-    shutil.rmtree(directory)
-    failing = Failing(kept_job, caplog)
-    failing.assert_rounds_go_on_and_say("No such file or directory")
-    directory.mkdir()
-    failing.assert_all_is_well(directory)
-
-
 def test_a_write_that_fails_holds_up_no_round(
-    kept_job: Job, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    start_server: StartServer, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: object) -> Path:
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
-    failing = Failing(kept_job, caplog)
-    with monkeypatch.context() as patch:
-        patch.setattr(files, "write_fresh", broken)
-        failing.assert_rounds_go_on_and_say("Read-only file system")
-    assert steps(tmp_path / "center") == [STEP]
-    failing.assert_all_is_well(tmp_path / "center")
+    fault, directory = tmp_path / "fault", tmp_path / "center"
+    monkeypatch.setattr(writer_process, "command", faulty_writer(failing_while_there_is(fault, "write")))
+    with job_of(start_server(2, checkpoints=CheckpointPolicy(directory))) as job:
+        failing = Failing(job, caplog)
+        fault.touch()
+        failing.assert_rounds_go_on_and_say("Input/output error")
+        assert steps(directory) == [STEP]
+        fault.unlink()
+        failing.assert_all_is_well(directory)
 
 
 def test_a_center_that_cannot_be_kept_is_initialized_all_the_same(

@@ -25,8 +25,9 @@ from modelaverage.manifest import DTYPES, Manifest, Variable, dtype_name
 from modelaverage.placement import place
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.__main__ import main
-from ps_server.checkpoint import Checkpoint, make_durable, write_fresh
+from ps_server.checkpoint import Checkpoint
 from ps_server.keeper import CheckpointPolicy
+from tests.checkpoints import make_durable, write_fresh
 from tests.conftest import StartServer
 from tests.jobs import CENTER, STEP, Job, of
 from tests.raw_client import Arrays, RawClient, fragments_of, manifest_of, until

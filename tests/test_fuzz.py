@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -12,14 +13,19 @@ from fuzz.__main__ import main
 from fuzz.context import FakeContext
 from fuzz.loop import EndlessError, VirtualLoop
 from fuzz.run import MAX_GROWTH_BYTES, Result, run
+from fuzz.sockets import MemorySocket
 from fuzz.targets import TARGETS, target_named
+from modelaverage.data_connection import NUMBER
 from modelaverage.errors import Reason, refusal
-from ps_server import center
+from ps_server import center, data_port, job
 from ps_server.call import Call
+from ps_server.data_port import DataConnection, DataPort
+from ps_server.joining import Joining
 from ps_server.roster import Roster, WorkerRecord
 from ps_server.round import Round
+from ps_server.task_indexes import TaskIndexes
 
-INPUTS = {"Initialize": 1500, "sequences": 150}
+INPUTS = {"Initialize": 1500, "sequences": 150, "data-connections": 150}
 
 
 def played(name: str, inputs: int, first: int = 0) -> Result:
@@ -36,7 +42,8 @@ def test_hostile_input_is_refused_and_changes_nothing_and_leaves_nothing_behind(
 
 def test_the_same_seed_gives_the_same_inputs() -> None:
     assert played("PushAndAverage", 500).endings == played("PushAndAverage", 500).endings
-    assert played("sequences", 20).endings == played("sequences", 20).endings
+    for name in ("sequences", "data-connections"):
+        assert played(name, 40).endings == played(name, 40).endings
 
 
 def test_sequences_meet_commits_and_most_refusals() -> None:
@@ -44,6 +51,13 @@ def test_sequences_meet_commits_and_most_refusals() -> None:
     assert endings["(rounds committed)"] > 20
     assert endings["OUTCOME_STALE"] > 10
     assert len([name for name in endings if name.isupper()]) > 20
+
+
+def test_connections_meet_commits_beside_the_call_and_losses() -> None:
+    endings = played("data-connections", 100).endings
+    assert endings["(committed beside)"] > 20
+    assert endings["DATA_CONNECTION_LOST"] > 20
+    assert endings["(rounds committed)"] > 50
 
 
 # A fuzzer that never fails proves nothing.
@@ -73,6 +87,72 @@ def test_a_round_of_pushes_that_are_not_whole_is_a_failure(monkeypatch: pytest.M
 
     monkeypatch.setattr(Round, "record_fragment", record_all)
     assert "never came whole" in failures_of("sequences", 200)
+
+
+def test_a_server_that_takes_another_pushs_bytes_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    class AnyNumber:
+        size = NUMBER.size
+
+        def unpack(self, _: object) -> AnyNumber:
+            return self
+
+        def __eq__(self, _: object) -> bool:
+            return True
+
+        __hash__ = None  # type: ignore[assignment]
+
+    monkeypatch.setattr(job, "NUMBER", AnyNumber())
+    found = failures_of("data-connections", 200)
+    assert "not the average" in found or "never came whole" in found
+
+
+def test_a_connection_that_another_process_may_use_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    take = DataPort.take
+
+    def take_any(self: DataPort, worker_id: str, incarnation: bytes) -> DataConnection:
+        place, _ = self._connections.get(worker_id, (None, None))
+        return take(self, worker_id, incarnation if place is None else place.incarnation)
+
+    monkeypatch.setattr(DataPort, "take", take_any)
+    assert "never came whole" in failures_of("data-connections", 400)
+
+
+def test_a_connection_that_goes_on_after_a_failed_push_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DataConnection, "close", lambda _: None)
+    found = failures_of("data-connections", 100)
+    assert "data connections are that nobody can use" in found
+
+
+def test_a_key_that_opens_twice_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NeverForgets(dict[Any, Any]):
+        def pop(self, key: Any, *default: Any) -> Any:
+            return self.get(key, *default)
+
+    offer = DataPort.offer
+
+    def offer_for_ever(self: DataPort, worker_id: str, incarnation: bytes) -> Any:
+        if not isinstance(self._offers, NeverForgets):
+            self._offers = NeverForgets(self._offers)
+        return offer(self, worker_id, incarnation)
+
+    monkeypatch.setattr(DataPort, "offer", offer_for_ever)
+    found = failures_of("data-connections", 100)
+    assert "a stranger on the data port is answered" in found or "nobody's last one" in found
+
+
+def test_strangers_who_are_not_sent_away_are_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_port, "_GREETING_TIMEOUT_S", 1e6)
+    assert "strangers who say nothing are not sent away" in failures_of("data-connections", 200)
+
+
+def test_two_processes_with_one_index_are_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TaskIndexes, "ended", lambda self, process, *_: self.leave(process))
+    assert "which is taken or none" in failures_of("sequences", 600)
+
+
+def test_a_process_that_waits_for_an_index_that_is_free_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Joining, "_wake", lambda _: None)
+    assert "a process waits for the index" in failures_of("sequences", 600)
 
 
 def test_a_call_that_does_not_end_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,3 +260,62 @@ def test_a_client_that_does_not_read_holds_up_the_writer() -> None:
     context.set_room(True)
     loop.settle(100)
     assert (task.done(), context.written) == (True, [b"x"])
+
+
+# What stands in for sockets.
+
+
+def test_a_reader_is_called_when_as_many_bytes_have_come_as_are_wanted() -> None:
+    loop, (ours, theirs) = VirtualLoop.create(), MemorySocket.pair()
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 3)
+    read = list[bytes]()
+    loop.add_reader(ours, lambda: read.append(ours.recv(10)))
+    theirs.send(b"ab")
+    loop.settle(100)
+    assert read == []
+    theirs.send(b"c")
+    loop.settle(100)
+    assert read == [b"abc"]
+
+
+def test_who_sends_waits_for_room() -> None:
+    loop, (ours, theirs) = VirtualLoop.create(), MemorySocket.pair()
+    theirs.room_bytes = 2
+    sent: asyncio.Task[None] = loop.create_task(loop.sock_sendall(ours, memoryview(b"xyz")))
+    loop.settle(100)
+    assert (sent.done(), bytes(theirs.inbox)) == (False, b"xy")
+    theirs.recv(2)
+    loop.settle(100)
+    assert (sent.done(), bytes(theirs.inbox), len(loop.watched)) == (True, b"z", 0)
+
+
+def test_a_reader_is_called_again_until_it_has_read() -> None:
+    loop, (ours, theirs) = VirtualLoop.create(), MemorySocket.pair()
+    read = list[bytes]()
+    loop.add_reader(ours, lambda: read.append(ours.recv(1)))
+    theirs.send(b"abc")
+    loop.settle(100)
+    assert read == [b"a", b"b", b"c"]
+    theirs.close()
+    with pytest.raises(EndlessError):  # the end stays readable
+        loop.settle(100)
+    assert loop.remove_reader(ours)
+
+
+def test_a_socket_that_is_closed_while_somebody_waits_for_it_is_a_problem() -> None:
+    loop, (ours, _) = VirtualLoop.create(), MemorySocket.pair()
+    loop.add_reader(ours, lambda: None)
+    ours.close()
+    loop.settle(100)
+    assert [problem["message"] for problem in loop.problems] == ["a socket was closed while it was watched"]
+
+
+def test_a_broken_connection_gives_what_came_and_then_its_error() -> None:
+    ours, theirs = MemorySocket.pair()
+    theirs.send(b"abc")
+    theirs.reset()
+    assert ours.recv(10) == b"abc"
+    with pytest.raises(ConnectionResetError):
+        ours.recv(10)
+    with pytest.raises(BrokenPipeError):
+        ours.send(b"x")

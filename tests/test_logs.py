@@ -88,10 +88,11 @@ def test_every_line_of_a_run_with_faults_is_json(tmp_path: Path) -> None:
         server.signal(signal.SIGTERM)
         code, out, err = server.end()
     assert code == 0, err
-    lines = lines_of(server.line + out + err)
+    lines = lines_of(server.line + server.data_line + out + err)
     by_event = {line["event"]: line for line in lines}
     assert {
         "listening",
+        "data_port_listening",
         "metrics_listening",
         "center_initialized",
         "round_committed",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Callable
 
@@ -18,7 +20,10 @@ from modelaverage.manifest import (
     MAX_FRAGMENTS,
     MAX_NAME_BYTES,
     MAX_RUN,
+    MAX_VARIABLES,
     Manifest,
+    Part,
+    Shard,
     Variable,
     dtype_name,
     first_difference,
@@ -183,6 +188,20 @@ def test_an_id_is_the_same_in_every_process_and_version() -> None:
     assert Manifest((Variable("w", "float32", (2, 3)),), 64).id == "6f46bd0e7da5d62b1723a6b042570114"
 
 
+@pytest.mark.parametrize("shard", [None, Shard(1, 3, bytes(range(16)))])
+def test_an_id_is_the_same_however_many_variables_there_are(shard: Shard | None) -> None:
+    # By the rule, which makes one text of all of them.
+    for count in (1, 999, 1000, 1001, 2500):
+        names = [f'v"{number}' for number in range(count)]
+        parts = [None if shard is None else Part(number, 0, (2, 3)) for number in range(count)]
+        variables = tuple(Variable(name, "float16", (2, 3), part) for name, part in zip(names, parts, strict=True))
+        content: list[object] = [[name, "float16", [2, 3]] for name in names]
+        content += [] if shard is None else [[1, 3, shard.job_id.hex()]]
+        expected = hashlib.sha256(json.dumps([64, content]).encode()).hexdigest()[:32]
+        assert Manifest(variables, 64, shard).id == expected
+    assert Manifest((), 64, Shard(0, 1, bytes(16))).id != Manifest((), 64, Shard(0, 2, bytes(16))).id
+
+
 # Differences.
 
 
@@ -273,6 +292,14 @@ def test_numpy_can_hold_whatever_shape_is_accepted(shape: tuple[int, ...]) -> No
 @pytest.mark.parametrize("fragment_size_bytes", [8, 16, MAX_FRAGMENT_SIZE_BYTES])
 def test_the_limits_themselves_are_accepted(fragment_size_bytes: int) -> None:
     Manifest((Variable("x" * MAX_NAME_BYTES, "float32", (1,)),), fragment_size_bytes)
+
+
+def test_the_largest_count_of_variables_is_accepted_and_one_more_is_refused() -> None:
+    variables = tuple(Variable(f"v{number}", "float32", ()) for number in range(MAX_VARIABLES + 1))
+    assert len(Manifest(variables[:-1]).offsets_bytes) == MAX_VARIABLES
+    with pytest.raises(InvalidRequestError, match=f"the manifest has {MAX_VARIABLES + 1} variables; at most") as error:
+        Manifest(variables)
+    assert error.value.reason is Reason.MANIFEST_INVALID
 
 
 def test_the_largest_count_of_fragments_is_accepted() -> None:

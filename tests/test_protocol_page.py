@@ -18,10 +18,13 @@ from modelaverage.manifest import (
     MAX_NAME_BYTES,
     MAX_RUN,
     MAX_SHARDS,
+    MAX_VARIABLES,
     Manifest,
     Variable,
 )
+from modelaverage.names import MAX_NAMES
 from modelaverage.v1 import parameter_server_pb2 as pb
+from ps_server.policy import MAX_WORKERS
 
 PAGE = (Path(__file__).parents[1] / "docs/protocol.md").read_text(encoding="utf-8")
 EXAMPLES = dict(re.findall(r"```hex ([^\n]+)\n([^`]+)\n```", PAGE))
@@ -80,6 +83,10 @@ def test_the_page_has_every_outcome() -> None:
         ("dimensions", str(MAX_DIMENSIONS)),
         ("worker id", f"{MAX_WORKER_ID_BYTES} bytes"),
         ("servers of a job", f"{MAX_SHARDS:,}"),
+        ("variables of a model (or shard)", f"{MAX_VARIABLES:,}"),
+        ("manifest as a message", f"{wire.MAX_MANIFEST_BYTES:,} bytes"),
+        ("names in `waiting_for`", f"{MAX_NAMES};"),
+        ("workers in a round", f"{MAX_WORKERS:,}"),
     ],
 )
 def test_the_page_has_the_limits_that_are_in_force(what: str, limit: str) -> None:

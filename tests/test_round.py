@@ -14,7 +14,6 @@ from ps_server.decisions import (
     Admit,
     CenterFollows,
     Commit,
-    Decision,
     Dismiss,
     FinishFragment,
     Push,
@@ -22,7 +21,8 @@ from ps_server.decisions import (
     Verdict,
 )
 from ps_server.policy import RoundPolicy
-from ps_server.round import Round
+from tests.committing import CommittingRound as Round
+from tests.committing import Decided
 from tests.round_oracle import EVENTS, Play, value_of
 from tests.strategies import Plan, plans, thorough
 
@@ -174,19 +174,19 @@ def strict(num_workers: int, fragment_count: int, global_step: int = 0) -> Round
     return Round(RoundPolicy.strict(num_workers), fragment_count, global_step)
 
 
-def give(round_: Round, stream: int, *indexes: int, now_s: float = 0.0) -> list[Decision]:
-    decisions: list[Decision] = []
+def give(round_: Round, stream: int, *indexes: int, now_s: float = 0.0) -> list[Decided]:
+    decisions: list[Decided] = []
     for index in indexes:
         round_.check_fragment(stream, index)
         decisions += round_.record_fragment(stream, now_s)
     return decisions
 
 
-def commit_of(decisions: list[Decision]) -> Commit:
+def commit_of(decisions: list[Decided]) -> Commit:
     return next(decision for decision in decisions if isinstance(decision, Commit))
 
 
-def dismissals(decisions: list[Decision]) -> dict[int, Reason | None]:
+def dismissals(decisions: list[Decided]) -> dict[int, Reason | None]:
     return {decision.stream: decision.error.reason for decision in decisions if isinstance(decision, Dismiss)}
 
 

@@ -16,7 +16,6 @@ from ps_server.decisions import (
     Admit,
     CenterFollows,
     Commit,
-    Decision,
     Dismiss,
     FinishFragment,
     Hold,
@@ -25,7 +24,8 @@ from ps_server.decisions import (
     Verdict,
 )
 from ps_server.policy import Lateness, RoundPolicy
-from ps_server.round import Round
+from tests.committing import CommittingRound as Round
+from tests.committing import Decided
 from tests.quorum_play import EVENTS, SECOND, Plan, Play
 from tests.round_oracle import Event, Process, value_of
 from tests.strategies import fast
@@ -268,7 +268,7 @@ def after_a_round(
     return round_
 
 
-def whole(round_: Round, stream: int, worker_id: str, *, step: int = 1, now_s: float) -> list[Decision]:
+def whole(round_: Round, stream: int, worker_id: str, *, step: int = 1, now_s: float) -> list[Decided]:
     """A whole push."""
     decisions = round_.open(stream, push(worker_id, number=step + 1, step=step), now_s)
     admit = next((decision for decision in decisions if isinstance(decision, Admit)), None)
@@ -278,14 +278,14 @@ def whole(round_: Round, stream: int, worker_id: str, *, step: int = 1, now_s: f
     return decisions + give(round_, stream, *indexes, now_s=now_s)
 
 
-def part(round_: Round, stream: int, worker_id: str, *, step: int = 1, now_s: float) -> list[Decision]:
+def part(round_: Round, stream: int, worker_id: str, *, step: int = 1, now_s: float) -> list[Decided]:
     """A push of which one of two fragments has come."""
     return round_.open(stream, push(worker_id, number=step + 1, step=step), now_s) + give(
         round_, stream, 0, now_s=now_s
     )
 
 
-def expire_when_due(round_: Round, due_at_s: float) -> list[Decision]:
+def expire_when_due(round_: Round, due_at_s: float) -> list[Decided]:
     assert round_.due_at_s == due_at_s
     before = repr(round_)
     assert round_.expire(due_at_s - 0.01) == []

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -25,7 +27,12 @@ from tests.raw_client import Arrays, RawClient, flat_bytes, fragments_of, push_h
 
 
 class ServerProcess:
-    """`ps-server serve` on a free port; killed at the end if it has not ended by then."""
+    """`ps-server serve` on a free port; killed at the end if it has not ended by then.
+
+    Attributes:
+        line: the first one that it printed; empty if it ended without a word.
+        data_line: the one that says where data connections are; empty if none says so.
+    """
 
     def __init__(self, *arguments: str, num_workers: int = 2) -> None:
         command = [sys.executable, "-m", "ps_server", "serve", "--bind", "127.0.0.1:0"]
@@ -40,6 +47,8 @@ class ServerProcess:
         watchdog = threading.Timer(20, self._process.kill)
         watchdog.start()
         self.line = self._process.stdout.readline().decode()
+        has_data_line = bool(self.line) and not {"off", "--data-port=off", "--tls-cert"} & set(arguments)
+        self.data_line = self._process.stdout.readline().decode() if has_data_line else ""
         watchdog.cancel()
         self.address = self.line.split()[-1] if self.line else ""
         self.pid = self._process.pid
@@ -56,7 +65,7 @@ class ServerProcess:
         self._process.send_signal(number)
 
     def end(self) -> tuple[int, str, str]:
-        """Waits, for a few seconds, for the end: exit code, and what else it printed."""
+        """Waits, for a few seconds, for the end: exit code, and what it printed besides its first lines."""
         out, err = self._process.communicate(timeout=8)
         return self._process.returncode, out.decode(), err.decode()
 
@@ -85,15 +94,19 @@ def is_stopping(client: RawClient) -> bool:
     return stream.refusal().reason == "SERVER_STOPPING"
 
 
-def test_the_ready_file_and_the_printed_line_have_the_real_address(tmp_path: Path) -> None:
+def test_the_ready_file_and_the_printed_lines_have_the_real_addresses(tmp_path: Path) -> None:
     ready = tmp_path / "ready.json"
     with ServerProcess("--ready-file", str(ready)) as server:
         assert server.line == f"ps-server: listening on {server.address}\n"
-        assert json.loads(ready.read_text()) == {
+        said = json.loads(ready.read_text())
+        assert said == {
             "address": server.address,
             "addresses": [server.address],
             "pid": server.pid,
+            "data_port": said["data_port"],
         }
+        assert server.data_line == f"ps-server: data connections at 127.0.0.1:{said['data_port']}\n"
+        socket.create_connection(("127.0.0.1", said["data_port"]), timeout=5).close()
         assert list(tmp_path.iterdir()) == [ready]
         host, port = server.address.split(":")
         assert host == "127.0.0.1"
@@ -102,6 +115,21 @@ def test_the_ready_file_and_the_printed_line_have_the_real_address(tmp_path: Pat
             assert client.status().phase == pb.PHASE_UNINITIALIZED
         server.signal(signal.SIGTERM)
         assert server.end() == (0, "", "")
+
+
+def test_a_server_without_data_connections_announces_none(tmp_path: Path) -> None:
+    ready = tmp_path / "ready.json"
+    with ServerProcess("--ready-file", str(ready), "--data-port=off") as server:
+        assert json.loads(ready.read_text()).keys() == {"address", "addresses", "pid"}
+        server.signal(signal.SIGTERM)
+        assert server.end() == (0, "", "")
+
+
+def test_data_connections_of_several_addresses_are_announced_together() -> None:
+    with ServerProcess("--bind", "[::1]:0", "--bind", "127.0.0.1:0") as server:
+        found = re.fullmatch(r"ps-server: data connections at 127\.0\.0\.1:(\d+), \[::1\]:(\d+)\n", server.data_line)
+        assert found is not None, server.data_line
+        assert found[1] == found[2]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -28,10 +28,10 @@ TIMES_A_ROUND = {"in the middle of the fragments": 6, BETWEEN_TWO_ANSWERS: 2}
 # Those in which a shard knows of a round what no other knows, or they what it does not.
 TELLING = [
     "in the middle of the fragments",
-    "after the commit, before the checkpoint",
+    "before the checkpoint",
     BETWEEN_TWO_ANSWERS,
 ]
-BEFORE_THE_COMMIT = ("before the commit", MIDDLE)
+BEFORE_THE_CHECKPOINT = ("before the checkpoint", MIDDLE + 1)  # the first is that of the initial center
 
 StartServers = Callable[..., list[RestartedServer]]
 StartWorker = Callable[..., ShardWorker]
@@ -135,7 +135,7 @@ def test_any_of_three_shards_killed_at_any_moment_costs_no_round(
 def test_a_shard_killed_between_the_others_commits_and_its_own_commits_the_same_round(
     start_servers: StartServers, late: int
 ) -> None:
-    servers = start_servers(*[{"stop": BEFORE_THE_COMMIT} if index == late else {} for index in range(2)])
+    servers = start_servers(*[{"stop": BEFORE_THE_CHECKPOINT} if index == late else {} for index in range(2)])
     training = training_on(servers)
     with ThreadPoolExecutor(1) as thread:
         done = thread.submit(training.run)
@@ -148,7 +148,7 @@ def test_a_shard_killed_between_the_others_commits_and_its_own_commits_the_same_
 def test_a_shard_killed_after_its_answers_while_another_has_not_committed_loses_nothing(
     start_servers: StartServers,
 ) -> None:
-    first, second = start_servers({"deaths": (("after the answer", MIDDLE),)}, {"stop": BEFORE_THE_COMMIT})
+    first, second = start_servers({"deaths": (("after the answer", MIDDLE),)}, {"stop": BEFORE_THE_CHECKPOINT})
     training = training_on([first, second])
     with ThreadPoolExecutor(1) as thread:
         done = thread.submit(training.run)
@@ -196,7 +196,7 @@ def kill_all(workers: list[ShardWorker], servers: list[RestartedServer]) -> None
 def test_shards_whose_checkpoints_differ_by_a_step_go_on_from_the_later_one(
     start_servers: StartServers, start_worker: StartWorker
 ) -> None:
-    servers = start_servers({}, {"stop": BEFORE_THE_COMMIT})
+    servers = start_servers({}, {"stop": BEFORE_THE_CHECKPOINT})
     workers = [start_worker(number, addresses_of(servers), ROUNDS) for number in range(WORKERS)]
     assert soon(lambda: steps(servers[:1]) == [MIDDLE], 2 * HANG_S), "the first shard did not commit"
     kill_all(workers, servers)

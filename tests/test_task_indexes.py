@@ -144,6 +144,18 @@ def test_processes_get_the_lowest_indexes_that_are_free_and_then_wait(start_serv
         assert index_of(third) == 0
 
 
+def test_who_has_waited_longest_is_served_first(start_server: StartServer) -> None:
+    with RawClient(start_server(1).address) as raw:
+        assert index_of(join(raw, "0")) == 0
+        waiting = {}
+        for process in "12345":
+            waiting[process] = join(raw, process)
+            assert index_of(waiting[process]) is None
+        for leaving, process in zip("01234", "12345", strict=True):
+            leave(raw, leaving)
+            assert index_of(waiting[process]) == 0
+
+
 def test_a_broken_call_keeps_its_index_for_its_process_and_then_gives_it_to_who_waits(
     start_server: StartServer,
 ) -> None:

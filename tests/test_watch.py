@@ -17,14 +17,16 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from modelaverage.names import MAX_NAMES, shown
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server import watch as watching
 from ps_server.__main__ import main
-from ps_server.status import NoAnswerError
+from ps_server.status import NoAnswerError, as_text, workers_of
 from ps_server.status_view import picture
 from ps_server.watch import Seen, json_line, line, watch
 from tests.jobs import COUNT, STEP, Job, of
 from tests.raw_client import until
+from tests.test_names import HOSTILE
 from tests.test_server_process import ServerProcess
 
 TIMEOUT_S = 20
@@ -111,6 +113,22 @@ def test_a_checkpoint_that_failed_is_red() -> None:
     assert any(RED in found and "FAILED: no space" in found for found in drawn(Seen("ps:2222", status)).splitlines())
 
 
+def test_a_checkpoint_that_hangs_has_not_failed_and_is_no_news_every_second() -> None:
+    def hanging(age_s: float) -> Seen:
+        status = waiting()
+        status.checkpoint_writing_s = age_s
+        status.checkpoint_problem = f"the checkpoint of global_step 2 has been waiting for /center for {age_s:.0f} s"
+        return Seen("ps:2222", status)
+
+    shown = "HANGS: the checkpoint of global_step 2 has been waiting for /center for 12 s"
+    assert any(RED in found and shown in found for found in drawn(hanging(12), width=200).splitlines())
+    assert f"checkpoint {shown}" in line(hanging(12))
+    assert watching._news(hanging(12)) == watching._news(hanging(13))
+    assert watching._news(hanging(12)) != watching._news(Seen("ps:2222", waiting()))
+    failed = hanging(0.5)  # an earlier one failed, and another one is being written
+    assert "checkpoint FAILED" in line(failed)
+
+
 @pytest.mark.parametrize("width", [20, 80, 200])
 def test_names_from_outside_and_narrow_terminals_do_no_harm(width: int) -> None:
     status = waiting()
@@ -118,6 +136,77 @@ def test_names_from_outside_and_narrow_terminals_do_no_harm(width: int) -> None:
     text = drawn(Seen("ps:2222", status), width=width)
     assert "\x1b[2J" not in text
     assert max(map(len, without_styles(text).splitlines())) <= width
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_name_is_text_in_the_picture_in_a_line_and_in_the_status(name: str) -> None:
+    status = waiting()
+    status.workers[1].worker_id = status.waiting_for[0] = name
+    server = Seen("ps:2222", status)
+    for text in (without_styles(drawn(server, width=300)), line(server), as_text(status)):
+        assert shown(name) in text
+        assert all(found.isprintable() for found in text.split("\n"))
+    assert json.loads(json_line([server], 5.0))["servers"][0]["status"]["waiting_for"] == [name]
+
+
+@pytest.mark.parametrize("words", ["[/] [red]", "a\x1b[2Jb\nc"])
+def test_what_a_server_says_of_its_troubles_is_text(words: str) -> None:
+    status = waiting()
+    status.checkpoint_problem = words
+    for server in (Seen("ps:2222", status), Seen("ps:2222", status, words)):
+        for text in (without_styles(drawn(server)), line(server), as_text(status)):
+            assert repr(words)[1:-1] in text
+            assert all(found.isprintable() for found in text.split("\n"))
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 200])
+def test_names_stay_whole_in_a_narrow_terminal(width: int) -> None:
+    status, name = waiting(), "worker-of-a-long-name-1"
+    status.workers[1].worker_id = status.waiting_for[0] = name
+    status.workers[1].transport = pb.TRANSPORT_DATA_CONNECTION
+    text = without_styles(drawn(Seen("ps:2222", status), width=width))
+    assert len([found for found in text.splitlines() if f" {name} " in found]) == 2
+    assert len([found for found in text.splitlines() if " worker-0 (chief) " in found]) == 1
+    assert max(map(len, text.splitlines())) <= width
+    # Columns go, the least important first.
+    (head,) = [found for found in text.splitlines() if "last seen" in found]
+    titles = ["by", "loss", "counted", "local step", "late", "doing", "last seen"]
+    kept = [title for title in titles if f" {title} " in head]
+    assert kept == titles[-len(kept) :]
+    assert (kept == titles) is (width >= 200)
+
+
+def test_a_very_long_name_leaves_the_columns_of_the_others() -> None:
+    status = waiting()
+    status.workers[1].worker_id = "x" * 128
+    text = without_styles(drawn(Seen("ps:2222", status), width=80))
+    assert "at the barrier" in text
+    assert "last seen" in text
+
+
+def test_workers_that_have_pushed_come_before_readers_of_whom_a_few_are_shown() -> None:
+    status = waiting()
+    status.workers[1].peer = "ipv4:127.0.0.1:1"
+    status.workers.extend(pb.WorkerStatus(worker_id=f"a{number:03d}") for number in range(100))
+    status.workers_omitted = 8000
+    found, more = workers_of(status)
+    assert [worker.worker_id for worker in found[:3]] == ["worker-0", "worker-1", "a000"]
+    assert (len(found), more) == (2 + MAX_NAMES, 8100 - MAX_NAMES)
+    text = without_styles(drawn(Seen("ps:2222", status)))
+    assert text.index("worker-1 ") < text.index("a000")
+    assert "and 8,084 more" in text
+    assert "and 8,084 more" in as_text(status)
+
+
+def test_names_that_are_left_out_are_counted() -> None:
+    status = waiting()
+    status.waiting_for_omitted, status.waiting_for_unknown = 11_984, 2
+    said = "worker-1 and 11,984 more, 2 not heard of yet"
+    for text in (without_styles(drawn(Seen("ps:2222", status))), line(Seen("ps:2222", status)), as_text(status)):
+        assert said in text
+    assert (
+        json.loads(json_line([Seen("ps:2222", status)], 5.0))["servers"][0]["status"]["waiting_for_omitted"] == 11_984
+    )
 
 
 def test_a_line_says_for_whom_it_waits() -> None:
@@ -232,6 +321,10 @@ def test_json_lines_follow_the_job(job: Job) -> None:
 
 
 def test_in_a_terminal_it_draws_and_ctrl_c_gives_the_terminal_back(job: Job) -> None:
+    for name in HOSTILE:
+        pull = job.client.open_pull()
+        pull.send(pb.PullRequest(worker_id=name, header_only=True))
+        pull.receive()
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "ps_server", "status", "--watch", job.address]
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "LINES": "40"}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
-from typing import TypeAlias
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any, TypeAlias
 
 import pytest
 from google.protobuf.message import DecodeError
@@ -11,9 +13,20 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from modelaverage import wire
+from modelaverage.checks import MAX_WORKER_ID_BYTES
 from modelaverage.errors import InvalidRequestError, ProtocolError, Reason
-from modelaverage.manifest import Manifest, Variable
+from modelaverage.manifest import (
+    MAX_FRAGMENT_SIZE_BYTES,
+    MAX_VARIABLES,
+    Manifest,
+    Part,
+    Shard,
+    Variable,
+)
+from modelaverage.missing import Missing
+from modelaverage.names import MAX_NAMES
 from modelaverage.v1 import parameter_server_pb2 as pb
+from ps_server.policy import MAX_WORKERS
 from tests.strategies import fast, manifests, thorough
 
 Carrier: TypeAlias = pb.InitializeRequest | pb.PullResponse | pb.PushAndAverageRequest | pb.PushAndAverageResponse
@@ -23,6 +36,7 @@ CARRIERS: list[type[Carrier]] = [
     pb.PushAndAverageRequest,
     pb.PushAndAverageResponse,
 ]
+GRPC_LIMIT_BYTES = 4 << 20
 INDEXES = [0, 1, 127, 128, 2**14 - 1, 2**14, 2**31, 2**32 - 1]
 # The length of the fragment or of its data changes its number of bytes near each of these.
 BOUNDARIES = [2**7, 2**14, 2**21]
@@ -210,6 +224,118 @@ def test_a_message_that_carries_something_else_is_handed_on() -> None:
 def test_a_manifest_comes_back_as_it_went(manifest: Manifest) -> None:
     data = wire.manifest_to_message(manifest).SerializeToString()
     assert wire.manifest_from_message(wire.parse(pb.Manifest, data)) == manifest
+
+
+@fast
+@given(manifests(), st.integers(0, 2**63 - 1), st.integers(0, 2**32 - 1))
+def test_what_is_made_once_for_all_pulls_is_what_the_library_writes(
+    manifest: Manifest, global_step: int, num_workers: int
+) -> None:
+    message = wire.manifest_to_message(manifest)
+    assert wire.encode_manifest(manifest) == message.SerializeToString()
+    header = pb.CenterHeader(
+        manifest=message, manifest_id=manifest.id, global_step=global_step, num_workers=num_workers
+    )
+    expected = pb.PullResponse(header=header).SerializeToString()
+    assert wire.PullHeader(manifest).encode(global_step, num_workers) == expected
+
+
+@pytest.mark.parametrize("shard", [None, Shard(4095, 4096, b"j" * 16)])
+def test_a_manifest_of_many_variables_is_encoded_as_the_library_does(shard: Shard | None) -> None:
+    part = None if shard is None else (2, 3)
+    manifest = Manifest(
+        tuple(Variable(f"v{n}", "bfloat16", (2, 3), None if part is None else Part(n, 0, part)) for n in range(2500)),
+        64,
+        shard,
+    )
+    assert wire.encode_manifest(manifest) == wire.manifest_to_message(manifest).SerializeToString()
+
+
+def manifest_of_bytes(size_bytes: int) -> Manifest:
+    """One whose message has exactly this size; of long names, because they take the least time."""
+    beside = 11  # a variable's bytes besides its name, if that has 128 bytes or more
+    names = [f"{number:04d}".ljust(1000, "n") for number in range(size_bytes // (1000 + beside) - 1)]
+    left = size_bytes - 4 - len(names) * (1000 + beside)  # four bytes say the fragment size
+    names += ["y" * (left // 2 - beside), "z" * (left - left // 2 - beside)]
+    manifest = Manifest(tuple(Variable(name, "float32", (1,)) for name in names))
+    assert wire.manifest_to_message(manifest).ByteSize() == size_bytes
+    return manifest
+
+
+def test_a_manifest_that_is_sendable_fits_the_largest_headers_and_one_byte_more_is_refused() -> None:
+    manifest = manifest_of_bytes(wire.MAX_MANIFEST_BYTES)
+    wire.check_sendable(manifest)
+    initialize = pb.InitializeHeader(
+        worker_id="w" * MAX_WORKER_ID_BYTES, manifest=wire.manifest_to_message(manifest), global_step=2**63 - 1
+    )
+    for message in (
+        wire.PullHeader(manifest).encode(2**63 - 1, 2**32 - 1),
+        pb.InitializeRequest(header=initialize).SerializeToString(),
+    ):
+        assert len(message) <= GRPC_LIMIT_BYTES
+    with pytest.raises(InvalidRequestError, match="names; at most 4194048 fit a message: give variables shorter") as e:
+        wire.check_sendable(manifest_of_bytes(wire.MAX_MANIFEST_BYTES + 1))
+    assert e.value.reason is Reason.MANIFEST_INVALID
+    assert f"of {len(manifest.variables)} variables has {wire.MAX_MANIFEST_BYTES + 1} bytes, " in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+def test_the_longest_messages_of_a_push_fit() -> None:
+    shared = pb.SharedMemory(path="/proc/" + "9" * 60, nonce=bytes(16))
+    everything = pb.PushAndAverageResponse(
+        admission=pb.PushAdmission(
+            first_needed_fragment=2**32 - 1,
+            contribution=shared,
+            average=shared,
+            data_connection=pb.DataConnection(port=65535, key=bytes(32)),
+        ),
+        fragment=pb.Fragment(index=2**32 - 1, data=bytes(MAX_FRAGMENT_SIZE_BYTES)),
+        waiting=Missing(("w" * MAX_WORKER_ID_BYTES,) * MAX_NAMES, 2**32 - 1, 2**32 - 1).notice(0.1),
+        outcome=pb.PushOutcome(
+            outcome=pb.OUTCOME_COMMITTED,
+            global_step=2**63 - 1,
+            contributors=["w" * MAX_WORKER_ID_BYTES] * MAX_WORKERS,
+            waited_s=0.1,
+            untouched_variables=range(MAX_VARIABLES),
+        ),
+    )
+    assert everything.ByteSize() <= GRPC_LIMIT_BYTES
+    request = pb.PushAndAverageRequest(
+        header=pb.PushHeader(
+            worker_id="w" * MAX_WORKER_ID_BYTES,
+            incarnation=bytes(16),
+            push_id=2**64 - 1,
+            base_step=2**63 - 1,
+            local_step=2**64 - 1,
+            weight=0.1,
+            loss=0.1,
+            manifest_id="x" * 32,
+            untouched_variables=range(MAX_VARIABLES),
+            accepts_runs=True,
+        ),
+        fragment=pb.Fragment(index=2**32 - 1, data=bytes(MAX_FRAGMENT_SIZE_BYTES)),
+    )
+    assert request.ByteSize() <= GRPC_LIMIT_BYTES
+
+
+def test_too_many_variables_are_refused_before_any_of_them_is_looked_at() -> None:
+    message = pb.Manifest(fragment_size_bytes=8, variables=[pb.Variable()] * (MAX_VARIABLES + 1))
+    with pytest.raises(InvalidRequestError, match=f"has {MAX_VARIABLES + 1} variables; at most {MAX_VARIABLES}") as e:
+        wire.manifest_from_message(message)
+    assert e.value.reason is Reason.MANIFEST_INVALID
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_too_many_dimensions_are_refused_before_any_of_them_is_looked_at(whole: bool) -> None:
+    class Extents(list[int]):
+        def __iter__(self) -> Iterator[int]:
+            raise AssertionError("nobody has to look")
+
+    part = SimpleNamespace(variable=0, start=0, shape=Extents([1] * 1000))
+    shape = [1] if whole else Extents([1] * 1000)
+    variable: Any = SimpleNamespace(name="v", data_type=1, shape=shape, part=part, HasField=lambda _: whole)
+    with pytest.raises(InvalidRequestError, match="variable 'v' has 1000 dimensions; 32 are possible"):
+        wire._variable_from_message(variable)
 
 
 def test_any_name_comes_back_as_it_went() -> None:

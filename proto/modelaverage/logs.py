@@ -22,14 +22,22 @@ COMMON_FIELDS = ("time", "level", "program", "event", "message")
 EVENTS: dict[str, tuple[str, ...]] = {
     # of the server
     "listening": ("addresses",),
+    "data_port_listening": ("addresses",),
     "metrics_listening": ("address",),
     "center_initialized": ("worker", "peer", "round", "variables", "size_bytes"),
     "call_refused": ("rpc", "reason", "worker", "peer"),
-    "round_committed": ("round", "workers", "round_s"),
+    "connection_cut": ("peer", "reason"),
+    "call_failed": ("rpc", "worker", "peer", "cause"),  # through no fault of the client
+    "round_committed": ("round", "workers", "workers_omitted", "round_s"),
     "round_restarted": ("round", "cause"),
     "no_shared_memory": ("worker",),
     "no_data_port": ("cause",),
     "checkpoint_failed": ("path", "cause"),
+    "checkpoint_hangs": ("path", "round", "waited_s"),
+    "checkpoint_written_late": ("path", "round", "waited_s"),
+    "checkpoint_given_up": ("path", "round", "waited_s"),
+    "checkpoint_writer_ended": ("cause",),
+    "checkpoint_directory_made": ("path",),
     "checkpoint_passed_over": ("path", "cause"),
     "checkpoint_restored": ("path", "round"),
     "stopping": (),
@@ -38,7 +46,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
     # of the server and of workers
     "credentials_kept": ("cause",),  # a new file is unusable
     "data_connection_waits": ("worker", "peer", "waited_s"),
-    "round_waits": ("round", "waited_s", "waiting_for", "waiting_for_unknown"),
+    "round_waits": ("round", "waited_s", "waiting_for", "waiting_for_omitted", "waiting_for_unknown"),
     "failed": ("cause",),  # a setting that cannot be used, a job that cannot go on: the last line
     "crashed": ("traceback",),  # a defect of this program
     "other": (),  # of a library

@@ -34,12 +34,15 @@ __all__ = [
     "MAX_NAME_BYTES",
     "MAX_RUN",
     "MAX_SHARDS",
+    "MAX_VARIABLES",
     "Manifest",
     "Part",
     "Piece",
     "RUN_SIZE_BYTES",
     "Shard",
     "Variable",
+    "check_dimensions",
+    "check_variable_count",
     "dtype_name",
     "first_difference",
 ]
@@ -60,7 +63,11 @@ _MAX_MODEL_BYTES = 2**63 - 1
 # Bounds what a header alone can make a server allocate; 512 GiB at the largest fragment size.
 MAX_FRAGMENTS = 1 << 18
 MAX_SHARDS = 4096
+# Bounds what a header alone can make a server do.
+MAX_VARIABLES = 1 << 16
 JOB_ID_BYTES = 16
+# Made into text at once for the id: a moment's work, for whatever has to wait meanwhile.
+_VARIABLES_AT_ONCE = 1000
 
 # What can be averaged, by name. bfloat16 is not a numpy type of its own; ml_dtypes is where JAX has it from, too.
 DTYPES: dict[str, np.dtype[np.generic]] = {
@@ -76,7 +83,7 @@ def dtype_name(dtype: np.dtype[np.generic]) -> str:
     return next((name for name, known in DTYPES.items() if known == dtype.newbyteorder("<")), str(dtype))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Part:
     """Where a shard's variable belongs in the whole model.
 
@@ -118,7 +125,7 @@ class Shard:
         return f"shard {self.index} of {self.count} of job {self.job_id.hex()[:8]}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Variable:
     """One center variable, or what a shard has of it.
 
@@ -144,12 +151,11 @@ class Variable:
             raise _invalid(f"a variable's name has {name_bytes} bytes; give 1 to {MAX_NAME_BYTES}")
         if self.dtype not in DTYPES:
             raise _invalid(f"variable {self.name!r} has dtype {self.dtype}; only {', '.join(DTYPES)} can be averaged")
-        if any(extent < 0 for extent in self.shape):
+        check_dimensions(self.name, len(self.shape))
+        if self.shape and min(self.shape) < 0:
             raise _invalid(f"variable {self.name!r} has the negative extent {min(self.shape)} in shape {self.shape}")
-        if len(self.shape) > MAX_DIMENSIONS:
-            raise _invalid(f"variable {self.name!r} has {len(self.shape)} dimensions; {MAX_DIMENSIONS} are possible")
         # A zero makes the variable empty, but the other extents still have to be possible ones.
-        if math.prod(extent or 1 for extent in self.shape) * DTYPES[self.dtype].itemsize > _MAX_MODEL_BYTES:
+        if math.prod([extent or 1 for extent in self.shape]) * DTYPES[self.dtype].itemsize > _MAX_MODEL_BYTES:
             raise _invalid(f"variable {self.name!r} with shape {self.shape} does not fit 63 bits of bytes")
         if self.part is not None:
             self._check_part(self.part)
@@ -181,7 +187,7 @@ class Variable:
         return f"elements {start} to {start + self.size - 1} of {self.dtype}{whole}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Piece:
     """The part of one variable that lies in one fragment; never empty.
 
@@ -203,7 +209,7 @@ class Manifest:
     """The ordered list of center variables and the size of a fragment.
 
     Args:
-        variables: with distinct names; at least one, but a shard may have none.
+        variables: with distinct names; at least one, but a shard may have none; at most 65,536.
         fragment_size_bytes: a multiple of 8 from 8 to 2 MiB.
         shard: whose part of a larger model this is; None: it is the whole model.
 
@@ -216,6 +222,7 @@ class Manifest:
     shard: Shard | None = None
 
     def __post_init__(self) -> None:
+        check_variable_count(len(self.variables))
         self._check_parts()
         if not self.variables and self.shard is None:
             raise _invalid("the manifest has no variables; there is nothing to average")
@@ -250,10 +257,17 @@ class Manifest:
     @cached_property
     def id(self) -> str:
         """A name for these variables, in this order, cut this way: equal manifests have equal ids, in every process."""
-        content: list[object] = [[v.name, v.dtype, v.shape] for v in self.variables]
+        # The JSON of [fragment_size_bytes, [[name, dtype, shape], ..., [index, count, job id]]], piece by piece.
+        digest, between = hashlib.sha256(f"[{self.fragment_size_bytes}, [".encode()), b""
+        for start in range(0, len(self.variables), _VARIABLES_AT_ONCE):
+            some = [[v.name, v.dtype, v.shape] for v in self.variables[start : start + _VARIABLES_AT_ONCE]]
+            digest.update(between + json.dumps(some)[1:-1].encode())
+            between = b", "
         if self.shard is not None:
-            content.append([self.shard.index, self.shard.count, self.shard.job_id.hex()])
-        return hashlib.sha256(json.dumps([self.fragment_size_bytes, content]).encode()).hexdigest()[:32]
+            shard = [self.shard.index, self.shard.count, self.shard.job_id.hex()]
+            digest.update(between + json.dumps(shard).encode())
+        digest.update(b"]]")
+        return digest.hexdigest()[:32]
 
     @cached_property
     def offsets_bytes(self) -> tuple[int, ...]:
@@ -347,6 +361,21 @@ class Manifest:
             .reshape(variable.shape)
             for variable, offset in zip(self.variables, self.offsets_bytes, strict=True)
         }
+
+
+def check_variable_count(count: int) -> None:
+    """Raises InvalidRequestError (MANIFEST_INVALID) if a manifest cannot have ``count`` variables."""
+    if count > MAX_VARIABLES:
+        raise _invalid(
+            f"the manifest has {count} variables; at most {MAX_VARIABLES} are possible: "
+            "put several parameters into one variable"
+        )
+
+
+def check_dimensions(name: str, count: int) -> None:
+    """Raises InvalidRequestError (MANIFEST_INVALID) if no variable can have ``count`` dimensions."""
+    if count > MAX_DIMENSIONS:
+        raise _invalid(f"variable {name!r} has {count} dimensions; {MAX_DIMENSIONS} are possible")
 
 
 def first_difference(ours: Sequence[Variable], theirs: Sequence[Variable], whose: str, other: str) -> str | None:

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["NONCE_BYTES", "Segment", "SegmentAddress"]
+__all__ = ["BODY_AT_BYTES", "NONCE_BYTES", "Segment", "SegmentAddress"]
 
 NONCE_BYTES = 16
 # nonce, generation, and room up to a page so that what follows is aligned.
-_HEADER_BYTES = 4096
+BODY_AT_BYTES = 4096
 _GENERATION_AT = NONCE_BYTES
 _F_SEAL_FUTURE_WRITE = 0x10  # Linux 5.1; the fcntl module does not name it
 
@@ -49,10 +49,10 @@ class Segment:
 
     def __init__(self, descriptor: int, size_bytes: int, writable: bool) -> None:
         self._map = mmap.mmap(
-            descriptor, _HEADER_BYTES + size_bytes, prot=mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+            descriptor, BODY_AT_BYTES + size_bytes, prot=mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
         )
         everything = np.frombuffer(self._map, np.uint8)
-        self.body: NDArray[np.uint8] = everything[_HEADER_BYTES:]
+        self.body: NDArray[np.uint8] = everything[BODY_AT_BYTES:]
         self._nonce = everything[:NONCE_BYTES]
         self._generation = everything[_GENERATION_AT : _GENERATION_AT + 8].view("<u8")
         self._descriptor = -1
@@ -70,7 +70,7 @@ class Segment:
         name = "modelaverage-contribution" if for_clients_to_write else "modelaverage-center"
         descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
-            os.ftruncate(descriptor, _HEADER_BYTES + size_bytes)
+            os.ftruncate(descriptor, BODY_AT_BYTES + size_bytes)
             segment = cls(descriptor, size_bytes, writable=True)
             seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
             # Our own mapping stays writable; with this seal nobody can make another one that is.
@@ -94,7 +94,7 @@ class Segment:
             return None
         try:
             seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
-            if not seals & fcntl.F_SEAL_SHRINK or os.fstat(descriptor).st_size != _HEADER_BYTES + size_bytes:
+            if not seals & fcntl.F_SEAL_SHRINK or os.fstat(descriptor).st_size != BODY_AT_BYTES + size_bytes:
                 return None
             segment = cls(descriptor, size_bytes, writable)
         except (OSError, ValueError):
@@ -107,6 +107,11 @@ class Segment:
     def address(self) -> SegmentAddress:
         """How clients find it; for the process that created it."""
         return SegmentAddress(f"/proc/{os.getpid()}/fd/{self._descriptor}", self._nonce.tobytes())
+
+    @property
+    def descriptor(self) -> int:
+        """The file behind it, whose `body` begins at `BODY_AT_BYTES`; for the process that created it."""
+        return self._descriptor
 
     @property
     def generation(self) -> int:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import stat
 import threading
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -13,7 +17,8 @@ from modelaverage.errors import SecurityError
 __all__ = ["WatchedFiles"]
 
 _T = TypeVar("_T")
-_Signature = tuple[tuple[int, int, int] | None, ...]
+# The coarsest clock of a file system in use. A file that changed more recently may change again and look the same.
+_CLOCK_TICK_NS = 2_000_000_000
 
 
 class WatchedFiles(Generic[_T]):
@@ -33,7 +38,7 @@ class WatchedFiles(Generic[_T]):
     ) -> None:
         self._paths, self._read, self._on_problem = tuple(paths), read, on_problem
         self._lock = threading.Lock()
-        self._seen = self._signature()
+        self._seen = [_Look.at(path) for path in self._paths]
         self._value = read()
 
     def get(self) -> _T:
@@ -45,10 +50,10 @@ class WatchedFiles(Generic[_T]):
         """What they say now if that has changed since the last look; None if it has not."""
         with self._lock:
             # Before they are read: what is written to them afterwards is seen at the next look.
-            signature = self._signature()
-            if signature == self._seen:
+            looks = [_Look.at(path, before) for path, before in zip(self._paths, self._seen, strict=True)]
+            seen, self._seen = self._seen, looks
+            if [look.content for look in looks] == [look.content for look in seen]:
                 return None
-            self._seen = signature
             try:
                 self._value = self._read()
             except SecurityError as error:
@@ -56,13 +61,36 @@ class WatchedFiles(Generic[_T]):
                 return None
             return self._value
 
-    def _signature(self) -> _Signature:
-        return tuple(_signature_of(path) for path in self._paths)
 
+@dataclass(frozen=True)
+class _Look:
+    """What a file looked like.
 
-def _signature_of(path: Path) -> tuple[int, int, int] | None:
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_ino, status.st_mtime_ns, status.st_size
+    Args:
+        stamp: what changes with the file; empty if there is none.
+        is_settled: whether every later change gives another stamp.
+        content: stands for its bytes; empty if they cannot be read.
+    """
+
+    stamp: tuple[int, ...]
+    is_settled: bool
+    content: bytes
+
+    @classmethod
+    def at(cls, path: Path, before: _Look | None = None) -> _Look:
+        """The file as it is now; its bytes are read only if they may be others than before."""
+        try:
+            status = os.stat(path)
+        except OSError:
+            return cls((), False, b"")
+        # The time of the last change is the system's own: nobody can put it back, as the time of the last write can be.
+        stamp = status.st_dev, status.st_ino, status.st_ctime_ns, status.st_mtime_ns, status.st_size
+        if before is not None and before.is_settled and stamp == before.stamp:
+            return before
+        if not stat.S_ISREG(status.st_mode):  # a pipe can be read only once
+            return cls(stamp, True, repr(stamp[:2]).encode())
+        is_settled = time.time_ns() - status.st_ctime_ns > _CLOCK_TICK_NS
+        try:
+            return cls(stamp, is_settled, hashlib.sha256(path.read_bytes()).digest())
+        except OSError:
+            return cls(stamp, is_settled, b"")

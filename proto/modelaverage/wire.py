@@ -7,18 +7,31 @@ protobuf writes it; any other legal encoding (fields in another order, unknown f
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
 from modelaverage.errors import Reason, refusal
-from modelaverage.manifest import Manifest, Part, Shard, Variable
+from modelaverage.manifest import (
+    MAX_NAME_BYTES,
+    Manifest,
+    Part,
+    Shard,
+    Variable,
+    check_dimensions,
+    check_variable_count,
+)
 from modelaverage.v1 import parameter_server_pb2 as pb
 
 __all__ = [
+    "MAX_MANIFEST_BYTES",
+    "MAX_MESSAGE_BYTES",
+    "PullHeader",
     "SERVICE",
+    "check_sendable",
     "encode_fragment",
+    "encode_manifest",
     "manifest_from_message",
     "manifest_to_message",
     "parse",
@@ -28,6 +41,12 @@ __all__ = [
 ]
 
 SERVICE = "modelaverage.v1.ParameterServer"
+# gRPC's own default, on both sides: what is longer, nobody reads.
+MAX_MESSAGE_BYTES = 4 << 20
+# Leaves room for whatever stands beside a manifest in the headers of Initialize and Pull, and for fields to come.
+MAX_MANIFEST_BYTES = MAX_MESSAGE_BYTES - 256
+# Made into bytes at once: a moment's work, for whatever has to wait meanwhile.
+_VARIABLES_AT_ONCE = 1000
 
 _M = TypeVar("_M", bound=Message)
 # The messages that may carry a fragment.
@@ -68,8 +87,59 @@ def manifest_to_message(manifest: Manifest) -> pb.Manifest:
     )
 
 
+def encode_manifest(manifest: Manifest) -> bytes:
+    """The bytes of `manifest_to_message`. Raises InvalidRequestError (MANIFEST_INVALID) if no header can carry them."""
+    # Messages that stand one after the other are one: lists go on, and each field is there once.
+    parts = [
+        pb.Manifest(
+            variables=[_variable_to_message(v) for v in manifest.variables[start : start + _VARIABLES_AT_ONCE]]
+        ).SerializeToString()
+        for start in range(0, len(manifest.variables), _VARIABLES_AT_ONCE)
+    ]
+    rest = pb.Manifest(fragment_size_bytes=manifest.fragment_size_bytes, shard=shard_to_message(manifest.shard))
+    encoded = b"".join([*parts, rest.SerializeToString()])
+    if len(encoded) > MAX_MANIFEST_BYTES:
+        names_bytes = sum(len(variable.name.encode()) for variable in manifest.variables)
+        raise refusal(
+            Reason.MANIFEST_INVALID,
+            f"the manifest of {len(manifest.variables)} variables has {len(encoded)} bytes, {names_bytes} of them in "
+            f"names; at most {MAX_MANIFEST_BYTES} fit a message: give variables shorter names, put several parameters "
+            "into one variable, or share the model among more servers",
+        )
+    return encoded
+
+
+def check_sendable(manifest: Manifest) -> None:
+    """Raises InvalidRequestError (MANIFEST_INVALID) if no header can carry the manifest, in Initialize or in Pull."""
+    encode_manifest(manifest)
+
+
+class PullHeader:
+    """The message that opens a pulled center. All but its numbers is made once: a manifest may have 4 MiB.
+
+    Args:
+        manifest: of the center.
+
+    Raises:
+        InvalidRequestError: MANIFEST_INVALID: no message can carry it.
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        encoded, manifest_id = encode_manifest(manifest), manifest.id.encode()
+        self._fixed = b"".join(
+            (b"\x0a", _varint(len(encoded)), encoded, b"\x12", _varint(len(manifest_id)), manifest_id)
+        )
+
+    def encode(self, global_step: int, num_workers: int) -> bytes:
+        """The `PullResponse` with the header of a center of this step."""
+        numbers = b"\x18" + _varint(global_step) if global_step else b""
+        numbers += b"\x20" + _varint(num_workers) if num_workers else b""
+        return b"".join((b"\x0a", _varint(len(self._fixed) + len(numbers)), self._fixed, numbers))
+
+
 def manifest_from_message(message: pb.Manifest) -> Manifest:
     """The manifest as it came over the wire. Raises InvalidRequestError (MANIFEST_INVALID)."""
+    check_variable_count(len(message.variables))  # first of all: everything else takes time for each of them
     return Manifest(
         tuple(_variable_from_message(variable) for variable in message.variables),
         message.fragment_size_bytes,
@@ -98,13 +168,16 @@ def _variable_to_message(variable: Variable) -> pb.Variable:
 
 
 def _variable_from_message(message: pb.Variable) -> Variable:
-    part = message.part
-    return Variable(
-        message.name,
-        _DTYPE_NAMES.get(message.data_type, f"number {message.data_type}"),
-        tuple(message.shape),
-        Part(part.variable, part.start, tuple(part.shape)) if message.HasField("part") else None,
-    )
+    name, data_type, part = message.name, message.data_type, None
+    if message.HasField("part"):
+        part = Part(message.part.variable, message.part.start, _shape(name, message.part.shape))
+    dtype = _DTYPE_NAMES.get(data_type) or f"number {data_type}"
+    return Variable(name, dtype, _shape(name, message.shape), part)
+
+
+def _shape(name: str, extents: Sequence[int]) -> tuple[int, ...]:
+    check_dimensions(name[:MAX_NAME_BYTES], len(extents))  # there may be millions
+    return tuple(extents)
 
 
 def encode_fragment(index: int, parts: Iterable[bytes | memoryview]) -> bytes:

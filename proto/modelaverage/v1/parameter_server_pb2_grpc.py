@@ -136,7 +136,8 @@ class ParameterServerServicer(object):
         stream breaks, the index is kept for its process for a few seconds: it may call again. `Leave` with the same
         incarnation gives it back at once. A client that knows its index need not call this.
 
-        Errors: INCARNATION_INVALID, ROUND_FULL (no such index), PUSH_SUPERSEDED (a newer call of the same process).
+        Errors: INCARNATION_INVALID, ROUND_FULL (no such index), PUSH_SUPERSEDED (a newer call of the same process),
+        STREAM_STALLED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -99,9 +99,18 @@ class Arrival {
   std::uint32_t next_ = 0;
 };
 
+/// A name as text: whatever a terminal would take for a command, or for the end of the line, becomes a question mark.
+std::string Shown(std::string name) {
+  for (char& byte : name) {
+    if (static_cast<unsigned char>(byte) < 0x20 || static_cast<unsigned char>(byte) > 0x7e) byte = '?';
+  }
+  return name;
+}
+
 void Log(const v1::WaitingNotice& notice) {
   std::string line = "waiting for";
-  for (const std::string& name : notice.waiting_for()) line += " " + name;
+  for (const std::string& name : notice.waiting_for()) line += " " + Shown(name);
+  if (notice.waiting_for_omitted() > 0) line += " and " + std::to_string(notice.waiting_for_omitted()) + " more";
   if (notice.waiting_for_unknown() > 0) line += " " + std::to_string(notice.waiting_for_unknown()) + " unknown";
   std::cerr << line + "\n";
 }

@@ -1,0 +1,43 @@
+"""Strangers that come to the server, stay for a moment and say nothing: each takes a descriptor from it."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import socket
+import threading
+
+__all__ = ["Visitors"]
+
+_FEWEST_AT_ONCE, _MOST_AT_ONCE = 2, 12
+_LONGEST_STAY_S = 1.0
+_TIMEOUT_S = 1.0
+
+
+class Visitors:
+    """They come until `end`, on a thread of their own.
+
+    Args:
+        address: of the server, HOST:PORT.
+    """
+
+    def __init__(self, address: str) -> None:
+        host, _, port = address.rpartition(":")
+        self._address = host, int(port)
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._come, name="visitors", daemon=True)
+        self._thread.start()
+
+    def end(self) -> None:
+        """No more of them."""
+        self._over.set()
+        self._thread.join()
+
+    def _come(self) -> None:
+        chance = random.Random(0)
+        while not self._over.is_set():
+            with contextlib.ExitStack() as here:
+                for _ in range(chance.randint(_FEWEST_AT_ONCE, _MOST_AT_ONCE)):
+                    with contextlib.suppress(OSError):  # it is away, or has no room
+                        here.enter_context(socket.create_connection(self._address, _TIMEOUT_S))
+                self._over.wait(chance.uniform(0, _LONGEST_STAY_S))

@@ -1,0 +1,37 @@
+"""A round whose shell commits whenever it may, as a server without checkpoints does."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+from ps_server.decisions import Commit, Decision, Prepare, Push
+from ps_server.round import Round
+
+__all__ = ["CommittingRound", "Decided"]
+
+Decided: TypeAlias = Decision | Commit
+
+
+class CommittingRound(Round):
+    """As Round, but a `Prepare` has become the `Commit` that it asks for."""
+
+    def open(self, stream: int, push: Push, now_s: float) -> list[Decided]:  # type: ignore[override]
+        return self._committed(super().open(stream, push, now_s), now_s)
+
+    def record_fragment(self, stream: int, now_s: float) -> list[Decided]:  # type: ignore[override]
+        return self._committed(super().record_fragment(stream, now_s), now_s)
+
+    def close(self, stream: int, now_s: float) -> list[Decided]:  # type: ignore[override]
+        return self._committed(super().close(stream, now_s), now_s)
+
+    def leave(self, worker_id: str, incarnation: bytes, now_s: float) -> list[Decided]:  # type: ignore[override]
+        return self._committed(super().leave(worker_id, incarnation, now_s), now_s)
+
+    def expire(self, now_s: float) -> list[Decided]:  # type: ignore[override]
+        return self._committed(super().expire(now_s), now_s)
+
+    def _committed(self, decisions: list[Decision], now_s: float) -> list[Decided]:
+        if not self.prepared:
+            return [*decisions]
+        assert isinstance(decisions[-1], Prepare)
+        return [*decisions[:-1], self.commit(now_s)]

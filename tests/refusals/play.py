@@ -1,0 +1,571 @@
+"""A job of a few rounds on a real event loop, without gRPC: every value that anybody gets is known beforehand.
+
+Worker w pushes the number `10 s + 2 w + 1` everywhere from base step s. So the center of each step is known, whatever
+fails and however often pushes are made again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import math
+import shutil
+import socket
+import tempfile
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+import numpy as np
+
+from modelaverage import wire
+from modelaverage.data_connection import NUMBER, halves
+from modelaverage.errors import FAULTS, REASON_METADATA_KEY, REASON_PREFIX, Reason
+from modelaverage.manifest import Manifest, Variable
+from modelaverage.shared_memory import Segment, SegmentAddress
+from modelaverage.v1 import parameter_server_pb2 as pb
+from ps_server.checkpoint import load_latest
+from ps_server.checkpoint_home import CheckpointHome
+from ps_server.keeper import CheckpointPolicy
+from ps_server.policy import RoundPolicy
+from ps_server.reserve import Reserve
+from ps_server.service import ParameterServerService, ServicePolicy
+from tests.refusals.sites import PROBE
+
+__all__ = ["PLAYS", "Kind", "Result", "Wrong", "play"]
+
+MANIFEST = Manifest(
+    (Variable("a", "float32", (5,)), Variable("b", "float16", (3,)), Variable("c", "float32", (9,))), 16
+)
+ROUNDS = 4
+INITIAL = -1.0
+# A play takes some hundredths of a second; what takes so long hangs, on a loaded machine as well.
+LIMIT_S = 30.0
+_STALL_TIMEOUT_S = 1.0
+_PAUSE_S = 0.002
+
+
+class Wrong(Exception):  # noqa: N818  # what this test looks for
+    """Somebody got a value that is not the center, or nobody an end."""
+
+
+class Died(Exception):  # noqa: N818
+    """The server ended its process."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What happens in a play.
+
+    Args:
+        ways: how each worker's bytes travel: inline, follows, shared, data.
+        policy: for whom rounds wait.
+        keeps: whether there are checkpoints.
+        readers: whether somebody pulls in every round, and takes nothing of it until the end.
+        breaks: whether a third worker begins a push in each round and is gone in the middle.
+    """
+
+    ways: tuple[str, ...]
+    policy: RoundPolicy = field(default_factory=lambda: RoundPolicy.strict(2))
+    keeps: bool = False
+    readers: bool = False
+    breaks: bool = False
+
+
+PLAYS = {
+    "messages": Kind(("inline", "follows"), readers=True),
+    "shared memory": Kind(("shared", "shared"), readers=True),
+    "data connections": Kind(("data", "data")),
+    "quorum": Kind(("inline", "shared"), RoundPolicy(3, 2, 3, grace_s=0.01), breaks=True),
+    "checkpoints": Kind(("follows", "shared"), keeps=True),
+}
+
+
+@dataclass
+class Result:
+    """How a play went.
+
+    Args:
+        died: how often the server ended its process, and was started again.
+        retries: calls that were refused, or failed, and were made again.
+        took_s: seconds.
+        started: False: the server said at once that it could not.
+    """
+
+    died: int = 0
+    retries: int = 0
+    took_s: float = 0.0
+    started: bool = True
+
+
+def center_of(step: int) -> float:
+    """What the center has everywhere at a step."""
+    return INITIAL if step == 0 else 10.0 * (step - 1) + 2.0
+
+
+def values_of(worker: int, step: int) -> bytes:
+    """What a worker pushes from a base step."""
+    return _flat(10.0 * step + 2.0 * worker + 1.0)
+
+
+def _flat(value: float) -> bytes:
+    buffer = np.zeros(MANIFEST.buffer_size_bytes, np.uint8)
+    for array in MANIFEST.arrays(buffer).values():
+        array[...] = value
+    return buffer.tobytes()
+
+
+def check(what: str, step: int, flat: bytes | bytearray | memoryview) -> None:
+    """Raises Wrong unless these bytes are the center of this step."""
+    for name, array in MANIFEST.arrays(np.frombuffer(bytes(flat), np.uint8)).items():
+        if not (array == center_of(step)).all():
+            raise Wrong(f"{what}: {name} is {array.tolist()} at step {step}, where {center_of(step)} belongs")
+
+
+class Context:
+    """gRPC's side of a call, as a handler sees it."""
+
+    def __init__(self) -> None:
+        self.up: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self.down: asyncio.Queue[bytes] = asyncio.Queue()
+        self.takes = asyncio.Event()  # unset: whatever is written waits
+        self.takes.set()
+        self.refused: tuple[Reason, str] | None = None
+
+    def peer(self) -> str:
+        return "ipv4:127.0.0.1:1"
+
+    async def read(self) -> Any:
+        message = await self.up.get()
+        return grpc.aio.EOF if message is None else message  # type: ignore[attr-defined]
+
+    async def write(self, message: bytes) -> None:
+        await self.takes.wait()
+        self.down.put_nowait(bytes(message))
+
+    async def abort(self, code: grpc.StatusCode, details: str, metadata: tuple[tuple[str, str], ...]) -> None:
+        reason = Reason[dict(metadata)[REASON_METADATA_KEY].removeprefix(REASON_PREFIX)]
+        assert FAULTS[reason].status == code.name
+        self.refused = reason, details
+        raise grpc.aio.AbortError
+
+
+class Refused(Exception):  # noqa: N818
+    """The server has refused a call."""
+
+    def __init__(self, reason: Reason | None, details: str) -> None:
+        super().__init__(f"{reason}: {details}")
+        self.reason = reason
+
+
+class Server:
+    """A service whose process may end, and is started again from its checkpoints."""
+
+    def __init__(self, kind: Kind, directory: Path) -> None:
+        self.kind, self.directory, self.result = kind, directory, Result()
+        self.service: ParameterServerService | None = None
+        self.home: CheckpointHome | None = None
+        self.tasks: set[asyncio.Task[Any]] = set()
+
+    def start(self) -> None:
+        shared = any(way == "shared" for way in self.kind.ways)
+        checkpoints = CheckpointPolicy(self.directory) if self.kind.keeps else None
+        policy = ServicePolicy(self.kind.policy, 1 << 20, _STALL_TIMEOUT_S, 0 if shared else math.inf, checkpoints)
+        restored = None
+        if self.kind.keeps:
+            self.home = CheckpointHome(self.directory)
+            restored = load_latest(self.directory)
+        self.service = ParameterServerService(
+            policy, restored=restored, reserve=Reserve(4), home=self.home, die=self._die
+        )
+        if "data" in self.kind.ways:
+            self.service.data_port.listen(["127.0.0.1"], 0)
+
+    def _die(self, why: str) -> None:
+        assert why
+        self.result.died += 1
+        self.close()
+        for task in self.tasks:
+            task.cancel()
+        raise Died(why)
+
+    def close(self) -> None:
+        """What the end of the process would end."""
+        service, self.service = self.service, None
+        if service is not None:
+            service.close()
+        home, self.home = self.home, None
+        if home is not None:
+            home.close()
+
+    async def stop(self) -> None:
+        if self.service is not None:
+            await self.service.stop(0.5)
+
+    def method(self, rpc: str) -> Callable[[Any, Context], Awaitable[Any]]:
+        if self.service is None:
+            if not self.kind.keeps:
+                raise Died("for good: there are no checkpoints")
+            self.start()
+        assert self.service is not None
+        found: Any = self.service.handler().service(_Details(f"/{wire.SERVICE}/{rpc}"))
+        kinds: list[Callable[[Any, Context], Awaitable[Any]] | None]
+        kinds = [found.unary_unary, found.unary_stream, found.stream_unary, found.stream_stream]
+        return next(method for method in kinds if method is not None)
+
+    def call(self, rpc: str, request: bytes | None = None) -> tuple[Context, asyncio.Task[Any]]:
+        context = Context()
+        task = asyncio.ensure_future(self.method(rpc)(request, context))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+        return context, task
+
+    @staticmethod
+    def ended(context: Context, task: asyncio.Task[Any]) -> Any:
+        """What a call has returned. Raises Refused."""
+        if task.cancelled():
+            raise Refused(None, "the server is gone")
+        error = task.exception()
+        if error is None:
+            return task.result()
+        if context.refused is not None:
+            raise Refused(*context.refused)
+        raise Wrong(f"a handler raised {error!r}, which a client sees as UNKNOWN") from error
+
+
+@dataclass(frozen=True)
+class _Details(grpc.HandlerCallDetails):
+    method: str
+    invocation_metadata: tuple[()] = ()
+
+
+async def next_message(context: Context, task: asyncio.Task[Any]) -> bytes | None:
+    """What comes down next; None when the call has ended."""
+    getting = asyncio.ensure_future(context.down.get())
+    await asyncio.wait((getting, task), return_when=asyncio.FIRST_COMPLETED)
+    if getting.done():
+        return getting.result()
+    getting.cancel()
+    return None if context.down.empty() else context.down.get_nowait()
+
+
+class Worker:
+    """A client that does what the protocol says: it makes a push again until it has its outcome."""
+
+    def __init__(self, server: Server, number: int, way: str) -> None:
+        self.server, self.number, self.way = server, number, way
+        self.incarnation = bytes([number]) * 16
+        self.push_id = 0
+        self.segment: Segment | None = None
+        self.average: Segment | None = None
+        self.offer: pb.DataConnection | None = None
+        self.connection: socket.socket | None = None
+
+    async def run(self) -> None:
+        if self.number == 0:
+            await self.until_answered(self.initialize)
+        step = await self.until_answered(self.pull)
+        while step < ROUNDS:
+            self.push_id += 1
+            step = await self.until_answered(functools.partial(self.push, step))
+        await self.until_answered(self.leave)
+
+    async def until_answered(self, attempt: Callable[[], Awaitable[Any]]) -> Any:
+        while True:
+            try:
+                return await attempt()
+            except Refused as refused:
+                self.server.result.retries += 1
+                if refused.reason in (Reason.MANIFEST_MISMATCH, Reason.BASE_STEP_AHEAD):
+                    raise Wrong(str(refused)) from None
+                await asyncio.sleep(_PAUSE_S)
+
+    async def initialize(self) -> None:
+        context, task = self.server.call("Initialize")
+        header = pb.InitializeHeader(worker_id="0", manifest=wire.manifest_to_message(MANIFEST))
+        context.up.put_nowait(pb.InitializeRequest(header=header).SerializeToString())
+        flat = memoryview(_flat(INITIAL))
+        for index in range(MANIFEST.fragment_count):
+            begin, end = MANIFEST.fragment_bounds(index)
+            context.up.put_nowait(wire.encode_fragment(index, (flat[begin:end],)))
+        context.up.put_nowait(None)
+        await asyncio.wait((task,))
+        self.server.ended(context, task)
+
+    async def pull(self) -> int:
+        request = pb.PullRequest(worker_id=str(self.number), wait_initialized=True).SerializeToString()
+        context, task = self.server.call("Pull", request)
+        return await read_center(self.server, context, task)
+
+    async def leave(self) -> None:
+        request = pb.LeaveRequest(worker_id=str(self.number), incarnation=self.incarnation).SerializeToString()
+        context, task = self.server.call("Leave", request)
+        await asyncio.wait((task,))
+        self.server.ended(context, task)
+
+    async def push(self, step: int) -> int:
+        """Returns the step of the center that came."""
+        connection, self.connection = self.connection, None
+        flat = memoryview(values_of(self.number, step))
+        header = pb.PushHeader(
+            worker_id=str(self.number),
+            incarnation=self.incarnation,
+            push_id=self.push_id,
+            base_step=step,
+            manifest_id=MANIFEST.id,
+            accepts_shared_memory=self.way == "shared",
+            fragments_follow=self.way == "follows",
+            accepts_data_connection=self.way == "data" and connection is None,
+            uses_data_connection=connection is not None,
+        )
+        context, task = self.server.call("PushAndAverage")
+        context.up.put_nowait(pb.PushAndAverageRequest(header=header).SerializeToString())
+        moving: list[asyncio.Task[Any]] = []
+        if connection is not None:
+            moving = [asyncio.ensure_future(self.through(connection, flat))]
+        elif self.way == "follows":
+            self.give(context, flat, 0)
+        try:
+            center, outcome = await self.answer(context, task, flat, header)
+            if moving:
+                (center,) = await asyncio.wait_for(asyncio.gather(*moving), 5.0)
+                self.connection, connection = connection, None
+            check(f"worker {self.number} got", outcome.global_step, center)
+            return int(outcome.global_step)
+        except (OSError, asyncio.TimeoutError):
+            raise Refused(None, "the data connection broke") from None
+        finally:
+            for each in moving:
+                each.cancel()
+            if connection is not None:
+                connection.close()
+            task.cancel()
+            if self.offer is not None and self.connection is None:
+                await self.connect(self.offer)
+                self.offer = None
+
+    async def answer(
+        self, context: Context, task: asyncio.Task[Any], flat: memoryview, header: pb.PushHeader
+    ) -> tuple[bytearray, pb.PushOutcome]:
+        center = bytearray(MANIFEST.buffer_size_bytes)
+        generation: int | None = None
+        while (data := await next_message(context, task)) is not None:
+            message = pb.PushAndAverageResponse.FromString(data)
+            if message.HasField("admission"):
+                first = message.admission.first_needed_fragment
+                if message.admission.HasField("data_connection"):
+                    self.offer = message.admission.data_connection
+                if message.admission.HasField("contribution"):
+                    generation = self.lend(message.admission)
+                if generation is not None and first < MANIFEST.fragment_count:
+                    assert self.segment is not None
+                    self.segment.body[:] = np.frombuffer(flat, np.uint8)
+                    put = pb.SharedFragments(first=first, count=MANIFEST.fragment_count - first)
+                    context.up.put_nowait(pb.PushAndAverageRequest(shared=put).SerializeToString())
+                elif not header.fragments_follow and not header.uses_data_connection:
+                    self.give(context, flat, first)
+                context.up.put_nowait(None)
+            if message.HasField("fragment"):
+                begin = MANIFEST.fragment_bounds(message.fragment.index)[0]
+                center[begin : begin + len(message.fragment.data)] = message.fragment.data
+            if message.HasField("shared"):
+                assert self.average is not None
+                end = message.shared.first + message.shared.count - 1
+                begin, stop = MANIFEST.fragment_bounds(message.shared.first)[0], MANIFEST.fragment_bounds(end)[1]
+                center[begin:stop] = self.average.body[begin:stop].tobytes()
+            if message.HasField("outcome"):
+                if generation is not None and self.average is not None and self.average.generation != generation:
+                    raise Refused(None, "a later round has written over the average")
+                return center, message.outcome
+        self.server.ended(context, task)
+        raise Wrong("a push ended without an outcome")
+
+    def give(self, context: Context, flat: memoryview, first: int) -> None:
+        for index in range(first, MANIFEST.fragment_count):
+            begin, end = MANIFEST.fragment_bounds(index)
+            context.up.put_nowait(wire.encode_fragment(index, (flat[begin:end],)))
+
+    def lend(self, admission: pb.PushAdmission) -> int | None:
+        """Opens what the server lends; the generation of the average."""
+        opened = list[Segment | None]()
+        for memory, writable in ((admission.contribution, True), (admission.average, False)):
+            address = SegmentAddress(memory.path, memory.nonce)
+            with contextlib.suppress(OSError, MemoryError, RuntimeError):  # here the probe may strike as well
+                opened.append(Segment.open(address, MANIFEST.buffer_size_bytes, writable))
+        if len(opened) < 2 or None in opened:
+            return None
+        self.segment, self.average = opened
+        assert self.average is not None
+        return self.average.generation
+
+    async def connect(self, offer: pb.DataConnection) -> None:
+        hello, answer = halves(offer.key)
+        loop = asyncio.get_running_loop()
+        connection = socket.socket()
+        connection.setblocking(False)
+        try:
+            await asyncio.wait_for(loop.sock_connect(connection, ("127.0.0.1", offer.port)), 2.0)
+            await loop.sock_sendall(connection, hello)
+            came = b""
+            while len(came) < len(answer):
+                more = await asyncio.wait_for(loop.sock_recv(connection, len(answer) - len(came)), 2.0)
+                if not more:
+                    raise ConnectionResetError
+                came += more
+            self.connection = connection
+        except (OSError, asyncio.TimeoutError):
+            connection.close()
+
+    async def through(self, connection: socket.socket, flat: memoryview) -> bytearray:
+        """All of a push up, all of a center down."""
+        loop = asyncio.get_running_loop()
+        await loop.sock_sendall(connection, NUMBER.pack(self.push_id) + bytes(flat))
+        center = bytearray()
+        while len(center) < len(flat):
+            more = await loop.sock_recv(connection, len(flat) - len(center))
+            if not more:
+                raise ConnectionResetError
+            center += more
+        return center
+
+
+async def read_center(server: Server, context: Context, task: asyncio.Task[Any]) -> int:
+    """Reads a pulled center; its step. Raises Refused."""
+    center, header = bytearray(MANIFEST.buffer_size_bytes), None
+    while (data := await next_message(context, task)) is not None:
+        message = pb.PullResponse.FromString(data)
+        if message.HasField("header"):
+            header = message.header
+        else:
+            begin = MANIFEST.fragment_bounds(message.fragment.index)[0]
+            center[begin : begin + len(message.fragment.data)] = message.fragment.data
+    await asyncio.wait((task,))
+    server.ended(context, task)
+    assert header is not None
+    check("a reader got", header.global_step, center)
+    return int(header.global_step)
+
+
+async def readers(server: Server, workers: asyncio.Future[Any]) -> None:
+    """In every round somebody pulls, takes the header only, and the rest when the workers are done."""
+    slow: list[tuple[Context, asyncio.Task[Any]]] = []
+    seen = 0
+    while not workers.done():
+        job = None if server.service is None else server.service._job
+        if job is not None and job.round.global_step >= seen and server.service is not None:
+            seen = job.round.global_step + 1
+            context, task = server.call("Pull", pb.PullRequest(worker_id=f"reader-{seen}").SerializeToString())
+            first = await next_message(context, task)
+            context.takes.clear()
+            if first is not None:
+                context.down.put_nowait(first)  # to be read once more, with the rest
+            slow.append((context, task))
+        await asyncio.sleep(_PAUSE_S)
+    for context, task in slow:
+        context.takes.set()
+        with contextlib.suppress(Refused):
+            await read_center(server, context, task)
+
+
+async def breaker(server: Server, workers: asyncio.Future[Any]) -> None:
+    """A third worker whose process is always gone in the middle of its push."""
+    worker = Worker(server, 9, "inline")
+    while not workers.done() and worker.push_id < 3:
+        worker.push_id += 1
+        worker.incarnation = worker.push_id.to_bytes(16, "big")
+        job = None if server.service is None else server.service._job
+        if job is not None:
+            header = pb.PushHeader(
+                worker_id="9",
+                incarnation=worker.incarnation,
+                push_id=1,
+                base_step=job.round.global_step,
+                manifest_id=MANIFEST.id,
+            )
+            context, task = server.call("PushAndAverage")
+            context.up.put_nowait(pb.PushAndAverageRequest(header=header).SerializeToString())
+            await next_message(context, task)
+            context.up.put_nowait(wire.encode_fragment(0, (memoryview(bytes(MANIFEST.fragment_bounds(0)[1])),)))
+            await asyncio.sleep(_PAUSE_S)
+            task.cancel()
+            await asyncio.wait((task,))
+        await asyncio.sleep(4 * _PAUSE_S)
+
+
+async def _play(kind: Kind, directory: Path, result_of: list[Server]) -> None:
+    server = Server(kind, directory)
+    result_of.append(server)
+    try:
+        server.start()
+    except (OSError, MemoryError, RuntimeError):
+        if not PROBE.refused:
+            raise
+        server.result.started = False
+        return
+    workers = asyncio.gather(*(Worker(server, number, way).run() for number, way in enumerate(kind.ways)))
+    beside = []
+    if kind.readers:
+        beside.append(readers(server, workers))
+    if kind.breaks:
+        beside.append(breaker(server, workers))
+    try:
+        await asyncio.wait_for(asyncio.gather(workers, *beside), LIMIT_S)
+    except asyncio.TimeoutError:
+        raise Wrong(f"still not over after {LIMIT_S:g} s") from None
+    except Died:
+        return
+    finally:
+        for task in list(server.tasks):
+            task.cancel()
+    PROBE.pause()
+    assert server.service is not None
+    job = server.service._job
+    assert job is not None
+    fragments = [bytes(job.center.current.fragment(index)) for index in range(MANIFEST.fragment_count)]
+    check("the server has", job.round.global_step, b"".join(fragments))
+    PROBE.go_on()
+    try:
+        await asyncio.wait_for(server.stop(), LIMIT_S)
+    except (OSError, MemoryError, RuntimeError):
+        if not PROBE.refused:
+            raise  # else it ends in another way, which is also an end
+
+
+async def _end(server: Server) -> None:
+    server.close()
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in left:
+        task.cancel()
+    await asyncio.gather(*left, return_exceptions=True)
+
+
+def play(name: str) -> Result:
+    """Plays once. Raises Wrong."""
+    directory = Path(tempfile.mkdtemp(prefix="play-"))
+    servers: list[Server] = []
+    loop = asyncio.new_event_loop()
+    loop.set_exception_handler(lambda *_: None)  # exceptions in callbacks are what is played here
+    try:
+        began_at_s = loop.time()
+        loop.run_until_complete(_play(PLAYS[name], directory, servers))
+        PROBE.disarm()
+        servers[0].result.took_s = loop.time() - began_at_s
+        if PLAYS[name].keeps and servers[0].result.started:
+            kept = load_latest(directory)
+            if kept is None or kept.global_step != ROUNDS:
+                raise Wrong(f"on the disk is {kept and kept.global_step} after a clean stop at step {ROUNDS}")
+            buffer = np.zeros(MANIFEST.buffer_size_bytes, np.uint8)
+            for array, values in zip(MANIFEST.arrays(buffer).values(), kept.arrays.values(), strict=True):
+                array[...] = values
+            check("on the disk is", kept.global_step, buffer.tobytes())
+        return servers[0].result
+    finally:
+        PROBE.disarm()
+        for server in servers:
+            loop.run_until_complete(_end(server))
+        loop.close()
+        shutil.rmtree(directory, ignore_errors=True)

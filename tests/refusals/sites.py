@@ -1,0 +1,150 @@
+"""Every call in the server's core as a place where the machine may refuse: a probe is compiled before each.
+
+`install` has to come before these modules are imported, so this runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import errno
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from types import CodeType, ModuleType
+from typing import Any
+
+__all__ = ["ERRORS", "MODULES", "PROBE", "Probe", "Site", "install"]
+
+MODULES = (
+    "modelaverage.shared_memory",
+    "ps_server.call",
+    "ps_server.center",
+    "ps_server.checkpoint",
+    "ps_server.checkpoint_fields",
+    "ps_server.checkpoint_files",
+    "ps_server.checkpoint_home",
+    "ps_server.data_port",
+    "ps_server.disk_wait",
+    "ps_server.job",
+    "ps_server.keeper",
+    "ps_server.part",
+    "ps_server.reserve",
+    "ps_server.round",
+    "ps_server.safetensors_file",
+    "ps_server.sender",
+    "ps_server.threads",
+    "ps_server.writer_process",
+)
+ERRORS: dict[str, Callable[[], BaseException]] = {
+    "EMFILE": lambda: OSError(errno.EMFILE, "Too many open files"),
+    "ENOMEM": lambda: OSError(errno.ENOMEM, "Cannot allocate memory"),
+    "MemoryError": MemoryError,
+    "no thread": lambda: RuntimeError("can't start new thread"),
+    "ENOSPC": lambda: OSError(errno.ENOSPC, "No space left on device"),
+}
+_NAME = "__may_be_refused__"
+
+
+@dataclass(frozen=True)
+class Site:
+    """One call in the source."""
+
+    module: str
+    line: int
+    column: int
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.module}:{self.line}:{self.column} {self.text}"
+
+
+class Probe:
+    """Counts how often each site is reached, and refuses one of them once.
+
+    Attributes:
+        sites: all, by number.
+        hits: by site, since `arm`.
+        refused: whether it has happened.
+    """
+
+    def __init__(self) -> None:
+        self.sites: list[Site] = []
+        self.hits = Counter[int]()
+        self.refused = False
+        self._target: tuple[int, int] | None = None
+        self._error: Callable[[], BaseException] = MemoryError
+        self._on = False
+
+    def arm(self, site: int | None, hit: int = 1, error: str = "MemoryError") -> None:
+        """From now on counts; the ``hit``-th time that ``site`` is reached, it fails. None: it only counts."""
+        self.hits.clear()
+        self.refused, self._on = False, True
+        self._target, self._error = None if site is None else (site, hit), ERRORS[error]
+
+    def disarm(self) -> None:
+        """From now on it does nothing."""
+        self._on = False
+
+    pause = disarm
+
+    def go_on(self) -> None:
+        """From now on it does again what `arm` has told it."""
+        self._on = True
+
+    def __call__(self, site: int) -> None:
+        if not self._on:
+            return
+        self.hits[site] += 1
+        if not self.refused and self._target == (site, self.hits[site]):
+            self.refused = True
+            raise self._error()
+
+
+PROBE = Probe()
+
+
+class _WithProbes(ast.NodeTransformer):
+    def __init__(self, module: str) -> None:
+        self._module = module
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        text = ast.unparse(node.func)
+        self.generic_visit(node)
+        PROBE.sites.append(Site(self._module, node.lineno, node.col_offset, text))
+        probe = ast.Call(ast.Name(_NAME, ast.Load()), [ast.Constant(len(PROBE.sites) - 1)], [])
+        both = ast.Tuple([probe, node], ast.Load())
+        return ast.copy_location(ast.Subscript(both, ast.Constant(1), ast.Load()), node)
+
+
+class _Loader(SourceFileLoader):
+    def get_code(self, fullname: str) -> CodeType | None:
+        path = self.get_filename(fullname)
+        tree = _WithProbes(fullname).visit(ast.parse(self.get_data(path)))
+        code: CodeType = compile(ast.fix_missing_locations(tree), path, "exec")
+        return code
+
+
+class _Finder(MetaPathFinder):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname not in MODULES:
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        assert spec is not None
+        assert spec.origin is not None
+        spec.loader = _Loader(fullname, spec.origin)
+        return spec
+
+
+def install() -> None:
+    """From now on these modules are imported with probes."""
+    loaded = sorted(sys.modules.keys() & set(MODULES))
+    assert not loaded, f"{loaded} came too early"
+    any_builtins: Any = builtins
+    setattr(any_builtins, _NAME, PROBE)
+    sys.meta_path.insert(0, _Finder())

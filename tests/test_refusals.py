@@ -1,0 +1,41 @@
+"""Whatever call of the server's core the machine refuses, a committed round is right, and every call ends."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+# A play that waits for a timeout of its own takes two seconds; a loaded machine makes it some more.
+LONGEST_S = 25.0
+
+
+def refuse(*flags: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "tests.refusals", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=3600)
+    assert done.stdout, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def check(found: dict[str, Any]) -> None:
+    assert found["wrong"] == []
+    assert found["longest_s"] < LONGEST_S
+    # Not every call is reached: checkpoints that are foreign, connections of strangers.
+    assert found["reached"] > 0.55 * found["sites"]
+    assert found["refused"] > 0.9 * found["plays"] > 500, "plays depend a little on time"
+
+
+def test_every_call_that_is_refused_once_in_one_way_leaves_committed_rounds_right() -> None:
+    check(refuse())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("play", ["messages", "shared memory", "data connections", "quorum", "checkpoints"])
+def test_every_call_that_is_refused_in_every_way_at_several_times_leaves_committed_rounds_right(play: str) -> None:
+    found = refuse("--every", "--play", play)
+    assert found["wrong"] == []
+    assert found["longest_s"] < LONGEST_S
