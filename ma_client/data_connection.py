@@ -185,7 +185,7 @@ class Transfer:
         self.gave_up = self.is_whole = False
         self.problem: Exception | None = None
         self._due_since_s: float | None = None  # since when bytes have to come; those that go up have to from the start
-        self._has_noticed = False
+        self._notice_s = self._first_notice_s = connection.silence_timeout_s / NOTICES_IN_SILENCE
         room = staging.room()
 
         def send() -> None:
@@ -240,9 +240,9 @@ class Transfer:
 
     def _notice(self) -> None:
         silent_s = self._silent_s
-        if self._has_noticed or silent_s < self.connection.silence_timeout_s / NOTICES_IN_SILENCE:
+        if silent_s < self._notice_s:
             return
-        self._has_noticed, peer = True, self.connection.peer
+        peer, self._notice_s = self.connection.peer, 2 * self._notice_s + self._first_notice_s
         what = event("data_connection_waits", worker=None, peer=peer, waited_s=silent_s)
         _log.warning("nothing has moved on the data connection to %s for %.0f s", peer, silent_s, extra=what)
 

@@ -46,12 +46,12 @@ class DataConnection:
     Args:
         connection: a socket that does not block; this object's from now on.
         worker_id: of the worker, for the log.
-        notice_s: when nothing moves for so long, it is said, once.
+        notice_s: when nothing moves for so long, it is said; then again after 3 and 7 times as long, and so on.
     """
 
     def __init__(self, connection: socket.socket, worker_id: str, notice_s: float) -> None:
         self._socket = connection
-        self._worker_id, self._notice_s, self._has_noticed = worker_id, notice_s, False
+        self._worker_id, self._notice_s = worker_id, notice_s
         self._peer = "{}:{}".format(*connection.getpeername()[:2])
         self._loop = asyncio.get_running_loop()
         self._room = memoryview(b"")  # what is still to be filled
@@ -64,7 +64,6 @@ class DataConnection:
 
     def begin(self) -> None:
         """A push begins."""
-        self._has_noticed = False
         with contextlib.suppress(OSError):  # the next read or write says it
             use_short_queues(self._socket)
 
@@ -101,19 +100,18 @@ class DataConnection:
     @contextmanager
     def _noticing(self, doing: str, moved_at_s: Callable[[], float]) -> Iterator[None]:
         """If nothing moves for long, it is said."""
-        began_at_s = self._loop.time()
+        began_at_s, notice_s = self._loop.time(), self._notice_s
         timer: asyncio.TimerHandle
 
         def look() -> None:
-            nonlocal timer
+            nonlocal timer, notice_s
             waited_s = self._loop.time() - max(began_at_s, moved_at_s())
-            if waited_s < self._notice_s:
-                timer = self._loop.call_later(self._notice_s - waited_s, look)
-            elif not self._has_noticed:
-                self._has_noticed = True
+            if waited_s >= notice_s:
+                notice_s = 2 * notice_s + self._notice_s
                 worker, peer = self._worker_id, self._peer
                 what = event("data_connection_waits", worker=worker, peer=peer, waited_s=waited_s)
                 _log.warning("%r %s on its data connection for %.0f s", worker, doing, waited_s, extra=what)
+            timer = self._loop.call_later(notice_s - waited_s, look)
 
         timer = self._loop.call_later(self._notice_s, look)
         try:

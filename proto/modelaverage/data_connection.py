@@ -33,7 +33,7 @@ SILENCE_TIMEOUT_S = 20.0
 A link of 0.5 Mbit/s takes 17 s for a queue of 1 MiB before it: nothing that is sent through that is answered earlier.
 """
 NOTICES_IN_SILENCE = 4
-"""After this part of that time it is said."""
+"""After this part of that time it is said, and again after 3 such parts."""
 
 # Between two pushes the way stays open, and a peer that is gone is noticed: probes from 5 s on, until the limit above.
 _OPTIONS = (
