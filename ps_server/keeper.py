@@ -89,6 +89,7 @@ class Keeper:
         self._clock = clock
         self._boot_id = boot_id()
         self._write_problem = self._flush_problem = ""
+        self._closed = False
         self._turn = asyncio.Lock()  # held while a fresh one is written
         self._writing: DiskWait | None = None
         self._flushing: DiskWait | None = None
@@ -161,6 +162,7 @@ class Keeper:
 
     def close(self) -> None:
         """Ends the processes that write, whatever they are at; the disk may keep them, but nobody who waits."""
+        self._closed = True
         for process in (self._writer, self._flusher):
             process.close()
 
@@ -271,7 +273,7 @@ class Keeper:
         self._observations.checkpoint_failures += 1
         cause = getattr(error, "strerror", None) or str(error) or type(error).__name__
         problem = f"no {missing} in {self._policy.directory}: {cause}"
-        if problem != last:  # once, not every round
+        if problem != last and not self._closed:  # once, not every round
             _log.warning(
                 "%s; the server goes on, and older checkpoints stay",
                 problem,

@@ -52,7 +52,7 @@ DEFAULT_SHARED_MEMORY_FROM_BYTES = 256 << 10
 # A client that does not take for so long what was sent before its call was refused loses its connection.
 _LAST_WORD_TIMEOUT_S = 2.0
 # What a disk is given at least for the last checkpoint; and for a large one, so many bytes a second.
-_LEAST_LAST_WRITE_S = 0.3
+_LEAST_LAST_WRITE_S, _LEAST_FLUSH_S = 0.5, 0.1
 _DISK_BYTES_PER_S = 200e6
 # A model with more variables, fragments or bytes is handled beside the event loop: on it, every other call would wait.
 _MANY_VARIABLES = 1000
@@ -172,9 +172,11 @@ class ParameterServerService:
         if self._job is not None and self._keeper is not None:
             deadline_s = max(deadline_s, self._clock() + _LEAST_LAST_WRITE_S)
             deadline_s += self._job.manifest.size_bytes / _DISK_BYTES_PER_S
-            keeping = asyncio.ensure_future(self._job.keep())  # if the disk hangs, this ends with the loop
+            keeping = asyncio.ensure_future(self._job.keep())
             await asyncio.wait((keeping,), timeout=deadline_s - self._clock())
-            await self._keeper.finish(max(deadline_s - self._clock(), _LEAST_LAST_WRITE_S))
+            await self._keeper.finish(max(deadline_s - self._clock(), _LEAST_FLUSH_S))
+            self._keeper.close()  # if the disk hangs, who waits for it stops waiting
+            await asyncio.wait((keeping,), timeout=_LEAST_LAST_WRITE_S)
 
     def close(self) -> None:
         """Ends what runs beside the event loop; to be called at the end, however it comes."""

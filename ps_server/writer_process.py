@@ -30,7 +30,8 @@ __all__ = ["Reply", "WriterProcess", "command"]
 _log = logging.getLogger("ps_server")
 _ROOT = Path(__file__).parents[1]
 # How long a process may take to be gone once it was killed; longer only if the disk has it.
-_END_TIMEOUT_S = 0.3
+_END_TIMEOUT_S = 0.2
+_THE_END = "the server ends"
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,16 @@ class WriterProcess:
         Thread(target=self._run, name=name, daemon=True).start()
 
     def submit(self, work: Callable[[], Reply]) -> Future[Reply]:
-        """Has the thread do this; it calls `ask`. Work that is cancelled before it has begun is not done."""
+        """Has the thread do this; it calls `ask`. Work that is cancelled before it has begun is not done.
+
+        Raises:
+            OSError: it is closed.
+        """
         done: Future[Reply] = Future()
-        self._work.put((done, work))
+        with self._lock:
+            if self._closed:
+                raise OSError(errno.ESHUTDOWN, _THE_END)
+            self._work.put((done, work))
         return done
 
     def ask(self, request: Sequence[object], descriptors: Sequence[int], stream: Iterable[memoryview] = ()) -> Reply:
@@ -110,9 +118,9 @@ class WriterProcess:
 
     def close(self) -> None:
         """Ends the process and the thread, and waits for neither: the disk may keep the process."""
-        self._work.put(None)
         with self._lock:
             self._closed = True
+            self._work.put(None)
             process = self._process
             if process is not None:
                 process.kill()
@@ -177,7 +185,7 @@ class WriterProcess:
             closed = self._closed
         if closed:
             self._end()
-            raise OSError(errno.ESHUTDOWN, "the server ends")
+            raise OSError(errno.ESHUTDOWN, _THE_END)
 
     def _end(self, gone: bool = False) -> str:
         """Ends the process; in what way it has ended, for people.
