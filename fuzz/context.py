@@ -124,6 +124,8 @@ class FakeContext:
         metadata = dict(trailing_metadata)
         reason = Reason[metadata.pop(REASON_METADATA_KEY).removeprefix(REASON_PREFIX)]
         self.refused = Refused(reason, details)
+        if reason is Reason.SERVER_OVERLOADED:  # nothing is short here: it is an exception that nobody expected
+            raise Failure(f"{self._rpc} raised something: {details}")
         if metadata or code.name != FAULTS[reason].status:
             raise Failure(f"{reason.name} came with {code.name} and {metadata}")
         if reason not in _REASONS[self._rpc]:

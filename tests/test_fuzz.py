@@ -69,7 +69,7 @@ def failures_of(name: str, inputs: int) -> str:
 
 def test_an_exception_that_is_no_refusal_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(center, "check_fragment_size", lambda *_: None)
-    assert "raised ValueError" in failures_of("sequences", 100)
+    assert "the server failed: ValueError: " in failures_of("sequences", 100)
 
 
 def test_a_center_that_takes_wrong_values_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
