@@ -99,15 +99,19 @@ def _detour(scene: Scene, senders: Sequence[Host], which: str) -> None:
     """Bytes of data connections from these hosts go by another bridge, `detour`, and come back by its port `back`."""
     switch = scene.network.switch
     scene.network.add_bridge("detour")
-    switch.run(*["ip", "link", "add", "back", "type", "veth", "peer", "name", "forth"])
-    switch.run(*["ip", "link", "set", "back", "master", "detour", "up"])
-    switch.run(*["ip", "link", "set", "forth", "master", "bridge", "up"])
+    _ip(switch, "link add back type veth peer name forth")
+    _ip(switch, "link set back master detour up")
+    _ip(switch, "link set forth master bridge up")
     for number, host in enumerate(senders):
-        switch.run(*f"ip link add side{number} type veth peer name eth1 netns {host.pid}".split())
-        switch.run(*f"ip link set side{number} master detour up".split())
-        host.run(*["ip", "link", "set", "eth1", "up"])
-        host.run(*["ip", "route", "add", "10.0.0.0/24", "dev", "eth1", "table", "100"])
-        host.run(*f"ip rule add ipproto tcp {which} {DATA_PORT} lookup 100".split())
+        _ip(switch, f"link add side{number} type veth peer name eth1 netns {host.pid}")
+        _ip(switch, f"link set side{number} master detour up")
+        _ip(host, "link set eth1 up")
+        _ip(host, "route add 10.0.0.0/24 dev eth1 table 100")
+        _ip(host, f"rule add ipproto tcp {which} {DATA_PORT} lookup 100")
+
+
+def _ip(host: Host, command: str) -> None:
+    host.run("ip", *command.split())
 
 
 def _detour_down(scene: Scene, _: ExitStack) -> Sequence[str]:
@@ -214,8 +218,8 @@ def _lost(ways: Callable[[Scene], Sequence[str]], from_bytes: int) -> Callable[[
 FAULTS = (
     Fault("large packets lost down", 40, 30, _lost(lambda scene: scene.down, _HOLE_FROM_BYTES)),
     Fault("large packets lost up", 40, 30, _lost(lambda scene: scene.up, _HOLE_FROM_BYTES)),
-    Fault("the same, data port only, down", 60, 30, _lost(lambda _: ["back"], _HOLE_FROM_BYTES), _detour_down),
-    Fault("the same, data port only, up", 60, 30, _lost(lambda _: ["back"], _HOLE_FROM_BYTES), _detour_up),
+    Fault("large packets lost down, data port", 60, 30, _lost(lambda _: ["back"], _HOLE_FROM_BYTES), _detour_down),
+    Fault("large packets lost up, data port", 60, 30, _lost(lambda _: ["back"], _HOLE_FROM_BYTES), _detour_up),
     Fault("black hole down", 40, 15, _lost(lambda scene: scene.down, 0)),
     Fault("black hole up", 40, 15, _lost(lambda scene: scene.up, 0)),
     Fault("server stopped", 35, 15, lambda scene: _stopped(scene.server_pid)),

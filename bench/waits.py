@@ -95,7 +95,7 @@ def measure(fault: Fault, lasts_s: float, transcript: Transcript) -> Result:
             time.sleep(lasts_s)
             over_s = time.monotonic()
         recovered = transcript.until(lambda lines: _recovered_at_s(lines, over_s) is not None, _RECOVERY_S)
-        return _result(fault.name, transcript.lines, from_s, over_s, time.monotonic(), recovered)
+        return evaluate(fault.name, transcript.lines, from_s, over_s, time.monotonic(), recovered)
 
 
 def _until(transcript: Transcript, happened: Callable[[list[Line]], bool], otherwise: str) -> None:
@@ -121,7 +121,8 @@ def _recovered_at_s(lines: Sequence[Line], over_s: float) -> float | None:
     return max(ends_s)
 
 
-def _result(fault: str, lines: Sequence[Line], from_s: float, over_s: float, now_s: float, recovered: bool) -> Result:
+def evaluate(fault: str, lines: Sequence[Line], from_s: float, over_s: float, now_s: float, recovered: bool) -> Result:
+    """The row of a fault from ``from_s`` to ``over_s``, as told until ``now_s``, when the job had recovered or not."""
     end_s = (_recovered_at_s(lines, over_s) or now_s) if recovered else now_s
     # The reader is nobody's business but its own.
     told_s = [line.at_s for line in lines if line.who != "reader" and from_s <= line.at_s <= end_s]
