@@ -27,6 +27,7 @@ from ps_server import checkpoint as reading
 from ps_server import checkpoint_fields, writer_process
 from ps_server.checkpoint import Checkpoint, CheckpointError, find_latest, load_latest
 from ps_server.keeper import CheckpointPolicy
+from ps_server.policy import RoundPolicy
 from ps_server.server import UnusableSettingError
 from tests.checkpoints import (
     checkpoint_of,
@@ -47,7 +48,7 @@ from tests.checkpoints import (
     writers_of,
 )
 from tests.conftest import RunningServer, StartServer
-from tests.jobs import CENTER, STEP, Job, of
+from tests.jobs import CENTER, COUNT, STEP, Job, of
 from tests.raw_client import Arrays, RawClient, flat_bytes, rest_of_center, until
 from tests.strategies import fast, manifests
 from tests.test_server_process import ServerProcess
@@ -668,6 +669,47 @@ def test_nobody_hears_of_a_round_before_it_is_on_disk(
         assert retried.result(20)[0].outcome == pb.OUTCOME_COMMITTED
         assert client.status().global_step == STEP + 1
     assert not client.status().HasField("checkpoint_writing_s")
+
+
+def test_with_a_limit_rounds_go_on_without_a_disk_that_hangs_and_checkpoints_come_back_with_it(
+    start_server: StartServer, tmp_path: Path, held_disk: Callable[[], Callable[[], None]]
+) -> None:
+    with job_of(start_server(2, checkpoints=CheckpointPolicy(tmp_path, timeout_s=0.2))) as job:
+        go_on = held_disk()
+        for number in range(4):  # more rounds than there are buffers: the one on its way to the disk stays as it is
+            push_all(job, STEP + number, of(10 + number))
+        status = job.client.status()
+        assert (status.global_step, status.checkpoint_step) == (STEP + 4, STEP)
+        assert status.checkpoint_writing_s > 0
+        go_on()
+        until(lambda: job.client.status().checkpoint_step == STEP + 1, "the first of them came through")
+        found, _ = find_latest(tmp_path, STEP + 1)
+        assert found is not None
+        assert all((array == 10).all() for array in found[1].arrays.values() if array.size)
+        push_all(job, STEP + 4, of(20))
+        assert job.client.status().checkpoint_step == STEP + 5
+
+
+def test_a_round_that_waits_for_its_checkpoint_is_timed_out_and_its_pushes_stay(
+    start_server: StartServer, tmp_path: Path, held_disk: Callable[[], Callable[[], None]]
+) -> None:
+    policy = RoundPolicy.strict(2, round_timeout_s=0.3)
+    with job_of(start_server(policy, checkpoints=CheckpointPolicy(tmp_path))) as job:
+        go_on = held_disk()
+        streams = [job.push(name, of(5), base_step=STEP) for name in ("a", "b")]
+        for stream in streams:
+            refusal = stream.refusal()
+            assert refusal.reason == "ROUND_TIMED_OUT"
+            assert "for its checkpoint" in refusal.message
+        again = [job.client.open_push() for _ in range(2)]
+        for name, stream in zip(("a", "b"), again, strict=True):
+            stream.send(job.header(name, base_step=STEP))
+            assert stream.admission() == COUNT, "nothing is wanted again"
+        go_on()
+        for stream in again:
+            outcome, center = stream.answer()
+            assert (outcome.outcome, outcome.global_step) == (pb.OUTCOME_COMMITTED, STEP + 1)
+            assert center == flat_bytes(of(5))
 
 
 def test_a_round_that_is_not_due_waits_for_no_disk(
