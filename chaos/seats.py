@@ -32,7 +32,7 @@ class Seat:
     Attributes:
         starts: how often it was started.
         deaths: what ended it that was no fault.
-        squeezed_deaths: how it ended of itself while it lacked something, or soon afterwards.
+        squeezed_deaths: how it ended by itself while it lacked something, or soon afterwards.
         done: whether it has finished.
     """
 
@@ -79,7 +79,7 @@ class Seat:
             return
         if not (self._killed and code == -signal.SIGKILL):
             deaths = self.squeezed_deaths if self.is_squeezed(now_s) else self.deaths
-            deaths.append(f"{self.name} ended of itself: process {self.starts}, exit code {code}")
+            deaths.append(f"{self.name} ended by itself: process {self.starts}, exit code {code}")
         for kind in list(self._squeezed_until_s):
             self._loosen(kind, now_s)
         self._killed, self._goes_on_at_s = False, None

@@ -156,7 +156,7 @@ class ConnectionSequence(Sequence):
         ]
         last = self._last_push_ids.get(place, 1)
         push_id = waiting[-1][2] if waiting and rng.random() < 0.95 else last + rng.choice((0, 1))
-        key = *place, push_id  # of the process whose connection it is, whoever waits on it
+        key = *place, push_id  # of the process that owns the connection
         given = self._given(key)
         number = key[2] if rng.random() < 0.98 else rng.choice(_NO_NUMBERS)
         wire.begin(key, given, self._model.flat(given.value), self._model.manifest, number)

@@ -32,9 +32,9 @@ class MemorySocket:
     Attributes:
         peer: the other end.
         inbox: what has come and was not read.
-        room_bytes: how much the inbox takes before whoever sends has to wait.
+        room_bytes: how much the inbox takes before the sender has to wait.
         taken_bytes: how much was read.
-        is_closed: by whoever has this end.
+        is_closed: whether this end was closed.
         is_ended: nothing more will come: the peer has closed, or its direction.
         is_reset: the connection is broken off.
     """

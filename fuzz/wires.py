@@ -21,7 +21,7 @@ class Offer:
     """What an admission has offered.
 
     Attributes:
-        made: the how-manieth push it was made to; a later offer to the same worker makes it void.
+        made: the number of the push that it answered; a later offer to the same worker makes it void.
         is_used: whether it has opened a connection.
     """
 

@@ -37,7 +37,7 @@ class Members:
         data: when to use data connections.
 
     Raises:
-        ServerUnavailableError: there are no threads for so many servers.
+        ServerUnavailableError: there are not enough threads for all servers.
     """
 
     def __init__(

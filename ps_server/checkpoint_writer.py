@@ -118,7 +118,7 @@ def _mapped(memory: int | None, ranges: Sequence[tuple[int, int]]) -> Iterator[m
 
 
 class _Stream:
-    """So many bytes that follow on the channel; all have to be taken, used or not."""
+    """Bytes that follow on the channel; all have to be taken, used or not."""
 
     def __init__(self, channel: socket.socket, size_bytes: int) -> None:
         self._channel = channel

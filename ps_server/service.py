@@ -51,7 +51,7 @@ _MAX_MESSAGE_BYTES = 2000
 DEFAULT_SHARED_MEMORY_FROM_BYTES = 256 << 10
 # A client that does not take for so long what was sent before its call was refused loses its connection.
 _LAST_WORD_TIMEOUT_S = 2.0
-# What a disk is given at least for the last checkpoint; and for a large one, so many bytes a second.
+# How long the last checkpoint may take at least; a large one gets more, at this rate.
 _LEAST_LAST_WRITE_S, _LEAST_FLUSH_S = 0.5, 0.1
 _DISK_BYTES_PER_S = 200e6
 # A model with more variables, fragments or bytes is handled beside the event loop: on it, every other call would wait.

@@ -31,7 +31,7 @@ def is_expected(error: BaseException) -> bool:
 def end_process(why: str) -> None:
     """Ends this process at once: nobody can tell any more that what it would answer is right.
 
-    Checkpoints on the disk are whole; whoever started the server starts it again from the last one.
+    Checkpoints on the disk are whole: the server's supervisor starts it again from the last one.
     """
     try:
         _log.critical(

@@ -172,7 +172,7 @@ class WriterProcess:
                 process = subprocess.Popen(
                     command(os.getpid()),
                     stdin=theirs.fileno(),
-                    # Whoever waits for the end of the server's output must not wait for a process that the disk keeps.
+                    # A reader of the server's output must not wait for a process that the disk keeps.
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
                     cwd="/",

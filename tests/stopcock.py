@@ -29,7 +29,7 @@ class Way:
         self.chunk_bytes, self.pause_s = 1 << 16, 0.0
 
     def slow(self, chunk_bytes: int, pause_s: float) -> None:
-        """From now on it takes a pause after every so many bytes."""
+        """From now on it pauses each time it has taken this number of bytes."""
         self.chunk_bytes, self.pause_s = chunk_bytes, pause_s
 
     def pass_on(self, source: socket.socket, target: socket.socket) -> None:

@@ -367,7 +367,7 @@ def test_a_buffer_that_is_read_is_replaced_once_and_dropped_when_its_reader_has_
 
 
 def readers_of(center: Center, ended: list[str], **paces: int) -> contextlib.ExitStack:
-    """Readers of the present center that have read so many bytes."""
+    """Readers of the present center; each has read the bytes given for it."""
     stack = contextlib.ExitStack()
     for name, read_bytes in paces.items():
 
@@ -457,7 +457,7 @@ def test_a_round_that_starts_over_leaves_alone_what_is_on_its_way_to_the_disk() 
     with center.reading(center.next, Reader(0.0, lambda _: None)):
         kept = center.next
         center.restart()
-        assert center.next is kept, "whoever reads it is told to push again"
+        assert center.next is kept, "its readers are told to push again"
 
 
 def test_where_no_thread_can_be_started_fragments_are_averaged_without(monkeypatch: pytest.MonkeyPatch) -> None:

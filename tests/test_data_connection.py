@@ -348,7 +348,7 @@ def test_a_session_that_cannot_reach_the_port_goes_on_in_messages_and_does_not_a
 
 
 class Offering:
-    """Commits every push as if it were alone, and offers a data connection to whoever pushes."""
+    """Commits every push as if it were alone, and offers a data connection to every worker that pushes."""
 
     def __init__(self, port: int) -> None:
         self.headers: list[pb.PushHeader] = []

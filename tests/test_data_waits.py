@@ -239,7 +239,7 @@ def test_a_transfer_ends_whose_threads_did_not_all_start(monkeypatch: pytest.Mon
 
 
 def few_threads(patch: pytest.MonkeyPatch, left: int, failures: float = math.inf) -> None:
-    """So many more threads start, then so many do not, and then again all do."""
+    """A few more threads start, then a few do not, and then all do again."""
     start, counting = threading.Thread.start, itertools.count()
 
     def refused(self: threading.Thread) -> None:

@@ -24,7 +24,7 @@ from tests.refusals.play import PLAYS, Wrong, play  # noqa: E402
 
 
 def hits(count: int, every: bool, turn: int) -> list[int]:
-    """Which times of so many to choose."""
+    """Which of ``count`` times to choose."""
     some = sorted({1, (count + 1) // 2, count})
     return some if every else [some[turn % len(some)]]
 
