@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -196,7 +196,7 @@ class Center:
             for start in range(0, len(fragments), stretch):
                 working += [threads.submit(self._finish, fragments[start : start + stretch])]
         finally:
-            wait(working)  # whatever happens: nothing may be written later
+            _wait_for(working)
         return sum((work.result() for work in working), Counter[str]())
 
     def restart(self) -> None:
@@ -341,6 +341,16 @@ class Center:
 
     def _dtype(self, variable: int) -> np.dtype[np.generic]:
         return DTYPES[self.manifest.variables[variable].dtype]
+
+
+def _wait_for(working: Sequence[Future[Any]]) -> None:
+    """Returns when nobody writes into the average any more: even a wait that failed has to be made again."""
+    while True:
+        try:
+            wait(working)
+        except Exception:  # it needs a little memory
+            continue
+        return
 
 
 def check_fragment_size(manifest: Manifest, index: int, data: memoryview) -> None:

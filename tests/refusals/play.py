@@ -378,7 +378,7 @@ class Worker:
                 begin, stop = MANIFEST.fragment_bounds(message.shared.first)[0], MANIFEST.fragment_bounds(end)[1]
                 center[begin:stop] = self.average.body[begin:stop].tobytes()
             if message.HasField("outcome"):
-                if generation is not None and self.average is not None and self.average.generation != generation:
+                if generation is not None and self.generation_of_average() != generation:
                     raise Refused(None, "a later round has written over the average")
                 return center, message.outcome
         self.server.ended(context, task)
@@ -394,13 +394,18 @@ class Worker:
         opened = list[Segment | None]()
         for memory, writable in ((admission.contribution, True), (admission.average, False)):
             address = SegmentAddress(memory.path, memory.nonce)
-            with contextlib.suppress(OSError, MemoryError, RuntimeError):  # here the probe may strike as well
+            with PROBE.elsewhere():
                 opened.append(Segment.open(address, MANIFEST.buffer_size_bytes, writable))
-        if len(opened) < 2 or None in opened:
+        if None in opened:
             return None
         self.segment, self.average = opened
+        return self.generation_of_average()
+
+    def generation_of_average(self) -> int:
+        """The worker is another process than the one that is refused things."""
         assert self.average is not None
-        return self.average.generation
+        with PROBE.elsewhere():
+            return self.average.generation
 
     async def connect(self, offer: pb.DataConnection) -> None:
         hello, answer = halves(offer.key)
@@ -521,13 +526,12 @@ async def _play(kind: Kind, directory: Path, result_of: list[Server]) -> None:
     finally:
         for task in list(server.tasks):
             task.cancel()
-    PROBE.pause()
-    assert server.service is not None
-    job = server.service._job
-    assert job is not None
-    fragments = [bytes(job.center.current.fragment(index)) for index in range(MANIFEST.fragment_count)]
-    check("the server has", job.round.global_step, b"".join(fragments))
-    PROBE.go_on()
+    with PROBE.elsewhere():
+        assert server.service is not None
+        job = server.service._job
+        assert job is not None
+        fragments = [bytes(job.center.current.fragment(index)) for index in range(MANIFEST.fragment_count)]
+        check("the server has", job.round.global_step, b"".join(fragments))
     try:
         await asyncio.wait_for(server.stop(), LIMIT_S)
     except (OSError, MemoryError, RuntimeError):

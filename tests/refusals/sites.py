@@ -10,7 +10,8 @@ import builtins
 import errno
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
@@ -89,11 +90,14 @@ class Probe:
         """From now on it does nothing."""
         self._on = False
 
-    pause = disarm
-
-    def go_on(self) -> None:
-        """From now on it does again what `arm` has told it."""
-        self._on = True
+    @contextmanager
+    def elsewhere(self) -> Iterator[None]:
+        """What happens in this context happens in another process."""
+        was_on, self._on = self._on, False
+        try:
+            yield
+        finally:
+            self._on = was_on
 
     def __call__(self, site: int) -> None:
         if not self._on:
