@@ -46,6 +46,8 @@ _log = logging.getLogger("ma_client")
 
 # How long a server may be silent at first before it is asked whether there is trouble with certificates; doubled then.
 _FIRST_LOOK_S = 0.5
+# Before the next look at one that is going down.
+_PAUSE_S = 0.1
 # So ends a push whose bytes got stuck beside it; by other reasons, it is the round's or the server's fault.
 _STUCK = (None, Reason.DATA_CONNECTION_LOST, Reason.STREAM_STALLED)
 
@@ -157,6 +159,10 @@ class Shard:
                 distrust = self._access.problem(self.address)
                 if distrust is not None:
                     raise SecurityError(distrust) from None
+            except ServerUnavailableError as error:
+                # One that is going down; the next may come. What is no parameter server stays none.
+                if error.status == grpc.StatusCode.UNIMPLEMENTED.name or self.stopped.wait(_PAUSE_S):
+                    raise
             if deadline.is_over:
                 raise ServerUnavailableError(
                     f"no parameter server answers at {self.address} (waited {timeout_s:g} s); "

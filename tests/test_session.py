@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
 import ml_dtypes
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save, save_file
 
 from ma_client import ClusterError, ClusterSpec, Outcome, ParameterServerSession, PushResult
+from modelaverage import wire
 from modelaverage.errors import (
     ConflictError,
     DeadlineExceededError,
@@ -537,3 +539,25 @@ def test_a_session_without_an_environment_names_what_is_missing(monkeypatch: pyt
         monkeypatch.delenv(name)
     with pytest.raises(ClusterError, match="MA_PS_HOSTS"):
         ParameterServerSession.from_env()
+
+
+@pytest.mark.parametrize("code", [grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE])
+def test_a_session_that_begins_while_the_server_goes_down_waits_for_the_next_one(code: grpc.StatusCode) -> None:
+    looks = list[int]()
+
+    def status(_: bytes, context: grpc.ServicerContext) -> bytes:
+        looks.append(1)
+        if len(looks) < 3:
+            context.abort(code, "going down")
+        return pb.GetStatusResponse().SerializeToString()
+
+    methods = {"GetStatus": grpc.unary_unary_rpc_method_handler(status)}
+    server = grpc.server(ThreadPoolExecutor(2))
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(wire.SERVICE, methods),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        with ParameterServerSession([f"127.0.0.1:{port}"], worker_id="w", connect_timeout_s=20):
+            assert len(looks) == 3
+    finally:
+        server.stop(None).wait()
