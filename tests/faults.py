@@ -97,8 +97,15 @@ class RestartedServer:
         self._listening.clear()
         self._process.kill()
 
+    @property
+    def stands_still(self) -> bool:
+        """Whether it has come to the moment at which it stops."""
+        state = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return state == "T"
+
     def go_on(self) -> None:
-        """It stands still no longer."""
+        """It stands still no longer; a signal that came before its stop would be lost."""
+        assert self.stands_still
         os.kill(self._process.pid, signal.SIGCONT)
 
     def _start(self) -> None:

@@ -153,6 +153,7 @@ def test_a_shard_killed_after_its_answers_while_another_has_not_committed_loses_
     with ThreadPoolExecutor(1) as thread:
         done = thread.submit(training.run)
         assert soon(lambda: bool(first.ends)), "the first shard did not die"
+        assert soon(lambda: second.stands_still), "the second shard did not stop"
         second.go_on()
         training.check(done.result(HANG_S))
     assert steps([first, second]) == [ROUNDS, ROUNDS]
