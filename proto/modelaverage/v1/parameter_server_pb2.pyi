@@ -227,22 +227,38 @@ class InitializeResponse(_message.Message):
     def __init__(self, initialized: bool = ..., global_step: _Optional[int] = ..., manifest_id: _Optional[str] = ..., num_workers: _Optional[int] = ..., shard: _Optional[_Union[Shard, _Mapping]] = ...) -> None: ...
 
 class PullRequest(_message.Message):
-    __slots__ = ("worker_id", "wait_initialized", "header_only")
+    __slots__ = ("worker_id", "wait_initialized", "header_only", "accepts_notices", "will_train", "first_fragment", "continued_step")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     WAIT_INITIALIZED_FIELD_NUMBER: _ClassVar[int]
     HEADER_ONLY_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTS_NOTICES_FIELD_NUMBER: _ClassVar[int]
+    WILL_TRAIN_FIELD_NUMBER: _ClassVar[int]
+    FIRST_FRAGMENT_FIELD_NUMBER: _ClassVar[int]
+    CONTINUED_STEP_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     wait_initialized: bool
     header_only: bool
-    def __init__(self, worker_id: _Optional[str] = ..., wait_initialized: bool = ..., header_only: bool = ...) -> None: ...
+    accepts_notices: bool
+    will_train: bool
+    first_fragment: int
+    continued_step: int
+    def __init__(self, worker_id: _Optional[str] = ..., wait_initialized: bool = ..., header_only: bool = ..., accepts_notices: bool = ..., will_train: bool = ..., first_fragment: _Optional[int] = ..., continued_step: _Optional[int] = ...) -> None: ...
 
 class PullResponse(_message.Message):
-    __slots__ = ("header", "fragment")
+    __slots__ = ("header", "fragment", "waiting")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     FRAGMENT_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
     header: CenterHeader
     fragment: Fragment
-    def __init__(self, header: _Optional[_Union[CenterHeader, _Mapping]] = ..., fragment: _Optional[_Union[Fragment, _Mapping]] = ...) -> None: ...
+    waiting: ChiefNotice
+    def __init__(self, header: _Optional[_Union[CenterHeader, _Mapping]] = ..., fragment: _Optional[_Union[Fragment, _Mapping]] = ..., waiting: _Optional[_Union[ChiefNotice, _Mapping]] = ...) -> None: ...
+
+class ChiefNotice(_message.Message):
+    __slots__ = ("waited_s",)
+    WAITED_S_FIELD_NUMBER: _ClassVar[int]
+    waited_s: float
+    def __init__(self, waited_s: _Optional[float] = ...) -> None: ...
 
 class CenterHeader(_message.Message):
     __slots__ = ("manifest", "manifest_id", "global_step", "num_workers")
@@ -267,7 +283,7 @@ class PushAndAverageRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[PushHeader, _Mapping]] = ..., fragment: _Optional[_Union[Fragment, _Mapping]] = ..., shared: _Optional[_Union[SharedFragments, _Mapping]] = ...) -> None: ...
 
 class PushHeader(_message.Message):
-    __slots__ = ("worker_id", "incarnation", "push_id", "is_chief", "base_step", "local_step", "weight", "manifest_id", "untouched_variables", "accepts_shared_memory", "fragments_follow", "accepts_runs", "loss", "accepts_data_connection", "uses_data_connection")
+    __slots__ = ("worker_id", "incarnation", "push_id", "is_chief", "base_step", "local_step", "weight", "manifest_id", "untouched_variables", "accepts_shared_memory", "fragments_follow", "accepts_runs", "loss", "accepts_data_connection", "uses_data_connection", "interval_steps")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     PUSH_ID_FIELD_NUMBER: _ClassVar[int]
@@ -283,6 +299,7 @@ class PushHeader(_message.Message):
     LOSS_FIELD_NUMBER: _ClassVar[int]
     ACCEPTS_DATA_CONNECTION_FIELD_NUMBER: _ClassVar[int]
     USES_DATA_CONNECTION_FIELD_NUMBER: _ClassVar[int]
+    INTERVAL_STEPS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     incarnation: bytes
     push_id: int
@@ -298,7 +315,8 @@ class PushHeader(_message.Message):
     loss: float
     accepts_data_connection: bool
     uses_data_connection: bool
-    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[bytes] = ..., push_id: _Optional[int] = ..., is_chief: bool = ..., base_step: _Optional[int] = ..., local_step: _Optional[int] = ..., weight: _Optional[float] = ..., manifest_id: _Optional[str] = ..., untouched_variables: _Optional[_Iterable[int]] = ..., accepts_shared_memory: bool = ..., fragments_follow: bool = ..., accepts_runs: bool = ..., loss: _Optional[float] = ..., accepts_data_connection: bool = ..., uses_data_connection: bool = ...) -> None: ...
+    interval_steps: int
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[bytes] = ..., push_id: _Optional[int] = ..., is_chief: bool = ..., base_step: _Optional[int] = ..., local_step: _Optional[int] = ..., weight: _Optional[float] = ..., manifest_id: _Optional[str] = ..., untouched_variables: _Optional[_Iterable[int]] = ..., accepts_shared_memory: bool = ..., fragments_follow: bool = ..., accepts_runs: bool = ..., loss: _Optional[float] = ..., accepts_data_connection: bool = ..., uses_data_connection: bool = ..., interval_steps: _Optional[int] = ...) -> None: ...
 
 class PushAndAverageResponse(_message.Message):
     __slots__ = ("admission", "fragment", "outcome", "shared", "waiting")
@@ -315,16 +333,34 @@ class PushAndAverageResponse(_message.Message):
     def __init__(self, admission: _Optional[_Union[PushAdmission, _Mapping]] = ..., fragment: _Optional[_Union[Fragment, _Mapping]] = ..., outcome: _Optional[_Union[PushOutcome, _Mapping]] = ..., shared: _Optional[_Union[SharedFragments, _Mapping]] = ..., waiting: _Optional[_Union[WaitingNotice, _Mapping]] = ...) -> None: ...
 
 class WaitingNotice(_message.Message):
-    __slots__ = ("waiting_for", "waiting_for_unknown", "round_age_s", "waiting_for_omitted")
+    __slots__ = ("waiting_for", "waiting_for_unknown", "round_age_s", "waiting_for_omitted", "missing", "finished", "finished_omitted", "workers_training")
     WAITING_FOR_FIELD_NUMBER: _ClassVar[int]
     WAITING_FOR_UNKNOWN_FIELD_NUMBER: _ClassVar[int]
     ROUND_AGE_S_FIELD_NUMBER: _ClassVar[int]
     WAITING_FOR_OMITTED_FIELD_NUMBER: _ClassVar[int]
+    MISSING_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_OMITTED_FIELD_NUMBER: _ClassVar[int]
+    WORKERS_TRAINING_FIELD_NUMBER: _ClassVar[int]
     waiting_for: _containers.RepeatedScalarFieldContainer[str]
     waiting_for_unknown: int
     round_age_s: float
     waiting_for_omitted: int
-    def __init__(self, waiting_for: _Optional[_Iterable[str]] = ..., waiting_for_unknown: _Optional[int] = ..., round_age_s: _Optional[float] = ..., waiting_for_omitted: _Optional[int] = ...) -> None: ...
+    missing: _containers.RepeatedCompositeFieldContainer[MissingWorker]
+    finished: _containers.RepeatedScalarFieldContainer[str]
+    finished_omitted: int
+    workers_training: int
+    def __init__(self, waiting_for: _Optional[_Iterable[str]] = ..., waiting_for_unknown: _Optional[int] = ..., round_age_s: _Optional[float] = ..., waiting_for_omitted: _Optional[int] = ..., missing: _Optional[_Iterable[_Union[MissingWorker, _Mapping]]] = ..., finished: _Optional[_Iterable[str]] = ..., finished_omitted: _Optional[int] = ..., workers_training: _Optional[int] = ...) -> None: ...
+
+class MissingWorker(_message.Message):
+    __slots__ = ("worker_id", "has_left", "last_seen_age_s")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    HAS_LEFT_FIELD_NUMBER: _ClassVar[int]
+    LAST_SEEN_AGE_S_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    has_left: bool
+    last_seen_age_s: float
+    def __init__(self, worker_id: _Optional[str] = ..., has_left: bool = ..., last_seen_age_s: _Optional[float] = ...) -> None: ...
 
 class PushAdmission(_message.Message):
     __slots__ = ("first_needed_fragment", "contribution", "average", "data_connection")
@@ -339,30 +375,38 @@ class PushAdmission(_message.Message):
     def __init__(self, first_needed_fragment: _Optional[int] = ..., contribution: _Optional[_Union[SharedMemory, _Mapping]] = ..., average: _Optional[_Union[SharedMemory, _Mapping]] = ..., data_connection: _Optional[_Union[DataConnection, _Mapping]] = ...) -> None: ...
 
 class PushOutcome(_message.Message):
-    __slots__ = ("outcome", "global_step", "contributors", "waited_s", "untouched_variables")
+    __slots__ = ("outcome", "global_step", "contributors", "waited_s", "untouched_variables", "nonfinite_values")
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
     GLOBAL_STEP_FIELD_NUMBER: _ClassVar[int]
     CONTRIBUTORS_FIELD_NUMBER: _ClassVar[int]
     WAITED_S_FIELD_NUMBER: _ClassVar[int]
     UNTOUCHED_VARIABLES_FIELD_NUMBER: _ClassVar[int]
+    NONFINITE_VALUES_FIELD_NUMBER: _ClassVar[int]
     outcome: Outcome
     global_step: int
     contributors: _containers.RepeatedScalarFieldContainer[str]
     waited_s: float
     untouched_variables: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, outcome: _Optional[_Union[Outcome, str]] = ..., global_step: _Optional[int] = ..., contributors: _Optional[_Iterable[str]] = ..., waited_s: _Optional[float] = ..., untouched_variables: _Optional[_Iterable[int]] = ...) -> None: ...
+    nonfinite_values: int
+    def __init__(self, outcome: _Optional[_Union[Outcome, str]] = ..., global_step: _Optional[int] = ..., contributors: _Optional[_Iterable[str]] = ..., waited_s: _Optional[float] = ..., untouched_variables: _Optional[_Iterable[int]] = ..., nonfinite_values: _Optional[int] = ...) -> None: ...
 
 class LeaveRequest(_message.Message):
-    __slots__ = ("worker_id", "incarnation")
+    __slots__ = ("worker_id", "incarnation", "finished")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     incarnation: bytes
-    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[bytes] = ...) -> None: ...
+    finished: bool
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[bytes] = ..., finished: bool = ...) -> None: ...
 
 class LeaveResponse(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("workers_training", "global_step")
+    WORKERS_TRAINING_FIELD_NUMBER: _ClassVar[int]
+    GLOBAL_STEP_FIELD_NUMBER: _ClassVar[int]
+    workers_training: int
+    global_step: int
+    def __init__(self, workers_training: _Optional[int] = ..., global_step: _Optional[int] = ...) -> None: ...
 
 class JoinRequest(_message.Message):
     __slots__ = ("incarnation", "task_index")
@@ -385,7 +429,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("worker_id", "is_chief", "local_step", "fragments_given", "waiting", "last_seen_age_s", "nonfinite_values", "pushes_counted", "lateness_s", "loss", "transport", "peer")
+    __slots__ = ("worker_id", "is_chief", "local_step", "fragments_given", "waiting", "last_seen_age_s", "nonfinite_values", "pushes_counted", "lateness_s", "loss", "transport", "peer", "has_finished", "has_left", "interval_steps")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     IS_CHIEF_FIELD_NUMBER: _ClassVar[int]
     LOCAL_STEP_FIELD_NUMBER: _ClassVar[int]
@@ -398,6 +442,9 @@ class WorkerStatus(_message.Message):
     LOSS_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     PEER_FIELD_NUMBER: _ClassVar[int]
+    HAS_FINISHED_FIELD_NUMBER: _ClassVar[int]
+    HAS_LEFT_FIELD_NUMBER: _ClassVar[int]
+    INTERVAL_STEPS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     is_chief: bool
     local_step: int
@@ -410,10 +457,13 @@ class WorkerStatus(_message.Message):
     loss: float
     transport: Transport
     peer: str
-    def __init__(self, worker_id: _Optional[str] = ..., is_chief: bool = ..., local_step: _Optional[int] = ..., fragments_given: _Optional[int] = ..., waiting: bool = ..., last_seen_age_s: _Optional[float] = ..., nonfinite_values: _Optional[int] = ..., pushes_counted: _Optional[int] = ..., lateness_s: _Optional[float] = ..., loss: _Optional[float] = ..., transport: _Optional[_Union[Transport, str]] = ..., peer: _Optional[str] = ...) -> None: ...
+    has_finished: bool
+    has_left: bool
+    interval_steps: int
+    def __init__(self, worker_id: _Optional[str] = ..., is_chief: bool = ..., local_step: _Optional[int] = ..., fragments_given: _Optional[int] = ..., waiting: bool = ..., last_seen_age_s: _Optional[float] = ..., nonfinite_values: _Optional[int] = ..., pushes_counted: _Optional[int] = ..., lateness_s: _Optional[float] = ..., loss: _Optional[float] = ..., transport: _Optional[_Union[Transport, str]] = ..., peer: _Optional[str] = ..., has_finished: bool = ..., has_left: bool = ..., interval_steps: _Optional[int] = ...) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("phase", "global_step", "num_workers", "waiting_for", "waiting_for_unknown", "round_age_s", "workers", "model_size_bytes", "manifest_id", "received_bytes", "sent_bytes", "uptime_s", "last_round_s", "rounds_restarted", "stale_pushes", "shared_bytes", "min_workers", "rounds_without_all", "checkpoint_step", "checkpoint_problem", "shard", "rounds_committed", "rounds_per_minute", "pushes_retried", "connected_workers", "checkpoint_age_s", "workers_omitted", "waiting_for_omitted", "checkpoint_writing_s")
+    __slots__ = ("phase", "global_step", "num_workers", "waiting_for", "waiting_for_unknown", "round_age_s", "workers", "model_size_bytes", "manifest_id", "received_bytes", "sent_bytes", "uptime_s", "last_round_s", "rounds_restarted", "stale_pushes", "shared_bytes", "min_workers", "rounds_without_all", "checkpoint_step", "checkpoint_problem", "shard", "rounds_committed", "rounds_per_minute", "pushes_retried", "connected_workers", "checkpoint_age_s", "workers_omitted", "waiting_for_omitted", "checkpoint_writing_s", "workers_finished", "job_over")
     PHASE_FIELD_NUMBER: _ClassVar[int]
     GLOBAL_STEP_FIELD_NUMBER: _ClassVar[int]
     NUM_WORKERS_FIELD_NUMBER: _ClassVar[int]
@@ -443,6 +493,8 @@ class GetStatusResponse(_message.Message):
     WORKERS_OMITTED_FIELD_NUMBER: _ClassVar[int]
     WAITING_FOR_OMITTED_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_WRITING_S_FIELD_NUMBER: _ClassVar[int]
+    WORKERS_FINISHED_FIELD_NUMBER: _ClassVar[int]
+    JOB_OVER_FIELD_NUMBER: _ClassVar[int]
     phase: Phase
     global_step: int
     num_workers: int
@@ -472,4 +524,6 @@ class GetStatusResponse(_message.Message):
     workers_omitted: int
     waiting_for_omitted: int
     checkpoint_writing_s: float
-    def __init__(self, phase: _Optional[_Union[Phase, str]] = ..., global_step: _Optional[int] = ..., num_workers: _Optional[int] = ..., waiting_for: _Optional[_Iterable[str]] = ..., waiting_for_unknown: _Optional[int] = ..., round_age_s: _Optional[float] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., model_size_bytes: _Optional[int] = ..., manifest_id: _Optional[str] = ..., received_bytes: _Optional[int] = ..., sent_bytes: _Optional[int] = ..., uptime_s: _Optional[float] = ..., last_round_s: _Optional[float] = ..., rounds_restarted: _Optional[int] = ..., stale_pushes: _Optional[int] = ..., shared_bytes: _Optional[int] = ..., min_workers: _Optional[int] = ..., rounds_without_all: _Optional[int] = ..., checkpoint_step: _Optional[int] = ..., checkpoint_problem: _Optional[str] = ..., shard: _Optional[_Union[Shard, _Mapping]] = ..., rounds_committed: _Optional[int] = ..., rounds_per_minute: _Optional[float] = ..., pushes_retried: _Optional[int] = ..., connected_workers: _Optional[int] = ..., checkpoint_age_s: _Optional[float] = ..., workers_omitted: _Optional[int] = ..., waiting_for_omitted: _Optional[int] = ..., checkpoint_writing_s: _Optional[float] = ...) -> None: ...
+    workers_finished: int
+    job_over: bool
+    def __init__(self, phase: _Optional[_Union[Phase, str]] = ..., global_step: _Optional[int] = ..., num_workers: _Optional[int] = ..., waiting_for: _Optional[_Iterable[str]] = ..., waiting_for_unknown: _Optional[int] = ..., round_age_s: _Optional[float] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., model_size_bytes: _Optional[int] = ..., manifest_id: _Optional[str] = ..., received_bytes: _Optional[int] = ..., sent_bytes: _Optional[int] = ..., uptime_s: _Optional[float] = ..., last_round_s: _Optional[float] = ..., rounds_restarted: _Optional[int] = ..., stale_pushes: _Optional[int] = ..., shared_bytes: _Optional[int] = ..., min_workers: _Optional[int] = ..., rounds_without_all: _Optional[int] = ..., checkpoint_step: _Optional[int] = ..., checkpoint_problem: _Optional[str] = ..., shard: _Optional[_Union[Shard, _Mapping]] = ..., rounds_committed: _Optional[int] = ..., rounds_per_minute: _Optional[float] = ..., pushes_retried: _Optional[int] = ..., connected_workers: _Optional[int] = ..., checkpoint_age_s: _Optional[float] = ..., workers_omitted: _Optional[int] = ..., waiting_for_omitted: _Optional[int] = ..., checkpoint_writing_s: _Optional[float] = ..., workers_finished: _Optional[int] = ..., job_over: bool = ...) -> None: ...

@@ -115,7 +115,8 @@ class ParameterServerServicer(object):
 
     def Leave(self, request, context):
         """Says that this worker's process goes: rounds with a quorum wait for it no longer. A push of it that is whole stays in
-        the round; one that is half made is started over without it.
+        the round; one that is half made is started over without it. If it has `finished`, no round waits for it any longer,
+        strict ones neither; the answer comes when a checkpoint has it, if there are any.
 
         Errors: WORKER_ID_INVALID, INCARNATION_INVALID.
         """
