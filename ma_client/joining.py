@@ -72,7 +72,9 @@ class _Holder:
         if self._place.done() and self._place.exception() is None:
             worker_id = f"worker-{self._place.result().task_index}"
             with contextlib.suppress(ModelAverageError):
-                self._shard.leave(worker_id, self._incarnation, Deadline(_GOODBYE_TIMEOUT_S))
+                self._shard.leave(
+                    pb.LeaveRequest(worker_id=worker_id, incarnation=self._incarnation), Deadline(_GOODBYE_TIMEOUT_S)
+                )
         self._shard.stop()
         self._thread.join(_GOODBYE_TIMEOUT_S)
         self._shard.close()

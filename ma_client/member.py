@@ -72,6 +72,7 @@ class Contribution:
         weight: share in the average.
         local_step: for the server's status.
         loss: for the server's status; None: it is not said.
+        interval_steps: for the server's log and status; 0: it is not said.
     """
 
     values: Sequence[memoryview]
@@ -79,6 +80,7 @@ class Contribution:
     weight: float
     local_step: int = 0
     loss: float | None = None
+    interval_steps: int = 0
 
 
 class Member:
@@ -133,9 +135,14 @@ class Member:
         return self._patience.call(lambda: self.shard.center_header(request, deadline), deadline)
 
     def pull(
-        self, wait_initialized: bool, deadline: Deadline, heard: Callable[[pb.CenterHeader], None] | None = None
+        self,
+        wait_initialized: bool,
+        deadline: Deadline,
+        heard: Callable[[pb.CenterHeader], None] | None = None,
+        will_train: bool = False,
     ) -> None:
         """Reads the center into the staging buffer. ``heard`` may adopt another one when it hears the header.
+        ``will_train``: rounds wait for this worker, even if it had finished.
 
         Raises:
             ConflictError: MANIFEST_MISMATCH: nobody adopted the center that came.
@@ -155,6 +162,7 @@ class Member:
             return self._staging
 
         request = self._pull_request(wait_initialized)
+        request.will_train = will_train
         self._patience.call(lambda: self.shard.pull(request, staging_for, deadline), deadline)
         self.step, self.elsewhere, self._loan = step, None, None
 
@@ -188,6 +196,7 @@ class Member:
             accepts_shared_memory=self._worker.accepts_shared_memory,
             accepts_runs=True,
             loss=contribution.loss,
+            interval_steps=contribution.interval_steps,
         )
 
         def attempt() -> tuple[Answer, Mapping[str, NDArray[Any]] | None]:
@@ -311,10 +320,16 @@ class Member:
             return False  # nobody knows; there will be another look
         return self.step is not None and status.global_step < self.step
 
+    def finish(self, deadline: Deadline) -> pb.LeaveResponse:
+        """Says that this worker has finished its training: no round waits for it any longer."""
+        request = pb.LeaveRequest(worker_id=self._worker.worker_id, incarnation=self._worker.incarnation, finished=True)
+        return self._patience.call(lambda: self.shard.leave(request, deadline), deadline)
+
     def leave(self) -> None:
         """Says that this process goes, if it ever pushed."""
         if self._push_id:
-            self.shard.leave(self._worker.worker_id, self._worker.incarnation, Deadline(_LEAVE_TIMEOUT_S))
+            request = pb.LeaveRequest(worker_id=self._worker.worker_id, incarnation=self._worker.incarnation)
+            self.shard.leave(request, Deadline(_LEAVE_TIMEOUT_S))
 
     def _center_bytes(self) -> list[memoryview]:
         assert self._staging is not None

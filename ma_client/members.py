@@ -96,7 +96,7 @@ class Members:
 
     def pull(self, wait_initialized: bool, may_push: bool, deadline: Deadline) -> None:
         """Reads the centers of all shards; afterwards all are of one step."""
-        self.each(lambda _, member: member.pull(wait_initialized, deadline))
+        self.each(lambda _, member: member.pull(wait_initialized, deadline, will_train=may_push))
         # Copied, so that it is the caller's own: what comes by a push may lie in the server's memory.
         self.settle(True, deadline, may_push)
 

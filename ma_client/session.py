@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from modelaverage import wire
 from modelaverage.access import Access
 from modelaverage.checks import check_global_step, check_weight, check_worker_id
 from modelaverage.errors import ConflictError, InvalidRequestError, NotInitializedError, Reason
+from modelaverage.logs import event
 from modelaverage.manifest import MAX_SHARDS, Manifest, Variable, dtype_name, first_difference
 from modelaverage.outcome import Outcome
 from modelaverage.placement import PLACEMENTS
@@ -35,6 +37,7 @@ from modelaverage.v1 import parameter_server_pb2 as pb
 __all__ = ["InitializeResult", "ParameterServerSession", "PushResult"]
 
 _Array = NDArray[Any]
+_log = logging.getLogger("ma_client")
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,7 @@ class ParameterServerSession:
         self._round_timeout_s = round_timeout_s
         self._init_from = init_from
         self._assembly: Assembly | None = None
+        self._has_finished = self._was_nonfinite = False
         self._paths: Paths = {}
         worker = Worker(worker_id, uuid.uuid4().bytes, is_chief, shared_memory)
         access = Access(Security.from_env() if security is None else security)
@@ -181,6 +185,30 @@ class ParameterServerSession:
     def close(self) -> None:
         """Ends the session; the center stays where it is. Rounds with a quorum no longer wait for this worker."""
         self._members.close()
+
+    def finish(self, timeout_s: float | None = 60.0) -> int:
+        """Says that this worker has finished its training: rounds go on without it, where they need all workers, too.
+
+        From then on `pull` only looks. `resume_training`, or a push, makes the worker count again. Does nothing the
+        second time.
+
+        Args:
+            timeout_s: how long to try; None: for the session's ``reconnect_timeout_s``.
+
+        Returns:
+            How many workers have not finished; 0: the job is over.
+
+        Raises:
+            DeadlineExceededError, ServerUnavailableError: a server could not be told; it goes on waiting.
+        """
+        deadline = Deadline(timeout_s)
+        responses = self._members.each(lambda _, member: member.finish(deadline))
+        self._has_finished = True
+        return max(response.workers_training for response in responses)
+
+    def resume_training(self) -> None:
+        """Undoes `finish` with the next `pull`: rounds wait for this worker again."""
+        self._has_finished = False
 
     def initialize(
         self, variables: Mapping[str, Any], global_step: int = 0, timeout_s: float | None = None
@@ -251,14 +279,17 @@ class ParameterServerSession:
         """
         deadline = Deadline(timeout_s)
         shape = None if expected is None else self._flat(expected)
+        will_train = catch_up and not self._has_finished
         if len(self._members) == 1:
             self._members.each(
-                lambda _, member: member.pull(wait_initialized, deadline, lambda header: self._adopt([header], shape))
+                lambda _, member: member.pull(
+                    wait_initialized, deadline, lambda header: self._adopt([header], shape), will_train
+                )
             )
         else:
             headers = self._members.each(lambda _, member: member.center_header(wait_initialized, deadline))
             self._adopt(headers, shape)
-            self._members.pull(wait_initialized, catch_up, deadline)
+            self._members.pull(wait_initialized, will_train, deadline)
         return self._center(copy), self._common_step()
 
     def push_and_average(
@@ -268,6 +299,7 @@ class ParameterServerSession:
         *,
         local_step: int = 0,
         loss: float | None = None,
+        interval_steps: int = 0,
         untouched: Collection[str] = (),
         timeout_s: float | None = None,
         copy: bool = True,
@@ -281,6 +313,8 @@ class ParameterServerSession:
             weight: share in the average, from 1e-9 to 1e9.
             local_step: this worker's count of optimizer steps; shown in the server's status.
             loss: the loss that this worker has reached; shown in the server's status. None: it is not shown.
+            interval_steps: how many local steps this worker makes between two rounds; the server says if they differ.
+                0: it does not say.
             untouched: names of variables that are as they came from the center, for want of a gradient. What all
                 workers left untouched keeps the center's bytes.
             timeout_s: how long to wait for the other workers; None: the session's ``round_timeout_s``.
@@ -311,10 +345,12 @@ class ParameterServerSession:
             raise InvalidRequestError(f"untouched names {min(unknown)!r}, which is no center variable")
         untouched_numbers = assembly.cut_numbers({numbers[name] for name in untouched})
         contributions = [
-            Contribution(part, numbers_there, weight, local_step, loss)
+            Contribution(part, numbers_there, weight, local_step, loss, interval_steps)
             for part, numbers_there in zip(assembly.cut(values), untouched_numbers, strict=True)
         ]
+        self._has_finished = False
         outcomes = self._members.push(self.base_step, contributions, copy, deadline)
+        self._note_nonfinite(sum(outcome.nonfinite_values for outcome in outcomes))
         everywhere = frozenset.intersection(*(frozenset(outcome.contributors) for outcome in outcomes))
         kept = assembly.join_numbers([outcome.untouched_variables for outcome in outcomes])
         return PushResult(
@@ -344,6 +380,16 @@ class ParameterServerSession:
         return self._members.each(lambda _, member: member.shard.status(Deadline(timeout_s)))
 
     # How it is done.
+
+    def _note_nonfinite(self, values: int) -> None:
+        """Of the last push, so many values were not finite: said once, until they are finite again."""
+        if values and not self._was_nonfinite:
+            _log.warning(
+                "%d values of the last push are not finite (NaN, infinite); the average is not either",
+                values,
+                extra=event("values_not_finite", worker=self.worker_id, round=self.base_step, values=values),
+            )
+        self._was_nonfinite = values > 0
 
     def _adopt(self, headers: Sequence[pb.CenterHeader], expected: Mapping[str, _Array] | None) -> None:
         """These are the centers of the servers, from now on. Raises ConflictError unless they belong together."""

@@ -35,6 +35,7 @@ from modelaverage.errors import (
 )
 from modelaverage.logs import event
 from modelaverage.missing import Missing
+from modelaverage.names import listed
 from modelaverage.outcome import Outcome
 from modelaverage.shared_memory import Segment
 from modelaverage.tuning import CHANNEL_OPTIONS, keep_freed_memory
@@ -385,11 +386,15 @@ class Shard:
                 for data in messages:
                     yield wire.parse(pb.JoinResponse, data)
 
-    def leave(self, worker_id: str, incarnation: bytes, deadline: Deadline) -> None:
-        """Says that this process goes."""
-        request = pb.LeaveRequest(worker_id=worker_id, incarnation=incarnation).SerializeToString()
-        with self._faults(deadline, "nobody said goodbye"):
-            self._leave(request, timeout=deadline.left_s, metadata=self._access.metadata)
+    def leave(self, request: pb.LeaveRequest, deadline: Deadline) -> pb.LeaveResponse:
+        """Says that this process goes, and whether it has finished."""
+        with self._faults(deadline, "the server does not know that this worker goes"):
+            call = self._leave.future(
+                request.SerializeToString(), timeout=deadline.left_s, metadata=self._access.metadata
+            )
+            with self._ending(call):
+                answer: bytes = call.result()
+        return wire.parse(pb.LeaveResponse, answer)
 
     def status(self, deadline: Deadline, wait_for_ready: bool = False) -> pb.GetStatusResponse:
         """What the server is doing."""
@@ -497,4 +502,8 @@ def _log_waiting(waiting: pb.WaitingNotice, step: int) -> None:
         waiting_for_unknown=missing.unknown,
     )
     whom = missing.text() if missing else "the server: all pushes are there, and its checkpoint is being written"
+    if waiting.finished:
+        gone = listed(waiting.finished, waiting.finished_omitted)
+        have = "has" if len(waiting.finished) + waiting.finished_omitted == 1 else "have"
+        whom += f"; {gone} {have} finished, rounds go on with {waiting.workers_training}"
     _log.warning("the round has waited %.0f s for %s", waiting.round_age_s, whom, extra=what)

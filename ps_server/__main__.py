@@ -262,7 +262,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         log_json("ps-server")
     else:
         logging.basicConfig(format="%(asctime)s ps-server: %(message)s")
-    logging.getLogger("ps_server").setLevel(logging.DEBUG if arguments.verbose else logging.WARNING)
+    logging.getLogger("ps_server").setLevel(logging.DEBUG if arguments.verbose else logging.INFO)
     config = ServerConfig(
         binds=tuple(arguments.bind or ["127.0.0.1:2222"]),
         policy=ServicePolicy(

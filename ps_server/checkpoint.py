@@ -148,7 +148,7 @@ def _read(descriptor: int, step: int, kind: str, max_model_bytes: int | None) ->
     if kind not in (files.FRESH, f"{checksum:08x}"):
         raise CheckpointError("its bytes are not those that were written")
     arrays = {name: _array(body, head, name) for name in (variable.name for variable in content.manifest.variables)}
-    return Checkpoint(content.manifest, arrays, step, content.contributors, content.counted)
+    return Checkpoint(content.manifest, arrays, step, content.contributors, content.counted, content.finished)
 
 
 def _array(body: NDArray[np.uint8], head: Head, name: str) -> NDArray[Any]:

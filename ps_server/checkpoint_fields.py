@@ -6,7 +6,7 @@ What was written comes back; anything else is refused, however it came there.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ class Checkpoint:
         global_step: rounds completed.
         contributors: of the last round.
         counted: by worker, the key (incarnation, push id) of the last push that was counted.
+        finished: workers that no round waits for, in any order.
         segment: the shared memory whose body is the flat buffer with the arrays, if they lie in such.
     """
 
@@ -52,6 +53,7 @@ class Checkpoint:
     global_step: int
     contributors: tuple[str, ...] = ()
     counted: Mapping[str, tuple[bytes, int]] | None = None
+    finished: Collection[str] = ()
     segment: Segment | None = None
 
 
@@ -69,6 +71,7 @@ def fields_of(checkpoint: Checkpoint, boot: str) -> dict[str, str]:
         "fragment_size_bytes": str(checkpoint.manifest.fragment_size_bytes),
         "contributors": json.dumps(checkpoint.contributors),
         "counted": json.dumps({w: [key.hex(), number] for w, (key, number) in (checkpoint.counted or {}).items()}),
+        "finished": json.dumps(sorted(checkpoint.finished)),
         "boot_id": boot,
     }
     shard = checkpoint.manifest.shard
@@ -87,11 +90,13 @@ class Content:
         manifest: of the center.
         contributors: of the last round.
         counted: by worker, the last push that was counted.
+        finished: workers that no round waits for.
     """
 
     manifest: Manifest
     contributors: tuple[str, ...]
     counted: dict[str, tuple[bytes, int]]
+    finished: frozenset[str]
 
 
 def content_of(head: Head, step: int, is_fresh: bool) -> Content:
@@ -128,9 +133,11 @@ def content_of(head: Head, step: int, is_fresh: bool) -> Content:
     if len(set(contributors)) != len(contributors):
         raise ValueError("contributors has a worker twice")
     counted = strict_json.map_of(strict_json.parse(about["counted"]), "counted", _MAX_COUNTED, _counted)
+    # Earlier versions did not know of it.
+    finished = strict_json.list_of(strict_json.parse(about.get("finished", "[]")), "finished", _MAX_COUNTED, _worker_id)
     manifest = Manifest(variables, fragment_size_bytes, shard)
     check_sendable(manifest)
-    return Content(manifest, tuple(contributors), counted)
+    return Content(manifest, tuple(contributors), counted, frozenset(finished))
 
 
 def _name(value: Any) -> str:

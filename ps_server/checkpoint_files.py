@@ -74,9 +74,10 @@ def parse_name(name: str) -> tuple[int, str] | None:
 
 
 def newest_first(directory: int) -> list[str]:
-    """The names of all checkpoints, of whatever kind of file; of the same step the durable one comes first."""
+    """The names of all checkpoints, of whatever kind of file, latest first: of the same step the fresh one was written
+    later, when a worker had finished between two rounds."""
     found = [(parsed, name) for name in os.listdir(directory) if (parsed := parse_name(name)) is not None]
-    return [name for _, name in sorted(found, key=lambda one: (-one[0][0], one[0][1] == FRESH, one[1]))]
+    return [name for _, name in sorted(found, key=lambda one: (-one[0][0], one[0][1] != FRESH, one[1]))]
 
 
 # Directories.

@@ -44,6 +44,7 @@ from ps_server.keeper import Keeper
 from ps_server.missing import missing_of
 from ps_server.observations import Observations, Sending
 from ps_server.part import Average, Part, push_of
+from ps_server.remarks import Remarks
 from ps_server.reserve import Reserve
 from ps_server.roster import Roster
 from ps_server.round import Round, check_fragment_order
@@ -102,6 +103,9 @@ class Job:
         self._data_port = data_port
         self._reserve = reserve
         self._die = die
+        self._remarks = Remarks(roster)
+        self._keeping = asyncio.Lock()
+        self._kept_finished: frozenset[str] | None = None  # what the newest checkpoint says
         self._sender = Sender(self.manifest, observations, data_port)
         self._writing: asyncio.Task[None] | None = None  # a checkpoint on its way to the disk
         self._committing: asyncio.Task[None] | None = None  # a prepared round that waits for it
@@ -122,20 +126,56 @@ class Job:
                 part.call.fail(error)
 
     async def keep(self) -> None:
-        """Writes a checkpoint of the center as it is, unless there is one.
+        """Writes a checkpoint of the center as it is, and of who has finished, unless there is one.
 
         Returns when it outlives the process, or cannot be written."""
-        if self._committing is not None:
-            await asyncio.wait((self._committing,))
-        if self._keeper is not None and self._keeper.step != self.round.global_step:
-            state = self.round.global_step, self.round.contributors, self.round.counted
-            await asyncio.wait((self._write(self._keeper, self.center.current, *state),))
+        keeper = self._keeper
+        if keeper is None:
+            return
+        async with self._keeping:  # who waits here finds that the checkpoint before has it
+            if self._committing is not None:
+                await asyncio.wait((self._committing,))
+            round_ = self.round
+            if (keeper.step, self._kept_finished) == (round_.global_step, round_.finished):
+                return
+            state = round_.global_step, round_.contributors, round_.counted
+            # A round that is due for a checkpoint meanwhile waits for this one first.
+            writing = self._void = self._write(keeper, self.center.current, *state)
+            await asyncio.wait((writing,))
+            if self._void is writing:
+                self._void = None
 
     def leave(self, worker_id: str, incarnation: bytes) -> None:
         """A worker's process goes."""
         self._data_port.leave(worker_id, incarnation)
         with self._as_a_whole():
             self._apply(self.round.leave(worker_id, incarnation, self._clock()))
+            self._remarks.left(worker_id, self.round.policy.is_strict)
+
+    async def finish(self, worker_id: str, incarnation: bytes) -> None:
+        """A worker has finished, and its process goes. Returns when a checkpoint has it, if any are written, or has
+        taken longer than it may."""
+        self._data_port.leave(worker_id, incarnation)
+        with self._as_a_whole():
+            self._apply(self.round.finish(worker_id, incarnation, self._clock()))
+            if worker_id in self.round.finished:
+                record = self._roster.heard_of(worker_id, self._clock())
+                self._remarks.finished(worker_id, record, self.round.global_step, self.round.training)
+        if self._keeper is not None:
+            keeping = asyncio.ensure_future(self.keep())
+            await asyncio.wait((keeping,), timeout=self._keeper.timeout_s)
+
+    def come_back(self, worker_id: str) -> None:
+        """A worker is going to push."""
+        had_finished, is_new_run = worker_id in self.round.finished, self.round.job_is_over
+        self.round.come_back(worker_id)
+        self._note_return(worker_id, had_finished, is_new_run)
+
+    def _note_return(self, worker_id: str, had_finished: bool, is_new_run: bool) -> None:
+        if is_new_run:
+            self._remarks.new_run()
+        if had_finished:
+            self._remarks.came_back(worker_id, self.round.training)
 
     @property
     def connected_workers(self) -> int:
@@ -145,15 +185,17 @@ class Job:
     def missing(self) -> Missing:
         """Whom the round waits for."""
         named, unnamed = self.round.waits_for
-        return missing_of(named, unnamed, self.round.complete, self.round.contributors, self._roster)
+        others = self.round.complete | self.round.finished
+        return missing_of(named, unnamed, others, self.round.contributors, self._roster, self._clock())
 
-    async def send_pulled(self, call: Call, header_only: bool) -> None:
-        """Answers a pull: header, then every fragment if they are wanted, all of one step."""
+    async def send_pulled(self, call: Call, request: pb.PullRequest) -> None:
+        """Answers a pull: header, then every fragment that is wanted, all of one step."""
         header = self._pull_header.encode(self.round.global_step, self.round.policy.num_workers)
-        count = 0 if header_only else self.manifest.fragment_count
+        count = 0 if request.header_only else self.manifest.fragment_count
+        first = request.first_fragment if request.continued_step == self.round.global_step else 0
         buffer, reader = self.center.current, Reader(self._clock(), call.fail)
         with self.center.reading(buffer, reader):
-            await self._sender.send_buffer(call, header, buffer, reader, count)
+            await self._sender.send_buffer(call, header, buffer, reader, range(first, count))
 
     async def take_part(self, call: Call, header: pb.PushHeader) -> None:
         """Answers a push, from its header to its outcome."""
@@ -203,9 +245,12 @@ class Job:
     def _open(self, part: Part, push: Push, header: pb.PushHeader) -> Decision | None:
         """The header of a push came: what the round says to it."""
         with self._as_a_whole():
+            had_finished, is_new_run = push.worker_id in self.round.finished, self.round.job_is_over
             decisions = self.round.open(part.call.number, push, self._clock())
             record = self._roster.heard_push_of(push.worker_id, self._clock())
             record.note_push(header, part.call.peer)
+            self._note_return(push.worker_id, had_finished, is_new_run)
+            self._remarks.interval(push.worker_id, header.interval_steps)
             self._observations.pushes_retried += record.is_retry(push.key)
             return self._apply(decisions, part)
 
@@ -365,6 +410,7 @@ class Job:
         try:
             self.round.abandon()
             self.center.restart()
+            self._roster.take_nonfinite()
             self._average = Average(self.center.next)
             self._committing = None
             if self._writing is not None and not self._writing.done():
@@ -402,6 +448,7 @@ class Job:
                     self._parts[stream].call.fail(error)
                 case Restart(cause):
                     self.center.restart()
+                    self._roster.take_nonfinite()
                     self._average = Average(self.center.next)
                     self.rounds_restarted += 1
                     self._observations.started_over()
@@ -441,10 +488,12 @@ class Job:
             return self.round.prepared and self._prepared == number
 
         try:
-            if self._void is not None:
-                await asyncio.wait((self._void,))
-                self._void = None
-            if is_prepared():
+            before = self._void
+            if before is not None:
+                await asyncio.wait((before,), timeout=keeper.timeout_s)
+                if before.done() and self._void is before:
+                    self._void = None
+            if is_prepared() and (before is None or before.done()):
                 writing = self._write(keeper, self.center.next, *self.round.as_committed())
                 await asyncio.wait((writing,), timeout=keeper.timeout_s)
             if is_prepared():
@@ -466,10 +515,12 @@ class Job:
 
         async def write() -> None:
             with self.center.reading(buffer, Reader(self._clock())):
+                finished = self.round.finished
                 checkpoint = Checkpoint(
-                    self.manifest, buffer.arrays, global_step, contributors, counted, buffer.segment
+                    self.manifest, buffer.arrays, global_step, contributors, counted, finished, buffer.segment
                 )
-                await keeper.write(checkpoint)
+                if await keeper.write(checkpoint):
+                    self._kept_finished = finished
 
         self._writing = asyncio.ensure_future(write())
         return self._writing
@@ -479,6 +530,7 @@ class Job:
         now_s = self._clock()
         room = self.center.room(now_s)
         commit = self.center.commit(room, lambda: self.round.commit(now_s))
+        nonfinite = self._roster.take_nonfinite()
         self._average = Average(self.center.next)
         common = pb.PushOutcome(
             global_step=commit.global_step,
@@ -490,12 +542,16 @@ class Job:
         for stream, verdict in commit.verdicts.items():
             outcome = pb.PushOutcome(outcome=pb.Outcome.Name(verdict.outcome.value), waited_s=verdict.waited_s)
             outcome.MergeFrom(common)
-            outcomes[self._parts[stream]] = outcome
+            part = self._parts[stream]
+            outcome.nonfinite_values = nonfinite.get(part.worker_id, 0)
+            outcomes[part] = outcome
         held = [self._parts[stream] for stream in commit.held]
         self._lent = {worker_id: self._lent[worker_id] for worker_id in commit.contributors if worker_id in self._lent}
         self._roster.count(self._observations.committed(commit.contributors, now_s))
         self.last_round_s = commit.round_s
-        self.rounds_without_all += len(commit.contributors) < self.round.policy.num_workers
+        others = len(self.round.finished.difference(commit.contributors))
+        self.rounds_without_all += len(commit.contributors) + others < self.round.policy.num_workers
+        self._remarks.nonfinite(nonfinite, commit.contributors, commit.global_step)
         _log.debug(
             "global_step %d: averaged %s",
             commit.global_step,
@@ -572,7 +628,7 @@ class Job:
                 waiting_for_unknown=missing.unknown,
             ),
         )
-        notice = missing.notice(age_s)
+        notice = missing.notice(age_s, sorted(self.round.finished), self.round.training)
         for part in self._parts.values():
             if part.average is self._average:
                 part.notice = notice

@@ -134,8 +134,8 @@ class Keeper:
         flushing = "" if self._flushing is None else self._flushing.problem
         return writing or self._write_problem or flushing or self._flush_problem
 
-    async def write(self, checkpoint: Checkpoint) -> None:
-        """Returns when the checkpoint outlives this process, or could not be written; then `problem` says why.
+    async def write(self, checkpoint: Checkpoint) -> bool:
+        """Whether the checkpoint outlives this process; if not, `problem` says why.
 
         That may take for ever. Until then the arrays have to stay as they are, whether or not somebody waits.
         """
@@ -144,6 +144,8 @@ class Keeper:
                 await self._write_fresh(checkpoint)
         except Exception as error:
             self._write_problem = self._failed("checkpoint", error, self._write_problem)
+            return False
+        return True
 
     async def finish(self, timeout_s: float) -> None:
         """Waits until what was written is durable, for so long at most. Says in the log what is not."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -36,6 +37,10 @@ class WorkerRecord:
     has_pushed: bool = False
     local_step: int = 0
     nonfinite_values: int = 0
+    was_nonfinite: bool = False  # whether its last counted push had values that are not finite
+    interval_steps: int = 0  # local steps between two rounds; 0: it does not say
+    has_finished: bool = False
+    has_left: bool = False  # its process said that it goes, without having finished
     pushes_counted: int = 0
     lateness_s: float | None = None  # in the last round that counted it
     lateness_sum_s: float = 0.0  # over all of them
@@ -72,6 +77,7 @@ class Roster:
     """
 
     records: dict[str, WorkerRecord] = field(default_factory=dict)
+    _nonfinite: Counter[str] = field(default_factory=Counter, init=False)
     # Who is forgotten first, by rank. A record whose rank has grown moves on when its turn comes: no call looks at all.
     _queues: tuple[dict[str, None], ...] = field(default_factory=lambda: tuple({} for _ in Rank), init=False)
 
@@ -90,6 +96,7 @@ class Roster:
         else:
             del self._queues[record.queued_as][worker_id]
         record.last_seen_at_s = now_s
+        record.has_left = False
         record.has_pushed = record.has_pushed or pushes
         self.records[worker_id] = record
         self._queue(worker_id, record)
@@ -133,5 +140,11 @@ class Roster:
     def note_nonfinite(self, values: Mapping[str, int]) -> None:
         """So many values of these workers were not finite."""
         for worker_id, count in values.items():
-            if worker_id in self.records:
+            if count and worker_id in self.records:
                 self.records[worker_id].nonfinite_values += count
+                self._nonfinite[worker_id] += count
+
+    def take_nonfinite(self) -> Mapping[str, int]:
+        """The values that `note_nonfinite` has heard of since the last call."""
+        taken, self._nonfinite = self._nonfinite, Counter()
+        return taken

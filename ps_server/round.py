@@ -15,6 +15,8 @@ Rules (docs/architecture.md has the picture):
   process is gone or the time of grace is over, the round starts over and everyone in it pushes again.
 - A round whose pushes are all whole is *prepared*: the shell gets what the commit needs (room for the next round, a
   checkpoint) and calls `commit`, or `abandon` if it cannot. Until then nobody leaves the round or gets in.
+- A worker that has finished its training is waited for no longer: a round needs one worker less, in strict mode, too.
+  It counts again once it comes back. When all have finished the job is over, and a new run may begin.
 - After a server came back from an old checkpoint, workers may push from a later base step. If all that the round waits
   for agree on it, that is the round; if anybody pushes from an earlier one, those who are ahead are refused.
 """
@@ -77,6 +79,7 @@ class Round:
         global_step: rounds completed.
         contributors: of the last committed round.
         counted: by worker, the key of the last push that was counted.
+        finished: workers that no round waits for until they come back.
     """
 
     policy: RoundPolicy
@@ -84,6 +87,7 @@ class Round:
     global_step: int = 0
     contributors: tuple[str, ...] = ()
     counted: dict[str, tuple[bytes, int]] = field(default_factory=dict)
+    finished: frozenset[str] = frozenset()
     _members: dict[str, _Member] = field(default_factory=dict, init=False)
     _streams: dict[int, str] = field(default_factory=dict, init=False)
     _held: dict[int, tuple[Push, float]] = field(default_factory=dict, init=False)  # by stream, since when
@@ -212,6 +216,23 @@ class Round:
         its_own = member.push.incarnation == incarnation
         return self._restart_without(worker_id) if its_own or self._has_left(worker_id) else []
 
+    def finish(self, worker_id: str, incarnation: bytes, now_s: float) -> list[Decision]:
+        """A worker has finished its training, and its process goes. A whole push stays. Nothing happens if another
+        process of that name has a push open."""
+        member = self._members.get(worker_id)
+        if member is not None and member.attached is not None and member.attached.incarnation != incarnation:
+            return []
+        if len(self.finished) < _MAX_NAMES:
+            self.finished |= {worker_id}
+        self._expected.pop(worker_id, None)
+        is_gone = member is not None and self._is_gone(member)
+        return self._restart_without(worker_id) if is_gone else self._settle(None, now_s)
+
+    def come_back(self, worker_id: str) -> None:
+        """A worker is going to push: rounds wait for it, even if it had finished. The first that comes after the end of
+        a job begins another one, in which nobody has finished."""
+        self.finished = frozenset() if self.job_is_over else self.finished - {worker_id}
+
     # A prepared round.
 
     @property
@@ -283,6 +304,16 @@ class Round:
 
     # What the status shows.
 
+    @property
+    def job_is_over(self) -> bool:
+        """Whether all workers have finished."""
+        return len(self.finished) >= self.policy.num_workers and not self._members and not self._expected
+
+    @property
+    def training(self) -> int:
+        """How many workers have not finished; 1 if only those that are not counted among the `num_workers` have not."""
+        return 0 if self.job_is_over else max(1, self.policy.num_workers - len(self.finished))
+
     def holds(self, stream: int) -> bool:
         """Whether a stream belongs to the round in progress, or waits for its end."""
         return stream in self._streams or stream in self._held
@@ -336,12 +367,18 @@ class Round:
         return member.stream is None and self._in_half(member)
 
     def _has_left(self, worker_id: str) -> bool:
-        return not self.policy.is_strict and worker_id not in self._expected
+        """Whether it said so: if it is in the middle of its push, that is never completed."""
+        return worker_id in self.finished or not (self.policy.is_strict or worker_id in self._expected)
 
     @property
     def _needed(self) -> int:
         """How many workers a round needs before it can close of itself."""
-        return self.policy.min_workers if self._knows_workers else self.policy.num_workers
+        return self._possible(self.policy.min_workers if self._knows_workers else self.policy.num_workers)
+
+    def _possible(self, workers: int) -> int:
+        """As many, or as many as are left without those that have finished."""
+        absent = len(self.finished - self._members.keys()) if self.finished else 0
+        return min(workers, max(1, self.policy.num_workers - absent))
 
     @property
     def _grace_s(self) -> float:
@@ -471,7 +508,7 @@ class Round:
             full = len(self._members) >= self.policy.max_workers
             self._closed = len(self._members) >= self._needed and (all_there or full)
         complete = self._complete_count
-        if complete >= self.policy.min_workers and self._enough_at_s is None:
+        if complete >= self._possible(self.policy.min_workers) and self._enough_at_s is None:
             self._enough_at_s = now_s
         finished = self._finish()
         if not self._closed or complete < len(self._members):
@@ -512,6 +549,7 @@ class Round:
         return decisions + self._settle(None, now_s)  # it commits: nobody is missing any more
 
     def _expect(self, push: Push) -> None:
+        self.come_back(push.worker_id)
         if not self.policy.is_strict:
             self._expected.pop(push.worker_id, None)
             self._expected[push.worker_id] = push.incarnation

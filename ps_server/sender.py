@@ -28,10 +28,12 @@ class Sender:
         self._observations = observations
         self._data_port = data_port
 
-    async def send_buffer(self, call: Call, first_message: bytes, buffer: Buffer, reader: Reader, count: int) -> None:
-        """A message, and then the first ``count`` fragments of a buffer."""
+    async def send_buffer(
+        self, call: Call, first_message: bytes, buffer: Buffer, reader: Reader, indexes: range
+    ) -> None:
+        """A message, and then these fragments of a buffer."""
         await call.write(first_message)
-        for index in range(count):
+        for index in indexes:
             data = buffer.fragment(index)
             await call.write_fragment(index, data)
             reader.read_bytes += len(data)
@@ -52,7 +54,7 @@ class Sender:
             outcome=pb.Outcome.Name(outcome.value), global_step=global_step, contributors=contributors
         )
         first_message = pb.PushAndAverageResponse(admission=admission).SerializeToString()
-        await self.send_buffer(call, first_message, buffer, reader, count)
+        await self.send_buffer(call, first_message, buffer, reader, range(count))
         await call.write(pb.PushAndAverageResponse(outcome=last_word).SerializeToString())
 
     async def send_average(self, part: Part, first_needed: int) -> None:

@@ -134,7 +134,7 @@ async def _serve(
     center = asyncio.ensure_future(service.wait_initialized())
     center.add_done_callback(lambda task: None if task.cancelled() else health.serve(_CENTER, wire.SERVICE))
     await stop.wait()
-    _log.info("stopping", extra=event("stopping"))
+    _log.debug("stopping", extra=event("stopping"))
     center.cancel()
     health.stop()
     await service.stop(config.grace_s)

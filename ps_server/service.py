@@ -21,6 +21,7 @@ from modelaverage.checks import check_global_step, check_incarnation, check_work
 from modelaverage.errors import FAULTS, REASON_METADATA_KEY, REASON_PREFIX, ModelAverageError, Reason, refusal
 from modelaverage.logs import event
 from modelaverage.manifest import MAX_VARIABLES, Manifest, first_difference
+from modelaverage.names import MAX_NAMES, listed
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.authorization import Role
 from ps_server.call import Call, Context, Traffic
@@ -60,6 +61,9 @@ _MANY_FRAGMENTS = 8192
 _MANY_BYTES = 64 << 20
 # The most workers in a status; with the longest names they take a fifth of a message.
 _MAX_WORKERS_SHOWN = 2000
+# Proxies end calls on which nothing is sent for a minute or less.
+_CHIEF_NOTICE_S = 5.0
+_FIRST_CHIEF_WARNING_S = 5.0
 _GOING_DOWN = "the parameter server is going down; try again when it is back"
 _T = TypeVar("_T")
 
@@ -152,8 +156,21 @@ class ParameterServerService:
         )
 
     async def wait_initialized(self) -> None:
-        """Returns once there is a center."""
-        await self._initialized.wait()
+        """Returns once there is a center; until then the log says at growing gaps that there is none."""
+        gap_s = _FIRST_CHIEF_WARNING_S
+        while not self._initialized.is_set():
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._initialized.wait(), gap_s)
+                return
+            gap_s = 2 * gap_s
+            waited_s = self._clock() - self._started_at_s
+            names = sorted({call.worker_id for call in self._pulls_waiting})
+            _log.warning(
+                "there is no center yet: the chief (worker 0) has not initialized it for %.0f s; %s",
+                waited_s,
+                f"waiting with it: {listed(names)}" if names else "no worker has come",
+                extra=event("chief_awaited", waited_s=waited_s, workers=names[:MAX_NAMES]),
+            )
 
     async def stop(self, grace_s: float) -> None:
         """Refuses what waits for others, lets what is under way finish for up to ``grace_s``, then ends the rest."""
@@ -210,7 +227,7 @@ class ParameterServerService:
                 round_ = Round(self._policy.round, manifest.fragment_count, header.global_step)
                 self._job = self._new_job(center, pull_header, round_)
                 initialized = True
-                _log.info(
+                _log.debug(
                     "center initialized by %r: %s%d variables, %d bytes, global_step %d",
                     header.worker_id,
                     "" if manifest.shard is None else f"{manifest.shard}, ",
@@ -286,6 +303,7 @@ class ParameterServerService:
             checkpoint.global_step,
             checkpoint.contributors,
             dict(checkpoint.counted or {}),
+            frozenset(checkpoint.finished),
         )
         return self._new_job(center, wire.PullHeader(manifest), round_)
 
@@ -351,19 +369,32 @@ class ParameterServerService:
                 self._heard_pull_of(message.worker_id)
                 self._pulls_waiting.add(call)
                 try:
-                    await self._initialized.wait()
+                    await self._wait_for_chief(call, message.accepts_notices)
                 finally:
                     self._pulls_waiting.discard(call)
             job = self._require_job()
             self._heard_pull_of(message.worker_id)
+            if message.will_train and caller_role.get() is not Role.READER:
+                job.come_back(message.worker_id)
             if self._reserve.is_short and not message.header_only:
                 raise refusal(
                     Reason.SERVER_OVERLOADED,
                     "the server has no descriptors left to keep a center for a reader (`ulimit -n`); try again later",
                 )
-            await job.send_pulled(call, message.header_only)
+            await job.send_pulled(call, message)
 
         await self._serve("Pull", context, body)
+
+    async def _wait_for_chief(self, call: Call, accepts_notices: bool) -> None:
+        """Returns once there is a center. A client that accepts notices is sent some, and so is all that stands
+        between, which may end a call on which nothing is sent."""
+        since_s = self._clock()
+        while accepts_notices and not self._initialized.is_set():
+            notice = pb.ChiefNotice(waited_s=self._clock() - since_s)
+            await call.write(pb.PullResponse(waiting=notice).SerializeToString())
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._initialized.wait(), _CHIEF_NOTICE_S)
+        await self._initialized.wait()
 
     def _heard_pull_of(self, worker_id: str) -> None:
         record = self._roster.heard_of(worker_id, self._clock())
@@ -388,9 +419,15 @@ class ParameterServerService:
             check_worker_id(message.worker_id)
             check_incarnation(message.incarnation)
             self._joining.leave(message.incarnation)
-            if self._job is not None:
-                self._job.leave(message.worker_id, message.incarnation)
-            return pb.LeaveResponse().SerializeToString()
+            job = self._job
+            if job is None:
+                return pb.LeaveResponse(workers_training=self._policy.round.num_workers).SerializeToString()
+            if message.finished:
+                await job.finish(message.worker_id, message.incarnation)
+            else:
+                job.leave(message.worker_id, message.incarnation)
+            response = pb.LeaveResponse(workers_training=job.round.training, global_step=job.round.global_step)
+            return response.SerializeToString()
 
         return await self._serve("Leave", context, body)
 
@@ -438,6 +475,8 @@ class ParameterServerService:
             status.rounds_restarted = job.rounds_restarted
             status.rounds_without_all = job.rounds_without_all
             status.stale_pushes = job.stale_pushes
+            status.workers_finished = len(job.round.finished)
+            status.job_over = job.round.job_is_over
             status.connected_workers = job.connected_workers
             status.round_age_s = job.round.age_s(now_s)
             status.phase = pb.PHASE_AVERAGING if job.round.under_way else pb.PHASE_IDLE
@@ -472,6 +511,9 @@ class ParameterServerService:
                 loss=record.loss,
                 transport=record.transport,
                 peer=record.peer,
+                has_finished=record.has_finished,
+                has_left=record.has_left,
+                interval_steps=record.interval_steps,
             )
         return status
 
@@ -504,7 +546,7 @@ class ParameterServerService:
         reason, message = self._refusal(name, worker_id, str(context.peer()), failure)
         del failure  # its traceback holds this frame and what the call was sending
         self._observations.refused[reason.name] += 1
-        _log.info(
+        _log.debug(
             "%s refused: %s: %s",
             name,
             reason.name,

@@ -27,6 +27,9 @@ class CommittingRound(Round):
     def leave(self, worker_id: str, incarnation: bytes, now_s: float) -> list[Decided]:  # type: ignore[override]
         return self._committed(super().leave(worker_id, incarnation, now_s), now_s)
 
+    def finish(self, worker_id: str, incarnation: bytes, now_s: float) -> list[Decided]:  # type: ignore[override]
+        return self._committed(super().finish(worker_id, incarnation, now_s), now_s)
+
     def expire(self, now_s: float) -> list[Decided]:  # type: ignore[override]
         return self._committed(super().expire(now_s), now_s)
 

@@ -292,16 +292,18 @@ def test_fresh_checkpoints_of_another_boot_are_passed_over_for_the_durable_one(
     assert [str(path) in message for path, message in zip(fresh[::-1], caplog.messages, strict=False)] == [True, True]
 
 
-def test_of_one_step_the_durable_one_is_taken_and_if_it_is_damaged_the_fresh_one(tmp_path: Path) -> None:
-    kept = durable(tmp_path, 4, seed=1)
-    write_fresh(tmp_path, small(4, seed=2))
-    loaded = load_latest(tmp_path)
-    assert loaded is not None
-    assert content(loaded) == content(small(4, seed=1))
-    flipped(kept)
+def test_of_one_step_the_fresh_one_is_taken_for_it_is_the_later_and_if_it_is_damaged_the_durable_one(
+    tmp_path: Path,
+) -> None:
+    durable(tmp_path, 4, seed=1)
+    fresh = write_fresh(tmp_path, small(4, seed=2))
     loaded = load_latest(tmp_path)
     assert loaded is not None
     assert content(loaded) == content(small(4, seed=2))
+    truncated(fresh)
+    loaded = load_latest(tmp_path)
+    assert loaded is not None
+    assert content(loaded) == content(small(4, seed=1))
 
 
 def test_a_directory_without_checkpoints_has_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

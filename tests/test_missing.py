@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server import roster as rosters
 from ps_server.decisions import Push, Restart
 from ps_server.keeper import CheckpointPolicy
-from ps_server.missing import missing_of
+from ps_server.missing import missing_of as missing_of_at
 from ps_server.policy import RoundPolicy
 from ps_server.roster import Rank, Roster, WorkerRecord
 from ps_server.round import Round
@@ -34,6 +35,8 @@ from tests.strategies import fast
 
 MANY = 12_000
 LARGEST_MESSAGE_BYTES = 4 << 20
+
+missing_of = partial(missing_of_at, now_s=0.0)
 
 
 def roster_of(pushers: Collection[str] = (), readers: Collection[str] = ()) -> Roster:

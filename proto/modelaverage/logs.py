@@ -30,6 +30,13 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "call_failed": ("rpc", "worker", "peer", "cause"),  # through no fault of the client
     "round_committed": ("round", "workers", "workers_omitted", "round_s"),
     "round_restarted": ("round", "cause"),
+    "worker_finished": ("worker", "round", "training"),
+    "worker_left": ("worker",),
+    "worker_returned": ("worker", "training"),
+    "job_over": ("round",),
+    "intervals_differ": ("intervals",),
+    "values_not_finite": ("worker", "round", "values"),  # of a worker, too
+    "chief_awaited": ("waited_s", "workers"),
     "no_shared_memory": ("worker",),
     "no_data_port": ("cause",),
     "checkpoint_failed": ("path", "cause"),

@@ -3,12 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from modelaverage.names import MAX_NAMES, listed, quoted
 from modelaverage.v1 import parameter_server_pb2 as pb
 
-__all__ = ["Missing"]
+__all__ = ["LastSeen", "Missing"]
+
+
+# Less is too little to be said.
+_SILENT_FROM_S = 5.0
+# So many names of those that have finished fit a notice beside the others.
+_MAX_FINISHED = 4
+
+
+@dataclass(frozen=True)
+class LastSeen:
+    """What is known of a worker whose push is missing.
+
+    Args:
+        has_left: whether its process has said that it goes, without having finished.
+        age_s: seconds since it was last heard of; None: it never was.
+    """
+
+    has_left: bool = False
+    age_s: float | None = None
+
+    @property
+    def text(self) -> str:
+        """What is said of it behind its name; empty if there is nothing to say."""
+        if self.has_left:
+            return "has left"
+        return "" if self.age_s is None or self.age_s < _SILENT_FROM_S else f"last heard of {self.age_s:.0f} s ago"
 
 
 @dataclass(frozen=True)
@@ -19,11 +45,13 @@ class Missing:
         names: of those that are known; `MAX_NAMES` at most.
         omitted: how many names are left out.
         unknown: how many more the round needs that were not heard of yet.
+        last_seen: what is known of each of the ``names``, in their order; empty: nothing.
     """
 
     names: tuple[str, ...] = ()
     omitted: int = 0
     unknown: int = 0
+    last_seen: tuple[LastSeen, ...] = field(default=(), compare=False)
 
     @classmethod
     def of(cls, names: Sequence[str], omitted: int = 0, unknown: int = 0) -> Missing:
@@ -33,7 +61,13 @@ class Missing:
     @classmethod
     def told(cls, message: pb.WaitingNotice | pb.GetStatusResponse) -> Missing:
         """What a server says. One that is older than this limit says all names."""
-        return cls.of(message.waiting_for, message.waiting_for_omitted, message.waiting_for_unknown)
+        found = cls.of(message.waiting_for, message.waiting_for_omitted, message.waiting_for_unknown)
+        if isinstance(message, pb.WaitingNotice):
+            seen = [LastSeen(m.has_left, _age_s(m)) for m in message.missing[: len(found.names)]]
+        else:
+            known = {worker.worker_id: LastSeen(worker.has_left, worker.last_seen_age_s) for worker in message.workers}
+            seen = [known.get(name, LastSeen()) for name in found.names]
+        return replace(found, last_seen=tuple(seen))
 
     def __bool__(self) -> bool:
         return bool(self.names or self.omitted or self.unknown)
@@ -43,13 +77,24 @@ class Missing:
         """How many there are altogether."""
         return len(self.names) + self.omitted + self.unknown
 
-    def notice(self, round_age_s: float) -> pb.WaitingNotice:
-        """What a worker is told."""
+    def notice(self, round_age_s: float, finished: Sequence[str] = (), training: int = 0) -> pb.WaitingNotice:
+        """What a worker is told.
+
+        Args:
+            round_age_s: how old the round is.
+            finished: workers that no round waits for.
+            training: with how many workers rounds go on.
+        """
+        missing = [pb.MissingWorker(has_left=seen.has_left, last_seen_age_s=seen.age_s) for seen in self.last_seen]
         return pb.WaitingNotice(
             waiting_for=self.names,
             waiting_for_omitted=self.omitted,
             waiting_for_unknown=self.unknown,
             round_age_s=round_age_s,
+            missing=missing,
+            finished=finished[:_MAX_FINISHED],
+            finished_omitted=max(0, len(finished) - _MAX_FINISHED),
+            workers_training=training,
         )
 
     def text(self, show: Callable[[str], str] = quoted) -> str:
@@ -58,6 +103,13 @@ class Missing:
         Args:
             show: how each name is written.
         """
-        known = listed(self.names, self.omitted, show)
+        said = {name: seen.text for name, seen in zip(self.names, self.last_seen)}  # noqa: B905 (there may be none)
+        known = listed(
+            self.names, self.omitted, lambda name: show(name) + (f" ({said[name]})" if said.get(name) else "")
+        )
         unknown = f"{self.unknown:,} not heard of yet" if self.unknown else ""
         return ", ".join(filter(None, (known, unknown))) or "nobody"
+
+
+def _age_s(missing: pb.MissingWorker) -> float | None:
+    return missing.last_seen_age_s if missing.HasField("last_seen_age_s") else None

@@ -353,14 +353,12 @@ class WaitingNotice(_message.Message):
     def __init__(self, waiting_for: _Optional[_Iterable[str]] = ..., waiting_for_unknown: _Optional[int] = ..., round_age_s: _Optional[float] = ..., waiting_for_omitted: _Optional[int] = ..., missing: _Optional[_Iterable[_Union[MissingWorker, _Mapping]]] = ..., finished: _Optional[_Iterable[str]] = ..., finished_omitted: _Optional[int] = ..., workers_training: _Optional[int] = ...) -> None: ...
 
 class MissingWorker(_message.Message):
-    __slots__ = ("worker_id", "has_left", "last_seen_age_s")
-    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("has_left", "last_seen_age_s")
     HAS_LEFT_FIELD_NUMBER: _ClassVar[int]
     LAST_SEEN_AGE_S_FIELD_NUMBER: _ClassVar[int]
-    worker_id: str
     has_left: bool
     last_seen_age_s: float
-    def __init__(self, worker_id: _Optional[str] = ..., has_left: bool = ..., last_seen_age_s: _Optional[float] = ...) -> None: ...
+    def __init__(self, has_left: bool = ..., last_seen_age_s: _Optional[float] = ...) -> None: ...
 
 class PushAdmission(_message.Message):
     __slots__ = ("first_needed_fragment", "contribution", "average", "data_connection")
