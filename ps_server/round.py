@@ -507,8 +507,10 @@ class Round:
             all_there = self._expected.keys() - self._barred <= self._members.keys()
             full = len(self._members) >= self.policy.max_workers
             self._closed = len(self._members) >= self._needed and (all_there or full)
-        complete = self._complete_count
-        if complete >= self._possible(self.policy.min_workers) and self._enough_at_s is None:
+        complete, least = self._complete_count, self._possible(self.policy.min_workers)
+        if self._closed:  # one that had finished may have come back, too late for this round
+            least = min(least, len(self._members))
+        if complete >= least and self._enough_at_s is None:
             self._enough_at_s = now_s
         finished = self._finish()
         if not self._closed or complete < len(self._members):
