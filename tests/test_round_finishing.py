@@ -99,10 +99,10 @@ class Play:
         process.push = None
 
     def finish(self, name: str) -> None:
+        """It may overtake the news that the connection of its push is lost."""
         process = self.processes[name]
-        if process.stream is None:
-            process.has_finished = True
-            self._decided(self.round.finish(name, process.incarnation, self.now_s))
+        process.has_finished = True
+        self._decided(self.round.finish(name, process.incarnation, self.now_s))
 
     def leave(self, name: str) -> None:
         process = self.processes[name]
@@ -225,9 +225,9 @@ def plays(policy: RoundPolicy, names: Sequence[str]) -> st.SearchStrategy[tuple[
 
 NAMES = ("a", "b", "c")
 POLICIES = {
-    "strict": RoundPolicy.strict(3),
-    "quorum of two": RoundPolicy(3, 2, 3, grace_s=1.0),
-    "quorum of one": RoundPolicy(3, 1, 4, grace_s=1.0),
+    "strict": (RoundPolicy.strict(3), NAMES),
+    "quorum of two": (RoundPolicy(3, 2, 3, grace_s=1.0), NAMES),
+    "one more than announced": (RoundPolicy(3, 2, 4, grace_s=1.0), (*NAMES, "d")),
 }
 
 
@@ -249,19 +249,21 @@ def push_whole(play: Play, name: str) -> None:
     raise AssertionError(f"the push of {name} does not become whole")
 
 
-@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+@pytest.mark.parametrize(("policy", "names"), POLICIES.values(), ids=POLICIES)
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_whatever_has_happened_a_round_commits_once_all_who_train_have_pushed(
-    policy: RoundPolicy, data: st.DataObject
+    policy: RoundPolicy, names: Sequence[str], data: st.DataObject
 ) -> None:
-    play, events = data.draw(plays(policy, NAMES))
+    play, events = data.draw(plays(policy, names))
     run(play, events)
-    order = data.draw(st.permutations(NAMES))
-    finishing = data.draw(st.sets(st.sampled_from(NAMES), max_size=2))
+    order = data.draw(st.permutations(names))
+    finishing = data.draw(st.sets(st.sampled_from(names), max_size=2))
     before = len(play.commits)
     for name in order:
-        if play.processes[name].stream is None and name in finishing:
+        if play.processes[name].has_finished:
+            play.do("break", name)
+        elif play.processes[name].stream is None and name in finishing:
             play.do("finish", name)
     for name in order:
         if not play.processes[name].has_finished and not play.processes[name].is_whole:
@@ -278,16 +280,18 @@ def test_whatever_has_happened_a_round_commits_once_all_who_train_have_pushed(
     raise AssertionError("it waits for ever")
 
 
-@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+@pytest.mark.parametrize(("policy", "names"), POLICIES.values(), ids=POLICIES)
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_whatever_has_happened_when_all_have_finished_nobody_waits_and_the_job_is_over(
-    policy: RoundPolicy, data: st.DataObject
+    policy: RoundPolicy, names: Sequence[str], data: st.DataObject
 ) -> None:
-    play, events = data.draw(plays(policy, NAMES))
+    play, events = data.draw(plays(policy, names))
     run(play, events)
-    for name in data.draw(st.permutations(NAMES)):
+    for name in data.draw(st.permutations(names)):
         process = play.processes[name]
+        if process.has_finished:
+            play.do("break", name)
         if process.stream is not None and not process.is_held:
             push_whole(play, name)
         if process.stream is None:
@@ -353,7 +357,7 @@ def test_one_that_comes_back_counts_again() -> None:
     for name in ("a", "b"):
         push_whole(play, name)
     assert play.commits == []
-    assert play.round.waits_for == (frozenset(), 1)
+    assert play.round.waits_for[1] == 1
     push_whole(play, "c")
     assert [commit.contributors for commit in play.commits] == [NAMES]
 
@@ -383,7 +387,7 @@ def test_to_say_twice_that_one_has_finished_changes_nothing() -> None:
     play = strict()
     play.do("finish", "a")
     play.do("finish", "a")
-    assert (play.round.finished, play.round.training) == ({"a"}, 2)
+    assert (set(play.round.finished), play.round.training) == ({"a"}, 2)
     push_whole(play, "b")
     assert play.commits == []
 
@@ -401,7 +405,7 @@ def test_a_goodbye_without_having_finished_changes_nothing_for_a_strict_round() 
         push_whole(play, name)
     play.do("leave", "c")
     assert play.commits == []
-    assert play.round.waits_for == (frozenset(), 1)
+    assert play.round.waits_for[1] == 1
 
 
 def test_with_a_quorum_as_many_are_enough_as_are_left() -> None:
@@ -417,6 +421,21 @@ def test_with_a_quorum_as_many_are_enough_as_are_left() -> None:
     play.do("finish", "c")
     push_whole(play, "d")
     assert play.commits[-1].contributors == ("d",)
+
+
+def test_with_more_workers_than_were_announced_the_job_is_over_once_the_last_of_them_has_finished() -> None:
+    play = Play(RoundPolicy(2, 1, 3, grace_s=1.0), 1, NAMES)
+    for _ in range(2):  # the first does not know of the third one yet
+        for name in NAMES:
+            play.do("open", name)
+        for name in NAMES:
+            play.do("give all", name)
+    assert [commit.contributors for commit in play.commits] == [("a", "b"), NAMES]
+    for name in ("a", "b"):
+        play.do("finish", name)
+    assert (play.round.job_is_over, play.round.training) == (False, 1)
+    play.do("finish", "c")
+    assert (play.round.job_is_over, play.round.training) == (True, 0)
 
 
 def test_a_server_that_comes_back_from_a_checkpoint_knows_who_has_finished() -> None:
