@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 from ma_client.assembly import Assembly
 from ma_client.cluster import ClusterSpec
 from ma_client.data_connection import DATA_SETTINGS, DataSettings
+from ma_client.farewell import wait_until_all_have_finished
 from ma_client.initialization import Proposal, initialize
 from ma_client.member import Contribution, Worker
 from ma_client.members import Members
@@ -205,6 +206,17 @@ class ParameterServerSession:
         responses = self._members.each(lambda _, member: member.finish(deadline))
         self._has_finished = True
         return max(response.workers_training for response in responses)
+
+    def wait_for_others(self, timeout_s: float) -> bool:
+        """After `finish`: waits until all workers have finished; the center is then the last one of the job.
+
+        Args:
+            timeout_s: how long, at most.
+
+        Returns:
+            Whether all have. False: the time is over, or a server does not answer; the log says which.
+        """
+        return wait_until_all_have_finished(self.statuses, self.worker_id, timeout_s)
 
     def resume_training(self) -> None:
         """Undoes `finish` with the next `pull`: rounds wait for this worker again."""

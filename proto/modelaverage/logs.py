@@ -61,6 +61,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "server_away": ("peer", "cause", "patience_s"),
     "data_connection_given_up": ("peer", "cause", "pause_s"),
     "server_behind": ("peer", "round", "other_round", "waited_s", "waiting_for"),
+    "finish_awaited": ("workers", "waited_s"),
     "task_index_waits": ("peer", "cause"),
     "task_index_lost": ("peer", "cause"),
     "progress": ("worker", "round", "local_step", "steps", "loss", "samples_per_s", "waited_s", "accuracy"),
