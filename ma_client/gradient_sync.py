@@ -1,4 +1,4 @@
-"""The trap of trainers and torchrun: a wrapper around the model averages gradients, and rounds have nothing to average."""
+"""The trap of trainers and torchrun: a wrapper averages gradients, and rounds have nothing left to average."""
 
 from __future__ import annotations
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import re
 import sys
+import textwrap
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import StartServer
 from tests.launched import Launched
-from tests.recorded import without_a_cluster
+from tests.recorded import torchrun, without_a_cluster
 from tests.test_server_process import ServerProcess
 
 ROOT = Path(__file__).parents[1]
@@ -51,17 +53,30 @@ def test_a_trainer_ends_with_one_good_center_for_all_workers(package: str) -> No
 
 @without("accelerate")
 def test_a_trainer_that_averages_gradients_under_torchrun_is_warned_about(tmp_path: Path) -> None:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-    torchrun += ["--nproc-per-node", str(WORKERS), "--log-dir", str(tmp_path), "--redirects", "2"]
+    command = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    command += ["--nproc-per-node", str(WORKERS), "--log-dir", str(tmp_path), "--redirects", "2"]
     with ServerProcess(num_workers=WORKERS) as server:
         # On CPUs, accelerate has to be asked for what it does with GPUs by itself.
         environ = {**ENVIRON, "MA_PS_HOSTS": server.address, "ACCELERATE_USE_CPU": "true"}
-        with Launched([*torchrun, example("accelerate")], cwd=ROOT, environ=environ) as launched:
+        with Launched([*command, example("accelerate")], cwd=ROOT, environ=environ) as launched:
             assert launched.ended(TIMEOUT_S) == 0, launched.printed()
     for errors in tmp_path.glob("**/stderr.log"):
         text = errors.read_text(encoding="utf-8")
         assert text.count("DistributedDataParallel, which averages the gradients of 2 processes") == 1, text
     assert len(list(tmp_path.glob("**/stderr.log"))) == WORKERS
+
+
+@without("accelerate")
+def test_a_trainer_sees_one_process_after_what_the_page_says_for_torchrun(start_server: StartServer) -> None:
+    page = (ROOT / "docs" / "trainers.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^  ```py\n(.*?)^  ```$", page, re.MULTILINE | re.DOTALL)
+    code = ["import os", "from accelerate import Accelerator", "from ma_client import *", textwrap.dedent(block)]
+    code += ["session = ParameterServerSession.from_env()"]
+    code += ["print(Accelerator(cpu=True).num_processes, cluster.task_index, session.worker_id)"]
+    environ = {**ENVIRON, **torchrun(), "MA_PS_HOSTS": start_server(WORKERS).address}
+    with Launched(["-c", "\n".join(code)], cwd=ROOT, environ=environ) as launched:
+        assert launched.ended(TIMEOUT_S) == 0, launched.printed()
+    assert launched.lines == ["1 1 worker-1"]
 
 
 def test_the_page_has_the_examples_as_they_are() -> None:

@@ -21,8 +21,8 @@ ROUNDS, INTERVAL_STEPS, BATCH_SIZE = 12, 25, 32
 class ModelAverageCallback(lightning.Callback):
     """Averages the models of all workers every ``interval_steps`` optimizer steps.
 
-    Which worker this is comes from the environment (`ClusterSpec.from_env`). One optimizer, automatic optimization or
-    manual. Checkpoints of Lightning have its state, too.
+    Which worker this is comes from the environment (`ClusterSpec.from_env`). With several optimizers the steps are
+    those of the first, and the whole model is averaged. Checkpoints of Lightning have its state, too.
     """
 
     def __init__(self, interval_steps: int = 100) -> None:
@@ -32,8 +32,6 @@ class ModelAverageCallback(lightning.Callback):
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Puts the optimizer around the module's own, before Lightning restores it from a checkpoint."""
-        if len(trainer.optimizers) != 1:
-            raise ValueError(f"{len(trainer.optimizers)} optimizers: ModelAverageCallback averages what one updates")
         getter = ModelAverageCustomGetter(worker_device=pl_module.device)
         getter(pl_module)
         self.optimizer = ModelAverageOptimizer(
@@ -43,7 +41,7 @@ class ModelAverageCallback(lightning.Callback):
             ma_custom_getter=getter,
             interval_steps=self.interval_steps,
         )
-        trainer.strategy.optimizers = [self.optimizer]
+        trainer.strategy.optimizers = [self.optimizer, *trainer.optimizers[1:]]
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:  # noqa: ARG002
         """The chief initializes the center; everyone starts from it."""
@@ -81,11 +79,11 @@ class Circle(lightning.LightningModule):
         scores: torch.Tensor = self.net(x)
         return scores
 
-    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], _: int) -> torch.Tensor:
+    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:  # noqa: ARG002
         x, y = batch
         return nn.functional.cross_entropy(self(x), y)
 
-    def test_step(self, batch: tuple[torch.Tensor, torch.Tensor], _: int) -> None:
+    def test_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> None:  # noqa: ARG002
         x, y = batch
         self.log("accuracy", (self(x).argmax(dim=1) == y).float().mean(), batch_size=len(x))
 
