@@ -43,7 +43,7 @@ conformance: $(VENV)/dev.stamp ## plays the clients in Python, Node.js, C++ and 
 	done; exit $$status
 
 docs: $(VENV)/dev.stamp ## the pages of docs/ and the API reference as a site in build/site
-	@$(BIN)/mkdocs build --strict --quiet --site-dir build/site
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "build/site/index.html"
 
 test: lint types proto-check unit ## everything that CI runs
