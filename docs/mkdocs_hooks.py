@@ -36,7 +36,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:  # noqa: ARG001
-    """Links to folders lead to the page of the folder."""
+    """Links to folders lead to the page of the folder; what a block of code is called becomes its title."""
     here = posixpath.dirname(page.file.src_uri)
 
     def to_page(link: re.Match[str]) -> str:
@@ -45,7 +45,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             return link[0]
         return posixpath.join(link[1], "README.md" if (folder / "README.md").exists() else "index.md")
 
-    return _LINK.sub(to_page, markdown)
+    return re.sub(r"^```(\w+) ([\w ]+)$", r'```\1 title="\2"', _LINK.sub(to_page, markdown), flags=re.MULTILINE)
 
 
 def _targets(page: Path) -> Iterator[str]:

@@ -269,6 +269,8 @@ def test_the_site_has_every_page_and_no_broken_link(tmp_path: Path) -> None:
     for page in (ROOT / "docs").glob("*.md"):
         assert (site / "docs" / page.stem / "index.html").exists()
     assert (site / "index.html").exists()
+    for path in site.rglob("*.html"):
+        assert "```" not in path.read_text(encoding="utf-8"), f"{path} has a block of code that was not recognized"
 
 
 def test_a_site_is_not_part_of_the_project() -> None:

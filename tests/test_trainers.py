@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import sys
-import textwrap
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -69,8 +68,8 @@ def test_a_trainer_that_averages_gradients_under_torchrun_is_warned_about(tmp_pa
 @without("accelerate")
 def test_a_trainer_sees_one_process_after_what_the_page_says_for_torchrun(start_server: StartServer) -> None:
     page = (ROOT / "docs" / "trainers.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"^  ```py\n(.*?)^  ```$", page, re.MULTILINE | re.DOTALL)
-    code = ["import os", "from accelerate import Accelerator", "from ma_client import *", textwrap.dedent(block)]
+    (block,) = re.findall(r"^```py\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    code = ["import os", "from accelerate import Accelerator", "from ma_client import *", block]
     code += ["session = ParameterServerSession.from_env()"]
     code += ["print(Accelerator(cpu=True).num_processes, cluster.task_index, session.worker_id)"]
     environ = {**ENVIRON, **torchrun(), "MA_PS_HOSTS": start_server(WORKERS).address}
