@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from ma_client.cluster import ClusterSpec
 from ma_client.custom_getter import GLOBAL_VARIABLE_NAME, ModelAverageCustomGetter
+from ma_client.gradient_sync import warn_if_gradients_are_shared
 from ma_client.hook import ModelAverageHook
 from ma_client.mirror import HostMirror
 from ma_client.session import ParameterServerSession, PushResult
@@ -344,6 +345,7 @@ class ModelAverageOptimizer(torch.optim.Optimizer):
 
         A chief that was restored from a checkpoint lets `global_step` go on from its base step.
         """
+        warn_if_gradients_are_shared(self._getter.model)
         if self._is_chief:
             self._session.initialize(self._host_mirror().gather(), global_step=self.global_step)
 
@@ -354,6 +356,8 @@ class ModelAverageOptimizer(torch.optim.Optimizer):
             ModelAverageError: the round failed; the local variables are untouched.
             ValueError: a parameter is trained that was frozen when the center was made.
         """
+        if self.last_round is None:  # trainers wrap the model after the hook's beginning
+            warn_if_gradients_are_shared(self._getter.model)
         local = self._host_mirror().gather()
         late = self._touched - local.keys()
         if late:

@@ -15,6 +15,7 @@ from pathlib import Path
 # gRPC's own log would answer a taken port with a page of C++; set before it is imported.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
+from modelaverage import __version__
 from modelaverage.access import Access
 from modelaverage.errors import SecurityError
 from modelaverage.logs import event, log_json, say
@@ -89,6 +90,7 @@ def _is_number(text: str) -> bool:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ps-server", description="The model-averaging parameter server.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser(

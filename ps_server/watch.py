@@ -54,7 +54,7 @@ def watch(addresses: Sequence[str], fetch: _Fetch, interval_s: float, as_json: b
             show(samples)
         else:
             if sys.stdout.isatty():
-                print("for a live picture: pip install 'modelaverage[watch]'", file=sys.stderr)
+                print("for a live picture: pip install 'torch-model-average[watch]'", file=sys.stderr)
             _print_changes(samples)
     except KeyboardInterrupt:
         pass

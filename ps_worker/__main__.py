@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from modelaverage import __version__
 from modelaverage.logs import event, log_json
 from modelaverage.security_flags import add_security_flags, security_of
 from ps_worker import flags
@@ -74,6 +75,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = flags.Parser(prog="ps-worker", description="One worker of a model-averaging job.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser(

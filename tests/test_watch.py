@@ -371,7 +371,7 @@ def test_without_rich_a_terminal_gets_lines_and_is_told_what_to_install(
     watch(["ps:2222"], fetch, 1.0, as_json=False)
     out, err = capsys.readouterr()
     assert "waits for worker-1" in out
-    assert err == "for a live picture: pip install 'modelaverage[watch]'\n"
+    assert err == "for a live picture: pip install 'torch-model-average[watch]'\n"
 
 
 @pytest.mark.parametrize("interval", ["0", "-1", "nan"])

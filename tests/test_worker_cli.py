@@ -197,7 +197,7 @@ def test_missing_extra_gives_one_line_that_says_what_to_install(module: str, sta
     result = run("-c", f"import sys; sys.modules[{module!r}] = None; {start}")
     assert result.returncode == 1
     (line,) = result.stderr.splitlines()
-    assert line.endswith(f"{module} not installed; run: pip install 'modelaverage[demo]'")
+    assert line.endswith(f"{module} not installed; run: pip install 'torch-model-average[demo]'")
 
 
 def test_sigterm_ends_a_worker_that_waits_at_the_barrier_and_gives_its_place_back(start_server: StartServer) -> None:
