@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 import torch
 
 from ma_client.center_names import Tensors, names_by_tensor, tensors_of
-from ma_client.refused_tensors import can_be_averaged, dtype_of, sharded_module, why_refused
+from ma_client.refused_tensors import can_be_averaged, dtype_of, kind_of, sharded_module, why_refused
 from modelaverage.errors import ConflictError, Reason
 from modelaverage.logs import event
 from modelaverage.manifest import DTYPES
@@ -28,8 +28,8 @@ class ModelAverageCustomGetter:
 
     Center variables are the parameters that are trained (``requires_grad``), tied ones once; unless
     ``average_buffers`` is False, the floating-point buffers that are part of the state dict (BatchNorm's statistics);
-    and what ``also_average`` names. Buffers of another element type (integers, booleans, complex, float8) stay local,
-    which is logged once.
+    and what ``also_average`` names. Buffers that cannot be averaged (integers, booleans, complex, float8, sparse)
+    stay local, which is logged once.
 
     Names are those in the model, without what wrappers add to them (`torch.compile`, DistributedDataParallel,
     DataParallel, activation checkpointing): it makes no difference whether a worker wraps its model, or when.
@@ -84,7 +84,7 @@ class ModelAverageCustomGetter:
             _log.log(
                 level,
                 "stays local in each worker, because it cannot be averaged: %s%s",
-                ", ".join(f"{name} ({dtype_of(local[name])})" for name in names[:_NAMED]),
+                ", ".join(f"{name} ({kind_of(local[name])})" for name in names[:_NAMED]),
                 more,
                 extra=event("stays_local", variables=names[:_NAMED], variables_omitted=max(0, len(names) - _NAMED)),
             )

@@ -9,7 +9,7 @@ from torch.nn.parameter import is_lazy
 
 from modelaverage.manifest import DTYPES
 
-__all__ = ["can_be_averaged", "dtype_of", "sharded_module", "why_refused"]
+__all__ = ["can_be_averaged", "dtype_of", "kind_of", "sharded_module", "why_refused"]
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 _SHARDING = (
@@ -24,9 +24,16 @@ def dtype_of(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
+def kind_of(tensor: torch.Tensor) -> str:
+    """What a tensor is for people: its layout if that is not the dense one, else its element type."""
+    if is_lazy(tensor) or (tensor.layout is torch.strided and not tensor.is_nested):
+        return dtype_of(tensor)
+    return "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+
+
 def can_be_averaged(tensor: torch.Tensor) -> bool:
-    """Whether its element type is one of those that are averaged."""
-    return dtype_of(tensor) in DTYPES
+    """Whether its element type and its layout are among those that are averaged."""
+    return kind_of(tensor) in DTYPES
 
 
 def sharded_module(model: torch.nn.Module) -> str | None:
@@ -54,11 +61,11 @@ def why_refused(name: str, tensor: torch.Tensor) -> str | None:
     if kind not in _PLAIN:
         return (
             f"variable {name!r} is a {kind.__module__}.{kind.__qualname__}, and only plain tensors are averaged; "
-            "give the getter a model with plain parameters and buffers, or freeze it (requires_grad=False)"
+            "give the getter a model with plain ones, or leave it out: freeze a parameter (requires_grad=False), and "
+            "take buffers out with average_buffers=False"
         )
-    if tensor.layout is not torch.strided or tensor.is_nested:
-        layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
-        return f"variable {name!r} is {layout}, and only dense tensors are averaged; make it dense (Tensor.to_dense)"
+    if kind_of(tensor) != dtype_of(tensor):
+        return f"variable {name!r} is {kind_of(tensor)}, and only dense tensors are averaged; make it dense"
     if tensor.is_meta:
         return (
             f"variable {name!r} is on the device meta and has no values: make the model on a real device, or call "
