@@ -347,7 +347,8 @@ class ModelAverageOptimizer(torch.optim.Optimizer):
         """
         warn_if_gradients_are_shared(self._getter.model)
         if self._is_chief:
-            self._session.initialize(self._host_mirror().gather(), global_step=self.global_step)
+            values, others = self._host_mirror().gather(), self._getter.other_names()
+            self._session.initialize(values, global_step=self.global_step, other_names=others)
 
     def average(self) -> None:
         """One round now, whatever `local_step` is: push, barrier, install the average. `step` calls it.
@@ -427,7 +428,7 @@ class ModelAverageOptimizer(torch.optim.Optimizer):
 
     def _parameter_names(self) -> dict[torch.Tensor, str]:
         """The parameters that the local optimizer updates, and what the model calls them."""
-        names = {id(parameter): name for name, parameter in self._getter.model.named_parameters()}
+        names = {id(parameter): name for name, parameter in self._getter.named_parameters().items()}
         return {parameter: names[id(parameter)] for parameter in self._parameters()}
 
     def _parameters(self) -> list[torch.Tensor]:

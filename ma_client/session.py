@@ -7,17 +7,16 @@ import uuid
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from ma_client.assembly import Assembly
 from ma_client.cluster import ClusterSpec
 from ma_client.data_connection import DATA_SETTINGS, DataSettings
 from ma_client.farewell import wait_until_all_have_finished
+from ma_client.initial_values import read_initial_values
 from ma_client.initialization import Proposal, initialize
 from ma_client.member import Contribution, Worker
 from ma_client.members import Members
@@ -89,8 +88,11 @@ class ParameterServerSession:
         shared_memory: hand bytes over in shared memory if a server is on this host and offers it.
         reconnect_timeout_s: how long to try again when a server is away, restarting or not reachable; 0: not at all.
             A push that is made again sends only what the server lacks, and is never counted twice.
-        init_from: a safetensors file (`ps-server export` writes such) with the values that `initialize` sets the center
-            to, instead of those that it is given; None: those that it is given.
+        init_from: a safetensors file (`ps-server export` writes such), or with torch what `torch.save` wrote, with the
+            values that `initialize` sets the center to instead of those that it is given. It may be a whole state dict:
+            what is not in the center is logged, and not used. None: the values that it is given.
+        must_be_new: this session's first `initialize` is refused if there is a center already; not more than once,
+            because the second time there is its own.
         round_timeout_s: how long a push waits for the other workers unless it says otherwise, those of the optimizer
             included; None: as long as it takes.
         placement: what goes to which of several servers, if this session initializes the center: "balanced", even
@@ -123,6 +125,7 @@ class ParameterServerSession:
         shared_memory: bool = True,
         reconnect_timeout_s: float = 60.0,
         init_from: str | Path | None = None,
+        must_be_new: bool = False,
         round_timeout_s: float | None = None,
         placement: str = "balanced",
         security: Security | None = None,
@@ -144,6 +147,8 @@ class ParameterServerSession:
         self._placement = placement
         self._round_timeout_s = round_timeout_s
         self._init_from = init_from
+        self._must_be_new = must_be_new
+        self._has_initialized = False
         self._assembly: Assembly | None = None
         self._has_finished = self._was_nonfinite = False
         self._paths: Paths = {}
@@ -171,6 +176,7 @@ class ParameterServerSession:
             "worker_id": cluster.worker_id,
             "is_chief": cluster.is_chief,
             "init_from": cluster.init_from,
+            "must_be_new": cluster.must_be_new,
             **options,
         }
         return cls(cluster.ps_hosts, **settings)
@@ -223,7 +229,13 @@ class ParameterServerSession:
         self._has_finished = False
 
     def initialize(
-        self, variables: Mapping[str, Any], global_step: int = 0, timeout_s: float | None = None
+        self,
+        variables: Mapping[str, Any],
+        global_step: int = 0,
+        timeout_s: float | None = None,
+        *,
+        must_be_new: bool | None = None,
+        other_names: Mapping[str, Sequence[str]] = MappingProxyType({}),
     ) -> InitializeResult:
         """Sets the center variables if they are not set yet. For the chief, who also decides what goes to which server.
 
@@ -235,12 +247,14 @@ class ParameterServerSession:
                 Their order is the order of the manifest.
             global_step: where to start counting rounds.
             timeout_s: how long it may take; None: as long as it takes.
+            must_be_new: refuse to go on from a center that is there already; None: as the session was told.
+            other_names: further names, by variable, under which the file of ``init_from`` may have it (tied weights).
 
         Raises:
             InvalidRequestError: MANIFEST_INVALID, GLOBAL_STEP_INVALID; this session is not the chief's; the file of
-                ``init_from`` cannot be read, or its variables are others than these.
+                ``init_from`` cannot be read, lacks one of these variables, or has it with another shape.
             ConflictError: MANIFEST_MISMATCH, naming the first variable that differs from the servers', or the server
-                that does not belong to the others.
+                that does not belong to the others; or ``must_be_new``, and there is a center. Nothing was changed.
             NotInitializedError: a server has lost its part of a center that has been averaged already.
         """
         if not self.is_chief:
@@ -248,16 +262,30 @@ class ParameterServerSession:
         check_global_step(global_step)
         arrays = self._flat(variables)
         if self._init_from is not None:
-            arrays = _read_like(arrays, self._init_from)
+            arrays = read_initial_values(arrays, self._init_from, other_names)
+        first, self._has_initialized = not self._has_initialized, True
+        if must_be_new is None:
+            must_be_new = self._must_be_new and first
         deadline = Deadline(timeout_s)
         whole = _variables_of(arrays)
         values = [bytes_of(array) for array in arrays.values()]
-        proposal = Proposal(self.worker_id, whole, values, global_step, self._placement, self._fragment_size_bytes)
+        proposal = Proposal(
+            self.worker_id, whole, values, global_step, self._placement, self._fragment_size_bytes, must_be_new
+        )
         done = initialize(self._members, self.ps_hosts, proposal, deadline)
         self.num_workers = done.num_workers
         if done.assembly is not None:
             self._assembly = done.assembly
             self.base_step = done.global_step
+        elif not done.by_this_call and first:
+            whose = "its own initial values are" if self._init_from is None else f"the values of {self._init_from} are"
+            _log.warning(
+                "%s goes on from global_step %d of the center that is there; %s not used (--fresh refuses instead)",
+                self.worker_id,
+                done.global_step,
+                whose,
+                extra=event("center_goes_on", worker=self.worker_id, round=done.global_step),
+            )
         return InitializeResult(done.by_this_call, done.global_step)
 
     def pull(
@@ -461,19 +489,6 @@ def _outcome_of(outcomes: Sequence[pb.PushOutcome]) -> Outcome:
 
 def _variables_of(arrays: Mapping[str, _Array]) -> tuple[Variable, ...]:
     return tuple(Variable(name, dtype_name(array.dtype), array.shape) for name, array in arrays.items())
-
-
-def _read_like(arrays: Mapping[str, _Array], path: str | Path) -> dict[str, _Array]:
-    """The same variables with the values of a file. Raises InvalidRequestError."""
-    try:
-        read = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise InvalidRequestError(f"cannot initialize from {path}: {error}") from None
-    ordered = {name: read[name] for name in arrays if name in read} | read
-    difference = first_difference(_variables_of(ordered), _variables_of(arrays), f"in {path}", "in this model")
-    if difference is not None:
-        raise InvalidRequestError(f"cannot initialize from a file of another model: {difference}")
-    return ordered
 
 
 def _in_order(arrays: Mapping[str, _Array], manifest: Manifest) -> dict[str, _Array]:

@@ -145,8 +145,15 @@ def _add_cluster_flags(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--init-from",
         metavar="FILE",
-        help="the chief sets the center to the values in this safetensors file instead of its own (`ps-server export` "
-        "writes such files)",
+        help="the chief sets the center to the values in this file instead of its own: what `ps-server export` wrote, "
+        "or any safetensors file or torch.save'd state dict that has all variables",
+    )
+    group.add_argument(
+        "--fresh",
+        action="store_true",
+        dest="must_be_new",
+        help="the chief refuses to go on from a center that is there already, of an earlier run; leave it out to start "
+        "a chief again that was killed",
     )
 
 
@@ -193,7 +200,9 @@ def _cluster_of(arguments: argparse.Namespace) -> ClusterSpec:
 
 
 def _cluster_flags(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(arguments, name) for name in ("ps_hosts", "num_workers", "task_index", "init_from")}
+    return {
+        name: getattr(arguments, name) for name in ("ps_hosts", "num_workers", "task_index", "init_from", "must_be_new")
+    }
 
 
 if __name__ == "__main__":

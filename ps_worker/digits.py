@@ -144,6 +144,7 @@ def train_in_cluster(
         is_chief=cluster.is_chief,
         connect_timeout_s=connect_timeout_s,
         init_from=cluster.init_from,
+        must_be_new=cluster.must_be_new,
         security=security,
     ) as session:
         getter = ModelAverageCustomGetter(worker_device="cpu")

@@ -103,7 +103,10 @@ def _local_engine(arguments: argparse.Namespace) -> Engine:
 
     num_workers: int = arguments.workers
     num_servers = automatic_servers(num_workers, usable_cores()) if arguments.ps == _AUTO else arguments.ps
-    return lambda processes, on_message: nullcontext(LocalCluster(processes, num_servers, num_workers, on_message))
+    fresh: bool = arguments.fresh
+    return lambda processes, on_message: nullcontext(
+        LocalCluster(processes, num_servers, num_workers, on_message, must_be_new=fresh)
+    )
 
 
 def _ray_engine(arguments: argparse.Namespace, is_digits: bool) -> Engine:
@@ -126,6 +129,7 @@ def _ray_engine(arguments: argparse.Namespace, is_digits: bool) -> Engine:
         cpus_per_worker=cpus_per_worker,
         gpus_per_worker=arguments.gpus_per_worker or 0,
         bind_host=_LOOPBACK if is_new else None,
+        must_be_new=arguments.fresh,
     )
     return lambda _, on_message: RayCluster(config, on_message)
 
@@ -179,6 +183,11 @@ def _parser() -> argparse.ArgumentParser:
         choices=(_LOCAL, _RAY),
         default=_LOCAL,
         help="where they run: processes of this machine, or the nodes of a Ray cluster (%(default)s)",
+    )
+    parser.add_argument(
+        "--fresh",
+        action="store_true",
+        help="refuse to go on from a center that is there already: in a --checkpoint-dir, of an earlier run",
     )
     _add_ray_flags(parser)
     return parser

@@ -40,14 +40,23 @@ class LocalCluster:
         num_servers: how many parameter servers.
         num_workers: how many workers a round waits for.
         on_message: gets each line that a parameter server logs, with its name.
+        must_be_new: whether the chief refuses to go on from a center that is there already.
     """
 
-    def __init__(self, processes: Processes, num_servers: int, num_workers: int, on_message: LineHandler) -> None:
+    def __init__(
+        self,
+        processes: Processes,
+        num_servers: int,
+        num_workers: int,
+        on_message: LineHandler,
+        must_be_new: bool = False,
+    ) -> None:
         self.num_servers = num_servers
         self.num_workers = num_workers
         self.addresses: tuple[str, ...] = ()
         self._processes = processes
         self._on_message = on_message
+        self._must_be_new = must_be_new
         self._servers: list[Child] = []
         self._workers: list[Child] = []
 
@@ -93,7 +102,7 @@ class LocalCluster:
         on_event: LineHandler | None = None,
     ) -> None:
         """Starts worker ``index``; see `Cluster`."""
-        cluster = ClusterSpec(self.addresses, self.num_workers, index)
+        cluster = ClusterSpec(self.addresses, self.num_workers, index, must_be_new=self._must_be_new)
         environ = {"OMP_NUM_THREADS": str(self._threads_per_worker()), **os.environ, **cluster.to_env()}
         environ["PYTHONUNBUFFERED"] = "1"  # its lines are to be seen when they are printed
         self._workers.append(

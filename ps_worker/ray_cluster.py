@@ -45,6 +45,7 @@ class RayConfig:
         cpus_per_worker: cores to reserve for a worker.
         gpus_per_worker: GPUs to reserve for a worker, and to show to it.
         bind_host: where servers listen; None: at the address of their node.
+        must_be_new: whether the chief, when it is first started, refuses to go on from a center that is there already.
     """
 
     num_servers: int
@@ -55,6 +56,7 @@ class RayConfig:
     cpus_per_worker: int
     gpus_per_worker: int
     bind_host: str | None
+    must_be_new: bool = False
 
     def bundles(self) -> list[dict[str, float]]:
         """What to reserve: for each server, then for each worker."""
@@ -126,8 +128,12 @@ class RayCluster:
         config = self._config
         name = f"worker-{index}"
 
+        must_be_new = config.must_be_new
+
         def command_at(_: str) -> Command:
-            environ = ClusterSpec(self.addresses, self.num_workers, index).to_env()
+            nonlocal must_be_new
+            environ = ClusterSpec(self.addresses, self.num_workers, index, must_be_new=must_be_new).to_env()
+            must_be_new = False  # started again it finds the center that it has made itself
             # Its lines are to be seen when they are printed.
             environ["PYTHONUNBUFFERED"] = "1"
             return Command(name, command, environ, config.directory, on_event is not None)
