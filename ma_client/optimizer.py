@@ -82,6 +82,8 @@ class ModelAverageOptimizer(torch.optim.Optimizer):
     GATE_NONE = 0
     GATE_OP = 1
     GATE_GRAPH = 2
+    # GradScaler then calls `step` for an update that is to be skipped, too.
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
