@@ -72,7 +72,7 @@ class Contribution:
         weight: share in the average.
         local_step: for the server's status.
         loss: for the server's status; None: it is not said.
-        interval_steps: for the server's log and status; 0: it is not said.
+        interval_steps: local steps between two rounds, for the server's log and status; 0: it is not said.
     """
 
     values: Sequence[memoryview]
@@ -229,11 +229,24 @@ class Member:
     def center_again(self) -> Contribution | None:
         """The center as it came from the shard, which has lost it; None if it was written over meanwhile."""
         if self._loan is None:
-            values = None if self._staging is None or self._staging.is_torn else self._center_bytes()
+            values = self._center_bytes() if self.holds_center else None
         else:
             # Not `elsewhere`: whoever was given copies may have changed them.
             values = self._loan.intact_bytes()
         return None if values is None else Contribution(values, (), _HELD_CENTER_WEIGHT)
+
+    @property
+    def holds_center(self) -> bool:
+        """Whether the center of `step` is still where it came. Shared memory may be written over at any time: ask again
+        when it has been read."""
+        if self._loan is not None:
+            return self._loan.is_intact
+        return self._staging is not None and self._staging.is_whole
+
+    @property
+    def lent_center(self) -> Mapping[str, NDArray[Any]] | None:
+        """The center of `step` by name, in shared memory; None if it came in the staging buffer."""
+        return None if self._loan is None else self._loan.arrays
 
     def bring_back(self, copy: bool, deadline: Deadline) -> None:
         """The shard has fallen back behind the center that this worker has from it, and gets that again."""

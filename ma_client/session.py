@@ -20,7 +20,8 @@ from ma_client.initial_values import read_initial_values
 from ma_client.initialization import Proposal, initialize
 from ma_client.member import Contribution, Worker
 from ma_client.members import Members
-from ma_client.raw import bytes_of
+from ma_client.one_thread import OneThread, by_one_thread
+from ma_client.raw import bytes_of, same_bytes
 from ma_client.shard import Deadline
 from ma_client.trees import Paths, as_arrays, nest, paths_of
 from modelaverage import wire
@@ -38,6 +39,7 @@ __all__ = ["InitializeResult", "ParameterServerSession", "PushResult"]
 
 _Array = NDArray[Any]
 _log = logging.getLogger("ma_client")
+_LARGEST_INTERVAL = 2**32 - 1  # of the header
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,10 @@ class PushResult:
 
 
 class ParameterServerSession:
-    """One worker's session with the parameter servers of a job. Not for use by several threads at once.
+    """One worker's session with the parameter servers of a job, for one thread at a time.
+
+    A call from a second thread while one is under way is refused with SessionInUseError. Only `close` may come from any
+    thread, and from a signal handler: it ends the call that is under way.
 
     Args:
         ps_hosts: addresses of the parameter servers, HOST:PORT; the same ones in the same order for all workers.
@@ -152,6 +157,7 @@ class ParameterServerSession:
         self._assembly: Assembly | None = None
         self._has_finished = self._was_nonfinite = False
         self._paths: Paths = {}
+        self._one_thread = OneThread(worker_id)
         worker = Worker(worker_id, uuid.uuid4().bytes, is_chief, shared_memory)
         access = Access(Security.from_env() if security is None else security)
         self._members = Members(self.ps_hosts, worker, reconnect_timeout_s, access, data_connections)
@@ -193,6 +199,7 @@ class ParameterServerSession:
         """Ends the session; the center stays where it is. Rounds with a quorum no longer wait for this worker."""
         self._members.close()
 
+    @by_one_thread
     def finish(self, timeout_s: float | None = 60.0) -> int:
         """Says that this worker has finished its training: rounds go on without it, where they need all workers, too.
 
@@ -228,6 +235,7 @@ class ParameterServerSession:
         """Undoes `finish` with the next `pull`: rounds wait for this worker again."""
         self._has_finished = False
 
+    @by_one_thread
     def initialize(
         self,
         variables: Mapping[str, Any],
@@ -288,6 +296,7 @@ class ParameterServerSession:
             )
         return InitializeResult(done.by_this_call, done.global_step)
 
+    @by_one_thread
     def pull(
         self,
         wait_initialized: bool = True,
@@ -332,6 +341,7 @@ class ParameterServerSession:
             self._members.pull(wait_initialized, will_train, deadline)
         return self._center(copy), self._common_step()
 
+    @by_one_thread
     def push_and_average(
         self,
         variables: Mapping[str, Any],
@@ -353,10 +363,10 @@ class ParameterServerSession:
             weight: share in the average, from 1e-9 to 1e9.
             local_step: this worker's count of optimizer steps; shown in the server's status.
             loss: the loss that this worker has reached; shown in the server's status. None: it is not shown.
-            interval_steps: how many local steps this worker makes between two rounds; the server says if they differ.
-                0: it does not say.
-            untouched: names of variables that are as they came from the center, for want of a gradient. What all
-                workers left untouched keeps the center's bytes.
+            interval_steps: how many local steps this worker makes between two rounds; shown in the server's log and
+                status. 0: it is not said.
+            untouched: names of variables that are as they came from the center, for want of a gradient
+                (`unchanged` tells). What all workers left untouched keeps the center's bytes.
             timeout_s: how long to wait for the other workers; None: the session's ``round_timeout_s``.
             copy: False: the result's arrays are read-only and valid until the session's next call; with a quorum,
                 `check_intact` says afterwards whether they were all the time.
@@ -385,7 +395,7 @@ class ParameterServerSession:
             raise InvalidRequestError(f"untouched names {min(unknown)!r}, which is no center variable")
         untouched_numbers = assembly.cut_numbers({numbers[name] for name in untouched})
         contributions = [
-            Contribution(part, numbers_there, weight, local_step, loss, interval_steps)
+            Contribution(part, numbers_there, weight, local_step, loss, min(interval_steps, _LARGEST_INTERVAL))
             for part, numbers_there in zip(assembly.cut(values), untouched_numbers, strict=True)
         ]
         self._has_finished = False
@@ -402,6 +412,7 @@ class ParameterServerSession:
             frozenset(manifest.variables[number].name for number in kept),
         )
 
+    @by_one_thread
     def check_intact(self) -> None:
         """To be called when the arrays of a push with ``copy=False`` have been read.
 
@@ -411,10 +422,32 @@ class ParameterServerSession:
         for member in self._members:
             member.check_intact()
 
+    @by_one_thread
+    def unchanged(self, variables: Mapping[str, Any]) -> frozenset[str]:
+        """Which variables hold exactly the bytes of the center that this worker trains from (`base_step`).
+
+        Args:
+            variables: local variables, all of the center's or some; nested if you like.
+
+        Returns:
+            Their names. None of them if the center that came last is no longer here to compare with: after a push that
+            failed on its way back, or when rounds with a quorum went on without this worker.
+        """
+        assembly = self._assembly
+        if assembly is None or any(step != self.base_step for step in self._members.steps):
+            return frozenset()
+        if not all(member.holds_center for member in self._members):
+            return frozenset()
+        arrays = as_arrays(variables, paths_of(variables))
+        center = assembly.join([member.lent_center for member in self._members])
+        same = frozenset(name for name, array in arrays.items() if name in center and same_bytes(array, center[name]))
+        return same if all(member.holds_center for member in self._members) else frozenset()
+
     def status(self, timeout_s: float = 5.0) -> pb.GetStatusResponse:
         """What the first server is doing; the protocol's own message."""
         return self.statuses(timeout_s)[0]
 
+    @by_one_thread
     def statuses(self, timeout_s: float = 5.0) -> list[pb.GetStatusResponse]:
         """What each server is doing."""
         return self._members.each(lambda _, member: member.shard.status(Deadline(timeout_s)))

@@ -61,7 +61,13 @@ class Staging:
         self._memory = memory
         self._start = start
         self.is_torn = False
+        self._has_come = False
         self._received = 0
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether a center has come, and nothing over it."""
+        return self._has_come and not self.is_torn
 
     @property
     def arrays(self) -> Mapping[str, NDArray[Any]]:
@@ -115,6 +121,7 @@ class Staging:
         if not self.is_complete:
             raise ProtocolError(f"the server sent {self._received} of {self.manifest.fragment_count} fragments")
         self.is_torn = False
+        self._has_come = True
 
 
 def read_only(arrays: Mapping[str, NDArray[Any]]) -> Mapping[str, NDArray[Any]]:
