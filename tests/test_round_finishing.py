@@ -352,6 +352,32 @@ def test_half_a_push_of_one_that_has_finished_starts_the_round_over_without_it()
     assert isinstance(decisions[0], Restart)
 
 
+def test_that_one_has_finished_may_be_heard_before_its_connection_breaks() -> None:
+    play = strict()
+    play.do("open", "a")
+    play.do("give", "a")
+    play.do("finish", "a")
+    stream = play.processes["a"].stream
+    assert stream is not None
+    assert isinstance(play.round.close(stream, 0.0)[0], Restart)
+
+
+def test_the_time_of_grace_begins_when_all_who_are_left_have_pushed_but_one_more_than_announced() -> None:
+    play = Play(RoundPolicy(3, 2, 4, grace_s=1.0), 1, (*NAMES, "d"))
+    for _ in range(2):
+        for name in play.names:
+            play.do("open", name)
+        for name in play.names:
+            play.do("give all", name)
+    assert play.commits[-1].contributors == tuple(play.names)
+    for name in ("a", "b"):
+        play.do("finish", name)
+    push_whole(play, "c")
+    assert len(play.commits) == 2  # it waits for d, which was killed
+    play.do("wait", "c")
+    assert play.commits[-1].contributors == ("c",)
+
+
 def test_one_that_comes_back_counts_again() -> None:
     play = strict()
     play.do("finish", "c")
