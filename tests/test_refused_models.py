@@ -254,6 +254,11 @@ def test_a_pattern_that_matches_nothing_that_can_be_averaged_is_refused(pattern:
         ModelAverageCustomGetter("cpu", also_average=["1.*", pattern])(model)
 
 
+def test_also_average_takes_names_only() -> None:
+    with pytest.raises(TypeError, match="also_average has Linear; give names, such as 'teacher"):
+        ModelAverageCustomGetter("cpu", also_average=[torch.nn.Linear(1, 1)])  # type: ignore[list-item]
+
+
 def test_a_frozen_parameter_that_also_average_names_is_averaged_as_the_model_has_it(alone: Join) -> None:
     class Pair(torch.nn.Module):
         def __init__(self) -> None:
