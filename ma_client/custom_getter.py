@@ -44,6 +44,9 @@ class ModelAverageCustomGetter:
             same on all workers: an EMA teacher, statistics. ``*``, ``?`` and ``[...]`` stand for characters
             (`fnmatch`): "teacher.*".
 
+    Raises:
+        TypeError: ``also_average`` has something that is no name.
+
     Example:
         >>> getter = ModelAverageCustomGetter(worker_device="cpu")
         >>> model = getter(Net())
@@ -59,6 +62,9 @@ class ModelAverageCustomGetter:
         self.worker_device = torch.device(worker_device)
         self.average_buffers = average_buffers
         self.also_average = (also_average,) if isinstance(also_average, str) else tuple(also_average)
+        for pattern in self.also_average:
+            if not isinstance(pattern, str):
+                raise TypeError(f"also_average has {type(pattern).__name__}; give names, such as 'teacher.*'")
         self._model: torch.nn.Module | None = None
         self._looked_at: Mapping[str, torch.Tensor] = {}
 

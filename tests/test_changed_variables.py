@@ -29,7 +29,7 @@ def replaced(model: torch.nn.Sequential) -> None:
 
 CHANGES: dict[str, tuple[Change, str]] = {
     "pruned": (
-        lambda model: prune.l1_unstructured(model[0], "weight", amount=0.5),
+        lambda model: prune.l1_unstructured(model[0], "weight", amount=0.5),  # type: ignore[no-untyped-call]
         r"variable '0.weight' is no longer in the model \(the model has '0.weight_orig' now\)",
     ),
     "parametrized": (
@@ -43,7 +43,7 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "removed": (lambda model: model.pop(1), "variable '1.weight', and 3 more, are no longer in the model"),
     "a buffer replaced": (replaced, r"variable '1.running_mean' is float32\[5\] now and float32\[2\]"),
     "a buffer resized": (
-        lambda model: model[1].running_var.resize_(3),
+        lambda model: model.get_buffer("1.running_var").resize_(3),
         r"variable '1.running_var' is float32\[3\] now and float32\[2\]",
     ),
     "a parameter resized": (

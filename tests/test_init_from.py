@@ -61,7 +61,7 @@ def saved(tmp_path: Path, kind: str, state: StateDict) -> Path:
 
 
 KINDS = ["safetensors", "pt"]
-F4 = np.float32([1.0, -2.5, 3.0, 0.0])
+F4 = np.array([1.0, -2.5, 3.0, 0.0], np.float32)
 
 
 # Whole state dicts, in a whole job.

@@ -117,7 +117,7 @@ class AnswerLost(ParameterServerSession):
                 other.initialize(self.before, global_step=self.step)
             return attempt(*there)
 
-        member.initialize = second_attempt  # type: ignore[method-assign]
+        member.initialize = second_attempt  # type: ignore[assignment, method-assign]
         return super().initialize(*args, **options)
 
 
@@ -134,8 +134,9 @@ def test_a_center_that_another_chief_sets_at_the_same_time_is_refused(
     start_server: StartServer, before: dict[str, Any], step: int
 ) -> None:
     address = start_server(1).address
-    with AnswerLost([address], worker_id="worker-0", is_chief=True, must_be_new=True) as session:
-        session.before, session.step = before, step  # type: ignore[misc]
+    session = AnswerLost([address], worker_id="worker-0", is_chief=True, must_be_new=True)
+    with session:
+        session.before, session.step = before, step
         with pytest.raises(ConflictError, match=REFUSED.format(address, step)):
             session.initialize(ZEROS)
 
@@ -159,9 +160,9 @@ def test_anything_else_in_ma_fresh_is_refused() -> None:
 
 @pytest.mark.parametrize("task_index", [None, "auto"])
 def test_it_travels_to_a_child(task_index: Any) -> None:
-    for environ, options in (({**CLUSTER, "MA_FRESH": "1"}, {}), (CLUSTER, {"must_be_new": True})):
-        environ = {k: v for k, v in environ.items() if task_index is None or k != "MA_TASK_INDEX"}
-        assert ClusterSpec.env_for_child(environ, task_index=task_index, **options)["MA_FRESH"] == "1"
+    cluster = {name: value for name, value in CLUSTER.items() if task_index is None or name != "MA_TASK_INDEX"}
+    for environ, flag in (({**cluster, "MA_FRESH": "1"}, False), (cluster, True)):
+        assert ClusterSpec.env_for_child(environ, task_index=task_index, must_be_new=flag)["MA_FRESH"] == "1"
     assert "MA_FRESH" not in ClusterSpec.env_for_child(CLUSTER)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
@@ -27,7 +28,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def one_process() -> Iterator[None]:
     """A process group of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
@@ -48,8 +49,8 @@ def with_buffer(buffer: torch.Tensor) -> torch.nn.Module:
     return model
 
 
-def refused(model: torch.nn.Module, message: str, **options: bool) -> None:
-    getter = ModelAverageCustomGetter("cpu", **options)
+def refused(model: torch.nn.Module, message: str) -> None:
+    getter = ModelAverageCustomGetter("cpu")
     with pytest.raises(ValueError, match=message):
         getter(model)
     getter(net())  # the refused model has left no trace
@@ -58,8 +59,8 @@ def refused(model: torch.nn.Module, message: str, **options: bool) -> None:
 # Sharded models.
 
 
-def fsdp1(model: torch.nn.Module, **options: bool) -> torch.nn.Module:
-    return FullyShardedDataParallel(model, device_id=CPU, **options)
+def fsdp1(model: torch.nn.Module, use_orig_params: bool = False) -> torch.nn.Module:
+    return FullyShardedDataParallel(model, device_id=CPU, use_orig_params=use_orig_params)
 
 
 def fsdp2(model: torch.nn.Module) -> torch.nn.Module:
@@ -145,7 +146,7 @@ def test_a_frozen_parameter_may_be_anything() -> None:
 
 def test_plain_parameters_and_buffers_made_in_every_way_are_averaged() -> None:
     model = with_weight(torch.nn.Parameter(torch.ones(2, 2)))
-    model.kept = torch.nn.Buffer(torch.ones(2))  # type: ignore[assignment]
+    model.kept = torch.nn.Buffer(torch.ones(2))
     getter = ModelAverageCustomGetter("cpu")
     getter(model)
     assert getter.variables().keys() >= {"1.weight", "kept"}
@@ -251,6 +252,11 @@ def test_a_pattern_that_matches_nothing_that_can_be_averaged_is_refused(pattern:
     model[1].register_buffer("count", torch.tensor(0))
     with pytest.raises(ValueError, match=f"also_average has '{pattern}', which matches no parameter and no buffer"):
         ModelAverageCustomGetter("cpu", also_average=["1.*", pattern])(model)
+
+
+def test_also_average_takes_names_only() -> None:
+    with pytest.raises(TypeError, match="also_average has Linear; give names, such as 'teacher"):
+        ModelAverageCustomGetter("cpu", also_average=[torch.nn.Linear(1, 1)])  # type: ignore[list-item]
 
 
 def test_a_frozen_parameter_that_also_average_names_is_averaged_as_the_model_has_it(alone: Join) -> None:
