@@ -108,8 +108,8 @@ class ModelAverageOptimizer(torch.optim.Optimizer):
             raise ValueError(f"is_chief is {is_chief}, but the session was made with is_chief={session.is_chief}")
         # The base class wants a group of its own; from then on, groups, state and defaults are the local optimizer's.
         super().__init__([{"params": []}], opt.defaults)
-        for name in _SHARED:
-            del self.__dict__[name]
+        for shared in _SHARED:
+            del self.__dict__[shared]
         self._opt = opt
         self._getter = ma_custom_getter
         self._check_parameters(self._parameters())
@@ -495,7 +495,7 @@ class ModelAverageOptimizer(torch.optim.Optimizer):
                 "leave it trainable until the hook has begun, and freeze it then"
             )
         untouched = self._untouched(local)
-        pushed_before = self._steps_pushed
+        pushed_before, base_step = self._steps_pushed, self._session.base_step
         if pushed_before is None:
             self._steps_pushed = self._steps_since_round
         result = self._session.push_and_average(
@@ -507,8 +507,7 @@ class ModelAverageOptimizer(torch.optim.Optimizer):
             copy=False,
         )
         if result.outcome is not Outcome.COMMITTED:
-            counted = 0 if result.outcome is Outcome.STALE else pushed_before or 0
-            say_not_used(self._session, result.outcome, self._steps_since_round - counted)
+            self._say_what_is_lost(result, base_step, pushed_before)
         # A push that was not used says nothing of what the center has now.
         kept = result.untouched & untouched if result.outcome is Outcome.COMMITTED else frozenset[str]()
         self._install(result.center, kept)
@@ -542,6 +541,14 @@ class ModelAverageOptimizer(torch.optim.Optimizer):
         self._pull()
         if steps > 0:
             say_discarded(self._session, steps)
+
+    def _say_what_is_lost(self, result: PushResult, base_step: int | None, pushed_before: int | None) -> None:
+        """The push was not used; an earlier one from the same base step, that failed here, may have been."""
+        mine = base_step is not None and result.global_step == base_step + 1
+        mine = mine and self._session.worker_id in result.contributors
+        counted = pushed_before if mine or result.outcome is Outcome.ALREADY_COUNTED else None
+        if counted is None or self._steps_since_round > counted:
+            say_not_used(self._session, result.outcome, self._steps_since_round - (counted or 0))
 
     def _pull(self) -> None:
         center, _ = self._session.pull(expected=self._host_mirror().gather(), copy=False)

@@ -12,7 +12,7 @@ __all__ = ["say_discarded", "say_finished", "say_not_used"]
 
 _log = logging.getLogger("ma_client")
 _WHY = {
-    Outcome.STALE: "STALE: rounds went on without it",
+    Outcome.STALE: "STALE: the round was over",
     Outcome.ALREADY_COUNTED: "ALREADY_COUNTED: an earlier push of it is in the average",
 }
 
