@@ -7,6 +7,7 @@ import asyncio
 import logging
 import math
 import os
+import shutil
 import sys
 from functools import partial
 from itertools import zip_longest
@@ -350,7 +351,8 @@ def _status(arguments: argparse.Namespace) -> int:
     if arguments.json and answers:
         print(status.as_json(answers))
     elif answers:
-        print("\n\n".join(map(status.as_text, answers)))
+        columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        print("\n\n".join(status.as_text(answer, columns) for answer in answers))
     return 0 if len(answers) == len(arguments.addresses) else 1
 
 
