@@ -13,7 +13,7 @@ from google.protobuf.message import Message
 
 from modelaverage import wire
 from modelaverage.access import Access
-from modelaverage.columns import fitted, listed_within, width
+from modelaverage.columns import fitted, listed_within, shortened, width
 from modelaverage.missing import Missing
 from modelaverage.names import printable, shown
 from modelaverage.v1 import parameter_server_pb2 as pb
@@ -179,7 +179,11 @@ def intervals_of(status: pb.GetStatusResponse, columns: int | None = None) -> st
     names = sorted(steps, key=lambda name: (firsts[steps[name]] != name, name))
     head = "interval_steps differ: "
     room = None if columns is None else columns - len(head)
-    return head + listed_within(names, 0, lambda name: f"{shown(name)} {steps[name]}", room)
+
+    def show(name: str) -> str:
+        return f"{shown(name) if room is None else shortened(shown(name), _NAME_COLUMNS)} {steps[name]}"
+
+    return head + listed_within(names, 0, show, room)
 
 
 def workers_in_round(status: pb.GetStatusResponse) -> list[str]:

@@ -26,6 +26,7 @@ _FRAME_COLUMNS, _FRAME_ROWS = 4, 2
 _HEAD_ROWS = 1
 # However little room there is: what a server does, and for whom it waits.
 _LEAST_ROWS = 2
+_TABLE_ROWS = 3
 _NARROWEST = 8
 
 
@@ -80,8 +81,8 @@ class _ServerPanel:
         if status is not None:
             summary = _summary(status, columns, console)
             room = None if self.rows is None else max(_LEAST_ROWS, self.rows - len(lines))
-            if room is not None and room < len(summary):
-                summary = summary[:room]
+            if room is not None and room < len(summary) + _TABLE_ROWS:
+                summary = summary[:_LEAST_ROWS]  # the workers say more than the rest
             lines += summary
             left = None if room is None else room - len(summary)
             table = worker_table(status, columns, left)

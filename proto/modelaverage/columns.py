@@ -20,7 +20,7 @@ def width(text: str) -> int:
 
 
 def shortened(text: str, columns: int) -> str:
-    """``text`` in at most so many columns: where it is longer, … stands for its middle, since names differ at the end."""
+    """``text`` in at most so many columns. Where it is longer, … stands for its middle: names differ at the end."""
     if width(text) <= columns:
         return text
     room = max(0, columns - 1)
@@ -63,12 +63,15 @@ def listed_within(
     words = [show(name) for name in names[:MAX_NAMES]]
     if widest is not None:
         words = [shortened(word, widest) for word in words]
-    for count in range(len(words), -1, -1):
+    for count in range(len(words), 0, -1):
         more = omitted + len(names) - count
-        text = " and ".join(filter(None, [", ".join(words[:count]), f"{more:,} more" if more else ""]))
-        if columns is None or width(text) <= columns or count == 0:
+        rest = f" and {more:,} more" if more else ""
+        text = ", ".join(words[:count]) + rest
+        if columns is None or width(text) <= columns:
             return text
-    raise AssertionError
+        if count == 1:  # one name at least, with as much of it as there is room for
+            return shortened(words[0], max(1, columns - len(rest))) + rest
+    return f"{omitted:,} more" if omitted else ""
 
 
 def _columns(character: str) -> int:
