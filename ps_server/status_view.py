@@ -79,12 +79,12 @@ class _ServerPanel:
             problem = Text(f"AWAY{since}: {printable(server.problem)}", _ALARM)
             lines += problem.wrap(console, columns)
         if status is not None:
-            summary = _summary(status, columns, console)
+            vital, rest = _summary(status, columns, console)
             room = None if self.rows is None else max(_LEAST_ROWS, self.rows - len(lines))
-            if room is not None and room < len(summary) + _TABLE_ROWS:
-                summary = summary[:_LEAST_ROWS]  # the workers say more than the rest
+            # Where there is little room, the workers say more than the rest.
+            summary = vital if room is not None and room < len(vital) + len(rest) + _TABLE_ROWS else vital + rest
             lines += summary
-            left = None if room is None else room - len(summary)
+            left = None if room is None else max(0, room - len(summary))
             table = worker_table(status, columns, left)
             if table and (left is None or left > len(table)):
                 lines.append(Text())
@@ -97,8 +97,8 @@ class _ServerPanel:
         )
 
 
-def _summary(status: pb.GetStatusResponse, columns: int, console: Console) -> list[Text]:
-    """A line for each thing, what matters most first."""
+def _summary(status: pb.GetStatusResponse, columns: int, console: Console) -> tuple[list[Text], list[Text]]:
+    """A line for each thing: those that are needed however little room there is, and the rest."""
     room = max(_NARROWEST, columns - _TITLE_COLUMNS)
     lines = list[Text]()
 
@@ -114,6 +114,7 @@ def _summary(status: pb.GetStatusResponse, columns: int, console: Console) -> li
     add("waits for", _waits_for(status, room))
     if status.checkpoint_problem:
         add("checkpoint", Text(f"{words.trouble_of(status)}: {printable(status.checkpoint_problem)}", _ALARM))
+    vital, lines = lines, []
     if differ := words.intervals_of(status, columns):
         lines.append(Text(differ))
     if status.workers_finished:
@@ -133,7 +134,7 @@ def _summary(status: pb.GetStatusResponse, columns: int, console: Console) -> li
     add("model", fitted([words.size(status.model_size_bytes), moved], room, "; "))
     if not status.checkpoint_problem and status.HasField("checkpoint_age_s"):
         add("checkpoint", f"step {status.checkpoint_step}, {age(status.checkpoint_age_s)} ago")
-    return lines
+    return vital, lines
 
 
 def _waits_for(status: pb.GetStatusResponse, columns: int) -> Text:

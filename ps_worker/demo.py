@@ -7,7 +7,6 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -18,6 +17,7 @@ from safetensors.numpy import save_file
 from ma_client import ParameterServerSession
 from modelaverage.errors import ModelAverageError
 from ps_worker import run_files
+from ps_worker.beside import beside
 from ps_worker.digits_config import ALONE, DigitsConfig
 from ps_worker.engine import Cluster, Engine, server_name
 from ps_worker.events import Event, ServerEvent, decode, encode
@@ -94,7 +94,7 @@ class _Demo:
     async def run(self) -> Summary:
         """All of it."""
         started_at_s = time.monotonic()
-        async with _beside(self._keep_showing()):
+        async with beside(self._keep_showing()):
             await self._cluster.start_servers()
             servers, cluster_s = await self._train_together()
             alone_s = await self._train_alone()
@@ -112,7 +112,7 @@ class _Demo:
             self._cluster.start_worker(index, self._worker_command(), say, say, self._heard)
         watch = ServerWatch()
         try:
-            async with _beside(self._keep_watching(watch)):
+            async with beside(self._keep_watching(watch)):
                 await self._cluster.workers_done()
             cluster_s = time.monotonic() - started_at_s
             servers = [await watch.sample(name, address) for name, address in self._servers().items()]
@@ -205,18 +205,3 @@ class _Demo:
     def _servers(self) -> dict[str, str]:
         """The address of each server by its name, once they listen."""
         return {server_name(index): address for index, address in enumerate(self._cluster.addresses)}
-
-
-@contextlib.asynccontextmanager
-async def _beside(work: Coroutine[None, None, None]) -> AsyncIterator[None]:
-    """Runs endless ``work`` until the body ends. An exception of ``work`` ends the body, and is raised."""
-    body = asyncio.current_task()
-    assert body is not None
-    task = asyncio.ensure_future(work)
-    task.add_done_callback(lambda ended: None if ended.cancelled() else body.cancel())
-    try:
-        yield
-    finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task

@@ -507,4 +507,4 @@ def test_without_rich_a_terminal_gets_lines_and_is_told_what_to_install(
 def test_an_interval_that_is_none_is_refused(interval: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["status", "127.0.0.1:1", "--watch", interval])
-    assert f"{interval} is not a positive number of seconds" in capsys.readouterr().err
+    assert f"{interval!r} is not a positive number of seconds" in capsys.readouterr().err
