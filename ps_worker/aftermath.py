@@ -34,8 +34,8 @@ def missed(statuses: Sequence[pb.GetStatusResponse], workers: Sequence[WorkerSta
             )
             if is_missing and waiting:
                 found[worker.name] = (
-                    f"{ended} while {_names(waiting)} {_s('wait', waiting)} for it at the barrier: it had not finished, "
-                    "as a worker does that leaves its hook normally or calls `session.finish()`. Ctrl-C ends the run"
+                    f"{ended} while {_names(waiting)} {_s('wait', waiting)} for it at the barrier: it had not finished "
+                    "(by leaving its hook normally, or with `session.finish()`). Ctrl-C ends the run"
                 )
             elif status.phase == pb.PHASE_UNINITIALIZED and worker is workers[0] and running & known:
                 waiting = sorted(running & known)

@@ -32,7 +32,8 @@ examples:
   ma-launch --engine ray --ps auto --workers 4 -- train.py   on the nodes of a Ray cluster; docs/ray.md has more
 
 The workers' lines are printed with the worker's name. A worker that fails ends the run, with its last lines, unless
---max-restarts or --min-workers says otherwise; Ctrl-C ends it, too. Unless OMP_NUM_THREADS is set, the workers share the processor cores evenly.
+--max-restarts or --min-workers says otherwise; Ctrl-C ends it, too. Unless OMP_NUM_THREADS is set, the workers share
+the processor cores evenly.
 """
 _SERVERS_HELP = """\
 Each server is told these, as `ps-server serve` takes them. With --checkpoint-dir the same command goes on from the

@@ -159,8 +159,8 @@ class LocalCluster:
     async def workers_done(self) -> None:
         """Returns when every worker has ended well. Errors are those of `Cluster`.
 
-        With a quorum (`--min-workers`), a worker that fails ends the run only if too few are left; otherwise its failure
-        is raised once the others have ended.
+        With a quorum (`--min-workers`), a worker that fails ends the run only if too few are left; otherwise its
+        failure is raised once the others have ended.
         """
         min_workers = self._config.serve.min_workers or self.num_workers
         running, failures = list(self._workers), list[ProcessFailedError]()

@@ -26,8 +26,8 @@ class LocalWorker:
     Attributes:
         restarts: how often it was started again.
         exit_code: with which it ended for good; negative: the signal that ended it; None: it has not.
-        ended: ends when it has ended well and all that it printed was handed on, or with ProcessFailedError, or with the
-            exception that a handler of its lines raised.
+        ended: ends when it has ended well and all that it printed was handed on, or with ProcessFailedError, or with
+            the exception that a handler of its lines raised.
     """
 
     def __init__(self, name: str, start: Callable[[bool], Child], max_restarts: int, on_message: LineHandler) -> None:
@@ -45,7 +45,7 @@ class LocalWorker:
         child = self._start(again)
         if self._max_restarts:
             # What a failed process has left behind would be in the way of the next one.
-            child.exit_code.add_done_callback(lambda code: code.result() == 0 or child.kill(signal.SIGKILL))
+            child.exit_code.add_done_callback(lambda code: _clear_away(child) if code.result() != 0 else None)
         return child
 
     async def _keep(self) -> None:
@@ -68,6 +68,10 @@ class LocalWorker:
             )
             await asyncio.sleep(pause_s)
             self._child = self._started(True)
+
+
+def _clear_away(child: Child) -> None:
+    child.kill(signal.SIGKILL)
 
 
 def _times(restarts: int) -> str:

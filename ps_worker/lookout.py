@@ -15,7 +15,10 @@ _INTERVAL_S = 1.0
 
 
 async def keep_looking(cluster: Cluster, watch: ServerWatch, say: LineHandler) -> None:
-    """Says it once of each such worker. Never ends. Asks the servers only while some workers have ended and some run."""
+    """Says it once of each such worker. Never ends.
+
+    Asks the servers only while some workers have ended and some run.
+    """
     before, said = set[str](), set[str]()
     while True:
         await asyncio.sleep(_INTERVAL_S)

@@ -39,8 +39,8 @@ class RayConfig:
         num_servers: parameter servers; each has a core.
         num_workers: workers; a round waits for all of them.
         max_restarts: how often each server and each worker may be started again.
-        serve: what else the servers are told. Each keeps the center in a directory of its own in `checkpoint_dir`, which
-            all nodes have to see; None: nowhere, and a server that dies ends the run.
+        serve: what else the servers are told. Each keeps the center in a directory of its own in `checkpoint_dir`,
+            which all nodes have to see; None: nowhere, and a server that dies ends the run.
         directory: where workers start, on their nodes; None: where Ray puts them.
         cpus_per_worker: cores to reserve for a worker.
         gpus_per_worker: GPUs to reserve for a worker, and to show to it.
