@@ -71,6 +71,8 @@ class _Holder:
             try:
                 return self._place.result(due_in_s if left_s is None else min(due_in_s, left_s))
             except NotYetError:
+                if self._place.done():
+                    raise
                 if deadline.is_over:
                     message = f"no task index within {deadline.timeout_s:g} s: {self._trouble}"
                     raise DeadlineExceededError(message) from None
