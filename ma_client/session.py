@@ -12,6 +12,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from ma_client.absence import connect
 from ma_client.assembly import Assembly
 from ma_client.cluster import ClusterSpec
 from ma_client.data_connection import DATA_SETTINGS, DataSettings
@@ -162,7 +163,7 @@ class ParameterServerSession:
         access = Access(Security.from_env() if security is None else security)
         self._members = Members(self.ps_hosts, worker, reconnect_timeout_s, access, data_connections)
         try:
-            self._members.each(lambda _, member: member.shard.connect(connect_timeout_s))
+            self._members.each(lambda _, member: connect(member.shard, connect_timeout_s))
         except BaseException:
             self._members.close()
             raise

@@ -7,6 +7,7 @@ import asyncio
 import logging
 import math
 import os
+import shutil
 import sys
 from functools import partial
 from itertools import zip_longest
@@ -20,6 +21,9 @@ from modelaverage.access import Access
 from modelaverage.errors import SecurityError
 from modelaverage.logs import event, log_json, say
 from modelaverage.security_flags import add_security_flags, security_of
+from modelaverage.serve_flags import ServeFlags, add_serve_flags
+from modelaverage.serve_flags import count as _count
+from modelaverage.serve_flags import seconds as _seconds
 from ps_server import status
 from ps_server.export import ExportError, export
 from ps_server.keeper import CheckpointPolicy
@@ -109,49 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--num-workers", type=_count, required=True, metavar="N", help="how many workers every round waits for"
     )
-    command.add_argument(
-        "--min-workers",
-        type=_count,
-        metavar="M",
-        help="go on without the rest: once M pushes are whole, a round waits --grace-s for the others, then commits "
-        "(N: it needs all)",
-    )
-    command.add_argument(
-        "--max-workers", type=_count, metavar="X", help="with --min-workers: how many may stand in one round (N)"
-    )
-    command.add_argument(
-        "--grace-s",
-        type=_grace,
-        metavar="SECONDS",
-        help="with --min-workers: how long to wait for late workers; auto: the median of how late they have been, plus "
-        "4 x its median absolute deviation (auto)",
-    )
-    command.add_argument(
-        "--round-timeout-s",
-        type=_seconds,
-        metavar="SECONDS",
-        help="tell a worker that has waited for so long who is missing; its push stays in the round (never)",
-    )
-    command.add_argument(
-        "--checkpoint-dir",
-        type=Path,
-        metavar="DIR",
-        help="keep the center there, and go on from the newest checkpoint when started again (nowhere)",
-    )
-    command.add_argument(
-        "--checkpoint-every-rounds",
-        type=_count,
-        default=1,
-        metavar="K",
-        help="a checkpoint after every K-th round; with 1, a server that is killed loses nothing (%(default)s)",
-    )
-    command.add_argument(
-        "--checkpoint-timeout-s",
-        type=_seconds,
-        metavar="SECONDS",
-        help="how long a round waits for its checkpoint; then it is answered without, and checkpoints pause until the "
-        "disk answers again (it waits)",
-    )
+    add_serve_flags(command)
     command.add_argument(
         "--ready-file",
         type=Path,
@@ -275,7 +237,9 @@ def _serve(arguments: argparse.Namespace) -> int:
             checkpoints=None
             if arguments.checkpoint_dir is None
             else CheckpointPolicy(
-                arguments.checkpoint_dir, arguments.checkpoint_every_rounds, timeout_s=arguments.checkpoint_timeout_s
+                arguments.checkpoint_dir,
+                arguments.checkpoint_every_rounds or 1,
+                timeout_s=arguments.checkpoint_timeout_s,
             ),
         ),
         ready_file=arguments.ready_file,
@@ -318,22 +282,17 @@ def _server_security(arguments: argparse.Namespace) -> ServerSecurity:
 def _round_policy(arguments: argparse.Namespace) -> RoundPolicy:
     """Raises UnusableSettingError unless the numbers of workers fit together."""
     num_workers: int = arguments.num_workers
-    min_workers: int = arguments.min_workers or num_workers
-    max_workers: int = arguments.max_workers or num_workers
-    if not min_workers <= num_workers <= max_workers:
-        raise UnusableSettingError(
-            f"--min-workers {min_workers}, --num-workers {num_workers}, --max-workers {max_workers} have to ascend"
-        )
+    told = ServeFlags.from_arguments(arguments)
+    try:
+        told.check_workers(num_workers)
+    except ValueError as error:
+        raise UnusableSettingError(str(error)) from None
+    max_workers = told.max_workers or num_workers
     if max_workers > MAX_WORKERS:
         flag = "--num-workers" if num_workers > MAX_WORKERS else "--max-workers"
         raise UnusableSettingError(f"{flag} {max_workers} is more than a round may have; at most {MAX_WORKERS} fit")
-    quorum_flags = [
-        f for f in ("--max-workers", "--grace-s") if getattr(arguments, f[2:].replace("-", "_")) is not None
-    ]
-    if min_workers == num_workers and quorum_flags:
-        raise UnusableSettingError(f"{quorum_flags[0]} needs a --min-workers below --num-workers {num_workers}")
-    grace_s = None if arguments.grace_s in (None, "auto") else arguments.grace_s
-    return RoundPolicy(num_workers, min_workers, max_workers, grace_s, arguments.round_timeout_s)
+    grace_s = told.grace_s if isinstance(told.grace_s, float) else None
+    return RoundPolicy(num_workers, told.min_workers or num_workers, max_workers, grace_s, told.round_timeout_s)
 
 
 def _status(arguments: argparse.Namespace) -> int:
@@ -352,7 +311,8 @@ def _status(arguments: argparse.Namespace) -> int:
     if arguments.json and answers:
         print(status.as_json(answers))
     elif answers:
-        print("\n\n".join(map(status.as_text, answers)))
+        columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        print("\n\n".join(status.as_text(answer, columns) for answer in answers))
     return 0 if len(answers) == len(arguments.addresses) else 1
 
 
@@ -372,23 +332,6 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _count(text: str) -> int:
-    value = int(text) if text.isascii() and text.isdigit() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 on")
-    return value
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1e9:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number of seconds")
-    return value
-
-
 def _data_port(text: str) -> int | None:
     if text == "off":
         return None
@@ -396,10 +339,6 @@ def _data_port(text: str) -> int | None:
     if not 0 <= value <= 65535:
         raise argparse.ArgumentTypeError(f"{text} is neither a port, 0 to 65535, nor off")
     return value
-
-
-def _grace(text: str) -> float | str:
-    return text if text == "auto" else _seconds(text)
 
 
 def _third_of_memory_bytes() -> int:

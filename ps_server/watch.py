@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -88,7 +90,15 @@ def _print_changes(samples: Iterator[list[Seen]]) -> None:
             news = _news(server)
             if shown.get(server.address) != news:
                 shown[server.address] = news
-                print(f"{time.strftime('%H:%M:%S')}  {line(server)}", flush=True)
+                print(_in_columns(f"{time.strftime('%H:%M:%S')}  {line(server)}"), flush=True)
+
+
+def _in_columns(text: str) -> str:
+    """In a terminal, broken between words, so that the terminal itself breaks no name."""
+    if not sys.stdout.isatty():
+        return text
+    columns = shutil.get_terminal_size().columns
+    return textwrap.fill(text, columns, subsequent_indent=" " * 10, break_long_words=False, break_on_hyphens=False)
 
 
 def _news(server: Seen) -> tuple[object, ...]:
@@ -97,7 +107,15 @@ def _news(server: Seen) -> tuple[object, ...]:
         return bool(server.problem), server.status is None
     now = server.status
     lasting_problem = re.sub(r" for \d+ s$", "", now.checkpoint_problem)
-    return now.phase, now.global_step, status.missing_of(now), lasting_problem
+    return (
+        now.phase,
+        now.global_step,
+        tuple(now.waiting_for),
+        now.waiting_for_omitted,
+        now.waiting_for_unknown,
+        now.workers_finished,
+        lasting_problem,
+    )
 
 
 def line(server: Seen) -> str:
@@ -118,6 +136,8 @@ def line(server: Seen) -> str:
         f"{now.rounds_per_minute:.1f} rounds/min",
         f"{sum(worker.waiting for worker in now.workers)} of {now.num_workers} at the barrier",
     ]
+    if now.workers_finished:
+        parts.append(status.workers_in_round(now)[0])
     if now.phase == pb.PHASE_UNINITIALIZED:
         parts.append("waits for the chief, to initialize the center")
     if missing := status.missing_of(now):

@@ -42,6 +42,7 @@ examples:
   ps-worker digits --ps-hosts 127.0.0.1:2222 --num-workers 2 --task-index 1           in a third
   srun --ntasks 2 ps-worker digits --ps-hosts HOST:2222                               both, where Slurm is
   ps-worker digits --alone                                                            half of the images, no server
+  ps-worker digits --alone --all-images                                               all of them
 """
 _CLUSTER_HELP = """\
 What is not given here is taken from the environment: MA_PS_HOSTS, MA_NUM_WORKERS and MA_TASK_INDEX; TF_CONFIG;
@@ -115,6 +116,9 @@ def _parser() -> argparse.ArgumentParser:
         help=f"no server: train alone on what worker 0 of {_PARTS_ALONE} would have (or --task-index of --num-workers)",
     )
     command.add_argument(
+        "--all-images", action="store_true", help="with --alone: train on all images instead of a worker's part"
+    )
+    command.add_argument(
         "--save-center", type=Path, metavar="FILE", help="the chief writes the last center there (safetensors)"
     )
     command.add_argument(
@@ -168,17 +172,22 @@ def _run(arguments: argparse.Namespace) -> None:
 def _digits(arguments: argparse.Namespace) -> None:
     end_cleanly_on_sigterm()
     config = DigitsConfig.from_flags(arguments)
+    if arguments.all_images and not arguments.alone:
+        raise ValueError("--all-images needs --alone: in a cluster every worker has its part")
     cluster = None if arguments.alone else _cluster_of(arguments)
     if arguments.save_center is not None and not os.access(arguments.save_center.parent, os.W_OK):
         raise ValueError(f"--save-center: cannot write to the directory {str(arguments.save_center.parent)!r}")
     require(MODULES)
+    if arguments.events_fd is None and not arguments.log_json:
+        print("ps-worker: importing torch ...", flush=True)
     from ps_worker import digits
     from ps_worker.event_sinks import reporter
 
     report = reporter(arguments.events_fd, config.steps, arguments.log_json)
     if cluster is None:
         num_workers = _PARTS_ALONE if arguments.num_workers is None else arguments.num_workers
-        digits.train_alone(config, num_workers, _alone_index(arguments.task_index), report)
+        index = _alone_index(arguments.task_index)
+        digits.train_alone(config, num_workers, index, report, arguments.all_images)
     else:
         digits.train_in_cluster(
             config, cluster, report, arguments.connect_timeout_s, arguments.save_center, security_of(arguments)

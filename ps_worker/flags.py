@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 from typing import Literal, NoReturn
 
+from modelaverage.serve_flags import count, seconds
+
 __all__ = [
     "Parser",
     "count",
@@ -20,8 +22,6 @@ __all__ = [
     "whole",
 ]
 
-_MAX_SECONDS = 1e9
-
 
 class Parser(argparse.ArgumentParser):
     """Answers a mistake with one line."""
@@ -34,11 +34,6 @@ class Parser(argparse.ArgumentParser):
 def help_format(prog: str) -> argparse.HelpFormatter:
     """Leaves examples as they are written."""
     return argparse.RawDescriptionHelpFormatter(prog, max_help_position=28)
-
-
-def count(text: str) -> int:
-    """A whole number from 1 on."""
-    return _whole_from(1, text)
 
 
 def whole(text: str) -> int:
@@ -69,14 +64,6 @@ def fraction(text: str) -> float:
     value = _number(text)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on and below 1")
-    return value
-
-
-def seconds(text: str) -> float:
-    """A positive number of seconds."""
-    value = _number(text)
-    if not 0 < value < _MAX_SECONDS:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of seconds")
     return value
 
 

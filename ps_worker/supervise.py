@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -34,12 +35,35 @@ def run_script(engine: Engine, command: Sequence[str]) -> int:
 
 
 async def _script(engine: Engine, command: Sequence[str], processes: Processes) -> None:
-    async with engine(processes, _printer("", sys.stderr)) as cluster:
+    from ps_worker.aftermath import what_happened
+    from ps_worker.beside import beside
+    from ps_worker.lookout import keep_looking
+    from ps_worker.server_watch import ServerWatch
+
+    say = _printer("", sys.stderr)
+    started_at_s = time.monotonic()
+    async with engine(processes, say) as cluster:
         await cluster.start_servers()
         for index in range(cluster.num_workers):
             prefix = f"[worker-{index}] "
             cluster.start_worker(index, command, _printer(prefix, sys.stdout), _printer(prefix, sys.stderr))
-        await cluster.workers_done()
+        watch = ServerWatch()
+
+        async def tell() -> None:
+            statuses = await watch.statuses(cluster.addresses)
+            elapsed_s = time.monotonic() - started_at_s
+            happened = what_happened(statuses, cluster.worker_states(), elapsed_s, cluster.center_at)
+            say(f"ma-launch: {happened}")
+
+        try:
+            async with beside(keep_looking(cluster, watch, say)):
+                await cluster.workers_done()
+            await tell()
+        except (ProcessFailedError, asyncio.CancelledError):
+            await tell()
+            raise
+        finally:
+            watch.close()
 
 
 def _printer(prefix: str, file: TextIO) -> LineHandler:
