@@ -17,7 +17,8 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 from modelaverage.access import Access
 from modelaverage.errors import SecurityError
-from modelaverage.logs import event, log_json, say
+from modelaverage.logs import event, keep_logging, log_json, say
+from modelaverage.output import CLOSED_PIPE_EXIT_CODE, OnLoss, OutputLostError
 from modelaverage.security_flags import add_security_flags, security_of
 from ps_server import status
 from ps_server.export import ExportError, export
@@ -60,9 +61,18 @@ examples:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
+    keep_logging("ps-server")
     arguments = _parser().parse_args(_spelled_out(sys.argv[1:] if argv is None else argv))
+    keep_logging("ps-server", arguments.on_loss)
     try:
-        return int(arguments.run(arguments))
+        exit_code = int(arguments.run(arguments))
+        sys.stdout.flush()
+        return exit_code
+    except OutputLostError as error:
+        if error.is_closed_pipe:
+            return CLOSED_PIPE_EXIT_CODE
+        print(f"ps-server: cannot write to standard output: {error.strerror}", file=sys.stderr)
+        return 1
     except (SecurityError, UnusableSettingError) as error:
         if getattr(arguments, "log_json", False):
             _log.error("%s", error, extra=event("failed", cause=str(error)))
@@ -194,7 +204,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--log-json", action="store_true", help="every line is a JSON object; docs/observability.md has the fields"
     )
-    command.set_defaults(run=_serve)
+    command.set_defaults(run=_serve, on_loss=OnLoss.GO_ON)
 
     command = commands.add_parser(
         "status",
@@ -228,7 +238,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="look again every so often (1), until Ctrl-C: a picture in a terminal, elsewhere a line for each change",
     )
-    command.set_defaults(run=_status)
+    command.set_defaults(run=_status, on_loss=OnLoss.END)
 
     command = commands.add_parser(
         "export",
@@ -253,7 +263,7 @@ def _parser() -> argparse.ArgumentParser:
         help="how long to wait for a server to begin to send (%(default)s)",
     )
     add_security_flags(command)
-    command.set_defaults(run=_export)
+    command.set_defaults(run=_export, on_loss=OnLoss.DROP)  # what it is for is the file
     return parser
 
 

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modelaverage.logs import event, log_json
+from modelaverage.logs import event, keep_logging, log_json
+from modelaverage.output import OnLoss
 from modelaverage.security_flags import add_security_flags, security_of
 from ps_worker import flags
 from ps_worker.digits_config import MODULES, DigitsConfig, add_training_flags
@@ -55,7 +56,9 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     # gRPC's own log would answer a server that is not there with a page of C++; set before it is imported.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    keep_logging("ps-worker")
     arguments = _parser().parse_args(argv)
+    keep_logging("ps-worker", OnLoss.GO_ON)
     from modelaverage.errors import ModelAverageError
 
     as_json = getattr(arguments, "log_json", False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import sys
 from collections.abc import Callable, Coroutine, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from modelaverage.errors import ModelAverageError
+from modelaverage.output import CLOSED_PIPE_EXIT_CODE, OutputLostError
 from ps_worker.digits_config import DigitsConfig
 from ps_worker.engine import Engine, EngineError
 from ps_worker.processes import LineHandler, Processes, ProcessFailedError
@@ -49,10 +49,8 @@ def _printer(prefix: str, file: TextIO) -> LineHandler:
 def _run(job: _Job) -> int:
     try:
         return asyncio.run(_supervise(job))
-    except BrokenPipeError:
-        # Whoever read the output has gone; what the interpreter still wants to write on exit goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return exit_code_for(signal.SIGPIPE)
+    except OutputLostError:  # whoever read the output has gone
+        return CLOSED_PIPE_EXIT_CODE
     except (ModelAverageError, ProcessFailedError, EngineError) as error:
         print(f"ma-launch: {error}", file=sys.stderr)
         return 1
