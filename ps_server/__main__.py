@@ -21,6 +21,7 @@ from modelaverage.logs import event, keep_logging, log_json, say
 from modelaverage.output import CLOSED_PIPE_EXIT_CODE, OnLoss, OutputLostError
 from modelaverage.security_flags import add_security_flags, security_of
 from ps_server import status
+from ps_server.descriptors import raise_limit
 from ps_server.export import ExportError, export
 from ps_server.keeper import CheckpointPolicy
 from ps_server.policy import MAX_WORKERS, RoundPolicy
@@ -104,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "serve",
         help="keep the center variables and average the workers' pushes",
-        description="Keeps the center variables and averages the workers' pushes, until SIGTERM or Ctrl-C.",
+        description="Keeps the center variables and averages the workers' pushes, until SIGTERM, SIGHUP or Ctrl-C.",
         epilog=_SERVE_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -273,6 +274,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     else:
         logging.basicConfig(format="%(asctime)s ps-server: %(message)s")
     logging.getLogger("ps_server").setLevel(logging.DEBUG if arguments.verbose else logging.WARNING)
+    raise_limit()
     config = ServerConfig(
         binds=tuple(arguments.bind or ["127.0.0.1:2222"]),
         policy=ServicePolicy(

@@ -17,7 +17,7 @@ from ps_worker import flags
 from ps_worker.digits_config import MODULES, DigitsConfig, add_training_flags
 from ps_worker.events import EVENTS_FLAG
 from ps_worker.extras import MissingExtraError, require
-from ps_worker.stop_signals import end_cleanly_on_sigterm
+from ps_worker.stop_signals import end_cleanly_on_signals
 
 if TYPE_CHECKING:
     from ma_client.cluster import ClusterSpec
@@ -160,7 +160,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _digits(arguments: argparse.Namespace) -> None:
-    end_cleanly_on_sigterm()
+    end_cleanly_on_signals()
     config = DigitsConfig.from_flags(arguments)
     cluster = None if arguments.alone else _cluster_of(arguments)
     if arguments.save_center is not None and not os.access(arguments.save_center.parent, os.W_OK):

@@ -14,7 +14,7 @@ from modelaverage.output import CLOSED_PIPE_EXIT_CODE, OutputLostError
 from ps_worker.digits_config import DigitsConfig
 from ps_worker.engine import Engine, EngineError
 from ps_worker.processes import LineHandler, Processes, ProcessFailedError
-from ps_worker.stop_signals import STOP_SIGNALS, end_at_once_on_signals, exit_code_for
+from ps_worker.stop_signals import end_at_once_on_signals, exit_code_for, stop_signals
 
 __all__ = ["run_digits", "run_script"]
 
@@ -69,13 +69,13 @@ async def _supervise(job: _Job) -> int:
     processes = Processes()
 
     def stop(number: signal.Signals) -> None:
-        if stopped.done():
+        if not stopped.done():
+            stopped.set_result(number)
+        elif number != signal.SIGHUP:  # a terminal that closes sends it twice
             processes.hurry()
             work.cancel()  # it may be giving others time to end
-        else:
-            stopped.set_result(number)
 
-    for number in STOP_SIGNALS:
+    for number in stop_signals():
         loop.add_signal_handler(number, stop, number)
     async with processes:
         work = asyncio.ensure_future(job(processes))

@@ -45,6 +45,9 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "stopping": (),
     "exposed": ("address", "cause"),
     "certificate_changed": ("path",),
+    "few_descriptors": ("limit", "needed"),  # at the start
+    "no_descriptors": ("limit",),
+    "descriptors_again": ("waited_s",),
     # of the server and of workers
     "credentials_kept": ("cause",),  # a new file is unusable
     "data_connection_waits": ("worker", "peer", "waited_s"),
