@@ -47,7 +47,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "certificate_changed": ("path",),
     "few_descriptors": ("limit", "needed"),  # at the start
     "no_descriptors": ("limit",),
-    "descriptors_again": ("waited_s",),
+    "descriptors_again": ("waited_s", "turned_away"),
     # of the server and of workers
     "credentials_kept": ("cause",),  # a new file is unusable
     "data_connection_waits": ("worker", "peer", "waited_s"),
