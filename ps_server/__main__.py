@@ -24,6 +24,7 @@ from ps_server import status
 from ps_server.descriptors import raise_limit
 from ps_server.export import ExportError, export
 from ps_server.keeper import CheckpointPolicy
+from ps_server.memory_limit import memory_bytes
 from ps_server.policy import MAX_WORKERS, RoundPolicy
 from ps_server.security import ServerSecurity, add_server_security_flags
 from ps_server.server import ServerConfig, UnusableSettingError, serve, stop_on_signals
@@ -178,10 +179,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--max-model-bytes",
         type=_count,
-        default=_third_of_memory_bytes(),
+        default=memory_bytes() // 3,
         metavar="BYTES",
         help="refuse a model that needs more than twice as much memory; the server holds 16-bit variables four times, "
-        "others twice (a third of this machine's memory)",
+        "others twice (a third of this machine's memory, or of the cgroup's limit)",
     )
     command.add_argument(
         "--no-shared-memory", action="store_true", help="workers on this host send their bytes inline like all others"
@@ -410,10 +411,6 @@ def _data_port(text: str) -> int | None:
 
 def _grace(text: str) -> float | str:
     return text if text == "auto" else _seconds(text)
-
-
-def _third_of_memory_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 3
 
 
 if __name__ == "__main__":
