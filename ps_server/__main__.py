@@ -19,14 +19,17 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 from modelaverage import __version__
 from modelaverage.access import Access
 from modelaverage.errors import SecurityError
-from modelaverage.logs import event, log_json, say
+from modelaverage.logs import event, keep_logging, log_json, say
+from modelaverage.output import CLOSED_PIPE_EXIT_CODE, OnLoss, OutputLostError
 from modelaverage.security_flags import add_security_flags, security_of
 from modelaverage.serve_flags import ServeFlags, add_serve_flags
 from modelaverage.serve_flags import count as _count
 from modelaverage.serve_flags import seconds as _seconds
 from ps_server import status
+from ps_server.descriptors import raise_limit
 from ps_server.export import ExportError, export
 from ps_server.keeper import CheckpointPolicy
+from ps_server.memory_limit import memory_bytes
 from ps_server.policy import MAX_WORKERS, RoundPolicy
 from ps_server.security import ServerSecurity, add_server_security_flags
 from ps_server.server import ServerConfig, UnusableSettingError, serve, stop_on_signals
@@ -65,9 +68,18 @@ examples:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
+    keep_logging("ps-server")
     arguments = _parser().parse_args(_spelled_out(sys.argv[1:] if argv is None else argv))
+    keep_logging("ps-server", arguments.on_loss)
     try:
-        return int(arguments.run(arguments))
+        exit_code = int(arguments.run(arguments))
+        sys.stdout.flush()
+        return exit_code
+    except OutputLostError as error:
+        if error.is_closed_pipe:
+            return CLOSED_PIPE_EXIT_CODE
+        print(f"ps-server: cannot write to standard output: {error.strerror}", file=sys.stderr)
+        return 1
     except (SecurityError, UnusableSettingError) as error:
         if getattr(arguments, "log_json", False):
             _log.error("%s", error, extra=event("failed", cause=str(error)))
@@ -100,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "serve",
         help="keep the center variables and average the workers' pushes",
-        description="Keeps the center variables and averages the workers' pushes, until SIGTERM or Ctrl-C.",
+        description="Keeps the center variables and averages the workers' pushes, until SIGTERM, SIGHUP or Ctrl-C.",
         epilog=_SERVE_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -131,10 +143,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--max-model-bytes",
         type=_count,
-        default=_third_of_memory_bytes(),
+        default=memory_bytes() // 3,
         metavar="BYTES",
         help="refuse a model that needs more than twice as much memory; the server holds 16-bit variables four times, "
-        "others twice (a third of this machine's memory)",
+        "others twice (a third of this machine's memory, or of the cgroup's limit)",
     )
     command.add_argument(
         "--no-shared-memory", action="store_true", help="workers on this host send their bytes inline like all others"
@@ -158,7 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--log-json", action="store_true", help="every line is a JSON object; docs/observability.md has the fields"
     )
-    command.set_defaults(run=_serve)
+    command.set_defaults(run=_serve, on_loss=OnLoss.GO_ON)
 
     command = commands.add_parser(
         "status",
@@ -192,7 +204,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="look again every so often (1), until Ctrl-C: a picture in a terminal, elsewhere a line for each change",
     )
-    command.set_defaults(run=_status)
+    command.set_defaults(run=_status, on_loss=OnLoss.END)
 
     command = commands.add_parser(
         "export",
@@ -217,7 +229,7 @@ def _parser() -> argparse.ArgumentParser:
         help="how long to wait for a server to begin to send (%(default)s)",
     )
     add_security_flags(command)
-    command.set_defaults(run=_export)
+    command.set_defaults(run=_export, on_loss=OnLoss.DROP)  # what it is for is the file
     return parser
 
 
@@ -227,6 +239,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     else:
         logging.basicConfig(format="%(asctime)s ps-server: %(message)s")
     logging.getLogger("ps_server").setLevel(logging.DEBUG if arguments.verbose else logging.INFO)
+    raise_limit()
     config = ServerConfig(
         binds=tuple(arguments.bind or ["127.0.0.1:2222"]),
         policy=ServicePolicy(
@@ -339,10 +352,6 @@ def _data_port(text: str) -> int | None:
     if not 0 <= value <= 65535:
         raise argparse.ArgumentTypeError(f"{text} is neither a port, 0 to 65535, nor off")
     return value
-
-
-def _third_of_memory_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 3
 
 
 if __name__ == "__main__":

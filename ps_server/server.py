@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import os
 import resource
 import signal
@@ -28,6 +29,7 @@ from ps_server.checkpoint import CheckpointError, load_latest
 from ps_server.checkpoint_home import CheckpointHome
 from ps_server.credentials import credentials_of, tokens_of
 from ps_server.data_port import DataPort
+from ps_server.descriptors import DescriptorWatch, check_limit
 from ps_server.gatekeeper import Gatekeeper
 from ps_server.health import Health
 from ps_server.keeper import CheckpointPolicy
@@ -48,6 +50,11 @@ _OPTIONS = [
     ("grpc.max_concurrent_streams", 100),
     # The client's keepalive comes every 5 s: do not take it for an attack.
     ("grpc.http2.min_ping_interval_without_data_ms", 4_000),
+    # Also where no call is open, between two rounds: who is gone without a word must not keep its descriptor for ever.
+    ("grpc.keepalive_permit_without_calls", 1),
+    # Who connects and says nothing is let go after so long, not after gRPC's two minutes. Over the slowest links that
+    # work, with full queues, the first words take 16 s.
+    ("grpc.server_handshake_timeout_ms", 30_000),
 ]
 
 
@@ -99,7 +106,8 @@ async def serve(
             directory for checkpoints cannot be used; a certificate or token file cannot be used.
     """
     keep_freed_memory(one_arena=True)
-    with _opened_home(config.policy.checkpoints) as home, closing(_service(config.policy, home)) as service:
+    reserve = Reserve(_reserve_size())
+    with _opened_home(config.policy.checkpoints) as home, closing(_service(config.policy, home, reserve)) as service:
         async with _metrics(config.metrics_bind, service) as metrics_at:
 
             def listening(addresses: list[str], data_addresses: list[str]) -> None:
@@ -110,7 +118,11 @@ async def serve(
                     metrics_ready(metrics_at)
 
             _start_helper(service)
-            await _serve(config, service, stop, listening)
+            watch = asyncio.ensure_future(DescriptorWatch(reserve).run())
+            try:
+                await _serve(config, service, stop, listening)
+            finally:
+                watch.cancel()
 
 
 async def _serve(
@@ -124,6 +136,8 @@ async def _serve(
     health = Health(serving=("",), not_yet=(_CENTER, wire.SERVICE))
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     await server.start()
+    has_shared_memory = config.policy.shared_memory_from_bytes < math.inf
+    check_limit(config.policy.round.max_workers, has_shared_memory, bool(data_addresses))
     if config.ready_file is not None:
         try:
             _write_ready_file(config.ready_file, addresses, data_addresses)
@@ -215,10 +229,9 @@ def _opened_home(policy: CheckpointPolicy | None) -> Iterator[CheckpointHome | N
         home.close()
 
 
-def _service(policy: ServicePolicy, home: CheckpointHome | None) -> ParameterServerService:
+def _service(policy: ServicePolicy, home: CheckpointHome | None, reserve: Reserve) -> ParameterServerService:
     """The service, from where the newest checkpoint left off. Nothing else holds on to that: it is as large as the
     model."""
-    reserve = Reserve(_reserve_size())
     if policy.checkpoints is None:
         return ParameterServerService(policy, reserve=reserve)
     try:
@@ -240,16 +253,20 @@ def _reserve_size() -> int:
 
 
 def stop_on_signals(stop: asyncio.Event) -> None:
-    """SIGTERM and SIGINT set ``stop``; a second one has its usual effect."""
+    """SIGTERM, SIGINT and SIGHUP set ``stop``; a second one of the first two has its usual effect. A SIGHUP that is
+    ignored already (nohup) stays ignored."""
     loop = asyncio.get_running_loop()
 
     def request_stop(number: int) -> None:
         stop.set()
+        if number == signal.SIGHUP:  # a terminal that closes sends it twice: the kernel does, and the shell
+            return
         loop.remove_signal_handler(number)
         signal.signal(number, signal.SIG_DFL)  # asyncio would put back the handler that prints a traceback
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, request_stop, number)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            loop.add_signal_handler(number, request_stop, number)
 
 
 def _listen(

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from modelaverage.names import printable
+from modelaverage.output import wait_while_read
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server import status
 from ps_server.status import NoAnswerError
@@ -80,7 +81,7 @@ def _samples(addresses: Sequence[str], fetch: _Fetch, interval_s: float) -> Iter
             due_at_s = time.monotonic() + interval_s
             servers = list(threads.map(look, servers))
             yield servers
-            time.sleep(max(0.0, due_at_s - time.monotonic()))
+            wait_while_read(max(0.0, due_at_s - time.monotonic()))
 
 
 def _print_changes(samples: Iterator[list[Seen]]) -> None:

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modelaverage import __version__
-from modelaverage.logs import event, log_json
+from modelaverage.logs import event, keep_logging, log_json
+from modelaverage.output import OnLoss
 from modelaverage.security_flags import add_security_flags, security_of
 from ps_worker import flags
 from ps_worker.digits_config import MODULES, DigitsConfig, add_training_flags
 from ps_worker.events import EVENTS_FLAG
 from ps_worker.extras import MissingExtraError, require
-from ps_worker.stop_signals import end_cleanly_on_sigterm
+from ps_worker.stop_signals import end_cleanly_on_signals
 
 if TYPE_CHECKING:
     from ma_client.cluster import ClusterSpec
@@ -57,7 +58,9 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     # gRPC's own log would answer a server that is not there with a page of C++; set before it is imported.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    keep_logging("ps-worker")
     arguments = _parser().parse_args(argv)
+    keep_logging("ps-worker", OnLoss.GO_ON)
     from modelaverage.errors import ModelAverageError
 
     as_json = getattr(arguments, "log_json", False)
@@ -170,7 +173,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _digits(arguments: argparse.Namespace) -> None:
-    end_cleanly_on_sigterm()
+    end_cleanly_on_signals()
     config = DigitsConfig.from_flags(arguments)
     if arguments.all_images and not arguments.alone:
         raise ValueError("--all-images needs --alone: in a cluster every worker has its part")

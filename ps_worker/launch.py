@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modelaverage import __version__
+from modelaverage.logs import keep_logging
+from modelaverage.output import OnLoss
 from modelaverage.serve_flags import ServeFlags, add_serve_flags
 from ps_worker import flags
 from ps_worker.digits_config import MODULES, DigitsConfig, add_training_flags
@@ -58,6 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     end_at_once_on_signals()
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    keep_logging("ma-launch")
     parser = _parser()
     own, command = _split(sys.argv[1:] if argv is None else argv)
     arguments, unknown = parser.parse_known_args(own)
@@ -90,6 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     except (MissingExtraError, EngineError) as error:
         print(f"ma-launch: {error}", file=sys.stderr)
         return 1
+    keep_logging("ma-launch", OnLoss.END_WITH_PIPE)
     if training is not None:
         return run_digits(engine, training, arguments.runs)
     return run_script(engine, script)

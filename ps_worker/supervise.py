@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import sys
 import time
@@ -12,10 +11,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from modelaverage.errors import ModelAverageError
+from modelaverage.output import CLOSED_PIPE_EXIT_CODE, OutputLostError
 from ps_worker.digits_config import DigitsConfig
 from ps_worker.engine import Engine, EngineError
 from ps_worker.processes import LineHandler, Processes, ProcessFailedError
-from ps_worker.stop_signals import STOP_SIGNALS, end_at_once_on_signals, exit_code_for
+from ps_worker.stop_signals import end_at_once_on_signals, exit_code_for, stop_signals
 
 __all__ = ["run_digits", "run_script"]
 
@@ -73,10 +73,8 @@ def _printer(prefix: str, file: TextIO) -> LineHandler:
 def _run(job: _Job) -> int:
     try:
         return asyncio.run(_supervise(job))
-    except BrokenPipeError:
-        # Whoever read the output has gone; what the interpreter still wants to write on exit goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return exit_code_for(signal.SIGPIPE)
+    except OutputLostError:  # whoever read the output has gone
+        return CLOSED_PIPE_EXIT_CODE
     except (ModelAverageError, ProcessFailedError, EngineError) as error:
         print(f"ma-launch: {error}", file=sys.stderr)
         return 1
@@ -95,13 +93,13 @@ async def _supervise(job: _Job) -> int:
     processes = Processes()
 
     def stop(number: signal.Signals) -> None:
-        if stopped.done():
+        if not stopped.done():
+            stopped.set_result(number)
+        elif number != signal.SIGHUP:  # a terminal that closes sends it twice
             processes.hurry()
             work.cancel()  # it may be giving others time to end
-        else:
-            stopped.set_result(number)
 
-    for number in STOP_SIGNALS:
+    for number in stop_signals():
         loop.add_signal_handler(number, stop, number)
     async with processes:
         work = asyncio.ensure_future(job(processes))

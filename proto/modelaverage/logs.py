@@ -15,7 +15,9 @@ from datetime import datetime, timezone
 from types import TracebackType
 from typing import Any
 
-__all__ = ["COMMON_FIELDS", "EVENTS", "event", "log_json", "say"]
+from modelaverage.output import OnLoss, keep_output
+
+__all__ = ["COMMON_FIELDS", "EVENTS", "event", "keep_logging", "log_json", "say"]
 
 COMMON_FIELDS = ("time", "level", "program", "event", "message")
 # In every event, `worker` is a worker's id, `round` the global_step that a round starts from, `peer` an address.
@@ -50,10 +52,14 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "stopping": (),
     "exposed": ("address", "cause"),
     "certificate_changed": ("path",),
+    "few_descriptors": ("limit", "needed"),  # at the start
+    "no_descriptors": ("limit",),
+    "descriptors_again": ("waited_s", "turned_away"),
     # of the server and of workers
     "credentials_kept": ("cause",),  # a new file is unusable
     "data_connection_waits": ("worker", "peer", "waited_s"),
     "round_waits": ("round", "waited_s", "waiting_for", "waiting_for_omitted", "waiting_for_unknown"),
+    "output_lost": ("stream", "lines", "cause"),
     "failed": ("cause",),  # a setting that cannot be used, a job that cannot go on: the last line
     "crashed": ("traceback",),  # a defect of this program
     "other": (),  # of a library
@@ -76,6 +82,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
 }
 _EVENT, _FIELDS = "modelaverage_event", "modelaverage_fields"
 _LONGEST_VALUE = 2000
+_logs_json = False
 
 
 def event(name: str, **fields: Any) -> dict[str, Any]:
@@ -101,6 +108,8 @@ class _JsonLines(logging.Formatter):
 
 def log_json(program: str) -> None:
     """From now on every line that this process logs is JSON, the end by an exception and warnings included."""
+    global _logs_json
+    _logs_json = True
     handler = logging.StreamHandler()
     handler.setFormatter(_JsonLines(program))
     logging.basicConfig(handlers=[handler], force=True)
@@ -114,6 +123,22 @@ def log_json(program: str) -> None:
 
     sys.excepthook = crashed
     threading.excepthook = lambda args: crashed(args.exc_type, args.exc_value, args.exc_traceback)
+
+
+def keep_logging(program: str, on_loss: OnLoss = OnLoss.DROP) -> None:
+    """From now on no line that cannot be written ends this process, but for what ``on_loss`` says. Once lines can be
+    written again, one says how many were lost."""
+
+    def words(stream: str, lines: int, cause: str) -> str:
+        what = f"standard {'output' if stream == 'stdout' else 'error'}"
+        message = f"{what} cannot be written ({cause}): what follows is lost, and the work goes on"
+        if lines:
+            message = f"{what} could not be written ({cause}): {lines:,} lines of it are lost"
+        extra = event("output_lost", stream=stream, lines=lines, cause=cause)
+        record = logging.makeLogRecord({"msg": message, "levelno": logging.WARNING, "levelname": "WARNING", **extra})
+        return _JsonLines(program).format(record) if _logs_json else f"{program}: {message}"
+
+    keep_output(words, on_loss)
 
 
 def say(program: str, as_json: bool, message: str, extra: dict[str, Any]) -> None:
