@@ -182,6 +182,7 @@ class ClientCall:
 
     def __init__(self, loop: VirtualLoop, rpc: str, method: Method, request: bytes | None = None) -> None:
         self.rpc = rpc
+        self.request = request
         self.context = FakeContext(loop, rpc)
         self._loop = loop
         self._task = loop.create_task(self._run(method, request))

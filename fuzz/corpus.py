@@ -135,7 +135,7 @@ def _pushes(model: Model, step: int) -> list[list[bytes]]:
         ({"fragments_follow": True, "accepts_shared_memory": True, "weight": 1e-9}, odd),
         ({"accepts_data_connection": True}, fragments),
         ({"uses_data_connection": True}, fragments),
-        ({"base_step": step - 1}, []),
+        ({"base_step": step - 1, "interval_steps": 50}, []),
         ({"base_step": step + 1}, fragments),
         ({"base_step": 2**63 - 1}, fragments),
     ]
@@ -152,9 +152,10 @@ def _pushes(model: Model, step: int) -> list[list[bytes]]:
 def conversations(model: Model, step: int) -> dict[str, list[list[bytes]]]:
     """By handler, what good clients send: streams of messages, or single ones."""
     leaves = [
-        pb.LeaveRequest(worker_id=worker_id, incarnation=incarnation)
+        pb.LeaveRequest(worker_id=worker_id, incarnation=incarnation, finished=finished)
         for worker_id in WORKER_IDS
         for incarnation in INCARNATIONS
+        for finished in (False, True)
     ]
     joins = [
         pb.JoinRequest(incarnation=incarnation, task_index=wanted)
@@ -162,6 +163,12 @@ def conversations(model: Model, step: int) -> dict[str, list[list[bytes]]]:
         for wanted in (None, 0, 1, 2**32 - 1)
     ]
     pulls = [pb.PullRequest(worker_id=w, wait_initialized=wait) for w in WORKER_IDS for wait in (False, True)]
+    pulls += [
+        pb.PullRequest(worker_id=WORKER_IDS[0], wait_initialized=True, accepts_notices=True),
+        pb.PullRequest(worker_id=WORKER_IDS[1], will_train=True),
+        *(pb.PullRequest(worker_id="b", first_fragment=1, continued_step=at) for at in (step, step - 1)),
+        pb.PullRequest(worker_id="b", first_fragment=2**32 - 1, continued_step=step, header_only=True),
+    ]
     initializes = [
         initialize_messages(each, worker_id, at, 4.0)
         for each in (model, *MODELS)
@@ -187,7 +194,10 @@ def responses(model: Model, step: int) -> list[bytes]:
         for outcome in (pb.OUTCOME_COMMITTED, pb.OUTCOME_STALE, pb.OUTCOME_ALREADY_COUNTED)
     ]
     admission = pb.PushAdmission(first_needed_fragment=1, contribution=memory, average=memory)
-    waiting = pb.WaitingNotice(waiting_for=["a"], waiting_for_unknown=2, round_age_s=5)
+    missing = [pb.MissingWorker(has_left=True, last_seen_age_s=7.0)]
+    waiting = pb.WaitingNotice(
+        waiting_for=["a"], waiting_for_unknown=2, round_age_s=5, missing=missing, finished=["b"], workers_training=3
+    )
     center = pb.CenterHeader(manifest=model.message, manifest_id=model.manifest.id, global_step=step, num_workers=2)
     status = pb.GetStatusResponse(
         phase=pb.PHASE_AVERAGING, global_step=step, workers=[pb.WorkerStatus(worker_id="a", is_chief=True)]
@@ -196,6 +206,8 @@ def responses(model: Model, step: int) -> list[bytes]:
         [
             pb.InitializeResponse(initialized=True, global_step=step, manifest_id=model.manifest.id, num_workers=2),
             pb.PullResponse(header=center),
+            pb.PullResponse(waiting=pb.ChiefNotice(waited_s=15.0)),
+            pb.LeaveResponse(workers_training=1, global_step=step),
             pb.PushAndAverageResponse(admission=admission),
             pb.PushAndAverageResponse(waiting=waiting),
             *(pb.PushAndAverageResponse(outcome=outcome) for outcome in outcomes),

@@ -17,6 +17,7 @@ import numpy as np
 
 from fuzz.context import ClientCall, Failure
 from fuzz.corpus import CENTER_VALUE, INCARNATIONS, MODELS, initialize_messages, odd_fragment, push_header
+from fuzz.finishing import Finishing
 from fuzz.joins import PROCESSES, Joins
 from fuzz.loop import EndlessError
 from fuzz.witness import Given, Key, Witness
@@ -114,7 +115,8 @@ class Sequence:
         self._model = rng.choice(MODELS)
         self._policy = rng.choice(_POLICIES)
         self.world = World(self._policy, rng.random() < 0.3, self.has_connections)
-        self._witness = Witness(self.world, self._policy, endings)
+        self._finishing = Finishing(self.world, self._policy, endings)
+        self._witness = Witness(self.world, self._policy, self._finishing, endings)
         self.begins_with: list[Callable[[], None]] = []
         self._joins = Joins(self.world, self._policy.num_workers)
         self._initialized = False
@@ -139,6 +141,7 @@ class Sequence:
             (self._join, 4),
             (self._ask_status, 1),
             (self._come_in_crowds, 0.1),
+            (self._end_job, 0.5),
         ]
 
     def run(self) -> None:
@@ -189,6 +192,7 @@ class Sequence:
         if rng.random() < 0.1 and not is_good:
             self._spoil(header)
         push = Push(self._opened("PushAndAverage"), key, header, is_beside=header.uses_data_connection)
+        self._finishing.returned(push.call, header.worker_id)
         self._pushes[push.call] = push
         if rng.random() < 0.05 and not is_good:
             push.call.half_close()
@@ -328,8 +332,19 @@ class Sequence:
 
     def _pull(self) -> None:
         worker_id = self._rng.choice((*WORKER_IDS, *_ODD_IDS, *_BAD_IDS))
-        request = pb.PullRequest(worker_id=worker_id, wait_initialized=self._rng.random() < 0.5)
+        request = pb.PullRequest(
+            worker_id=worker_id,
+            wait_initialized=self._rng.random() < 0.5,
+            header_only=self._rng.random() < 0.1,
+            accepts_notices=self._rng.random() < 0.5,
+            will_train=self._rng.random() < 0.5,
+        )
+        if self._rng.random() < 0.3:
+            request.first_fragment = self._rng.choice((1, 2, 2**32 - 1))
+            request.continued_step = max(0, self._base_step(is_good=True) + self._rng.choice((0, 0, -1)))
         call = self._opened("Pull", request.SerializeToString())
+        if request.will_train:
+            self._finishing.returned(call, worker_id)
         call.half_close()
         call.context.set_room(self._rng.random() < 0.7)
 
@@ -353,9 +368,23 @@ class Sequence:
         rng = self._rng
         worker_id = rng.choice((*WORKER_IDS, *WORKER_IDS, *_BAD_IDS))
         incarnation = rng.choice((INCARNATIONS[0], INCARNATIONS[0], INCARNATIONS[1], b"", *PROCESSES))
+        request = pb.LeaveRequest(worker_id=worker_id, incarnation=incarnation, finished=rng.random() < 0.4)
+        call = self._opened("Leave", request.SerializeToString())
         if worker_id in WORKER_IDS and incarnation:
             self._joins.left(incarnation)
-        self._opened("Leave", pb.LeaveRequest(worker_id=worker_id, incarnation=incarnation).SerializeToString())
+            self._finishing.left(call, request)
+
+    def _end_job(self) -> None:
+        """All finish, or all but one."""
+        workers = list(WORKER_IDS[: self._policy.num_workers])
+        if self._rng.random() < 0.5:
+            workers.remove(self._rng.choice(workers))
+        for worker_id in workers:
+            request = pb.LeaveRequest(worker_id=worker_id, incarnation=INCARNATIONS[0], finished=True)
+            self._joins.left(INCARNATIONS[0])
+            self._finishing.left(self._opened("Leave", request.SerializeToString()), request)
+            self.world.settle()
+            self._check()
 
     def _join(self) -> None:
         rng = self._rng
@@ -382,7 +411,8 @@ class Sequence:
         return self._rng.choice(pushes) if pushes else None
 
     def _check(self) -> None:
-        self._witness.look()
+        has_committed = self._witness.look()
+        self._finishing.check(has_committed)
         if self._witness.model is not None and not self._initialized:
             self._initialized, self._model = True, self._witness.model
             for given in self._witness.given.values():  # what came before was of another model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from fuzz.context import ClientCall, Failure
 from fuzz.corpus import MODELS, Model
+from fuzz.finishing import Finishing
 from fuzz.world import Center, World
 from modelaverage.outcome import Outcome
 from modelaverage.v1 import parameter_server_pb2 as pb
@@ -45,13 +47,14 @@ class Witness:
         given: what workers have sent.
     """
 
-    def __init__(self, world: World, policy: RoundPolicy, endings: Counter[str]) -> None:
+    def __init__(self, world: World, policy: RoundPolicy, finishing: Finishing, endings: Counter[str]) -> None:
         self.model: Model | None = None
         self.center: Center | None = None
         self.initials: list[tuple[int, Model, float]] = []
         self.given: dict[Key, Given] = {}
         self._world = world
         self._policy = policy
+        self._finishing = finishing
         self._endings = endings
         self._centers: dict[int, bytes] = {}
 
@@ -59,11 +62,12 @@ class Witness:
         """The center of a step; None if it was never seen."""
         return self._centers.get(step)
 
-    def look(self) -> None:
-        """Raises Failure if the center has changed, unless by a chief or by a round of pushes that came whole."""
+    def look(self) -> bool:
+        """Whether a round has committed. Raises Failure if the center has changed, unless by a chief or by a round of
+        pushes that came whole."""
         before, after = self.center, self._world.center()
         if before == after:
-            return
+            return False
         assert after is not None
         self.center = after
         self._centers[after.step] = after.flat
@@ -75,6 +79,7 @@ class Witness:
             raise Failure(f"the center changed, but the step went from {before.step} to {after.step}")
         else:
             self._check_average(before, after)
+        return before is not None
 
     def _is_initial(self, center: Center, step: int, model: Model, value: float) -> bool:
         job = self._world.job
@@ -86,7 +91,7 @@ class Witness:
         job, policy = self._world.job, self._policy
         assert job is not None
         names = job.round.contributors
-        if len(set(names)) != len(names) or not policy.min_workers <= len(names) <= policy.max_workers:
+        if len(set(names)) != len(names) or not self._finishing.least(names) <= len(names) <= policy.max_workers:
             raise Failure(f"a round of {names} committed with {policy}")
         pushes = list[Given]()
         for worker_id in names:
@@ -170,10 +175,25 @@ class Witness:
         self._endings[pb.Outcome.Name(outcome.outcome)] += 1
 
     def _check_pull(self, call: ClientCall) -> None:
+        request = pb.PullRequest.FromString(call.request or b"")
         messages = [pb.PullResponse.FromString(data) for data in call.context.written]
+        notices = list(itertools.takewhile(lambda message: message.HasField("waiting"), messages))
+        self._endings["(notices)"] += len(notices)
+        if notices and not (request.accepts_notices and request.wait_initialized):
+            raise Failure("a pull is told that it waits, and did not want to know")
         if call.completed:
-            if [message.fragment.index for message in messages[1:]] != list(range(len(messages) - 1)):
-                raise Failure("the fragments of a pull are out of order")
-            flat = b"".join(message.fragment.data for message in messages[1:])
-            if flat != self._centers.get(messages[0].header.global_step):
-                raise Failure(f"the center that was pulled never was: {messages[0]}")
+            self._check_pulled(request, messages[len(notices) :])
+
+    def _check_pulled(self, request: pb.PullRequest, messages: list[pb.PullResponse]) -> None:
+        assert self.model is not None
+        header, size_bytes = messages[0].header, self.model.manifest.fragment_size_bytes
+        goes_on = request.first_fragment > 0 and request.continued_step == header.global_step
+        self._endings["(pulls that go on)"] += goes_on
+        first = request.first_fragment if goes_on else 0
+        indexes = range(first, 0 if request.header_only else self.model.manifest.fragment_count)
+        if [message.fragment.index for message in messages[1:]] != list(indexes):
+            raise Failure(f"other fragments came of a pull than {indexes}")
+        center = self._centers.get(header.global_step)
+        wanted = None if center is None else center[first * size_bytes :] if indexes else b""
+        if b"".join(message.fragment.data for message in messages[1:]) != wanted:
+            raise Failure(f"the center that was pulled never was: {messages[0]}")

@@ -47,6 +47,8 @@ _MAY_GROW = frozenset(
         "data_port._offers",
         "_job.round._members",
         "_job.round.counted",
+        "_job.round.finished",
+        "_job._remarks._intervals",
     }
 )
 _RPCS = ("Initialize", "Pull", "PushAndAverage", "Leave", "GetStatus", "Join")
@@ -232,7 +234,7 @@ def tables(root: object) -> dict[str, int]:
     waiting: list[tuple[str, object]] = [("", root)]
     while waiting:
         path, each = waiting.pop()
-        if isinstance(each, (dict, set, list, deque)):
+        if isinstance(each, (dict, set, frozenset, list, deque)):
             found[path] = len(each)
         elif type(each).__module__.startswith("ps_server.") and id(each) not in seen and hasattr(each, "__dict__"):
             seen.add(id(each))

@@ -106,6 +106,20 @@ def counts_in_doubles() -> None:
     replace(client.Conformer, "pull", pull)
 
 
+def never_finishes() -> None:
+    def finish(self: client.Conformer) -> str:
+        return self.leave()
+
+    replace(client.Conformer, "finish", finish)
+
+
+def finishes_when_it_leaves() -> None:
+    def leave(self: client.Conformer) -> str:
+        return self.finish()
+
+    replace(client.Conformer, "leave", leave)
+
+
 # What is broken, and the case that has to notice.
 FAULTS = {
     does_not_try_again: "a_push_is_made_again_when_the_page_says_so",
@@ -118,6 +132,8 @@ FAULTS = {
     sorts_the_variables: "the_order_is_the_manifest_s",
     knows_no_reasons: "a_refused_push_is_named_by_its_reason",
     answers_twice: "the_status_tells_the_phase",
+    never_finishes: "a_worker_that_has_finished_is_not_waited_for",
+    finishes_when_it_leaves: "a_push_says_who_pushes_what",
     counts_in_doubles: "global_step_may_exceed_2_to_the_53",
 }
 

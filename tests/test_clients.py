@@ -139,10 +139,11 @@ def assert_one_barrier(clients: Sequence[tuple[str, list[str]]], digits: Path) -
                 worker.communicate()
         assert [worker.returncode for worker in workers] == [0] * count, printed
         with ParameterServerSession([server.address], worker_id="test") as session:
-            center, step = session.pull()
             status = session.status()
+            center, step = session.pull(catch_up=False)
     simulation = Simulation(digits, count)
     assert step == ROUNDS
+    assert status.job_over, "all have said that they have finished"
     assert [worker.pushes_counted for worker in status.workers if worker.worker_id != "test"] == [ROUNDS] * count
     np.testing.assert_allclose(center["weights"], simulation.weights, rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(center["bias"], simulation.bias, rtol=1e-9, atol=1e-12)

@@ -20,6 +20,7 @@ from modelaverage.errors import Reason, refusal
 from ps_server import center, data_port, job
 from ps_server.call import Call
 from ps_server.data_port import DataConnection, DataPort
+from ps_server.decisions import Decision
 from ps_server.joining import Joining
 from ps_server.roster import Roster, WorkerRecord
 from ps_server.round import Round
@@ -51,6 +52,13 @@ def test_sequences_meet_commits_and_most_refusals() -> None:
     assert endings["(rounds committed)"] > 20
     assert endings["OUTCOME_STALE"] > 10
     assert len([name for name in endings if name.isupper()]) > 20
+
+
+def test_sequences_meet_ends_of_jobs_notices_and_pulls_that_go_on() -> None:
+    endings = played("sequences", 120).endings
+    assert endings["(job over)"] > 5
+    assert endings["(notices)"] > 3
+    assert endings["(pulls that go on)"] > 3
 
 
 def test_connections_meet_commits_beside_the_call_and_losses() -> None:
@@ -87,6 +95,33 @@ def test_a_round_of_pushes_that_are_not_whole_is_a_failure(monkeypatch: pytest.M
 
     monkeypatch.setattr(Round, "record_fragment", record_all)
     assert "never came whole" in failures_of("sequences", 200)
+
+
+@pytest.mark.parametrize(
+    ("name", "broken", "found"),
+    [
+        ("come_back", lambda *_: None, "no round waits for"),
+        ("finish", lambda *_: [], "has finished, and rounds wait for it"),
+        ("_possible", lambda _, workers: workers, "a round waits for nobody"),
+        ("_possible", lambda *_: 1, "committed with RoundPolicy"),
+    ],
+    ids=["for ever", "never", "waited for", "without others"],
+)
+def test_a_server_that_is_wrong_about_who_has_finished_is_found_out(
+    name: str, broken: Callable[..., Any], found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Round, name, broken)
+    assert found in failures_of("sequences", 60)
+
+
+def test_a_process_that_finishes_for_another_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def finish(self: Round, worker_id: str, _: bytes, now_s: float) -> list[Decision]:
+        self.finished |= {worker_id}
+        self._expected.pop(worker_id, None)
+        return self._settle(None, now_s)
+
+    monkeypatch.setattr(Round, "finish", finish)
+    assert "by the word of a process that is not the one that pushes" in failures_of("sequences", 300)
 
 
 def test_a_server_that_takes_another_pushs_bytes_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:

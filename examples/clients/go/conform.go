@@ -80,7 +80,9 @@ func obey(ctx context.Context, s *session, words []string) ([]string, error) {
 		}
 		return []string{enumWord(status.Phase.String(), "PHASE_"), decimal(status.GlobalStep)}, nil
 	case len(words) == 1 && words[0] == "leave":
-		return nil, s.leave(ctx)
+		return nil, s.leave(ctx, false)
+	case len(words) == 1 && words[0] == "finish":
+		return nil, s.leave(ctx, true)
 	default:
 		return nil, refuse("unknown command: %.80q", strings.Join(words, " "))
 	}

@@ -22,7 +22,7 @@ ADDRESS is HOST:PORT
 )
 
 func main() {
-	run, address, workerID, leavesAtEnd := parse(os.Args[1:])
+	run, address, workerID, isTraining := parse(os.Args[1:])
 	s, err := connect(address, workerID)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "client:", err)
@@ -38,9 +38,9 @@ func main() {
 	}()
 
 	err = run(ctx, s)
-	if leavesAtEnd || ctx.Err() != nil {
+	if isTraining && err != nil || ctx.Err() != nil { // who has trained to the end has said so
 		goodbye, cancel := context.WithTimeout(context.Background(), leaveTimeout)
-		s.leave(goodbye) // a server that does not hear it notices by itself
+		s.leave(goodbye, false) // a server that does not hear it notices by itself
 		cancel()
 	}
 	switch {
@@ -53,14 +53,14 @@ func main() {
 }
 
 // parse gives the command to run. Wrong arguments end the program.
-func parse(arguments []string) (run func(context.Context, *session) error, address, workerID string, leavesAtEnd bool) {
+func parse(arguments []string) (run func(context.Context, *session) error, address, workerID string, isTraining bool) {
 	switch {
 	case len(arguments) == 3 && arguments[0] == "conform":
 		address, workerID = arguments[1], arguments[2]
 		run = func(ctx context.Context, s *session) error { return conform(ctx, s, os.Stdin, os.Stdout) }
 	case len(arguments) > 0 && arguments[0] == "train":
 		options := parseTrain(arguments[1:])
-		address, workerID, leavesAtEnd = options.server, options.workerID, true
+		address, workerID, isTraining = options.server, options.workerID, true
 		run = func(ctx context.Context, s *session) error { return train(ctx, s, options) }
 	default:
 		wrongArguments("")
@@ -68,7 +68,7 @@ func parse(arguments []string) (run func(context.Context, *session) error, addre
 	if _, _, err := net.SplitHostPort(address); err != nil {
 		wrongArguments(err.Error())
 	}
-	return run, address, workerID, leavesAtEnd
+	return run, address, workerID, isTraining
 }
 
 func parseTrain(arguments []string) (options trainOptions) {

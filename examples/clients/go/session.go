@@ -87,9 +87,10 @@ func (s *session) initializeOnce(ctx context.Context, header *pb.InitializeHeade
 	return response, nil
 }
 
-// pull reads the center: the bytes of each variable. It waits for the chief if it is told to.
+// pull reads the center to train from it: the bytes of each variable. It waits for the chief if it is told to.
 func (s *session) pull(ctx context.Context, waitInitialized bool) (center [][]byte, err error) {
-	request := &pb.PullRequest{WorkerId: s.workerID, WaitInitialized: waitInitialized}
+	// A worker that had finished in an earlier run counts again from here on, not only from its push on.
+	request := &pb.PullRequest{WorkerId: s.workerID, WaitInitialized: waitInitialized, WillTrain: true}
 	err = retry(ctx, func() error {
 		center, err = s.pullOnce(ctx, request)
 		return err
@@ -244,11 +245,12 @@ func (s *session) status(ctx context.Context) (response *pb.GetStatusResponse, e
 	return response, err
 }
 
-// leave tells the server that this process goes.
-func (s *session) leave(ctx context.Context) error {
+// leave tells the server that this process goes, and whether it has finished its training: then no round waits for it
+// any longer.
+func (s *session) leave(ctx context.Context, finished bool) error {
 	return retry(ctx, func() error {
 		var trailer metadata.MD
-		request := &pb.LeaveRequest{WorkerId: s.workerID, Incarnation: s.incarnation}
+		request := &pb.LeaveRequest{WorkerId: s.workerID, Incarnation: s.incarnation, Finished: finished}
 		if _, err := s.server.Leave(ctx, request, grpc.Trailer(&trailer)); err != nil {
 			return failed(err, trailer)
 		}

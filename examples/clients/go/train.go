@@ -26,7 +26,8 @@ type trainOptions struct {
 	isChief                    bool
 }
 
-// train is a worker: it trains on its part of the data and averages with the others, until all rounds are over.
+// train is a worker: it trains on its part of the data and averages with the others, until all rounds are over; then it
+// says that it has finished.
 func train(ctx context.Context, s *session, options trainOptions) error {
 	all, err := readDigits(options.dataPath)
 	if err != nil {
@@ -71,6 +72,9 @@ func train(ctx context.Context, s *session, options trainOptions) error {
 			fmt.Fprintf(os.Stderr, "%s: global_step %d, %s, accuracy %.4f\n", s.workerID, s.baseStep,
 				enumWord(outcome.Outcome.String(), "OUTCOME_"), m.accuracy(all))
 		}
+	}
+	if err := s.leave(ctx, true); err != nil {
+		return err
 	}
 	fmt.Printf("%s (go): %d rounds, global_step %d, accuracy %.4f\n", s.workerID, rounds, s.baseStep, m.accuracy(all))
 	return nil

@@ -77,6 +77,10 @@ class Conformer:
         self._session.close()
         return ""
 
+    def finish(self) -> str:
+        self._session.finish()
+        return ""
+
 
 def conform(address: str, worker_id: str) -> None:
     conformer = Conformer(address, worker_id)
@@ -149,6 +153,7 @@ def train(arguments: argparse.Namespace) -> None:
             if step % ROUNDS_PER_REPORT == 0:
                 report = f"{arguments.worker_id}: global_step {step}, accuracy {accuracy(center, inputs, labels):.4f}"
                 print(report, file=sys.stderr)
+        session.finish()
     print(
         f"{arguments.worker_id} (python): {rounds} rounds, global_step {step}, "
         f"accuracy {accuracy(center, inputs, labels):.4f}"

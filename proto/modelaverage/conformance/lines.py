@@ -137,7 +137,7 @@ def read_status(line: str) -> Status | Failed:
 
 
 def read_left(line: str) -> Failed | None:
-    """The answer to `leave`. Raises Miss if it is none."""
+    """The answer to `leave` or `finish`. Raises Miss if it is none."""
     words = _words(line, "ok")
     if words:
         if isinstance(words, Failed):

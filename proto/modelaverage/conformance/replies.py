@@ -21,6 +21,7 @@ from modelaverage.conformance.scripted import (
     ScriptedServer,
     admission,
     center,
+    chief_notice,
     fragment,
     outcome,
 )
@@ -81,6 +82,18 @@ def _a_push_says_who_pushes_what(stage: Stage) -> None:
     worker.leave()
     left = server.left.get(timeout=1)
     check("who leaves", (left.worker_id, left.incarnation), ("a", first.incarnation))
+    check("whether it has finished", left.finished, False)
+
+
+@case
+def _a_worker_says_that_it_has_finished(stage: Stage) -> None:
+    server, worker = _ready(stage)
+    server.pushes.put([admission(), READ, *_average(_MODEL), outcome()])
+    worker.push(_MODEL)
+    worker.finish()
+    left = server.left.get(timeout=1)
+    incarnation = server.got_push().header.incarnation
+    check("who has finished", (left.worker_id, left.incarnation, left.finished), ("a", incarnation, True))
 
 
 @case
@@ -285,6 +298,34 @@ def _a_pull_that_is_made_again_starts_anew(stage: Stage) -> None:
     pulled = worker.pull()
     check("global_step", pulled.global_step, 9)
     check_center(pulled.center, _MODEL)
+
+
+@case
+def _a_pull_that_breaks_may_go_on_where_it_was(stage: Stage) -> None:
+    server = stage.scripted()
+    worker = stage.worker(server.address)
+    for given in (1, 3, 4):
+        server.pulls.put([*center(_MODEL)[:given], _AWAY])
+        server.pulls.put(center(_MODEL))
+        pulled = worker.pull()
+        check("global_step", pulled.global_step, 7)
+        check_center(pulled.center, _MODEL)
+
+
+@case
+def _a_pull_that_waits_may_be_told_so(stage: Stage) -> None:
+    server = stage.scripted()
+    worker = stage.worker(server.address)
+    server.pulls.put([chief_notice(0.0), chief_notice(15.0), *center(_MODEL)])
+    worker.begin_pull(wait=True)
+    pulled = worker.pulled()
+    check("global_step", pulled.global_step, 7)
+    check_center(pulled.center, _MODEL)
+    # It waits again where a server goes down meanwhile.
+    server.pulls.put([chief_notice(0.0), _AWAY])
+    server.pulls.put([chief_notice(0.0), *center(_MODEL, 8)])
+    worker.begin_pull(wait=True)
+    check("global_step", worker.pulled().global_step, 8)
 
 
 @case

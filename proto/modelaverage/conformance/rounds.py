@@ -230,6 +230,30 @@ def _a_worker_that_leaves_is_not_waited_for(stage: Stage) -> None:
 
 
 @case
+def _a_worker_that_has_finished_is_not_waited_for(stage: Stage) -> None:
+    address = stage.server(2).address
+    worker, peer = stage.worker(address), stage.peer(address)
+    worker.initialize(vector(9))
+    worker.pull()
+    worker.begin_push(vector(9))
+    peer.push(fragments_of(vector(9)), 0)
+    worker.pushed()
+    worker.finish()
+    check("workers that have finished", peer.status().workers_finished, 1)
+    alone = vector(9, start=7)
+    check("the kit's own round", peer.push(fragments_of(alone), 1), 2)
+    # It trains on: rounds wait for it again.
+    pulled = worker.pull()
+    check("global_step", pulled.global_step, 2)
+    check_center(pulled.center, alone)
+    worker.begin_push(vector(9, start=1))
+    stage.until_whole(peer, "a")
+    check("workers that have finished", peer.status().workers_finished, 0)
+    peer.push(fragments_of(vector(9, start=3)), 2)
+    check_pushed(worker.pushed(), "committed", 3, "a peer", vector(9, start=2))
+
+
+@case
 def _a_worker_too_many_is_told(stage: Stage) -> None:
     address = stage.server(2).address
     worker, first, second = stage.worker(address), stage.peer(address, "first"), stage.peer(address, "second")

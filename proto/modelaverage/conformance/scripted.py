@@ -17,7 +17,18 @@ from modelaverage.errors import REASON_METADATA_KEY
 from modelaverage.v1 import parameter_server_pb2 as pb
 from modelaverage.v1.parameter_server_pb2_grpc import ParameterServerServicer, add_ParameterServerServicer_to_server
 
-__all__ = ["GotPush", "MANIFEST_ID", "READ", "Refusal", "ScriptedServer", "admission", "center", "fragment", "outcome"]
+__all__ = [
+    "GotPush",
+    "MANIFEST_ID",
+    "READ",
+    "Refusal",
+    "ScriptedServer",
+    "admission",
+    "center",
+    "chief_notice",
+    "fragment",
+    "outcome",
+]
 
 MANIFEST_ID = "of-the-script"
 """What names the script's manifest, unless it says otherwise."""
@@ -65,6 +76,9 @@ _PushScript = Sequence["pb.PushAndAverageResponse | Refusal | None"]
 
 class ScriptedServer(ParameterServerServicer):
     """Answers every pull and every push with the next script of `pulls` and `pushes`; a call more waits for another.
+
+    Of the script of a pull, notices go only to a client that accepts them, and a client that goes on with a pull gets
+    no fragment a second time.
 
     Attributes:
         address: HOST:PORT.
@@ -115,12 +129,17 @@ class ScriptedServer(ParameterServerServicer):
             initialized=True, global_step=header.global_step, manifest_id=MANIFEST_ID, num_workers=1
         )
 
-    def Pull(self, _: pb.PullRequest, context: Any) -> Iterator[pb.PullResponse]:  # noqa: N802
+    def Pull(self, request: pb.PullRequest, context: Any) -> Iterator[pb.PullResponse]:  # noqa: N802
         """Plays the next script."""
+        first = 0
         for step in self.pulls.get(timeout=_WAIT_S):
             if isinstance(step, Refusal):
                 _refuse(context, step)
-            yield step
+            if step.HasField("header") and step.header.global_step == request.continued_step:
+                first = request.first_fragment
+            unwanted = step.HasField("waiting") and not request.accepts_notices
+            if not unwanted and not (step.HasField("fragment") and step.fragment.index < first):
+                yield step
 
     def PushAndAverage(  # noqa: N802
         self, request_iterator: Iterator[pb.PushAndAverageRequest], context: Any
@@ -167,6 +186,11 @@ def center(
         pb.PullResponse(header=header),
         *(pb.PullResponse(fragment=pb.Fragment(index=i, data=data)) for i, data in enumerate(fragments)),
     ]
+
+
+def chief_notice(waited_s: float) -> pb.PullResponse:
+    """What a pull may get before its header: there is no center yet."""
+    return pb.PullResponse(waiting=pb.ChiefNotice(waited_s=waited_s))
 
 
 def admission(first_needed_fragment: int = 0) -> pb.PushAndAverageResponse:

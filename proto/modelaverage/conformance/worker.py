@@ -55,7 +55,14 @@ class Worker(Program):
 
     def leave(self) -> None:
         """Tells it to say goodbye."""
-        self.send("leave")
+        self._say_goodbye("leave")
+
+    def finish(self) -> None:
+        """Tells it to say that it has finished its training."""
+        self._say_goodbye("finish")
+
+    def _say_goodbye(self, command: str) -> None:
+        self.send(command)
         left = lines.read_left(self.answer())
         if left is not None:
             raise Miss("ok", f"error {left.name} {short(left.message)}")

@@ -149,6 +149,7 @@ std::string Answer(Worker& worker, std::string_view line) {
   if (words[0] == "push") return Push(worker, words);
   if (words[0] == "status") return Status(worker);
   if (words[0] == "leave") return worker.Leave(), "ok";
+  if (words[0] == "finish") return worker.Finish(), "ok";
   throw Refusal("unknown command '" + std::string(words[0]) + "'");
 }
 

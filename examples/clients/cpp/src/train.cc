@@ -152,7 +152,7 @@ std::string Train(Worker& worker, const TrainOptions& options) {
     model = AsModel(worker.PushAndAverage(AsBytes(model)).center);
     if (++rounds % kRoundsPerReport == 0) std::cerr << worker.worker_id() + ": " + Report(worker, model, rows) + "\n";
   }
-  worker.LeaveNow();
+  worker.Finish();
   return worker.worker_id() + " (cpp): " + std::to_string(rounds) + " rounds, " + Report(worker, model, rows);
 }
 

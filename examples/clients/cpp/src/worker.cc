@@ -19,6 +19,8 @@ using std::chrono_literals::operator""s;
 constexpr auto kPatience = 20s;
 constexpr auto kConnectTimeout = 1s;
 constexpr auto kLeaveTimeout = 5s;
+/// The server answers when a checkpoint has it.
+constexpr auto kFinishTimeout = 60s;
 
 std::string RandomBytes(std::size_t size) {
   std::random_device device;
@@ -95,6 +97,7 @@ std::string Worker::Pull(bool wait) {
   v1::PullRequest request;
   request.set_worker_id(worker_id_);
   request.set_wait_initialized(wait);
+  request.set_will_train(true);
   Center center = Persist(calls_, [&] { return calls_.Pull(request); });
   manifest_ = std::move(*center.header.mutable_manifest());
   layout_ = std::move(center.layout);
@@ -124,6 +127,12 @@ v1::GetStatusResponse Worker::GetStatus() {
 
 void Worker::Leave() {
   Persist(calls_, [&] { calls_.Leave(Goodbye(), kLeaveTimeout); });
+}
+
+void Worker::Finish() {
+  v1::LeaveRequest request = Goodbye();
+  request.set_finished(true);
+  Persist(calls_, [&] { calls_.Leave(request, kFinishTimeout); });
 }
 
 void Worker::LeaveNow() noexcept {

@@ -28,7 +28,7 @@ class Worker {
   v1::InitializeResponse Initialize(std::uint64_t global_step, const v1::Manifest& manifest,
                                     const std::vector<std::string>& variables);
 
-  /// Returns the flat buffer of the center; what is trained from it has its step as base step. `wait`: for the chief.
+  /// Returns the flat buffer of the center, to train from it; what is trained from it has its step as base step. `wait`: for the chief.
   std::string Pull(bool wait);
 
   /// One round, with the whole flat buffer.
@@ -38,6 +38,9 @@ class Worker {
 
   /// Says goodbye.
   void Leave();
+
+  /// Says that this worker has finished its training: no round waits for it any longer.
+  void Finish();
 
   /// Says goodbye, once and within 5 s; what goes wrong is of no interest any more. Any thread may do it.
   void LeaveNow() noexcept;

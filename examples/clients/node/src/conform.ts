@@ -56,6 +56,9 @@ async function obey(worker: Worker, command: string, words: string[]): Promise<s
     case 'leave':
       await worker.leave();
       return [];
+    case 'finish':
+      await worker.finish();
+      return [];
     default:
       throw new Refusal(`the command ${command} is unknown`);
   }

@@ -41,7 +41,7 @@ interface Model {
   readonly bias: Float64Array;
 }
 
-/** Trains until the job is done, then says goodbye. */
+/** Trains until the job is done, then says that it has finished. */
 export async function train(worker: Worker, options: TrainOptions): Promise<void> {
   const rows = parseRows(options.data, await readFile(options.data, 'utf8'));
   const own = rows.filter((_, i) => i % options.count === options.index);
@@ -58,7 +58,7 @@ export async function train(worker: Worker, options: TrainOptions): Promise<void
     model = modelOf(center);
     if (rounds % 10 === 0) console.error(`${worker.workerId}: ${progress()}`);
   }
-  await worker.leave();
+  await worker.finish();
   console.log(`${worker.workerId} (node): ${rounds} rounds, ${progress()}`);
 }
 

@@ -104,10 +104,10 @@ export class Worker {
     return response;
   }
 
-  /** The center; with `wait`, waits until the chief has set it. */
+  /** The center, to train from it; with `wait`, waits until the chief has set it. */
   async pull(wait: boolean): Promise<Center> {
     return persist(async (answered) => {
-      const call = this.stub.pull({ workerId: this.workerId, waitInitialized: wait });
+      const call = this.stub.pull({ workerId: this.workerId, waitInitialized: wait, willTrain: true });
       let base: Base | undefined;
       let assembly: Assembly | undefined;
       for await (const { header, fragment } of messagesOf<PullResponse__Output>(call)) {
@@ -184,7 +184,16 @@ export class Worker {
 
   /** Says that this process goes. */
   async leave(): Promise<void> {
-    const request = { workerId: this.workerId, incarnation: this.incarnation };
+    await this.sayGoodbye(false);
+  }
+
+  /** Says that this worker has finished its training: no round waits for it any longer. */
+  async finish(): Promise<void> {
+    await this.sayGoodbye(true);
+  }
+
+  private async sayGoodbye(finished: boolean): Promise<void> {
+    const request = { workerId: this.workerId, incarnation: this.incarnation, finished };
     await persist(() => answerOf((callback) => this.stub.leave(request, callback)));
   }
 

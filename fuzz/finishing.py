@@ -1,0 +1,113 @@
+"""Sees who says that it has finished, and says whether rounds go on without it, and without nobody else."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Collection
+
+from fuzz.context import ClientCall, Failure
+from fuzz.world import World
+from modelaverage.v1 import parameter_server_pb2 as pb
+from ps_server.policy import RoundPolicy
+
+__all__ = ["Finishing"]
+
+
+class Finishing:
+    """Those who have finished at one server.
+
+    What it knows of them may be more than what is true (a goodbye counts for nothing while another process of that name
+    pushes), but never less.
+
+    Args:
+        world: the server.
+        policy: for whom its rounds wait.
+        endings: where to count the ends of jobs.
+    """
+
+    def __init__(self, world: World, policy: RoundPolicy, endings: Counter[str]) -> None:
+        self._world = world
+        self._policy = policy
+        self._endings = endings
+        self._numbers = itertools.count()
+        self._finished: dict[str, int] = {}  # when each said so
+        self._processes: dict[str, set[bytes]] = {}  # of each, that have said so
+        self._goodbyes: dict[ClientCall, pb.LeaveRequest] = {}
+        self._returns: dict[ClientCall, tuple[str, int]] = {}
+        self._absent = set[str]()  # since the last commit
+        self._was_over = False
+
+    def left(self, call: ClientCall, request: pb.LeaveRequest) -> None:
+        """A worker says goodbye."""
+        if request.finished and self._world.job is not None:
+            self._finished[request.worker_id] = next(self._numbers)
+            self._processes.setdefault(request.worker_id, set()).add(request.incarnation)
+            self._goodbyes[call] = request
+
+    def returned(self, call: ClientCall, worker_id: str) -> None:
+        """A worker pushes, or pulls to train: if its call is let in, it counts again."""
+        self._returns[call] = worker_id, next(self._numbers)
+
+    def least(self, contributors: Collection[str]) -> int:
+        """How many workers the round at least needs that has just committed. To be called before `check`."""
+        job = self._world.job
+        assert job is not None
+        absent = (self._absent | job.round.finished).difference(contributors)
+        return min(self._policy.min_workers, max(1, self._policy.num_workers - len(absent)))
+
+    def check(self, has_committed: bool) -> None:
+        """Raises Failure if the round does not wait for who is there, or waits for who has finished.
+
+        Args:
+            has_committed: whether a round has, since the last look.
+        """
+        job = self._world.job
+        if job is None:
+            return
+        if has_committed:
+            self._absent.clear()
+        self._absent |= job.round.finished
+        self._hear_returns()
+        self._hear_goodbyes()
+        if others := job.round.finished - self._finished.keys():
+            raise Failure(f"no round waits for {others}, and they train")
+        for worker_id in job.round.finished & job.round._members.keys():
+            attached = job.round._members[worker_id].attached
+            if attached is not None and attached.incarnation not in self._processes[worker_id]:
+                raise Failure(f"{worker_id!r} has finished by the word of a process that is not the one that pushes")
+        self._check_waits_rightly()
+        self._endings["(job over)"] += job.round.job_is_over and not self._was_over
+        self._was_over = job.round.job_is_over
+
+    def _hear_returns(self) -> None:
+        for call, (worker_id, number) in list(self._returns.items()):
+            # A pull is let in when it has its header; what comes before are notices.
+            is_in = bool(call.context.written) if call.rpc == "PushAndAverage" else call.done and call.completed
+            if is_in and number > self._finished.get(worker_id, number):
+                del self._finished[worker_id], self._processes[worker_id]
+            if is_in or call.done:
+                del self._returns[call]
+
+    def _hear_goodbyes(self) -> None:
+        job = self._world.job
+        assert job is not None
+        for call, request in self._goodbyes.items():
+            if call.done and call.completed:
+                member = job.round._members.get(request.worker_id)
+                attached = None if member is None else member.attached
+                by_another = attached is not None and attached.incarnation != request.incarnation
+                if request.worker_id not in job.round.finished and not by_another:
+                    raise Failure(f"{request.worker_id!r} has finished, and rounds wait for it")
+                pb.LeaveResponse.FromString(call.response)
+        self._goodbyes.clear()  # without a disk, the answer comes at once or never
+
+    def _check_waits_rightly(self) -> None:
+        """A round whose pushes are whole commits, unless somebody is missing who has not finished."""
+        job, policy = self._world.job, self._policy
+        assert job is not None
+        members = job.round._members.keys()
+        absent = job.round.finished - members
+        least = min(policy.min_workers, max(1, policy.num_workers - len(absent)))
+        if policy.is_strict and job.round.complete == members and len(members) >= least:
+            raise Failure(f"a round waits for nobody: {members} are there, {absent} have finished")
