@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 from typing import Literal, NoReturn
 
+from modelaverage.addresses import split
+
 __all__ = [
     "Parser",
     "count",
@@ -82,10 +84,8 @@ def seconds(text: str) -> float:
 
 def ps_hosts(text: str) -> tuple[str, ...]:
     """Addresses HOST:PORT, separated by commas."""
-    from ma_client.settings import addresses  # not above: it comes with gRPC, which the launcher's help does not need
-
     try:
-        return addresses(text)
+        return split(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

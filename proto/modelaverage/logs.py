@@ -52,6 +52,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "other": (),  # of a library
     # of a worker
     "server_away": ("peer", "cause", "patience_s"),
+    "chief_awaited": ("peer", "waited_s"),
     "data_connection_given_up": ("peer", "cause", "pause_s"),
     "server_behind": ("peer", "round", "other_round", "waited_s", "waiting_for"),
     "task_index_waits": ("peer", "cause"),
