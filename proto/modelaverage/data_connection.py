@@ -115,7 +115,8 @@ class Pace:
 
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
-        self._knows = sys.platform.startswith("linux")
+        is_tcp = connection.family in (socket.AF_INET, socket.AF_INET6)
+        self._knows = is_tcp and sys.platform.startswith("linux")
         self.waiting_bytes = 0
         self.pause_s = _SHORTEST_PAUSE_S
 
