@@ -89,8 +89,8 @@ class DataLink:
         )
 
     def server_was_away(self) -> None:
-        """What broke before broke with the server: the next one may be asked at once. It knows nothing of a connection to
-        the one before."""
+        """What broke before broke with the server: the next one may be asked at once, and knows no connection from
+        before."""
         self._not_before_s = 0.0
         connection = self.take()
         if connection is not None:

@@ -34,7 +34,7 @@ class Patience:
         answered_at_s: when it was last heard of, on the clock of `time.monotonic`.
         stopped: ends a pause between two tries; what is tried then is expected to fail at once.
         peer: the server's address, for the log.
-        progressed_at_s: when bytes of a model last moved, on the same clock: then a failure is the first of its stretch.
+        progressed_at_s: when bytes of a model last moved, on that clock: a failure after that begins a new stretch.
     """
 
     def __init__(

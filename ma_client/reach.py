@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -56,10 +57,8 @@ class Reach:
             return
         over = threading.Event()
         thread = threading.Thread(target=self._look, args=(over, another_way), name="server-lookout", daemon=True)
-        try:
+        with contextlib.suppress(RuntimeError):  # no threads are left: without, then
             thread.start()
-        except RuntimeError:  # no threads are left: without, then
-            pass
         try:
             yield
         finally:

@@ -1,4 +1,4 @@
-"""Addresses of servers, as people write them: HOST:PORT or unix:PATH. What is neither is refused, with what to write."""
+"""Addresses of servers as people write them: HOST:PORT or unix:PATH. What is neither is refused, with what to write."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Whether channels go through a proxy. They do not unless they are told to: gRPC by itself takes one from variables that
-are set on whole machines for web browsers, and where that proxy leads nowhere, no server answers, not even on loopback.
+"""Whether channels go through a proxy. They do not unless they are told to.
+
+gRPC by itself takes one from variables that whole machines have for their web browsers; where that proxy does not lead
+to the server, nobody answers, not even on loopback.
 """
 
 from __future__ import annotations

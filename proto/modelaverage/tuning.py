@@ -24,8 +24,8 @@ GONE_AFTER_S = _KEEPALIVE_S + SILENCE_TIMEOUT_S
 _PING_TIMEOUT_S = 90.0
 
 CHANNEL_OPTIONS = [
-    # A ping after 5 s of silence; then gRPC waits for any byte, not for the answer. It sets TCP_USER_TIMEOUT to the same
-    # limit. By itself it would stop after two pings without data.
+    # A ping after 5 s of silence; then gRPC waits for any byte, not for the answer. It sets TCP_USER_TIMEOUT to the
+    # same limit. By itself it would stop after two pings without data.
     ("grpc.keepalive_time_ms", round(_KEEPALIVE_S * 1000)),
     ("grpc.keepalive_timeout_ms", round(SILENCE_TIMEOUT_S * 1000)),
     ("grpc.http2.ping_timeout_ms", round(_PING_TIMEOUT_S * 1000)),
