@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ma_client import resolvers
 from ma_client.settings import AUTO, ClusterError, TaskIndex
+from modelaverage.addresses import check_all
 from modelaverage.security import Security
 
 __all__ = ["ClusterError", "ClusterSpec"]
@@ -44,6 +45,12 @@ class ClusterSpec:
     def __post_init__(self) -> None:
         if not self.ps_hosts or not all(self.ps_hosts):
             raise ClusterError("ps_hosts is empty; give the address of the parameter server, HOST:PORT")
+        if isinstance(self.ps_hosts, str):
+            raise ClusterError(f"ps_hosts {self.ps_hosts!r} is one text; give a list of addresses, HOST:PORT each")
+        try:
+            check_all(self.ps_hosts)
+        except ValueError as error:
+            raise ClusterError(f"ps_hosts: {error}") from None
         if self.num_workers < 1:
             raise ClusterError(f"num_workers {self.num_workers} is not a whole number from 1 on")
         if not 0 <= self.task_index < self.num_workers:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 
 from ma_client import tf_config
 from ma_client.nodelist import nodes
-from ma_client.settings import AUTO, ClusterError, Setting, TaskIndex, Told, addresses, whole
+from ma_client.settings import AUTO, ClusterError, Setting, TaskIndex, Told, whole
+from modelaverage.addresses import split
 
 __all__ = ["FRESH", "INIT_FROM", "NUM_WORKERS", "PS_HOSTS", "TASK_INDEX", "flag_settings", "is_fresh", "resolve"]
 
@@ -78,7 +79,7 @@ def _from_ma(environ: _Environ) -> Told:
     """What `ps-worker run` and `ma-launch` set, or a user."""
     text = _value(environ, PS_HOSTS)
     try:
-        hosts = None if text is None else Setting(addresses(text), f"{PS_HOSTS}={text!r}")
+        hosts = None if text is None else Setting(split(text), f"{PS_HOSTS}={text!r}")
     except ValueError as error:
         raise ClusterError(f"{PS_HOSTS}={text!r}: {error}") from None
     return Told(hosts, _whole(environ, NUM_WORKERS, least=1), _ma_task_index(environ))

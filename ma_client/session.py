@@ -27,6 +27,7 @@ from ma_client.shard import Deadline
 from ma_client.trees import Paths, as_arrays, nest, paths_of
 from modelaverage import wire
 from modelaverage.access import Access
+from modelaverage.addresses import check_all
 from modelaverage.checks import check_global_step, check_weight, check_worker_id
 from modelaverage.errors import ConflictError, InvalidRequestError, NotInitializedError, Reason
 from modelaverage.logs import event
@@ -510,6 +511,10 @@ def _check_ps_hosts(ps_hosts: Sequence[str]) -> None:
         raise InvalidRequestError(f"ps_hosts is {ps_hosts!r}; give a list of the parameter servers' addresses")
     if len(ps_hosts) > MAX_SHARDS:
         raise InvalidRequestError(f"ps_hosts has {len(ps_hosts)} addresses; at most {MAX_SHARDS} are possible")
+    try:
+        check_all(ps_hosts)
+    except ValueError as error:
+        raise InvalidRequestError(f"ps_hosts: {error}") from None
     twice = [host for position, host in enumerate(ps_hosts) if host in ps_hosts[:position]]
     if twice:
         raise InvalidRequestError(f"ps_hosts has {twice[0]!r} twice; give every parameter server once")

@@ -79,6 +79,15 @@ class Staging:
         """A new center begins to arrive."""
         self._received = 0
 
+    @property
+    def received(self) -> int:
+        """How many fragments of it have come."""
+        return self._received
+
+    def go_on(self, first: int) -> None:
+        """The fragments from ``first`` on are still to come, of a center whose others are here."""
+        self._received = min(first, self._received)
+
     def receive(self, index: int, data: memoryview) -> None:
         """The next fragment has come, or a run of them. Raises ProtocolError if it is another one, or has another
         size."""

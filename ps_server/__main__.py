@@ -18,6 +18,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 from modelaverage import __version__
 from modelaverage.access import Access
+from modelaverage.addresses import parse
 from modelaverage.errors import SecurityError
 from modelaverage.logs import event, keep_logging, log_json, say
 from modelaverage.output import CLOSED_PIPE_EXIT_CODE, OnLoss, OutputLostError
@@ -180,7 +181,11 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument(
-        "addresses", nargs="+", metavar="ADDRESS", help="HOST:PORT or unix:PATH of a server; any number of them"
+        "addresses",
+        nargs="+",
+        type=_address,
+        metavar="ADDRESS",
+        help="HOST:PORT or unix:PATH of a server; any number of them",
     )
     command.add_argument(
         "--json",
@@ -352,6 +357,14 @@ def _data_port(text: str) -> int | None:
     if not 0 <= value <= 65535:
         raise argparse.ArgumentTypeError(f"{text} is neither a port, 0 to 65535, nor off")
     return value
+
+
+def _address(text: str) -> str:
+    try:
+        parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 if __name__ == "__main__":

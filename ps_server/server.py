@@ -12,7 +12,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from modelaverage import wire
+from modelaverage.addresses import Address, parse
 from modelaverage.errors import SecurityError
 from modelaverage.logs import event
 from modelaverage.tuning import CHANNEL_OPTIONS, keep_freed_memory
@@ -175,15 +176,18 @@ async def _metrics(bind: str | None, service: ParameterServerService) -> AsyncIt
     if bind is None:
         yield ""
         return
-    host, colon, port_text = bind.rpartition(":")
-    if not colon or not host or not (port_text.isascii() and port_text.isdigit()) or int(port_text) > 65535:
-        raise UnusableSettingError(f"--metrics-bind {bind!r} is not HOST:PORT, such as 127.0.0.1:9464")
     try:
-        port, end = serve_metrics(host.strip("[]"), int(port_text), service.metrics_sample)
+        where = parse(bind, to_listen=True)
+        if where.path:
+            raise ValueError(f"{bind!r} is not HOST:PORT, such as 127.0.0.1:9464: metrics have no Unix socket")
+    except ValueError as error:
+        raise UnusableSettingError(f"--metrics-bind {error}") from None
+    try:
+        port, end = serve_metrics(where.host, where.port, service.metrics_sample)
     except MetricsError as error:
         raise UnusableSettingError(f"cannot serve metrics on --metrics-bind {bind}: {error}") from None
     try:
-        yield f"{host}:{port}"
+        yield str(replace(where, port=port))
     finally:
         end()
 
@@ -197,7 +201,7 @@ def _start_helper(service: ParameterServerService) -> None:
 
 def _open_data_port(config: ServerConfig, data_port: DataPort) -> list[str]:
     """Where it listens for data connections: HOST:PORT each, all with the same port."""
-    hosts = list(dict.fromkeys(b.rpartition(":")[0].strip("[]") for b in config.binds if not b.startswith("unix:")))
+    hosts = list(dict.fromkeys(where.host for where in map(_parsed, config.binds) if where.host))
     if config.data_port is None or config.security.tls_cert is not None or not hosts:
         return []
     try:
@@ -208,7 +212,7 @@ def _open_data_port(config: ServerConfig, data_port: DataPort) -> list[str]:
             raise UnusableSettingError(why) from None
         _log.warning("%s; fragments travel in messages", why, extra=event("no_data_port", cause=why))
         return []
-    return [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host in hosts]
+    return [str(Address(host, port)) for host in hosts]
 
 
 @contextmanager
@@ -273,23 +277,26 @@ def _listen(
     server: grpc.aio.Server, bind: str, credentials: grpc.ServerCredentials | None, security: ServerSecurity
 ) -> str:
     """Listens on one address; returns the address that clients use."""
-    if bind.startswith("unix:"):
+    where = _parsed(bind)
+    if where.path:
         _remove_stale_socket(bind)
         _bind(server, bind, None)
         return bind
-    host, colon, port_text = bind.rpartition(":")
-    if not colon or not host or not (port_text.isascii() and port_text.isdigit()) or int(port_text) > 65535:
-        raise UnusableSettingError(
-            f"--bind {bind!r} is neither HOST:PORT nor unix:PATH, such as 127.0.0.1:2222, [::]:2222, unix:/tmp/ps.sock"
-        )
-    _check_free(host.strip("[]"), int(port_text), bind)
+    _check_free(where.host, where.port, bind)
     try:
-        check_exposure(host.strip("[]"), bind, security)
+        check_exposure(where.host, bind, security)
     except SecurityError as error:
         raise UnusableSettingError(str(error)) from None
-    for warning in warnings_of(host.strip("[]"), bind, security):
+    for warning in warnings_of(where.host, bind, security):
         _log.warning("%s", warning, extra=event("exposed", address=bind, cause=warning))
-    return f"{host}:{_bind(server, bind, credentials)}"
+    return str(replace(where, port=_bind(server, bind, credentials)))
+
+
+def _parsed(bind: str) -> Address:
+    try:
+        return parse(bind, to_listen=True)
+    except ValueError as error:
+        raise UnusableSettingError(f"--bind {error} (or unix:PATH)") from None
 
 
 def _bind(server: grpc.aio.Server, bind: str, credentials: grpc.ServerCredentials | None) -> int:

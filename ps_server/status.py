@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 from google.protobuf.message import Message
 
-from modelaverage import wire
+from modelaverage import proxies, wire
 from modelaverage.access import Access
 from modelaverage.columns import fitted, listed_within, shortened, width
 from modelaverage.missing import Missing
@@ -65,12 +65,14 @@ def fetch(address: str, timeout_s: float, access: Access) -> pb.GetStatusRespons
             if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                 distrust = access.problem(address)
                 raise NoAnswerError(
-                    distrust or f"no parameter server answers at {address} (waited {timeout_s:g} s)"
+                    distrust
+                    or f"no parameter server answers at {address} (waited {timeout_s:g} s){proxies.in_the_way(address)}"
                 ) from None
             if error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
                 raise NoAnswerError(f"{address}: {printable(error.details() or '')}") from None
             details = printable(error.details() or "")
-            raise NoAnswerError(f"{address} did not answer as a parameter server: {details}") from None
+            proxy = proxies.in_the_way(address)
+            raise NoAnswerError(f"{address} did not answer as a parameter server: {details}{proxy}") from None
     return answer
 
 

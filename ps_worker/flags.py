@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Literal, NoReturn
 
+from modelaverage.addresses import split
 from modelaverage.serve_flags import count, seconds
 
 __all__ = [
@@ -69,10 +70,8 @@ def fraction(text: str) -> float:
 
 def ps_hosts(text: str) -> tuple[str, ...]:
     """Addresses HOST:PORT, separated by commas."""
-    from ma_client.settings import addresses  # not above: it comes with gRPC, which the launcher's help does not need
-
     try:
-        return addresses(text)
+        return split(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

@@ -38,7 +38,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "job_over": ("round",),
     "intervals_differ": ("intervals",),
     "values_not_finite": ("worker", "round", "values"),  # of a worker, too
-    "chief_awaited": ("waited_s", "workers"),
+    "center_awaited": ("waited_s", "workers"),
     "no_shared_memory": ("worker",),
     "no_data_port": ("cause",),
     "checkpoint_failed": ("path", "cause"),
@@ -65,6 +65,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "other": (),  # of a library
     # of a worker
     "server_away": ("peer", "cause", "patience_s"),
+    "chief_awaited": ("peer", "waited_s"),
     "data_connection_given_up": ("peer", "cause", "pause_s"),
     "server_behind": ("peer", "round", "other_round", "waited_s", "waiting_for"),
     "finish_awaited": ("workers", "waited_s"),
