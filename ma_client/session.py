@@ -273,7 +273,7 @@ class ParameterServerSession:
         arrays = self._flat(variables)
         if self._init_from is not None:
             arrays = read_initial_values(arrays, self._init_from, other_names)
-        first, self._has_initialized = not self._has_initialized, True
+        first = not self._has_initialized
         if must_be_new is None:
             must_be_new = self._must_be_new and first
         deadline = Deadline(timeout_s)
@@ -283,6 +283,7 @@ class ParameterServerSession:
             self.worker_id, whole, values, global_step, self._placement, self._fragment_size_bytes, must_be_new
         )
         done = initialize(self._members, self.ps_hosts, proposal, deadline)
+        self._has_initialized = True
         self.num_workers = done.num_workers
         if done.assembly is not None:
             self._assembly = done.assembly

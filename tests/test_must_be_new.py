@@ -77,8 +77,9 @@ def test_a_center_that_must_be_new_is_refused_if_there_is_one(start_server: Star
         session.initialize(ONES)  # its own center: no more than said
     for options in ({"must_be_new": True}, {}):
         with chief(*addresses, **options) as session:
-            with pytest.raises(ConflictError, match=REFUSED.format(addresses[-1], 1)):
-                session.initialize(ONES, must_be_new=None if options else True)
+            for _ in range(2):
+                with pytest.raises(ConflictError, match=REFUSED.format(addresses[-1], 1)):
+                    session.initialize(ONES, must_be_new=None if options else True)
             center, step = session.pull()
             assert (center["w"].tolist(), step) == ([0.0] * 4, 1)
 
