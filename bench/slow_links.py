@@ -2,8 +2,8 @@
 
 A worker and a server on hosts of their own (bench/hosts.py) initialize a center, pull it and make a round, in messages
 or on a data connection. It prints how long each takes beside bytes over bandwidth, and how often anything broke: a call
-that was made again, a data connection that was given up. For root on Linux. Cells run side by side, each on links of its
-own; their processors have little to do. All of it takes 20 minutes, `--quick` 2.
+that was made again, a data connection that was given up. For root on Linux. Cells run side by side, each on its own
+links; their processors have little to do. All of it takes 20 minutes, `--quick` 2.
 """
 
 from __future__ import annotations

@@ -448,7 +448,7 @@ class ModelAverageOptimizer(torch.optim.Optimizer):
     def begin(self) -> None:
         """The start of training, as the hook makes it; also after an end: opens another session after `close`."""
         if self._is_closed:
-            session = ParameterServerSession.from_env(is_chief=self._is_chief)
+            session = ParameterServerSession.from_env(is_chief=self._is_chief, must_be_new=False)
             session.base_step = self._session.base_step
             self._session, self._is_closed = session, False
         else:
@@ -576,10 +576,9 @@ class ModelAverageOptimizer(torch.optim.Optimizer):
         """Whether there were steps since the last round, or parameters changed without any."""
         if self._steps_since_round > 0:
             return True
-        local = self._host_mirror().gather()
-        tensors = self._getter.tensors(local)
         # Buffers follow parameters: statistics that an evaluation moved are no training.
-        local = {name: array for name, array in local.items() if isinstance(tensors[name], torch.nn.Parameter)}
+        parameters = {n: v for n, v in self._getter.variables().items() if isinstance(v, torch.nn.Parameter)}
+        local = HostMirror(parameters).gather()
         return self._session.unchanged(local) != local.keys()
 
     def _host_mirror(self) -> HostMirror:

@@ -247,12 +247,13 @@ def test_a_push_that_came_too_late_says_how_many_steps_are_lost(
         train(one, 99)
         overtaken(one)
         if at_the_end:
-            assert caplog.messages == []
+            assert not any("local steps" in text for text in caplog.messages)
         else:
             train(one, 1)
     steps = 99 if at_the_end else 100
     assert outcome(one) is Outcome.STALE
-    assert [f"{steps} local steps since its last round lost" in text for text in caplog.messages] == [True]
+    said = [text for text in caplog.messages if "local steps" in text]
+    assert [f"{steps} local steps since its last round lost" in text for text in said] == [True]
     assert one.values() == {"w": [1.0] * 3, "b": [2.0] * 3}
 
 
@@ -310,7 +311,7 @@ def test_steps_since_the_last_round_are_part_of_a_checkpoint(
         again.opt.load_state_dict(saved["optimizer"])
     assert again.opt.global_step == 1
     assert center_of(server)["w"].tolist() == [-2.0] * 3
-    assert caplog.messages == []
+    assert not any("local steps" in text for text in caplog.messages)
 
 
 def test_a_restored_worker_whose_steps_the_center_replaces_says_so(

@@ -30,7 +30,7 @@ class Echo:
         self.base_step: int | None = None
         self._center: dict[str, np.ndarray[Any, Any]] = {}
 
-    def initialize(self, variables: Mapping[str, Any], global_step: int = 0) -> Any:
+    def initialize(self, variables: Mapping[str, Any], global_step: int = 0, **_: Any) -> Any:
         self._center, self.base_step = {name: array.copy() for name, array in variables.items()}, global_step
         return types.SimpleNamespace(initialized=True, global_step=global_step)
 
