@@ -107,8 +107,9 @@ def test_a_signal_handler_may_close_a_session_that_waits(lonely: tuple[Any, ...]
 
     def interrupt() -> None:
         waiting(every, session)
-        signal.raise_signal(signal.SIGUSR1)
+        signal.pthread_kill(main.ident or 0, signal.SIGUSR1)
 
+    main = threading.main_thread()
     before = signal.signal(signal.SIGUSR1, close)
     try:
         interrupts = Running(interrupt)
