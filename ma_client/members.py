@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ma_client.data_connection import DATA_SETTINGS, DataSettings
 from ma_client.member import Contribution, Member, Worker
@@ -24,6 +24,8 @@ _T = TypeVar("_T")
 _LOOK_INTERVAL_S = 2.0
 # Shards that run on while this worker fetches from the others are another kind of trouble than a failure.
 _MAX_TRIES = 100
+# Calls that were cancelled end soon.
+_END_S = 5.0
 
 
 class Members:
@@ -51,6 +53,7 @@ class Members:
         self._threads = _threads(len(addresses))
         self._members = [Member(Shard(address, access, data), worker, reconnect_timeout_s) for address in addresses]
         self._is_closed = False
+        self._under_way = list[Future[Any]]()
 
     def __len__(self) -> int:
         return len(self._members)
@@ -78,6 +81,7 @@ class Members:
         if len(self._members) == 1:
             return [call(0, self._members[0])]
         futures = list[Future[_T]]()
+        self._under_way = futures
         try:
             for index, member in enumerate(self._members):
                 futures.append(self._threads.submit(call, index, member))
@@ -136,10 +140,18 @@ class Members:
                 self.each(lambda _, member: member.pull(False, deadline))
         raise ConflictError(f"the parameter servers do not come to one step; they are at {self.steps}")
 
+    def stop(self) -> None:
+        """Ends what is under way, from any thread: the calls of the thread that waits for it, and those of the pool."""
+        for member in self._members:
+            member.shard.stop()
+        wait(list(self._under_way), _END_S)
+
     def close(self) -> None:
         """Leaves all shards, and closes the connections. Does nothing the second time."""
         if self._is_closed:
             return
+        for member in self._members:
+            member.shard.stopped.clear()
 
         def leave(_: int, member: Member) -> None:
             with contextlib.suppress(ModelAverageError):  # nobody has to hear it

@@ -45,6 +45,16 @@ class OneThread:
             self._under_way = outer
             self._lock.release()
 
+    @contextmanager
+    def ending(self, timeout_s: float) -> Iterator[None]:
+        """For the end of the session: begins when what another thread has under way is over, or after this time."""
+        is_over = self._lock.acquire(timeout=timeout_s)
+        try:
+            yield
+        finally:
+            if is_over:
+                self._lock.release()
+
 
 class _Guarded(Protocol):
     _one_thread: OneThread

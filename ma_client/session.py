@@ -41,6 +41,7 @@ __all__ = ["InitializeResult", "ParameterServerSession", "PushResult"]
 
 _Array = NDArray[Any]
 _log = logging.getLogger("ma_client")
+_END_S = 5.0  # how long a call that is to end may take for that
 _LARGEST_INTERVAL = 2**32 - 1  # of the header
 
 
@@ -83,7 +84,7 @@ class ParameterServerSession:
     """One worker's session with the parameter servers of a job, for one thread at a time.
 
     A call from a second thread while one is under way is refused with SessionInUseError. Only `close` may come from any
-    thread, and from a signal handler: it ends the call that is under way.
+    thread, and from a signal handler.
 
     Args:
         ps_hosts: addresses of the parameter servers, HOST:PORT; the same ones in the same order for all workers.
@@ -198,8 +199,13 @@ class ParameterServerSession:
         self.close()
 
     def close(self) -> None:
-        """Ends the session; the center stays where it is. Rounds with a quorum no longer wait for this worker."""
-        self._members.close()
+        """Ends the session; the center stays where it is. Rounds with a quorum no longer wait for this worker.
+
+        From any thread, and from a signal handler: a call that is under way ends with an error.
+        """
+        self._members.stop()
+        with self._one_thread.ending(_END_S):
+            self._members.close()
 
     @by_one_thread
     def finish(self, timeout_s: float | None = 60.0) -> int:

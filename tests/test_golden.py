@@ -65,14 +65,15 @@ class Worker:
         momentum = float(np.float32(opt.get("momentum", 0.0)))
         return torch.optim.SGD(self.model.parameters(), lr=lr, momentum=momentum)
 
-    def start(self, initial: dict[str, Any]) -> None:
-        """Everyone begins with the center; then whatever the original's worker began with instead."""
+    def start(self, initial: dict[str, Any], trained: set[str]) -> None:
+        """Everyone begins with the center; then whatever the original's worker began with instead, where it is trained:
+        what is changed here without a gradient is averaged, and the original leaves it alone."""
         hook = self.optimizer.make_session_run_hook()
         hook.begin()
         hook.after_create_session()
         with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                parameter.copy_(torch.tensor(initial[name], dtype=self.dtype))
+            for name in trained:
+                self.model.get_parameter(name).copy_(torch.tensor(initial[name], dtype=self.dtype))
 
     def step(self, t: int) -> Gradients:
         """One local step; the gradients that were used."""
@@ -97,6 +98,8 @@ class Replay:
     def __init__(self, name: str, start_server: StartServer, shared: bool = False) -> None:
         golden = scenario(name)
         self.config, self.initial, self.trace = golden["config"], golden["initial"], golden["trace"]
+        used = [worker["grads_used"] for step in self.trace for worker in step["workers"]]
+        self.trained = {name for gradients in used for name, gradient in gradients.items() if gradient is not None}
         self.atol = ATOL[self.config.get("dtype", "float32")]
         self._stack = ExitStack()
         server = start_server(self.config["num_worker"], shared=shared)
@@ -111,7 +114,7 @@ class Replay:
 
     def __enter__(self) -> Replay:
         starts = [
-            self._pool.submit(worker.start, state["local"])
+            self._pool.submit(worker.start, state["local"], self.trained)
             for worker, state in zip(self.workers, self.initial["workers"], strict=True)
         ]
         for start in starts:
@@ -134,7 +137,8 @@ class Replay:
         for worker, gradients, state in zip(self.workers, used, expected["workers"], strict=True):
             assert worker.optimizer.local_step == state["local_step"]
             for name, parameter in worker.model.named_parameters():
-                self._close(parameter.detach().numpy(), state["local"][name], atol)
+                local = state["local"] if name in self.trained else expected["center"]
+                self._close(parameter.detach().numpy(), local[name], atol)
                 if state["grads_used"].get(name) is None:
                     assert gradients[name] is None
                 else:
