@@ -7,7 +7,7 @@ GENERATE = $(BIN)/python -m grpc_tools.protoc -I proto $(PROTO) --python_out=$(1
 
 CLIENTS := python node cpp go
 
-.PHONY: help demo bench chaos conformance fuzz test lint types proto proto-check unit
+.PHONY: help demo bench chaos conformance docs fuzz test lint types proto proto-check unit
 
 help: ## this text
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -15,7 +15,7 @@ help: ## this text
 # One stamp for each set of packages: a second run of a command installs nothing.
 $(VENV)/%.stamp: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing modelaverage[$*] into $(VENV) (the first time takes a minute or two)"
+	@echo "installing torch-model-average[$*] into $(VENV) (the first time takes a minute or two)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$*]'
 	@touch $@
 
@@ -41,6 +41,10 @@ conformance: $(VENV)/dev.stamp ## plays the clients in Python, Node.js, C++ and 
 	  else examples/clients/$$client/build || { status=1; continue; }; fi; \
 	  $(BIN)/python -m modelaverage.conformance $$command conform || status=1; \
 	done; exit $$status
+
+docs: $(VENV)/dev.stamp ## the pages of docs/ and the API reference as a site in build/site
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
 
 test: lint types proto-check unit ## everything that CI runs
 

@@ -26,6 +26,8 @@ INTERFACE = "eth0"
 # 5 ms of packets are about what a port of a small switch holds.
 _BURST_BYTES = 131072
 _QUEUE = f"burst {_BURST_BYTES}b latency 5ms"
+# A slow link lets no more than this through at once.
+_SLOW_BURST_BYTES = 16384
 _TOOLS = ("ip", "tc", "nsenter", "unshare")
 # In a namespace that is gone at once: may we, and does the kernel have what we need?
 _PROBE = (
@@ -102,6 +104,8 @@ class Network:
         rate_mbit: of every link, either way.
         congestion_control: of TCP on the hosts. "reno" is the one that every kernel has and every namespace may choose;
             Linux's usual "cubic" behaves the same on ways so short.
+        queue_bytes: what may wait before every link, either way, as in a slow modem; None: 5 ms of packets, as in a
+            small switch.
 
     Attributes:
         hosts: linked to the switch.
@@ -116,11 +120,14 @@ class Network:
         ...     network.hosts[1].run("iperf3", "--client", network.hosts[0].address)
     """
 
-    def __init__(self, num_hosts: int, rate_mbit: float, congestion_control: str = "reno") -> None:
+    def __init__(
+        self, num_hosts: int, rate_mbit: float, congestion_control: str = "reno", queue_bytes: int | None = None
+    ) -> None:
         self.hosts: list[Host] = []
         self.switch: Host
         self._num_hosts, self._rate_mbit = num_hosts, rate_mbit
         self._congestion_control = congestion_control
+        self._queue = _QUEUE if queue_bytes is None else f"burst {_SLOW_BURST_BYTES}b limit {queue_bytes}b"
 
     def __enter__(self) -> Network:
         with contextlib.ExitStack() as cleanup:
@@ -162,7 +169,7 @@ class Network:
         # The file shows the namespace of who opens it.
         host.run("sh", "-c", 'echo "$1" > /proc/sys/net/ipv4/tcp_congestion_control', "sh", self._congestion_control)
         # A queue limits what goes out: one at each end of the cable.
-        limit = f"root tbf rate {self._rate_mbit}mbit {_QUEUE}".split()
+        limit = f"root tbf rate {self._rate_mbit}mbit {self._queue}".split()
         switch.run("tc", "qdisc", "add", "dev", port, *limit)
         host.run("tc", "qdisc", "add", "dev", INTERFACE, *limit)
 

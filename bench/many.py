@@ -51,7 +51,9 @@ class RawWorker:
 
     def __init__(self, address: str, number: int, workers: int) -> None:
         # Without this, gRPC would share one connection among all channels of a process.
-        self._channel = grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)])
+        self._channel = grpc.aio.insecure_channel(
+            address, options=[("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1)]
+        )
         self._initialize = self._channel.stream_unary(f"/{wire.SERVICE}/Initialize", None, None)
         self._push = self._channel.stream_stream(f"/{wire.SERVICE}/PushAndAverage", None, None)
         self._worker_id, self._workers = f"worker-{number}", workers

@@ -172,7 +172,7 @@ def _ask_and_never_read(ps_host: str) -> None:
     from modelaverage.v1 import parameter_server_pb2 as pb
 
     # A window of 64 KiB that does not grow: the server holds what is asked for.
-    options = [("grpc.use_local_subchannel_pool", 1), ("grpc.http2.bdp_probe", 0)]
+    options = [("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1), ("grpc.http2.bdp_probe", 0)]
     channel = grpc.insecure_channel(ps_host, options=options)
     pull = channel.unary_stream(f"/{wire.SERVICE}/Pull", pb.PullRequest.SerializeToString, bytes)
     never_read = list[object]()

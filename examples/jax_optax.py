@@ -1,6 +1,6 @@
 """A JAX model trained by optax on several workers: the session takes and gives the parameters as they are nested.
 
-Needs `pip install jax optax` beside modelaverage (no torch). Run it from the repository:
+Needs `pip install jax optax` beside torch-model-average (no torch). Run it from the repository:
 
     ma-launch --workers 2 -- examples/jax_optax.py
 """

@@ -1,7 +1,7 @@
 """A Keras model trained on several workers: what is averaged are its variables, as named numpy arrays.
 
-Needs `pip install keras scikit-learn` beside modelaverage, and a backend: torch, if the environment names no other.
-Run it from the repository:
+Needs `pip install keras scikit-learn` beside torch-model-average, and a backend: torch, if the environment names no
+other. Run it from the repository:
 
     ma-launch --workers 2 -- examples/keras_digits.py
 """

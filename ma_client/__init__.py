@@ -7,36 +7,70 @@ from typing import TYPE_CHECKING, Any
 from ma_client.cluster import ClusterError, ClusterSpec
 from ma_client.data_connection import DataSettings
 from ma_client.session import InitializeResult, ParameterServerSession, PushResult
-from modelaverage.errors import SecurityError
+from modelaverage import __version__ as __version__
+from modelaverage.errors import (
+    ConflictError,
+    DeadlineExceededError,
+    InvalidRequestError,
+    ModelAverageError,
+    NotInitializedError,
+    ProtocolError,
+    Reason,
+    RetryPushError,
+    SecurityError,
+    ServerUnavailableError,
+)
 from modelaverage.outcome import Outcome
 from modelaverage.security import Security, Tls
 
 if TYPE_CHECKING:
+    from ma_client.hook import ModelAverageHook
     from ma_client.optimizer import GLOBAL_VARIABLE_NAME, ModelAverageCustomGetter, ModelAverageOptimizer
 
 __all__ = [
     "ClusterError",
     "ClusterSpec",
+    "ConflictError",
     "DataSettings",
+    "DeadlineExceededError",
     "GLOBAL_VARIABLE_NAME",
     "InitializeResult",
+    "InvalidRequestError",
     "ModelAverageCustomGetter",
+    "ModelAverageError",
+    "ModelAverageHook",
     "ModelAverageOptimizer",
+    "NotInitializedError",
     "Outcome",
     "ParameterServerSession",
+    "ProtocolError",
     "PushResult",
+    "Reason",
+    "RetryPushError",
     "Security",
     "SecurityError",
+    "ServerUnavailableError",
     "Tls",
 ]
+# torch takes seconds to import and is an extra: only those who use the optimizer need it.
+_WITH_TORCH = {
+    "GLOBAL_VARIABLE_NAME": "optimizer",
+    "ModelAverageCustomGetter": "optimizer",
+    "ModelAverageHook": "hook",
+    "ModelAverageOptimizer": "optimizer",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # torch takes seconds to import and is an extra: only those who use the optimizer need it.
-    if name in {"GLOBAL_VARIABLE_NAME", "ModelAverageCustomGetter", "ModelAverageOptimizer"}:
-        try:
-            from ma_client import optimizer
-        except ModuleNotFoundError as error:
-            raise ImportError(f"{name} needs torch ({error}): pip install 'modelaverage[torch]'") from error
-        return getattr(optimizer, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _WITH_TORCH:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    try:
+        return getattr(import_module(f"ma_client.{_WITH_TORCH[name]}"), name)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{name} needs torch ({error}): pip install 'torch-model-average[torch]'") from error
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

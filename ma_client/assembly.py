@@ -77,7 +77,7 @@ class Assembly:
         """The whole variables whose every part is among these variables of the shards."""
         missing = {
             _number(number, variable)
-            for manifest, numbers in zip(self.shards, by_shard, strict=True)
+            for manifest, numbers in zip(self.shards, map(frozenset, by_shard), strict=True)  # a list is slow to search
             for number, variable in enumerate(manifest.variables)
             if number not in numbers
         }

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ma_client import resolvers
 from ma_client.settings import AUTO, ClusterError, TaskIndex
+from modelaverage.addresses import check_all
 from modelaverage.security import Security
 
 __all__ = ["ClusterError", "ClusterSpec"]
@@ -28,7 +29,8 @@ class ClusterSpec:
         ps_hosts: addresses of the parameter servers, HOST:PORT each.
         num_workers: how many workers the job has.
         task_index: which of them this process is, from 0. Worker 0 is the chief.
-        init_from: a safetensors file with the values that the chief sets the center to; None: its own.
+        init_from: a file with the values that the chief sets the center to; None: its own.
+        must_be_new: whether the chief refuses to go on from a center that is there already.
 
     Raises:
         ClusterError: a value is out of range.
@@ -38,10 +40,17 @@ class ClusterSpec:
     num_workers: int
     task_index: int
     init_from: str | None = None
+    must_be_new: bool = False
 
     def __post_init__(self) -> None:
         if not self.ps_hosts or not all(self.ps_hosts):
             raise ClusterError("ps_hosts is empty; give the address of the parameter server, HOST:PORT")
+        if isinstance(self.ps_hosts, str):
+            raise ClusterError(f"ps_hosts {self.ps_hosts!r} is one text; give a list of addresses, HOST:PORT each")
+        try:
+            check_all(self.ps_hosts)
+        except ValueError as error:
+            raise ClusterError(f"ps_hosts: {error}") from None
         if self.num_workers < 1:
             raise ClusterError(f"num_workers {self.num_workers} is not a whole number from 1 on")
         if not 0 <= self.task_index < self.num_workers:
@@ -79,6 +88,7 @@ class ClusterSpec:
         num_workers: int | None = None,
         task_index: TaskIndex | None = None,
         init_from: str | None = None,
+        must_be_new: bool = False,
         join_timeout_s: float = _JOIN_TIMEOUT_S,
         security: Security | None = None,
     ) -> ClusterSpec:
@@ -97,6 +107,7 @@ class ClusterSpec:
             task_index: as the constructor's; "auto" (MA_TASK_INDEX=auto): the first server hands out the lowest that is
                 free, which this process then has until it ends. The server also says how many workers there are.
             init_from: as the constructor's; None: MA_INIT_FROM, if it is there.
+            must_be_new: as the constructor's; False: MA_FRESH, if it is there.
             join_timeout_s: with "auto", how long to wait for the server, and for an index that is free.
             security: with "auto", as `ParameterServerSession`'s.
 
@@ -107,7 +118,7 @@ class ClusterSpec:
             SecurityError: the server and this process do not trust each other, or a file is missing or unusable.
             ServerUnavailableError: no parameter server answers there in time.
         """
-        init_from = init_from or environ.get(resolvers.INIT_FROM) or None
+        init_from, must_be_new = _for_the_chief(init_from, must_be_new, environ)
         settings = resolvers.resolve(resolvers.flag_settings(ps_hosts, num_workers, task_index), environ)
         servers, workers, task = settings
         if task.value == AUTO:
@@ -119,10 +130,10 @@ class ClusterSpec:
                     f"{workers.source}, but the server at {servers.value[0]} was told --num-workers "
                     f"{place.num_workers}; leave it out here, or start the server with the same number"
                 )
-            return cls(servers.value, place.num_workers, place.task_index, init_from)
+            return cls(servers.value, place.num_workers, place.task_index, init_from, must_be_new)
         assert workers is not None  # only a server that says which worker this is may say how many there are
         try:
-            return cls(servers.value, workers.value, task.value, init_from)
+            return cls(servers.value, workers.value, task.value, init_from, must_be_new)
         except ClusterError as error:
             sources = ", ".join(setting.source for setting in settings if setting is not None)
             raise ClusterError(f"{error} ({sources})") from None
@@ -136,6 +147,7 @@ class ClusterSpec:
         num_workers: int | None = None,
         task_index: TaskIndex | None = None,
         init_from: str | None = None,
+        must_be_new: bool = False,
     ) -> dict[str, str]:
         """The MA_* variables with which another process is what `resolve` describes; "auto" is left to that process.
 
@@ -149,14 +161,19 @@ class ClusterSpec:
         servers, workers, task = resolvers.resolve(flags, environ)
         if task.value != AUTO:
             return cls.resolve(
-                environ, ps_hosts=ps_hosts, num_workers=num_workers, task_index=task_index, init_from=init_from
+                environ,
+                ps_hosts=ps_hosts,
+                num_workers=num_workers,
+                task_index=task_index,
+                init_from=init_from,
+                must_be_new=must_be_new,
             ).to_env()
-        init_from = init_from or environ.get(resolvers.INIT_FROM) or None
-        return _variables(servers.value, None if workers is None else workers.value, AUTO, init_from)
+        init_from, must_be_new = _for_the_chief(init_from, must_be_new, environ)
+        return _variables(servers.value, None if workers is None else workers.value, AUTO, init_from, must_be_new)
 
     def to_env(self) -> dict[str, str]:
         """The MA_* variables that describe it; whatever else is in an environment with them, they win."""
-        return _variables(self.ps_hosts, self.num_workers, self.task_index, self.init_from)
+        return _variables(self.ps_hosts, self.num_workers, self.task_index, self.init_from, self.must_be_new)
 
     # As tf.train.ClusterSpec has it.
 
@@ -209,13 +226,22 @@ class ClusterSpec:
         raise ValueError(f"there is no job {job_name!r} in the cluster; there are 'ps' and 'worker'")
 
 
+def _for_the_chief(init_from: str | None, must_be_new: bool, environ: Mapping[str, str]) -> tuple[str | None, bool]:
+    return init_from or environ.get(resolvers.INIT_FROM) or None, must_be_new or resolvers.is_fresh(environ)
+
+
 def _variables(
-    ps_hosts: tuple[str, ...], num_workers: int | None, task_index: TaskIndex, init_from: str | None
+    ps_hosts: tuple[str, ...],
+    num_workers: int | None,
+    task_index: TaskIndex,
+    init_from: str | None,
+    must_be_new: bool,
 ) -> dict[str, str]:
     found = {
         resolvers.PS_HOSTS: ",".join(ps_hosts),
         resolvers.NUM_WORKERS: num_workers,
         resolvers.TASK_INDEX: task_index,
         resolvers.INIT_FROM: init_from,
+        resolvers.FRESH: 1 if must_be_new else None,
     }
     return {name: str(value) for name, value in found.items() if value is not None}

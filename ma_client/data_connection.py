@@ -8,20 +8,21 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from ma_client.staging import Staging
 from modelaverage.data_connection import (
     NOTICES_IN_SILENCE,
     NUMBER,
-    SILENCE_TIMEOUT_S,
+    Pace,
     halves,
     prepare,
     use_short_queues,
     want,
 )
 from modelaverage.logs import event
+from modelaverage.tuning import SILENCE_TIMEOUT_S
 from modelaverage.v1 import parameter_server_pb2 as pb
 
 __all__ = ["DATA_SETTINGS", "DataConnection", "DataSettings", "Transfer"]
@@ -41,14 +42,14 @@ class DataSettings:
 
     Args:
         least_bytes: a smaller model is one message, or a few, and travels so.
-        connect_timeout_s: to connect, and to be answered.
+        connect_timeout_s: to connect, and to be answered; nobody waits for it. A slow link is full at that time.
         silence_timeout_s: a connection on which nothing moves for so long, though something should, is lost.
         pause_s: after one was lost, or was not to be had, pushes go in messages for so long: what stands between may
             let gRPC's port pass and no other, or small packets and no large ones.
     """
 
     least_bytes: int = 1 << 20
-    connect_timeout_s: float = 5.0
+    connect_timeout_s: float = SILENCE_TIMEOUT_S
     silence_timeout_s: float = SILENCE_TIMEOUT_S
     pause_s: float = 60.0
 
@@ -72,6 +73,8 @@ class DataConnection:
         self.peer = peer
         self.moved_at_s = time.monotonic()
         """When bytes last went or came, on the monotonic clock."""
+        self._pace = Pace(connection)
+        self._is_over = threading.Event()
         connection.settimeout(None)
 
     @classmethod
@@ -110,12 +113,24 @@ class DataConnection:
         if len(left) > _MOST_PARTS:
             left = [memoryview(b"".join(left))]
         while left:
-            sent = self._socket.sendmsg(left)
+            sent = self._socket.sendmsg(_first(left, self._room()))
             self.moved_at_s = time.monotonic()
             while left and sent >= len(left[0]):
                 sent -= len(left.pop(0))
             if sent:
                 left[0] = left[0][sent:]
+
+    def _room(self) -> int:
+        """Waits until something may go; how many bytes. Raises OSError."""
+        while True:
+            before_bytes = self._pace.waiting_bytes
+            room_bytes = self._pace.room()
+            if self._pace.waiting_bytes < before_bytes:
+                self.moved_at_s = time.monotonic()
+            if room_bytes:
+                return room_bytes
+            if self._is_over.wait(self._pace.pause_s):
+                raise OSError("it was broken off")
 
     def receive(
         self, room: memoryview, heard: Callable[[], None] = lambda: None, unheard: Callable[[], None] = lambda: None
@@ -140,6 +155,7 @@ class DataConnection:
 
     def break_off(self) -> None:
         """Ends whoever sends or receives."""
+        self._is_over.set()
         with contextlib.suppress(OSError):  # the other end was faster
             self._socket.shutdown(socket.SHUT_RDWR)
 
@@ -152,6 +168,17 @@ class DataConnection:
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
         return bool(poll.poll(timeout_s * 1000))
+
+
+def _first(parts: Sequence[memoryview], size_bytes: int) -> list[memoryview]:
+    """So much of them from the first on, or all if they have less."""
+    found = []
+    for part in parts:
+        if size_bytes <= 0:
+            break
+        found.append(part[:size_bytes])
+        size_bytes -= len(part)
+    return found
 
 
 class Transfer:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import re
 import threading
 import time
 
 from ma_client.data_connection import DataConnection, DataSettings
+from modelaverage.addresses import parse
 from modelaverage.logs import event
 from modelaverage.v1 import parameter_server_pb2 as pb
 
@@ -18,8 +19,9 @@ _log = logging.getLogger("ma_client")
 
 def host_of(address: str) -> str | None:
     """The host in an address as gRPC takes it; None: there is none that a socket could connect to."""
-    found = re.fullmatch(r"(?:dns:///|ipv4:|ipv6:)?(\[[^\]]+\]|[^:/]+):\d+", address)
-    return None if found is None else found[1].strip("[]")
+    with contextlib.suppress(ValueError):
+        return parse(address).host or None
+    return None
 
 
 class DataLink:
@@ -87,8 +89,12 @@ class DataLink:
         )
 
     def server_was_away(self) -> None:
-        """What broke before broke with the server: the next one may be asked at once."""
+        """What broke before broke with the server: the next one may be asked at once, and knows no connection from
+        before."""
         self._not_before_s = 0.0
+        connection = self.take()
+        if connection is not None:
+            connection.close()
 
     def close(self) -> None:
         """There will be no other push."""

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from ma_client.assembly import Assembly
 from ma_client.member import Member
 from ma_client.members import Members
+from ma_client.raw import bytes_of
 from ma_client.shard import Deadline
+from ma_client.staging import Staging
 from modelaverage import wire
 from modelaverage.errors import ConflictError, NotInitializedError, Reason
 from modelaverage.manifest import Manifest, Shard, Variable, first_difference
@@ -30,6 +32,7 @@ class Proposal:
         global_step: where to start counting rounds.
         placement: what goes to which of several servers.
         fragment_size_bytes: None: chosen by the size of the model and the number of servers.
+        must_be_new: whether a center that is there already is an error.
     """
 
     worker_id: str
@@ -38,6 +41,7 @@ class Proposal:
     global_step: int
     placement: str
     fragment_size_bytes: int | None
+    must_be_new: bool
 
     def manifest(self, num_shards: int) -> Manifest:
         """Of the whole model."""
@@ -69,11 +73,15 @@ def initialize(members: Members, addresses: Sequence[str], proposal: Proposal, d
 
     Raises:
         InvalidRequestError: MANIFEST_INVALID: a manifest is too long for a message; nothing was sent.
-        ConflictError: MANIFEST_MISMATCH: another model is in force, or the servers do not belong together.
+        ConflictError: MANIFEST_MISMATCH: another model is in force, or the servers do not belong together. Or there is
+            a center, and it must be new.
         NotInitializedError: a server has lost its part of a center that has been averaged already.
     """
-    there = _centers_there(members, deadline) if len(members) > 1 else [None]
+    there = _centers_there(members, deadline) if len(members) > 1 or proposal.must_be_new else [None]
     headers = [header for header in there if header is not None]
+    if headers and proposal.must_be_new:
+        steps = {address: header.global_step for address, header in zip(addresses, there, strict=True) if header}
+        raise _not_new(*steps.popitem())
     if len(headers) == len(members):
         manifests = [wire.manifest_from_message(header.manifest) for header in headers]
         _check_variables(proposal.variables, Assembly(manifests, addresses).manifest.variables)
@@ -103,13 +111,42 @@ def initialize(members: Members, addresses: Sequence[str], proposal: Proposal, d
 
     # The first server comes first: whoever set it has chosen the job's id.
     first = set_one(0, next(iter(members)))
+    # Shards know their job by an id that this call has drawn; a single server's center has none.
+    if proposal.must_be_new and len(members) == 1 and not first.initialized:
+        _check_ours(proposal, first, next(iter(members)), assembly.stagings[0], addresses[0], deadline)
     rest = members.each(lambda index, member: set_one(index, member) if index > 0 else first)
     all_set = not headers and all(response.initialized for response in rest)
     return Initialized(
-        any(response.initialized for response in rest),
+        proposal.must_be_new or any(response.initialized for response in rest),
         first.global_step,
         first.num_workers,
         assembly if all_set else None,
+    )
+
+
+def _check_ours(
+    proposal: Proposal,
+    answer: pb.InitializeResponse,
+    member: Member,
+    staging: Staging,
+    address: str,
+    deadline: Deadline,
+) -> None:
+    """There was no center a moment ago: this one is of this call, whose answer was lost. Or else: ConflictError."""
+    if answer.global_step == proposal.global_step:
+        member.adopt(staging, answer.manifest_id)
+        member.pull(False, deadline)
+        if all(bytes_of(a) == value for a, value in zip(staging.arrays.values(), proposal.values, strict=True)):
+            return
+    raise _not_new(address, answer.global_step)
+
+
+def _not_new(address: str, global_step: int) -> ConflictError:
+    return ConflictError(
+        f"the center was to be new, but the parameter server at {address} has one already, at global_step "
+        f"{global_step}: of an earlier run, or this chief was started again. To go on from it, leave out --fresh "
+        "(must_be_new, MA_FRESH); to begin with new values, start the servers with an empty --checkpoint-dir. Nothing "
+        "was changed"
     )
 
 

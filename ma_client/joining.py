@@ -7,11 +7,13 @@ import contextlib
 import logging
 import os
 import threading
+import time
 import uuid
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYetError
 from dataclasses import dataclass
 
+from ma_client.absence import Pace, connect
 from ma_client.shard import Deadline, Shard
 from ma_client.threads import without_thread
 from modelaverage.access import Access
@@ -51,7 +53,7 @@ class _Holder:
         self._trouble = f"{address} does not say one"
         self._thread = threading.Thread(target=self._hold, name="ma_client-join", daemon=True)
         try:
-            self._shard.connect(timeout_s)
+            connect(self._shard, timeout_s)
             self._thread.start()
         except RuntimeError as error:
             self._shard.close()
@@ -62,10 +64,24 @@ class _Holder:
 
     def place(self, deadline: Deadline) -> Place:
         """Waits for it."""
-        try:
-            return self._place.result(deadline.left_s)
-        except NotYetError:
-            raise DeadlineExceededError(f"no task index within {deadline.timeout_s:g} s: {self._trouble}") from None
+        began_at_s, pace = time.monotonic(), Pace()
+        while True:
+            due_in_s = max(0.0, began_at_s + pace.due_s - time.monotonic())
+            left_s = deadline.left_s
+            try:
+                return self._place.result(due_in_s if left_s is None else min(due_in_s, left_s))
+            except NotYetError:
+                if self._place.done():
+                    raise
+                if deadline.is_over:
+                    message = f"no task index within {deadline.timeout_s:g} s: {self._trouble}"
+                    raise DeadlineExceededError(message) from None
+            self._say_that_it_waits(pace.due_s)
+            pace.said()
+
+    def _say_that_it_waits(self, waited_s: float) -> None:
+        what = event("task_index_waits", peer=self._address, cause=self._trouble)
+        _log.warning("has waited %.0f s for a task index: %s", waited_s, self._trouble, extra=what)
 
     def end(self) -> None:
         """Gives the place back."""

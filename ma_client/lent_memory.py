@@ -68,15 +68,16 @@ class Loan:
     def intact_bytes(self) -> list[memoryview] | None:
         """Copies of the average's variables; None if the server has written over them."""
         values = [bytes_of(array.copy()) for array in self.arrays.values()]
-        return values if self._is_intact else None
+        return values if self.is_intact else None
 
     @property
-    def _is_intact(self) -> bool:
+    def is_intact(self) -> bool:
+        """Whether the server has not written over the average so far."""
         return self._average.generation == self._generation
 
     def check_intact(self) -> None:
         """Raises RetryPushError if the server has written over the average meanwhile."""
-        if not self._is_intact:
+        if not self.is_intact:
             raise RetryPushError("a later round overtook this worker as it copied the average", Reason.ROUND_RESTARTED)
 
 

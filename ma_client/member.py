@@ -72,7 +72,7 @@ class Contribution:
         weight: share in the average.
         local_step: for the server's status.
         loss: for the server's status; None: it is not said.
-        interval_steps: for the server's log and status; 0: it is not said.
+        interval_steps: local steps between two rounds, for the server's log and status; 0: it is not said.
     """
 
     values: Sequence[memoryview]
@@ -101,7 +101,13 @@ class Member:
         self.step: int | None = None
         self.elsewhere: Mapping[str, NDArray[Any]] | None = None
         self._worker = worker
-        self._patience = Patience(reconnect_timeout_s, lambda: shard.answered_at_s, shard.stopped, shard.address)
+        self._patience = Patience(
+            reconnect_timeout_s,
+            lambda: shard.answered_at_s,
+            shard.stopped,
+            shard.address,
+            lambda: shard.progressed_at_s,
+        )
         self._push_id = 0
         self._loan: Loan | None = None  # the shared memory that the center came in, if it did
         self._is_copied = True  # whether that no longer matters to whoever was given the center
@@ -147,24 +153,47 @@ class Member:
         Raises:
             ConflictError: MANIFEST_MISMATCH: nobody adopted the center that came.
         """
-        step = 0
+        step, began_at_s = 0, time.monotonic()
+        arriving: Staging | None = None  # what this pull has begun to fill
+        request = self._pull_request(wait_initialized)
+        request.will_train = will_train
 
         def staging_for(header: pb.CenterHeader) -> Staging:
-            nonlocal step
-            step = header.global_step
-            if heard is not None:
+            nonlocal step, arriving
+            goes_on = request.first_fragment > 0 and request.continued_step == header.global_step
+            step, before, arriving = header.global_step, arriving, None
+            if heard is not None and not goes_on:
                 heard(header)
-            if self._staging is None or header.manifest_id != self._manifest_id:
+            staging = self._staging
+            if staging is None or header.manifest_id != self._manifest_id or (goes_on and staging is not before):
                 raise ConflictError(
                     f"the center at {self.shard.address} was initialized anew; pull again", Reason.MANIFEST_MISMATCH
                 )
-            self._staging.begin()
-            return self._staging
+            if goes_on:
+                staging.go_on(request.first_fragment)
+            else:
+                staging.begin()
+            arriving = staging
+            return staging
 
-        request = self._pull_request(wait_initialized)
-        request.will_train = will_train
-        self._patience.call(lambda: self.shard.pull(request, staging_for, deadline), deadline)
+        def attempt() -> None:
+            nonlocal began_at_s
+            request.first_fragment = 0 if arriving is None else self._first_to_pull(arriving, began_at_s, deadline)
+            request.continued_step = step if request.first_fragment else 0
+            if not request.first_fragment:
+                began_at_s = time.monotonic()
+            self.shard.pull(request, staging_for, deadline)
+
+        self._patience.call(attempt, deadline)
         self.step, self.elsewhere, self._loan = step, None, None
+
+    def _first_to_pull(self, arriving: Staging, began_at_s: float, deadline: Deadline) -> int:
+        """Which fragment a pull that began at ``began_at_s`` and broke goes on with; 0: it starts over."""
+        if arriving.received == 0 or arriving.is_complete:
+            return 0
+        # Only at the same process: another one may have made another center of the same step.
+        uptime_s = self.shard.status(deadline).uptime_s
+        return arriving.received if uptime_s >= time.monotonic() - began_at_s else 0
 
     def check_intact(self) -> None:
         """Raises RetryPushError if a later round has written over the center that was not copied."""
@@ -229,11 +258,24 @@ class Member:
     def center_again(self) -> Contribution | None:
         """The center as it came from the shard, which has lost it; None if it was written over meanwhile."""
         if self._loan is None:
-            values = None if self._staging is None or self._staging.is_torn else self._center_bytes()
+            values = self._center_bytes() if self.holds_center else None
         else:
             # Not `elsewhere`: whoever was given copies may have changed them.
             values = self._loan.intact_bytes()
         return None if values is None else Contribution(values, (), _HELD_CENTER_WEIGHT)
+
+    @property
+    def holds_center(self) -> bool:
+        """Whether the center of `step` is still where it came. Shared memory may be written over at any time: ask again
+        when it has been read."""
+        if self._loan is not None:
+            return self._loan.is_intact
+        return self._staging is not None and self._staging.is_whole
+
+    @property
+    def lent_center(self) -> Mapping[str, NDArray[Any]] | None:
+        """The center of `step` by name, in shared memory; None if it came in the staging buffer."""
+        return None if self._loan is None else self._loan.arrays
 
     def bring_back(self, copy: bool, deadline: Deadline) -> None:
         """The shard has fallen back behind the center that this worker has from it, and gets that again."""
@@ -337,7 +379,9 @@ class Member:
         return [bytes_of(array.copy()) for array in arrays.values()]
 
     def _pull_request(self, wait_initialized: bool) -> pb.PullRequest:
-        return pb.PullRequest(worker_id=self._worker.worker_id, wait_initialized=wait_initialized)
+        return pb.PullRequest(
+            worker_id=self._worker.worker_id, wait_initialized=wait_initialized, accepts_notices=wait_initialized
+        )
 
     def _waits_for_this_worker(self, status: pb.GetStatusResponse) -> bool:
         at_rest = status.phase == pb.PHASE_IDLE

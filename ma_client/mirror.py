@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-__all__ = ["HostMirror"]
+from ma_client.refused_tensors import dtype_of
+from modelaverage.errors import ConflictError, Reason
+
+__all__ = ["HostMirror", "as_numpy"]
 
 _Array = NDArray[np.generic]
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+# How numpy reads the memory; bfloat16, which it knows only by way of ml_dtypes, as something of its size.
+_TYPES = {
+    torch.float32: np.dtype(np.float32).str,
+    torch.float64: np.dtype(np.float64).str,
+    torch.float16: np.dtype(np.float16).str,
+    torch.bfloat16: np.dtype(np.int16).str,
+}
 
 
 class HostMirror:
@@ -20,13 +32,20 @@ class HostMirror:
     A contiguous tensor on the CPU needs no copy. Others get a staging tensor that lives as long as the mirror, pinned
     if the tensor is on a GPU, so that copies run at the bus's speed.
 
+    Shapes and element types are fixed, as the center's are.
+
     Args:
         tensors: by name; float32, float64, float16 or bfloat16, of any shape, layout and device.
+
+    Raises:
+        ConflictError: a tensor has no memory.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self._tensors = dict(tensors)
+        self._fixed = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
         self._staging: dict[str, torch.Tensor] = {}
+        _check_memory(tensors)
 
     @property
     def names(self) -> list[str]:
@@ -34,7 +53,16 @@ class HostMirror:
         return list(self._tensors)
 
     def follow(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """From now on these tensors, of the same names, are mirrored."""
+        """From now on these tensors, of the same names, are mirrored.
+
+        Raises:
+            ConflictError: MANIFEST_MISMATCH: one has another shape or element type than before, or no memory.
+        """
+        for name, tensor in tensors.items():
+            shape, dtype = self._fixed[name]
+            if tensor.dtype is not dtype or tensor.shape != shape:
+                raise ConflictError(_what_changed(name, tensor, shape, dtype), Reason.MANIFEST_MISMATCH)
+        _check_memory(tensors)
         self._tensors = dict(tensors)
 
     @torch.no_grad()
@@ -45,7 +73,7 @@ class HostMirror:
             if host[name] is not tensor:
                 host[name].copy_(tensor, non_blocking=tensor.is_cuda)
         self._synchronize()
-        return {name: _as_numpy(tensor) for name, tensor in host.items()}
+        return {name: as_numpy(tensor) for name, tensor in host.items()}
 
     @torch.no_grad()
     def scatter(self, arrays: Mapping[str, _Array], skip: Collection[str] = ()) -> None:
@@ -54,17 +82,18 @@ class HostMirror:
             if name in skip:
                 continue
             host = self._host_tensor(name, tensor)
-            _as_numpy(host)[...] = arrays[name]
+            as_numpy(host)[...] = arrays[name]
             if host is not tensor:
                 tensor.copy_(host, non_blocking=tensor.is_cuda)
         self._synchronize()
 
     def _host_tensor(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.device.type == "cpu" and tensor.is_contiguous():
+        if tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_neg():
             return tensor
         staging = self._staging.get(name)
         if staging is None:
-            staging = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            # On the host, whatever torch.set_default_device says.
+            staging = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
             self._staging[name] = staging
         return staging
 
@@ -73,9 +102,49 @@ class HostMirror:
             torch.cuda.current_stream(device).synchronize()
 
 
-def _as_numpy(tensor: torch.Tensor) -> _Array:
-    tensor = tensor.detach()
-    if tensor.dtype is torch.bfloat16:  # numpy knows it only by way of ml_dtypes
-        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    array: _Array = tensor.numpy()
-    return array
+class _Memory:
+    """A tensor's memory for numpy, which keeps the tensor as long as an array looks at it."""
+
+    __slots__ = ("__array_interface__", "_tensor")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+        self.__array_interface__: dict[str, Any] = {
+            "version": 3,
+            "data": (tensor.data_ptr(), False),
+            "shape": tuple(tensor.shape),
+            "typestr": _TYPES[tensor.dtype],
+        }
+
+
+def as_numpy(tensor: torch.Tensor) -> _Array:
+    """A contiguous tensor of the CPU as an array that shares its memory, until somebody resizes the tensor.
+
+    Not with ``Tensor.numpy()``: it makes the storage one that cannot be resized any more, and modules resize buffers.
+    """
+    if tensor.numel() == 0:  # there may be no memory
+        array: _Array = np.empty(tensor.shape, _TYPES[tensor.dtype])
+    else:
+        array = np.asarray(_Memory(tensor))
+    return array.view(_BFLOAT16) if tensor.dtype is torch.bfloat16 else array
+
+
+def _check_memory(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Reading what has been taken from a tensor would end the process."""
+    for name, tensor in tensors.items():
+        if tensor.numel() and tensor.untyped_storage().nbytes() == 0:
+            raise ConflictError(
+                f"variable {name!r} of shape {list(tensor.shape)} has no memory: its storage was resized to 0 "
+                "(sharded, or moved elsewhere); give it its values before the hook begins and before a round",
+                Reason.MANIFEST_MISMATCH,
+            )
+
+
+def _what_changed(name: str, tensor: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> str:
+    before, now = str(dtype).removeprefix("torch."), dtype_of(tensor)
+    return (
+        f"variable {name!r} is {now}{list(tensor.shape)} now and {before}{list(shape)} in the center, whose variables "
+        "are fixed when the chief initializes it: convert or resize it before you make the optimizer. A buffer that "
+        "the model resizes in training cannot be averaged: leave it out, with ModelAverageCustomGetter(..., "
+        "average_buffers=False, also_average=[names of the buffers that are to be averaged])"
+    )

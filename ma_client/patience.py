@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 import threading
 import time
@@ -12,6 +13,7 @@ from typing import TypeVar
 from ma_client.shard import Deadline
 from modelaverage.errors import DeadlineExceededError, ModelAverageError, Reason, ServerUnavailableError
 from modelaverage.logs import event
+from modelaverage.tuning import GONE_AFTER_S
 
 __all__ = ["Patience"]
 
@@ -20,8 +22,8 @@ _T = TypeVar("_T")
 _FIRST_SLEEP_S = 0.05
 _LONGEST_SLEEP_S = 1.0
 _FIRST_NOTICE_S = 5.0
-# A process that was killed holds its worker id until the server's keepalive notices: about 10 s.
-_ID_IN_USE_TIMEOUT_S = 20.0
+# A process whose host is gone holds its worker id until the server's keepalive notices.
+_ID_IN_USE_TIMEOUT_S = GONE_AFTER_S + 15.0
 
 
 class Patience:
@@ -32,6 +34,7 @@ class Patience:
         answered_at_s: when it was last heard of, on the clock of `time.monotonic`.
         stopped: ends a pause between two tries; what is tried then is expected to fail at once.
         peer: the server's address, for the log.
+        progressed_at_s: when bytes of a model last moved, on that clock: a failure after that begins a new stretch.
     """
 
     def __init__(
@@ -40,10 +43,12 @@ class Patience:
         answered_at_s: Callable[[], float],
         stopped: threading.Event | None = None,
         peer: str = "",
+        progressed_at_s: Callable[[], float] = lambda: -math.inf,
     ) -> None:
         self._peer = peer
         self._timeout_s = timeout_s
         self._answered_at_s = answered_at_s
+        self._progressed_at_s = progressed_at_s
         self._pause = time.sleep if stopped is None else stopped.wait
 
     def call(self, function: Callable[[], _T], deadline: Deadline) -> _T:
@@ -67,6 +72,7 @@ class Patience:
                     raise
                 now_s = time.monotonic()
                 answered = self._answered_at_s() > began_at_s and isinstance(error, ServerUnavailableError)
+                answered = answered or self._progressed_at_s() > began_at_s
                 in_use = error.reason is Reason.WORKER_ID_IN_USE
                 if away_since_s is None or answered or in_use != was_in_use:
                     away_since_s, sleep_s, was_in_use = now_s, _FIRST_SLEEP_S, in_use

@@ -9,10 +9,26 @@ from numpy.typing import NDArray
 
 from modelaverage.manifest import DTYPES, dtype_name
 
-__all__ = ["bytes_of"]
+__all__ = ["bytes_of", "same_bytes"]
+
+# Larger arrays are compared in pieces of this size, so that the first one that differs ends it.
+_PIECE_BYTES = 1 << 18
 
 
 def bytes_of(array: NDArray[Any]) -> memoryview:
     """The raw little-endian bytes of an array; a view wherever its memory allows."""
     little = DTYPES[dtype_name(array.dtype)]
     return np.ascontiguousarray(array, little).reshape(-1).view(np.uint8).data
+
+
+def same_bytes(first: NDArray[Any], second: NDArray[Any]) -> bool:
+    """Whether two arrays have the same type, size and bytes: a NaN is equal to itself, and 0.0 is not -0.0."""
+    if first.dtype != second.dtype or first.nbytes != second.nbytes:
+        return False
+    if first.nbytes <= _PIECE_BYTES:
+        return first.tobytes() == second.tobytes()
+    ours, theirs = (np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in (first, second))
+    return all(
+        np.array_equal(ours[at : at + _PIECE_BYTES], theirs[at : at + _PIECE_BYTES])
+        for at in range(0, len(ours), _PIECE_BYTES)
+    )

@@ -6,14 +6,16 @@ from collections.abc import Callable, Mapping
 
 from ma_client import tf_config
 from ma_client.nodelist import nodes
-from ma_client.settings import AUTO, ClusterError, Setting, TaskIndex, Told, addresses, whole
+from ma_client.settings import AUTO, ClusterError, Setting, TaskIndex, Told, whole
+from modelaverage.addresses import split
 
-__all__ = ["INIT_FROM", "NUM_WORKERS", "PS_HOSTS", "TASK_INDEX", "flag_settings", "resolve"]
+__all__ = ["FRESH", "INIT_FROM", "NUM_WORKERS", "PS_HOSTS", "TASK_INDEX", "flag_settings", "is_fresh", "resolve"]
 
 PS_HOSTS = "MA_PS_HOSTS"
 NUM_WORKERS = "MA_NUM_WORKERS"
 TASK_INDEX = "MA_TASK_INDEX"
 INIT_FROM = "MA_INIT_FROM"
+FRESH = "MA_FRESH"
 
 _SLURM_NODES = "SLURM_JOB_NODELIST"
 _DEFAULT_PORT = 2222
@@ -39,6 +41,14 @@ def flag_settings(ps_hosts: tuple[str, ...] | None, num_workers: int | None, tas
         None if num_workers is None else Setting(num_workers, f"--num-workers {num_workers}"),
         None if task_index is None else Setting(task_index, f"--task-index {task_index}"),
     )
+
+
+def is_fresh(environ: _Environ) -> bool:
+    """Whether MA_FRESH says that there must not be a center yet. Raises ClusterError for anything but 1 and 0."""
+    text = _value(environ, FRESH)
+    if text not in (None, "0", "1"):
+        raise ClusterError(f"{FRESH}={text!r} is neither 1 nor 0; set it to 1, or unset it")
+    return text == "1"
 
 
 def resolve(flags: Told, environ: _Environ) -> tuple[Setting[tuple[str, ...]], Setting[int] | None, Setting[TaskIndex]]:
@@ -69,7 +79,7 @@ def _from_ma(environ: _Environ) -> Told:
     """What `ps-worker run` and `ma-launch` set, or a user."""
     text = _value(environ, PS_HOSTS)
     try:
-        hosts = None if text is None else Setting(addresses(text), f"{PS_HOSTS}={text!r}")
+        hosts = None if text is None else Setting(split(text), f"{PS_HOSTS}={text!r}")
     except ValueError as error:
         raise ClusterError(f"{PS_HOSTS}={text!r}: {error}") from None
     return Told(hosts, _whole(environ, NUM_WORKERS, least=1), _ma_task_index(environ))

@@ -7,24 +7,27 @@ import uuid
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
+from ma_client.absence import connect
 from ma_client.assembly import Assembly
 from ma_client.cluster import ClusterSpec
 from ma_client.data_connection import DATA_SETTINGS, DataSettings
+from ma_client.farewell import wait_until_all_have_finished
+from ma_client.initial_values import read_initial_values
 from ma_client.initialization import Proposal, initialize
 from ma_client.member import Contribution, Worker
 from ma_client.members import Members
-from ma_client.raw import bytes_of
+from ma_client.one_thread import OneThread, by_one_thread
+from ma_client.raw import bytes_of, same_bytes
 from ma_client.shard import Deadline
 from ma_client.trees import Paths, as_arrays, nest, paths_of
 from modelaverage import wire
 from modelaverage.access import Access
+from modelaverage.addresses import check_all
 from modelaverage.checks import check_global_step, check_weight, check_worker_id
 from modelaverage.errors import ConflictError, InvalidRequestError, NotInitializedError, Reason
 from modelaverage.logs import event
@@ -38,6 +41,7 @@ __all__ = ["InitializeResult", "ParameterServerSession", "PushResult"]
 
 _Array = NDArray[Any]
 _log = logging.getLogger("ma_client")
+_LARGEST_INTERVAL = 2**32 - 1  # of the header
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,10 @@ class PushResult:
 
 
 class ParameterServerSession:
-    """One worker's session with the parameter servers of a job. Not for use by several threads at once.
+    """One worker's session with the parameter servers of a job, for one thread at a time.
+
+    A call from a second thread while one is under way is refused with SessionInUseError. Only `close` may come from any
+    thread, and from a signal handler: it ends the call that is under way.
 
     Args:
         ps_hosts: addresses of the parameter servers, HOST:PORT; the same ones in the same order for all workers.
@@ -88,8 +95,11 @@ class ParameterServerSession:
         shared_memory: hand bytes over in shared memory if a server is on this host and offers it.
         reconnect_timeout_s: how long to try again when a server is away, restarting or not reachable; 0: not at all.
             A push that is made again sends only what the server lacks, and is never counted twice.
-        init_from: a safetensors file (`ps-server export` writes such) with the values that `initialize` sets the center
-            to, instead of those that it is given; None: those that it is given.
+        init_from: a safetensors file (`ps-server export` writes such), or with torch what `torch.save` wrote, with the
+            values that `initialize` sets the center to instead of those that it is given. It may be a whole state dict:
+            what is not in the center is logged, and not used. None: the values that it is given.
+        must_be_new: this session's first `initialize` is refused if there is a center already; not more than once,
+            because the second time there is its own.
         round_timeout_s: how long a push waits for the other workers unless it says otherwise, those of the optimizer
             included; None: as long as it takes.
         placement: what goes to which of several servers, if this session initializes the center: "balanced", even
@@ -122,6 +132,7 @@ class ParameterServerSession:
         shared_memory: bool = True,
         reconnect_timeout_s: float = 60.0,
         init_from: str | Path | None = None,
+        must_be_new: bool = False,
         round_timeout_s: float | None = None,
         placement: str = "balanced",
         security: Security | None = None,
@@ -143,14 +154,17 @@ class ParameterServerSession:
         self._placement = placement
         self._round_timeout_s = round_timeout_s
         self._init_from = init_from
+        self._must_be_new = must_be_new
+        self._has_initialized = False
         self._assembly: Assembly | None = None
         self._has_finished = self._was_nonfinite = False
         self._paths: Paths = {}
+        self._one_thread = OneThread(worker_id)
         worker = Worker(worker_id, uuid.uuid4().bytes, is_chief, shared_memory)
         access = Access(Security.from_env() if security is None else security)
         self._members = Members(self.ps_hosts, worker, reconnect_timeout_s, access, data_connections)
         try:
-            self._members.each(lambda _, member: member.shard.connect(connect_timeout_s))
+            self._members.each(lambda _, member: connect(member.shard, connect_timeout_s))
         except BaseException:
             self._members.close()
             raise
@@ -170,6 +184,7 @@ class ParameterServerSession:
             "worker_id": cluster.worker_id,
             "is_chief": cluster.is_chief,
             "init_from": cluster.init_from,
+            "must_be_new": cluster.must_be_new,
             **options,
         }
         return cls(cluster.ps_hosts, **settings)
@@ -186,6 +201,7 @@ class ParameterServerSession:
         """Ends the session; the center stays where it is. Rounds with a quorum no longer wait for this worker."""
         self._members.close()
 
+    @by_one_thread
     def finish(self, timeout_s: float | None = 60.0) -> int:
         """Says that this worker has finished its training: rounds go on without it, where they need all workers, too.
 
@@ -206,12 +222,30 @@ class ParameterServerSession:
         self._has_finished = True
         return max(response.workers_training for response in responses)
 
+    def wait_for_others(self, timeout_s: float) -> bool:
+        """After `finish`: waits until all workers have finished; the center is then the last one of the job.
+
+        Args:
+            timeout_s: how long, at most.
+
+        Returns:
+            Whether all have. False: the time is over, or a server does not answer; the log says which.
+        """
+        return wait_until_all_have_finished(self.statuses, self.worker_id, timeout_s)
+
     def resume_training(self) -> None:
         """Undoes `finish` with the next `pull`: rounds wait for this worker again."""
         self._has_finished = False
 
+    @by_one_thread
     def initialize(
-        self, variables: Mapping[str, Any], global_step: int = 0, timeout_s: float | None = None
+        self,
+        variables: Mapping[str, Any],
+        global_step: int = 0,
+        timeout_s: float | None = None,
+        *,
+        must_be_new: bool | None = None,
+        other_names: Mapping[str, Sequence[str]] = MappingProxyType({}),
     ) -> InitializeResult:
         """Sets the center variables if they are not set yet. For the chief, who also decides what goes to which server.
 
@@ -223,12 +257,14 @@ class ParameterServerSession:
                 Their order is the order of the manifest.
             global_step: where to start counting rounds.
             timeout_s: how long it may take; None: as long as it takes.
+            must_be_new: refuse to go on from a center that is there already; None: as the session was told.
+            other_names: further names, by variable, under which the file of ``init_from`` may have it (tied weights).
 
         Raises:
             InvalidRequestError: MANIFEST_INVALID, GLOBAL_STEP_INVALID; this session is not the chief's; the file of
-                ``init_from`` cannot be read, or its variables are others than these.
+                ``init_from`` cannot be read, lacks one of these variables, or has it with another shape.
             ConflictError: MANIFEST_MISMATCH, naming the first variable that differs from the servers', or the server
-                that does not belong to the others.
+                that does not belong to the others; or ``must_be_new``, and there is a center. Nothing was changed.
             NotInitializedError: a server has lost its part of a center that has been averaged already.
         """
         if not self.is_chief:
@@ -236,18 +272,33 @@ class ParameterServerSession:
         check_global_step(global_step)
         arrays = self._flat(variables)
         if self._init_from is not None:
-            arrays = _read_like(arrays, self._init_from)
+            arrays = read_initial_values(arrays, self._init_from, other_names)
+        first, self._has_initialized = not self._has_initialized, True
+        if must_be_new is None:
+            must_be_new = self._must_be_new and first
         deadline = Deadline(timeout_s)
         whole = _variables_of(arrays)
         values = [bytes_of(array) for array in arrays.values()]
-        proposal = Proposal(self.worker_id, whole, values, global_step, self._placement, self._fragment_size_bytes)
+        proposal = Proposal(
+            self.worker_id, whole, values, global_step, self._placement, self._fragment_size_bytes, must_be_new
+        )
         done = initialize(self._members, self.ps_hosts, proposal, deadline)
         self.num_workers = done.num_workers
         if done.assembly is not None:
             self._assembly = done.assembly
             self.base_step = done.global_step
+        elif not done.by_this_call and first:
+            whose = "its own initial values are" if self._init_from is None else f"the values of {self._init_from} are"
+            _log.warning(
+                "%s goes on from global_step %d of the center that is there; %s not used (--fresh refuses instead)",
+                self.worker_id,
+                done.global_step,
+                whose,
+                extra=event("center_goes_on", worker=self.worker_id, round=done.global_step),
+            )
         return InitializeResult(done.by_this_call, done.global_step)
 
+    @by_one_thread
     def pull(
         self,
         wait_initialized: bool = True,
@@ -292,6 +343,7 @@ class ParameterServerSession:
             self._members.pull(wait_initialized, will_train, deadline)
         return self._center(copy), self._common_step()
 
+    @by_one_thread
     def push_and_average(
         self,
         variables: Mapping[str, Any],
@@ -313,10 +365,10 @@ class ParameterServerSession:
             weight: share in the average, from 1e-9 to 1e9.
             local_step: this worker's count of optimizer steps; shown in the server's status.
             loss: the loss that this worker has reached; shown in the server's status. None: it is not shown.
-            interval_steps: how many local steps this worker makes between two rounds; the server says if they differ.
-                0: it does not say.
-            untouched: names of variables that are as they came from the center, for want of a gradient. What all
-                workers left untouched keeps the center's bytes.
+            interval_steps: how many local steps this worker makes between two rounds; shown in the server's log and
+                status. 0: it is not said.
+            untouched: names of variables that are as they came from the center, for want of a gradient
+                (`unchanged` tells). What all workers left untouched keeps the center's bytes.
             timeout_s: how long to wait for the other workers; None: the session's ``round_timeout_s``.
             copy: False: the result's arrays are read-only and valid until the session's next call; with a quorum,
                 `check_intact` says afterwards whether they were all the time.
@@ -345,7 +397,7 @@ class ParameterServerSession:
             raise InvalidRequestError(f"untouched names {min(unknown)!r}, which is no center variable")
         untouched_numbers = assembly.cut_numbers({numbers[name] for name in untouched})
         contributions = [
-            Contribution(part, numbers_there, weight, local_step, loss, interval_steps)
+            Contribution(part, numbers_there, weight, local_step, loss, min(interval_steps, _LARGEST_INTERVAL))
             for part, numbers_there in zip(assembly.cut(values), untouched_numbers, strict=True)
         ]
         self._has_finished = False
@@ -362,6 +414,7 @@ class ParameterServerSession:
             frozenset(manifest.variables[number].name for number in kept),
         )
 
+    @by_one_thread
     def check_intact(self) -> None:
         """To be called when the arrays of a push with ``copy=False`` have been read.
 
@@ -371,10 +424,32 @@ class ParameterServerSession:
         for member in self._members:
             member.check_intact()
 
+    @by_one_thread
+    def unchanged(self, variables: Mapping[str, Any]) -> frozenset[str]:
+        """Which variables hold exactly the bytes of the center that this worker trains from (`base_step`).
+
+        Args:
+            variables: local variables, all of the center's or some; nested if you like.
+
+        Returns:
+            Their names. None of them if the center that came last is no longer here to compare with: after a push that
+            failed on its way back, or when rounds with a quorum went on without this worker.
+        """
+        assembly = self._assembly
+        if assembly is None or any(step != self.base_step for step in self._members.steps):
+            return frozenset()
+        if not all(member.holds_center for member in self._members):
+            return frozenset()
+        arrays = as_arrays(variables, paths_of(variables))
+        center = assembly.join([member.lent_center for member in self._members])
+        same = frozenset(name for name, array in arrays.items() if name in center and same_bytes(array, center[name]))
+        return same if all(member.holds_center for member in self._members) else frozenset()
+
     def status(self, timeout_s: float = 5.0) -> pb.GetStatusResponse:
         """What the first server is doing; the protocol's own message."""
         return self.statuses(timeout_s)[0]
 
+    @by_one_thread
     def statuses(self, timeout_s: float = 5.0) -> list[pb.GetStatusResponse]:
         """What each server is doing."""
         return self._members.each(lambda _, member: member.shard.status(Deadline(timeout_s)))
@@ -436,6 +511,10 @@ def _check_ps_hosts(ps_hosts: Sequence[str]) -> None:
         raise InvalidRequestError(f"ps_hosts is {ps_hosts!r}; give a list of the parameter servers' addresses")
     if len(ps_hosts) > MAX_SHARDS:
         raise InvalidRequestError(f"ps_hosts has {len(ps_hosts)} addresses; at most {MAX_SHARDS} are possible")
+    try:
+        check_all(ps_hosts)
+    except ValueError as error:
+        raise InvalidRequestError(f"ps_hosts: {error}") from None
     twice = [host for position, host in enumerate(ps_hosts) if host in ps_hosts[:position]]
     if twice:
         raise InvalidRequestError(f"ps_hosts has {twice[0]!r} twice; give every parameter server once")
@@ -449,19 +528,6 @@ def _outcome_of(outcomes: Sequence[pb.PushOutcome]) -> Outcome:
 
 def _variables_of(arrays: Mapping[str, _Array]) -> tuple[Variable, ...]:
     return tuple(Variable(name, dtype_name(array.dtype), array.shape) for name, array in arrays.items())
-
-
-def _read_like(arrays: Mapping[str, _Array], path: str | Path) -> dict[str, _Array]:
-    """The same variables with the values of a file. Raises InvalidRequestError."""
-    try:
-        read = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise InvalidRequestError(f"cannot initialize from {path}: {error}") from None
-    ordered = {name: read[name] for name in arrays if name in read} | read
-    difference = first_difference(_variables_of(ordered), _variables_of(arrays), f"in {path}", "in this model")
-    if difference is not None:
-        raise InvalidRequestError(f"cannot initialize from a file of another model: {difference}")
-    return ordered
 
 
 def _in_order(arrays: Mapping[str, _Array], manifest: Manifest) -> dict[str, _Array]:

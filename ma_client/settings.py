@@ -8,11 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Final, Generic, Literal, TypeVar
 
-__all__ = ["AUTO", "ClusterError", "Setting", "TaskIndex", "Told", "addresses", "index_of", "whole"]
+__all__ = ["AUTO", "ClusterError", "Setting", "TaskIndex", "Told", "index_of", "whole"]
 
 _WHOLE = re.compile(r"[0-9]{1,9}")
-_ADDRESS = re.compile(r"unix:\S+|\S+:(?P<port>[0-9]{1,5})")
-_MAX_PORT = 65535
 
 _T = TypeVar("_T")
 _T_co = TypeVar("_T_co", covariant=True)
@@ -98,20 +96,6 @@ def index_of(value: object) -> int:
     if _WHOLE.fullmatch(str(value)) is None:
         raise ValueError(f"index {value!r} is not a whole number from 0 on")
     return int(str(value))
-
-
-def addresses(text: str) -> tuple[str, ...]:
-    """Addresses of parameter servers, separated by commas.
-
-    Raises:
-        ValueError: one is neither HOST:PORT nor unix:PATH.
-    """
-    found = tuple(address.strip() for address in text.split(","))
-    for address in found:
-        match = _ADDRESS.fullmatch(address)
-        if match is None or (match["port"] is not None and not 0 < int(match["port"]) <= _MAX_PORT):
-            raise ValueError(f"{address!r} is not HOST:PORT, such as 127.0.0.1:2222")
-    return found
 
 
 def _together(name: str, earlier: Setting[_T] | None, later: Setting[_T] | None) -> Setting[_T] | None:

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from ma_client.data_connection import DATA_SETTINGS, DataSettings, Transfer
 from ma_client.data_link import DataLink
 from ma_client.lent_memory import Copying, LentMemory, Loan
+from ma_client.reach import Reach
 from ma_client.staging import Staging
 from ma_client.threads import is_about_threads, keep_for_ever, without_thread
-from modelaverage import wire
+from modelaverage import proxies, wire
 from modelaverage.access import Access
 from modelaverage.errors import (
     REASON_METADATA_KEY,
@@ -38,7 +39,7 @@ from modelaverage.missing import Missing
 from modelaverage.names import listed
 from modelaverage.outcome import Outcome
 from modelaverage.shared_memory import Segment
-from modelaverage.tuning import CHANNEL_OPTIONS, keep_freed_memory
+from modelaverage.tuning import CHANNEL_OPTIONS, connecting_for, keep_freed_memory
 from modelaverage.v1 import parameter_server_pb2 as pb
 
 __all__ = ["Answer", "Deadline", "FragmentSource", "Shard"]
@@ -49,6 +50,10 @@ _log = logging.getLogger("ma_client")
 _FIRST_LOOK_S = 0.5
 # Before the next look at one that is going down.
 _PAUSE_S = 0.1
+# How long a pull has waited for the chief when it is said first.
+_FIRST_NOTICE_S = 5.0
+# A connection takes so much before the server has to read any of it.
+_TAKEN_UNSEEN_BYTES = 1 << 20
 # So ends a push whose bytes got stuck beside it; by other reasons, it is the round's or the server's fault.
 _STUCK = (None, Reason.DATA_CONNECTION_LOST, Reason.STREAM_STALLED)
 
@@ -112,7 +117,7 @@ class Shard:
     """A connection to one parameter server. For one thread at a time, but for `stop`.
 
     Args:
-        address: HOST:PORT, or anything that gRPC resolves.
+        address: HOST:PORT or unix:PATH.
         access: the way to servers.
         data: when to use data connections.
 
@@ -125,7 +130,10 @@ class Shard:
         self._access = access
         self.answered_at_s = time.monotonic()
         """When the server was last heard of, on the monotonic clock."""
+        self.progressed_at_s = self.answered_at_s - 1.0
+        """When bytes of a model last came, or went so far that the server must have taken some."""
         self.stopped = threading.Event()
+        self._reach = Reach(address)
         self._under_way: grpc.Call | None = None
         self._lent = LentMemory()
         self._next_push_lent: Segment | None = None  # the contribution memory that the next push may fill at once
@@ -135,8 +143,9 @@ class Shard:
         self._open_channel()
 
     def _open_channel(self) -> None:
-        self._channel_lacks_thread = False
-        self._channel = self._access.channel(self.address, CHANNEL_OPTIONS)
+        self._channel_lacks_thread = self._channel_is_lost = False
+        options = [*CHANNEL_OPTIONS, connecting_for(self._reach.attempt_s)]
+        self._channel = self._access.channel(self.address, options)
         self._initialize = self._channel.stream_unary(f"/{wire.SERVICE}/Initialize", _as_is, _as_is)
         self._pull = self._channel.unary_stream(f"/{wire.SERVICE}/Pull", _as_is, _as_is)
         self._push = self._channel.stream_stream(f"/{wire.SERVICE}/PushAndAverage", _as_is, _as_is)
@@ -157,6 +166,7 @@ class Shard:
                 self.status(Deadline(min(look_s, deadline.left_s or 0.0)), wait_for_ready=True)
                 return
             except DeadlineExceededError:
+                self._not_reached(look_s)
                 distrust = self._access.problem(self.address)
                 if distrust is not None:
                     raise SecurityError(distrust) from None
@@ -167,7 +177,7 @@ class Shard:
             if deadline.is_over:
                 raise ServerUnavailableError(
                     f"no parameter server answers at {self.address} (waited {timeout_s:g} s); "
-                    "is `ps-server serve` running there?"
+                    f"is `ps-server serve` running there?{proxies.in_the_way(self.address)}"
                 )
             look_s *= 2
 
@@ -191,26 +201,37 @@ class Shard:
 
         def requests() -> Iterator[bytes]:
             yield pb.InitializeRequest(header=header).SerializeToString()
+            sent_bytes = 0
             for index in range(fragment_count):
-                yield wire.encode_fragment(index, fragments(index))
+                if sent_bytes >= _TAKEN_UNSEEN_BYTES:
+                    self._progressed()
+                message = wire.encode_fragment(index, fragments(index))
+                sent_bytes += len(message)
+                yield message
 
         with self._faults(deadline, "the center was not initialized"):
             call = self._initialize.future(requests(), timeout=deadline.left_s, metadata=self._access.metadata)
             with self._ending(call):
                 answer: bytes = call.result()
+            self._answered()
         return wire.parse(pb.InitializeResponse, answer)
 
     def pull(
         self, request: pb.PullRequest, staging_for: Callable[[pb.CenterHeader], Staging], deadline: Deadline
     ) -> None:
-        """Reads the center into the staging buffer that ``staging_for`` gives for its header."""
+        """Reads the center into the staging buffer that ``staging_for`` gives for its header; the rest of it, if the
+        request goes on with a pull that broke."""
         with self._pulling(request, deadline) as messages:
             staging = staging_for(self._center_header(messages))
+            is_first = True
             for data in messages:
                 fragment = wire.read_fragment(pb.PullResponse, data)
                 if isinstance(fragment, tuple):
+                    self._progressed()
+                    if is_first and fragment[0] == 0:  # a server of before pulls went on sends all of it again
+                        staging.begin()
                     staging.receive(*fragment)
-            self.answered_at_s = time.monotonic()
+                    is_first = False
         staging.check_complete()
 
     def center_header(self, request: pb.PullRequest, deadline: Deadline) -> pb.CenterHeader:
@@ -226,7 +247,19 @@ class Shard:
                 yield iter(messages)
 
     def _center_header(self, messages: Iterator[bytes]) -> pb.CenterHeader:
-        header = wire.read_fragment(pb.PullResponse, next(messages, b""))
+        notice_s = _FIRST_NOTICE_S
+        while True:
+            header = wire.read_fragment(pb.PullResponse, next(messages, b""))
+            self._answered()
+            if isinstance(header, tuple) or header.WhichOneof("message") != "waiting":
+                break
+            waited_s = header.waiting.waited_s
+            if waited_s >= notice_s:
+                notice_s = 2 * waited_s + _FIRST_NOTICE_S
+                what = event("chief_awaited", peer=self.address, waited_s=waited_s)
+                _log.warning(
+                    "waits for the chief to initialize the center at %s: %.0f s", self.address, waited_s, extra=what
+                )
         if isinstance(header, tuple) or header.WhichOneof("message") != "header":
             raise ProtocolError(f"{self.address} sent a center without a header; is it a parameter server?")
         return header.header
@@ -299,7 +332,7 @@ class Shard:
                 if transfer is not None:
                     transfer.give_up = messages.cancel
                 for data in messages:
-                    self.answered_at_s = time.monotonic()
+                    self._answered()
                     message = wire.read_fragment(pb.PushAndAverageResponse, data)
                     if isinstance(message, tuple):
                         staging.receive(*message)
@@ -405,7 +438,27 @@ class Shard:
             )
             with self._ending(call):
                 answer: bytes = call.result()
+            self._answered()
         return wire.parse(pb.GetStatusResponse, answer)
+
+    def _answered(self) -> None:
+        self.answered_at_s = time.monotonic()
+        self._reach.answered()
+
+    def _progressed(self) -> None:
+        self._answered()
+        self.progressed_at_s = self.answered_at_s
+
+    def _not_reached(self, lasted_s: float) -> None:
+        if self._reach.failed(lasted_s):
+            self._channel_is_lost = True  # a new one makes longer attempts
+
+    def _another_way(self) -> None:
+        """The server is there, and what is under way does not get through. From any thread."""
+        self._channel_is_lost = True
+        call = self._under_way
+        if call is not None:
+            call.cancel()  # type: ignore[no-untyped-call]
 
     def _is_over(self, deadline: Deadline) -> bool:
         return deadline.is_over or self.stopped.is_set()
@@ -431,11 +484,15 @@ class Shard:
     @contextmanager
     def _faults(self, deadline: Deadline, late: str) -> Iterator[None]:
         """gRPC's errors -> the table's exceptions; ``late`` says what did not happen in time."""
+        began_s = time.monotonic()
         try:
-            if self._channel_lacks_thread:
+            if self._channel_lacks_thread or self._channel_is_lost:
                 self._replace_channel()
-            yield
+            with self._reach.looking(self._another_way):
+                yield
         except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.UNAVAILABLE and self.answered_at_s < began_s:
+                self._not_reached(time.monotonic() - began_s)
             fault = self._fault(error, deadline, late)
             fault.status = error.code().name
             raise fault from None
@@ -460,7 +517,9 @@ class Shard:
         keep_for_ever(self._channel)  # or its end would close it
 
     def _replace_channel(self) -> None:
-        """Raises RuntimeError: there are still no threads."""
+        """Raises RuntimeError: there are no threads for a new one."""
+        if not self._channel_lacks_thread:
+            self._channel.close()
         probe = threading.Thread(target=lambda: None)  # better this one fails than the new channel's
         probe.start()
         probe.join()
@@ -480,6 +539,7 @@ class Shard:
             case grpc.StatusCode.UNAVAILABLE:
                 return ServerUnavailableError(
                     f"the parameter server at {self.address} is gone ({details}); local variables are untouched"
+                    f"{proxies.in_the_way(self.address)}"
                 )
             case grpc.StatusCode.INTERNAL if "RST_STREAM" in details:  # so ends a stream whose server was killed
                 return ServerUnavailableError(f"the parameter server at {self.address} broke off ({details})")

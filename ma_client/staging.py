@@ -61,7 +61,13 @@ class Staging:
         self._memory = memory
         self._start = start
         self.is_torn = False
+        self._has_come = False
         self._received = 0
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether a center has come, and nothing over it."""
+        return self._has_come and not self.is_torn
 
     @property
     def arrays(self) -> Mapping[str, NDArray[Any]]:
@@ -72,6 +78,15 @@ class Staging:
     def begin(self) -> None:
         """A new center begins to arrive."""
         self._received = 0
+
+    @property
+    def received(self) -> int:
+        """How many fragments of it have come."""
+        return self._received
+
+    def go_on(self, first: int) -> None:
+        """The fragments from ``first`` on are still to come, of a center whose others are here."""
+        self._received = min(first, self._received)
 
     def receive(self, index: int, data: memoryview) -> None:
         """The next fragment has come, or a run of them. Raises ProtocolError if it is another one, or has another
@@ -115,6 +130,7 @@ class Staging:
         if not self.is_complete:
             raise ProtocolError(f"the server sent {self._received} of {self.manifest.fragment_count} fragments")
         self.is_torn = False
+        self._has_come = True
 
 
 def read_only(arrays: Mapping[str, NDArray[Any]]) -> Mapping[str, NDArray[Any]]:

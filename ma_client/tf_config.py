@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ma_client.settings import ClusterError, Setting, Told, addresses, index_of
+from ma_client.settings import ClusterError, Setting, Told, index_of
+from modelaverage.addresses import check_all
 
 __all__ = ["read"]
 
@@ -86,7 +87,11 @@ def _ps_hosts(job: _Job) -> Setting[tuple[str, ...]] | None:
         return None
     if job.has_gaps:
         raise ValueError("cluster.ps leaves some out; a worker has to know all parameter servers")
-    hosts = addresses(",".join(job.tasks.values()))
+    hosts = tuple(job.tasks.values())
+    try:
+        check_all(hosts)
+    except ValueError as error:
+        raise ValueError(f"cluster.ps: {error}") from None
     return Setting(hosts, f"TF_CONFIG's cluster.ps={','.join(hosts)!r}")
 
 

@@ -7,6 +7,7 @@ import asyncio
 import logging
 import math
 import os
+import shutil
 import sys
 from functools import partial
 from itertools import zip_longest
@@ -15,13 +16,21 @@ from pathlib import Path
 # gRPC's own log would answer a taken port with a page of C++; set before it is imported.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
+from modelaverage import __version__
 from modelaverage.access import Access
+from modelaverage.addresses import parse
 from modelaverage.errors import SecurityError
-from modelaverage.logs import event, log_json, say
+from modelaverage.logs import event, keep_logging, log_json, say
+from modelaverage.output import CLOSED_PIPE_EXIT_CODE, OnLoss, OutputLostError
 from modelaverage.security_flags import add_security_flags, security_of
+from modelaverage.serve_flags import ServeFlags, add_serve_flags
+from modelaverage.serve_flags import count as _count
+from modelaverage.serve_flags import seconds as _seconds
 from ps_server import status
+from ps_server.descriptors import raise_limit
 from ps_server.export import ExportError, export
 from ps_server.keeper import CheckpointPolicy
+from ps_server.memory_limit import memory_bytes
 from ps_server.policy import MAX_WORKERS, RoundPolicy
 from ps_server.security import ServerSecurity, add_server_security_flags
 from ps_server.server import ServerConfig, UnusableSettingError, serve, stop_on_signals
@@ -60,9 +69,18 @@ examples:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
+    keep_logging("ps-server")
     arguments = _parser().parse_args(_spelled_out(sys.argv[1:] if argv is None else argv))
+    keep_logging("ps-server", arguments.on_loss)
     try:
-        return int(arguments.run(arguments))
+        exit_code = int(arguments.run(arguments))
+        sys.stdout.flush()
+        return exit_code
+    except OutputLostError as error:
+        if error.is_closed_pipe:
+            return CLOSED_PIPE_EXIT_CODE
+        print(f"ps-server: cannot write to standard output: {error.strerror}", file=sys.stderr)
+        return 1
     except (SecurityError, UnusableSettingError) as error:
         if getattr(arguments, "log_json", False):
             _log.error("%s", error, extra=event("failed", cause=str(error)))
@@ -89,12 +107,13 @@ def _is_number(text: str) -> bool:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ps-server", description="The model-averaging parameter server.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser(
         "serve",
         help="keep the center variables and average the workers' pushes",
-        description="Keeps the center variables and averages the workers' pushes, until SIGTERM or Ctrl-C.",
+        description="Keeps the center variables and averages the workers' pushes, until SIGTERM, SIGHUP or Ctrl-C.",
         epilog=_SERVE_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -107,49 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--num-workers", type=_count, required=True, metavar="N", help="how many workers every round waits for"
     )
-    command.add_argument(
-        "--min-workers",
-        type=_count,
-        metavar="M",
-        help="go on without the rest: once M pushes are whole, a round waits --grace-s for the others, then commits "
-        "(N: it needs all)",
-    )
-    command.add_argument(
-        "--max-workers", type=_count, metavar="X", help="with --min-workers: how many may stand in one round (N)"
-    )
-    command.add_argument(
-        "--grace-s",
-        type=_grace,
-        metavar="SECONDS",
-        help="with --min-workers: how long to wait for late workers; auto: the median of how late they have been, plus "
-        "4 x its median absolute deviation (auto)",
-    )
-    command.add_argument(
-        "--round-timeout-s",
-        type=_seconds,
-        metavar="SECONDS",
-        help="tell a worker that has waited for so long who is missing; its push stays in the round (never)",
-    )
-    command.add_argument(
-        "--checkpoint-dir",
-        type=Path,
-        metavar="DIR",
-        help="keep the center there, and go on from the newest checkpoint when started again (nowhere)",
-    )
-    command.add_argument(
-        "--checkpoint-every-rounds",
-        type=_count,
-        default=1,
-        metavar="K",
-        help="a checkpoint after every K-th round; with 1, a server that is killed loses nothing (%(default)s)",
-    )
-    command.add_argument(
-        "--checkpoint-timeout-s",
-        type=_seconds,
-        metavar="SECONDS",
-        help="how long a round waits for its checkpoint; then it is answered without, and checkpoints pause until the "
-        "disk answers again (it waits)",
-    )
+    add_serve_flags(command)
     command.add_argument(
         "--ready-file",
         type=Path,
@@ -167,10 +144,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--max-model-bytes",
         type=_count,
-        default=_third_of_memory_bytes(),
+        default=memory_bytes() // 3,
         metavar="BYTES",
         help="refuse a model that needs more than twice as much memory; the server holds 16-bit variables four times, "
-        "others twice (a third of this machine's memory)",
+        "others twice (a third of this machine's memory, or of the cgroup's limit)",
     )
     command.add_argument(
         "--no-shared-memory", action="store_true", help="workers on this host send their bytes inline like all others"
@@ -194,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--log-json", action="store_true", help="every line is a JSON object; docs/observability.md has the fields"
     )
-    command.set_defaults(run=_serve)
+    command.set_defaults(run=_serve, on_loss=OnLoss.GO_ON)
 
     command = commands.add_parser(
         "status",
@@ -204,7 +181,11 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument(
-        "addresses", nargs="+", metavar="ADDRESS", help="HOST:PORT or unix:PATH of a server; any number of them"
+        "addresses",
+        nargs="+",
+        type=_address,
+        metavar="ADDRESS",
+        help="HOST:PORT or unix:PATH of a server; any number of them",
     )
     command.add_argument(
         "--json",
@@ -228,7 +209,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="look again every so often (1), until Ctrl-C: a picture in a terminal, elsewhere a line for each change",
     )
-    command.set_defaults(run=_status)
+    command.set_defaults(run=_status, on_loss=OnLoss.END)
 
     command = commands.add_parser(
         "export",
@@ -253,7 +234,7 @@ def _parser() -> argparse.ArgumentParser:
         help="how long to wait for a server to begin to send (%(default)s)",
     )
     add_security_flags(command)
-    command.set_defaults(run=_export)
+    command.set_defaults(run=_export, on_loss=OnLoss.DROP)  # what it is for is the file
     return parser
 
 
@@ -263,6 +244,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     else:
         logging.basicConfig(format="%(asctime)s ps-server: %(message)s")
     logging.getLogger("ps_server").setLevel(logging.DEBUG if arguments.verbose else logging.INFO)
+    raise_limit()
     config = ServerConfig(
         binds=tuple(arguments.bind or ["127.0.0.1:2222"]),
         policy=ServicePolicy(
@@ -273,7 +255,9 @@ def _serve(arguments: argparse.Namespace) -> int:
             checkpoints=None
             if arguments.checkpoint_dir is None
             else CheckpointPolicy(
-                arguments.checkpoint_dir, arguments.checkpoint_every_rounds, timeout_s=arguments.checkpoint_timeout_s
+                arguments.checkpoint_dir,
+                arguments.checkpoint_every_rounds or 1,
+                timeout_s=arguments.checkpoint_timeout_s,
             ),
         ),
         ready_file=arguments.ready_file,
@@ -316,22 +300,17 @@ def _server_security(arguments: argparse.Namespace) -> ServerSecurity:
 def _round_policy(arguments: argparse.Namespace) -> RoundPolicy:
     """Raises UnusableSettingError unless the numbers of workers fit together."""
     num_workers: int = arguments.num_workers
-    min_workers: int = arguments.min_workers or num_workers
-    max_workers: int = arguments.max_workers or num_workers
-    if not min_workers <= num_workers <= max_workers:
-        raise UnusableSettingError(
-            f"--min-workers {min_workers}, --num-workers {num_workers}, --max-workers {max_workers} have to ascend"
-        )
+    told = ServeFlags.from_arguments(arguments)
+    try:
+        told.check_workers(num_workers)
+    except ValueError as error:
+        raise UnusableSettingError(str(error)) from None
+    max_workers = told.max_workers or num_workers
     if max_workers > MAX_WORKERS:
         flag = "--num-workers" if num_workers > MAX_WORKERS else "--max-workers"
         raise UnusableSettingError(f"{flag} {max_workers} is more than a round may have; at most {MAX_WORKERS} fit")
-    quorum_flags = [
-        f for f in ("--max-workers", "--grace-s") if getattr(arguments, f[2:].replace("-", "_")) is not None
-    ]
-    if min_workers == num_workers and quorum_flags:
-        raise UnusableSettingError(f"{quorum_flags[0]} needs a --min-workers below --num-workers {num_workers}")
-    grace_s = None if arguments.grace_s in (None, "auto") else arguments.grace_s
-    return RoundPolicy(num_workers, min_workers, max_workers, grace_s, arguments.round_timeout_s)
+    grace_s = told.grace_s if isinstance(told.grace_s, float) else None
+    return RoundPolicy(num_workers, told.min_workers or num_workers, max_workers, grace_s, told.round_timeout_s)
 
 
 def _status(arguments: argparse.Namespace) -> int:
@@ -350,7 +329,8 @@ def _status(arguments: argparse.Namespace) -> int:
     if arguments.json and answers:
         print(status.as_json(answers))
     elif answers:
-        print("\n\n".join(map(status.as_text, answers)))
+        columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        print("\n\n".join(status.as_text(answer, columns) for answer in answers))
     return 0 if len(answers) == len(arguments.addresses) else 1
 
 
@@ -370,23 +350,6 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _count(text: str) -> int:
-    value = int(text) if text.isascii() and text.isdigit() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 on")
-    return value
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1e9:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number of seconds")
-    return value
-
-
 def _data_port(text: str) -> int | None:
     if text == "off":
         return None
@@ -396,12 +359,12 @@ def _data_port(text: str) -> int | None:
     return value
 
 
-def _grace(text: str) -> float | str:
-    return text if text == "auto" else _seconds(text)
-
-
-def _third_of_memory_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 3
+def _address(text: str) -> str:
+    try:
+        parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 from modelaverage.data_connection import (
     HALF_KEY_BYTES,
     NOTICES_IN_SILENCE,
-    SILENCE_TIMEOUT_S,
+    Pace,
     halves,
     new_key,
     prepare,
@@ -26,12 +26,14 @@ from modelaverage.data_connection import (
 )
 from modelaverage.errors import ModelAverageError, Reason, refusal
 from modelaverage.logs import event
+from modelaverage.tuning import SILENCE_TIMEOUT_S
 from modelaverage.v1 import parameter_server_pb2 as pb
 
 __all__ = ["DataConnection", "DataPort", "lost"]
 
 _log = logging.getLogger("ps_server")
-_GREETING_TIMEOUT_S = 5.0
+# The greeting follows the connection at once, but for what is lost on the way.
+_GREETING_TIMEOUT_S = 20.0
 # After a failure to accept.
 _PAUSE_S = 0.5
 # Strangers that connect and say nothing hold up new connections, not more.
@@ -57,6 +59,7 @@ class DataConnection:
         self._room = memoryview(b"")  # what is still to be filled
         self._filled: asyncio.Future[None] | None = None
         self._is_watched = False
+        self._pace = Pace(connection)
         self.heard_at_s = self._loop.time()
         """When bytes last came, on the loop's clock."""
         self.taken_at_s = self.heard_at_s
@@ -86,11 +89,23 @@ class DataConnection:
         """All of the bytes, once the kernel has them. Raises RetryPushError (DATA_CONNECTION_LOST)."""
         try:
             with self._noticing("takes nothing of what is sent", lambda: self.taken_at_s):
-                for begin in range(0, len(data), _PIECE_BYTES):
-                    await self._loop.sock_sendall(self._socket, data[begin : begin + _PIECE_BYTES])
-                    self.taken_at_s = self._loop.time()
+                while data:
+                    size_bytes = min(await self._sendable(), _PIECE_BYTES)
+                    await self._loop.sock_sendall(self._socket, data[:size_bytes])
+                    self.taken_at_s, data = self._loop.time(), data[size_bytes:]
         except OSError as error:
             raise lost(error) from None
+
+    async def _sendable(self) -> int:
+        """Waits until something may go; how many bytes. Raises OSError."""
+        while True:
+            before_bytes = self._pace.waiting_bytes
+            room_bytes = self._pace.room()
+            if self._pace.waiting_bytes < before_bytes:
+                self.taken_at_s = self._loop.time()
+            if room_bytes:
+                return room_bytes
+            await asyncio.sleep(self._pace.pause_s)
 
     def close(self) -> None:
         """Ends it."""
@@ -105,6 +120,8 @@ class DataConnection:
 
         def look() -> None:
             nonlocal timer, notice_s
+            if self._is_watched:
+                self._read()  # on a slow link some may have come, and not enough to be woken up for
             waited_s = self._loop.time() - max(began_at_s, moved_at_s())
             if waited_s >= notice_s:
                 notice_s = 2 * notice_s + self._notice_s

@@ -13,8 +13,9 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
-from modelaverage import wire
+from modelaverage import proxies, wire
 from modelaverage.access import Access
+from modelaverage.addresses import parse
 from modelaverage.errors import REASON_METADATA_KEY, ModelAverageError
 from modelaverage.manifest import Manifest
 from modelaverage.placement import assemble, gather
@@ -104,14 +105,13 @@ def _of_one_step(sources: Sequence[str], timeout_s: float, access: Access) -> li
 def _reader(source: str, at_most: int | None, timeout_s: float, access: Access) -> Callable[[], _Center]:
     if Path(source).is_dir():
         return lambda: _read(Path(source), at_most)
-    if _is_address(source):
-        return lambda: _pull(source, timeout_s, access)
-    raise ExportError(f"{source} is neither a directory nor a server's address (HOST:PORT or unix:PATH)")
-
-
-def _is_address(source: str) -> bool:
-    host, colon, port = source.rpartition(":")
-    return source.startswith("unix:") or (bool(colon and host) and port.isdecimal() and "/" not in host)
+    try:
+        parse(source)
+    except ValueError as error:
+        raise ExportError(
+            f"{source} is neither a directory nor a server's address (HOST:PORT or unix:PATH): {error}"
+        ) from None
+    return lambda: _pull(source, timeout_s, access)
 
 
 def _read(directory: Path, at_most: int | None) -> _Center:
@@ -165,10 +165,10 @@ def _receive(messages: Iterator[bytes], patience: threading.Timer) -> _Center:
 
 def _reason(error: grpc.RpcError, address: str, timeout_s: float) -> str:
     if error.code() is grpc.StatusCode.CANCELLED:
-        return f"no parameter server answers at {address} (waited {timeout_s:g} s)"
+        return f"no parameter server answers at {address} (waited {timeout_s:g} s){proxies.in_the_way(address)}"
     if any(entry.key == REASON_METADATA_KEY for entry in error.trailing_metadata() or ()):
         return f"{address}: {error.details()}"
-    return f"{address} did not answer as a parameter server: {error.details()}"
+    return f"{address} did not answer as a parameter server: {error.details()}{proxies.in_the_way(address)}"
 
 
 def _as_is(message: bytes) -> bytes:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import os
 import resource
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from modelaverage import wire
+from modelaverage.addresses import Address, parse
 from modelaverage.errors import SecurityError
 from modelaverage.logs import event
 from modelaverage.tuning import CHANNEL_OPTIONS, keep_freed_memory
@@ -28,6 +30,7 @@ from ps_server.checkpoint import CheckpointError, load_latest
 from ps_server.checkpoint_home import CheckpointHome
 from ps_server.credentials import credentials_of, tokens_of
 from ps_server.data_port import DataPort
+from ps_server.descriptors import DescriptorWatch, check_limit
 from ps_server.gatekeeper import Gatekeeper
 from ps_server.health import Health
 from ps_server.keeper import CheckpointPolicy
@@ -48,6 +51,11 @@ _OPTIONS = [
     ("grpc.max_concurrent_streams", 100),
     # The client's keepalive comes every 5 s: do not take it for an attack.
     ("grpc.http2.min_ping_interval_without_data_ms", 4_000),
+    # Also where no call is open, between two rounds: who is gone without a word must not keep its descriptor for ever.
+    ("grpc.keepalive_permit_without_calls", 1),
+    # Who connects and says nothing is let go after so long, not after gRPC's two minutes. Over the slowest links that
+    # work, with full queues, the first words take 16 s.
+    ("grpc.server_handshake_timeout_ms", 30_000),
 ]
 
 
@@ -99,7 +107,8 @@ async def serve(
             directory for checkpoints cannot be used; a certificate or token file cannot be used.
     """
     keep_freed_memory(one_arena=True)
-    with _opened_home(config.policy.checkpoints) as home, closing(_service(config.policy, home)) as service:
+    reserve = Reserve(_reserve_size())
+    with _opened_home(config.policy.checkpoints) as home, closing(_service(config.policy, home, reserve)) as service:
         async with _metrics(config.metrics_bind, service) as metrics_at:
 
             def listening(addresses: list[str], data_addresses: list[str]) -> None:
@@ -110,7 +119,11 @@ async def serve(
                     metrics_ready(metrics_at)
 
             _start_helper(service)
-            await _serve(config, service, stop, listening)
+            watch = asyncio.ensure_future(DescriptorWatch(reserve).run())
+            try:
+                await _serve(config, service, stop, listening)
+            finally:
+                watch.cancel()
 
 
 async def _serve(
@@ -124,6 +137,8 @@ async def _serve(
     health = Health(serving=("",), not_yet=(_CENTER, wire.SERVICE))
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     await server.start()
+    has_shared_memory = config.policy.shared_memory_from_bytes < math.inf
+    check_limit(config.policy.round.max_workers, has_shared_memory, bool(data_addresses))
     if config.ready_file is not None:
         try:
             _write_ready_file(config.ready_file, addresses, data_addresses)
@@ -161,15 +176,18 @@ async def _metrics(bind: str | None, service: ParameterServerService) -> AsyncIt
     if bind is None:
         yield ""
         return
-    host, colon, port_text = bind.rpartition(":")
-    if not colon or not host or not (port_text.isascii() and port_text.isdigit()) or int(port_text) > 65535:
-        raise UnusableSettingError(f"--metrics-bind {bind!r} is not HOST:PORT, such as 127.0.0.1:9464")
     try:
-        port, end = serve_metrics(host.strip("[]"), int(port_text), service.metrics_sample)
+        where = parse(bind, to_listen=True)
+        if where.path:
+            raise ValueError(f"{bind!r} is not HOST:PORT, such as 127.0.0.1:9464: metrics have no Unix socket")
+    except ValueError as error:
+        raise UnusableSettingError(f"--metrics-bind {error}") from None
+    try:
+        port, end = serve_metrics(where.host, where.port, service.metrics_sample)
     except MetricsError as error:
         raise UnusableSettingError(f"cannot serve metrics on --metrics-bind {bind}: {error}") from None
     try:
-        yield f"{host}:{port}"
+        yield str(replace(where, port=port))
     finally:
         end()
 
@@ -183,7 +201,7 @@ def _start_helper(service: ParameterServerService) -> None:
 
 def _open_data_port(config: ServerConfig, data_port: DataPort) -> list[str]:
     """Where it listens for data connections: HOST:PORT each, all with the same port."""
-    hosts = list(dict.fromkeys(b.rpartition(":")[0].strip("[]") for b in config.binds if not b.startswith("unix:")))
+    hosts = list(dict.fromkeys(where.host for where in map(_parsed, config.binds) if where.host))
     if config.data_port is None or config.security.tls_cert is not None or not hosts:
         return []
     try:
@@ -194,7 +212,7 @@ def _open_data_port(config: ServerConfig, data_port: DataPort) -> list[str]:
             raise UnusableSettingError(why) from None
         _log.warning("%s; fragments travel in messages", why, extra=event("no_data_port", cause=why))
         return []
-    return [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host in hosts]
+    return [str(Address(host, port)) for host in hosts]
 
 
 @contextmanager
@@ -215,10 +233,9 @@ def _opened_home(policy: CheckpointPolicy | None) -> Iterator[CheckpointHome | N
         home.close()
 
 
-def _service(policy: ServicePolicy, home: CheckpointHome | None) -> ParameterServerService:
+def _service(policy: ServicePolicy, home: CheckpointHome | None, reserve: Reserve) -> ParameterServerService:
     """The service, from where the newest checkpoint left off. Nothing else holds on to that: it is as large as the
     model."""
-    reserve = Reserve(_reserve_size())
     if policy.checkpoints is None:
         return ParameterServerService(policy, reserve=reserve)
     try:
@@ -240,39 +257,46 @@ def _reserve_size() -> int:
 
 
 def stop_on_signals(stop: asyncio.Event) -> None:
-    """SIGTERM and SIGINT set ``stop``; a second one has its usual effect."""
+    """SIGTERM, SIGINT and SIGHUP set ``stop``; a second one of the first two has its usual effect. A SIGHUP that is
+    ignored already (nohup) stays ignored."""
     loop = asyncio.get_running_loop()
 
     def request_stop(number: int) -> None:
         stop.set()
+        if number == signal.SIGHUP:  # a terminal that closes sends it twice: the kernel does, and the shell
+            return
         loop.remove_signal_handler(number)
         signal.signal(number, signal.SIG_DFL)  # asyncio would put back the handler that prints a traceback
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, request_stop, number)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            loop.add_signal_handler(number, request_stop, number)
 
 
 def _listen(
     server: grpc.aio.Server, bind: str, credentials: grpc.ServerCredentials | None, security: ServerSecurity
 ) -> str:
     """Listens on one address; returns the address that clients use."""
-    if bind.startswith("unix:"):
+    where = _parsed(bind)
+    if where.path:
         _remove_stale_socket(bind)
         _bind(server, bind, None)
         return bind
-    host, colon, port_text = bind.rpartition(":")
-    if not colon or not host or not (port_text.isascii() and port_text.isdigit()) or int(port_text) > 65535:
-        raise UnusableSettingError(
-            f"--bind {bind!r} is neither HOST:PORT nor unix:PATH, such as 127.0.0.1:2222, [::]:2222, unix:/tmp/ps.sock"
-        )
-    _check_free(host.strip("[]"), int(port_text), bind)
+    _check_free(where.host, where.port, bind)
     try:
-        check_exposure(host.strip("[]"), bind, security)
+        check_exposure(where.host, bind, security)
     except SecurityError as error:
         raise UnusableSettingError(str(error)) from None
-    for warning in warnings_of(host.strip("[]"), bind, security):
+    for warning in warnings_of(where.host, bind, security):
         _log.warning("%s", warning, extra=event("exposed", address=bind, cause=warning))
-    return f"{host}:{_bind(server, bind, credentials)}"
+    return str(replace(where, port=_bind(server, bind, credentials)))
+
+
+def _parsed(bind: str) -> Address:
+    try:
+        return parse(bind, to_listen=True)
+    except ValueError as error:
+        raise UnusableSettingError(f"--bind {error} (or unix:PATH)") from None
 
 
 def _bind(server: grpc.aio.Server, bind: str, credentials: grpc.ServerCredentials | None) -> int:

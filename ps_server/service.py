@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import grpc.aio
 import numpy as np
@@ -22,13 +22,14 @@ from modelaverage.errors import FAULTS, REASON_METADATA_KEY, REASON_PREFIX, Mode
 from modelaverage.logs import event
 from modelaverage.manifest import MAX_VARIABLES, Manifest, first_difference
 from modelaverage.names import MAX_NAMES, listed
+from modelaverage.tuning import SILENCE_TIMEOUT_S
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.authorization import Role
 from ps_server.call import Call, Context, Traffic
 from ps_server.center import Center, check_fragment_size
 from ps_server.checkpoint import Checkpoint
 from ps_server.checkpoint_home import CheckpointHome
-from ps_server.connections import cut
+from ps_server.connections import cut, taking
 from ps_server.data_port import DataPort
 from ps_server.gatekeeper import caller_role
 from ps_server.helper_thread import HelperThread, no_collections
@@ -50,7 +51,8 @@ _log = logging.getLogger("ps_server")
 # A status message travels in HTTP/2 headers, whose size is limited; there, a byte that is not ASCII takes three.
 _MAX_MESSAGE_BYTES = 2000
 DEFAULT_SHARED_MEMORY_FROM_BYTES = 256 << 10
-# A client that does not take for so long what was sent before its call was refused loses its connection.
+# A client that does not take for so long what was sent before its call was refused loses its connection, unless bytes
+# are on their way to it: then the link is slow.
 _LAST_WORD_TIMEOUT_S = 2.0
 # How long the last checkpoint may take at least; a large one gets more, at this rate.
 _LEAST_LAST_WRITE_S, _LEAST_FLUSH_S = 0.5, 0.1
@@ -169,7 +171,7 @@ class ParameterServerService:
                 "there is no center yet: the chief (worker 0) has not initialized it for %.0f s; %s",
                 waited_s,
                 f"waiting with it: {listed(names)}" if names else "no worker has come",
-                extra=event("chief_awaited", waited_s=waited_s, workers=names[:MAX_NAMES]),
+                extra=event("center_awaited", waited_s=waited_s, workers=names[:MAX_NAMES]),
             )
 
     async def stop(self, grace_s: float) -> None:
@@ -556,9 +558,9 @@ class ParameterServerService:
         with suppress(asyncio.CancelledError):  # `fail` may have been called by this very task
             await asyncio.sleep(0)
         code, metadata = FAULTS[reason].status, ((REASON_METADATA_KEY, REASON_PREFIX + reason.name),)
-        last_word = context.abort(grpc.StatusCode[code], _short(message), metadata)
+        last_word = asyncio.ensure_future(context.abort(grpc.StatusCode[code], _short(message), metadata))
         try:
-            await asyncio.wait_for(last_word, _LAST_WORD_TIMEOUT_S)
+            await _while_taken(last_word, str(context.peer()))
         except asyncio.TimeoutError:
             if cut(str(context.peer())):
                 what = event("connection_cut", peer=str(context.peer()), reason=reason.name)
@@ -601,6 +603,25 @@ def _read_manifest(message: pb.Manifest) -> tuple[Manifest, wire.PullHeader]:
     """Raises InvalidRequestError (MANIFEST_INVALID), also if no pull could be answered with it."""
     manifest = wire.manifest_from_message(message)
     return manifest, wire.PullHeader(manifest)
+
+
+async def _while_taken(last_word: asyncio.Future[NoReturn], peer: str) -> None:
+    """Waits for the last word on a call as long as what was sent before it moves.
+
+    Raises:
+        asyncio.TimeoutError: the client takes nothing.
+    """
+    before, still_s = None, 0.0
+    try:
+        while not (await asyncio.wait((last_word,), timeout=_LAST_WORD_TIMEOUT_S))[0]:
+            now = taking(peer)
+            still_s = 0.0 if now is not None and now.goes_on_since(before) else still_s + _LAST_WORD_TIMEOUT_S
+            if now is None or now.waiting_bytes == 0 or still_s >= SILENCE_TIMEOUT_S:
+                raise asyncio.TimeoutError
+            before = now
+        await last_word
+    finally:
+        last_word.cancel()
 
 
 def _is_large(manifest: Manifest) -> bool:

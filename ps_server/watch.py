@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +17,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from modelaverage.names import printable
+from modelaverage.output import wait_while_read
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server import status
 from ps_server.status import NoAnswerError
@@ -54,7 +57,7 @@ def watch(addresses: Sequence[str], fetch: _Fetch, interval_s: float, as_json: b
             show(samples)
         else:
             if sys.stdout.isatty():
-                print("for a live picture: pip install 'modelaverage[watch]'", file=sys.stderr)
+                print("for a live picture: pip install 'torch-model-average[watch]'", file=sys.stderr)
             _print_changes(samples)
     except KeyboardInterrupt:
         pass
@@ -78,7 +81,7 @@ def _samples(addresses: Sequence[str], fetch: _Fetch, interval_s: float) -> Iter
             due_at_s = time.monotonic() + interval_s
             servers = list(threads.map(look, servers))
             yield servers
-            time.sleep(max(0.0, due_at_s - time.monotonic()))
+            wait_while_read(max(0.0, due_at_s - time.monotonic()))
 
 
 def _print_changes(samples: Iterator[list[Seen]]) -> None:
@@ -88,7 +91,15 @@ def _print_changes(samples: Iterator[list[Seen]]) -> None:
             news = _news(server)
             if shown.get(server.address) != news:
                 shown[server.address] = news
-                print(f"{time.strftime('%H:%M:%S')}  {line(server)}", flush=True)
+                print(_in_columns(f"{time.strftime('%H:%M:%S')}  {line(server)}"), flush=True)
+
+
+def _in_columns(text: str) -> str:
+    """In a terminal, broken between words, so that the terminal itself breaks no name."""
+    if not sys.stdout.isatty():
+        return text
+    columns = shutil.get_terminal_size().columns
+    return textwrap.fill(text, columns, subsequent_indent=" " * 10, break_long_words=False, break_on_hyphens=False)
 
 
 def _news(server: Seen) -> tuple[object, ...]:
@@ -97,7 +108,15 @@ def _news(server: Seen) -> tuple[object, ...]:
         return bool(server.problem), server.status is None
     now = server.status
     lasting_problem = re.sub(r" for \d+ s$", "", now.checkpoint_problem)
-    return now.phase, now.global_step, status.missing_of(now), lasting_problem
+    return (
+        now.phase,
+        now.global_step,
+        tuple(now.waiting_for),
+        now.waiting_for_omitted,
+        now.waiting_for_unknown,
+        now.workers_finished,
+        lasting_problem,
+    )
 
 
 def line(server: Seen) -> str:
@@ -118,6 +137,8 @@ def line(server: Seen) -> str:
         f"{now.rounds_per_minute:.1f} rounds/min",
         f"{sum(worker.waiting for worker in now.workers)} of {now.num_workers} at the barrier",
     ]
+    if now.workers_finished:
+        parts.append(status.workers_in_round(now)[0])
     if now.phase == pb.PHASE_UNINITIALIZED:
         parts.append("waits for the chief, to initialize the center")
     if missing := status.missing_of(now):

@@ -10,13 +10,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modelaverage.logs import event, log_json
+from modelaverage import __version__
+from modelaverage.logs import event, keep_logging, log_json
+from modelaverage.output import OnLoss
 from modelaverage.security_flags import add_security_flags, security_of
 from ps_worker import flags
 from ps_worker.digits_config import MODULES, DigitsConfig, add_training_flags
 from ps_worker.events import EVENTS_FLAG
 from ps_worker.extras import MissingExtraError, require
-from ps_worker.stop_signals import end_cleanly_on_sigterm
+from ps_worker.stop_signals import end_cleanly_on_signals
 
 if TYPE_CHECKING:
     from ma_client.cluster import ClusterSpec
@@ -41,6 +43,7 @@ examples:
   ps-worker digits --ps-hosts 127.0.0.1:2222 --num-workers 2 --task-index 1           in a third
   srun --ntasks 2 ps-worker digits --ps-hosts HOST:2222                               both, where Slurm is
   ps-worker digits --alone                                                            half of the images, no server
+  ps-worker digits --alone --all-images                                               all of them
 """
 _CLUSTER_HELP = """\
 What is not given here is taken from the environment: MA_PS_HOSTS, MA_NUM_WORKERS and MA_TASK_INDEX; TF_CONFIG;
@@ -55,7 +58,9 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     # gRPC's own log would answer a server that is not there with a page of C++; set before it is imported.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    keep_logging("ps-worker")
     arguments = _parser().parse_args(argv)
+    keep_logging("ps-worker", OnLoss.GO_ON)
     from modelaverage.errors import ModelAverageError
 
     as_json = getattr(arguments, "log_json", False)
@@ -74,6 +79,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = flags.Parser(prog="ps-worker", description="One worker of a model-averaging job.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser(
@@ -113,6 +119,9 @@ def _parser() -> argparse.ArgumentParser:
         help=f"no server: train alone on what worker 0 of {_PARTS_ALONE} would have (or --task-index of --num-workers)",
     )
     command.add_argument(
+        "--all-images", action="store_true", help="with --alone: train on all images instead of a worker's part"
+    )
+    command.add_argument(
         "--save-center", type=Path, metavar="FILE", help="the chief writes the last center there (safetensors)"
     )
     command.add_argument(
@@ -143,8 +152,15 @@ def _add_cluster_flags(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--init-from",
         metavar="FILE",
-        help="the chief sets the center to the values in this safetensors file instead of its own (`ps-server export` "
-        "writes such files)",
+        help="the chief sets the center to the values in this file instead of its own: what `ps-server export` wrote, "
+        "or any safetensors file or torch.save'd state dict that has all variables",
+    )
+    group.add_argument(
+        "--fresh",
+        action="store_true",
+        dest="must_be_new",
+        help="the chief refuses to go on from a center that is there already, of an earlier run; leave it out to start "
+        "a chief again that was killed",
     )
 
 
@@ -157,19 +173,24 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _digits(arguments: argparse.Namespace) -> None:
-    end_cleanly_on_sigterm()
+    end_cleanly_on_signals()
     config = DigitsConfig.from_flags(arguments)
+    if arguments.all_images and not arguments.alone:
+        raise ValueError("--all-images needs --alone: in a cluster every worker has its part")
     cluster = None if arguments.alone else _cluster_of(arguments)
     if arguments.save_center is not None and not os.access(arguments.save_center.parent, os.W_OK):
         raise ValueError(f"--save-center: cannot write to the directory {str(arguments.save_center.parent)!r}")
     require(MODULES)
+    if arguments.events_fd is None and not arguments.log_json:
+        print("ps-worker: importing torch ...", flush=True)
     from ps_worker import digits
     from ps_worker.event_sinks import reporter
 
     report = reporter(arguments.events_fd, config.steps, arguments.log_json)
     if cluster is None:
         num_workers = _PARTS_ALONE if arguments.num_workers is None else arguments.num_workers
-        digits.train_alone(config, num_workers, _alone_index(arguments.task_index), report)
+        index = _alone_index(arguments.task_index)
+        digits.train_alone(config, num_workers, index, report, arguments.all_images)
     else:
         digits.train_in_cluster(
             config, cluster, report, arguments.connect_timeout_s, arguments.save_center, security_of(arguments)
@@ -191,7 +212,9 @@ def _cluster_of(arguments: argparse.Namespace) -> ClusterSpec:
 
 
 def _cluster_flags(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(arguments, name) for name in ("ps_hosts", "num_workers", "task_index", "init_from")}
+    return {
+        name: getattr(arguments, name) for name in ("ps_hosts", "num_workers", "task_index", "init_from", "must_be_new")
+    }
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -18,10 +17,12 @@ from safetensors.numpy import save_file
 from ma_client import ParameterServerSession
 from modelaverage.errors import ModelAverageError
 from ps_worker import run_files
-from ps_worker.digits_config import ALONE, DigitsConfig
+from ps_worker.beside import beside
+from ps_worker.digits_config import ALONE, ALONE_WITH_ALL, DigitsConfig
 from ps_worker.engine import Cluster, Engine, server_name
 from ps_worker.events import Event, ServerEvent, decode, encode
-from ps_worker.processes import LineHandler, Processes, all_end_well
+from ps_worker.lookout import keep_looking
+from ps_worker.processes import Child, LineHandler, Processes, all_end_well
 from ps_worker.record import Record
 from ps_worker.server_watch import ServerWatch
 from ps_worker.summary import Summary
@@ -64,8 +65,8 @@ async def run_demo(config: DemoConfig, engine: Engine, processes: Processes) -> 
     finally:
         view.close()
         run_files.remove_if_empty(directory)
-    paths = "\n".join(str(directory / name) for name in summary.files)
-    view.table("Handwritten digits, test images", [*summary.rows(), ("files written", paths)])
+    view.table("Handwritten digits, test images", [*summary.rows(), ("files", ", ".join(summary.files))])
+    view.say(f"written to {directory}{os.sep}")
 
 
 class _Demo:
@@ -89,12 +90,15 @@ class _Demo:
         self._record = Record()
         count = cluster.num_servers
         self._stage = "the parameter server starts" if count == 1 else f"{count} parameter servers start"
+        self._next_stage = ""
+        # One worker has all images anyway.
+        self._alone = (ALONE, ALONE_WITH_ALL) if cluster.num_workers > 1 else (ALONE,)
         self._workers = tuple(f"worker-{index}" for index in range(cluster.num_workers))
 
     async def run(self) -> Summary:
         """All of it."""
         started_at_s = time.monotonic()
-        async with _beside(self._keep_showing()):
+        async with beside(self._keep_showing()):
             await self._cluster.start_servers()
             servers, cluster_s = await self._train_together()
             alone_s = await self._train_alone()
@@ -106,13 +110,17 @@ class _Demo:
     async def _train_together(self) -> tuple[list[ServerEvent], float]:
         """Returns how the servers stand at the end, and the seconds from the workers' start to their end."""
         started_at_s = time.monotonic()
-        self._stage = f"{len(self._workers)} workers train together" if len(self._workers) > 1 else "1 worker trains"
+        together = f"{len(self._workers)} workers train together" if len(self._workers) > 1 else "1 worker trains"
+        self._enter(f"{together}: importing torch", together)
         for index, worker in enumerate(self._workers):
             say = self._say(worker)
             self._cluster.start_worker(index, self._worker_command(), say, say, self._heard)
         watch = ServerWatch()
         try:
-            async with _beside(self._keep_watching(watch)):
+            async with (
+                beside(self._keep_watching(watch)),
+                beside(keep_looking(self._cluster, watch, self._view.say)),
+            ):
                 await self._cluster.workers_done()
             cluster_s = time.monotonic() - started_at_s
             servers = [await watch.sample(name, address) for name, address in self._servers().items()]
@@ -133,14 +141,21 @@ class _Demo:
 
     async def _train_alone(self) -> float:
         started_at_s = time.monotonic()
-        self._stage = "one worker trains alone on its part"
-        command = [sys.executable, *self._worker_command(), "--alone", f"--num-workers={len(self._workers)}"]
-        say = self._say(ALONE)
-        await all_end_well([self._processes.start(f"{ALONE} worker", command, os.environ, say, say, self._heard)])
+        alone = "one worker trains alone" if len(self._alone) == 1 else "two workers train alone"
+        self._enter(f"{alone}: importing torch", alone)
+        # One core each, at the same time: the second one costs next to nothing where there are two.
+        await all_end_well([self._start_alone(name) for name in self._alone])
         return time.monotonic() - started_at_s
 
+    def _start_alone(self, name: str) -> Child:
+        command = [sys.executable, *self._worker_command(), "--alone", f"--num-workers={len(self._workers)}"]
+        if name == ALONE_WITH_ALL:
+            command.append("--all-images")
+        say = self._say(name)
+        return self._processes.start(f"{name} worker", command, os.environ, say, say, self._heard)
+
     async def _draw(self) -> None:
-        self._stage = "the report is written"
+        self._enter("the report is written: importing matplotlib")
         command = [sys.executable, "-m", "ps_worker.report", str(self._directory)]
         say = self._say("report")
         await all_end_well([self._processes.start("the report", command, os.environ, say, say)])
@@ -168,6 +183,8 @@ class _Demo:
             waited_s={worker: sum(r.waited_s for r in self._record.rounds[worker]) for worker in self._workers},
             num_servers=len(servers),
             num_workers=len(self._workers),
+            all_accuracy=self._record.last_accuracy(ALONE_WITH_ALL),
+            restarts={w.name: w.restarts for w in self._cluster.worker_states() if w.restarts},
             config=self._config.training,
             files=run_files.ALL,
         )
@@ -175,7 +192,12 @@ class _Demo:
     def _say(self, name: str) -> LineHandler:
         return lambda line: self._view.say(f"[{name}] {line}")
 
+    def _enter(self, stage: str, after_first_event: str = "") -> None:
+        """Says what goes on now, and what from the first thing on that a worker tells."""
+        self._stage, self._next_stage = stage, after_first_event
+
     def _heard(self, line: str) -> None:
+        self._stage, self._next_stage = self._next_stage or self._stage, ""
         self._add(decode(line))
 
     def _add(self, event: Event) -> None:
@@ -199,24 +221,9 @@ class _Demo:
             self._show()
 
     def _show(self) -> None:
-        cast = Cast(self._servers(), self._workers, ALONE, self._config.training.steps)
+        cast = Cast(self._servers(), self._workers, self._alone, self._config.training.steps)
         self._view.show(cast, self._record, self._stage)
 
     def _servers(self) -> dict[str, str]:
         """The address of each server by its name, once they listen."""
         return {server_name(index): address for index, address in enumerate(self._cluster.addresses)}
-
-
-@contextlib.asynccontextmanager
-async def _beside(work: Coroutine[None, None, None]) -> AsyncIterator[None]:
-    """Runs endless ``work`` until the body ends. An exception of ``work`` ends the body, and is raised."""
-    body = asyncio.current_task()
-    assert body is not None
-    task = asyncio.ensure_future(work)
-    task.add_done_callback(lambda ended: None if ended.cancelled() else body.cancel())
-    try:
-        yield
-    finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task

@@ -23,7 +23,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 from ma_client import ClusterSpec, ModelAverageCustomGetter, ModelAverageOptimizer, ParameterServerSession, Security
-from ps_worker.digits_config import ALONE, DigitsConfig
+from ps_worker.digits_config import ALONE, ALONE_WITH_ALL, DigitsConfig
 from ps_worker.events import AccuracyEvent, Event, RoundEvent, StepEvent
 
 __all__ = ["DigitsData", "DigitsNet", "Images", "Report", "accuracy", "train_alone", "train_in_cluster"]
@@ -144,6 +144,7 @@ def train_in_cluster(
         is_chief=cluster.is_chief,
         connect_timeout_s=connect_timeout_s,
         init_from=cluster.init_from,
+        must_be_new=cluster.must_be_new,
         security=security,
     ) as session:
         getter = ModelAverageCustomGetter(worker_device="cpu")
@@ -177,17 +178,21 @@ def train_in_cluster(
         save_file(model.state_dict(), save_center)
 
 
-def train_alone(config: DigitsConfig, num_workers: int, task_index: int, report: Report) -> None:
+def train_alone(
+    config: DigitsConfig, num_workers: int, task_index: int, report: Report, all_images: bool = False
+) -> None:
     """Trains without a server on what worker ``task_index`` of ``num_workers`` would have; the rest is the same.
+
+    With ``all_images`` it trains on all of them: as many steps, batches of the same size, the same initial values.
 
     Raises:
         ValueError: that is less than a batch, or there is no such worker.
     """
     torch.set_num_threads(1)
     data = DigitsData.load()
-    part = data.part(num_workers, task_index, config.batch_size)
+    part = data.train if all_images else data.part(num_workers, task_index, config.batch_size)
     model = _initial_model(config)
-    meter = _Meter(ALONE, config, report)
+    meter = _Meter(ALONE_WITH_ALL if all_images else ALONE, config, report)
     _train(
         model,
         _local_optimizer(model, config),

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 from ps_worker import flags
 
-__all__ = ["ALONE", "DigitsConfig", "MODULES", "add_training_flags"]
+__all__ = ["ALONE", "ALONE_WITH_ALL", "DigitsConfig", "MODULES", "add_training_flags"]
 
 ALONE = "alone"
-"""The name of a worker that trains without a server."""
+"""The name of a worker that trains without a server, on the part of the images that worker 0 has."""
+ALONE_WITH_ALL = "alone-with-all"
+"""The name of one that does so on all of them."""
 
 MODULES = ("torch", "sklearn", "safetensors")
 """What training needs beyond the plain installation."""

@@ -4,15 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from ps_worker.processes import LineHandler, Processes
 
-__all__ = ["Cluster", "Engine", "EngineError", "server_name"]
+__all__ = ["Cluster", "Engine", "EngineError", "WorkerState", "server_name"]
 
 
 class EngineError(Exception):
     """The cluster cannot be run; the message says why, and what to do."""
+
+
+@dataclass(frozen=True)
+class WorkerState:
+    """How it stands with a worker.
+
+    Args:
+        name: what people call it.
+        exit_code: with which it ended for good; negative: the signal that ended it; None: it has not.
+        restarts: how often it was started again.
+    """
+
+    name: str
+    exit_code: int | None = None
+    restarts: int = 0
 
 
 class Cluster(Protocol):
@@ -24,6 +41,8 @@ class Cluster(Protocol):
     """How many workers a round waits for."""
     addresses: tuple[str, ...]
     """HOST:PORT of each parameter server, in the order of the shards; empty until they listen."""
+    center_at: tuple[Path, ...]
+    """Where each parameter server keeps the center on disk; empty: nowhere."""
 
     async def start_servers(self) -> None:
         """Returns when all of them listen.
@@ -53,6 +72,9 @@ class Cluster(Protocol):
             ProcessFailedError: a worker failed, or a server ended.
             Exception: what a handler of lines raised.
         """
+
+    def worker_states(self) -> list[WorkerState]:
+        """Of the workers that were started, in their order."""
 
 
 Engine = Callable[[Processes, LineHandler], AbstractAsyncContextManager[Cluster]]

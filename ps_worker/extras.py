@@ -20,4 +20,4 @@ def require(modules: Iterable[str], extra: str = "demo") -> None:
     """
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
-        raise MissingExtraError(f"{', '.join(missing)} not installed; run: pip install 'modelaverage[{extra}]'")
+        raise MissingExtraError(f"{', '.join(missing)} not installed; run: pip install 'torch-model-average[{extra}]'")

@@ -7,6 +7,9 @@ import math
 from pathlib import Path
 from typing import Literal, NoReturn
 
+from modelaverage.addresses import split
+from modelaverage.serve_flags import count, seconds
+
 __all__ = [
     "Parser",
     "count",
@@ -20,8 +23,6 @@ __all__ = [
     "whole",
 ]
 
-_MAX_SECONDS = 1e9
-
 
 class Parser(argparse.ArgumentParser):
     """Answers a mistake with one line."""
@@ -34,11 +35,6 @@ class Parser(argparse.ArgumentParser):
 def help_format(prog: str) -> argparse.HelpFormatter:
     """Leaves examples as they are written."""
     return argparse.RawDescriptionHelpFormatter(prog, max_help_position=28)
-
-
-def count(text: str) -> int:
-    """A whole number from 1 on."""
-    return _whole_from(1, text)
 
 
 def whole(text: str) -> int:
@@ -72,20 +68,10 @@ def fraction(text: str) -> float:
     return value
 
 
-def seconds(text: str) -> float:
-    """A positive number of seconds."""
-    value = _number(text)
-    if not 0 < value < _MAX_SECONDS:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of seconds")
-    return value
-
-
 def ps_hosts(text: str) -> tuple[str, ...]:
     """Addresses HOST:PORT, separated by commas."""
-    from ma_client.settings import addresses  # not above: it comes with gRPC, which the launcher's help does not need
-
     try:
-        return addresses(text)
+        return split(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

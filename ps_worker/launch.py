@@ -6,10 +6,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from modelaverage import __version__
+from modelaverage.logs import keep_logging
+from modelaverage.output import OnLoss
+from modelaverage.serve_flags import ServeFlags, add_serve_flags
 from ps_worker import flags
 from ps_worker.digits_config import MODULES, DigitsConfig, add_training_flags
 from ps_worker.extras import MissingExtraError, require
@@ -26,10 +30,17 @@ examples:
   ma-launch --workers 2 -- digits --steps 400 --seed 1   `ma-launch -- digits --help` lists its flags
   ma-launch --workers 4 -- train.py --epochs 3           your script, in four processes; worker-0 is the chief
   ma-launch --ps 2 --workers 4 -- train.py               each of two parameter servers has half of the model
+  ma-launch --workers 4 --max-restarts 3 --checkpoint-dir center -- train.py   a worker that fails starts again
+  ma-launch --workers 4 --min-workers 3 --grace-s 5 -- train.py   rounds go on without one that is 5 s late
   ma-launch --engine ray --ps auto --workers 4 -- train.py   on the nodes of a Ray cluster; docs/ray.md has more
 
-The workers' lines are printed with the worker's name. A worker that fails ends the run, with its last lines; Ctrl-C
-ends it, too. Unless OMP_NUM_THREADS is set, the workers share the processor cores evenly.
+The workers' lines are printed with the worker's name. A worker that fails ends the run, with its last lines, unless
+--max-restarts or --min-workers says otherwise; Ctrl-C ends it, too. Unless OMP_NUM_THREADS is set, the workers share
+the processor cores evenly.
+"""
+_SERVERS_HELP = """\
+Each server is told these, as `ps-server serve` takes them. With --checkpoint-dir the same command goes on from the
+center that is there; of several servers each has a directory in DIR (with ray always): ps-0, ps-1, ...
 """
 _DIGITS_EXAMPLES = """\
 examples:
@@ -39,8 +50,8 @@ examples:
 _DIGITS = "digits"
 _AUTO = "auto"
 _LOCAL, _RAY = "local", "ray"
-_RAY_FLAGS = ("ray_address", "max_restarts", "checkpoint_dir", "working_dir", "cpus_per_worker", "gpus_per_worker")
-_MAX_RESTARTS = 3
+_RAY_FLAGS = ("ray_address", "working_dir", "cpus_per_worker", "gpus_per_worker")
+_RAY_MAX_RESTARTS = 3
 _LOOPBACK = "127.0.0.1"
 _DEMO_MODULES = (*MODULES, "rich", "matplotlib", "tensorboard")
 
@@ -49,6 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     end_at_once_on_signals()
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    keep_logging("ma-launch")
     parser = _parser()
     own, command = _split(sys.argv[1:] if argv is None else argv)
     arguments, unknown = parser.parse_known_args(own)
@@ -59,6 +71,12 @@ def main(argv: list[str] | None = None) -> int:
     given = [flag for flag in _RAY_FLAGS if getattr(arguments, flag) is not None]
     if given and arguments.engine != _RAY:
         parser.error(f"--{given[0].replace('_', '-')} needs --engine {_RAY}")
+    serve = ServeFlags.from_arguments(arguments)
+    try:
+        serve.check_workers(arguments.workers, "--workers")
+        serve.check_checkpoints()
+    except ValueError as error:
+        parser.error(str(error))
     is_digits = command[0] == _DIGITS
     training = _training(command[1:]) if is_digits else None
     from ps_worker.engine import EngineError
@@ -67,12 +85,15 @@ def main(argv: list[str] | None = None) -> int:
     try:
         require(_DEMO_MODULES if is_digits else ())
         script = [] if is_digits else _script(command, arguments.working_dir)
-        engine = _local_engine(arguments) if arguments.engine == _LOCAL else _ray_engine(arguments, is_digits)
+        engine = (
+            _local_engine(arguments, serve) if arguments.engine == _LOCAL else _ray_engine(arguments, serve, is_digits)
+        )
     except argparse.ArgumentTypeError as error:
         parser.error(f"SCRIPT: {error}")
     except (MissingExtraError, EngineError) as error:
         print(f"ma-launch: {error}", file=sys.stderr)
         return 1
+    keep_logging("ma-launch", OnLoss.END_WITH_PIPE)
     if training is not None:
         return run_digits(engine, training, arguments.runs)
     return run_script(engine, script)
@@ -97,15 +118,18 @@ def _script(command: list[str], working_dir: Path | None) -> list[str]:
     return [str(script), *command[1:]]
 
 
-def _local_engine(arguments: argparse.Namespace) -> Engine:
-    from ps_worker.local_cluster import LocalCluster, automatic_servers, usable_cores
+def _local_engine(arguments: argparse.Namespace, serve: ServeFlags) -> Engine:
+    """Raises EngineError."""
+    from ps_worker.local_cluster import LocalCluster, LocalConfig, automatic_servers, center_directories, usable_cores
 
     num_workers: int = arguments.workers
     num_servers = automatic_servers(num_workers, usable_cores()) if arguments.ps == _AUTO else arguments.ps
-    return lambda processes, on_message: nullcontext(LocalCluster(processes, num_servers, num_workers, on_message))
+    center_directories(serve.checkpoint_dir, num_servers)
+    config = LocalConfig(num_servers, num_workers, serve, arguments.max_restarts or 0, arguments.fresh)
+    return lambda processes, on_message: LocalCluster(processes, config, on_message)
 
 
-def _ray_engine(arguments: argparse.Namespace, is_digits: bool) -> Engine:
+def _ray_engine(arguments: argparse.Namespace, serve: ServeFlags, is_digits: bool) -> Engine:
     """Raises MissingExtraError, EngineError."""
     require(["ray"], extra="ray")
     from ps_worker.ray_cluster import RayCluster, RayConfig
@@ -116,15 +140,17 @@ def _ray_engine(arguments: argparse.Namespace, is_digits: bool) -> Engine:
     num_servers = 1 if arguments.ps == _AUTO else arguments.ps
     is_new = connect(arguments.ray_address, arguments.working_dir, num_servers + num_workers * cpus_per_worker)
     end_at_once_on_signals()  # Ray has set a handler of its own
+    directory = serve.checkpoint_dir
     config = RayConfig(
         num_servers=min(num_workers, count_nodes()) if arguments.ps == _AUTO else num_servers,
         num_workers=num_workers,
-        max_restarts=_MAX_RESTARTS if arguments.max_restarts is None else arguments.max_restarts,
-        checkpoint_dir=None if arguments.checkpoint_dir is None else arguments.checkpoint_dir.absolute(),
+        max_restarts=_RAY_MAX_RESTARTS if arguments.max_restarts is None else arguments.max_restarts,
+        serve=serve if directory is None else replace(serve, checkpoint_dir=directory.absolute()),
         directory=None if is_digits or arguments.working_dir is not None else os.getcwd(),
         cpus_per_worker=cpus_per_worker,
         gpus_per_worker=arguments.gpus_per_worker or 0,
         bind_host=_LOOPBACK if is_new else None,
+        must_be_new=arguments.fresh,
     )
     return lambda _, on_message: RayCluster(config, on_message)
 
@@ -156,6 +182,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=flags.help_format,
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument(
         "--ps",
         type=_servers,
@@ -178,6 +205,20 @@ def _parser() -> argparse.ArgumentParser:
         default=_LOCAL,
         help="where they run: processes of this machine, or the nodes of a Ray cluster (%(default)s)",
     )
+    parser.add_argument(
+        "--fresh",
+        action="store_true",
+        help="refuse to go on from a center that is there already: in a --checkpoint-dir, of an earlier run",
+    )
+    parser.add_argument(
+        "--max-restarts",
+        type=flags.whole,
+        metavar="N",
+        help="how often each worker that ends with an error or is killed is started again (0: its failure ends the "
+        f"run); with ray, each server and each worker that is killed, or whose node dies ({_RAY_MAX_RESTARTS})",
+    )
+    group = parser.add_argument_group("servers", _SERVERS_HELP)
+    add_serve_flags(group, without={"max_workers"})
     _add_ray_flags(parser)
     return parser
 
@@ -189,20 +230,6 @@ def _add_ray_flags(parser: argparse.ArgumentParser) -> None:
         "--ray-address",
         metavar="ADDRESS",
         help="of the Ray cluster; local: a new one, of this machine only (what Ray finds by itself, otherwise local)",
-    )
-    group.add_argument(
-        "--max-restarts",
-        type=flags.whole,
-        metavar="N",
-        help="how often each server and each worker that is killed, or whose node dies, is started again "
-        f"({_MAX_RESTARTS})",
-    )
-    group.add_argument(
-        "--checkpoint-dir",
-        type=Path,
-        metavar="DIR",
-        help="keep the center there, on storage that all nodes share; without it a server is not started again "
-        "(nowhere)",
     )
     group.add_argument(
         "--working-dir",

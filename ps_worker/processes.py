@@ -65,6 +65,7 @@ class Child:
         tail: of its stderr.
         readers: end when the pipes from it do, or with the exception that a handler of its lines raised.
         ends_last: whether the others need it as long as they run.
+        last_grace_s: how long it may take to end then.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Child:
     tail: Tail
     readers: list[asyncio.Task[None]]
     ends_last: bool
+    last_grace_s: float = _LAST_GRACE_S
 
     async def all_lines_read(self) -> None:
         """Waits, but not for ever, until what the ended process printed was handed on. Raises what a handler raised."""
@@ -127,6 +129,7 @@ class Processes:
         on_event: LineHandler | None = None,
         ends_last: bool = False,
         directory: str | None = None,
+        last_grace_s: float | None = None,
     ) -> Child:
         """Starts ``command``. Raises OSError.
 
@@ -139,6 +142,7 @@ class Processes:
             on_event: gets each line of one more pipe; the command is told its file descriptor, as `EVENTS_FLAG` N.
             ends_last: whether the other processes need this one as long as they run.
             directory: to start it in; None: this process's own.
+            last_grace_s: how long it may take to end if it is one that ends last; None: not long.
         """
         tail = Tail(on_error)
         leashed = [sys.executable, "-I", "-S", str(Path(leash.__file__)), str(os.getpid()), *command]
@@ -166,17 +170,19 @@ class Processes:
         assert process.stderr is not None
         pipes = [(process.stdout, on_output), (process.stderr, tail.add), *events]
         readers = [asyncio.ensure_future(_read_lines(pipe, handler, self._opened)) for pipe, handler in pipes]
-        child = Child(name, process, asyncio.get_running_loop().create_future(), tail, readers, ends_last)
+        exit_code = asyncio.get_running_loop().create_future()
+        grace_s = _LAST_GRACE_S if last_grace_s is None else last_grace_s
+        child = Child(name, process, exit_code, tail, readers, ends_last, grace_s)
         self._children.append(child)
         threading.Thread(target=_wait, args=(child, asyncio.get_running_loop()), daemon=True).start()
         return child
 
     async def _end(self) -> None:
         # What the others need ends after them, or they would complain of that.
-        for children, grace_s in (
-            ([child for child in self._children if not child.ends_last], self._grace_s),
-            ([child for child in self._children if child.ends_last], _LAST_GRACE_S),
-        ):
+        first = [child for child in self._children if not child.ends_last]
+        last = [child for child in self._children if child.ends_last]
+        last_grace_s = max((child.last_grace_s for child in last), default=0.0)
+        for children, grace_s in ((first, self._grace_s), (last, last_grace_s)):
             await self._end_with(signal.SIGTERM, children, grace_s)
             await self._end_with(signal.SIGKILL, children, _KILL_TIMEOUT_S)
         readers = [reader for child in self._children for reader in child.readers]

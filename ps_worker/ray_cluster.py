@@ -8,8 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -18,7 +17,8 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ma_client.cluster import ClusterSpec
-from ps_worker.engine import EngineError, server_name
+from modelaverage.serve_flags import ServeFlags
+from ps_worker.engine import EngineError, WorkerState, server_name
 from ps_worker.processes import LineHandler
 from ps_worker.ray_host import ERROR, EVENT, OUTPUT, Command, RayHost
 from ps_worker.ray_process import RayProcess
@@ -39,22 +39,24 @@ class RayConfig:
         num_servers: parameter servers; each has a core.
         num_workers: workers; a round waits for all of them.
         max_restarts: how often each server and each worker may be started again.
-        checkpoint_dir: where the servers keep the center, each in a directory of its own; all nodes have to see it.
-            None: nowhere, and a server that dies ends the run.
+        serve: what else the servers are told. Each keeps the center in a directory of its own in `checkpoint_dir`,
+            which all nodes have to see; None: nowhere, and a server that dies ends the run.
         directory: where workers start, on their nodes; None: where Ray puts them.
         cpus_per_worker: cores to reserve for a worker.
         gpus_per_worker: GPUs to reserve for a worker, and to show to it.
         bind_host: where servers listen; None: at the address of their node.
+        must_be_new: whether the chief, when it is first started, refuses to go on from a center that is there already.
     """
 
     num_servers: int
     num_workers: int
     max_restarts: int
-    checkpoint_dir: Path | None
+    serve: ServeFlags
     directory: str | None
     cpus_per_worker: int
     gpus_per_worker: int
     bind_host: str | None
+    must_be_new: bool = False
 
     def bundles(self) -> list[dict[str, float]]:
         """What to reserve: for each server, then for each worker."""
@@ -77,6 +79,9 @@ class RayCluster:
         self.num_servers = config.num_servers
         self.num_workers = config.num_workers
         self.addresses: tuple[str, ...] = ()
+        directory = config.serve.checkpoint_dir
+        names = [] if directory is None else [server_name(index) for index in range(config.num_servers)]
+        self.center_at = tuple(directory / name for name in names if directory is not None)
         self._config = config
         self._on_message = on_message
         self._group: PlacementGroup | None = None
@@ -126,8 +131,12 @@ class RayCluster:
         config = self._config
         name = f"worker-{index}"
 
+        must_be_new = config.must_be_new
+
         def command_at(_: str) -> Command:
-            environ = ClusterSpec(self.addresses, self.num_workers, index).to_env()
+            nonlocal must_be_new
+            environ = ClusterSpec(self.addresses, self.num_workers, index, must_be_new=must_be_new).to_env()
+            must_be_new = False  # started again it finds the center that it has made itself
             # Its lines are to be seen when they are printed.
             environ["PYTHONUNBUFFERED"] = "1"
             return Command(name, command, environ, config.directory, on_event is not None)
@@ -149,6 +158,10 @@ class RayCluster:
                     worker.ended.result()
             running = [worker for worker in running if not worker.ended.done()]
 
+    def worker_states(self) -> list[WorkerState]:
+        """See `Cluster`."""
+        return [WorkerState(worker.name, worker.exit_code, worker.restarts) for worker in self._workers]
+
     async def _reserve(self) -> None:
         bundles = self._config.bundles()
         self._group = placement_group(bundles, strategy="SPREAD")
@@ -166,11 +179,11 @@ class RayCluster:
             arguments = ["-m", "ps_server", "serve", "--bind", bind, "--num-workers", str(self.num_workers)]
             # A Ray cluster is a network that is trusted: whoever can reach its nodes can run code there anyway.
             arguments.append("--insecure")
-            if config.checkpoint_dir is not None:
-                arguments += ["--checkpoint-dir", str(config.checkpoint_dir / name)]
+            directory = self.center_at[index] if self.center_at else None
+            arguments += replace(config.serve, checkpoint_dir=directory).to_argv()
             return Command(name, arguments, {}, None, has_events=False)
 
-        if config.checkpoint_dir is None:
+        if not self.center_at:
             max_restarts, give_up = 0, "with --checkpoint-dir it would be started again"
         else:
             max_restarts, give_up = config.max_restarts, f"--max-restarts {config.max_restarts}"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from modelaverage.addresses import parse
 from ps_worker.processes import Processes
 
 __all__ = ["Command", "ERROR", "EVENT", "Line", "OUTPUT", "RayHost"]
@@ -139,11 +140,11 @@ class _Run:
 
 
 def _is_free(address: str) -> bool:
-    host, _, port = address.rpartition(":")
+    where = parse(address)
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((host, int(port)))
+            probe.bind((where.host, where.port))
         except OSError:
             return False
     return True

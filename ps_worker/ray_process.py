@@ -30,6 +30,8 @@ class RayProcess:
         on_message: is told when it is started again.
 
     Attributes:
+        restarts: how often it was started again.
+        exit_code: with which it ended for good; None: it has not, or nobody knows.
         listens_at: where it listened last; it gets the same again if possible. To be set by whoever knows.
         ended: ends when the process has ended well or been stopped, or with ProcessFailedError, or with the exception
             that a handler raised.
@@ -53,6 +55,8 @@ class RayProcess:
         self._max_restarts = max_restarts
         self._give_up = give_up
         self._on_message = on_message
+        self.restarts = 0
+        self.exit_code: int | None = None
         self.listens_at = ""
         self._ray_says = ""
         self._runs = False
@@ -85,7 +89,6 @@ class RayProcess:
         ray.kill(self._host)
 
     async def _keep(self) -> None:
-        restarts = 0
         while True:
             code = await self._live()
             if self._stopped:
@@ -94,15 +97,20 @@ class RayProcess:
             if self._again:
                 self._again = False
             elif code == 0:
+                self.exit_code = code
                 return
             elif code is not None and code > 0:
+                self.exit_code = code
                 raise self.failure(how)
-            elif restarts == self._max_restarts:
+            elif self.restarts == self._max_restarts:
+                self.exit_code = code
                 why = f". Ray says: {self._ray_says}" if code is None else ""
                 raise self.failure(f"{how} ({self._give_up}){why}")
             else:
-                restarts += 1
-                self._on_message(f"{self.name} {how}; starting it again ({restarts} of {self._max_restarts})")
+                self.restarts += 1
+                self._on_message(
+                    f"{self.name} {how}; starting it again (restart {self.restarts} of {self._max_restarts})"
+                )
 
     async def _live(self) -> int | None:
         """Runs it once; returns its exit code, or None if its actor, or what it had sent, is lost."""

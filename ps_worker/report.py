@@ -20,16 +20,20 @@ from matplotlib.ticker import PercentFormatter
 from torch.utils.tensorboard import SummaryWriter
 
 from modelaverage.names import file_name, shown
-from ps_worker.digits_config import ALONE
+from ps_worker.digits_config import ALONE, ALONE_WITH_ALL
 from ps_worker.record import Record
 from ps_worker.run_files import CURVES, METRICS, TENSORBOARD
 
 __all__ = ["draw", "main", "write_tensorboard"]
 
-# Okabe and Ito's colours, told apart with any kind of colour vision; the lone worker also has another line style.
+# Okabe and Ito's colours, told apart with any kind of colour vision; the lone ones also have another line style.
 _WORKER_COLOURS = ("#0072B2", "#E69F00", "#56B4E9", "#CC79A7", "#F0E442", "#D55E00")
 _CENTER_COLOUR = "#009E73"
 _ALONE_STYLE: dict[str, Any] = {"color": "#444444", "linestyle": (0, (4, 2))}
+_LONE_STYLES: dict[str, dict[str, Any]] = {
+    ALONE: _ALONE_STYLE,
+    ALONE_WITH_ALL: {"color": "#8C5A2B", "linestyle": (0, (1, 1.2))},
+}
 _NEIGHBOURS = 4
 _LONGEST_LABEL = 30
 
@@ -51,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def draw(record: Record, path: Path) -> None:
     """Draws loss and test accuracy over steps, and barrier wait over time, as one PNG. Raises OSError."""
-    workers = [worker for worker in sorted(record.steps) if worker != ALONE]
+    workers = [worker for worker in sorted(record.steps) if worker not in _LONE_STYLES]
     figure = Figure(figsize=(15, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     loss, accuracy, wait = figure.subplots(1, 3)
@@ -86,11 +90,11 @@ def write_tensorboard(record: Record, directory: Path) -> None:
 
 
 def _draw_loss(axes: Axes, record: Record, workers: Sequence[str]) -> None:
-    for worker, style in [*_styles(workers), (ALONE, _ALONE_STYLE)]:
+    for worker, style in [*_styles(workers), *_lone_styles(record)]:
         events = record.steps[worker]
         steps, losses = [event.step for event in events], np.array([event.loss for event in events])
         axes.plot(steps, losses, color=style["color"], alpha=0.2, linewidth=0.8)
-        axes.plot(steps, _smooth(losses), label=_label(worker), linewidth=1.6, **style)
+        axes.plot(steps, _smooth(losses), label=_label(worker, workers), linewidth=1.6, **style)
     axes.set(title="Training loss (on a worker's own images)", xlabel="local step", ylabel="cross-entropy [nats]")
     axes.set_yscale("log")
     axes.legend(frameon=False)
@@ -98,20 +102,23 @@ def _draw_loss(axes: Axes, record: Record, workers: Sequence[str]) -> None:
 
 def _draw_accuracy(axes: Axes, record: Record, workers: Sequence[str]) -> None:
     chief = workers[0] if workers else ""
-    found = [event.accuracy for worker in (chief, ALONE) for event in record.accuracies[worker]]
-    for worker, label, style in (
-        (chief, "center", {"color": _CENTER_COLOUR}),
-        (ALONE, _label(ALONE), _ALONE_STYLE),
-    ):
+    lines: list[tuple[str, str, dict[str, Any]]] = [(chief, _averaged(workers), {"color": _CENTER_COLOUR})]
+    lines += [(worker, _label(worker, workers), style) for worker, style in _lone_styles(record)]
+    found = [event.accuracy for worker, _, _ in lines for event in record.accuracies[worker]]
+    for worker, label, style in lines:
         events = record.accuracies[worker]
         if events:
-            last = f"{label}: {events[-1].accuracy:.1%} at the end"
+            last = f"{events[-1].accuracy:.1%}  {label}"
             axes.plot([e.step for e in events], [e.accuracy for e in events], label=last, linewidth=1.6, **style)
-    axes.set(title="Test accuracy", xlabel="local step", ylabel="test images classified right")
+    axes.set(
+        title="Test accuracy, the same number of steps for all",
+        xlabel="local step",
+        ylabel="test images classified right",
+    )
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     if found:
         axes.set_ylim(max(0.0, float(np.quantile(found, 0.05)) - 0.03), 1.0)
-        axes.legend(frameon=False, loc="lower right", fontsize="large")
+        axes.legend(frameon=False, loc="lower right", title="at the end", alignment="left", fontsize="small")
 
 
 def _draw_wait(axes: Axes, record: Record, workers: Sequence[str]) -> None:
@@ -126,7 +133,7 @@ def _draw_wait(axes: Axes, record: Record, workers: Sequence[str]) -> None:
             ".",
             markersize=6,
             clip_on=False,
-            label=f"{_label(worker)}: {sum(waits_ms) / 1000:.1f} s",
+            label=f"{_label(worker, workers)}: {sum(waits_ms) / 1000:.1f} s",
             **style,
         )
     axes.set(title="Wait at the barrier, each round", xlabel="time since the first steps [s]", ylabel="wait [ms]")
@@ -138,9 +145,20 @@ def _styles(workers: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
     return [(worker, {"color": _WORKER_COLOURS[i % len(_WORKER_COLOURS)]}) for i, worker in enumerate(workers)]
 
 
-def _label(worker: str) -> str:
+def _lone_styles(record: Record) -> list[tuple[str, dict[str, Any]]]:
+    return [(worker, style) for worker, style in _LONE_STYLES.items() if record.steps[worker]]
+
+
+def _averaged(workers: Sequence[str]) -> str:
+    count = len(workers)
+    return "averaged" if count < 2 else f"averaged: {count} workers, 1/{count} of the images each"
+
+
+def _label(worker: str, workers: Sequence[str]) -> str:
     if worker == ALONE:
-        return "one worker alone"
+        return "one worker alone" + (f", 1/{len(workers)} of the images" if len(workers) > 1 else "")
+    if worker == ALONE_WITH_ALL:
+        return "one worker alone, all images"
     text = shown(worker)
     if len(text) > _LONGEST_LABEL:  # or there is no room for the curves
         text = text[: _LONGEST_LABEL - 1] + "\u2026"

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 from ma_client import ParameterServerSession
+from modelaverage.errors import ModelAverageError
 from modelaverage.missing import Missing
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_worker.events import ServerEvent
@@ -23,9 +26,21 @@ class ServerWatch:
         self._sessions: dict[str, ParameterServerSession] = {}
         self._thread = ThreadPoolExecutor(max_workers=1)
 
+    async def status(self, address: str) -> pb.GetStatusResponse:
+        """What the server at ``address`` says. Raises ModelAverageError if it does not say so within a second."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._status, address)
+
+    async def statuses(self, addresses: Iterable[str]) -> list[pb.GetStatusResponse]:
+        """What servers say, without those that say nothing."""
+        found = []
+        for address in addresses:
+            with contextlib.suppress(ModelAverageError):
+                found.append(await self.status(address))
+        return found
+
     async def sample(self, server: str, address: str) -> ServerEvent:
-        """What the server at ``address`` is doing. Raises ModelAverageError if it does not say so within a second."""
-        status = await asyncio.get_running_loop().run_in_executor(self._thread, self._status, address)
+        """What the server at ``address`` is doing. Raises as `status`."""
+        status = await self.status(address)
         missing = Missing.told(status)
         return ServerEvent(
             server=server,
@@ -45,8 +60,10 @@ class ServerWatch:
 
     def _status(self, address: str) -> pb.GetStatusResponse:
         if address not in self._sessions:
-            session = ParameterServerSession([address], worker_id="ma-launch", connect_timeout_s=_TIMEOUT_S)
-            self._sessions[address] = session
+            # A server that is away ends the run in another way: nothing is to be said here, and tried again later.
+            self._sessions[address] = ParameterServerSession(
+                [address], worker_id="ma-launch", connect_timeout_s=_TIMEOUT_S, reconnect_timeout_s=0
+            )
         return self._sessions[address].status(_TIMEOUT_S)
 
     def _close(self) -> None:

@@ -6,9 +6,15 @@ import os
 import signal
 from types import FrameType
 
-__all__ = ["STOP_SIGNALS", "end_at_once_on_signals", "end_cleanly_on_sigterm", "exit_code_for"]
+__all__ = ["STOP_SIGNALS", "end_at_once_on_signals", "end_cleanly_on_signals", "exit_code_for", "stop_signals"]
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """Those that end a program here. A SIGHUP that is ignored (nohup) stays ignored."""
+    is_immune = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return tuple(number for number in STOP_SIGNALS if not (is_immune and number is signal.SIGHUP))
 
 
 def exit_code_for(number: int) -> int:
@@ -22,15 +28,19 @@ def end_at_once_on_signals() -> None:
     def end(number: int, _: FrameType | None) -> None:
         os._exit(exit_code_for(number))
 
-    for number in STOP_SIGNALS:
+    for number in stop_signals():
         signal.signal(number, end)
 
 
-def end_cleanly_on_sigterm() -> None:
-    """SIGTERM unwinds this process: the session says goodbye. A container's first process would ignore it otherwise."""
+def end_cleanly_on_signals() -> None:
+    """SIGTERM and SIGHUP unwind this process: the session says goodbye. A container's first process would ignore the
+    first one otherwise."""
+    numbers = [number for number in stop_signals() if number != signal.SIGINT]
 
     def end(number: int, _: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_IGN)  # a second one must not break off the goodbye
+        for ignored in numbers:  # a second one must not break off the goodbye
+            signal.signal(ignored, signal.SIG_IGN)
         raise SystemExit(exit_code_for(number))
 
-    signal.signal(signal.SIGTERM, end)
+    for number in numbers:
+        signal.signal(number, end)

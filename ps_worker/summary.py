@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -10,6 +11,9 @@ from modelaverage.names import shown
 from ps_worker.digits_config import DigitsConfig
 
 __all__ = ["Summary", "size"]
+
+# Of more workers than these a line has no room for the names.
+_EACH_WORKER = 2
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,8 @@ class Summary:
     Args:
         center_accuracy: the part (0 to 1) of the test images that the center classifies right.
         alone_accuracy: the same of the worker that trained alone for the same number of steps.
+        all_accuracy: of one that trained alone for the same number of steps on all images; None: the only worker has
+            them all anyway.
         rounds: completed.
         bytes_moved: fragment bytes that the parameter servers received and sent.
         bytes_received: by all servers.
@@ -29,12 +35,14 @@ class Summary:
         waited_s: seconds that each worker waited at the barrier.
         num_servers: with a shard of the center each.
         num_workers: in a round.
+        restarts: of each worker that was started again.
         config: how they trained.
         files: what was written, in the run's directory.
     """
 
     center_accuracy: float
     alone_accuracy: float
+    all_accuracy: float | None
     rounds: int
     bytes_moved: int
     bytes_received: int
@@ -45,23 +53,32 @@ class Summary:
     waited_s: dict[str, float]
     num_servers: int
     num_workers: int
+    restarts: dict[str, int]
     config: DigitsConfig
     files: tuple[str, ...]
 
     def rows(self) -> list[tuple[str, str]]:
         """The table: what, how much."""
         servers = "the server" if self.num_servers == 1 else f"{self.num_servers} servers"
-        part = f"{self.config.steps} steps on 1/{self.num_workers} of the images"
-        waits = ", ".join(f"{shown(worker)} {seconds:.1f} s" for worker, seconds in self.waited_s.items())
+        part = "all images" if self.num_workers == 1 else f"1/{self.num_workers} of the images"
+        workers = "1 worker" if self.num_workers == 1 else f"{self.num_workers} workers"
+        steps = f"{self.config.steps} steps"
+        rows = [
+            ("accuracy, averaged", f"{self.center_accuracy:.4f}  ({workers}, {steps} on {part})"),
+            ("accuracy, alone", f"{self.alone_accuracy:.4f}  (1 worker, {steps} on {part})"),
+        ]
+        if self.all_accuracy is not None:
+            rows.append(("accuracy, all data", f"{self.all_accuracy:.4f}  (1 worker, {steps} on all images)"))
+        if self.restarts:
+            rows.append(("started again", _each(self.restarts)))
         return [
-            ("test accuracy of the center", f"{self.center_accuracy:.4f}"),
-            ("test accuracy of one worker alone", f"{self.alone_accuracy:.4f}  ({part})"),
+            *rows,
             ("rounds", f"{self.rounds}"),
             (
                 "bytes moved",
                 f"{size(self.bytes_moved)}  ({size(self.bytes_received)} to {servers}, {size(self.bytes_sent)} back)",
             ),
-            ("waited at the barrier", waits),
+            ("barrier wait", _waits(self.waited_s)),
             (
                 "seconds",
                 f"{self.total_s:.1f}  ({self.cluster_s:.1f} together, {self.alone_s:.1f} alone, with their start)",
@@ -71,6 +88,16 @@ class Summary:
     def write(self, path: Path) -> None:
         """Writes all of it as JSON. Raises OSError."""
         path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+
+def _waits(waited_s: Mapping[str, float]) -> str:
+    if len(waited_s) > _EACH_WORKER:
+        return f"{min(waited_s.values()):.1f} to {max(waited_s.values()):.1f} s each"
+    return _each({worker: f"{seconds:.1f} s" for worker, seconds in waited_s.items()})
+
+
+def _each(of_workers: Mapping[str, object]) -> str:
+    return ", ".join(f"{shown(worker)} {what}" for worker, what in of_workers.items())
 
 
 def size(size_bytes: int) -> str:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from modelaverage.errors import ModelAverageError
+from modelaverage.output import CLOSED_PIPE_EXIT_CODE, OutputLostError
 from ps_worker.digits_config import DigitsConfig
 from ps_worker.engine import Engine, EngineError
 from ps_worker.processes import LineHandler, Processes, ProcessFailedError
-from ps_worker.stop_signals import STOP_SIGNALS, end_at_once_on_signals, exit_code_for
+from ps_worker.stop_signals import end_at_once_on_signals, exit_code_for, stop_signals
 
 __all__ = ["run_digits", "run_script"]
 
@@ -34,12 +35,35 @@ def run_script(engine: Engine, command: Sequence[str]) -> int:
 
 
 async def _script(engine: Engine, command: Sequence[str], processes: Processes) -> None:
-    async with engine(processes, _printer("", sys.stderr)) as cluster:
+    from ps_worker.aftermath import what_happened
+    from ps_worker.beside import beside
+    from ps_worker.lookout import keep_looking
+    from ps_worker.server_watch import ServerWatch
+
+    say = _printer("", sys.stderr)
+    started_at_s = time.monotonic()
+    async with engine(processes, say) as cluster:
         await cluster.start_servers()
         for index in range(cluster.num_workers):
             prefix = f"[worker-{index}] "
             cluster.start_worker(index, command, _printer(prefix, sys.stdout), _printer(prefix, sys.stderr))
-        await cluster.workers_done()
+        watch = ServerWatch()
+
+        async def tell() -> None:
+            statuses = await watch.statuses(cluster.addresses)
+            elapsed_s = time.monotonic() - started_at_s
+            happened = what_happened(statuses, cluster.worker_states(), elapsed_s, cluster.center_at)
+            say(f"ma-launch: {happened}")
+
+        try:
+            async with beside(keep_looking(cluster, watch, say)):
+                await cluster.workers_done()
+            await tell()
+        except (ProcessFailedError, asyncio.CancelledError):
+            await tell()
+            raise
+        finally:
+            watch.close()
 
 
 def _printer(prefix: str, file: TextIO) -> LineHandler:
@@ -49,10 +73,8 @@ def _printer(prefix: str, file: TextIO) -> LineHandler:
 def _run(job: _Job) -> int:
     try:
         return asyncio.run(_supervise(job))
-    except BrokenPipeError:
-        # Whoever read the output has gone; what the interpreter still wants to write on exit goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return exit_code_for(signal.SIGPIPE)
+    except OutputLostError:  # whoever read the output has gone
+        return CLOSED_PIPE_EXIT_CODE
     except (ModelAverageError, ProcessFailedError, EngineError) as error:
         print(f"ma-launch: {error}", file=sys.stderr)
         return 1
@@ -71,13 +93,13 @@ async def _supervise(job: _Job) -> int:
     processes = Processes()
 
     def stop(number: signal.Signals) -> None:
-        if stopped.done():
+        if not stopped.done():
+            stopped.set_result(number)
+        elif number != signal.SIGHUP:  # a terminal that closes sends it twice
             processes.hurry()
             work.cancel()  # it may be giving others time to end
-        else:
-            stopped.set_result(number)
 
-    for number in STOP_SIGNALS:
+    for number in stop_signals():
         loop.add_signal_handler(number, stop, number)
     async with processes:
         work = asyncio.ensure_future(job(processes))

@@ -14,14 +14,28 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from modelaverage.names import listed, shown
+from modelaverage.columns import fitted, listed_within, shortened, width
+from modelaverage.names import shown
+from ps_worker.events import ServerEvent
 from ps_worker.record import Record
 from ps_worker.summary import size
 
 __all__ = ["Cast", "LiveView", "PlainView", "View", "view_for"]
 
 _MISSING = "-"
+_FIRST_QUIET_S = 2.0
+_PROGRAM = "modelaverage"
+_CHIEF = " (chief)"
+_ACCURACY = "test accuracy"
+_BAR = ""
 _BAR_WIDTH = 8  # so that all of it fits into 80 columns
+# Names take a third of a wide terminal at most, and this much of a narrow one.
+_NAME_COLUMNS = 24
+_NARROWEST = 8
+# Where a terminal is too narrow for all columns, these are left out.
+_FIRST_TO_GO = (_BAR, "samples/s", "loss", "barrier wait", "step")
+# The title and the lines of the table that are no worker's; what all of it takes with three workers; a server's lines.
+_FRAME_ROWS, _FEWEST_ROWS, _ROWS_OF_SERVER = 6, 12, 2
 
 
 @dataclass(frozen=True)
@@ -31,13 +45,13 @@ class Cast:
     Args:
         servers: the address of each parameter server, by its name; empty until they listen.
         workers: names of their workers, the chief first.
-        alone: name of the lone worker.
+        alone: names of the lone workers.
         steps: local steps of each.
     """
 
     servers: Mapping[str, str]
     workers: tuple[str, ...]
-    alone: str
+    alone: tuple[str, ...]
     steps: int
 
 
@@ -79,7 +93,11 @@ class LiveView:
         """Draws the view."""
         if not self._live.is_started:
             self._live.start()
-        self._live.update(_picture(cast, record, stage, time.monotonic() - self._started_at_s), refresh=True)
+        self._live.update(self._picture(cast, record, stage), refresh=True)
+
+    def _picture(self, cast: Cast, record: Record, stage: str) -> RenderableType:
+        elapsed_s = time.monotonic() - self._started_at_s
+        return _picture(cast, record, stage, elapsed_s, self._console.width, self._console.height)
 
     def say(self, line: str) -> None:
         """Prints a line above the view."""
@@ -100,12 +118,13 @@ class LiveView:
 
 
 class PlainView:
-    """A line a second."""
+    """A line a second where there is news, and one now and then where there is none."""
 
     refresh_interval_s = 1.0
 
     def __init__(self) -> None:
-        self._started_at_s = time.monotonic()
+        self._started_at_s = self._printed_at_s = time.monotonic()
+        self._quiet_s = _FIRST_QUIET_S
         self._stage = ""
         self._shown = ""
 
@@ -115,9 +134,15 @@ class PlainView:
         news = [line] if line != self._shown else []
         if stage != self._stage:
             news.append(f"{stage} ...")
+        now_s = time.monotonic()
+        if news:
+            self._quiet_s = _FIRST_QUIET_S
+        elif now_s - self._printed_at_s >= self._quiet_s:  # it goes on
+            news, self._quiet_s = [f"{stage} ..."], 2 * self._quiet_s
         self._shown, self._stage = line, stage
         for text in news:
-            print(f"{time.monotonic() - self._started_at_s:5.1f} s  {text}", flush=True)
+            self._printed_at_s = now_s
+            print(f"{now_s - self._started_at_s:5.1f} s  {text}", flush=True)
 
     def say(self, line: str) -> None:
         """Prints it."""
@@ -135,12 +160,9 @@ class PlainView:
 
 
 def _line(cast: Cast, record: Record) -> str:
-    alone = record.last_step(cast.alone)
-    if alone is not None:
-        accuracy = record.last_accuracy(cast.alone)
-        tested = "" if accuracy is None else f", test accuracy {accuracy:.4f}"
-        speed = f"{alone.samples_per_s:.0f} samples/s"
-        return f"{shown(cast.alone)}: step {alone.step}/{cast.steps}, loss {alone.loss:.4f}, {speed}{tested}"
+    alone = [_alone_line(cast, record, worker) for worker in cast.alone if record.last_step(worker) is not None]
+    if alone:
+        return "; ".join(alone)
     steps = [step for worker in cast.workers if (step := record.last_step(worker)) is not None]
     if not steps:
         return ""
@@ -160,57 +182,93 @@ def _line(cast: Cast, record: Record) -> str:
     return ", ".join(parts)
 
 
-def _picture(cast: Cast, record: Record, stage: str, elapsed_s: float) -> RenderableType:
-    title = Text.assemble(("modelaverage", "bold"), f"  digits: {stage}", (f"  {elapsed_s:.0f} s", "dim"))
-    return Group(title, _workers(cast, record), _servers(cast, record))
+def _alone_line(cast: Cast, record: Record, worker: str) -> str:
+    step, accuracy = record.last_step(worker), record.last_accuracy(worker)
+    assert step is not None
+    tested = "" if accuracy is None else f", test accuracy {accuracy:.4f}"
+    return f"{shown(worker)}: step {step.step}/{cast.steps}, loss {step.loss:.4f}{tested}"
 
 
-def _workers(cast: Cast, record: Record) -> Table:
+def _picture(cast: Cast, record: Record, stage: str, elapsed_s: float, columns: int, rows: int) -> RenderableType:
+    """Everything, in so many columns and, if that can be, rows of a terminal."""
+    elapsed = f"  {elapsed_s:.0f} s"
+    title = shortened(f"  digits: {stage}", max(_NARROWEST, columns - len(_PROGRAM) - len(elapsed)))
+    servers = _servers(cast, record, columns, max(1, (rows - _FEWEST_ROWS) // _ROWS_OF_SERVER))
+    left = rows - _FRAME_ROWS - len(cast.alone) - servers.row_count
+    head = Text.assemble((_PROGRAM, "bold"), title, (elapsed, "dim"), no_wrap=True, overflow="ellipsis")
+    return Group(head, _workers(cast, record, columns, max(1, left)), servers)
+
+
+def _workers(cast: Cast, record: Record, columns: int, rows: int) -> Table:
+    workers = cast.workers if len(cast.workers) <= rows else cast.workers[: max(1, rows - 1)]
+    omitted = len(cast.workers) - len(workers)
+    names_at_most = max(_NAME_COLUMNS, columns // 3)
+    lines = [(worker, shortened(shown(worker), names_at_most)) for worker in (*workers, *cast.alone)]
+    lines[0] = lines[0][0], shortened(shown(workers[0]), names_at_most - len(_CHIEF)) + _CHIEF
+    cells = [[name, *_cells(cast, record, worker)] for worker, name in lines]
+    titles = ["worker", "step", "loss", "samples/s", "barrier wait"]
+    widths = {title: max(width(title), *(width(row[at]) for row in cells)) for at, title in enumerate(titles)}
+    widths[_BAR] = _BAR_WIDTH
+    for title in _FIRST_TO_GO:
+        if sum(widths.values()) + 3 * len(widths) + 1 <= columns:
+            break
+        widths.pop(title)
     table = Table(box=box.ROUNDED, header_style="dim")
-    table.add_column("worker", no_wrap=True)
-    table.add_column("step", justify="right", no_wrap=True, min_width=9)
-    table.add_column("", width=_BAR_WIDTH)
-    table.add_column("loss", justify="right", min_width=6)
-    table.add_column("samples/s", justify="right")
-    table.add_column("barrier wait", justify="right")
-    for worker in cast.workers:
-        _add_row(table, cast, record, worker, shown(worker) + (" (chief)" if worker == cast.workers[0] else ""))
-    table.add_section()
-    _add_row(table, cast, record, cast.alone, shown(cast.alone))
+    kept = [title for title in ("worker", "step", _BAR, *titles[2:]) if title in widths]
+    for title in kept:
+        table.add_column(title, justify="left" if title == "worker" else "right", no_wrap=True, width=widths[title])
+    for (worker, _), row in zip(lines, cells, strict=True):
+        step = record.last_step(worker)
+        bar = ProgressBar(total=cast.steps, completed=0 if step is None else step.step, width=_BAR_WIDTH)
+        found = {title: Text(cell) for title, cell in zip(titles, row, strict=True)}
+        is_last = worker == workers[-1]
+        table.add_row(
+            *(bar if title == _BAR else found[title] for title in kept),
+            style="dim" if step is None else None,
+            end_section=is_last and not omitted,
+        )
+        if is_last and omitted:
+            table.add_row(Text(f"and {omitted} more"), style="dim", end_section=True)
     return table
 
 
-def _add_row(table: Table, cast: Cast, record: Record, worker: str, label: str) -> None:
+def _cells(cast: Cast, record: Record, worker: str) -> list[str]:
+    """Step, loss, samples/s, barrier wait."""
     step = record.last_step(worker)
-    done = 0 if step is None else step.step
-    name = Text(label)
-    bar = ProgressBar(total=cast.steps, completed=done, width=_BAR_WIDTH)
     if step is None:
-        table.add_row(name, f"0/{cast.steps}", bar, *[_MISSING] * 3, style="dim")
-    else:
-        waited = _MISSING if worker == cast.alone else f"{step.waited_s:.2f} s"
-        table.add_row(name, f"{done}/{cast.steps}", bar, f"{step.loss:.4f}", f"{step.samples_per_s:,.0f}", waited)
+        return [f"0/{cast.steps}", *[_MISSING] * 3]
+    waited = _MISSING if worker in cast.alone else f"{step.waited_s:.2f} s"
+    return [f"{step.step}/{cast.steps}", f"{step.loss:.4f}", f"{step.samples_per_s:,.0f}", waited]
 
 
-def _servers(cast: Cast, record: Record) -> RenderableType:
+def _servers(cast: Cast, record: Record, columns: int, most: int) -> Table:
     grid = Table.grid(padding=(0, 2))
+    grid.add_column(no_wrap=True)
+    grid.add_column(no_wrap=True, overflow="ellipsis")
+    room = max(_NARROWEST, columns - max(map(width, [_ACCURACY, *cast.servers])) - 2)
     if not cast.servers:
         grid.add_row("servers", "starting")
-    for name, address in cast.servers.items():
+    for name, address in list(cast.servers.items())[:most]:
         if name not in record.servers:
             grid.add_row(Text(name), Text(address))
             continue
         server = record.servers[name][-1]
-        missing = listed(server.waiting_for, server.waiting_for_omitted, shown)
-        waits = f"waits for {missing}" if missing else server.phase
-        grid.add_row(Text(name), Text(f"{address}  {waits}"))
-        traffic = f", received {size(server.received_bytes)}, sent {size(server.sent_bytes)}"
-        grid.add_row("", Text.assemble("global_step ", (str(server.global_step), "bold"), traffic))
-    accuracies = [("center", record.last_accuracy(cast.workers[0])), (cast.alone, record.last_accuracy(cast.alone))]
-    found = [
-        Text.assemble(f"{shown(who)} ", (f"{accuracy:.4f}", "bold"))
-        for who, accuracy in accuracies
-        if accuracy is not None
-    ]
-    grid.add_row("test accuracy", Text(", ").join(found) if found else _MISSING)
+        grid.add_row(Text(name), Text(f"{address}  {_doing(server, room - width(address) - 2)}"))
+        traffic = [f"global_step {server.global_step}", f"received {size(server.received_bytes)}"]
+        grid.add_row("", Text(fitted([*traffic, f"sent {size(server.sent_bytes)}"], room)))
+    if len(cast.servers) > most:
+        grid.add_row("", Text(f"and {len(cast.servers) - most} more", "dim"))
+    accuracies = [("center", record.last_accuracy(cast.workers[0]))]
+    accuracies += [(worker, record.last_accuracy(worker)) for worker in cast.alone]
+    found = [f"{shown(who)} {accuracy:.4f}" for who, accuracy in accuracies if accuracy is not None]
+    grid.add_row(_ACCURACY, Text(fitted(found, room)) if found else _MISSING)
     return grid
+
+
+def _doing(server: ServerEvent, columns: int) -> str:
+    if not server.waiting_for and not server.waiting_for_omitted:
+        return server.phase
+    head = "waits for "
+    room = max(_NARROWEST, columns - len(head))
+    widest = max(_NAME_COLUMNS, room // 2)
+    return head + listed_within(server.waiting_for, server.waiting_for_omitted, shown, room, widest)

@@ -142,7 +142,7 @@ class Compose:
         """A file of a volume."""
         done = subprocess.run(
             ["docker", "run", "--rm", "--volume", f"{self._name}_{volume}:/it:ro", "--entrypoint", "cat"]
-            + ["modelaverage-ps", f"/it/{path}"],
+            + ["torch-model-average-ps", f"/it/{path}"],
             capture_output=True,
             timeout=TIMEOUT_S,
             check=True,
@@ -152,7 +152,7 @@ class Compose:
     def files(self, volume: str) -> list[str]:
         """Names of the files in a volume."""
         mount = f"{self._name}_{volume}:/it:ro"
-        return docker("run", "--rm", "--volume", mount, "--entrypoint", "ls", "modelaverage-ps", "/it").split()
+        return docker("run", "--rm", "--volume", mount, "--entrypoint", "ls", "torch-model-average-ps", "/it").split()
 
 
 def crash(container: Container) -> None:
@@ -160,5 +160,5 @@ def crash(container: Container) -> None:
     code = f"import os; os.kill({container.pid}, 9)"
     docker(
         *("run", "--rm", "--pid=host", "--user", "root", "--entrypoint", "python"),
-        *("modelaverage-ps", "-c", code),
+        *("torch-model-average-ps", "-c", code),
     )

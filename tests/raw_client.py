@@ -197,7 +197,9 @@ class RawClient:
     """A connection of its own to one server."""
 
     def __init__(self, address: str) -> None:
-        self._channel = grpc.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)])
+        self._channel = grpc.insecure_channel(
+            address, options=[("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1)]
+        )
         self._streams: list[Stream[Any]] = []
 
     def __enter__(self) -> RawClient:

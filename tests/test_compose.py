@@ -36,11 +36,11 @@ def last_accuracy(logs: str) -> float:
 def test_the_servers_image_is_small_and_has_no_torch() -> None:
     sizes = [
         json.loads(docker("image", "inspect", image))[0]["Size"]
-        for image in ("modelaverage-ps", "python:3.11-slim-bookworm")
+        for image in ("torch-model-average-ps", "python:3.11-slim-bookworm")
     ]
     assert sizes[0] - sizes[1] < 150 * MB
     code = "import importlib.util as i; print(i.find_spec('torch'), i.find_spec('numpy') is not None)"
-    assert docker("run", "--rm", "--entrypoint", "python", "modelaverage-ps", "-c", code) == "None True\n"
+    assert docker("run", "--rm", "--entrypoint", "python", "torch-model-average-ps", "-c", code) == "None True\n"
 
 
 def test_up_trains_to_the_end_and_leaves_the_model_and_checkpoints_in_volumes(project: str) -> None:
@@ -99,7 +99,7 @@ def test_four_workers_and_two_servers_over_mutual_tls_and_nobody_else_gets_in(pr
         stranger = ["ps-worker", "digits", "--ps-hosts", "ps:2222", "--task-index", "auto", "--connect-timeout-s", "5"]
         done = subprocess.run(
             ["docker", "run", "--rm", "--network", f"{project}_default", "--entrypoint", stranger[0]]
-            + ["modelaverage-worker", *stranger[1:]],
+            + ["torch-model-average-worker", *stranger[1:]],
             capture_output=True,
             text=True,
             timeout=60,

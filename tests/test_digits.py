@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from ma_client import ClusterSpec, ParameterServerSession
 from ps_worker import run_files
 from ps_worker.digits import DigitsData, DigitsNet, accuracy, train_alone, train_in_cluster
-from ps_worker.digits_config import ALONE, DigitsConfig, add_training_flags
+from ps_worker.digits_config import ALONE, ALONE_WITH_ALL, DigitsConfig, add_training_flags
 from ps_worker.events import AccuracyEvent, Event, RoundEvent, ServerEvent, StepEvent, decode, encode
 from ps_worker.record import Record
 from ps_worker.summary import Summary
@@ -158,7 +158,7 @@ def test_live_view_shows_every_worker_and_every_server_in_80_columns() -> None:
     out = io.StringIO()
     view = LiveView(Console(file=out, width=80, force_terminal=True, color_system=None, legacy_windows=False))
     servers = {"ps-0": "127.0.0.1:4242", "ps-1": "127.0.0.1:4343"}
-    cast = Cast(servers, ("worker-0", "worker-1"), ALONE, steps=1200)
+    cast = Cast(servers, ("worker-0", "worker-1"), (ALONE, ALONE_WITH_ALL), steps=1200)
     view.show(cast, Record(EVENTS), "2 workers train together")
     view.close()
     picture = re.sub(r"\x1b\[[?0-9;]*[A-Za-z]|\r", "", out.getvalue())
@@ -201,7 +201,7 @@ def test_run_trains_a_good_center_and_leaves_every_file(tmp_path: Path) -> None:
     assert_metrics_have_the_whole_run(run, summary)
     assert (run / run_files.CURVES).read_bytes().startswith(b"\x89PNG")
     written = {path.parent.name for path in (run / run_files.TENSORBOARD).glob("*/events.out.tfevents.*")}
-    assert written == {"worker-0", "worker-1", "alone", "ps-0", "ps-1"}
+    assert written == {"worker-0", "worker-1", ALONE, ALONE_WITH_ALL, "ps-0", "ps-1"}
 
 
 def assert_summary_has_every_number_of_the_table(run: Path, printed: list[str]) -> Summary:
@@ -221,9 +221,10 @@ def assert_center_is_what_the_summary_says(run: Path, summary: Summary) -> None:
 
 def assert_metrics_have_the_whole_run(run: Path, summary: Summary) -> None:
     record = Record.read(run / run_files.METRICS)
-    assert set(record.steps) == {"worker-0", "worker-1", ALONE}
+    assert set(record.steps) == {"worker-0", "worker-1", ALONE, ALONE_WITH_ALL}
     assert {steps[-1].step for steps in record.steps.values()} == {200}
     assert record.last_accuracy(ALONE) == summary.alone_accuracy
+    assert record.last_accuracy(ALONE_WITH_ALL) == summary.all_accuracy
     assert len(record.rounds["worker-1"]) == 10
     servers = record.last_of_servers()
     assert [server.global_step for server in servers] == [10, 10]

@@ -84,6 +84,20 @@ def test_who_waits_at_the_barrier_goes_on_when_the_last_one_missing_finishes(sta
         assert waiting.result().contributors == ("worker-0",)
 
 
+def test_who_has_finished_can_wait_for_the_last_center_of_the_job(start_server: StartServer) -> None:
+    with workers(start_server, 2, servers=2) as found:
+        first = found.sessions[1]
+        first.finish()
+        assert not first.wait_for_others(timeout_s=0.01)
+        with ThreadPoolExecutor(1) as thread:
+            waiting = thread.submit(first.wait_for_others, 20.0)
+            assert found.begin(0, 8.0).result().contributors == ("worker-0",)
+            assert not waiting.done()
+            found.sessions[0].finish()
+            assert waiting.result()
+        assert first.pull()[0]["w"][0] == 8
+
+
 def test_looking_at_the_center_afterwards_brings_nobody_back_but_training_again_does(
     start_server: StartServer,
 ) -> None:

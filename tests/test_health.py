@@ -36,7 +36,9 @@ class HealthClient:
     """Asks one server for its health, with nothing but the standard's messages."""
 
     def __init__(self, address: str) -> None:
-        self._channel = grpc.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)])
+        self._channel = grpc.insecure_channel(
+            address, options=[("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1)]
+        )
         self._watches: list[Any] = []
 
     def close(self) -> None:

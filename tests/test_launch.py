@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-from ps_worker.local_cluster import automatic_servers, usable_cores
+from ps_worker.engine import EngineError
+from ps_worker.local_cluster import automatic_servers, center_directories, started_again, usable_cores
 from tests.launched import Launched, all_gone
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for orphans in /proc")
@@ -62,15 +64,77 @@ signal.pause()
 """
 
 
+# Every process of worker 1 but its last one ends with an error.
+FAILING_AT_FIRST = """
+import os, sys
+from pathlib import Path
+from ma_client import ClusterSpec
+cluster = ClusterSpec.from_env()
+starts = Path(sys.argv[1]) / cluster.worker_id
+with starts.open("a") as file:
+    file.write("x")
+print(cluster.worker_id, "starts", len(starts.read_text()), os.environ.get("MA_FRESH"))
+if cluster.task_index == 1 and len(starts.read_text()) <= int(sys.argv[2]):
+    raise ValueError("the disk is full of cats")
+"""
+# Worker 1 ends well after one round, without a word; worker 0 goes on.
+LEAVING = """
+import os
+import numpy as np
+from ma_client import ClusterSpec, ParameterServerSession
+session = ParameterServerSession.from_env()
+if session.is_chief:
+    session.initialize({"w": np.zeros(3, np.float32)})
+session.pull()
+session.push_and_average({"w": np.ones(3, np.float32)})
+if not session.is_chief:
+    os._exit(0)
+session.push_and_average({"w": np.ones(3, np.float32)})
+"""
+CHIEF_LEAVES = """
+from ma_client import ClusterSpec, ParameterServerSession
+if ClusterSpec.from_env().task_index:
+    ParameterServerSession.from_env().pull()
+"""
+NEVER_COMES = """
+import numpy as np
+from ma_client import ClusterSpec, ParameterServerSession
+if ClusterSpec.from_env().task_index == 0:
+    session = ParameterServerSession.from_env()
+    session.initialize({"w": np.zeros(3, np.float32)})
+    session.pull()
+    session.push_and_average({"w": np.ones(3, np.float32)})
+"""
+# Worker 2 ends with an error; the others make a round without it.
+QUORUM = """
+import numpy as np
+from ma_client import ClusterSpec, ParameterServerSession
+if ClusterSpec.from_env().task_index == 2:
+    raise SystemExit(3)
+with ParameterServerSession.from_env() as session:
+    if session.is_chief:
+        session.initialize({"w": np.zeros(3, np.float32)})
+    session.pull()
+    print("contributors", session.push_and_average({"w": np.ones(3, np.float32)}).contributors)
+"""
+
+
 @pytest.fixture
 def launch(tmp_path: Path) -> Iterator[Launch]:
-    """launch(SCRIPT TEXT, *ARGS, ps=K, workers=N, read_lines=N) -> ma-launch at work on it."""
+    """launch(SCRIPT TEXT, *ARGS, ps=K, workers=N, flags=[...], read_lines=N) -> ma-launch at work on it."""
     running: list[Launched] = []
 
-    def start(text: str, *args: str, ps: str = "1", workers: int = 2, read_lines: int | None = None) -> Launched:
+    def start(
+        text: str,
+        *args: str,
+        ps: str = "1",
+        workers: int = 2,
+        flags: Sequence[str] = (),
+        read_lines: int | None = None,
+    ) -> Launched:
         script = tmp_path / "script.py"
         script.write_text(text)
-        command = [*LAUNCH, "--ps", ps, "--workers", str(workers), "--", str(script), *args]
+        command = [*LAUNCH, "--ps", ps, "--workers", str(workers), *flags, "--", str(script), *args]
         running.append(Launched(command, read_lines=read_lines))
         return running[-1]
 
@@ -88,7 +152,12 @@ def test_script_gets_its_arguments_and_its_place_in_the_cluster(launch: Launch) 
     assert launched.ended() == 0, launched.printed()
     arguments = ["--lr", "0.1", "--", "x"]
     assert sorted(launched.lines) == [f"[worker-{i}] worker-{i} of 3 {arguments}" for i in range(3)]
-    assert sorted(launched.errors) == [f"[worker-{i}] to stderr" for i in range(3)]
+    *errors, happened = launched.errors
+    assert sorted(errors) == [f"[worker-{i}] to stderr" for i in range(3)]
+    assert re.fullmatch(
+        r"ma-launch: no center was initialized, in \d+\.\d s; worker-0, worker-1 and worker-2 ended with exit code 0",
+        happened,
+    )
     assert_nothing_left(launched)
 
 
@@ -131,6 +200,7 @@ def test_workers_of_a_script_average_through_the_servers(launch: Launch, ps: str
     launched = launch(AVERAGE, ps=ps)
     assert launched.ended() == 0, launched.printed()
     assert sorted(launched.lines) == [f"[worker-{i}] center [0.5 0.5 0.5]" for i in range(2)]
+    assert re.match(r"ma-launch: 1 round, global_step 1, in [\d.]+ s; worker-0 and worker-1 ", launched.errors[-1])
 
 
 def test_failing_worker_ends_the_run_with_its_message(launch: Launch) -> None:
@@ -157,7 +227,11 @@ def test_one_dead_server_of_several_ends_the_run(launch: Launch) -> None:
     _, second = sorted(launched.descendants("ps_server serve"))
     os.kill(second, signal.SIGKILL)
     assert launched.ended() == 1
-    assert launched.errors == ["ma-launch: parameter server ps-1 was ended by SIGKILL"]
+    happened, last = launched.errors
+    assert re.fullmatch(
+        r"ma-launch: no center was initialized, in [\d.]+ s; worker-0 and worker-1 were at work", happened
+    )
+    assert last == "ma-launch: parameter server ps-1 was ended by SIGKILL"
     assert_nothing_left(launched)
 
 
@@ -169,7 +243,9 @@ def test_ctrl_c_ends_every_process_within_5_s(launch: Launch) -> None:
     launched.process.send_signal(signal.SIGINT)
     assert launched.ended() == 130
     assert time.monotonic() - started_at_s < 5
-    assert launched.errors == ["ma-launch: ended by SIGINT, and every process with it"]
+    happened, last = launched.errors
+    assert happened.endswith("worker-0 and worker-1 were at work")
+    assert last == "ma-launch: ended by SIGINT, and every process with it"
     assert_nothing_left(launched)
 
 
@@ -198,3 +274,110 @@ def test_output_that_nobody_reads_any_more_ends_the_run(launch: Launch) -> None:
     assert launched.ended() == 128 + signal.SIGPIPE
     assert launched.errors == []
     assert_nothing_left(launched)
+
+
+# Workers that end before the others, and those that start again
+
+
+def test_a_worker_that_fails_is_started_again_as_often_as_it_may_with_a_growing_pause(
+    launch: Launch, tmp_path: Path
+) -> None:
+    launched = launch(FAILING_AT_FIRST, str(tmp_path), "2", flags=["--max-restarts", "2"])
+    assert launched.ended() == 0, launched.printed()
+    assert [line for line in launched.lines if "worker-1" in line] == [
+        f"[worker-1] worker-1 starts {number} None" for number in (1, 2, 3)
+    ]
+    said = [line for line in launched.errors if "(restart" in line]
+    assert said == [
+        "ma-launch: worker-1 ended with exit code 1 (restart 1 of 2); it starts again in 1 s",
+        "ma-launch: worker-1 ended with exit code 1 (restart 2 of 2); it starts again in 2 s",
+    ]
+    assert launched.errors[-1].endswith("; worker-0 and worker-1 (2 restarts) ended with exit code 0")
+    assert_nothing_left(launched)
+
+
+def test_a_worker_that_fails_once_too_often_ends_the_run(launch: Launch, tmp_path: Path) -> None:
+    launched = launch(FAILING_AT_FIRST, str(tmp_path), "9", flags=["--max-restarts", "1"])
+    assert launched.ended() == 1
+    assert "ma-launch: worker-1 ended with exit code 1 (1 restart); its last lines:" in launched.errors
+    assert launched.errors[-1] == "  ValueError: the disk is full of cats"
+    assert_nothing_left(launched)
+
+
+def test_a_killed_worker_that_is_started_again_takes_its_place(launch: Launch) -> None:
+    launched = launch(WAITING, workers=1, flags=["--max-restarts", "1"])
+    launched.wait_for("[worker-0] waiting")
+    os.kill(max(launched.descendants("script.py")), signal.SIGKILL)
+    launched.wait_for("worker-0 was ended by SIGKILL (restart 1 of 1)")
+    launched.wait_for("[worker-0] waiting")
+    launched.process.send_signal(signal.SIGTERM)
+    assert launched.ended() == 143
+    assert_nothing_left(launched)
+
+
+def test_ctrl_c_while_a_worker_is_about_to_start_again_ends_the_run(launch: Launch, tmp_path: Path) -> None:
+    launched = launch(FAILING_AT_FIRST, str(tmp_path), "9", flags=["--max-restarts", "9"])
+    launched.wait_for("(restart 2 of 9)")
+    launched.process.send_signal(signal.SIGINT)
+    assert launched.ended(timeout_s=10) == 130
+    assert launched.errors[-1] == "ma-launch: ended by SIGINT, and every process with it"
+    assert_nothing_left(launched)
+
+
+def test_only_the_first_process_of_a_worker_is_told_that_the_center_must_be_new() -> None:
+    assert started_again({"MA_FRESH": "1", "MA_TASK_INDEX": "0"}) == {"MA_TASK_INDEX": "0"}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (LEAVING, "worker-1 ended (exit code 0) while worker-0 waits for it at the barrier"),
+        (NEVER_COMES, "worker-1 ended (exit code 0) while worker-0 waits for it at the barrier"),
+        (CHIEF_LEAVES, "worker-0 ended (exit code 0) without having initialized the center; worker-1 waits for that"),
+    ],
+    ids=["after a round", "before the first", "the chief"],
+)
+def test_a_worker_that_has_ended_while_others_wait_for_it_is_named(launch: Launch, text: str, said: str) -> None:
+    launched = launch(text)
+    launched.wait_for(f"ma-launch: {said}")
+    launched.process.send_signal(signal.SIGTERM)
+    assert launched.ended() == 143
+    assert_nothing_left(launched)
+
+
+def test_with_a_quorum_rounds_go_on_without_a_worker_that_fails_and_the_run_says_so(launch: Launch) -> None:
+    launched = launch(QUORUM, workers=3, flags=["--min-workers", "2", "--grace-s", "0.2"])
+    assert launched.ended() == 1
+    assert sorted(launched.lines) == [f"[worker-{i}] contributors ('worker-0', 'worker-1')" for i in range(2)]
+    assert "ma-launch: worker-2 ended with exit code 3; rounds go on without it (--min-workers 2)" in launched.errors
+    assert launched.errors[-1] == "ma-launch: worker-2 ended with exit code 3"
+
+
+def test_a_run_goes_on_from_the_center_that_the_last_one_has_left(launch: Launch, tmp_path: Path) -> None:
+    center = tmp_path / "center"
+    flags = ["--checkpoint-dir", str(center), "--checkpoint-every-rounds", "5"]
+    for step in (1, 2):
+        launched = launch(AVERAGE, ps="2", flags=flags)
+        assert launched.ended() == 0, launched.printed()
+        assert f"1 round, global_step {step}, in" in launched.errors[-1]
+        assert launched.errors[-1].endswith(f"; the center is in {center / 'ps-0'} {center / 'ps-1'}")
+    assert {path.name for path in center.iterdir()} == {"ps-0", "ps-1"}
+
+
+def test_another_number_of_servers_than_has_left_a_center_is_refused(tmp_path: Path) -> None:
+    assert center_directories(None, 3) == ()
+    assert center_directories(tmp_path / "new", 1) == (tmp_path / "new",)
+    assert center_directories(tmp_path, 2) == (tmp_path / "ps-0", tmp_path / "ps-1")
+    for name in ("ps-0", "ps-1"):
+        (tmp_path / name).mkdir()
+    assert center_directories(tmp_path, 2) == (tmp_path / "ps-0", tmp_path / "ps-1")
+    for number in (1, 3):
+        with pytest.raises(EngineError, match="has the center of 2 servers: give --ps 2 to go on with it"):
+            center_directories(tmp_path, number)
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "center-00000000000000000012.fresh.safetensors").touch()
+    with pytest.raises(EngineError, match="has the center of 1 server: give --ps 1"):
+        center_directories(tmp_path / "one", 2)
+    (tmp_path / "file").touch()
+    with pytest.raises(EngineError, match=r"--checkpoint-dir .*file: Not a directory"):
+        center_directories(tmp_path / "file", 1)

@@ -197,7 +197,7 @@ def test_the_demo_shows_names_as_text() -> None:
     console = Console(file=out, width=3000, force_terminal=True, color_system=None, legacy_windows=False, height=500)
     view = LiveView(console)
     servers = {name: name for name in HOSTILE if name.isprintable()}
-    view.show(Cast(servers, HOSTILE, ALONE, steps=1200), record_of(HOSTILE), "trains")
+    view.show(Cast(servers, HOSTILE, (ALONE,), steps=1200), record_of(HOSTILE), "trains")
     view.close()
     view.table("title", [(shown(name), shown(name)) for name in HOSTILE])
     for name in HOSTILE:
@@ -209,7 +209,7 @@ def test_the_demo_shows_names_as_text() -> None:
 def test_the_plain_lines_of_the_demo_and_of_a_worker_are_printable(capsys: pytest.CaptureFixture[str]) -> None:
     plain = PlainView()
     for name in HOSTILE:
-        plain.show(Cast({name: name}, (name,), name, steps=1200), record_of((name,)), "trains")
+        plain.show(Cast({name: name}, (name,), (name,), steps=1200), record_of((name,)), "trains")
         reporter(None, 80)(StepEvent(name, 2.0, 80, 0.125, 1234.5, 0.75, 2))
     assert all(line.isprintable() for line in capsys.readouterr().out.split("\n"))
 

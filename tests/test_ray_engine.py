@@ -373,4 +373,4 @@ def test_without_ray_there_is_one_line_that_says_how_to_get_it(tmp_path: Path) -
     (tmp_path / "script.py").write_text("")
     with Launched(["-c", code, "--engine", "ray", "--", "script.py"], cwd=tmp_path) as launched:
         assert launched.ended() == 1
-        assert launched.errors == ["ma-launch: ray not installed; run: pip install 'modelaverage[ray]'"]
+        assert launched.errors == ["ma-launch: ray not installed; run: pip install 'torch-model-average[ray]'"]

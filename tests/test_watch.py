@@ -21,9 +21,10 @@ from modelaverage.names import MAX_NAMES, shown
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server import watch as watching
 from ps_server.__main__ import main
-from ps_server.status import NoAnswerError, as_text, workers_of
+from ps_server.status import NoAnswerError, as_text
 from ps_server.status_view import picture
 from ps_server.watch import Seen, json_line, line, watch
+from ps_server.worker_table import state_of, worker_table, workers_of
 from tests.jobs import COUNT, STEP, Job, of
 from tests.raw_client import until
 from tests.test_names import HOSTILE
@@ -57,10 +58,10 @@ def waiting() -> pb.GetStatusResponse:
     )
 
 
-def drawn(*servers: Seen, width: int = 110) -> str:
+def drawn(*servers: Seen, width: int = 130, height: int | None = None) -> str:
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
         console = Console(width=width, record=True, force_terminal=True, color_system="standard", file=nowhere)
-        console.print(picture(servers, "12:00:00"))
+        console.print(picture(servers, "12:00:00", height))
     return console.export_text(styles=True)
 
 
@@ -81,8 +82,8 @@ def test_a_panel_has_the_phase_the_pace_and_every_worker() -> None:
         assert what in text
     (chief,) = [found for found in text.splitlines() if "worker-0" in found]
     assert re.search(r"worker-0 \(chief\) +at the barrier +160 +0.125 +250 ms +0 ms +0 +shared memory", chief)
-    (other,) = [found for found in text.splitlines() if "worker-1" in found and "computes" in found]
-    assert re.search(r"computes +0 +- +- +1 min 15 s +0 +-", other)
+    (other,) = [found for found in text.splitlines() if "worker-1" in found and "last heard of" in found]
+    assert re.search(r"last heard of 1 min 15 s ago +0 +- +- +1 min 15 s +0 +-", other)
 
 
 def test_each_shard_has_a_panel() -> None:
@@ -136,6 +137,7 @@ def test_names_from_outside_and_narrow_terminals_do_no_harm(width: int) -> None:
     text = drawn(Seen("ps:2222", status), width=width)
     assert "\x1b[2J" not in text
     assert max(map(len, without_styles(text).splitlines())) <= width
+    assert "\x1b[2J" not in as_text(status, width)
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -160,7 +162,7 @@ def test_what_a_server_says_of_its_troubles_is_text(words: str) -> None:
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 200])
-def test_names_stay_whole_in_a_narrow_terminal(width: int) -> None:
+def test_names_of_usual_length_stay_whole_in_a_narrow_terminal(width: int) -> None:
     status, name = waiting(), "worker-of-a-long-name-1"
     status.workers[1].worker_id = status.waiting_for[0] = name
     status.workers[1].transport = pb.TRANSPORT_DATA_CONNECTION
@@ -169,8 +171,8 @@ def test_names_stay_whole_in_a_narrow_terminal(width: int) -> None:
     assert len([found for found in text.splitlines() if " worker-0 (chief) " in found]) == 1
     assert max(map(len, text.splitlines())) <= width
     # Columns go, the least important first.
-    (head,) = [found for found in text.splitlines() if "last seen" in found]
-    titles = ["by", "loss", "counted", "local step", "late", "doing", "last seen"]
+    (head,) = [found for found in text.splitlines() if " doing " in found]
+    titles = ["by", "counted", "last seen", "late", "loss", "local step", "doing"]
     kept = [title for title in titles if f" {title} " in head]
     assert kept == titles[-len(kept) :]
     assert (kept == titles) is (width >= 200)
@@ -181,7 +183,134 @@ def test_a_very_long_name_leaves_the_columns_of_the_others() -> None:
     status.workers[1].worker_id = "x" * 128
     text = without_styles(drawn(Seen("ps:2222", status), width=80))
     assert "at the barrier" in text
-    assert "last seen" in text
+    assert "local step" in text
+
+
+def crowd(count: int = 40) -> pb.GetStatusResponse:
+    """A strict job of many workers of long names on several hosts; the last two are missing."""
+    names = [f"trainer-deployment-7c9f8b5d4f-x2x7k.training.svc.cluster.local/{index}" for index in range(count)]
+    status = pb.GetStatusResponse(
+        phase=pb.PHASE_AVERAGING,
+        global_step=123_456,
+        num_workers=count,
+        min_workers=count,
+        waiting_for=names[-2:],
+        round_age_s=23.5,
+        rounds_per_minute=12.25,
+        rounds_restarted=3,
+        stale_pushes=4,
+        last_round_s=12.345,
+        workers_finished=1,
+        rounds_committed=123_456,
+        checkpoint_step=123_450,
+        checkpoint_age_s=4.7,
+    )
+    for index, name in enumerate(names):
+        status.workers.add(
+            worker_id=name,
+            is_chief=index == 0,
+            waiting=index < count - 2,
+            local_step=12_345_600,
+            lateness_s=90.0,
+            loss=0.19171,
+            last_seen_age_s=75.0,
+            pushes_counted=123_456,
+            interval_steps=100 if index % 2 else 50,
+            transport=pb.TRANSPORT_DATA_CONNECTION,
+            peer="ipv6:[2001:db8:0:1:2:3:4:5]:51236",
+        )
+    return status
+
+
+@pytest.mark.parametrize("width", [60, 80])
+@pytest.mark.parametrize("servers", [1, 2, 4])
+def test_a_live_picture_fits_a_terminal_and_breaks_no_name(width: int, servers: int) -> None:
+    seen = [Seen(f"a-long-host-name-{n}.training.cluster.example.org:2222", crowd()) for n in range(servers)]
+    lines = without_styles(drawn(*seen, width=width, height=24)).splitlines()
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= width
+    assert all(line[0] in "╭│╰" and line[-1] in "╮│╯" for line in lines[1:])  # whole panels, nothing beside them
+    for what in ("averaging", "waits for", "l/38"):  # the end of a name tells workers apart
+        assert len([line for line in lines if what in line]) >= servers
+    if servers == 1:
+        assert "…" in lines[-3]
+        assert "more" in lines[-2]
+
+
+def test_in_a_low_terminal_those_that_a_round_waits_for_come_first() -> None:
+    rows = [row for row in worker_table(crowd(), 80, rows=5) if row.is_worker]
+    assert [row.is_missing for row in rows] == [True, True, False]
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_the_status_fits_a_terminal(width: int) -> None:
+    lines = as_text(crowd(), width).splitlines()
+    assert max(map(len, lines)) <= width
+    assert len([line for line in lines if "at the barrier" in line]) == 38
+    assert any(line.startswith("waiting for") and "for 23.5 s" in line for line in lines)
+
+
+def test_the_status_without_a_terminal_leaves_nothing_out() -> None:
+    text = as_text(crowd())
+    assert "…" not in text
+    assert all(worker.worker_id in text for worker in crowd().workers)
+
+
+def going() -> pb.GetStatusResponse:
+    """A strict round that waits: one has finished, one has left, one says nothing, one is at the barrier."""
+    status = waiting()
+    status.num_workers, status.min_workers, status.workers_finished = 4, 4, 1
+    status.workers[1].has_left = True
+    status.workers.add(worker_id="worker-2", local_step=160, last_seen_age_s=20.0, interval_steps=50)
+    status.workers.add(worker_id="worker-3", local_step=160, last_seen_age_s=90.0, has_finished=True)
+    status.workers[0].interval_steps = 100
+    status.waiting_for.append("worker-2")
+    return status
+
+
+def test_a_worker_that_is_waited_for_is_never_said_to_compute() -> None:
+    status = going()
+    states = [state_of(worker, status.waiting_for) for worker in status.workers]
+    assert states == ["at the barrier", "has left", "last heard of 20.0 s ago", "finished"]
+    for text in (without_styles(drawn(Seen("ps:2222", status))), as_text(status)):
+        assert "computes" not in text
+        assert all(state in text for state in states)
+
+
+def test_a_worker_that_nobody_waits_for_computes() -> None:
+    status = going()
+    del status.waiting_for[:]
+    assert state_of(status.workers[2], status.waiting_for) == "computes"
+    assert state_of(status.workers[1], status.waiting_for) == "has left"
+
+
+def test_names_that_the_server_leaves_out_are_not_said_to_compute_either() -> None:
+    status = going()
+    del status.waiting_for[:]
+    status.waiting_for_omitted = 2
+    assert "computes" not in as_text(status)
+
+
+def test_finished_workers_are_counted_and_the_end_of_the_job_is_said() -> None:
+    status = going()
+    for text in (without_styles(drawn(Seen("ps:2222", status))), line(Seen("ps:2222", status)), as_text(status)):
+        assert "1 of 4 has finished; rounds go on with 3" in text
+    status.workers_finished, status.job_over = 4, True
+    for text in (without_styles(drawn(Seen("ps:2222", status))), line(Seen("ps:2222", status)), as_text(status)):
+        assert "all 4 have finished" in text
+    assert "the job is over, a new one may begin with this center" in as_text(status)
+
+
+def test_different_intervals_are_said_once_in_a_line() -> None:
+    said = "interval_steps differ: worker-0 100, worker-2 50"
+    for text in (without_styles(drawn(Seen("ps:2222", going()))), as_text(going())):
+        assert text.count("interval_steps") == 1
+        assert said in text
+    same = going()
+    same.workers[2].interval_steps = 100
+    assert "interval_steps" not in as_text(same)
+    many = crowd()
+    assert as_text(many, 80).count("interval_steps differ") == 1
 
 
 def test_workers_that_have_pushed_come_before_readers_of_whom_a_few_are_shown() -> None:
@@ -371,11 +500,11 @@ def test_without_rich_a_terminal_gets_lines_and_is_told_what_to_install(
     watch(["ps:2222"], fetch, 1.0, as_json=False)
     out, err = capsys.readouterr()
     assert "waits for worker-1" in out
-    assert err == "for a live picture: pip install 'modelaverage[watch]'\n"
+    assert err == "for a live picture: pip install 'torch-model-average[watch]'\n"
 
 
 @pytest.mark.parametrize("interval", ["0", "-1", "nan"])
 def test_an_interval_that_is_none_is_refused(interval: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["status", "127.0.0.1:1", "--watch", interval])
-    assert f"{interval} is not a positive number of seconds" in capsys.readouterr().err
+    assert f"{interval!r} is not a positive number of seconds" in capsys.readouterr().err

@@ -101,6 +101,19 @@ MISTAKES = {
     "launch no workers": ((*LAUNCH, "--workers", "none", "--", "digits"), "'none' is not a whole number from 1 on"),
     "launch missing script": ((*LAUNCH, "--", "no_such.py"), "there is no file 'no_such.py'"),
     "launch interval": ((*LAUNCH, "--", "digits", "--steps", "30"), "--steps 30 is not a multiple"),
+    "launch min": ((*LAUNCH, "--min-workers", "3", "--", "digits"), "--min-workers 3, --workers 2 have to ascend"),
+    "launch grace": ((*LAUNCH, "--grace-s", "3", "--", "digits"), "--grace-s needs a --min-workers below --workers 2"),
+    "launch timeout": ((*LAUNCH, "--round-timeout-s", "x", "--", "digits"), "--round-timeout-s: 'x' is not a positive"),
+    "launch checkpoints": (
+        (*LAUNCH, "--checkpoint-every-rounds", "2", "--", "digits"),
+        "--checkpoint-every-rounds needs a --checkpoint-dir",
+    ),
+    "launch restarts": (
+        (*LAUNCH, "--max-restarts", "-1", "--", "digits"),
+        "--max-restarts: '-1' is not a whole number",
+    ),
+    "launch center is a file": ((*LAUNCH, "--checkpoint-dir", __file__, "--", "digits"), "Not a directory"),
+    "all images": ((*WORKER, "digits", *CLUSTER, "--all-images"), "--all-images needs --alone"),
     "runs is a file": ((*LAUNCH, "--runs", __file__, "--", "digits"), __file__),
 }
 
@@ -197,7 +210,7 @@ def test_missing_extra_gives_one_line_that_says_what_to_install(module: str, sta
     result = run("-c", f"import sys; sys.modules[{module!r}] = None; {start}")
     assert result.returncode == 1
     (line,) = result.stderr.splitlines()
-    assert line.endswith(f"{module} not installed; run: pip install 'modelaverage[demo]'")
+    assert line.endswith(f"{module} not installed; run: pip install 'torch-model-average[demo]'")
 
 
 def test_sigterm_ends_a_worker_that_waits_at_the_barrier_and_gives_its_place_back(start_server: StartServer) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import grpc
 
-from modelaverage import handshake
+from modelaverage import handshake, proxies
 from modelaverage.errors import SecurityError
 from modelaverage.logs import event
 from modelaverage.pem import read_authorities, read_identity
@@ -49,7 +49,9 @@ class Access:
             self._token = WatchedFiles((path,), lambda: bearer(read_tokens(path)[0]), _keep_token)
 
     def channel(self, address: str, options: Sequence[tuple[str, Any]] = ()) -> grpc.Channel:
-        """A channel to a server, encrypted if `is_encrypted` says so."""
+        """A channel to a server, encrypted if `is_encrypted` says so; past all proxies, unless `proxies.USE_PROXY` says
+        otherwise."""
+        options = [proxies.option(), *options]
         if self._credentials is None or self._tls is None or not self.is_encrypted(address):
             return grpc.insecure_channel(address, options=options)
         if self._tls.server_name is not None:

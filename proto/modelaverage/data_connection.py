@@ -15,7 +15,7 @@ __all__ = [
     "HALF_KEY_BYTES",
     "NOTICES_IN_SILENCE",
     "NUMBER",
-    "SILENCE_TIMEOUT_S",
+    "Pace",
     "halves",
     "new_key",
     "prepare",
@@ -27,13 +27,8 @@ HALF_KEY_BYTES = 16
 NUMBER = struct.Struct("<Q")
 """The number of a push, which comes before its bytes."""
 
-SILENCE_TIMEOUT_S = 20.0
-"""A connection on which nothing moves for longer, though something should, is lost.
-
-A link of 0.5 Mbit/s takes 17 s for a queue of 1 MiB before it: nothing that is sent through that is answered earlier.
-"""
-NOTICES_IN_SILENCE = 4
-"""After this part of that time it is said, and again after 3 such parts."""
+NOTICES_IN_SILENCE = 8
+"""After this part of the longest silence it is said, and again after 3 and 7 such parts."""
 
 # Between two pushes the way stays open, and a peer that is gone is noticed: probes from 5 s on, until the limit above.
 _OPTIONS = (
@@ -47,8 +42,16 @@ _OPTIONS = (
 _WAKE_UP_BYTES = 256 << 10
 _SHORT_QUEUE_BYTES = 64 << 10  # the kernel takes it twice, for its own accounts
 _SHORT_WAY_US = 1000
-# linux/tcp.h: struct tcp_info has the least round trip so far, in microseconds, at this place.
+# linux/tcp.h: struct tcp_info has these at these places. In microseconds, bytes a second.
 _MIN_RTT_AT = 148
+_DELIVERY_RATE_AT = 160
+_TCP_INFO_BYTES = 256
+# No more is on its way than the link takes in this time, but so much always.
+_QUEUE_S = 2.0
+_LEAST_QUEUE_BYTES = 128 << 10
+_LEAST_PIECE_BYTES = 16 << 10
+_LONGEST_PAUSE_S, _SHORTEST_PAUSE_S = 0.25, 0.002
+_EVERYTHING_BYTES = 1 << 30
 
 
 def new_key() -> bytes:
@@ -90,6 +93,64 @@ def use_short_queues(connection: socket.socket) -> None:
     """
     if not sys.platform.startswith("linux") or connection.getsockname()[0] == connection.getpeername()[0]:
         return
-    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-    if len(info) >= _MIN_RTT_AT + 4 and struct.unpack_from("=I", info, _MIN_RTT_AT)[0] < _SHORT_WAY_US:
+    min_rtt_us, _ = _measured(connection)
+    if min_rtt_us is not None and min_rtt_us < _SHORT_WAY_US:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SHORT_QUEUE_BYTES)
+
+
+class Pace:
+    """How much may be handed to the kernel: no more than the link takes in 2 s is to be on its way.
+
+    The kernel would take some MB, and the queue before a slow link as much again: at 0.5 Mbit/s all else that uses this
+    link, the calls beside this connection and their pings first of all, would wait a minute behind that. What the link
+    takes, the kernel knows (TCP_INFO). On a fast one this never says no.
+
+    Args:
+        connection: the socket on which bytes go.
+
+    Attributes:
+        pause_s: how long to wait when there is no room.
+        waiting_bytes: what the peer had not acknowledged when `room` looked last.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+        is_tcp = connection.family in (socket.AF_INET, socket.AF_INET6)
+        self._knows = is_tcp and sys.platform.startswith("linux")
+        self.waiting_bytes = 0
+        self.pause_s = _SHORTEST_PAUSE_S
+
+    def room(self) -> int:
+        """How many bytes may go now; 0: none, look again after `pause_s`. Raises OSError: the connection is closed."""
+        if not self._knows:
+            return _EVERYTHING_BYTES
+        min_rtt_us, bytes_per_s = _measured(self._socket)
+        if min_rtt_us is None:
+            self._knows = False
+            return _EVERYTHING_BYTES
+        most_bytes = max(_LEAST_QUEUE_BYTES, round(bytes_per_s * (_QUEUE_S + min_rtt_us / 1e6)))
+        self.waiting_bytes = _unacknowledged_bytes(self._socket)
+        room_bytes = most_bytes - self.waiting_bytes
+        if room_bytes >= _LEAST_PIECE_BYTES:
+            return room_bytes
+        wait_s = _LEAST_PIECE_BYTES / max(1.0, bytes_per_s)
+        self.pause_s = min(_LONGEST_PAUSE_S, max(_SHORTEST_PAUSE_S, wait_s))
+        return 0
+
+
+def _measured(connection: socket.socket) -> tuple[int | None, int]:
+    """The least round trip so far, in microseconds, None if the kernel does not say; and what the peer takes, in bytes
+    a second, 0 before that is known."""
+    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
+    if len(info) < _DELIVERY_RATE_AT + 8:
+        return None, 0
+    return struct.unpack_from("=I", info, _MIN_RTT_AT)[0], struct.unpack_from("=Q", info, _DELIVERY_RATE_AT)[0]
+
+
+def _unacknowledged_bytes(connection: socket.socket) -> int:
+    """How many bytes the kernel has taken and the peer has not acknowledged."""
+    import fcntl  # not above: not every system has them
+    import termios
+
+    answer = fcntl.ioctl(connection, termios.TIOCOUTQ, struct.pack("=i", 0))
+    return int(struct.unpack("=i", answer)[0])

@@ -25,6 +25,7 @@ __all__ = [
     "RetryPushError",
     "SecurityError",
     "ServerUnavailableError",
+    "SessionInUseError",
     "fault_named",
     "refusal",
 ]
@@ -107,6 +108,10 @@ class SecurityError(ModelAverageError):
 
 class ServerUnavailableError(ModelAverageError):
     """No parameter server answers there, or it is going down. Local variables are untouched."""
+
+
+class SessionInUseError(ModelAverageError):
+    """Two threads use one session at once. This call was not made; the one that was under way goes on unharmed."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import socket
 import ssl
 
+from modelaverage.addresses import parse
 from modelaverage.security import TLS_CA, TLS_CERT, TLS_KEY, TLS_SERVER_NAME, Tls
 
 __all__ = ["problem"]
@@ -23,14 +24,17 @@ def problem(address: str, tls: Tls | None) -> str | None:
     Returns:
         One line; None if it does, and if nobody answers there at all.
     """
-    host, _, port = address.rpartition(":")
-    if address.startswith("unix:") or not host or not port.isdecimal():
+    try:
+        where = parse(address)
+    except ValueError:
+        return None
+    if where.path:
         return None
     try:
-        with socket.create_connection((host.strip("[]"), int(port)), _TIMEOUT_S) as connection:
+        with socket.create_connection((where.host, where.port), _TIMEOUT_S) as connection:
             if tls is None:
                 return _problem_in_plain_text(address, connection)
-            return _problem(address, host.strip("[]"), connection, tls)
+            return _problem(address, where.host, connection, tls)
     except (OSError, OverflowError, UnicodeError):  # nobody there, or no address at all: gRPC's own error is better
         return None
 

@@ -15,7 +15,9 @@ from datetime import datetime, timezone
 from types import TracebackType
 from typing import Any
 
-__all__ = ["COMMON_FIELDS", "EVENTS", "event", "log_json", "say"]
+from modelaverage.output import OnLoss, keep_output
+
+__all__ = ["COMMON_FIELDS", "EVENTS", "event", "keep_logging", "log_json", "say"]
 
 COMMON_FIELDS = ("time", "level", "program", "event", "message")
 # In every event, `worker` is a worker's id, `round` the global_step that a round starts from, `peer` an address.
@@ -36,7 +38,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "job_over": ("round",),
     "intervals_differ": ("intervals",),
     "values_not_finite": ("worker", "round", "values"),  # of a worker, too
-    "chief_awaited": ("waited_s", "workers"),
+    "center_awaited": ("waited_s", "workers"),
     "no_shared_memory": ("worker",),
     "no_data_port": ("cause",),
     "checkpoint_failed": ("path", "cause"),
@@ -50,23 +52,38 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "stopping": (),
     "exposed": ("address", "cause"),
     "certificate_changed": ("path",),
+    "few_descriptors": ("limit", "needed"),  # at the start
+    "no_descriptors": ("limit",),
+    "descriptors_again": ("waited_s", "turned_away"),
     # of the server and of workers
     "credentials_kept": ("cause",),  # a new file is unusable
     "data_connection_waits": ("worker", "peer", "waited_s"),
     "round_waits": ("round", "waited_s", "waiting_for", "waiting_for_omitted", "waiting_for_unknown"),
+    "output_lost": ("stream", "lines", "cause"),
     "failed": ("cause",),  # a setting that cannot be used, a job that cannot go on: the last line
     "crashed": ("traceback",),  # a defect of this program
     "other": (),  # of a library
     # of a worker
     "server_away": ("peer", "cause", "patience_s"),
+    "chief_awaited": ("peer", "waited_s"),
     "data_connection_given_up": ("peer", "cause", "pause_s"),
     "server_behind": ("peer", "round", "other_round", "waited_s", "waiting_for"),
+    "finish_awaited": ("workers", "waited_s"),
+    "stays_local": ("variables", "variables_omitted"),
+    "center_goes_on": ("worker", "round"),
+    "init_values_unused": ("path", "variables", "variables_omitted"),
+    "init_values_converted": ("path", "variables", "variables_omitted"),
+    "push_not_used": ("worker", "round", "steps"),
+    "steps_discarded": ("worker", "round", "steps"),
+    "training_finished": ("worker", "round", "workers_training"),
     "task_index_waits": ("peer", "cause"),
     "task_index_lost": ("peer", "cause"),
+    "gradients_shared": ("wrapper", "processes"),
     "progress": ("worker", "round", "local_step", "steps", "loss", "samples_per_s", "waited_s", "accuracy"),
 }
 _EVENT, _FIELDS = "modelaverage_event", "modelaverage_fields"
 _LONGEST_VALUE = 2000
+_logs_json = False
 
 
 def event(name: str, **fields: Any) -> dict[str, Any]:
@@ -92,6 +109,8 @@ class _JsonLines(logging.Formatter):
 
 def log_json(program: str) -> None:
     """From now on every line that this process logs is JSON, the end by an exception and warnings included."""
+    global _logs_json
+    _logs_json = True
     handler = logging.StreamHandler()
     handler.setFormatter(_JsonLines(program))
     logging.basicConfig(handlers=[handler], force=True)
@@ -105,6 +124,22 @@ def log_json(program: str) -> None:
 
     sys.excepthook = crashed
     threading.excepthook = lambda args: crashed(args.exc_type, args.exc_value, args.exc_traceback)
+
+
+def keep_logging(program: str, on_loss: OnLoss = OnLoss.DROP) -> None:
+    """From now on no line that cannot be written ends this process, but for what ``on_loss`` says. Once lines can be
+    written again, one says how many were lost."""
+
+    def words(stream: str, lines: int, cause: str) -> str:
+        what = f"standard {'output' if stream == 'stdout' else 'error'}"
+        message = f"{what} cannot be written ({cause}): what follows is lost, and the work goes on"
+        if lines:
+            message = f"{what} could not be written ({cause}): {lines:,} lines of it are lost"
+        extra = event("output_lost", stream=stream, lines=lines, cause=cause)
+        record = logging.makeLogRecord({"msg": message, "levelno": logging.WARNING, "levelname": "WARNING", **extra})
+        return _JsonLines(program).format(record) if _logs_json else f"{program}: {message}"
+
+    keep_output(words, on_loss)
 
 
 def say(program: str, as_json: bool, message: str, extra: dict[str, Any]) -> None:

@@ -76,11 +76,12 @@ DTYPES: dict[str, np.dtype[np.generic]] = {
     "float16": np.dtype("<f2"),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def dtype_name(dtype: np.dtype[np.generic]) -> str:
     """The name of an element type, in either byte order, as DTYPES has it; numpy's own if it cannot be averaged."""
-    return next((name for name, known in DTYPES.items() if known == dtype.newbyteorder("<")), str(dtype))
+    return _NAMES.get(dtype.newbyteorder("<")) or str(dtype)
 
 
 @dataclass(frozen=True, slots=True)

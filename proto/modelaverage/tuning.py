@@ -9,20 +9,39 @@ from __future__ import annotations
 import ctypes
 import sys
 
-__all__ = ["CHANNEL_OPTIONS", "keep_freed_memory"]
+__all__ = ["CHANNEL_OPTIONS", "GONE_AFTER_S", "SILENCE_TIMEOUT_S", "connecting_for", "keep_freed_memory"]
+
+SILENCE_TIMEOUT_S = 40.0
+"""A peer of which nothing comes for longer, though something should, is lost; whatever it sends is a sign of life.
+
+On a link of 0.5 Mbit/s a ping waits 17 s behind a queue of 1 MiB, and as long again behind a fragment of 1 MiB that the
+kernel has taken already.
+"""
+_KEEPALIVE_S = 5.0
+GONE_AFTER_S = _KEEPALIVE_S + SILENCE_TIMEOUT_S
+"""A peer that is gone without a word (power, cable, a stopped process) is noticed in this time."""
+# Only for a ping that is not answered although other bytes come: behind 4 MiB at 0.5 Mbit/s.
+_PING_TIMEOUT_S = 90.0
 
 CHANNEL_OPTIONS = [
-    # A peer that is gone without a word (power, cable, a stopped process) is noticed within about 10 s: a ping every
-    # 5 s and 5 s for its answer. gRPC would stop after two pings without data, and wait a minute for the answer.
-    ("grpc.keepalive_time_ms", 5_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.http2.ping_timeout_ms", 5_000),
+    # A ping after 5 s of silence; then gRPC waits for any byte, not for the answer. It sets TCP_USER_TIMEOUT to the
+    # same limit. By itself it would stop after two pings without data.
+    ("grpc.keepalive_time_ms", round(_KEEPALIVE_S * 1000)),
+    ("grpc.keepalive_timeout_ms", round(SILENCE_TIMEOUT_S * 1000)),
+    ("grpc.http2.ping_timeout_ms", round(_PING_TIMEOUT_S * 1000)),
     ("grpc.http2.max_pings_without_data", 0),
     # A server that was killed and started again is found within a second, not with gRPC's backoff of up to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
+    # One that has another address by then as well: gRPC would look its name up twice a minute at most.
+    ("grpc.dns_min_time_between_resolutions_ms", 500),
 ]
+
+
+def connecting_for(timeout_s: float) -> tuple[str, int]:
+    """The option for how long one attempt to connect may take; gRPC's own is 20 s."""
+    return "grpc.min_reconnect_backoff_ms", round(timeout_s * 1000)
+
 
 # glibc's names and numbers of them (malloc.h).
 _M_TRIM_THRESHOLD = -1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -29,11 +29,12 @@ def join() -> Iterator[Join]:
             session_class: type[ParameterServerSession] = ParameterServerSession,
             average_buffers: bool = True,
             worker_device: str = "cpu",
+            also_average: Iterable[str] = (),
             **options: Any,
         ) -> Worker:
             session = session_class([server.address], worker_id=f"worker-{index}", is_chief=index == 0)
             sessions.enter_context(session)
-            getter = ModelAverageCustomGetter(worker_device, average_buffers)
+            getter = ModelAverageCustomGetter(worker_device, average_buffers, also_average=also_average)
             averaged = getter(Net() if model is None else model)
             inner = local(averaged.parameters())
             settings = {"interval_steps": 1, **options}

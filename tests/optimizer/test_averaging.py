@@ -163,15 +163,6 @@ def test_untouched_means_in_this_round(start_server: StartServer, join: Join) ->
     assert [worker.values()["b"] for worker in workers] == [[expected] * 3] * count
 
 
-def test_a_variable_without_a_gradient_is_left_alone_even_where_it_differs_from_the_center(alone: Join) -> None:
-    worker = alone()
-    with torch.no_grad():
-        worker.model.get_parameter("b").fill_(9.0)
-    worker.step(w=1.0)
-    assert worker.values()["b"] == [9.0] * 3
-    assert worker.session.pull(timeout_s=TIMEOUT_S)[0]["b"].tolist() == [2.0] * 3
-
-
 def test_a_gradient_in_any_step_of_the_interval_touches(alone: Join) -> None:
     worker = alone(interval_steps=2)
     worker.step(w=1.0)

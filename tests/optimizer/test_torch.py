@@ -48,19 +48,6 @@ def test_one_cycle_sees_the_momentum_and_steps_by_apply_gradients(alone: Join) -
     assert len(rates) == 3
 
 
-def test_a_step_that_the_grad_scaler_skips_does_not_count(alone: Join) -> None:
-    worker = alone()
-    scaler = torch.amp.GradScaler("cpu")
-    for factor, local_step in ((1.0, 1), (float("inf"), 1), (1.0, 2)):
-        worker.opt.zero_grad()
-        scaler.scale(worker.model(torch.ones(3)).sum() * factor).backward()
-        scaler.unscale_(worker.opt)
-        scaler.step(worker.opt)
-        scaler.update()
-        assert (worker.opt.local_step, worker.opt.global_step) == (local_step, local_step)
-    assert worker.values() == {"w": [-1.0] * 3, "b": [0.0] * 3}
-
-
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_zero_grad_does_what_torch_does(set_to_none: bool, alone: Join) -> None:
     worker = alone()

@@ -11,6 +11,7 @@ import sys
 # gRPC's own log would be full of lost connections; set before it is imported.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
+from modelaverage import __version__
 from modelaverage.conformance.cases import CASES
 from modelaverage.conformance.run import Result, run
 
@@ -34,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("--only", action="append", metavar="NAME", help="only this case; may be given again (all)")
     parser.add_argument("--list", action="store_true", help="print the names of the cases, and exit")
     parser.add_argument(

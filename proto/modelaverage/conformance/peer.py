@@ -35,7 +35,9 @@ class Peer:
         self._manifest_id = ""
         self._pushes: list[PeerPush] = []  # a call that nobody holds is cancelled
         # Not the channel of another peer: each has a connection of its own.
-        self._channel = grpc.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)])
+        self._channel = grpc.insecure_channel(
+            address, options=[("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1)]
+        )
         self._stub: Any = ParameterServerStub(self._channel)  # type: ignore[no-untyped-call]
 
     def initialize(self, arrays: Arrays, global_step: int = 0, fragment_size_bytes: int = 64) -> None:

@@ -1,0 +1,125 @@
+"""Lightning on several workers: a callback wraps the optimizer that the LightningModule has made.
+
+Needs `pip install 'torch-model-average[torch,trainers]'`. Run it from the repository, not with torchrun:
+
+    ma-launch --workers 2 -- examples/trainers/with_lightning.py
+"""
+
+from __future__ import annotations
+
+import lightning
+import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from ma_client import ClusterSpec, ModelAverageCustomGetter, ModelAverageHook, ModelAverageOptimizer
+
+ROUNDS, INTERVAL_STEPS, BATCH_SIZE = 12, 25, 32
+
+
+class ModelAverageCallback(lightning.Callback):
+    """Averages the models of all workers every ``interval_steps`` optimizer steps.
+
+    Which worker this is comes from the environment (`ClusterSpec.from_env`). With several optimizers the steps are
+    those of the first, and the whole model is averaged. Checkpoints of Lightning have its state, too.
+    """
+
+    def __init__(self, interval_steps: int = 100) -> None:
+        self.interval_steps = interval_steps
+        self.optimizer: ModelAverageOptimizer | None = None
+        self._hook: ModelAverageHook | None = None
+
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Puts the optimizer around the module's own, before Lightning restores it from a checkpoint."""
+        getter = ModelAverageCustomGetter(worker_device=pl_module.device)
+        getter(pl_module)
+        self.optimizer = ModelAverageOptimizer(
+            trainer.optimizers[0],
+            num_worker=None,
+            is_chief=None,
+            ma_custom_getter=getter,
+            interval_steps=self.interval_steps,
+        )
+        trainer.strategy.optimizers = [self.optimizer, *trainer.optimizers[1:]]
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:  # noqa: ARG002
+        """The chief initializes the center; everyone starts from it."""
+        assert self.optimizer is not None
+        self._hook = self.optimizer.make_session_run_hook()
+        self._hook.__enter__()
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:  # noqa: ARG002
+        """Leaves normally."""
+        self._leave(None)
+
+    def on_exception(
+        self,
+        trainer: lightning.Trainer,  # noqa: ARG002
+        pl_module: lightning.LightningModule,  # noqa: ARG002
+        exception: BaseException,
+    ) -> None:
+        """Leaves as a `with` statement would."""
+        self._leave(exception)
+
+    def _leave(self, error: BaseException | None) -> None:
+        hook, self._hook = self._hook, None
+        if hook is not None:
+            hook.__exit__(None if error is None else type(error), error, None if error is None else error.__traceback__)
+
+
+class Circle(lightning.LightningModule):
+    """Class 1 inside a circle, class 0 outside. Nothing in it knows of other workers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(2, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores: torch.Tensor = self.net(x)
+        return scores
+
+    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:  # noqa: ARG002
+        x, y = batch
+        return nn.functional.cross_entropy(self(x), y)
+
+    def test_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> None:  # noqa: ARG002
+        x, y = batch
+        self.log("accuracy", (self(x).argmax(dim=1) == y).float().mean(), batch_size=len(x))
+
+    def configure_optimizers(self) -> dict[str, object]:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, step_size=10)}
+
+
+def points(count: int, seed: int) -> TensorDataset:
+    x = 2 * torch.rand(count, 2, generator=torch.Generator().manual_seed(seed)) - 1
+    return TensorDataset(x, (x.norm(dim=1) < 0.75).long())
+
+
+def main() -> None:
+    cluster = ClusterSpec.from_env()  # who is who, as the launcher says
+    lightning.seed_everything(cluster.task_index, verbose=False)
+    x, y = (part[cluster.task_index :: cluster.num_workers] for part in points(4000, seed=0).tensors)  # its share
+    callback = ModelAverageCallback(INTERVAL_STEPS)
+    trainer = lightning.Trainer(
+        max_steps=ROUNDS * INTERVAL_STEPS,
+        devices=1,
+        accelerator="auto",
+        plugins=[LightningEnvironment()],  # one process, whatever Slurm or torchrun has in the environment
+        callbacks=[callback],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    model = Circle()
+    trainer.fit(model, DataLoader(TensorDataset(x, y), batch_size=BATCH_SIZE, shuffle=True))
+    assert callback.optimizer is not None
+    print(f"rounds: {callback.optimizer.global_step}")
+    (result,) = trainer.test(model, DataLoader(points(1000, seed=1), batch_size=1000), verbose=False)
+    print(f"accuracy of the center: {result['accuracy']:.3f}")  # the model is the center now, for every worker
+
+
+if __name__ == "__main__":
+    main()

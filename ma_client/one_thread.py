@@ -1,0 +1,64 @@
+"""A session is one thread's at a time: another one that uses it meanwhile hears so, instead of breaking it."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
+
+from modelaverage.errors import SessionInUseError
+
+__all__ = ["OneThread", "by_one_thread"]
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+class OneThread:
+    """Lets the calls of one thread in, nested ones too (a signal handler's), and refuses those of others meanwhile.
+
+    Args:
+        owner: whose session it is, for the message.
+    """
+
+    def __init__(self, owner: str) -> None:
+        self._owner = owner
+        self._lock = threading.RLock()
+        self._under_way = ("", "")  # by which thread, which call
+
+    @contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """Raises SessionInUseError if another thread is in a call."""
+        if not self._lock.acquire(blocking=False):
+            thread, call = self._under_way
+            raise SessionInUseError(
+                f"thread {threading.current_thread().name!r} called {what} on the session of {self._owner!r} while "
+                f"thread {thread!r} was in its {call}: a session is for one thread at a time; "
+                "open another one for this thread, or hold a lock around every call"
+            )
+        outer, self._under_way = self._under_way, (threading.current_thread().name, what)
+        try:
+            yield
+        finally:
+            self._under_way = outer
+            self._lock.release()
+
+
+class _Guarded(Protocol):
+    _one_thread: OneThread
+
+
+_S = TypeVar("_S", bound=_Guarded)
+
+
+def by_one_thread(method: Callable[Concatenate[_S, _P], _T]) -> Callable[Concatenate[_S, _P], _T]:
+    """The method, for one thread at a time; its object keeps a OneThread in ``_one_thread``."""
+
+    @functools.wraps(method)
+    def guarded(self: _S, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        with self._one_thread.doing(method.__name__):
+            return method(self, *args, **kwargs)
+
+    return guarded

@@ -1,0 +1,74 @@
+"""Which tensors cannot be averaged as the plain arrays that a worker pushes, and what to do about it."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch.nn.parameter import is_lazy
+
+from modelaverage.manifest import DTYPES
+
+__all__ = ["can_be_averaged", "dtype_of", "kind_of", "sharded_module", "why_refused"]
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+_SHARDING = (
+    ("torch.distributed.fsdp", "FullyShardedDataParallel"),
+    ("torch.distributed.fsdp", "FSDPModule"),
+)
+_UNSHARDED = "every worker averages a whole model of its own: give the getter the model as it is before it is sharded"
+
+
+def dtype_of(tensor: torch.Tensor) -> str:
+    """The element type as messages and manifests name it."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def kind_of(tensor: torch.Tensor) -> str:
+    """What a tensor is for people: its layout if that is not the dense one, else its element type."""
+    if is_lazy(tensor) or (tensor.layout is torch.strided and not tensor.is_nested):
+        return dtype_of(tensor)
+    return "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+
+
+def can_be_averaged(tensor: torch.Tensor) -> bool:
+    """Whether its element type and its layout are among those that are averaged."""
+    return kind_of(tensor) in DTYPES
+
+
+def sharded_module(model: torch.nn.Module) -> str | None:
+    """What is wrong with a model that is sharded, or has a module that is; None: nothing."""
+    kinds = tuple(getattr(sys.modules[home], kind) for home, kind in _SHARDING if hasattr(sys.modules.get(home), kind))
+    for name, module in model.named_modules():
+        if isinstance(module, kinds):
+            what = f"module {name!r} of the model" if name else "the model"
+            return f"{what} is sharded by FSDP ({type(module).__name__}): each rank has a part of it; {_UNSHARDED}"
+    return None
+
+
+def why_refused(name: str, tensor: torch.Tensor) -> str | None:
+    """Why a variable cannot be averaged, whatever its element type, and what to do; None: it can."""
+    kind = type(tensor)
+    if is_lazy(tensor):
+        return (
+            f"variable {name!r} has no shape yet ({kind.__name__}): run a batch through the model before you give it "
+            "to the getter"
+        )
+    if getattr(tensor, "_fsdp_flattened", False):  # FSDP's own mark, also on original parameters that it has cut up
+        return f"variable {name!r} is sharded by FSDP ({kind.__name__}): each rank has a part of it; {_UNSHARDED}"
+    if kind.__name__ == "DTensor":
+        return f"variable {name!r} is a DTensor, of which each rank has a part; {_UNSHARDED}"
+    if kind not in _PLAIN:
+        return (
+            f"variable {name!r} is a {kind.__module__}.{kind.__qualname__}, and only plain tensors are averaged; "
+            "give the getter a model with plain ones, or leave it out: freeze a parameter (requires_grad=False), and "
+            "take buffers out with average_buffers=False"
+        )
+    if kind_of(tensor) != dtype_of(tensor):
+        return f"variable {name!r} is {kind_of(tensor)}, and only dense tensors are averaged; make it dense"
+    if tensor.is_meta:
+        return (
+            f"variable {name!r} is on the device meta and has no values: make the model on a real device, or call "
+            "model.to_empty(device=...) and initialize it, before you give it to the getter"
+        )
+    return None

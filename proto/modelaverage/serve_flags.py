@@ -1,0 +1,154 @@
+"""The flags of `ps-server serve` that say how rounds go and where the center is kept: one table for all commands that
+start a server."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["ServeFlags", "add_serve_flags", "count", "seconds"]
+
+_MAX_SECONDS = 1e9
+
+
+def count(text: str) -> int:
+    """A whole number from 1 on."""
+    value = int(text) if text.isascii() and text.isdigit() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return value
+
+
+def seconds(text: str) -> float:
+    """A positive number of seconds."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < _MAX_SECONDS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of seconds")
+    return value
+
+
+def _grace(text: str) -> float | str:
+    return text if text == "auto" else seconds(text)
+
+
+@dataclass(frozen=True)
+class _Flag:
+    """A flag, its type, and what its help says."""
+
+    type: Callable[[str], Any]
+    metavar: str
+    help: str
+
+
+# None of them has a default here: a flag that is not given is left to the server.
+_FLAGS = {
+    "min_workers": _Flag(
+        count,
+        "M",
+        "go on without the rest: once M pushes are whole, a round waits --grace-s for the others, then commits (N: it "
+        "needs all)",
+    ),
+    "max_workers": _Flag(count, "X", "with --min-workers: how many may stand in one round (N)"),
+    "grace_s": _Flag(
+        _grace,
+        "SECONDS",
+        "with --min-workers: how long to wait for late workers; auto: the median of how late they have been, plus 4 x "
+        "its median absolute deviation (auto)",
+    ),
+    "round_timeout_s": _Flag(
+        seconds,
+        "SECONDS",
+        "tell a worker that has waited for so long who is missing; its push stays in the round (never)",
+    ),
+    "checkpoint_dir": _Flag(
+        Path,
+        "DIR",
+        "keep the center there, and go on from the newest checkpoint when started again (nowhere)",
+    ),
+    "checkpoint_every_rounds": _Flag(
+        count, "K", "a checkpoint after every K-th round; with 1, a server that is killed loses nothing (1)"
+    ),
+    "checkpoint_timeout_s": _Flag(
+        seconds,
+        "SECONDS",
+        "how long a round waits for its checkpoint; then it is answered without, and checkpoints pause until the disk "
+        "answers again (it waits)",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class ServeFlags:
+    """What these flags say; None: nothing.
+
+    Args:
+        min_workers: how many workers a round needs at least.
+        max_workers: how many may stand in one round.
+        grace_s: how long a round waits for late workers, or "auto".
+        round_timeout_s: after how long a waiting worker is told who is missing.
+        checkpoint_dir: where the center is kept.
+        checkpoint_every_rounds: which rounds are followed by a checkpoint.
+        checkpoint_timeout_s: how long a round waits for its checkpoint.
+    """
+
+    min_workers: int | None = None
+    max_workers: int | None = None
+    grace_s: float | str | None = None
+    round_timeout_s: float | None = None
+    checkpoint_dir: Path | None = None
+    checkpoint_every_rounds: int | None = None
+    checkpoint_timeout_s: float | None = None
+
+    @classmethod
+    def from_arguments(cls, arguments: argparse.Namespace) -> ServeFlags:
+        """From what `add_serve_flags` added."""
+        return cls(**{name: getattr(arguments, name, None) for name in _FLAGS})
+
+    def check_workers(self, num_workers: int, num_workers_flag: str = "--num-workers") -> None:
+        """Looks whether the numbers of workers fit together.
+
+        Args:
+            num_workers: how many workers the job has.
+            num_workers_flag: what says so, for the message.
+
+        Raises:
+            ValueError: naming the flags.
+        """
+        min_workers = num_workers if self.min_workers is None else self.min_workers
+        max_workers = num_workers if self.max_workers is None else self.max_workers
+        if not min_workers <= num_workers <= max_workers:
+            told = [("--min-workers", self.min_workers), (num_workers_flag, num_workers)]
+            told.append(("--max-workers", self.max_workers))
+            ascending = ", ".join(f"{flag} {value}" for flag, value in told if value is not None)
+            raise ValueError(f"{ascending} have to ascend")
+        for name in ("max_workers", "grace_s"):
+            if min_workers == num_workers and getattr(self, name) is not None:
+                raise ValueError(f"{_flag(name)} needs a --min-workers below {num_workers_flag} {num_workers}")
+
+    def check_checkpoints(self) -> None:
+        """Looks whether what is said of checkpoints has an effect. Raises ValueError, naming the flags."""
+        for name in ("checkpoint_every_rounds", "checkpoint_timeout_s"):
+            if self.checkpoint_dir is None and getattr(self, name) is not None:
+                raise ValueError(f"{_flag(name)} needs a --checkpoint-dir")
+
+    def to_argv(self) -> list[str]:
+        """The flags that say the same."""
+        told = {name: getattr(self, name) for name in _FLAGS}
+        return [f"{_flag(name)}={value}" for name, value in told.items() if value is not None]
+
+
+def add_serve_flags(command: argparse._ActionsContainer, without: Collection[str] = ()) -> None:
+    """Adds the flags that `ServeFlags.from_arguments` reads, except those of the fields ``without``."""
+    for name, flag in _FLAGS.items():
+        if name not in without:
+            command.add_argument(_flag(name), type=flag.type, metavar=flag.metavar, help=flag.help)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,54 @@
+"""The README's own model, run as it stands: whatever the number of batches, the saved model has every step in it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+# The gradient is the worker's x, 1 or 2, whatever the weight: each step counts, and can be counted.
+PRELUDE = """
+import os
+import torch
+from ma_client import ClusterSpec
+
+class Net(torch.nn.Linear):
+    def __init__(self):
+        super().__init__(1, 1, bias=False)
+        torch.nn.init.zeros_(self.weight)
+
+index = ClusterSpec.from_env().task_index
+batches = [(torch.full((1, 1), 1.0 + index), 1.0)] * {counts}[index]
+loss_fn = lambda found, factor: (found * factor).sum()
+"""
+
+
+def the_model_of_the_readme() -> str:
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Your own model")[1]
+    found = re.search(r"```python\n(.*?)```", section, re.DOTALL)
+    assert found is not None
+    return found[1]
+
+
+@pytest.mark.parametrize(
+    ("counts", "weight"),
+    [
+        ((90, 90), -0.1 * (90 * 1 + 90 * 2) / 2),
+        ((250, 250), -0.1 * (250 * 1 + 250 * 2) / 2),
+        # The second one makes 150 more steps alone, from the average.
+        ((90, 250), -0.1 * (90 * 1 + 100 * 2) / 2 - 0.1 * 150 * 2),
+    ],
+)
+def test_the_saved_model_has_every_step_in_it(counts: tuple[int, int], weight: float, tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(PRELUDE.format(counts=counts) + the_model_of_the_readme(), encoding="utf-8")
+    command = [sys.executable, "-m", "ps_worker.launch", "--workers", "2", "--", "train.py"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    saved = torch.load(tmp_path / "model.pt", weights_only=True)
+    np.testing.assert_allclose(saved["weight"].item(), weight, rtol=1e-5)

@@ -1,0 +1,96 @@
+"""docs/trainers.md and examples/trainers: other people's training loops, as a reader would run them."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import StartServer
+from tests.launched import Launched
+from tests.recorded import torchrun, without_a_cluster
+from tests.test_server_process import ServerProcess
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = {"accelerate": 12, "lightning": 12, "transformers": 8}  # and their rounds
+WORKERS = 2
+TIMEOUT_S = 180
+# Trainers talk to nobody, warn of what is theirs, and see one processor each.
+ENVIRON = {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "default", "OMP_NUM_THREADS": "1"}
+
+
+def without(package: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(find_spec(package) is None, reason=f"{package} is not installed: the extra `trainers`")
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in os.environ.keys() - without_a_cluster(os.environ).keys():
+        monkeypatch.delenv(name)
+
+
+def example(package: str) -> str:
+    return f"examples/trainers/with_{package}.py"
+
+
+@pytest.mark.parametrize("package", [pytest.param(name, marks=without(name)) for name in EXAMPLES])
+def test_a_trainer_ends_with_one_good_center_for_all_workers(package: str) -> None:
+    command = ["-m", "ps_worker.launch", "--workers", str(WORKERS), "--", example(package)]
+    with Launched(command, cwd=ROOT, environ=ENVIRON) as launched:
+        assert launched.ended(TIMEOUT_S) == 0, launched.printed()
+    for worker in range(WORKERS):
+        assert f"[worker-{worker}] rounds: {EXAMPLES[package]}" in launched.lines
+    first, second = re.findall(r"accuracy of the center: (\S+)", launched.printed())
+    assert first == second
+    assert float(first) > 0.9
+    assert "averages the gradients" not in launched.printed()
+
+
+@without("accelerate")
+def test_a_trainer_that_averages_gradients_under_torchrun_is_warned_about(tmp_path: Path) -> None:
+    command = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    command += ["--nproc-per-node", str(WORKERS), "--log-dir", str(tmp_path), "--redirects", "2"]
+    with ServerProcess(num_workers=WORKERS) as server:
+        # On CPUs, accelerate has to be asked for what it does with GPUs by itself.
+        environ = {**ENVIRON, "MA_PS_HOSTS": server.address, "ACCELERATE_USE_CPU": "true"}
+        with Launched([*command, example("accelerate")], cwd=ROOT, environ=environ) as launched:
+            assert launched.ended(TIMEOUT_S) == 0, launched.printed()
+    for errors in tmp_path.glob("**/stderr.log"):
+        text = errors.read_text(encoding="utf-8")
+        assert text.count("DistributedDataParallel, which averages the gradients of 2 processes") == 1, text
+    assert len(list(tmp_path.glob("**/stderr.log"))) == WORKERS
+
+
+@without("accelerate")
+def test_a_trainer_sees_one_process_after_what_the_page_says_for_torchrun(start_server: StartServer) -> None:
+    page = (ROOT / "docs" / "trainers.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```py\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    code = ["import os", "from accelerate import Accelerator", "from ma_client import *", block]
+    code += ["session = ParameterServerSession.from_env()"]
+    code += ["print(Accelerator(cpu=True).num_processes, cluster.task_index, session.worker_id)"]
+    environ = {**ENVIRON, **torchrun(), "MA_PS_HOSTS": start_server(WORKERS).address}
+    with Launched(["-c", "\n".join(code)], cwd=ROOT, environ=environ) as launched:
+        assert launched.ended(TIMEOUT_S) == 0, launched.printed()
+    assert launched.lines == ["1 1 worker-1"]
+
+
+def test_the_page_has_the_examples_as_they_are() -> None:
+    page = (ROOT / "docs" / "trainers.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert blocks
+    sources = [(ROOT / example(package)).read_text(encoding="utf-8") for package in EXAMPLES]
+    for block in blocks:
+        lines = [line.strip() for line in block.splitlines() if line.strip() not in ("", "...")]
+        assert any(all(line in map(str.strip, source.splitlines()) for line in lines) for source in sources), block
+    for package in EXAMPLES:
+        assert f"(../{example(package)})" in page
+
+
+def test_an_example_is_not_named_as_what_it_imports() -> None:
+    # `python examples/trainers/lightning.py` would import itself.
+    for path in (ROOT / "examples").rglob("*.py"):
+        assert path.stem not in sys.stdlib_module_names | {"accelerate", "jax", "keras", "lightning", "transformers"}
