@@ -232,6 +232,8 @@ class Round:
         """A worker is going to push: rounds wait for it, even if it had finished. The first that comes after the end of
         a job begins another one, in which nobody has finished."""
         self.finished = frozenset() if self.job_is_over else self.finished - {worker_id}
+        if not self._closed and self._complete_count < self._possible(self.policy.min_workers):
+            self._enough_at_s = None  # what was enough without it no longer is
 
     # A prepared round.
 

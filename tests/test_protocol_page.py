@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from modelaverage import wire
+from modelaverage import missing, wire
 from modelaverage.checks import MAX_WORKER_ID_BYTES
 from modelaverage.errors import FAULTS, Reason
 from modelaverage.manifest import (
@@ -86,6 +86,7 @@ def test_the_page_has_every_outcome() -> None:
         ("variables of a model (or shard)", f"{MAX_VARIABLES:,}"),
         ("manifest as a message", f"{wire.MAX_MANIFEST_BYTES:,} bytes"),
         ("names in `waiting_for`", f"{MAX_NAMES};"),
+        ("names in `finished` of a notice", f"{missing._MAX_FINISHED};"),
         ("workers in a round", f"{MAX_WORKERS:,}"),
     ],
 )

@@ -123,6 +123,8 @@ class Play:
         due_at_s = self.round.due_at_s
         self.now_s = max(self.now_s, self.now_s if due_at_s is None else due_at_s) + 0.001
         self._decided(self.round.expire(self.now_s))
+        due_at_s = self.round.due_at_s
+        assert due_at_s is None or due_at_s > self.now_s, "it has nothing to do, and is woken again and again"
 
     def do(self, event: str, name: str) -> None:
         match event:
@@ -388,6 +390,24 @@ def test_one_that_comes_back_counts_again() -> None:
     assert play.round.waits_for[1] == 1
     push_whole(play, "c")
     assert [commit.contributors for commit in play.commits] == [NAMES]
+
+
+def test_what_was_enough_is_not_once_one_has_come_back() -> None:
+    play = Play(RoundPolicy(3, 2, 4, grace_s=1.0), 1, (*NAMES, "d"))
+    for name in NAMES:
+        push_whole(play, name)
+    play.do("open", "d")
+    for name in ("b", "c"):
+        play.do("finish", name)
+    push_whole(play, "a")  # and waits for d
+    play.do("break", "d")
+    play.do("come back", "b")
+    play.do("wait", "a")
+    assert len(play.commits) == 1
+    push_whole(play, "b")  # now there are two, and d has its time of grace
+    assert len(play.commits) == 1
+    play.do("wait", "a")
+    assert [commit.contributors for commit in play.commits] == [NAMES, ("a", "b")]
 
 
 def test_a_push_is_a_way_to_come_back() -> None:
