@@ -16,7 +16,7 @@ __all__ = ["OwnProcess"]
 _VERBOSITY = "GRPC_VERBOSITY"
 
 if _VERBOSITY in os.environ:
-    import grpc  # noqa: F401
+    import grpc
 else:
     # Only meanwhile: other programs that this one starts are none of our business.
     os.environ[_VERBOSITY] = "ERROR"
