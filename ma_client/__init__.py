@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ma_client import forking as _forking  # noqa: F401  # before all that imports grpc
 from ma_client.cluster import ClusterError, ClusterSpec
 from ma_client.data_connection import DataSettings
 from ma_client.session import InitializeResult, ParameterServerSession, PushResult

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from ma_client.data_connection import DATA_SETTINGS, DataSettings
+from ma_client.forking import OwnProcess
 from ma_client.member import Contribution, Member, Worker
 from ma_client.shard import Deadline, Shard
 from ma_client.threads import without_thread
@@ -50,6 +51,7 @@ class Members:
         access: Access,
         data: DataSettings = DATA_SETTINGS,
     ) -> None:
+        self._process = OwnProcess()
         self._threads = _threads(len(addresses))
         self._members = [Member(Shard(address, access, data), worker, reconnect_timeout_s) for address in addresses]
         self._is_closed = False
@@ -74,8 +76,9 @@ class Members:
             on_failure: called when one has failed, to end waits that are not the servers'.
 
         Raises:
-            ModelAverageError: the session is closed.
+            ModelAverageError: the session is closed, or another process's.
         """
+        self._process.check()
         if self._is_closed:
             raise ModelAverageError("the session is closed; open another one")
         if len(self._members) == 1:
@@ -108,6 +111,7 @@ class Members:
         self, base_step: int, contributions: Sequence[Contribution], copy: bool, deadline: Deadline
     ) -> list[pb.PushOutcome]:
         """One round: pushes to all shards, and returns when it is over on all of them and they are at one step."""
+        self._process.check()
         if len(self._members) == 1:
             return [self._members[0].push(base_step, contributions[0], copy, deadline)]
         meeting = _Meeting(len(self._members))
@@ -147,8 +151,8 @@ class Members:
         wait(list(self._under_way), _END_S)
 
     def close(self) -> None:
-        """Leaves all shards, and closes the connections. Does nothing the second time."""
-        if self._is_closed:
+        """Leaves all shards, and closes the connections. Does nothing the second time, nor in a forked process."""
+        if self._is_closed or not self._process.is_this:
             return
         for member in self._members:
             member.shard.stopped.clear()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import grpc
 
+from modelaverage.certificate_names import broken_chain, certificates_in
 from modelaverage.errors import SecurityError
 from modelaverage.logs import event
 from modelaverage.pem import read_authorities, read_identity
@@ -33,6 +34,15 @@ def credentials_of(security: ServerSecurity) -> grpc.ServerCredentials | None:
 
     def read() -> grpc.ServerCertificateConfiguration:
         certificates, key = read_identity(cert_file, key_file)
+        problem = broken_chain(certificates_in(certificates.decode("latin-1")))
+        if problem is not None:
+            _log.warning(
+                "%s is no chain: %s; clients may not trust it. Put behind the server's certificate that of the "
+                "authority that signed it, then that of the next one",
+                cert_file,
+                problem,
+                extra=event("certificate_chain_broken", path=str(cert_file), cause=problem),
+            )
         authorities = None if client_ca is None else read_authorities(client_ca)
         return grpc.ssl_server_certificate_configuration([(key, certificates)], authorities)
 

@@ -77,8 +77,8 @@ def check_limit(max_workers: int, has_shared_memory: bool, has_data_port: bool, 
     if limit != resource.RLIM_INFINITY and limit < needed:
         _log.warning(
             "%d workers may need %d descriptors (%d each, %d for the server itself), and the limit is %d: when they "
-            "are used up, nobody else can connect, not even to ask for the status. Start the server with `ulimit "
-            "-n %d` or more%s",
+            "are used up, nobody else can connect, not even for the status. Start the server with `ulimit -n %d` "
+            "or more%s",
             max_workers,
             needed,
             each,

@@ -13,7 +13,8 @@ from modelaverage import handshake, proxies
 from modelaverage.errors import SecurityError
 from modelaverage.logs import event
 from modelaverage.pem import read_authorities, read_identity
-from modelaverage.security import Security
+from modelaverage.renewed_channel import RenewedChannel
+from modelaverage.security import Security, Tls
 from modelaverage.tokens import bearer, read_tokens
 from modelaverage.watched_files import WatchedFiles
 
@@ -27,7 +28,8 @@ class Access:
     """What opens channels to servers and signs calls. For any thread.
 
     Args:
-        security: whom to trust and what to show. Its files are read here; that of the token again when it changes.
+        security: whom to trust and what to show. Its files are read here, and again when they change: later calls have
+            the new token, and go over a connection with the new certificates.
 
     Raises:
         SecurityError: a file is missing or unusable; names it.
@@ -35,18 +37,14 @@ class Access:
 
     def __init__(self, security: Security) -> None:
         self._tls = tls = security.tls
-        self._credentials: grpc.ChannelCredentials | None = None
-        if tls is not None:
-            authorities = None if tls.ca_file is None else read_authorities(Path(tls.ca_file))
-            cert = key = None
-            if tls.cert_file is not None and tls.key_file is not None:
-                cert, key = read_identity(Path(tls.cert_file), Path(tls.key_file))
-            self._credentials = grpc.ssl_channel_credentials(authorities, key, cert)
+        self._credentials = None if tls is None else _credentials_of(tls)
         self._token: WatchedFiles[_Metadata] | None = None
         self._metadata: _Metadata = () if security.token is None else bearer(security.token)
         if security.token_file is not None:
             path = Path(security.token_file)
-            self._token = WatchedFiles((path,), lambda: bearer(read_tokens(path)[0]), _keep_token)
+            self._token = WatchedFiles(
+                (path,), lambda: bearer(read_tokens(path)[0]), lambda error: _keep("token", error)
+            )
 
     def channel(self, address: str, options: Sequence[tuple[str, Any]] = ()) -> grpc.Channel:
         """A channel to a server, encrypted if `is_encrypted` says so; past all proxies, unless `proxies.USE_PROXY` says
@@ -56,7 +54,7 @@ class Access:
             return grpc.insecure_channel(address, options=options)
         if self._tls.server_name is not None:
             options = [*options, ("grpc.ssl_target_name_override", self._tls.server_name)]
-        return grpc.secure_channel(address, self._credentials, options=options)
+        return RenewedChannel(self._credentials.get, lambda now: grpc.secure_channel(address, now, options=options))
 
     def is_encrypted(self, address: str) -> bool:
         """Whether channels to ``address`` are. Those over Unix sockets need not be: they do not leave the host."""
@@ -75,5 +73,22 @@ class Access:
         return handshake.problem(address, self._tls)
 
 
-def _keep_token(error: SecurityError) -> None:
-    _log.warning("%s; going on with the token from before", error, extra=event("credentials_kept", cause=str(error)))
+def _credentials_of(tls: Tls) -> WatchedFiles[grpc.ChannelCredentials]:
+    """Raises SecurityError."""
+    ca_file, cert_file, key_file = (
+        None if path is None else Path(path) for path in (tls.ca_file, tls.cert_file, tls.key_file)
+    )
+
+    def read() -> grpc.ChannelCredentials:
+        authorities = None if ca_file is None else read_authorities(ca_file)
+        cert = key = None
+        if cert_file is not None and key_file is not None:
+            cert, key = read_identity(cert_file, key_file)
+        return grpc.ssl_channel_credentials(authorities, key, cert)
+
+    paths = [path for path in (ca_file, cert_file, key_file) if path is not None]
+    return WatchedFiles(paths, read, lambda error: _keep("certificates", error))
+
+
+def _keep(what: str, error: SecurityError) -> None:
+    _log.warning("%s; going on with the %s from before", error, what, extra=event("credentials_kept", cause=str(error)))

@@ -9,11 +9,14 @@ import socket
 import ssl
 
 from modelaverage.addresses import parse
+from modelaverage.certificate_names import CertificateNames, shown_name
 from modelaverage.security import TLS_CA, TLS_CERT, TLS_KEY, TLS_SERVER_NAME, Tls
 
 __all__ = ["problem"]
 
 _TIMEOUT_S = 2.0
+# X509_V_ERR_UNABLE_TO_GET_ISSUER_CERT, ..._LOCALLY, X509_V_ERR_UNABLE_TO_VERIFY_LEAF_SIGNATURE
+_ISSUER_MISSING = (2, 20, 21)
 # A client's first words in HTTP/2, with empty settings: a server that takes them, takes the client's certificate, too.
 _FIRST_WORDS = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
 
@@ -89,12 +92,43 @@ def _of_server_certificate(address: str, name: str, tls: Tls, error: ssl.SSLCert
                 f"the certificate of {address} is not for {name!r}; connect to a name that it has, or say which it has "
                 f"(Tls(server_name=...) or {TLS_SERVER_NAME})"
             )
-        case _:
+        case code:
             trusted = "no public authority" if tls.ca_file is None else f"nobody in {tls.ca_file}"
+            between = _of_intermediate(address, tls) if code in _ISSUER_MISSING else ""
             return (
-                f"{trusted} signed the certificate of {address} ({error.verify_message}); give the certificate of the "
-                f"authority that did (Tls(ca_file=...) or {TLS_CA})"
+                f"{trusted} signed the certificate of {address} ({error.verify_message}); {between}give the "
+                f"certificate of the authority that did (Tls(ca_file=...) or {TLS_CA})"
             )
+
+
+def _of_intermediate(address: str, tls: Tls) -> str:
+    """If a certificate between the server's and the authority's may be missing, its name, and where to put it."""
+    chain = _chain_of(address, tls)
+    if not chain or chain[-1].issuer == chain[-1].subject:
+        return ""
+    return (
+        f"if {shown_name(chain[-1].issuer)} is an intermediate authority, its certificate is missing: put it behind "
+        "the server's own, into the file of its --tls-cert; otherwise "
+    )
+
+
+def _chain_of(address: str, tls: Tls) -> list[CertificateNames]:
+    """What the server sends, its own certificate first; of an older Python only that one."""
+    host, _, port = address.rpartition(":")
+    context = _context(tls)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE  # nothing is believed of what it says
+    try:
+        with (
+            socket.create_connection((host.strip("[]"), int(port)), _TIMEOUT_S) as connection,
+            context.wrap_socket(connection, server_hostname=tls.server_name or host.strip("[]")) as secure,
+        ):
+            if hasattr(secure, "get_unverified_chain"):  # Python 3.13
+                return [CertificateNames.of(der) for der in secure.get_unverified_chain()]
+            own = secure.getpeercert(binary_form=True)
+            return [] if own is None else [CertificateNames.of(own)]
+    except (OSError, ValueError):
+        return []
 
 
 def _of_own_certificate(address: str, tls: Tls, why: str) -> str:
@@ -105,7 +139,8 @@ def _of_own_certificate(address: str, tls: Tls, why: str) -> str:
         )
     return (
         f"{address} refuses the certificate in {tls.cert_file} ({why}); give one that has not "
-        "expired and that its --tls-client-ca signed"
+        "expired and that its --tls-client-ca signed; if an intermediate authority did, with that one's certificate "
+        "behind it in the file"
     )
 
 

@@ -52,6 +52,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "stopping": (),
     "exposed": ("address", "cause"),
     "certificate_changed": ("path",),
+    "certificate_chain_broken": ("path", "cause"),
     "few_descriptors": ("limit", "needed"),  # at the start
     "no_descriptors": ("limit",),
     "descriptors_again": ("waited_s", "turned_away"),
