@@ -379,5 +379,5 @@ def test_another_number_of_servers_than_has_left_a_center_is_refused(tmp_path: P
     with pytest.raises(EngineError, match="has the center of 1 server: give --ps 1"):
         center_directories(tmp_path / "one", 2)
     (tmp_path / "file").touch()
-    with pytest.raises(EngineError, match="--checkpoint-dir .*file: Not a directory"):
+    with pytest.raises(EngineError, match=r"--checkpoint-dir .*file: Not a directory"):
         center_directories(tmp_path / "file", 1)
