@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
+from modelaverage.columns import fitted
 from modelaverage.logs import event, say
 from modelaverage.names import shown
 from ps_worker.events import AccuracyEvent, Event, StepEvent, encode
@@ -70,9 +73,9 @@ class _Lines:
         )
 
     def _line(self, event: StepEvent) -> str:
-        accuracy = "" if self._accuracy is None else f", test accuracy {self._accuracy:.4f}"
-        return (
-            f"{shown(event.worker)}: step {event.step}/{self._steps}, loss {event.loss:.4f}, "
-            f"{event.samples_per_s:.0f} samples/s, waited {event.waited_s:.2f} s, "
-            f"global_step {event.global_step}{accuracy}"
-        )
+        parts = [f"{shown(event.worker)}: step {event.step}/{self._steps}", f"loss {event.loss:.4f}"]
+        if self._accuracy is not None:
+            parts.append(f"test accuracy {self._accuracy:.4f}")
+        parts += [f"{event.samples_per_s:.0f} samples/s", f"waited {event.waited_s:.2f} s"]
+        parts.append(f"global_step {event.global_step}")
+        return fitted(parts, shutil.get_terminal_size().columns if sys.stdout.isatty() else None)

@@ -109,7 +109,7 @@ class RayProcess:
             else:
                 self.restarts += 1
                 self._on_message(
-                    f"{self.name} {how}; starting it again (restart {self.restarts} of {self._max_restarts})"
+                    f"{self.name} {how}; starting it again ({self.restarts} of {self._max_restarts})"
                 )
 
     async def _live(self) -> int | None:

@@ -8,6 +8,7 @@ import json
 import re
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from ps_worker.digits_config import ALONE, ALONE_WITH_ALL, DigitsConfig, add_tra
 from ps_worker.events import AccuracyEvent, Event, RoundEvent, ServerEvent, StepEvent, decode, encode
 from ps_worker.record import Record
 from ps_worker.summary import Summary
-from ps_worker.view import Cast, LiveView
+from ps_worker.view import Cast, LiveView, PlainView
 from tests.conftest import StartServer
 from tests.launched import Launched
 
@@ -179,6 +180,101 @@ def test_live_view_shows_every_worker_and_every_server_in_80_columns() -> None:
     assert "…" not in picture
 
 
+def summary_of(num_workers: int) -> Summary:
+    workers = [f"worker-{index}" for index in range(num_workers)]
+    return Summary(
+        center_accuracy=0.99444,
+        alone_accuracy=0.96944,
+        all_accuracy=0.98888,
+        rounds=60,
+        bytes_moved=9 << 20,
+        bytes_received=4_820_000,
+        bytes_sent=4_820_000,
+        total_s=121.24,
+        cluster_s=110.44,
+        alone_s=17.66,
+        waited_s=dict.fromkeys(workers, 12.34),
+        num_servers=1,
+        num_workers=num_workers,
+        restarts={"worker-1": 2},
+        config=DigitsConfig(),
+        files=run_files.ALL,
+    )
+
+
+def drawn(width: int, num_workers: int, num_servers: int) -> tuple[list[str], list[str]]:
+    """The live view in a terminal of 24 lines, and the table at the end."""
+    workers = tuple(f"worker-{index}" for index in range(num_workers))
+    servers = {f"ps-{index}": f"127.0.0.1:4242{index}" for index in range(num_servers)}
+    record = Record()
+    for worker in (*workers, ALONE, ALONE_WITH_ALL):
+        record.add(StepEvent(worker, 1.0, 40_000, 0.25, 12_345.6, 10.75, 2))
+        record.add(AccuracyEvent(worker, 1.0, 40, 2, 0.975))
+    for server in servers:
+        record.add(ServerEvent(server, 1.0, "averaging", 20_000, 3 << 30, 2 << 30, workers[-16:], 5))
+    pictures = []
+    for show_table in (False, True):
+        out = io.StringIO()
+        console = Console(file=out, width=width, height=24, force_terminal=True, color_system=None)
+        view = LiveView(console)
+        if show_table:
+            view.table("Handwritten digits, test images", summary_of(num_workers).rows())
+        else:
+            view.show(Cast(servers, workers, (ALONE, ALONE_WITH_ALL), steps=120_000), record, "x" * 100)
+        text = re.sub(r"\x1b\[[?0-9;]*[A-Za-z]|\r", "", out.getvalue())
+        pictures.append([line.rstrip() for line in text.splitlines()])
+    return pictures[0], pictures[1]
+
+
+@pytest.mark.parametrize("width", [60, 80])
+@pytest.mark.parametrize(("num_workers", "num_servers"), [(2, 1), (12, 2), (200, 9)])
+def test_live_view_and_table_fit_a_small_terminal_whatever_the_cluster(
+    width: int, num_workers: int, num_servers: int
+) -> None:
+    live, table = drawn(width, num_workers, num_servers)
+    assert len(live) <= 24
+    assert max(map(len, [*live, *table])) <= width
+    shown = "\n".join(live)
+    for name in ("worker-0 (chief)", "alone ", "alone-with-all", "ps-0 ", "test accuracy  center 0.9750"):
+        assert name in shown
+    assert any(line.startswith("│ and ") for line in live) is (num_workers > 2)
+    rows = [line for line in live if line.startswith("│")]
+    assert {line[-1] for line in rows} == {"│"}
+    if width == 80 and num_workers == 2:  # a line each
+        assert len(table) == 3 + len(summary_of(2).rows())
+
+
+def test_the_table_has_the_worker_with_all_images_unless_the_only_one_has_them() -> None:
+    assert ("accuracy, all data", "0.9889  (1 worker, 1200 steps on all images)") in summary_of(2).rows()
+    only = replace(summary_of(1), all_accuracy=None, restarts={})
+    assert [label for label, _ in only.rows()][:3] == ["accuracy, averaged", "accuracy, alone", "rounds"]
+    assert ("started again", "worker-1 2") in summary_of(2).rows()
+
+
+def test_plain_lines_say_at_growing_gaps_that_something_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now_s = 0.0
+    monkeypatch.setattr("ps_worker.view.time.monotonic", lambda: now_s)
+    view = PlainView()
+    cast = Cast({}, ("worker-0",), (ALONE,), steps=80)
+    for at_s in (0.0, 1.0, 2.0, 3.0, 5.0, 6.0, 7.0):
+        now_s = at_s
+        view.show(cast, Record(), "importing torch")
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == [f"{at_s:5.1f} s  importing torch ..." for at_s in (0, 2, 6)]
+
+
+def test_a_lone_worker_with_all_images_is_told_from_one_with_its_part() -> None:
+    events: list[Event] = []
+    train_alone(DigitsConfig(steps=20), 2, 0, events.append, all_images=True)
+    only: list[Event] = []
+    train_alone(DigitsConfig(steps=20), 1, 0, only.append)
+    assert set(Record(events).steps) == {ALONE_WITH_ALL}
+    # One of one worker has all images, too.
+    assert [s.loss for s in Record(events).steps[ALONE_WITH_ALL]] == [s.loss for s in Record(only).steps[ALONE]]
+
+
 # A whole run
 
 needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="looks for orphans in /proc")
@@ -188,9 +284,10 @@ DEMO = ("-m", "ps_worker.launch", "--ps", "2", "--workers", "2", "--runs", "runs
 @needs_proc
 def test_run_trains_a_good_center_and_leaves_every_file(tmp_path: Path) -> None:
     with Launched([*DEMO, "--steps", "200"], cwd=tmp_path) as demo:
-        assert demo.ended() == 0, demo.printed()
+        assert demo.ended(timeout_s=240) == 0, demo.printed()
         assert demo.errors == []
         assert demo.descendants() == []
+        assert any(line.endswith("2 workers train together: importing torch ...") for line in demo.lines)
     (run,) = (tmp_path / "runs").iterdir()
     assert {path.name for path in run.iterdir()} == set(run_files.ALL)
     summary = assert_summary_has_every_number_of_the_table(run, demo.lines)

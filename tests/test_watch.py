@@ -503,6 +503,25 @@ def test_without_rich_a_terminal_gets_lines_and_is_told_what_to_install(
     assert err == "for a live picture: pip install 'torch-model-average[watch]'\n"
 
 
+def test_the_status_in_a_terminal_is_as_wide_as_that(job: Job) -> None:
+    name = "trainer-deployment-7c9f8b5d4f-x2x7k.training.svc.cluster.local/1"
+    pull = job.client.open_pull()
+    pull.send(pb.PullRequest(worker_id=name, header_only=True))
+    pull.receive()
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "ps_server", "status", job.address]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "60", "LINES": "24"}
+    subprocess.run(command, stdin=theirs, stdout=theirs, env=environment, check=True, timeout=TIMEOUT_S)
+    shown = os.read(ours, 65536).decode()
+    os.close(theirs)
+    os.close(ours)
+    lines = shown.replace("\r", "").splitlines()
+    assert max(map(len, lines)) <= 60
+    assert any("trainer-" in line and "…" in line and "computes" in line for line in lines)
+    piped = subprocess.run(command, capture_output=True, text=True, check=True, timeout=TIMEOUT_S, env=environment)
+    assert name in piped.stdout
+
+
 @pytest.mark.parametrize("interval", ["0", "-1", "nan"])
 def test_an_interval_that_is_none_is_refused(interval: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
