@@ -23,7 +23,7 @@ _warned: WeakSet[torch.nn.Module] = WeakSet()
 def warn_if_gradients_are_shared(model: torch.nn.Module) -> None:
     """Logs one warning for each model whose gradients something averages over several processes at every step.
 
-    Costs nothing where torch.distributed is not initialized, otherwise a look at every object of the process (0.1 s
+    Costs nothing where torch.distributed is not initialized, otherwise a look at every object of the process (0.25 s
     for a million): the model does not know who has wrapped it.
     """
     if model in _warned or not torch.distributed.is_available() or not torch.distributed.is_initialized():

@@ -3,5 +3,3 @@
 `__main__` and `launch` read the flags. `local_cluster`, on `processes`, starts and ends what runs. `digits` trains;
 `demo` collects the workers' `events`, which `view` shows and `report` draws.
 """
-
-from modelaverage import __version__ as __version__
