@@ -1,7 +1,7 @@
 """Rounds over slow links with long queues before them: `python -m bench.slow_links`.
 
 A worker and a server on hosts of their own (bench/hosts.py) initialize a center, pull it and make a round, in messages
-or on a data connection. Told is how long each takes beside the model's bytes through the link's bandwidth, and how often
+or on a data connection. Told is how long each takes beside the model's bytes through the bandwidth, and how often
 anything broke: a call that was made again, a data connection that was given up. For root on Linux. Cells run side by
 side, each on links of its own; their processors have little to do. All of it takes 20 minutes, `--quick` 2.
 """
