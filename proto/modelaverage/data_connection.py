@@ -43,6 +43,7 @@ _WAKE_UP_BYTES = 256 << 10
 _SHORT_QUEUE_BYTES = 64 << 10  # the kernel takes it twice, for its own accounts
 _SHORT_WAY_US = 1000
 # linux/tcp.h: struct tcp_info has these at these places. In microseconds, bytes a second.
+_BYTES_ACKED_AT = 120
 _MIN_RTT_AT = 148
 _DELIVERY_RATE_AT = 160
 _TCP_INFO_BYTES = 256
@@ -51,7 +52,8 @@ _QUEUE_S = 2.0
 _LEAST_QUEUE_BYTES = 128 << 10
 _LEAST_PIECE_BYTES = 16 << 10
 _LONGEST_PAUSE_S, _SHORTEST_PAUSE_S = 0.25, 0.002
-_EVERYTHING_BYTES = 1 << 30
+# At once, so that a sender that waits for the kernel to take them is not silent for long. At 0.5 Mbit/s that takes 4 s.
+_MOST_PIECE_BYTES = 256 << 10
 
 
 def new_key() -> bytes:
@@ -118,24 +120,37 @@ class Pace:
         is_tcp = connection.family in (socket.AF_INET, socket.AF_INET6)
         self._knows = is_tcp and sys.platform.startswith("linux")
         self.waiting_bytes = 0
+        self._acknowledged_bytes = 0
         self.pause_s = _SHORTEST_PAUSE_S
 
     def room(self) -> int:
         """How many bytes may go now; 0: none, look again after `pause_s`. Raises OSError: the connection is closed."""
         if not self._knows:
-            return _EVERYTHING_BYTES
+            return _MOST_PIECE_BYTES
         min_rtt_us, bytes_per_s = _measured(self._socket)
         if min_rtt_us is None:
             self._knows = False
-            return _EVERYTHING_BYTES
+            return _MOST_PIECE_BYTES
         most_bytes = max(_LEAST_QUEUE_BYTES, round(bytes_per_s * (_QUEUE_S + min_rtt_us / 1e6)))
         self.waiting_bytes = _unacknowledged_bytes(self._socket)
         room_bytes = most_bytes - self.waiting_bytes
         if room_bytes >= _LEAST_PIECE_BYTES:
-            return room_bytes
+            return min(room_bytes, _MOST_PIECE_BYTES)
         wait_s = _LEAST_PIECE_BYTES / max(1.0, bytes_per_s)
         self.pause_s = min(_LONGEST_PAUSE_S, max(_SHORTEST_PAUSE_S, wait_s))
         return 0
+
+    def moves(self) -> bool:
+        """Whether the peer has acknowledged bytes since this was asked last; False where nobody knows."""
+        try:
+            info = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES) if self._knows else b""
+        except OSError:  # it is closed
+            return False
+        if len(info) < _BYTES_ACKED_AT + 8:
+            return False
+        before_bytes = self._acknowledged_bytes
+        (self._acknowledged_bytes,) = struct.unpack_from("=Q", info, _BYTES_ACKED_AT)
+        return self._acknowledged_bytes > before_bytes
 
 
 def _measured(connection: socket.socket) -> tuple[int | None, int]:
