@@ -106,6 +106,7 @@ class DataConnection:
         """A push begins."""
         self.moved_at_s = time.monotonic()
         use_short_queues(self._socket)
+        self._pace.begin()
 
     def send(self, parts: Iterable[bytes | memoryview]) -> None:
         """All of the parts, one behind the other. Raises OSError."""

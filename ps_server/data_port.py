@@ -67,6 +67,7 @@ class DataConnection:
         """A push begins."""
         with contextlib.suppress(OSError):  # the next read or write says it
             use_short_queues(self._socket)
+            self._pace.begin()
 
     async def receive(self, room: memoryview) -> None:
         """Fills the room. Raises RetryPushError (DATA_CONNECTION_LOST)."""

@@ -54,9 +54,14 @@ def connected() -> Iterator[tuple[socket.socket, socket.socket]]:
             yield ours, theirs
 
 
+def link_takes(monkeypatch: pytest.MonkeyPatch, bytes_per_s: int, acknowledged_bytes: int = 1 << 20) -> None:
+    measured = modelaverage.data_connection._Measured(1000, acknowledged_bytes, bytes_per_s)
+    monkeypatch.setattr(modelaverage.data_connection, "_measured", lambda _: measured)
+
+
 @on_linux
 def test_no_more_is_on_its_way_than_the_link_takes_in_two_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(modelaverage.data_connection, "_measured", lambda _: (1000, 100_000))
+    link_takes(monkeypatch, 100_000)
     with connected() as (ours, theirs):
         pace, sent_bytes = Pace(ours), 0
         while room_bytes := pace.room():
@@ -71,7 +76,7 @@ def test_no_more_is_on_its_way_than_the_link_takes_in_two_seconds(monkeypatch: p
 
 @on_linux
 def test_a_fast_link_is_given_whatever_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(modelaverage.data_connection, "_measured", lambda _: (1000, 100_000_000))
+    link_takes(monkeypatch, 100_000_000)
     with connected() as (ours, _):
         pace = Pace(ours)
         ours.setblocking(False)
@@ -80,8 +85,19 @@ def test_a_fast_link_is_given_whatever_there_is(monkeypatch: pytest.MonkeyPatch)
 
 
 @on_linux
+def test_what_a_link_took_in_an_earlier_push_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    link_takes(monkeypatch, 100_000_000, acknowledged_bytes=1 << 20)
+    with connected() as (ours, _):
+        pace = Pace(ours)
+        pace.begin()
+        assert pace.room() <= 1 << 17
+        link_takes(monkeypatch, 100_000_000, acknowledged_bytes=(1 << 20) + (1 << 17))
+        assert pace.room() == 1 << 18
+
+
+@on_linux
 def test_a_sender_that_has_to_wait_ends_when_it_is_broken_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(modelaverage.data_connection, "_measured", lambda _: (1000, 1))
+    link_takes(monkeypatch, 1)
     with connected() as (ours, _), ThreadPoolExecutor(1) as thread:
         connection = DataConnection(ours)
         sending = thread.submit(connection.send, [bytes(1 << 22)])
