@@ -159,6 +159,13 @@ class Network:
         queue = f"root tbf rate {self._rate_mbit}mbit burst {burst}b latency 5ms".split()
         self.switch.run("tc", "qdisc", "replace", "dev", port, *queue)
 
+    def slow_down(self, rate_mbit: float, queue_bytes: int) -> None:
+        """From now on all links have this rate, and queues of this size before them."""
+        limit = f"root tbf rate {rate_mbit}mbit burst {_SLOW_BURST_BYTES}b limit {queue_bytes}b".split()
+        for host in self.hosts:
+            self.switch.run("tc", "qdisc", "replace", "dev", port_to(host), *limit)
+            host.run("tc", "qdisc", "replace", "dev", INTERFACE, *limit)
+
     def _link(self, switch: Host, host: Host, port: str) -> None:
         peer = ("peer", "name", INTERFACE, "netns", str(host.pid))
         switch.run("ip", "link", "add", port, "type", "veth", *peer)

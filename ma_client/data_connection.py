@@ -106,6 +106,7 @@ class DataConnection:
         """A push begins."""
         self.moved_at_s = time.monotonic()
         use_short_queues(self._socket)
+        self._pace.begin()
 
     def send(self, parts: Iterable[bytes | memoryview]) -> None:
         """All of the parts, one behind the other. Raises OSError."""
@@ -152,6 +153,11 @@ class DataConnection:
             self.moved_at_s = time.monotonic()
             heard()
             room = room[count:]
+
+    def look(self) -> None:
+        """Notes whether bytes that the kernel has taken are on their way."""
+        if self._pace.moves():
+            self.moved_at_s = time.monotonic()
 
     def break_off(self) -> None:
         """Ends whoever sends or receives."""
@@ -239,6 +245,7 @@ class Transfer:
         self._due_since_s, limit_s = time.monotonic(), self.connection.silence_timeout_s
         for thread in self._threads:
             while thread.is_alive() and self.problem is None and goes_on():
+                self.connection.look()
                 if self._silent_s > limit_s:
                     self.problem = TimeoutError(f"nothing came for {limit_s:g} s")
                 thread.join(_LOOK_S)
@@ -266,6 +273,7 @@ class Transfer:
         return time.monotonic() - max(self._due_since_s or 0.0, self.connection.moved_at_s)
 
     def _notice(self) -> None:
+        self.connection.look()
         silent_s = self._silent_s
         if silent_s < self._notice_s:
             return

@@ -543,6 +543,8 @@ class Shard:
                 )
             case grpc.StatusCode.INTERNAL if "RST_STREAM" in details:  # so ends a stream whose server was killed
                 return ServerUnavailableError(f"the parameter server at {self.address} broke off ({details})")
+            case grpc.StatusCode.CANCELLED if self._channel_is_lost:
+                return ServerUnavailableError(f"the parameter server at {self.address} is there, perhaps elsewhere")
             case grpc.StatusCode.CANCELLED if not self.stopped.is_set():  # a server going down had not begun with it
                 return ServerUnavailableError(f"the parameter server at {self.address} broke off ({details})")
             case grpc.StatusCode.UNIMPLEMENTED:

@@ -18,7 +18,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 from modelaverage import __version__
 from modelaverage.access import Access
-from modelaverage.addresses import parse
+from modelaverage.addresses import check_all
 from modelaverage.errors import SecurityError
 from modelaverage.logs import event, keep_logging, log_json, say
 from modelaverage.output import CLOSED_PIPE_EXIT_CODE, OnLoss, OutputLostError
@@ -183,7 +183,6 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "addresses",
         nargs="+",
-        type=_address,
         metavar="ADDRESS",
         help="HOST:PORT or unix:PATH of a server; any number of them",
     )
@@ -314,6 +313,10 @@ def _round_policy(arguments: argparse.Namespace) -> RoundPolicy:
 
 
 def _status(arguments: argparse.Namespace) -> int:
+    try:
+        check_all(arguments.addresses)
+    except ValueError as error:
+        raise UnusableSettingError(str(error)) from None
     fetch = partial(status.fetch, timeout_s=arguments.timeout_s, access=Access(security_of(arguments)))
     if arguments.watch is not None:
         # One server that is away must not keep the others from being shown.
@@ -357,14 +360,6 @@ def _data_port(text: str) -> int | None:
     if not 0 <= value <= 65535:
         raise argparse.ArgumentTypeError(f"{text} is neither a port, 0 to 65535, nor off")
     return value
-
-
-def _address(text: str) -> str:
-    try:
-        parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
 
 
 if __name__ == "__main__":

@@ -38,8 +38,6 @@ _GREETING_TIMEOUT_S = 20.0
 _PAUSE_S = 0.5
 # Strangers that connect and say nothing hold up new connections, not more.
 _GREETINGS_AT_ONCE = 64
-# What is sent is counted in such pieces.
-_PIECE_BYTES = 256 << 10
 
 
 class DataConnection:
@@ -69,6 +67,7 @@ class DataConnection:
         """A push begins."""
         with contextlib.suppress(OSError):  # the next read or write says it
             use_short_queues(self._socket)
+            self._pace.begin()
 
     async def receive(self, room: memoryview) -> None:
         """Fills the room. Raises RetryPushError (DATA_CONNECTION_LOST)."""
@@ -90,7 +89,7 @@ class DataConnection:
         try:
             with self._noticing("takes nothing of what is sent", lambda: self.taken_at_s):
                 while data:
-                    size_bytes = min(await self._sendable(), _PIECE_BYTES)
+                    size_bytes = await self._sendable()
                     await self._loop.sock_sendall(self._socket, data[:size_bytes])
                     self.taken_at_s, data = self._loop.time(), data[size_bytes:]
         except OSError as error:
@@ -116,10 +115,13 @@ class DataConnection:
     def _noticing(self, doing: str, moved_at_s: Callable[[], float]) -> Iterator[None]:
         """If nothing moves for long, it is said."""
         began_at_s, notice_s = self._loop.time(), self._notice_s
+        self._pace.moves()
         timer: asyncio.TimerHandle
 
         def look() -> None:
             nonlocal timer, notice_s
+            if self._pace.moves():
+                self.taken_at_s = self._loop.time()
             if self._is_watched:
                 self._read()  # on a slow link some may have come, and not enough to be woken up for
             waited_s = self._loop.time() - max(began_at_s, moved_at_s())

@@ -18,6 +18,7 @@ from modelaverage.errors import (
     ServerUnavailableError,
     refusal,
 )
+from modelaverage.tuning import GONE_AFTER_S
 
 FOREVER = Deadline(None)
 
@@ -122,7 +123,32 @@ def test_an_id_in_use_is_tried_again_as_long_as_the_server_needs_to_notice_a_dea
     assert Patience(60, lambda: clock.now_s).call(failing(*[taken] * 12), FOREVER) == "done"
     with pytest.raises(ModelAverageError, match="in use"):
         Patience(60, lambda: clock.now_s).call(failing(*[taken] * 1000), FOREVER)
-    assert clock.now_s - began_at_s < 50
+    assert clock.now_s - began_at_s < 80
+
+
+def test_an_id_is_given_up_only_after_the_server_has_noticed_that_its_process_is_gone(clock: Clock) -> None:
+    taken = refusal(Reason.WORKER_ID_IN_USE, "'a' is in use")
+    with pytest.raises(ConflictError):
+        Patience(600, lambda: clock.now_s).call(failing(*[taken] * 1000), FOREVER)
+    assert GONE_AFTER_S + 10 < sum(clock.sleeps) < GONE_AFTER_S + 20
+
+
+@pytest.mark.parametrize("reason", [None, Reason.STREAM_STALLED])
+def test_a_model_that_moves_is_waited_for_however_often_its_call_breaks(clock: Clock, reason: Reason | None) -> None:
+    progressed_at_s = [0.0]
+
+    def call() -> str:
+        clock.now_s += 50  # some fragments came
+        progressed_at_s[0] = clock.now_s
+        clock.now_s += 50  # then none
+        if clock.now_s < 2000:
+            raise ServerUnavailableError("the server is gone") if reason is None else refusal(reason, "nothing moved")
+        return "done"
+
+    patience = Patience(60, lambda: 0.0, progressed_at_s=lambda: progressed_at_s[0])
+    assert patience.call(call, FOREVER) == "done"
+    with pytest.raises(ModelAverageError):
+        Patience(60, lambda: 0.0).call(failing(*away(10_000)), FOREVER)
 
 
 def test_another_trouble_is_given_its_own_time(clock: Clock) -> None:

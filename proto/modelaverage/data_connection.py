@@ -10,6 +10,7 @@ import secrets
 import socket
 import struct
 import sys
+from typing import NamedTuple
 
 __all__ = [
     "HALF_KEY_BYTES",
@@ -43,6 +44,7 @@ _WAKE_UP_BYTES = 256 << 10
 _SHORT_QUEUE_BYTES = 64 << 10  # the kernel takes it twice, for its own accounts
 _SHORT_WAY_US = 1000
 # linux/tcp.h: struct tcp_info has these at these places. In microseconds, bytes a second.
+_BYTES_ACKED_AT = 120
 _MIN_RTT_AT = 148
 _DELIVERY_RATE_AT = 160
 _TCP_INFO_BYTES = 256
@@ -51,7 +53,8 @@ _QUEUE_S = 2.0
 _LEAST_QUEUE_BYTES = 128 << 10
 _LEAST_PIECE_BYTES = 16 << 10
 _LONGEST_PAUSE_S, _SHORTEST_PAUSE_S = 0.25, 0.002
-_EVERYTHING_BYTES = 1 << 30
+# At once, so that a sender that waits for the kernel to take them is not silent for long. At 0.5 Mbit/s that takes 4 s.
+_MOST_PIECE_BYTES = 256 << 10
 
 
 def new_key() -> bytes:
@@ -93,8 +96,8 @@ def use_short_queues(connection: socket.socket) -> None:
     """
     if not sys.platform.startswith("linux") or connection.getsockname()[0] == connection.getpeername()[0]:
         return
-    min_rtt_us, _ = _measured(connection)
-    if min_rtt_us is not None and min_rtt_us < _SHORT_WAY_US:
+    measured = _measured(connection)
+    if measured is not None and measured.min_rtt_us < _SHORT_WAY_US:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SHORT_QUEUE_BYTES)
 
 
@@ -117,34 +120,69 @@ class Pace:
         self._socket = connection
         is_tcp = connection.family in (socket.AF_INET, socket.AF_INET6)
         self._knows = is_tcp and sys.platform.startswith("linux")
+        self._noted_bytes = self._measured_from_bytes = 0
         self.waiting_bytes = 0
         self.pause_s = _SHORTEST_PAUSE_S
 
+    def begin(self) -> None:
+        """A push begins: what the link takes now is yet to be measured."""
+        measured = self._look()
+        if measured is not None:
+            self._measured_from_bytes = measured.acknowledged_bytes + _LEAST_QUEUE_BYTES // 2
+
     def room(self) -> int:
         """How many bytes may go now; 0: none, look again after `pause_s`. Raises OSError: the connection is closed."""
-        if not self._knows:
-            return _EVERYTHING_BYTES
-        min_rtt_us, bytes_per_s = _measured(self._socket)
-        if min_rtt_us is None:
-            self._knows = False
-            return _EVERYTHING_BYTES
-        most_bytes = max(_LEAST_QUEUE_BYTES, round(bytes_per_s * (_QUEUE_S + min_rtt_us / 1e6)))
+        measured = self._look()
+        if measured is None:
+            return _MOST_PIECE_BYTES
+        bytes_per_s = measured.bytes_per_s
+        if measured.acknowledged_bytes < self._measured_from_bytes:
+            bytes_per_s = 0
+        most_bytes = max(_LEAST_QUEUE_BYTES, round(bytes_per_s * (_QUEUE_S + measured.min_rtt_us / 1e6)))
         self.waiting_bytes = _unacknowledged_bytes(self._socket)
         room_bytes = most_bytes - self.waiting_bytes
         if room_bytes >= _LEAST_PIECE_BYTES:
-            return room_bytes
-        wait_s = _LEAST_PIECE_BYTES / max(1.0, bytes_per_s)
+            return min(room_bytes, _MOST_PIECE_BYTES)
+        wait_s = _LEAST_PIECE_BYTES / max(1, measured.bytes_per_s)
         self.pause_s = min(_LONGEST_PAUSE_S, max(_SHORTEST_PAUSE_S, wait_s))
         return 0
 
+    def moves(self) -> bool:
+        """Whether the peer has acknowledged bytes since this was asked last; False where nobody knows."""
+        try:
+            measured = self._look()
+        except OSError:  # it is closed
+            return False
+        if measured is None:
+            return False
+        before_bytes, self._noted_bytes = self._noted_bytes, measured.acknowledged_bytes
+        return self._noted_bytes > before_bytes
 
-def _measured(connection: socket.socket) -> tuple[int | None, int]:
-    """The least round trip so far, in microseconds, None if the kernel does not say; and what the peer takes, in bytes
-    a second, 0 before that is known."""
+    def _look(self) -> _Measured | None:
+        measured = _measured(self._socket) if self._knows else None
+        self._knows = measured is not None
+        return measured
+
+
+class _Measured(NamedTuple):
+    """What the kernel knows of a way: the least round trip so far, how many bytes the peer has acknowledged, and how
+    many it takes a second; 0 before that is known."""
+
+    min_rtt_us: int
+    acknowledged_bytes: int
+    bytes_per_s: int
+
+
+def _measured(connection: socket.socket) -> _Measured | None:
+    """None: the kernel does not say."""
     info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
     if len(info) < _DELIVERY_RATE_AT + 8:
-        return None, 0
-    return struct.unpack_from("=I", info, _MIN_RTT_AT)[0], struct.unpack_from("=Q", info, _DELIVERY_RATE_AT)[0]
+        return None
+    return _Measured(
+        struct.unpack_from("=I", info, _MIN_RTT_AT)[0],
+        struct.unpack_from("=Q", info, _BYTES_ACKED_AT)[0],
+        struct.unpack_from("=Q", info, _DELIVERY_RATE_AT)[0],
+    )
 
 
 def _unacknowledged_bytes(connection: socket.socket) -> int:
