@@ -108,9 +108,7 @@ class RayProcess:
                 raise self.failure(f"{how} ({self._give_up}){why}")
             else:
                 self.restarts += 1
-                self._on_message(
-                    f"{self.name} {how}; starting it again ({self.restarts} of {self._max_restarts})"
-                )
+                self._on_message(f"{self.name} {how}; starting it again ({self.restarts} of {self._max_restarts})")
 
     async def _live(self) -> int | None:
         """Runs it once; returns its exit code, or None if its actor, or what it had sent, is lost."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import signal
+import warnings
 from pathlib import Path
 
 import pytest
@@ -232,3 +233,9 @@ def test_the_report_has_any_name_in_its_picture_and_a_directory_for_each(
     report.write_tensorboard(record_of(HOSTILE), runs)
     assert len(list(runs.glob("*/events.out.tfevents.*"))) >= len(HOSTILE) + 1
     assert [path for path in tmp_path.rglob("*.tfevents.*") if path.parent.parent != runs] == []
+
+
+def test_the_report_of_a_run_that_made_no_round_says_nothing(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report.draw(Record([AccuracyEvent("worker-0", 1.0, 40, 2, 0.975)]), tmp_path / "curves.png")
