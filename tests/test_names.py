@@ -238,4 +238,6 @@ def test_the_report_has_any_name_in_its_picture_and_a_directory_for_each(
 def test_the_report_of_a_run_that_made_no_round_says_nothing(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        report.draw(Record([AccuracyEvent("worker-0", 1.0, 40, 2, 0.975)]), tmp_path / "curves.png")
+        # The center was there, and the lone worker trains all the same.
+        told = [AccuracyEvent("worker-0", 1.0, 40, 2, 0.975), StepEvent(ALONE, 1.0, 40, 0.25, 1234.5, 0.0, 0)]
+        report.draw(Record(told), tmp_path / "curves.png")
