@@ -20,7 +20,7 @@ from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_worker import report
 from ps_worker.digits_config import ALONE
 from ps_worker.event_sinks import reporter
-from ps_worker.events import AccuracyEvent, RoundEvent, ServerEvent, StepEvent
+from ps_worker.events import AccuracyEvent, Event, RoundEvent, ServerEvent, StepEvent
 from ps_worker.record import Record
 from ps_worker.view import Cast, LiveView, PlainView
 from tests.conftest import StartServer
@@ -239,5 +239,8 @@ def test_the_report_of_a_run_that_made_no_round_says_nothing(tmp_path: Path) -> 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         # The center was there, and the lone worker trains all the same.
-        told = [AccuracyEvent("worker-0", 1.0, 40, 2, 0.975), StepEvent(ALONE, 1.0, 40, 0.25, 1234.5, 0.0, 0)]
+        told: list[Event] = [
+            AccuracyEvent("worker-0", 1.0, 40, 2, 0.975),
+            StepEvent(ALONE, 1.0, 40, 0.25, 1234.5, 0.0, 0),
+        ]
         report.draw(Record(told), tmp_path / "curves.png")
