@@ -5,7 +5,8 @@ Repository, 1998: 1,797 images of 8 x 8 pixels.
 
 Measured with the defaults and two workers over the seeds 0 to 9: test accuracy of the center 0.983 to 0.994 (mean
 0.990), of worker 0 alone 0.967 to 0.983 (mean 0.976), the difference never below 0.0028 (mean 0.014). One of the 360
-test images is 0.0028. The default seed is one where the difference is large.
+test images is 0.0028. The default seed is one where the difference is large. One worker alone with all images and as
+many steps: 0.986 to 0.997 (mean 0.990).
 """
 
 from __future__ import annotations

@@ -246,8 +246,8 @@ def _digits_parser() -> argparse.ArgumentParser:
     parser = flags.Parser(
         prog="ma-launch -- digits",
         description="Trains a small network on scikit-learn's handwritten digits, in all workers together and then in\n"
-        "one worker alone; shows both, and writes center.safetensors, summary.json, metrics.jsonl,\n"
-        "curves.png and TensorBoard events.",
+        "one worker alone, on its part of the images and on all of them; shows all three, and writes\n"
+        "center.safetensors, summary.json, metrics.jsonl, curves.png and TensorBoard events.",
         epilog=_DIGITS_EXAMPLES,
         formatter_class=flags.help_format,
     )

@@ -138,7 +138,8 @@ def _draw_wait(axes: Axes, record: Record, workers: Sequence[str]) -> None:
         )
     axes.set(title="Wait at the barrier, each round", xlabel="time since the first steps [s]", ylabel="wait [ms]")
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False, title="altogether", alignment="left")
+    if axes.lines:  # a run that goes on from a center may have made no round
+        axes.legend(frameon=False, title="altogether", alignment="left")
 
 
 def _styles(workers: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import signal
+import warnings
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_worker import report
 from ps_worker.digits_config import ALONE
 from ps_worker.event_sinks import reporter
-from ps_worker.events import AccuracyEvent, RoundEvent, ServerEvent, StepEvent
+from ps_worker.events import AccuracyEvent, Event, RoundEvent, ServerEvent, StepEvent
 from ps_worker.record import Record
 from ps_worker.view import Cast, LiveView, PlainView
 from tests.conftest import StartServer
@@ -232,3 +233,14 @@ def test_the_report_has_any_name_in_its_picture_and_a_directory_for_each(
     report.write_tensorboard(record_of(HOSTILE), runs)
     assert len(list(runs.glob("*/events.out.tfevents.*"))) >= len(HOSTILE) + 1
     assert [path for path in tmp_path.rglob("*.tfevents.*") if path.parent.parent != runs] == []
+
+
+def test_the_report_of_a_run_that_made_no_round_says_nothing(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # The center was there, and the lone worker trains all the same.
+        told: list[Event] = [
+            AccuracyEvent("worker-0", 1.0, 40, 2, 0.975),
+            StepEvent(ALONE, 1.0, 40, 0.25, 1234.5, 0.0, 0),
+        ]
+        report.draw(Record(told), tmp_path / "curves.png")
