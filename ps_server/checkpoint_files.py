@@ -16,7 +16,7 @@ import fcntl
 import os
 import stat
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 __all__ = [
     "FRESH",
@@ -172,7 +172,8 @@ def write(directory: int, name: str, chunks: Iterable[bytes | memoryview]) -> No
         with open(descriptor, "wb") as file:
             for chunk in chunks:
                 file.write(chunk)
-        put_in_place(directory, beside, name)
+        with _naming_alone(directory):
+            put_in_place(directory, beside, name)
     except BaseException:
         remove(directory, beside)
         raise
@@ -183,17 +184,48 @@ def put_in_place(directory: int, beside: str, name: str) -> None:
     os.rename(beside, name, src_dir_fd=directory, dst_dir_fd=directory)
 
 
-def make_durable(directory: int, fresh: str) -> str:
-    """Flushes a fresh checkpoint to the disk and gives it its durable name, which is returned."""
-    descriptor = open_regular(directory, fresh)
+def make_durable(directory: int, fresh: str) -> str | None:
+    """Flushes a fresh checkpoint to the disk and gives it its durable name, which is returned.
+
+    None: there is nothing to do, or not yet. It was made durable before, in the place of another one of its step; or
+    another one has taken its place meanwhile, and stays fresh until this is called again."""
+    try:
+        descriptor = open_regular(directory, fresh)
+    except FileNotFoundError:
+        if _is_durable(directory, fresh):
+            return None
+        raise
     try:
         os.fsync(descriptor)
         durable = fresh.replace(f".{FRESH}.", f".{_checksum(descriptor):0{_CHECKSUM_DIGITS}x}.")
+        with _naming_alone(directory):
+            now = os.stat(fresh, dir_fd=directory, follow_symlinks=False)
+            if not os.path.samestat(now, os.fstat(descriptor)):
+                return None
+            put_in_place(directory, fresh, durable)
     finally:
         os.close(descriptor)
-    put_in_place(directory, fresh, durable)
     os.fsync(directory)
     return durable
+
+
+def _is_durable(directory: int, fresh: str) -> bool:
+    """Whether there is a durable checkpoint of this one's step."""
+    wanted = parse_name(fresh)
+    found = map(parse_name, newest_first(directory))
+    return any(wanted and each and each[0] == wanted[0] and each[1] != FRESH for each in found)
+
+
+@contextlib.contextmanager
+def _naming_alone(directory: int) -> Iterator[None]:
+    """Of the processes that write and flush here, only one at a time gives a name to a file: between a look at who has
+    a name and its change nobody takes it."""
+    lock = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
 
 
 def prune(directory: int, newest: str, keep: int) -> None:

@@ -142,10 +142,11 @@ class _Stream:
             pass
 
 
-def _flush(directory: int, name: str, keep: int) -> str:
+def _flush(directory: int, name: str, keep: int) -> str | None:
     """Makes a fresh checkpoint durable, and removes those that it replaces."""
     durable = files.make_durable(directory, name)
-    files.prune(directory, durable, keep)
+    if durable is not None:
+        files.prune(directory, durable, keep)
     return durable
 
 

@@ -95,7 +95,9 @@ def write_fresh(directory: Path, written: Checkpoint) -> Path:
 def make_durable(fresh: Path) -> Path:
     """Its new path."""
     with _opened(fresh.parent) as directory:
-        return fresh.with_name(files.make_durable(directory, fresh.name))
+        durable = files.make_durable(directory, fresh.name)
+    assert durable is not None
+    return fresh.with_name(durable)
 
 
 def durable(directory: Path, global_step: int = STEP, seed: int = 0) -> Path:

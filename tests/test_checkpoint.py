@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import logging
 import os
@@ -482,6 +483,44 @@ files.make_durable = slowly"""
     asyncio.run(rounds())
     assert steps(tmp_path) == [1, 8]
     assert is_durable(tmp_path, 8)
+
+
+@pytest.mark.parametrize("place", ["before it is looked at", "when its checksum is known"])
+def test_of_two_checkpoints_of_one_step_the_later_becomes_durable_though_it_comes_in_the_midst_of_the_other(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on = tmp_path / "begun", tmp_path / "go on"
+    function = {"before it is looked at": "make_durable", "when its checksum is known": "_checksum"}[place]
+    slowly = f"""
+now = files.{function}
+def wait():
+    open({str(begun)!r}, "w").close()
+    while not os.path.exists({str(go_on)!r}):
+        time.sleep(0.01)
+def before(*arguments):
+    wait()
+    return now(*arguments)
+def after(*arguments):
+    result = now(*arguments)
+    wait()
+    return result
+files.{function} = {"before" if function == "make_durable" else "after"}"""
+    later = dataclasses.replace(small(7, seed=1), finished=frozenset({"a"}))
+
+    async def writes() -> None:
+        with opened_keeper(CheckpointPolicy(tmp_path)) as keeper:
+            await keeper.write(small(7))
+            await asyncio.to_thread(until, begun.exists, "the first is being made durable")
+            await keeper.write(later)
+            go_on.touch()
+            await keeper.finish(20)
+            assert keeper.problem == ""
+
+    monkeypatch.setattr(writer_process, "command", faulty_writer(slowly))
+    asyncio.run(writes())
+    (path,) = tmp_path.glob("*.safetensors")
+    assert is_durable(tmp_path, 7)
+    assert (read(path).finished, content(read(path))) == (later.finished, content(later))
 
 
 def failing_while_there_is(path: Path, function: str) -> str:
