@@ -30,7 +30,7 @@ from ps_server import status
 from ps_server.descriptors import raise_limit
 from ps_server.export import ExportError, export
 from ps_server.keeper import CheckpointPolicy
-from ps_server.memory_limit import memory_bytes
+from ps_server.memory_limit import default_max_model_bytes
 from ps_server.policy import MAX_WORKERS, RoundPolicy
 from ps_server.security import ServerSecurity, add_server_security_flags
 from ps_server.server import ServerConfig, UnusableSettingError, serve, stop_on_signals
@@ -144,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--max-model-bytes",
         type=_count,
-        default=memory_bytes() // 3,
+        default=default_max_model_bytes(),
         metavar="BYTES",
         help="refuse a model that needs more than twice as much memory; the server holds 16-bit variables four times, "
         "others twice (a third of this machine's memory, or of the cgroup's limit)",

@@ -16,7 +16,7 @@ import socket
 import stat
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from modelaverage.logs import event
@@ -197,12 +197,13 @@ def _borrowed(descriptor: int) -> Iterator[socket.socket | None]:
     """The socket behind a descriptor that is gRPC's: one of our own is not to be had. None: there is no stream socket.
     Of the body's OSErrors nobody hears: gRPC may close it at any time."""
     borrowed: socket.socket | None = None
-    try:
+    with suppress(OSError):
         if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
             borrowed = socket.socket(fileno=descriptor)
-        yield borrowed if borrowed is not None and borrowed.type == socket.SOCK_STREAM else None
-    except OSError:
-        pass
+    is_stream = borrowed is not None and borrowed.type == socket.SOCK_STREAM
+    try:
+        with suppress(OSError):
+            yield borrowed if is_stream else None
     finally:
         if borrowed is not None:
             borrowed.detach()

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-__all__ = ["memory_bytes"]
+__all__ = ["default_max_model_bytes", "memory_bytes"]
 
 _LIMIT_FILES = {"cgroup2": "memory.max", "cgroup": "memory.limit_in_bytes"}
 
@@ -42,6 +42,11 @@ def memory_bytes(root: Path = Path("/"), machine_bytes: int | None = None) -> in
     if machine_bytes is None:
         machine_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min((machine_bytes, *_limits(root)))
+
+
+def default_max_model_bytes(root: Path = Path("/"), machine_bytes: int | None = None) -> int:
+    """A third of `memory_bytes`: a server holds a center twice."""
+    return memory_bytes(root, machine_bytes) // 3
 
 
 def _limits(root: Path) -> Iterator[int]:

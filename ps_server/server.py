@@ -160,14 +160,17 @@ def _assembled(config: ServerConfig, service: ParameterServerService) -> tuple[g
     """A server that listens where it should, and for whom, once it is started; and its addresses."""
     try:
         tokens = tokens_of(config.security)
-        credentials = credentials_of(config.security)
+        # Each address needs its own: gRPC listens with such credentials once.
+        credentials = [credentials_of(config.security) for _ in config.binds]
     except SecurityError as error:
         raise UnusableSettingError(str(error)) from None
     server = grpc.aio.server(options=_OPTIONS, interceptors=() if tokens is None else (Gatekeeper(tokens.get),))
     server.add_generic_rpc_handlers((service.handler(),))
     names = (wire.SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
-    return server, [_listen(server, bind, credentials, config.security) for bind in config.binds]
+    return server, [
+        _listen(server, bind, own, config.security) for bind, own in zip(config.binds, credentials, strict=True)
+    ]
 
 
 @asynccontextmanager

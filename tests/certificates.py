@@ -26,16 +26,20 @@ class Identity:
 
 
 class Authority:
-    """Signs certificates. ``ca`` is the file that those need who trust it."""
+    """Signs certificates. ``ca`` is the file that those need who trust it.
 
-    def __init__(self, directory: Path, name: str = "authority") -> None:
+    ``signed_by``: an intermediate authority of that one; else it signs itself.
+    """
+
+    def __init__(self, directory: Path, name: str = "authority", signed_by: Authority | None = None) -> None:
         self._directory = directory
         self._key = ec.generate_private_key(ec.SECP256R1())
         self._name = _name(name)
-        builder = _builder(self._name, self._name, self._key, valid_until=_now() + _DAY)
+        signer = signed_by or self
+        builder = _builder(self._name, signer._name, self._key, valid_until=_now() + _DAY)
         builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
         self.ca = directory / f"{name}.pem"
-        self.ca.write_bytes(builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
+        self.ca.write_bytes(builder.sign(signer._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
 
     def sign(
         self,

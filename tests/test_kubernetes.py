@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from ps_server.__main__ import _parser as server_parser
+from ps_server.memory_limit import default_max_model_bytes
 from ps_worker.__main__ import _parser as worker_parser
 
 FOLDER = Path(__file__).parents[1] / "docker/kubernetes"
@@ -143,3 +144,21 @@ def test_nothing_runs_as_root_or_writes_outside_its_volumes(name: str) -> None:
         assert locked["readOnlyRootFilesystem"]
         assert not locked["allowPrivilegeEscalation"]
         assert locked["capabilities"]["drop"] == ["ALL"]
+
+
+@pytest.mark.parametrize("name", KUSTOMIZATIONS)
+def test_the_largest_model_that_a_server_takes_fits_its_limits(name: str, tmp_path: Path) -> None:
+    statefulset = the(built(FOLDER / name), "StatefulSet", "ps")
+    arguments = container(statefulset)["args"]
+    assert not any(argument.startswith("--max-model-bytes") for argument in arguments), "it follows from the limit"
+    limit_bytes = int(container(statefulset)["resources"]["limits"]["memory"].removesuffix("Gi")) << 30
+    group = tmp_path / "sys/fs/cgroup"
+    group.mkdir(parents=True)
+    (group / "memory.max").write_text(f"{limit_bytes}\n")
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/\n")
+    largest_bytes = default_max_model_bytes(tmp_path, machine_bytes=1 << 40)
+    assert 2 * largest_bytes + (200 << 20) <= limit_bytes
+    (claim,) = statefulset["spec"]["volumeClaimTemplates"]
+    disk_bytes = int(claim["spec"]["resources"]["requests"]["storage"].removesuffix("Gi")) << 30
+    assert 4 * largest_bytes <= disk_bytes

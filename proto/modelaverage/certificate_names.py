@@ -10,6 +10,8 @@ __all__ = ["CertificateNames", "broken_chain", "certificates_in", "shown_name"]
 
 _BEGIN, _END = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
 _VERSION_TAG = 0xA0
+# Serial number, algorithm, issuer, validity, subject.
+_FIELD_TAGS = (0x02, 0x30, 0x30, 0x30, 0x30)
 # commonName, organizationName: their OIDs' last byte, behind 2.5.4.
 _NAMES = (3, 10)
 
@@ -35,8 +37,10 @@ class CertificateNames:
             tag, _, end = _element(der, at)
             at = end if tag == _VERSION_TAG else at
             found = []
-            for _ in range(5):  # serial number, algorithm, issuer, validity, subject
-                _, _, end = _element(der, at)
+            for expected in _FIELD_TAGS:
+                tag, _, end = _element(der, at)
+                if tag != expected:
+                    raise IndexError
                 found.append(der[at:end])
                 at = end
         except IndexError:

@@ -1,0 +1,175 @@
+"""Nothing that is printed or logged ends a server, a training or a launcher; a command for looking ends quietly."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.jobs import CENTER
+from tests.launched import Launched
+from tests.raw_client import RawClient
+from tests.test_limits import serving
+
+pytestmark = pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
+
+TIMEOUT_S = 60
+HELP = [
+    ("ps_server", "--help"),
+    ("ps_server", "serve", "--help"),
+    ("ps_worker", "--help"),
+    ("ps_worker.launch", "--help"),
+]
+# `sh` closes what Python would not: descriptors of a child.
+REDIRECTIONS = {"full": ">/dev/full", "closed": ">&-", "all closed": "<&- >&- 2>&-", "both full": ">/dev/full 2>&1"}
+LOSING = """
+import logging, os, resource, sys
+from modelaverage.logs import keep_logging, log_json
+from modelaverage.output import OnLoss
+if sys.argv[2] == "json":
+    log_json("p")
+keep_logging("p", OnLoss.GO_ON)
+if sys.argv[2] == "json":
+    log_json("p")  # its handler writes to the stream that is kept
+os.dup2(os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
+print("before", flush=True)
+_, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))  # as a disk that is full
+for number in range(5):
+    print("lost", number, flush=True)
+resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+print("after", flush=True)
+print("and on", flush=True)
+"""
+
+
+def shell(command: tuple[str, ...], redirection: str) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-m", *command]
+    return subprocess.run(
+        ["sh", "-c", f'exec "$@" {redirection}', "sh", *words],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+
+
+def into_a_closed_pipe(command: tuple[str, ...], read_lines: int) -> tuple[int, str]:
+    """Its exit code, and what it says on standard error, when its reader goes after so many lines."""
+    with Launched(["-m", *command], read_lines=read_lines) as process:
+        return process.ended(), "\n".join(process.errors)
+
+
+@pytest.mark.parametrize("command", HELP)
+def test_help_that_nobody_reads_ends_quietly(command: tuple[str, ...]) -> None:
+    assert into_a_closed_pipe(command, 0) == (0, "")
+    for redirection in REDIRECTIONS.values():
+        done = shell(command, redirection)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+@contextmanager
+def looked_at(directory: Path) -> Iterator[str]:
+    with serving(directory, "--num-workers", "2") as (_, address), RawClient(address) as client:
+        client.initialize(CENTER, 3)
+        yield address
+
+
+def test_a_look_whose_reader_goes_ends_quietly_as_shells_expect_it(tmp_path: Path) -> None:
+    with looked_at(tmp_path) as address:
+        for flags, read_lines in (
+            ((), 0),
+            (("--json",), 0),
+            (("--watch", "0.1"), 1),  # nothing changes: no line comes that could fail
+            (("--watch", "0.1", "--json"), 1),
+        ):
+            ended = into_a_closed_pipe(("ps_server", "status", address, *flags), read_lines)
+            assert ended == (128 + signal.SIGPIPE, ""), flags
+
+
+def test_a_look_that_cannot_be_written_says_so_and_fails(tmp_path: Path) -> None:
+    with looked_at(tmp_path) as address:
+        done = shell(("ps_server", "status", address), ">/dev/full")
+        assert (done.returncode, done.stderr) == (
+            1,
+            "ps-server: cannot write to standard output: No space left on device\n",
+        )
+        assert shell(("ps_server", "status", address), "2>/dev/full").returncode == 0
+        assert shell(("ps_server", "status", address), ">&- 2>&-").returncode == 0
+
+
+def test_an_export_is_written_whoever_reads_what_it_says(tmp_path: Path) -> None:
+    out = tmp_path / "center.safetensors"
+    with looked_at(tmp_path) as address:
+        for redirection in REDIRECTIONS.values():
+            done = shell(("ps_server", "export", address, str(out)), redirection)
+            assert (done.returncode, done.stderr) == (0, "")
+            assert out.stat().st_size > 100
+            out.unlink()
+        assert into_a_closed_pipe(("ps_server", "export", address, str(out)), 0) == (0, "")
+        assert out.exists()
+
+
+@pytest.mark.parametrize("redirection", REDIRECTIONS.values(), ids=REDIRECTIONS.keys())
+def test_a_server_serves_wherever_its_log_goes(redirection: str, tmp_path: Path) -> None:
+    ready = tmp_path / "ready.json"
+    os.mkfifo(ready.with_suffix(".fifo"))
+    command = [sys.executable, "-m", "ps_server", "serve", "--bind", "127.0.0.1:0", "--num-workers", "1", "--verbose"]
+    with Launched(
+        [
+            "-c",
+            "import os, sys; os.execvp('sh', ['sh', '-c', sys.argv[1], 'sh', *sys.argv[2:]])",
+            f'exec "$@" {redirection}',
+            *command,
+            "--ready-file",
+            str(ready),
+        ]
+    ) as server:
+        while not ready.exists():
+            assert server.process.poll() is None, server.printed()
+        address = json.loads(ready.read_text())["address"]
+        for number in range(3):
+            assert os.readlink(f"/proc/{server.process.pid}/fd/{number}").startswith(("/dev/", "pipe:"))
+        with RawClient(address) as client:
+            client.initialize(CENTER)
+            assert client.status().global_step == 0
+        server.process.send_signal(signal.SIGTERM)
+        assert server.ended() == 0
+        assert "Traceback" not in server.printed()
+        if redirection == ">/dev/full":
+            lost = [line for line in server.errors if "standard output cannot be written" in line]
+            assert len(lost) == 1, "it is said once"
+
+
+def test_a_training_goes_on_when_nobody_reads_its_lines() -> None:
+    code, errors = into_a_closed_pipe(("ps_worker", "digits", "--alone", "--steps", "5", "--interval-steps", "5"), 0)
+    assert code == 0, errors
+    assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_lines_that_were_lost_are_counted_once_there_is_room_again(form: str, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    done = subprocess.run(
+        [sys.executable, "-c", LOSING, str(log), form], capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    lines = log.read_text().splitlines()
+    assert lines[0] == "before"
+    assert lines[-2:] == ["after", "and on"]
+    (said,) = (line for line in lines if "lines of it are lost" in line)
+    (first,) = done.stderr.splitlines()
+    if form == "json":
+        fields = json.loads(said)
+        assert (fields["event"], fields["stream"], fields["lines"]) == ("output_lost", "stdout", 5)
+        assert json.loads(first)["event"] == "output_lost"
+    else:
+        assert said == "p: standard output could not be written (File too large): 5 lines of it are lost"
+        assert first.startswith("p: standard output cannot be written (File too large)")
