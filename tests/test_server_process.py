@@ -19,6 +19,7 @@ from grpc import StatusCode
 import ps_server.server
 from ma_client import ParameterServerSession, shard
 from modelaverage.errors import ConflictError, DeadlineExceededError, Reason, ServerUnavailableError
+from modelaverage.tuning import CHANNEL_OPTIONS
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.__main__ import main
 from tests.conftest import StartServer
@@ -287,13 +288,13 @@ def test_no_arguments_give_the_usage_as_a_process_too() -> None:
 
 
 # How long a peer may be silent is a number of test_slow_links.py; here, that it counts.
-IMPATIENT = {"grpc.keepalive_timeout_ms": 1000}
+IMPATIENT = {"grpc.keepalive_timeout_ms": 1000, "grpc.http2.ping_timeout_ms": 1000}
 
 
 def test_a_server_that_no_longer_answers_is_noticed_by_who_waits_at_the_barrier(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(shard, "CHANNEL_OPTIONS", [*{**dict(shard.CHANNEL_OPTIONS), **IMPATIENT}.items()])
+    monkeypatch.setattr(shard, "CHANNEL_OPTIONS", [*{**dict(CHANNEL_OPTIONS), **IMPATIENT}.items()])
     with ServerProcess(num_workers=2) as server, worker(server.address, "chief", reconnect_timeout_s=0) as session:
         session.initialize(CENTER)
         with ThreadPoolExecutor(1) as pool, RawClient(server.address) as client:
