@@ -23,7 +23,7 @@ _FIRST_SLEEP_S = 0.05
 _LONGEST_SLEEP_S = 1.0
 _FIRST_NOTICE_S = 5.0
 # A process whose host is gone holds its worker id until the server's keepalive notices.
-_ID_IN_USE_TIMEOUT_S = GONE_AFTER_S + 15.0
+_ID_IN_USE_TIMEOUT_S = GONE_AFTER_S + 5.0
 
 
 class Patience:

@@ -16,10 +16,13 @@ import numpy as np
 import pytest
 from grpc import StatusCode
 
-from ma_client import ParameterServerSession
+import ps_server.server
+from ma_client import ParameterServerSession, shard
 from modelaverage.errors import ConflictError, DeadlineExceededError, Reason, ServerUnavailableError
+from modelaverage.tuning import CHANNEL_OPTIONS
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.__main__ import main
+from tests.conftest import StartServer
 from tests.jobs import CENTER, COUNT, STEP, Job, of, worker
 from tests.raw_client import Arrays, RawClient, flat_bytes, fragments_of, push_header, rest_of_center, until
 
@@ -284,7 +287,14 @@ def test_no_arguments_give_the_usage_as_a_process_too() -> None:
     assert "Traceback" not in process.stderr
 
 
-def test_a_server_that_no_longer_answers_is_noticed_by_who_waits_at_the_barrier() -> None:
+# How long a peer may be silent is a number of test_slow_links.py; here, that it counts.
+IMPATIENT = {"grpc.keepalive_timeout_ms": 1000, "grpc.http2.ping_timeout_ms": 1000}
+
+
+def test_a_server_that_no_longer_answers_is_noticed_by_who_waits_at_the_barrier(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(shard, "CHANNEL_OPTIONS", [*{**dict(CHANNEL_OPTIONS), **IMPATIENT}.items()])
     with ServerProcess(num_workers=2) as server, worker(server.address, "chief", reconnect_timeout_s=0) as session:
         session.initialize(CENTER)
         with ThreadPoolExecutor(1) as pool, RawClient(server.address) as client:
@@ -295,12 +305,16 @@ def test_a_server_that_no_longer_answers_is_noticed_by_who_waits_at_the_barrier(
                 push.result(timeout=20)
 
 
-def test_a_worker_that_no_longer_answers_frees_its_id() -> None:
+def test_a_worker_that_no_longer_answers_frees_its_id(
+    start_server: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ps_server.server, "_OPTIONS", [*{**dict(ps_server.server._OPTIONS), **IMPATIENT}.items()])
     script = (
         "import sys, numpy as np; from ma_client import ParameterServerSession as S\n"
         "s = S([sys.argv[1]], worker_id='b'); c, _ = s.pull(); s.push_and_average(c)"
     )
-    with ServerProcess(num_workers=2) as server, worker(server.address, "chief") as session:
+    server = start_server(2)
+    with worker(server.address, "chief") as session:
         session.initialize(CENTER)
         with (
             subprocess.Popen([sys.executable, "-c", script, server.address]) as frozen,
