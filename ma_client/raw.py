@@ -12,7 +12,7 @@ from modelaverage.manifest import DTYPES, dtype_name
 __all__ = ["bytes_of", "same_bytes"]
 
 # Larger arrays are compared in pieces of this size, so that the first one that differs ends it.
-_PIECE_BYTES = 1 << 18
+_PIECE_BYTES = 1 << 16
 
 
 def bytes_of(array: NDArray[Any]) -> memoryview:
@@ -27,8 +27,7 @@ def same_bytes(first: NDArray[Any], second: NDArray[Any]) -> bool:
         return False
     if first.nbytes <= _PIECE_BYTES:
         return first.tobytes() == second.tobytes()
-    ours, theirs = (np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in (first, second))
-    return all(
-        np.array_equal(ours[at : at + _PIECE_BYTES], theirs[at : at + _PIECE_BYTES])
-        for at in range(0, len(ours), _PIECE_BYTES)
-    )
+    bits = f"u{first.itemsize}"
+    ours, theirs = (np.ascontiguousarray(array).reshape(-1).view(bits) for array in (first, second))
+    piece = _PIECE_BYTES // first.itemsize
+    return all((ours[at : at + piece] == theirs[at : at + piece]).all() for at in range(0, len(ours), piece))
