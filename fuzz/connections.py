@@ -14,7 +14,8 @@ from fuzz.context import ClientCall, Failure
 from fuzz.sequences import WORKER_IDS, Push, Sequence
 from fuzz.wires import Offer, Place, Wire
 from fuzz.world import LONG_ENOUGH_S
-from modelaverage.data_connection import HALF_KEY_BYTES, NUMBER
+from modelaverage.data_connection import HALF_KEY_BYTES, NOTICES_IN_SILENCE, NUMBER
+from modelaverage.tuning import SILENCE_TIMEOUT_S
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.data_port import _GREETING_TIMEOUT_S, _GREETINGS_AT_ONCE
 
@@ -30,6 +31,8 @@ class ConnectionSequence(Sequence):
     """A server that listens for data connections."""
 
     has_connections = True
+    # The server wakes up for a part of what it waits for only now and then, and that is when it has heard of it.
+    long_enough_s = LONG_ENOUGH_S + SILENCE_TIMEOUT_S / NOTICES_IN_SILENCE
 
     def __init__(self, rng: Random, endings: Counter[str]) -> None:
         super().__init__(rng, endings)

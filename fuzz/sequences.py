@@ -108,6 +108,8 @@ class Sequence:
     """One server, its clients, and what they know of each other."""
 
     has_connections = False
+    long_enough_s = LONG_ENOUGH_S
+    """After so long without a word nobody waits for it any longer."""
 
     def __init__(self, rng: Random, endings: Counter[str]) -> None:
         self._rng = rng
@@ -436,7 +438,7 @@ class Sequence:
         how = self._rng.randrange(4)
         if how == 0:
             self._read_again()
-            self.world.advance(LONG_ENOUGH_S)
+            self.world.advance(self.long_enough_s)
             self._check()
             for call in self._calls:
                 self._check_may_wait(call)

@@ -39,6 +39,9 @@ class MemorySocket:
         is_reset: the connection is broken off.
     """
 
+    family = socket.AF_UNIX
+    """Of which the kernel does not say how fast it is."""
+
     def __init__(self) -> None:
         self.peer = self
         self.inbox = bytearray()
