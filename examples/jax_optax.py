@@ -68,7 +68,7 @@ def main() -> None:
             result = session.push_and_average(params)
             params = result.center
             print(f"round {result.global_step}: loss {float(loss(params, x, y)):.3f}")
-        session.finish()  # the others do not wait for this worker any longer
+        session.finish()  # no round waits for this worker any longer
 
     x, y = points(1000, seed=1)
     accuracy = float(((logits(params, x) > 0) == (y > 0.5)).mean())  # params is the center now, on every worker

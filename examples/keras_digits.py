@@ -70,7 +70,7 @@ def main() -> None:
         steps = ROUNDS * INTERVAL_STEPS
         epochs = -(-steps * BATCH_SIZE // len(x[rows])) + 1  # more than enough: the callback ends it
         model.fit(x[rows], y[rows], BATCH_SIZE, epochs, verbose=0, callbacks=[EveryInterval(session)])
-        session.finish()  # the others do not wait for this worker any longer
+        session.finish()  # no round waits for this worker any longer
 
     _, accuracy = model.evaluate(x[:TEST_ROWS], y[:TEST_ROWS], verbose=0)  # the center now, on every worker
     print(f"accuracy of the center: {accuracy:.3f}")

@@ -33,7 +33,7 @@ def main() -> None:
             result = session.push_and_average({"w": w, "b": b})  # waits for the other workers
             center = result.center
             print(f"round {result.global_step}: error {np.square(error).mean():.5f}")
-        session.finish()  # the others do not wait for this worker any longer
+        session.finish()  # no round waits for this worker any longer
 
     print(f"w {center['w'].round(3).tolist()}, b {center['b'].round(3).item()}")
 

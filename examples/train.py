@@ -36,7 +36,8 @@ def main() -> None:
         ma_custom_getter=getter,
         interval_steps=INTERVAL_STEPS,
     )
-    with optimizer.make_session_run_hook():  # the chief initializes the center; everyone starts from it
+    # The chief initializes the center, and everyone starts from it. At the end, what no round has had yet is averaged.
+    with optimizer.make_session_run_hook():
         while optimizer.global_step < ROUNDS:  # so a worker that is started again makes only the rounds that are left
             for _ in range(INTERVAL_STEPS):
                 rows = torch.randint(len(x), (BATCH_SIZE,))

@@ -443,7 +443,7 @@ class ParameterServerSession:
             failed on its way back, or when rounds with a quorum went on without this worker.
         """
         assembly = self._assembly
-        if assembly is None or any(step != self.base_step for step in self._members.steps):
+        if not variables or assembly is None or any(step != self.base_step for step in self._members.steps):
             return frozenset()
         if not all(member.holds_center for member in self._members):
             return frozenset()

@@ -136,7 +136,7 @@ class _Demo:
         with ParameterServerSession(
             self._cluster.addresses, worker_id="ma-launch", connect_timeout_s=_SAVE_TIMEOUT_S, reconnect_timeout_s=0
         ) as session:
-            center, _ = session.pull(timeout_s=_SAVE_TIMEOUT_S)
+            center, _ = session.pull(timeout_s=_SAVE_TIMEOUT_S, catch_up=False)
         save_file(dict(center), self._directory / run_files.CENTER)
 
     async def _train_alone(self) -> float:
