@@ -10,7 +10,6 @@ import time
 from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
 from rich.console import Console
 from safetensors.numpy import save_file
@@ -21,6 +20,7 @@ from ps_worker import run_files
 from ps_worker.digits_config import ALONE, DigitsConfig
 from ps_worker.engine import Cluster, Engine, server_name
 from ps_worker.events import Event, ServerEvent, decode, encode
+from ps_worker.metrics_file import MetricsFile
 from ps_worker.processes import LineHandler, Processes, all_end_well
 from ps_worker.record import Record
 from ps_worker.server_watch import ServerWatch
@@ -58,7 +58,7 @@ async def run_demo(config: DemoConfig, engine: Engine, processes: Processes) -> 
     view = view_for(Console())
     directory = run_files.new_run_directory(config.runs)
     try:
-        with (directory / run_files.METRICS).open("w", encoding="utf-8", buffering=1) as metrics:
+        with MetricsFile(directory / run_files.METRICS, view.say) as metrics:
             async with engine(processes, view.say) as cluster:
                 summary = await _Demo(config, cluster, processes, directory, view, metrics).run()
     finally:
@@ -78,7 +78,7 @@ class _Demo:
         processes: Processes,
         directory: Path,
         view: View,
-        metrics: TextIO,
+        metrics: MetricsFile,
     ) -> None:
         self._config = config
         self._cluster = cluster
@@ -180,7 +180,7 @@ class _Demo:
 
     def _add(self, event: Event) -> None:
         self._record.add(event)
-        self._metrics.write(encode(event) + "\n")
+        self._metrics.write(encode(event))
 
     async def _keep_watching(self, watch: ServerWatch) -> None:
         while True:

@@ -17,7 +17,6 @@ import pytest
 from ma_client import ParameterServerSession
 from modelaverage.access import Access
 from modelaverage.security import Security
-from ps_server import descriptors
 from ps_server.descriptors import check_limit, raise_limit
 from ps_server.status import fetch
 from tests.launched import Launched
@@ -67,8 +66,8 @@ def test_the_soft_limit_becomes_the_hard_one_within_reason(
     soft: int, hard: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [(soft, hard)]
-    monkeypatch.setattr(descriptors.resource, "getrlimit", lambda _: now[-1])
-    monkeypatch.setattr(descriptors.resource, "setrlimit", lambda _, limits: now.append(limits))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: now[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: now.append(limits))
     raise_limit()
     assert now[-1] == (expected, hard)
 
