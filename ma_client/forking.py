@@ -19,11 +19,11 @@ if _VERBOSITY in os.environ:
     import grpc
 else:
     # Only meanwhile: other programs that this one starts are none of our business.
-    os.environ[_VERBOSITY] = "ERROR"
+    os.environ.setdefault(_VERBOSITY, "ERROR")
     try:
         import grpc  # noqa: F401
     finally:
-        del os.environ[_VERBOSITY]
+        os.environ.pop(_VERBOSITY)
 
 
 class OwnProcess:

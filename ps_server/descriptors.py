@@ -27,7 +27,7 @@ __all__ = ["DescriptorWatch", "check_limit", "raise_limit"]
 _log = logging.getLogger("ps_server")
 
 # More than the most workers need; where the hard limit is a billion, strangers shall not have as much.
-MOST = 1 << 16
+_MOST = 1 << 16
 # A worker has one connection for its calls, and one for its bytes or a segment of shared memory, which is two: the
 # segment and its mapping.
 _OF_CONNECTION, _OF_DATA_CONNECTION, _OF_SEGMENT = 1, 1, 2
@@ -52,7 +52,7 @@ _WAITING_AT, _BYTES_RECEIVED_AT, _TCP_INFO_BYTES = 24, 128, 136
 def raise_limit() -> None:
     """The soft limit on descriptors becomes the hard one, 65,536 at most; it is never lowered."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MOST if hard == resource.RLIM_INFINITY else min(hard, MOST)
+    wanted = _MOST if hard == resource.RLIM_INFINITY else min(hard, _MOST)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -27,7 +27,7 @@ CLOSED_PIPE_EXIT_CODE = 128 + signal.SIGPIPE
 _ROOM_TIMEOUT_MS = 1000
 _NAMES = ("stdout", "stderr")
 
-Words = Callable[[str, int, str], str]
+_Words = Callable[[str, int, str], str]
 """Makes one line of: the stream's name, how many lines of it are lost (0: not known yet), and why."""
 
 
@@ -62,7 +62,7 @@ _on_loss = OnLoss.DROP
 class _Lossy(io.RawIOBase):
     """A descriptor to write to."""
 
-    def __init__(self, descriptor: int, name: str, words: Words) -> None:
+    def __init__(self, descriptor: int, name: str, words: _Words) -> None:
         self._descriptor, self.name, self._words = descriptor, name, words
         self._lost_lines, self._cause = 0, ""
         self._is_lost = self._has_ended = self._is_mid_line = False
@@ -123,7 +123,7 @@ class _Lossy(io.RawIOBase):
         return count
 
 
-def keep_output(words: Words, on_loss: OnLoss = OnLoss.DROP) -> None:
+def keep_output(words: _Words, on_loss: OnLoss = OnLoss.DROP) -> None:
     """From now on nothing that is printed or logged ends this process, but for what ``on_loss`` says; may be called
     again to say something else. Streams that somebody else has put into ``sys`` stay.
 
