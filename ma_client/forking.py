@@ -19,7 +19,7 @@ if _VERBOSITY in os.environ:
     import grpc
 else:
     # Only meanwhile: other programs that this one starts are none of our business.
-    os.environ.update({_VERBOSITY: "ERROR"})
+    os.environ.setdefault(_VERBOSITY, "ERROR")
     try:
         import grpc  # noqa: F401
     finally:

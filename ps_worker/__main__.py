@@ -14,7 +14,7 @@ from modelaverage import __version__
 from modelaverage.logs import event, keep_logging, log_json
 from modelaverage.output import OnLoss
 from modelaverage.security_flags import add_security_flags, security_of
-from ps_worker import flags
+from ps_worker import flags, run_script
 from ps_worker.digits_config import MODULES, DigitsConfig, add_training_flags
 from ps_worker.events import EVENTS_FLAG
 from ps_worker.extras import MissingExtraError, require
@@ -168,7 +168,7 @@ def _run(arguments: argparse.Namespace) -> None:
     from ma_client.cluster import ClusterSpec
 
     variables = ClusterSpec.env_for_child(**_cluster_flags(arguments))
-    command = [sys.executable, str(arguments.script), *arguments.args]
+    command = [sys.executable, run_script.__file__, str(arguments.script), *arguments.args]
     os.execvpe(command[0], command, {**os.environ, **variables, **security_of(arguments).to_env()})
 
 

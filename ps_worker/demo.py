@@ -9,7 +9,6 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
 from rich.console import Console
 from safetensors.numpy import save_file
@@ -22,6 +21,7 @@ from ps_worker.digits_config import ALONE, ALONE_WITH_ALL, DigitsConfig
 from ps_worker.engine import Cluster, Engine, server_name
 from ps_worker.events import Event, ServerEvent, decode, encode
 from ps_worker.lookout import keep_looking
+from ps_worker.metrics_file import MetricsFile
 from ps_worker.processes import Child, LineHandler, Processes, all_end_well
 from ps_worker.record import Record
 from ps_worker.server_watch import ServerWatch
@@ -59,7 +59,7 @@ async def run_demo(config: DemoConfig, engine: Engine, processes: Processes) -> 
     view = view_for(Console())
     directory = run_files.new_run_directory(config.runs)
     try:
-        with (directory / run_files.METRICS).open("w", encoding="utf-8", buffering=1) as metrics:
+        with MetricsFile(directory / run_files.METRICS, view.say) as metrics:
             async with engine(processes, view.say) as cluster:
                 summary = await _Demo(config, cluster, processes, directory, view, metrics).run()
     finally:
@@ -79,7 +79,7 @@ class _Demo:
         processes: Processes,
         directory: Path,
         view: View,
-        metrics: TextIO,
+        metrics: MetricsFile,
     ) -> None:
         self._config = config
         self._cluster = cluster
@@ -202,7 +202,7 @@ class _Demo:
 
     def _add(self, event: Event) -> None:
         self._record.add(event)
-        self._metrics.write(encode(event) + "\n")
+        self._metrics.write(encode(event))
 
     async def _keep_watching(self, watch: ServerWatch) -> None:
         while True:

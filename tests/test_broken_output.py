@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from ps_worker.metrics_file import MetricsFile
 from tests.jobs import CENTER
 from tests.launched import Launched
 from tests.raw_client import RawClient
@@ -152,6 +154,60 @@ def test_a_training_goes_on_when_nobody_reads_its_lines() -> None:
     code, errors = into_a_closed_pipe(("ps_worker", "digits", "--alone", "--steps", "5", "--interval-steps", "5"), 0)
     assert code == 0, errors
     assert "Traceback" not in errors
+
+
+SCRIPT = """
+import multiprocessing, pathlib, pickle, sys
+import beside
+class Thing: pass
+def work(value): return value + 1
+if __name__ == "__main__":
+    for number in range(100):
+        print("a line", number, flush=True)
+    assert sys.argv[1:] == ["--flag", "x"], sys.argv
+    assert type(pickle.loads(pickle.dumps(Thing()))) is Thing
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.map(work, [1]) == [2]
+    assert not {"main", "annotations", "SourceFileLoader"} & globals().keys()
+    pathlib.Path(__file__).with_name("done").write_text(f"{__name__} {beside.NAME} {__doc__} {__spec__}")
+    raise SystemExit(3)
+"""
+
+
+def test_a_script_goes_on_when_nobody_reads_its_lines_and_is_otherwise_as_by_itself(tmp_path: Path) -> None:
+    folder = tmp_path / "with space"
+    folder.mkdir()
+    (folder / "train.py").write_text(SCRIPT)
+    (folder / "beside.py").write_text("NAME = 'beside'\n")
+    cluster = ("--ps-hosts", "127.0.0.1:1", "--num-workers", "1", "--task-index", "0")
+    command = ("ps_worker", "run", *cluster, str(folder / "train.py"), "--flag", "x")
+    code, errors = into_a_closed_pipe(command, 1)
+    assert code == 3, errors
+    assert (
+        errors
+        == "ps-worker: standard output cannot be written (Broken pipe): what follows is lost, and the work goes on"
+    )
+    assert (folder / "done").read_text() == "__main__ beside None None"
+
+
+def test_metrics_that_cannot_be_written_cost_whole_lines_only(tmp_path: Path) -> None:
+    said = list[str]()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    path = tmp_path / "metrics.jsonl"
+    with MetricsFile(path, said.append) as metrics:
+        metrics.write("1" * 20)
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (30, before[1]))  # as a disk that is full
+            for number in range(3):
+                metrics.write(f"{number}" * 20)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        metrics.write("2" * 20)
+    assert path.read_text().splitlines() == ["1" * 20, "2" * 20]
+    assert said == [
+        f"cannot write {path}: File too large; the run goes on without its lines",
+        f"{path} can be written again; 3 lines of it are lost",
+    ]
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
