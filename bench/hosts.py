@@ -104,8 +104,9 @@ class Network:
         rate_mbit: of every link, either way.
         congestion_control: of TCP on the hosts. "reno" is the one that every kernel has and every namespace may choose;
             Linux's usual "cubic" behaves the same on ways so short.
-        queue_bytes: what may wait before every link, either way, as in a slow modem; None: 5 ms of packets, as in a
-            small switch.
+        queue_bytes: what may wait before every link, as in a slow modem; None: 5 ms of packets, as in a small switch.
+            Such a queue is in the switch, on the way to a host: in a sending host the kernel would keep it short (TCP
+            small queues). What a host sends is limited where it arrives.
 
     Attributes:
         hosts: linked to the switch.
@@ -164,7 +165,7 @@ class Network:
         limit = f"root tbf rate {rate_mbit}mbit burst {_SLOW_BURST_BYTES}b limit {queue_bytes}b".split()
         for host in self.hosts:
             self.switch.run("tc", "qdisc", "replace", "dev", port_to(host), *limit)
-            host.run("tc", "qdisc", "replace", "dev", INTERFACE, *limit)
+            host.run("tc", "qdisc", "del", "dev", INTERFACE, "root")
 
     def _link(self, switch: Host, host: Host, port: str) -> None:
         peer = ("peer", "name", INTERFACE, "netns", str(host.pid))
@@ -176,9 +177,9 @@ class Network:
         # The file shows the namespace of who opens it.
         host.run("sh", "-c", 'echo "$1" > /proc/sys/net/ipv4/tcp_congestion_control', "sh", self._congestion_control)
         # A queue limits what goes out: one at each end of the cable.
-        limit = f"root tbf rate {self._rate_mbit}mbit {self._queue}".split()
-        switch.run("tc", "qdisc", "add", "dev", port, *limit)
-        host.run("tc", "qdisc", "add", "dev", INTERFACE, *limit)
+        switch.run("tc", "qdisc", "add", "dev", port, *f"root tbf rate {self._rate_mbit}mbit {self._queue}".split())
+        if self._queue == _QUEUE:
+            host.run("tc", "qdisc", "add", "dev", INTERFACE, *f"root tbf rate {self._rate_mbit}mbit {_QUEUE}".split())
 
 
 def port_to(host: Host) -> str:

@@ -61,8 +61,8 @@ def link_takes(monkeypatch: pytest.MonkeyPatch, bytes_per_s: int, acknowledged_b
 
 
 @on_linux
-def test_no_more_is_on_its_way_than_the_link_takes_in_two_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    link_takes(monkeypatch, 100_000)
+def test_no_more_is_on_its_way_than_the_link_takes_in_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    link_takes(monkeypatch, 200_000)
     with connected() as (ours, theirs):
         pace, sent_bytes = Pace(ours), 0
         while room_bytes := pace.room():
@@ -91,7 +91,7 @@ def test_what_a_link_took_in_an_earlier_push_does_not_count(monkeypatch: pytest.
     with connected() as (ours, _):
         pace = Pace(ours)
         pace.begin()
-        assert pace.room() <= 1 << 17
+        assert pace.room() <= 1 << 16
         link_takes(monkeypatch, 100_000_000, acknowledged_bytes=(1 << 20) + (1 << 17))
         assert pace.room() == 1 << 18
 

@@ -28,8 +28,9 @@ HALF_KEY_BYTES = 16
 NUMBER = struct.Struct("<Q")
 """The number of a push, which comes before its bytes."""
 
-NOTICES_IN_SILENCE = 8
-"""After this part of the longest silence it is said, and again after 3 and 7 such parts."""
+NOTICES_IN_SILENCE = 4
+"""After this part of the longest silence it is said, and again after 3 such parts: not before 10 s, because on a slow link
+both ways may be full for 8."""
 
 # Between two pushes the way stays open, and a peer that is gone is noticed: probes from 5 s on, until the limit above.
 _OPTIONS = (
@@ -49,8 +50,8 @@ _MIN_RTT_AT = 148
 _DELIVERY_RATE_AT = 160
 _TCP_INFO_BYTES = 256
 # No more is on its way than the link takes in this time, but so much always.
-_QUEUE_S = 2.0
-_LEAST_QUEUE_BYTES = 128 << 10
+_QUEUE_S = 1.0
+_LEAST_QUEUE_BYTES = 64 << 10
 _LEAST_PIECE_BYTES = 16 << 10
 _LONGEST_PAUSE_S, _SHORTEST_PAUSE_S = 0.25, 0.002
 # At once, so that a sender that waits for the kernel to take them is not silent for long. At 0.5 Mbit/s that takes 4 s.
@@ -102,7 +103,7 @@ def use_short_queues(connection: socket.socket) -> None:
 
 
 class Pace:
-    """How much may be handed to the kernel: no more than the link takes in 2 s is to be on its way.
+    """How much may be handed to the kernel: no more than the link takes in a second is to be on its way.
 
     The kernel would take some MB, and the queue before a slow link as much again: at 0.5 Mbit/s all else that uses this
     link, the calls beside this connection and their pings first of all, would wait a minute behind that. What the link
