@@ -99,6 +99,7 @@ class Round:
     _lateness: Lateness = field(default_factory=Lateness, init=False)
     _contributions: list[int] = field(default_factory=list, init=False)  # by fragment
     _finished: int = field(default=0, init=False)  # fragments 0 .. _finished-1 are
+    _kept: frozenset[int] | None = field(default=None, init=False)  # untouched variables, once a fragment is finished
     _complete_count: int = field(default=0, init=False)
     _closed: bool = field(default=False, init=False)  # whether it is certain whose pushes are averaged
     _prepared: bool = field(default=False, init=False)  # whether only `commit` is missing
@@ -529,7 +530,9 @@ class Round:
             and self._contributions[self._finished] == len(self._members)
         ):
             total_weight = math.fsum(member.push.weight for member in self._members.values())
-            decisions.append(FinishFragment(self._finished, total_weight, self._untouched()))
+            if self._kept is None:  # once a round: there may be many fragments, and many variables
+                self._kept = self._untouched()
+            decisions.append(FinishFragment(self._finished, total_weight, self._kept))
             self._finished += 1
         return decisions
 
@@ -565,7 +568,7 @@ class Round:
         self._streams.clear()
         self._held.clear()
         self._contributions = contributions
-        self._finished = self._complete_count = 0
+        self._finished, self._complete_count, self._kept = 0, 0, None
         self._closed = self._prepared = False
         self._started_at_s = self._enough_at_s = None
 
