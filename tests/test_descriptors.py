@@ -16,9 +16,10 @@ import pytest
 
 from ma_client import ParameterServerSession
 from modelaverage.access import Access
-from modelaverage.security import Security
+from modelaverage.security import Security, Tls
 from ps_server.descriptors import check_limit, raise_limit
 from ps_server.status import fetch
+from tests.certificates import Authority
 from tests.launched import Launched
 from tests.test_limits import serving
 
@@ -116,12 +117,16 @@ def flood(address: str, count: int, words: bytes) -> list[socket.socket]:
 
 
 def test_strangers_that_say_nothing_do_not_keep_a_server_deaf(tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    own = authority.sign("server")
+    # With TLS gRPC would leave them two minutes for their first words, half a minute as it is set here.
+    flags = ("--num-workers", "1", "--tls-cert", str(own.cert), "--tls-key", str(own.key))
     with ExitStack() as stack:
-        server, address = stack.enter_context(limited(tmp_path, LIMIT, LIMIT, "--num-workers", "1"))
+        server, address = stack.enter_context(limited(tmp_path, LIMIT, LIMIT, *flags))
         for connection in flood(address, LIMIT, b""):
             stack.enter_context(connection)
         server.wait_for("all 48 descriptors are in use")
-        assert fetch(address, ANSWER_TIMEOUT_S, Access(Security())).num_workers == 1
+        assert fetch(address, ANSWER_TIMEOUT_S, Access(Security(Tls(authority.ca)))).num_workers == 1
         assert server.printed().count("are in use") == 1
 
 

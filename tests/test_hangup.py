@@ -44,9 +44,26 @@ def test_sighup_ends_a_server_as_sigterm_does_with_its_last_rounds_written(tmp_p
             for _ in range(3):
                 session.push_and_average(CENTER)
         os.kill(server.pid, signal.SIGHUP)
-        os.kill(server.pid, signal.SIGHUP)  # the kernel sends one, and the shell another
         assert server.end()[0] == 0
     assert max(path.name for path in tmp_path.glob("center-*")).startswith("center-00000000000000000003.")
+
+
+def test_a_second_sighup_does_not_break_off_the_end() -> None:
+    """The kernel sends one when a terminal closes, and the shell another."""
+    code = """
+import asyncio, os, signal
+from ps_server.server import stop_on_signals
+async def main():
+    stop = asyncio.Event()
+    stop_on_signals(stop)
+    os.kill(os.getpid(), signal.SIGHUP)
+    await stop.wait()
+    os.kill(os.getpid(), signal.SIGHUP)
+    print("ends in peace")
+asyncio.run(main())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "ends in peace\n"), done.stderr
 
 
 def test_a_server_that_was_started_with_nohup_outlives_its_terminal() -> None:
