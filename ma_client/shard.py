@@ -453,6 +453,16 @@ class Shard:
         if self._reach.failed(lasted_s):
             self._channel_is_lost = True  # a new one makes longer attempts
 
+    def _when_connected(self, call: Callable[[], None]) -> Callable[[], None]:
+        channel = self._channel
+
+        def changed(state: grpc.ChannelConnectivity) -> None:
+            if state is grpc.ChannelConnectivity.READY:
+                call()
+
+        channel.subscribe(changed)
+        return lambda: channel.unsubscribe(changed)
+
     def _another_way(self) -> None:
         """The server is there, and what is under way does not get through. From any thread."""
         self._channel_is_lost = True
@@ -488,7 +498,7 @@ class Shard:
         try:
             if self._channel_lacks_thread or self._channel_is_lost:
                 self._replace_channel()
-            with self._reach.looking(self._another_way):
+            with self._reach.looking(self._another_way, self._when_connected):
                 yield
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.UNAVAILABLE and self.answered_at_s < began_s:
@@ -497,6 +507,8 @@ class Shard:
             fault.status = error.code().name
             raise fault from None
         except grpc.FutureCancelledError:
+            if self._channel_is_lost and not self.stopped.is_set():
+                raise self._is_elsewhere() from None
             raise ModelAverageError(f"the call to {self.address} was ended here") from None
         except RuntimeError as error:
             if not is_about_threads(error):
@@ -525,6 +537,11 @@ class Shard:
         probe.join()
         self._open_channel()
 
+    def _is_elsewhere(self) -> ServerUnavailableError:
+        return ServerUnavailableError(
+            f"the parameter server at {self.address} is there again, perhaps at another address"
+        )
+
     def _fault(self, error: grpc.RpcError, deadline: Deadline, late: str) -> ModelAverageError:
         details = error.details() or ""
         if error.code() is not grpc.StatusCode.UNAVAILABLE:
@@ -543,8 +560,8 @@ class Shard:
                 )
             case grpc.StatusCode.INTERNAL if "RST_STREAM" in details:  # so ends a stream whose server was killed
                 return ServerUnavailableError(f"the parameter server at {self.address} broke off ({details})")
-            case grpc.StatusCode.CANCELLED if self._channel_is_lost:
-                return ServerUnavailableError(f"the parameter server at {self.address} is there, perhaps elsewhere")
+            case grpc.StatusCode.CANCELLED if self._channel_is_lost and not self.stopped.is_set():
+                return self._is_elsewhere()
             case grpc.StatusCode.CANCELLED if not self.stopped.is_set():  # a server going down had not begun with it
                 return ServerUnavailableError(f"the parameter server at {self.address} broke off ({details})")
             case grpc.StatusCode.UNIMPLEMENTED:

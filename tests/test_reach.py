@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -152,13 +152,47 @@ def test_a_call_to_a_server_that_is_there_again_is_made_another_way(
     monkeypatch.setattr(ma_client.reach, "_answers", look)
     reach, another_way = Reach("127.0.0.1:1"), threading.Event()
     reach.failed(0.0)
-    with reach.looking(another_way.set):
+    with reach.looking(another_way.set, lambda _: lambda: None):
         assert looks.acquire(timeout=10)
         if answers:
             assert another_way.wait(10)
         else:
             assert looks.acquire(timeout=10)  # it looks again
     assert another_way.is_set() is answers
+
+
+def test_a_call_that_is_connected_is_left_alone_however_long_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended, another_way = threading.Event(), threading.Event()
+
+    def when_connected(call: Callable[[], None]) -> Callable[[], None]:
+        call()
+        return ended.set
+
+    monkeypatch.setattr(ma_client.reach, "_LASTING_S", 0.01)
+    monkeypatch.setattr(ma_client.reach, "_answers", lambda _: True)
+    reach = Reach("127.0.0.1:1")
+    reach.failed(0.0)
+    with reach.looking(another_way.set, when_connected):
+        assert not another_way.wait(0.2)
+    assert ended.is_set()
+
+
+def test_an_initialization_that_is_given_up_for_another_way_is_made_again(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ParameterServerSession([server.address], worker_id="a", is_chief=True) as session:
+        shard = next(iter(session._members)).shard
+        begin = shard._begin
+
+        def begun(call: Any) -> None:
+            begin(call)
+            monkeypatch.undo()
+            shard._another_way()
+
+        monkeypatch.setattr(shard, "_begin", begun)
+        server.initializations.put(None)
+        server.initializations.put(None)
+        assert session.initialize(ARRAYS, timeout_s=20).initialized
 
 
 # In a namespace of its own, whose names and addresses it may change.

@@ -29,8 +29,7 @@ NUMBER = struct.Struct("<Q")
 """The number of a push, which comes before its bytes."""
 
 NOTICES_IN_SILENCE = 4
-"""After this part of the longest silence it is said, and again after 3 such parts: not before 10 s, because on a slow link
-both ways may be full for 8."""
+"""After this part of the longest silence it is said, and again after 3 such parts. On a slow link 8 s may pass."""
 
 # Between two pushes the way stays open, and a peer that is gone is noticed: probes from 5 s on, until the limit above.
 _OPTIONS = (

@@ -11,24 +11,23 @@ import sys
 
 __all__ = ["CHANNEL_OPTIONS", "GONE_AFTER_S", "SILENCE_TIMEOUT_S", "connecting_for", "keep_freed_memory"]
 
-SILENCE_TIMEOUT_S = 40.0
+SILENCE_TIMEOUT_S = 50.0
 """A peer of which nothing comes for longer, though something should, is lost; whatever it sends is a sign of life.
 
-On a link of 0.5 Mbit/s a ping waits 17 s behind a queue of 1 MiB, and as long again behind a fragment of 1 MiB that the
-kernel has taken already.
+On a link of 0.5 Mbit/s a ping waits 17 s behind a queue of 1 MiB, and its answer as long again behind that of the other
+way.
 """
 _KEEPALIVE_S = 5.0
-# For a ping that is not answered although other bytes have come since; gRPC sends no other one meanwhile.
-_PING_TIMEOUT_S = 50.0
-GONE_AFTER_S = _KEEPALIVE_S + _PING_TIMEOUT_S
-"""A peer that is gone without a word (power, cable, a stopped process) is noticed in this time; mostly in 10 s less."""
+GONE_AFTER_S = _KEEPALIVE_S + SILENCE_TIMEOUT_S
+"""A peer that is gone without a word (power, cable, a stopped process) is noticed in this time."""
 
 CHANNEL_OPTIONS = [
     # A ping after 5 s of silence; then gRPC waits for any byte, not for the answer. It sets TCP_USER_TIMEOUT to the
     # same limit. By itself it would stop after two pings without data.
     ("grpc.keepalive_time_ms", round(_KEEPALIVE_S * 1000)),
     ("grpc.keepalive_timeout_ms", round(SILENCE_TIMEOUT_S * 1000)),
-    ("grpc.http2.ping_timeout_ms", round(_PING_TIMEOUT_S * 1000)),
+    # For a ping that is not answered although other bytes have come since; gRPC sends no other one meanwhile.
+    ("grpc.http2.ping_timeout_ms", round(SILENCE_TIMEOUT_S * 1000)),
     ("grpc.http2.max_pings_without_data", 0),
     # A server that was killed and started again is found within a second, not with gRPC's backoff of up to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),
