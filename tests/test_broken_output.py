@@ -163,7 +163,7 @@ class Thing: pass
 def work(value): return value + 1
 if __name__ == "__main__":
     for number in range(100):
-        print("a line", number, flush=True)
+        print("a line", number, "x" * 1000, flush=True)  # more than a pipe holds
     assert sys.argv[1:] == ["--flag", "x"], sys.argv
     assert type(pickle.loads(pickle.dumps(Thing()))) is Thing
     with multiprocessing.get_context("spawn").Pool(1) as pool:

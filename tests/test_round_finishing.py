@@ -410,6 +410,18 @@ def test_what_was_enough_is_not_once_one_has_come_back() -> None:
     assert [commit.contributors for commit in play.commits] == [NAMES, ("a", "b")]
 
 
+def test_one_that_comes_back_when_a_round_is_closed_is_not_in_it() -> None:
+    play = strict()
+    for name in ("a", "b"):
+        play.do("open", name)
+    play.do("finish", "c")
+    play.do("open", "c")
+    for name in ("a", "b"):
+        play.do("give all", name)
+    assert [commit.contributors for commit in play.commits] == [("a", "b")]
+    assert len(play.commits[0].held) == 1
+
+
 def test_a_push_is_a_way_to_come_back() -> None:
     play = strict()
     play.do("finish", "c")
