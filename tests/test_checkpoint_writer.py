@@ -318,7 +318,7 @@ def test_a_writer_that_dies_between_two_checkpoints_costs_none(
         assert len(before) == 2
         for process in before:
             os.kill(process, signal.SIGKILL)
-        await soon(lambda: not writers_of(os.getpid()))
+        await soon(lambda: not any(map(state_of, before)))
         await keeper.write(small(2))
         await keeper.finish(20)
         assert (keeper.step, keeper.problem) == (2, "")
@@ -343,6 +343,7 @@ def test_a_writer_that_dies_in_the_middle_is_a_problem_that_the_next_checkpoint_
             for process in processes:
                 os.kill(process, signal.SIGKILL)
             await writing
+        await soon(lambda: not any(map(state_of, processes)))
         assert keeper.problem.startswith(f"no checkpoint in {tmp_path}: the checkpoint writer ")
         assert "was ended by signal 9" in keeper.problem
         await keeper.write(small(3))
