@@ -27,8 +27,8 @@ CHANNEL_OPTIONS = [
     # same limit. By itself it would stop after two pings without data.
     ("grpc.keepalive_time_ms", round(_KEEPALIVE_S * 1000)),
     ("grpc.keepalive_timeout_ms", round(SILENCE_TIMEOUT_S * 1000)),
-    # For a ping that is not answered although other bytes have come since; gRPC sends no other one meanwhile. What is on
-    # its way with it, both ways, may have 6 MB (measured: at 0.5 Mbit/s with 1 MiB of queue, 50 s broke pushes).
+    # For a ping that is not answered although other bytes have come since; gRPC sends no other one meanwhile. What goes
+    # before it and before its answer may have 6 MB (measured: at 0.5 Mbit/s with 1 MiB of queue, 50 s broke pushes).
     ("grpc.http2.ping_timeout_ms", 110_000),
     ("grpc.http2.max_pings_without_data", 0),
     # A server that was killed and started again is found within a second, not with gRPC's backoff of up to two minutes.
