@@ -49,43 +49,35 @@ class Reach:
         return True
 
     @contextmanager
-    def looking(
-        self, another_way: Callable[[], None], when_connected: Callable[[Callable[[], None]], Callable[[], None]]
-    ) -> Iterator[None]:
+    def looking(self, another_way: Callable[[], None], is_connected: Callable[[], bool]) -> Iterator[None]:
         """While a call is under way to a server that was away: calls ``another_way``, once, from another thread, when
         the server can be reached, perhaps at a new address, and the call's channel still has not.
 
         Args:
             another_way: gives up the channel and the call.
-            when_connected: has what it is given called once the channel is connected; returns what ends that.
+            is_connected: whether the channel is.
         """
         if not self._is_away or self._where is None:
             yield
             return
         over = threading.Event()
-        thread = threading.Thread(target=self._look, args=(over, another_way), name="server-lookout", daemon=True)
-        no_longer = _nothing
+        arguments = over, another_way, is_connected
+        thread = threading.Thread(target=self._look, args=arguments, name="server-lookout", daemon=True)
         with contextlib.suppress(RuntimeError):  # no threads are left: without, then
-            no_longer = when_connected(over.set)
             thread.start()
         try:
             yield
         finally:
             over.set()  # nobody waits: a name may take long to look up
-            no_longer()
 
-    def _look(self, over: threading.Event, another_way: Callable[[], None]) -> None:
+    def _look(self, over: threading.Event, another_way: Callable[[], None], is_connected: Callable[[], bool]) -> None:
         assert self._where is not None
         pause_s = _LASTING_S
-        while not over.wait(pause_s) and self._is_away:
-            if _answers(self._where) and self._is_away and not over.is_set():
+        while not over.wait(pause_s) and self._is_away and not is_connected():
+            if _answers(self._where) and self._is_away and not is_connected() and not over.is_set():
                 another_way()
                 return
             pause_s = _LOOK_INTERVAL_S
-
-
-def _nothing() -> None:
-    pass
 
 
 def _parsed(address: str) -> Address | None:

@@ -52,6 +52,7 @@ _FIRST_LOOK_S = 0.5
 _PAUSE_S = 0.1
 # How long a pull has waited for the chief when it is said first.
 _FIRST_NOTICE_S = 5.0
+_READY = grpc.ChannelConnectivity.READY.value[0]
 # A connection takes so much before the server has to read any of it.
 _TAKEN_UNSEEN_BYTES = 1 << 20
 # So ends a push whose bytes got stuck beside it; by other reasons, it is the round's or the server's fault.
@@ -453,15 +454,13 @@ class Shard:
         if self._reach.failed(lasted_s):
             self._channel_is_lost = True  # a new one makes longer attempts
 
-    def _when_connected(self, call: Callable[[], None]) -> Callable[[], None]:
-        channel = self._channel
-
-        def changed(state: grpc.ChannelConnectivity) -> None:
-            if state is grpc.ChannelConnectivity.READY:
-                call()
-
-        channel.subscribe(changed)
-        return lambda: channel.unsubscribe(changed)
+    def _is_connected(self) -> bool:
+        # gRPC has no public way to ask: `subscribe` has a thread that may keep the process from its end (1.85).
+        state = getattr(getattr(self._channel, "_channel", None), "check_connectivity_state", lambda _: _READY)
+        try:
+            return bool(state(False) == _READY)
+        except ValueError:  # it is closed
+            return True
 
     def _another_way(self) -> None:
         """The server is there, and what is under way does not get through. From any thread."""
@@ -498,7 +497,7 @@ class Shard:
         try:
             if self._channel_lacks_thread or self._channel_is_lost:
                 self._replace_channel()
-            with self._reach.looking(self._another_way, self._when_connected):
+            with self._reach.looking(self._another_way, self._is_connected):
                 yield
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.UNAVAILABLE and self.answered_at_s < began_s:

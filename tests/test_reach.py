@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from ma_client import ParameterServerSession
 from ma_client.reach import Reach
 from modelaverage.conformance.scripted import Refusal, ScriptedServer, center
 from modelaverage.v1 import parameter_server_pb2 as pb
+from tests.raw_client import until
 
 BROKEN = Refusal("UNAVAILABLE", None, "the connection broke")
 ARRAYS = {"w": np.arange(64, dtype=np.float32)}  # four fragments of 64 bytes
@@ -152,7 +153,7 @@ def test_a_call_to_a_server_that_is_there_again_is_made_another_way(
     monkeypatch.setattr(ma_client.reach, "_answers", look)
     reach, another_way = Reach("127.0.0.1:1"), threading.Event()
     reach.failed(0.0)
-    with reach.looking(another_way.set, lambda _: lambda: None):
+    with reach.looking(another_way.set, lambda: False):
         assert looks.acquire(timeout=10)
         if answers:
             assert another_way.wait(10)
@@ -162,19 +163,21 @@ def test_a_call_to_a_server_that_is_there_again_is_made_another_way(
 
 
 def test_a_call_that_is_connected_is_left_alone_however_long_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    ended, another_way = threading.Event(), threading.Event()
-
-    def when_connected(call: Callable[[], None]) -> Callable[[], None]:
-        call()
-        return ended.set
-
+    another_way = threading.Event()
     monkeypatch.setattr(ma_client.reach, "_LASTING_S", 0.01)
     monkeypatch.setattr(ma_client.reach, "_answers", lambda _: True)
     reach = Reach("127.0.0.1:1")
     reach.failed(0.0)
-    with reach.looking(another_way.set, when_connected):
+    with reach.looking(another_way.set, lambda: True):
         assert not another_way.wait(0.2)
-    assert ended.is_set()
+
+
+def test_a_session_knows_whether_it_is_connected(server: Server) -> None:
+    with ParameterServerSession([server.address], worker_id="a") as session:
+        shard = next(iter(session._members)).shard
+        assert shard._is_connected()
+        server.end()
+        until(lambda: not shard._is_connected(), "it is not any more")
 
 
 def test_an_initialization_that_is_given_up_for_another_way_is_made_again(
