@@ -20,6 +20,7 @@ from modelaverage.errors import (
     RetryPushError,
     SecurityError,
     ServerUnavailableError,
+    SessionInUseError,
 )
 from modelaverage.outcome import Outcome
 from modelaverage.security import Security, Tls
@@ -51,6 +52,7 @@ __all__ = [
     "Security",
     "SecurityError",
     "ServerUnavailableError",
+    "SessionInUseError",
     "Tls",
 ]
 # torch takes seconds to import and is an extra: only those who use the optimizer need it.
