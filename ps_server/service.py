@@ -126,6 +126,7 @@ class ParameterServerService:
         self._stopping = False
         self._calls: set[Call] = set()
         self._pulls_waiting: set[Call] = set()
+        self._sending_center: set[Call] = set()
         self._roster = Roster()
         self._traffic = Traffic()
         # Workers of a server that goes on from a checkpoint have indexes already.
@@ -167,10 +168,15 @@ class ParameterServerService:
             gap_s = 2 * gap_s
             waited_s = self._clock() - self._started_at_s
             names = sorted({call.worker_id for call in self._pulls_waiting})
+            waiting = f"; waiting with it: {listed(names)}" if names else ""
+            if self._sending_center:
+                chief = f"{listed(sorted({call.worker_id for call in self._sending_center}))} is sending it"
+            else:
+                chief = f"no chief (worker 0) has come to initialize it for {waited_s:.0f} s"
             _log.warning(
-                "there is no center yet: the chief (worker 0) has not initialized it for %.0f s; %s",
-                waited_s,
-                f"waiting with it: {listed(names)}" if names else "no worker has come",
+                "there is no center yet: %s%s",
+                chief,
+                waiting,
                 extra=event("center_awaited", waited_s=waited_s, workers=names[:MAX_NAMES]),
             )
 
@@ -222,7 +228,11 @@ class ParameterServerService:
         manifest, pull_header = await self._beside_the_loop(call, many, lambda: _read_manifest(header.manifest))
         initialized = False
         if self._job is None:
-            values = await self._receive_values(call, manifest)
+            self._sending_center.add(call)
+            try:
+                values = await self._receive_values(call, manifest)
+            finally:
+                self._sending_center.discard(call)
             center = await self._beside_the_loop(call, _is_large(manifest), lambda: self._new_center(manifest, values))
             del values
             if self._job is None and center is not None:  # another chief may have been faster

@@ -20,7 +20,15 @@ from ps_server import service
 from ps_server.policy import RoundPolicy
 from tests.conftest import StartServer
 from tests.jobs import CENTER, STEP, Job, of, running
-from tests.raw_client import RawClient, flat_bytes, fragments_of, rest_of_center, until
+from tests.raw_client import (
+    RawClient,
+    flat_bytes,
+    fragments_of,
+    initialize_header,
+    manifest_of,
+    rest_of_center,
+    until,
+)
 from tests.test_server_process import ServerProcess
 
 Model = dict[str, np.ndarray[Any, Any]]
@@ -216,8 +224,13 @@ def test_the_server_says_that_it_waits_for_the_chief(
         stream = client.open_pull()
         stream.send(pb.PullRequest(worker_id="worker-1", wait_initialized=True))
         until(lambda: sum("there is no center yet" in line for line in caplog.messages) >= 3, "it is said")
+        assert "no chief (worker 0) has come to initialize it" in caplog.messages[-1]
         assert "waiting with it: 'worker-1'" in caplog.messages[-1]
-        client.initialize(CENTER)
+        chief = client.open_initialize()
+        chief.send(initialize_header(manifest_of(CENTER)))
+        until(lambda: any("'chief' is sending it" in line for line in caplog.messages), "it is said")
+        chief.give(fragments_of(CENTER))
+        chief.half_close()
         assert stream.receive().HasField("header")
 
 
