@@ -34,6 +34,7 @@ _MAX_MODEL_BYTES = 32 << 10
 _MAY_GROW = frozenset(
     {
         "_roster.records",
+        "_roster._nonfinite",
         "_job._lent",
         "_joining._indexes._holders",
         "_job.center._deferred",
@@ -45,6 +46,7 @@ _MAY_GROW = frozenset(
         "data_port._connections",
         "data_port._offered",
         "data_port._offers",
+        "_job.round._kept",
         "_job.round._members",
         "_job.round.counted",
         "_job.round.finished",
