@@ -465,7 +465,8 @@ class RunningOn:
         self.shard = shard
         self.step: int | None = None
 
-    def pull(self, *_: object) -> None:
+    def pull(self, *_: object, will_train: bool) -> None:
+        assert not will_train
         self.step = 10 if self.step is not None else int(self.shard.address[-1])
 
     def bring_to(self, step: int, *_: object) -> None:

@@ -248,7 +248,9 @@ def _play(doing: str, values: int, slow: Path) -> list[object]:
         found: list[object] = json.loads(working.communicate(timeout=60)[0])
         serving.terminate()
         by_server = serving.communicate(timeout=20)[0].splitlines()
-    return [*found, [line for line in by_server if "data connections at" not in line]]
+    # That a worker comes and goes, and when, is no trouble of the link.
+    usual = ("data connections at", "has left without having finished", "there is no center yet")
+    return [*found, [line for line in by_server if not any(words in line for words in usual)]]
 
 
 @pytest.mark.parametrize("doing", [INITIALIZE, PUSH, ON_DATA_CONNECTION], ids=lambda doing: str(doing[0]))
