@@ -465,7 +465,7 @@ class RunningOn:
         self.shard = shard
         self.step: int | None = None
 
-    def pull(self, *_: object, will_train: bool) -> None:
+    def pull(self, *_: object, will_train: bool = False) -> None:
         assert not will_train
         self.step = 10 if self.step is not None else int(self.shard.address[-1])
 
