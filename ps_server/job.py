@@ -417,8 +417,10 @@ class Job:
                 self._void = self._writing
             told = refusal(Reason.SERVER_OVERLOADED, f"round {step} starts over, because the server failed: {cause}")
             for part in list(self._parts.values()):
-                if part.outcome is None:  # the others know how their round ended
+                if part.outcome is None:
                     part.call.fail(told)
+                else:  # how its round ended is known, but perhaps it has not been woken up
+                    part.progress.set()
             self._set_timers()
         except BaseException as second:
             self._die(f"round {step} failed ({cause}), and could not be started over ({describe(second)})")

@@ -330,7 +330,7 @@ def test_workers_that_have_pushed_come_before_readers_of_whom_a_few_are_shown() 
 def test_names_that_are_left_out_are_counted() -> None:
     status = waiting()
     status.waiting_for_omitted, status.waiting_for_unknown = 11_984, 2
-    said = "worker-1 and 11,984 more, 2 not heard of yet"
+    said = "and 11,984 more, 2 not heard of yet"
     for text in (without_styles(drawn(Seen("ps:2222", status))), line(Seen("ps:2222", status)), as_text(status)):
         assert said in text
     assert (
@@ -339,7 +339,8 @@ def test_names_that_are_left_out_are_counted() -> None:
 
 
 def test_a_line_says_for_whom_it_waits() -> None:
-    expected = "ps:2222  averaging, step 7, 12.2 rounds/min, 1 of 2 at the barrier, waits for worker-1 (for 3.5 s)"
+    expected = "ps:2222  averaging, step 7, 12.2 rounds/min, 1 of 2 at the barrier, waits for worker-1 "
+    expected += "(last heard of 75 s ago) (for 3.5 s)"
     assert line(Seen("ps:2222", waiting())) == expected
     assert "waits for the chief" in line(Seen("ps:2222", pb.GetStatusResponse(phase=pb.PHASE_UNINITIALIZED)))
     assert line(Seen("a:1", waiting(), "gone", 9.0)) == "a:1  AWAY: gone, last seen 9 s ago at step 7"
