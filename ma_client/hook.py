@@ -68,7 +68,7 @@ class ModelAverageHook:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # Whoever exits with code 0 says that the program has done its work, and is not started again.
+        # An exit with code 0 says that the program has done its work.
         if error is None or (isinstance(error, SystemExit) and error.code in (None, 0)):
             self.end()
         else:

@@ -464,7 +464,7 @@ class ParameterServerSession:
     # How it is done.
 
     def _note_nonfinite(self, values: int) -> None:
-        """Of the last push, so many values were not finite: said once, until they are finite again."""
+        """This many values of the last push were not finite: said once, until they are finite again."""
         if values and not self._was_nonfinite:
             _log.warning(
                 "%d values of the last push are not finite (NaN, infinite); the average is not either",
