@@ -395,8 +395,9 @@ class ModelAverageOptimizer(torch.optim.Optimizer):
 
         Args:
             final_round: make a last round when the hook is left normally and something was trained since the last one.
-            wait_for_others_s: then wait, for this many seconds at most, until all workers have finished; take the last center
-                of the job: that of those who had more data, too. 0: leave with the center of this worker's last round.
+            wait_for_others_s: then wait, for this many seconds at most, until all workers have finished, and take the
+                last center of the job: that of those who had more data, too. 0: leave with the center of this worker's
+                last round.
         """
         return ModelAverageHook(self, final_round, wait_for_others_s)
 
