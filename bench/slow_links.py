@@ -55,7 +55,7 @@ class Cell:
     Args:
         rate_mbit: of both links, either way.
         queue_bytes: what may wait before each, either way.
-        model_mb: float32 values of so many million bytes.
+        model_mb: size of the model in millions of bytes, all float32.
         data_connection: whether there may be one.
     """
 

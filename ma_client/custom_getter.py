@@ -122,7 +122,7 @@ class ModelAverageCustomGetter:
         return {name: other for name, other in others.items() if other}
 
     def tensors(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """The parameters and buffers of these names as the model has them now: a module may assign a buffer anew.
+        """The parameters and buffers of these names as the model has them now: a module may replace a buffer.
 
         Raises:
             ConflictError: MANIFEST_MISMATCH: one is no longer there, or has become one that cannot be averaged.

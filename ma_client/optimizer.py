@@ -64,7 +64,7 @@ class ModelAverageOptimizer(torch.optim.Optimizer):
         num_worker: how many workers a round waits for, as the server was told; None: as the environment says.
         is_chief: whether this worker initializes the center; None: as the environment says.
         ma_custom_getter: the getter that was given the model; knows the center variables.
-        interval_steps: meet the barrier every so many local steps; any integer type.
+        interval_steps: local steps between two meetings at the barrier; any integer type.
         use_locking: hold `lock` during local update and install, so that a thread that holds it meanwhile (evaluation)
             reads a consistent model. It is not held during the wait at the barrier.
         name: what `get_name` returns.

@@ -91,7 +91,7 @@ class Remarks:
         )
 
     def nonfinite(self, values: Mapping[str, int], contributors: tuple[str, ...], global_step: int) -> None:
-        """So many values of these workers' pushes were not finite, in a round that has committed. Said when it begins
+        """How many values of each worker's push were not finite, in a round that has committed. Said when it begins
         and not again until a push of that worker was finite."""
         for worker_id in contributors:
             record = self._roster.records.get(worker_id)

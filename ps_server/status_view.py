@@ -62,7 +62,7 @@ def picture(servers: Sequence[Seen], at: str, height: int | None = None) -> Rend
 
 @dataclass(frozen=True)
 class _ServerPanel:
-    """One server, in so many rows within its frame."""
+    """One server, in at most ``rows`` rows within its frame."""
 
     server: Seen
     rows: int | None

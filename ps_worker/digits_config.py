@@ -24,7 +24,7 @@ class DigitsConfig:
 
     Args:
         steps: local steps of each worker; a multiple of ``interval_steps``, so that the last one ends in a round.
-        interval_steps: meet the barrier every so many local steps.
+        interval_steps: local steps between two meetings at the barrier.
         batch_size: images in a step of one worker.
         learning_rate: SGD's.
         momentum: SGD's, from 0, below 1.

@@ -73,7 +73,7 @@ def _printer(prefix: str, file: TextIO) -> LineHandler:
 def _run(job: _Job) -> int:
     try:
         return asyncio.run(_supervise(job))
-    except OutputLostError:  # whoever read the output has gone
+    except OutputLostError:  # the reader of the output has gone
         return CLOSED_PIPE_EXIT_CODE
     except (ModelAverageError, ProcessFailedError, EngineError) as error:
         print(f"ma-launch: {error}", file=sys.stderr)

@@ -262,7 +262,7 @@ def test_the_site_has_every_page_and_no_broken_link(tmp_path: Path) -> None:
     for name in ma_client.__all__:
         assert re.search(rf'id="(ma_client|modelaverage)\.[\w.]*\b{name}"', reference), name
     # A docstring's sections and a method's own words.
-    for text in ("meet the barrier every so many local steps", "One round now", "There is no center yet"):
+    for text in ("local steps between two meetings at the barrier", "One round now", "There is no center yet"):
         assert text in reference
     for page in (ROOT / "docs").glob("*.md"):
         assert (site / "docs" / page.stem / "index.html").exists()

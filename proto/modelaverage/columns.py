@@ -20,7 +20,7 @@ def width(text: str) -> int:
 
 
 def shortened(text: str, columns: int) -> str:
-    """``text`` in at most so many columns. Where it is longer, … stands for its middle: names differ at the end."""
+    """``text``, at most ``columns`` wide. Where it is longer, … stands for its middle: names differ at the end."""
     if width(text) <= columns:
         return text
     room = max(0, columns - 1)
@@ -30,7 +30,7 @@ def shortened(text: str, columns: int) -> str:
 
 
 def padded(text: str, columns: int, right: bool = False) -> str:
-    """``text`` with spaces behind it (``right``: before it) up to so many columns."""
+    """``text``, filled to ``columns`` with spaces behind it (``right``: before it)."""
     spaces = " " * (columns - width(text))
     return spaces + text if right else text + spaces
 

@@ -13,7 +13,7 @@ __all__ = ["LastSeen", "Missing"]
 
 # Less is too little to be said.
 _SILENT_FROM_S = 5.0
-# So many names of those that have finished fit a notice beside the others.
+# The most names of finished workers that fit a notice beside the others.
 _MAX_FINISHED = 4
 
 
