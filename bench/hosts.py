@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-from ps_worker import leash
+from ps_worker.engines import leash
 
 __all__ = ["INTERFACE", "Host", "Network", "port_to", "unavailable_because"]
 

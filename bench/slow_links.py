@@ -26,7 +26,7 @@ from rich.table import Table
 from bench.hosts import Network, unavailable_because
 from bench.processes import listening_at, serve_command
 from ma_client import ParameterServerSession
-from modelaverage import data_connection
+from modelaverage.runtime import data_sockets as data_connection
 from modelaverage.v1 import parameter_server_pb2 as pb
 
 RATES_MBIT = (0.5, 1.0, 2.0, 10.0)
@@ -38,7 +38,7 @@ _CONNECT_TIMEOUT_S = _STATUS_TIMEOUT_S = 120.0
 # short for that.
 _SERVE = """
 import sys
-from modelaverage import data_connection
+from modelaverage.runtime import data_sockets as data_connection
 from ps_server.__main__ import main
 data_connection._SHORT_WAY_US = 0
 sys.exit(main(sys.argv[1:]))

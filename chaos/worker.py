@@ -1,4 +1,4 @@
-"""A worker of the run: the digits, trained as `ps_worker.digits` does it, by a process that may end at any moment."""
+"""A worker of the run: the digits, trained as `ps_worker.demo.digits` does it, by a process that may be killed."""
 
 from __future__ import annotations
 
@@ -16,16 +16,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from chaos.log import Values, WorkerLog, flat
-from ma_client import (
-    ClusterSpec,
-    ModelAverageCustomGetter,
-    ModelAverageOptimizer,
-    ParameterServerSession,
-    PushResult,
-)
-from ma_client.data_connection import DATA_SETTINGS, DataSettings
-from ps_worker.digits import DigitsData, DigitsNet, Images, accuracy
-from ps_worker.digits_config import DigitsConfig
+from ma_client import ClusterSpec, ModelAverageCustomGetter, ModelAverageOptimizer, ParameterServerSession, PushResult
+from ma_client.transports.data_connection import DATA_SETTINGS, DataSettings
+from ps_worker.demo.digits import DigitsData, DigitsNet, Images, accuracy
+from ps_worker.demo.digits_config import DigitsConfig
 
 __all__ = ["WAYS", "Task", "Way", "accuracy_of", "warm_up", "work"]
 

@@ -14,10 +14,10 @@ from fuzz.context import ClientCall, Failure
 from fuzz.sequences import WORKER_IDS, Push, Sequence
 from fuzz.wires import Offer, Place, Wire
 from fuzz.world import LONG_ENOUGH_S
-from modelaverage.data_connection import HALF_KEY_BYTES, NOTICES_IN_SILENCE, NUMBER
-from modelaverage.tuning import SILENCE_TIMEOUT_S
+from modelaverage.runtime.data_sockets import HALF_KEY_BYTES, NOTICES_IN_SILENCE, NUMBER
+from modelaverage.runtime.tuning import SILENCE_TIMEOUT_S
 from modelaverage.v1 import parameter_server_pb2 as pb
-from ps_server.data_port import _GREETING_TIMEOUT_S, _GREETINGS_AT_ONCE
+from ps_server.transports.data_port import _GREETING_TIMEOUT_S, _GREETINGS_AT_ONCE
 
 __all__ = ["ConnectionSequence"]
 

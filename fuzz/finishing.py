@@ -9,7 +9,7 @@ from collections.abc import Collection
 from fuzz.context import ClientCall, Failure
 from fuzz.world import World
 from modelaverage.v1 import parameter_server_pb2 as pb
-from ps_server.policy import RoundPolicy
+from ps_server.rules.policy import RoundPolicy
 
 __all__ = ["Finishing"]
 

@@ -8,7 +8,7 @@ from fuzz.context import ClientCall, Failure
 from fuzz.corpus import INCARNATIONS
 from fuzz.world import World
 from modelaverage.v1 import parameter_server_pb2 as pb
-from ps_server.task_indexes import DEFAULT_REJOIN_GRACE_S
+from ps_server.rules.task_indexes import DEFAULT_REJOIN_GRACE_S
 
 __all__ = ["PROCESSES", "Joins"]
 

@@ -22,10 +22,10 @@ from fuzz.joins import PROCESSES, Joins
 from fuzz.loop import EndlessError
 from fuzz.witness import Given, Key, Witness
 from fuzz.world import LONG_ENOUGH_S, STALL_TIMEOUT_S, World
-from modelaverage.shared_memory import Segment, SegmentAddress
+from modelaverage.runtime.shared_memory import Segment, SegmentAddress
 from modelaverage.v1 import parameter_server_pb2 as pb
-from ps_server.call import FIRST_WRITE_TIMEOUT_S
-from ps_server.policy import RoundPolicy
+from ps_server.flow.call import FIRST_WRITE_TIMEOUT_S
+from ps_server.rules.policy import RoundPolicy
 
 __all__ = ["Event", "Push", "Sequence", "Sequences", "STEP", "WORKER_IDS"]
 

@@ -18,7 +18,7 @@ from fuzz.mutate import mutated
 from fuzz.sequences import Sequence, Sequences
 from fuzz.world import LONG_ENOUGH_S, Center, World
 from modelaverage.v1 import parameter_server_pb2 as pb
-from ps_server.policy import RoundPolicy
+from ps_server.rules.policy import RoundPolicy
 
 __all__ = ["TARGETS", "Bytes", "Target", "target_named"]
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from fuzz.context import Failure
 from fuzz.sockets import PLENTY_BYTES, MemorySocket
 from fuzz.witness import Given, Key
-from modelaverage.data_connection import HALF_KEY_BYTES, NUMBER
 from modelaverage.manifest import Manifest
+from modelaverage.runtime.data_sockets import HALF_KEY_BYTES, NUMBER
 
 __all__ = ["Offer", "Place", "Wire"]
 

@@ -14,7 +14,7 @@ from fuzz.finishing import Finishing
 from fuzz.world import Center, World
 from modelaverage.outcome import Outcome
 from modelaverage.v1 import parameter_server_pb2 as pb
-from ps_server.policy import RoundPolicy
+from ps_server.rules.policy import RoundPolicy
 
 __all__ = ["Given", "Key", "Witness"]
 

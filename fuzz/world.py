@@ -18,9 +18,9 @@ from fuzz.corpus import Model, initialize_messages
 from fuzz.loop import EndlessError, VirtualLoop
 from fuzz.sockets import Listener
 from modelaverage import wire
-from ps_server.job import Job
-from ps_server.policy import RoundPolicy
-from ps_server.service import ParameterServerService, ServicePolicy
+from ps_server.flow.job import Job
+from ps_server.flow.service import ParameterServerService, ServicePolicy
+from ps_server.rules.policy import RoundPolicy
 
 __all__ = ["Center", "LONG_ENOUGH_S", "MAX_STEPS", "STALL_TIMEOUT_S", "World", "open_files", "resident_bytes", "tables"]
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ma_client import forking as _forking  # noqa: F401  # before all that imports grpc
-from ma_client.cluster import ClusterError, ClusterSpec
-from ma_client.data_connection import DataSettings
+# Before all that imports grpc.
+from ma_client.process import forking as _forking  # noqa: F401
+
+# isort: split
+from ma_client.cluster.spec import ClusterError, ClusterSpec
 from ma_client.session import InitializeResult, ParameterServerSession, PushResult
+from ma_client.transports.data_connection import DataSettings
 from modelaverage import __version__ as __version__
+from modelaverage.access.security import Security, Tls
 from modelaverage.errors import (
     ConflictError,
     DeadlineExceededError,
@@ -23,11 +27,10 @@ from modelaverage.errors import (
     SessionInUseError,
 )
 from modelaverage.outcome import Outcome
-from modelaverage.security import Security, Tls
 
 if TYPE_CHECKING:
-    from ma_client.hook import ModelAverageHook
-    from ma_client.optimizer import GLOBAL_VARIABLE_NAME, ModelAverageCustomGetter, ModelAverageOptimizer
+    from ma_client.torch.hook import ModelAverageHook
+    from ma_client.torch.optimizer import GLOBAL_VARIABLE_NAME, ModelAverageCustomGetter, ModelAverageOptimizer
 
 __all__ = [
     "ClusterError",
@@ -70,7 +73,7 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     try:
-        return getattr(import_module(f"ma_client.{_WITH_TORCH[name]}"), name)
+        return getattr(import_module(f"ma_client.torch.{_WITH_TORCH[name]}"), name)
     except ModuleNotFoundError as error:
         raise ImportError(f"{name} needs torch ({error}): pip install 'torch-model-average[torch]'") from error
 

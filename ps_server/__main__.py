@@ -17,25 +17,25 @@ from pathlib import Path
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 from modelaverage import __version__
-from modelaverage.access import Access
+from modelaverage.access.channels import Access
 from modelaverage.addresses import check_all
+from modelaverage.commands.security_flags import add_security_flags, security_of
+from modelaverage.commands.serve_flags import ServeFlags, add_serve_flags
+from modelaverage.commands.serve_flags import count as _count
+from modelaverage.commands.serve_flags import seconds as _seconds
 from modelaverage.errors import SecurityError
-from modelaverage.logs import event, keep_logging, log_json, say
-from modelaverage.output import CLOSED_PIPE_EXIT_CODE, OnLoss, OutputLostError
-from modelaverage.security_flags import add_security_flags, security_of
-from modelaverage.serve_flags import ServeFlags, add_serve_flags
-from modelaverage.serve_flags import count as _count
-from modelaverage.serve_flags import seconds as _seconds
-from ps_server import status
-from ps_server.descriptors import raise_limit
-from ps_server.export import ExportError, export
-from ps_server.keeper import CheckpointPolicy
-from ps_server.memory_limit import default_max_model_bytes
-from ps_server.policy import MAX_WORKERS, RoundPolicy
-from ps_server.security import ServerSecurity, add_server_security_flags
+from modelaverage.runtime.logs import event, keep_logging, log_json, say
+from modelaverage.runtime.output import CLOSED_PIPE_EXIT_CODE, OnLoss, OutputLostError
+from ps_server.checkpoints.keeper import CheckpointPolicy
+from ps_server.console import status
+from ps_server.console.export import ExportError, export
+from ps_server.console.watch import watch
+from ps_server.edge.security import ServerSecurity, add_server_security_flags
+from ps_server.flow.service import DEFAULT_SHARED_MEMORY_FROM_BYTES, ServicePolicy
+from ps_server.machine.descriptors import raise_limit
+from ps_server.machine.memory_limit import default_max_model_bytes
+from ps_server.rules.policy import MAX_WORKERS, RoundPolicy
 from ps_server.server import ServerConfig, UnusableSettingError, serve, stop_on_signals
-from ps_server.service import DEFAULT_SHARED_MEMORY_FROM_BYTES, ServicePolicy
-from ps_server.watch import watch
 
 __all__ = ["main"]
 

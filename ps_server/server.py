@@ -24,20 +24,20 @@ from grpc_reflection.v1alpha import reflection
 from modelaverage import wire
 from modelaverage.addresses import Address, parse
 from modelaverage.errors import SecurityError
-from modelaverage.logs import event
-from modelaverage.tuning import CHANNEL_OPTIONS, keep_freed_memory
-from ps_server.checkpoint import CheckpointError, load_latest
-from ps_server.checkpoint_home import CheckpointHome
-from ps_server.credentials import credentials_of, tokens_of
-from ps_server.data_port import DataPort
-from ps_server.descriptors import DescriptorWatch, check_limit
-from ps_server.gatekeeper import Gatekeeper
-from ps_server.health import Health
-from ps_server.keeper import CheckpointPolicy
-from ps_server.metrics import MetricsError, serve_metrics
-from ps_server.reserve import Reserve
-from ps_server.security import NO_SECURITY, ServerSecurity, check_exposure, warnings_of
-from ps_server.service import ParameterServerService, ServicePolicy
+from modelaverage.runtime.logs import event
+from modelaverage.runtime.tuning import CHANNEL_OPTIONS, keep_freed_memory
+from ps_server.checkpoints.home import CheckpointHome
+from ps_server.checkpoints.keeper import CheckpointPolicy
+from ps_server.checkpoints.reading import CheckpointError, load_latest
+from ps_server.edge.credentials import credentials_of, tokens_of
+from ps_server.edge.gatekeeper import Gatekeeper
+from ps_server.edge.health import Health
+from ps_server.edge.metrics import MetricsError, serve_metrics
+from ps_server.edge.security import NO_SECURITY, ServerSecurity, check_exposure, warnings_of
+from ps_server.flow.service import ParameterServerService, ServicePolicy
+from ps_server.machine.descriptors import DescriptorWatch, check_limit
+from ps_server.machine.reserve import Reserve
+from ps_server.transports.data_port import DataPort
 
 __all__ = ["ServerConfig", "UnusableSettingError", "serve", "stop_on_signals"]
 

@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modelaverage import __version__
-from modelaverage.logs import event, keep_logging, log_json
-from modelaverage.output import OnLoss
-from modelaverage.security_flags import add_security_flags, security_of
+from modelaverage.commands.security_flags import add_security_flags, security_of
+from modelaverage.runtime.logs import event, keep_logging, log_json
+from modelaverage.runtime.output import OnLoss
 from ps_worker import flags, run_script
-from ps_worker.digits_config import MODULES, DigitsConfig, add_training_flags
-from ps_worker.events import EVENTS_FLAG
+from ps_worker.demo.digits_config import MODULES, DigitsConfig, add_training_flags
+from ps_worker.events.parse import EVENTS_FLAG
 from ps_worker.extras import MissingExtraError, require
 from ps_worker.stop_signals import end_cleanly_on_signals
 
 if TYPE_CHECKING:
-    from ma_client.cluster import ClusterSpec
+    from ma_client.cluster.spec import ClusterSpec
 
 __all__ = ["main"]
 
@@ -165,7 +165,7 @@ def _add_cluster_flags(command: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from ma_client.cluster import ClusterSpec
+    from ma_client.cluster.spec import ClusterSpec
 
     variables = ClusterSpec.env_for_child(**_cluster_flags(arguments))
     command = [sys.executable, run_script.__file__, str(arguments.script), *arguments.args]
@@ -183,8 +183,8 @@ def _digits(arguments: argparse.Namespace) -> None:
     require(MODULES)
     if arguments.events_fd is None and not arguments.log_json:
         print("ps-worker: importing torch ...", flush=True)
-    from ps_worker import digits
-    from ps_worker.event_sinks import reporter
+    from ps_worker.demo import digits
+    from ps_worker.events.sinks import reporter
 
     report = reporter(arguments.events_fd, config.steps, arguments.log_json)
     if cluster is None:
@@ -204,7 +204,7 @@ def _alone_index(task_index: int | str | None) -> int:
 
 
 def _cluster_of(arguments: argparse.Namespace) -> ClusterSpec:
-    from ma_client.cluster import ClusterSpec
+    from ma_client.cluster.spec import ClusterSpec
 
     return ClusterSpec.resolve(
         **_cluster_flags(arguments), join_timeout_s=arguments.connect_timeout_s, security=security_of(arguments)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from modelaverage.names import MAX_NAMES
 from modelaverage.v1 import parameter_server_pb2 as pb
-from ps_worker.engine import WorkerState
-from ps_worker.processes import how_it_ended
+from ps_worker.engines.engine import WorkerState
+from ps_worker.engines.processes import how_it_ended
 
 __all__ = ["missed", "what_happened"]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 from modelaverage.addresses import split
-from modelaverage.serve_flags import count, seconds
+from modelaverage.commands.serve_flags import count, seconds
 
 __all__ = [
     "Parser",

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modelaverage import __version__
-from modelaverage.logs import keep_logging
-from modelaverage.output import OnLoss
-from modelaverage.serve_flags import ServeFlags, add_serve_flags
+from modelaverage.commands.serve_flags import ServeFlags, add_serve_flags
+from modelaverage.runtime.logs import keep_logging
+from modelaverage.runtime.output import OnLoss
 from ps_worker import flags
-from ps_worker.digits_config import MODULES, DigitsConfig, add_training_flags
+from ps_worker.demo.digits_config import MODULES, DigitsConfig, add_training_flags
 from ps_worker.extras import MissingExtraError, require
 from ps_worker.stop_signals import end_at_once_on_signals
 
 if TYPE_CHECKING:
-    from ps_worker.engine import Engine
+    from ps_worker.engines.engine import Engine
 
 __all__ = ["main"]
 
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
     is_digits = command[0] == _DIGITS
     training = _training(command[1:]) if is_digits else None
-    from ps_worker.engine import EngineError
+    from ps_worker.engines.engine import EngineError
     from ps_worker.supervise import run_digits, run_script
 
     try:
@@ -120,7 +120,13 @@ def _script(command: list[str], working_dir: Path | None) -> list[str]:
 
 def _local_engine(arguments: argparse.Namespace, serve: ServeFlags) -> Engine:
     """Raises EngineError."""
-    from ps_worker.local_cluster import LocalCluster, LocalConfig, automatic_servers, center_directories, usable_cores
+    from ps_worker.engines.local_cluster import (
+        LocalCluster,
+        LocalConfig,
+        automatic_servers,
+        center_directories,
+        usable_cores,
+    )
 
     num_workers: int = arguments.workers
     num_servers = automatic_servers(num_workers, usable_cores()) if arguments.ps == _AUTO else arguments.ps
@@ -132,8 +138,8 @@ def _local_engine(arguments: argparse.Namespace, serve: ServeFlags) -> Engine:
 def _ray_engine(arguments: argparse.Namespace, serve: ServeFlags, is_digits: bool) -> Engine:
     """Raises MissingExtraError, EngineError."""
     require(["ray"], extra="ray")
-    from ps_worker.ray_cluster import RayCluster, RayConfig
-    from ps_worker.ray_engine import connect, count_nodes
+    from ps_worker.engines.ray_cluster import RayCluster, RayConfig
+    from ps_worker.engines.ray_engine import connect, count_nodes
 
     num_workers: int = arguments.workers
     cpus_per_worker: int = arguments.cpus_per_worker or 1

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 
 from ps_worker.aftermath import missed
-from ps_worker.engine import Cluster
-from ps_worker.processes import LineHandler
-from ps_worker.server_watch import ServerWatch
+from ps_worker.engines.engine import Cluster
+from ps_worker.engines.processes import LineHandler
+from ps_worker.events.server_watch import ServerWatch
 
 __all__ = ["keep_looking"]
 

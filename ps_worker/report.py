@@ -20,9 +20,9 @@ from matplotlib.ticker import PercentFormatter
 from torch.utils.tensorboard import SummaryWriter
 
 from modelaverage.names import file_name, shown
-from ps_worker.digits_config import ALONE, ALONE_WITH_ALL
-from ps_worker.record import Record
-from ps_worker.run_files import CURVES, METRICS, TENSORBOARD
+from ps_worker.demo.digits_config import ALONE, ALONE_WITH_ALL
+from ps_worker.demo.record import Record
+from ps_worker.demo.run_files import CURVES, METRICS, TENSORBOARD
 
 __all__ = ["draw", "main", "write_tensorboard"]
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from modelaverage.errors import ModelAverageError
-from modelaverage.output import CLOSED_PIPE_EXIT_CODE, OutputLostError
-from ps_worker.digits_config import DigitsConfig
-from ps_worker.engine import Engine, EngineError
-from ps_worker.processes import LineHandler, Processes, ProcessFailedError
+from modelaverage.runtime.output import CLOSED_PIPE_EXIT_CODE, OutputLostError
+from ps_worker.demo.digits_config import DigitsConfig
+from ps_worker.engines.engine import Engine, EngineError
+from ps_worker.engines.processes import LineHandler, Processes, ProcessFailedError
 from ps_worker.stop_signals import end_at_once_on_signals, exit_code_for, stop_signals
 
 __all__ = ["run_digits", "run_script"]
@@ -24,7 +24,7 @@ _Job = Callable[[Processes], Coroutine[None, None, None]]
 
 def run_digits(engine: Engine, training: DigitsConfig, runs: Path) -> int:
     """Runs the built-in workload; returns the exit code. The extra `demo` has to be installed."""
-    from ps_worker.demo import DemoConfig, run_demo
+    from ps_worker.demo.run import DemoConfig, run_demo
 
     return _run(lambda processes: run_demo(DemoConfig(training, runs), engine, processes))
 
@@ -36,9 +36,9 @@ def run_script(engine: Engine, command: Sequence[str]) -> int:
 
 async def _script(engine: Engine, command: Sequence[str], processes: Processes) -> None:
     from ps_worker.aftermath import what_happened
-    from ps_worker.beside import beside
+    from ps_worker.demo.beside import beside
+    from ps_worker.events.server_watch import ServerWatch
     from ps_worker.lookout import keep_looking
-    from ps_worker.server_watch import ServerWatch
 
     say = _printer("", sys.stderr)
     started_at_s = time.monotonic()

@@ -8,8 +8,8 @@ from typing import Any
 
 from examples.clients.python import client
 from ma_client import ParameterServerSession
-from ma_client.shard import Answer, Shard
-from ma_client.staging import Staging
+from ma_client.transports.connection import Answer, Shard
+from ma_client.transports.staging import Staging
 from modelaverage.errors import ModelAverageError, ProtocolError
 from modelaverage.manifest import Manifest
 from modelaverage.v1 import parameter_server_pb2 as pb

@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modelaverage.manifest import Manifest, Variable, dtype_name
-from modelaverage.shared_memory import Segment
-from ps_server import checkpoint
-from ps_server import checkpoint_files as files
-from ps_server.checkpoint_fields import Checkpoint, boot_id, fields_of
-from ps_server.checkpoint_home import CheckpointHome
-from ps_server.keeper import CheckpointPolicy, Keeper
-from ps_server.safetensors_file import bytes_of, lay_out
+from modelaverage.runtime.shared_memory import Segment
+from ps_server.checkpoints import files
+from ps_server.checkpoints import reading as checkpoint
+from ps_server.checkpoints.fields import Checkpoint, boot_id, fields_of
+from ps_server.checkpoints.home import CheckpointHome
+from ps_server.checkpoints.keeper import CheckpointPolicy, Keeper
+from ps_server.checkpoints.safetensors_file import bytes_of, lay_out
 from tests.jobs import CENTER, STEP
 
 __all__ = [
@@ -168,7 +168,7 @@ def faulty_writer(fault: str) -> Any:
         run = (
             "import errno, os, signal, sys, time\n"
             "sys.path.append(sys.argv.pop())\n"
-            "from ps_server import checkpoint_files as files, checkpoint_writer as writer\n"
+            "from ps_server.checkpoints import files, writer\n"
             f"{fault}\n"
             "writer.main()"
         )
@@ -187,6 +187,6 @@ def writers_of(server: int) -> list[int]:
             command = (entry / "cmdline").read_bytes()
         except (OSError, ValueError):
             continue
-        if int(parent) == server and state != "Z" and b"checkpoint_writer" in command:
+        if int(parent) == server and state != "Z" and b"checkpoints.writer" in command:
             found.append(int(entry.name))
     return sorted(found)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
-from ps_server.decisions import Commit, Decision, Prepare, Push
-from ps_server.round import Round
+from ps_server.rules.decisions import Commit, Decision, Prepare, Push
+from ps_server.rules.round import Round
 
 __all__ = ["CommittingRound", "Decided"]
 

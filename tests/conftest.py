@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from ps_server.keeper import CheckpointPolicy
-from ps_server.policy import RoundPolicy
-from ps_server.security import NO_SECURITY, ServerSecurity
+from ps_server.checkpoints.keeper import CheckpointPolicy
+from ps_server.edge.security import NO_SECURITY, ServerSecurity
+from ps_server.flow.service import ServicePolicy
+from ps_server.rules.policy import RoundPolicy
 from ps_server.server import ServerConfig, serve
-from ps_server.service import ServicePolicy
 from tests.jobs import Job, running
 
 

@@ -18,11 +18,13 @@ from typing import Any
 from google.protobuf.message import DecodeError
 
 from modelaverage.v1 import parameter_server_pb2 as pb
-from ps_server import checkpoint_files, job, writer_process
 from ps_server.__main__ import main
-from ps_server.call import Call
-from ps_server.center import Center
-from ps_server.round import Round
+from ps_server.center.buffers import Center
+from ps_server.checkpoints import files as checkpoint_files
+from ps_server.checkpoints import writer_process
+from ps_server.flow import job
+from ps_server.flow.call import Call
+from ps_server.rules.round import Round
 from tests.checkpoints import faulty_writer
 
 __all__ = ["BETWEEN_TWO_ANSWERS", "MOMENTS"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from modelaverage.errors import ModelAverageError, Reason
 from modelaverage.outcome import Outcome
-from ps_server.decisions import (
+from ps_server.rules.decisions import (
     Admit,
     CenterFollows,
     Commit,
@@ -18,7 +18,7 @@ from ps_server.decisions import (
     TimeOut,
     Verdict,
 )
-from ps_server.policy import RoundPolicy
+from ps_server.rules.policy import RoundPolicy
 from tests.committing import CommittingRound as Round
 from tests.committing import Decided
 from tests.round_oracle import Committed, Event, Finished, Given, Process

@@ -25,11 +25,11 @@ from numpy.typing import NDArray
 from ma_client import Outcome, ParameterServerSession
 from modelaverage.errors import ModelAverageError
 from modelaverage.v1 import parameter_server_pb2 as pb
-from ps_server import job as server_job
-from ps_server.keeper import CheckpointPolicy
-from ps_server.policy import RoundPolicy
+from ps_server.checkpoints.keeper import CheckpointPolicy
+from ps_server.flow import job as server_job
+from ps_server.flow.service import ServicePolicy
+from ps_server.rules.policy import RoundPolicy
 from ps_server.server import ServerConfig, serve
-from ps_server.service import ServicePolicy
 from tests.raw_client import RawClient
 
 __all__ = ["FIRST_STEP", "HANG_S", "FaultyJob", "FaultyShard", "Round", "Seat", "answer_but_the_silent", "soon"]

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ma_client import ParameterServerSession
-from ma_client.shard import Answer, FragmentSource, Shard
+from ma_client.transports.connection import Answer, FragmentSource, Shard
 from tests.faults import HANG_S, Model, trained
 from tests.worker_process import START_TIMEOUT_S, Process
 

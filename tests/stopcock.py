@@ -11,7 +11,7 @@ from types import TracebackType
 import pytest
 
 from ma_client import DataSettings
-from ma_client.data_connection import DataConnection
+from ma_client.transports.data_connection import DataConnection
 from modelaverage.v1 import parameter_server_pb2 as pb
 
 __all__ = ["Stopcock", "data_through"]

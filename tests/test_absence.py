@@ -9,9 +9,10 @@ import threading
 
 import pytest
 
-from ma_client import ParameterServerSession, absence
-from ma_client.absence import Pace
-from ma_client.cluster import ClusterSpec
+from ma_client import ParameterServerSession
+from ma_client.cluster.spec import ClusterSpec
+from ma_client.job import absence
+from ma_client.job.absence import Pace
 from modelaverage.errors import DeadlineExceededError, ServerUnavailableError
 from tests.conftest import StartServer
 
@@ -88,7 +89,7 @@ def test_a_process_that_waits_for_a_free_index_says_so_again(
     caplog: pytest.LogCaptureFixture, start_server: StartServer
 ) -> None:
     address = start_server(1).address
-    code = f"from ma_client.cluster import ClusterSpec; ClusterSpec.resolve({{}}, ps_hosts=({address!r},), "
+    code = f"from ma_client.cluster.spec import ClusterSpec; ClusterSpec.resolve({{}}, ps_hosts=({address!r},), "
     code += "task_index='auto'); print(flush=True); input()"
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:

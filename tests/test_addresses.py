@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ma_client import ParameterServerSession
-from ma_client.cluster import ClusterError, ClusterSpec
+from ma_client.cluster.spec import ClusterError, ClusterSpec
 from modelaverage.addresses import Address, parse, split
 from modelaverage.errors import InvalidRequestError
 from ps_server.__main__ import main as ps_server

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from ps_worker.metrics_file import MetricsFile
+from ps_worker.demo.metrics_file import MetricsFile
 from tests.jobs import CENTER
 from tests.launched import Launched
 from tests.raw_client import RawClient
@@ -33,8 +33,8 @@ HELP = [
 REDIRECTIONS = {"full": ">/dev/full", "closed": ">&-", "all closed": "<&- >&- 2>&-", "both full": ">/dev/full 2>&1"}
 LOSING = """
 import logging, os, resource, sys
-from modelaverage.logs import keep_logging, log_json
-from modelaverage.output import OnLoss
+from modelaverage.runtime.logs import keep_logging, log_json
+from modelaverage.runtime.output import OnLoss
 if sys.argv[2] == "json":
     log_json("p")
 keep_logging("p", OnLoss.GO_ON)

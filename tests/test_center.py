@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from modelaverage.errors import ModelAverageError, ProtocolError, Reason
 from modelaverage.manifest import DTYPES, Manifest, Variable
-from ps_server.center import MAX_OLD_BUFFERS, Buffer, Center, Contribution, Reader, check_fragment_size
-from ps_server.decisions import FinishFragment
+from ps_server.center.buffers import MAX_OLD_BUFFERS, Buffer, Center, Contribution, Reader, check_fragment_size
+from ps_server.rules.decisions import FinishFragment
 from tests.strategies import fast, manifests
 
 Array = NDArray[Any]

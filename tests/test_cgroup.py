@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ps_server.memory_limit import default_max_model_bytes, memory_bytes
+from ps_server.machine.memory_limit import default_max_model_bytes, memory_bytes
 
 MACHINE = 64 << 30
 GIB = 1 << 30

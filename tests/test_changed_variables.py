@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn.utils import parametrize, prune
 
-from ma_client.mirror import HostMirror
+from ma_client.tensors.mirror import HostMirror
 from modelaverage.errors import ConflictError, Reason
 from tests.optimizer.conftest import alone, join
 from tests.optimizer.workers import Join, Net, Worker

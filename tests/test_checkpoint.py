@@ -24,11 +24,11 @@ from hypothesis import strategies as st
 
 from modelaverage.manifest import DTYPES, Manifest, Variable
 from modelaverage.v1 import parameter_server_pb2 as pb
-from ps_server import checkpoint as reading
-from ps_server import checkpoint_fields, writer_process
-from ps_server.checkpoint import Checkpoint, CheckpointError, find_latest, load_latest
-from ps_server.keeper import CheckpointPolicy
-from ps_server.policy import RoundPolicy
+from ps_server.checkpoints import fields as checkpoint_fields
+from ps_server.checkpoints import reading, writer_process
+from ps_server.checkpoints.keeper import CheckpointPolicy
+from ps_server.checkpoints.reading import Checkpoint, CheckpointError, find_latest, load_latest
+from ps_server.rules.policy import RoundPolicy
 from ps_server.server import UnusableSettingError
 from tests.checkpoints import (
     checkpoint_of,
@@ -524,7 +524,7 @@ files.{function} = {"before" if function == "make_durable" else "after"}"""
 
 
 def failing_while_there_is(path: Path, function: str) -> str:
-    """A fault: this function of checkpoint_files.py says EIO as long as there is a file."""
+    """A fault: this function of files.py says EIO as long as there is a file."""
     return f"""
 now = files.{function}
 def failing(*arguments):

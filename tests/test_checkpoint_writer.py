@@ -24,12 +24,13 @@ import pytest
 
 from modelaverage.manifest import Manifest, Variable
 from modelaverage.v1 import parameter_server_pb2 as pb
-from ps_server import checkpoint_writer, writer_process
-from ps_server import keeper as keeping
 from ps_server.__main__ import main
-from ps_server.checkpoint import find_latest, load_latest
-from ps_server.checkpoint_home import CheckpointHome
-from ps_server.keeper import CheckpointPolicy, Keeper
+from ps_server.checkpoints import keeper as keeping
+from ps_server.checkpoints import writer as checkpoint_writer
+from ps_server.checkpoints import writer_process
+from ps_server.checkpoints.home import CheckpointHome
+from ps_server.checkpoints.keeper import CheckpointPolicy, Keeper
+from ps_server.checkpoints.reading import find_latest, load_latest
 from ps_server.server import UnusableSettingError
 from tests.checkpoints import (
     checkpoint_of,
@@ -392,7 +393,7 @@ def test_writers_have_nothing_of_the_server_but_their_channel(start_server: Star
 
 
 def test_a_writer_loads_neither_grpc_nor_numpy() -> None:
-    code = "import ps_server.checkpoint_writer, sys; print(*sys.modules)"
+    code = "import ps_server.checkpoints.writer, sys; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert {"grpc", "google", "numpy", "asyncio", "logging"}.isdisjoint(loaded.stdout.split())
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ma_client import ClusterError, ClusterSpec
-from ma_client.nodelist import nodes
+from ma_client.cluster.nodelist import nodes
 from tests.recorded import PS_HOSTS, kubernetes, slurm, tf_config, torchrun, without_a_cluster
 from tests.strategies import fast, thorough
 

@@ -15,15 +15,15 @@ import numpy as np
 import pytest
 
 from ma_client import DataSettings, Outcome, Security
-from ma_client.data_connection import DataConnection, Transfer
-from ma_client.data_link import DataLink, host_of
-from ma_client.shard import Deadline, Shard
-from ma_client.staging import Memory, Staging
+from ma_client.transports.connection import Deadline, Shard
+from ma_client.transports.data_connection import DataConnection, Transfer
+from ma_client.transports.data_link import DataLink, host_of
+from ma_client.transports.staging import Memory, Staging
 from modelaverage import wire
-from modelaverage.access import Access
+from modelaverage.access.channels import Access
 from modelaverage.manifest import Manifest, Variable
 from modelaverage.v1 import parameter_server_pb2 as pb
-from ps_server import data_port
+from ps_server.transports import data_port
 from tests.conftest import StartServer
 from tests.jobs import CENTER, COUNT, STEP, Job, of
 from tests.pairs import MODEL, SETTINGS, Pair

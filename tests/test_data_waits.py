@@ -18,15 +18,15 @@ import numpy as np
 import pytest
 
 from ma_client import DataSettings, ParameterServerSession
-from ma_client.data_connection import DataConnection, Transfer
-from ma_client.joining import join
-from ma_client.staging import Memory, Staging
-from modelaverage.data_connection import prepare
+from ma_client.cluster.joining import join
+from ma_client.transports.data_connection import DataConnection, Transfer
+from ma_client.transports.staging import Memory, Staging
 from modelaverage.errors import DeadlineExceededError, Reason, RetryPushError, ServerUnavailableError
 from modelaverage.manifest import Manifest, Variable
+from modelaverage.runtime.data_sockets import prepare
 from modelaverage.v1 import parameter_server_pb2 as pb
-from ps_server import data_port
-from ps_server.data_port import DataPort
+from ps_server.transports import data_port
+from ps_server.transports.data_port import DataPort
 from tests.conftest import StartServer
 from tests.pairs import MODEL, SETTINGS, Pair
 from tests.raw_client import Arrays

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from ma_client import ParameterServerSession
-from modelaverage.access import Access
-from modelaverage.security import Security, Tls
-from ps_server.descriptors import check_limit, raise_limit
-from ps_server.status import fetch
+from modelaverage.access.channels import Access
+from modelaverage.access.security import Security, Tls
+from ps_server.console.status import fetch
+from ps_server.machine.descriptors import check_limit, raise_limit
 from tests.certificates import Authority
 from tests.launched import Launched
 from tests.test_limits import serving

@@ -17,13 +17,13 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from ma_client import ClusterSpec, ParameterServerSession
-from ps_worker import run_files
-from ps_worker.digits import DigitsData, DigitsNet, accuracy, train_alone, train_in_cluster
-from ps_worker.digits_config import ALONE, ALONE_WITH_ALL, DigitsConfig, add_training_flags
-from ps_worker.events import AccuracyEvent, Event, RoundEvent, ServerEvent, StepEvent, decode, encode
-from ps_worker.record import Record
-from ps_worker.summary import Summary
-from ps_worker.view import Cast, LiveView, PlainView
+from ps_worker.demo import run_files
+from ps_worker.demo.digits import DigitsData, DigitsNet, accuracy, train_alone, train_in_cluster
+from ps_worker.demo.digits_config import ALONE, ALONE_WITH_ALL, DigitsConfig, add_training_flags
+from ps_worker.demo.record import Record
+from ps_worker.demo.summary import Summary
+from ps_worker.demo.view import Cast, LiveView, PlainView
+from ps_worker.events.parse import AccuracyEvent, Event, RoundEvent, ServerEvent, StepEvent, decode, encode
 from tests.conftest import StartServer
 from tests.launched import Launched
 
@@ -255,7 +255,7 @@ def test_plain_lines_say_at_growing_gaps_that_something_goes_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now_s = 0.0
-    monkeypatch.setattr("ps_worker.view.time.monotonic", lambda: now_s)
+    monkeypatch.setattr("ps_worker.demo.view.time.monotonic", lambda: now_s)
     view = PlainView()
     cast = Cast({}, ("worker-0",), (ALONE,), steps=80)
     for at_s in (0.0, 1.0, 2.0, 3.0, 5.0, 6.0, 7.0):

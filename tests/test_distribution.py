@@ -89,7 +89,7 @@ def test_what_people_are_told_to_install_is_this_distribution(built: Built) -> N
         for names in re.findall(rf"{NAME}\[([a-z,]+)\]", text)
         for extra in names.split(",")
     }
-    assert {path for path, _ in told} > {"docs/observability.md", "ma_client/__init__.py", "ps_server/watch.py"}
+    assert {path for path, _ in told} > {"docs/observability.md", "ma_client/__init__.py", "ps_server/console/watch.py"}
     assert {(path, extra) for path, extra in told if extra not in extras} == set()
 
 

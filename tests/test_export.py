@@ -18,15 +18,15 @@ import safetensors.torch
 import torch
 
 from ma_client import ParameterServerSession
-from ma_client.assembly import Assembly
-from ma_client.raw import bytes_of
+from ma_client.job.assembly import Assembly
+from ma_client.values.raw import bytes_of
 from modelaverage import wire
 from modelaverage.manifest import DTYPES, Manifest, Variable, dtype_name
 from modelaverage.placement import place
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.__main__ import main
-from ps_server.checkpoint import Checkpoint
-from ps_server.keeper import CheckpointPolicy
+from ps_server.checkpoints.keeper import CheckpointPolicy
+from ps_server.checkpoints.reading import Checkpoint
 from tests.checkpoints import make_durable, write_fresh
 from tests.conftest import StartServer
 from tests.jobs import CENTER, STEP, Job, of

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ma_client import DataSettings, data_connection
+from ma_client import DataSettings
+from ma_client.transports import data_connection
 from tests.faults import HANG_S, Model, RestartedServer, Training
 from tests.killed_server import BETWEEN_TWO_ANSWERS, MOMENTS
 from tests.pairs import FRAGMENT_SIZE_BYTES, MODEL, Pair

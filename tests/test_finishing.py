@@ -15,9 +15,9 @@ import pytest
 from ma_client import ParameterServerSession
 from ma_client.session import PushResult
 from modelaverage.v1 import parameter_server_pb2 as pb
-from ps_server import job as job_module
-from ps_server import service
-from ps_server.policy import RoundPolicy
+from ps_server.flow import job as job_module
+from ps_server.flow import service
+from ps_server.rules.policy import RoundPolicy
 from tests.conftest import StartServer
 from tests.jobs import CENTER, STEP, Job, of, running
 from tests.raw_client import (

@@ -15,16 +15,18 @@ from fuzz.loop import EndlessError, VirtualLoop
 from fuzz.run import MAX_GROWTH_BYTES, Result, run
 from fuzz.sockets import MemorySocket
 from fuzz.targets import TARGETS, target_named
-from modelaverage.data_connection import NUMBER
 from modelaverage.errors import Reason, refusal
-from ps_server import center, data_port, job
-from ps_server.call import Call
-from ps_server.data_port import DataConnection, DataPort
-from ps_server.decisions import Decision
-from ps_server.joining import Joining
-from ps_server.roster import Roster, WorkerRecord
-from ps_server.round import Round
-from ps_server.task_indexes import TaskIndexes
+from modelaverage.runtime.data_sockets import NUMBER
+from ps_server.center import buffers as center
+from ps_server.flow import job
+from ps_server.flow.call import Call
+from ps_server.flow.joining import Joining
+from ps_server.rules.decisions import Decision
+from ps_server.rules.round import Round
+from ps_server.rules.task_indexes import TaskIndexes
+from ps_server.seen.roster import Roster, WorkerRecord
+from ps_server.transports import data_port
+from ps_server.transports.data_port import DataConnection, DataPort
 
 INPUTS = {"Initialize": 1500, "sequences": 150, "data-connections": 150}
 
@@ -199,7 +201,7 @@ def test_a_refusal_that_the_protocol_does_not_name_is_a_failure(monkeypatch: pyt
     def refuse(*_: object) -> None:
         raise refusal(Reason.ROUND_FULL, "no")
 
-    monkeypatch.setattr("ps_server.service.check_incarnation", refuse)
+    monkeypatch.setattr("ps_server.flow.service.check_incarnation", refuse)
     assert "does not allow Leave to be refused with ROUND_FULL" in failures_of("Leave", 100)
 
 
@@ -220,7 +222,7 @@ def test_memory_that_is_not_given_back_is_a_failure(monkeypatch: pytest.MonkeyPa
     def check(_: str) -> None:
         kept.append(bytearray(b"x" * 20_000))
 
-    monkeypatch.setattr("ps_server.service.check_worker_id", check)
+    monkeypatch.setattr("ps_server.flow.service.check_worker_id", check)
     assert "memory has grown" in failures_of("Leave", 3000)
 
 

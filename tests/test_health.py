@@ -17,8 +17,8 @@ from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_reflection.v1alpha.reflection_pb2 import ServerReflectionRequest, ServerReflectionResponse
 
 from modelaverage.v1 import parameter_server_pb2 as pb
-from ps_server.keeper import CheckpointPolicy
-from ps_server.security import ServerSecurity
+from ps_server.checkpoints.keeper import CheckpointPolicy
+from ps_server.edge.security import ServerSecurity
 from tests.conftest import StartServer
 from tests.jobs import CENTER, STEP
 from tests.raw_client import DEADLINE_S, RawClient

@@ -21,8 +21,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modelaverage.v1 import parameter_server_pb2 as pb
-from ps_server.checkpoint import CheckpointError, load_latest
-from ps_server.keeper import CheckpointPolicy
+from ps_server.checkpoints.keeper import CheckpointPolicy
+from ps_server.checkpoints.reading import CheckpointError, load_latest
 from tests.checkpoints import content, durable, header_of, read, small, write_fresh
 from tests.conftest import StartServer
 from tests.jobs import Job
@@ -377,7 +377,7 @@ def test_a_file_that_takes_too_much_memory_is_passed_over(tmp_path: Path) -> Non
     script = (
         "import resource, sys\n"
         "from pathlib import Path\n"
-        "from ps_server.checkpoint import find_latest\n"
+        "from ps_server.checkpoints.reading import find_latest\n"
         "resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))\n"
         "found, passed_over = find_latest(Path(sys.argv[1]))\n"
         "print(found[1].global_step, *(error for _, error in passed_over))"

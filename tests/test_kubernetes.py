@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from ps_server.__main__ import _parser as server_parser
-from ps_server.memory_limit import default_max_model_bytes
+from ps_server.machine.memory_limit import default_max_model_bytes
 from ps_worker.__main__ import _parser as worker_parser
 
 FOLDER = Path(__file__).parents[1] / "docker/kubernetes"

@@ -18,8 +18,8 @@ import pytest
 from modelaverage import wire
 from modelaverage.manifest import MAX_VARIABLES
 from modelaverage.v1 import parameter_server_pb2 as pb
-from ps_server.helper_thread import HelperThread, no_collections
-from ps_server.safetensors_file import lay_out
+from ps_server.checkpoints.safetensors_file import lay_out
+from ps_server.machine.helper_thread import HelperThread, no_collections
 from tests.conftest import RunningServer, StartServer
 from tests.raw_client import DEADLINE_S, until
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from ps_worker.engine import EngineError
-from ps_worker.local_cluster import automatic_servers, center_directories, started_again, usable_cores
+from ps_worker.engines.engine import EngineError
+from ps_worker.engines.local_cluster import automatic_servers, center_directories, started_again, usable_cores
 from tests.launched import Launched, all_gone
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for orphans in /proc")

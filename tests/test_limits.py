@@ -24,9 +24,9 @@ from modelaverage import wire
 from modelaverage.errors import REASON_METADATA_KEY, REASON_PREFIX, Reason, ServerUnavailableError, refusal
 from modelaverage.outcome import Outcome
 from modelaverage.v1 import parameter_server_pb2 as pb
-from ps_server.center import MAX_OLD_BUFFERS
-from ps_server.connections import cut
-from ps_server.reserve import Reserve
+from ps_server.center.buffers import MAX_OLD_BUFFERS
+from ps_server.machine.connections import cut
+from ps_server.machine.reserve import Reserve
 from tests.launched import Launched
 from tests.raw_client import RawClient
 
@@ -38,8 +38,8 @@ _NO_READING_AHEAD = [("grpc.use_local_subchannel_pool", 1), ("grpc.http2.bdp_pro
 # Breaks a round's arithmetic once, and then the way to start over.
 BROKEN_TWICE = """
 import sys
-from ps_server.center import Center
-from ps_server.round import Round
+from ps_server.center.buffers import Center
+from ps_server.rules.round import Round
 finish, left = Center.finish, [2]
 def broken(self, fragments):
     left[0] -= 1
@@ -279,7 +279,7 @@ def test_an_event_that_fails_starts_the_round_over_and_the_same_pushes_make_it(t
 def test_a_push_whose_header_fails_is_told_so_and_made_again(tmp_path: Path) -> None:
     broken = """
 import sys
-from ps_server.roster import Roster
+from ps_server.seen.roster import Roster
 heard, left = Roster.heard_push_of, [3]
 def broken(self, *arguments):
     left[0] -= 1
@@ -301,7 +301,7 @@ sys.exit(main(sys.argv[1:]))
 def test_a_failure_of_one_call_is_that_calls_only(tmp_path: Path) -> None:
     broken = """
 import sys
-from ps_server.sender import Sender
+from ps_server.flow.sender import Sender
 async def broken(self, *_):
     raise MemoryError
 Sender.send_buffer = broken

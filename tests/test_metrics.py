@@ -12,9 +12,9 @@ import pytest
 
 from modelaverage.errors import Reason
 from modelaverage.v1 import parameter_server_pb2 as pb
-from ps_server import metrics
-from ps_server.keeper import CheckpointPolicy
-from ps_server.observations import PHASES, Histogram
+from ps_server.checkpoints.keeper import CheckpointPolicy
+from ps_server.edge import metrics
+from ps_server.seen.observations import PHASES, Histogram
 from tests.conftest import RunningServer, StartServer
 from tests.jobs import CENTER, COUNT, STEP, Job, of
 from tests.raw_client import RawClient, until

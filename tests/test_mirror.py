@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from ma_client.mirror import HostMirror
+from ma_client.tensors.mirror import HostMirror
 
 
 def test_a_contiguous_tensor_on_the_cpu_is_not_copied() -> None:

@@ -19,15 +19,15 @@ from ma_client import ParameterServerSession, Security
 from modelaverage.missing import Missing
 from modelaverage.names import MAX_NAMES
 from modelaverage.v1 import parameter_server_pb2 as pb
-from ps_server import roster as rosters
-from ps_server.decisions import Push, Restart
-from ps_server.keeper import CheckpointPolicy
-from ps_server.missing import missing_of as missing_of_at
-from ps_server.policy import RoundPolicy
-from ps_server.roster import Rank, Roster, WorkerRecord
-from ps_server.round import Round
-from ps_server.security import ServerSecurity
-from ps_server.service import ParameterServerService, ServicePolicy
+from ps_server.checkpoints.keeper import CheckpointPolicy
+from ps_server.edge.security import ServerSecurity
+from ps_server.flow.service import ParameterServerService, ServicePolicy
+from ps_server.rules.decisions import Push, Restart
+from ps_server.rules.policy import RoundPolicy
+from ps_server.rules.round import Round
+from ps_server.seen import roster as rosters
+from ps_server.seen.missing import missing_of as missing_of_at
+from ps_server.seen.roster import Rank, Roster, WorkerRecord
 from tests.conftest import StartServer
 from tests.jobs import COUNT, STEP, Job, of
 from tests.raw_client import DEADLINE_S, RawClient, fragments_of, until
@@ -216,7 +216,7 @@ def test_a_status_of_any_number_of_workers_fits_a_message() -> None:
 def test_a_missing_worker_is_named_to_everybody_though_many_pull_and_a_notice_is_short(
     start_server: StartServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("ps_server.job._FIRST_NOTICE_S", 0.05)
+    monkeypatch.setattr("ps_server.flow.job._FIRST_NOTICE_S", 0.05)
     monkeypatch.setattr(rosters, "_MAX_RECORDS", 50)
     caplog.set_level(logging.DEBUG, "ps_server")
     with RawClient(start_server(RoundPolicy.strict(2, round_timeout_s=1.0)).address) as client:
@@ -251,7 +251,7 @@ def test_a_missing_worker_is_named_to_everybody_though_many_pull_and_a_notice_is
 def test_names_of_a_large_job_are_few_in_every_message_and_the_rest_is_counted(
     start_server: StartServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("ps_server.job._FIRST_NOTICE_S", 0.05)
+    monkeypatch.setattr("ps_server.flow.job._FIRST_NOTICE_S", 0.05)
     caplog.set_level(logging.DEBUG, "ps_server")
     names = [f"w{number:02d}".ljust(128, "x") for number in range(30)]
     with RawClient(start_server(30).address) as client:
@@ -325,7 +325,7 @@ def test_a_server_that_goes_on_from_a_checkpoint_knows_the_names_it_waits_for(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("ps_server.job._FIRST_NOTICE_S", 0.05)
+    monkeypatch.setattr("ps_server.flow.job._FIRST_NOTICE_S", 0.05)
     server = start_server(2, checkpoints=CheckpointPolicy(tmp_path))
     with RawClient(server.address) as client:
         job = Job(client, "")

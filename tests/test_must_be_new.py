@@ -13,7 +13,7 @@ import pytest
 from ma_client import ClusterError, ClusterSpec, ParameterServerSession
 from modelaverage.errors import ConflictError
 from modelaverage.v1 import parameter_server_pb2 as pb
-from ps_server.keeper import CheckpointPolicy
+from ps_server.checkpoints.keeper import CheckpointPolicy
 from tests.conftest import StartServer
 
 ZEROS, ONES = {"w": np.zeros(4, np.float32)}, {"w": np.ones(4, np.float32)}

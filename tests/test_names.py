@@ -18,11 +18,11 @@ from modelaverage.missing import Missing
 from modelaverage.names import MAX_NAMES, file_name, listed, printable, shown
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_worker import report
-from ps_worker.digits_config import ALONE
-from ps_worker.event_sinks import reporter
-from ps_worker.events import AccuracyEvent, Event, RoundEvent, ServerEvent, StepEvent
-from ps_worker.record import Record
-from ps_worker.view import Cast, LiveView, PlainView
+from ps_worker.demo.digits_config import ALONE
+from ps_worker.demo.record import Record
+from ps_worker.demo.view import Cast, LiveView, PlainView
+from ps_worker.events.parse import AccuracyEvent, Event, RoundEvent, ServerEvent, StepEvent
+from ps_worker.events.sinks import reporter
 from tests.conftest import StartServer
 from tests.jobs import STEP, Job, of
 from tests.raw_client import RawClient, push_header

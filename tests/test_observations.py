@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ps_server.observations import PHASES, Histogram, Observations, Sending
-from ps_server.roster import Roster, WorkerRecord
+from ps_server.seen.observations import PHASES, Histogram, Observations, Sending
+from ps_server.seen.roster import Roster, WorkerRecord
 
 
 def sums(seen: Observations) -> dict[str, object]:

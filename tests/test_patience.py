@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import pytest
 
-from ma_client.patience import Patience
-from ma_client.shard import Deadline
+from ma_client.job.patience import Patience
+from ma_client.transports.connection import Deadline
 from modelaverage.errors import (
     ConflictError,
     DeadlineExceededError,
@@ -18,7 +18,7 @@ from modelaverage.errors import (
     ServerUnavailableError,
     refusal,
 )
-from modelaverage.tuning import GONE_AFTER_S
+from modelaverage.runtime.tuning import GONE_AFTER_S
 
 FOREVER = Deadline(None)
 

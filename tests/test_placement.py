@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ma_client.assembly import Assembly
+from ma_client.job.assembly import Assembly
 from modelaverage import wire
 from modelaverage.errors import ConflictError, InvalidRequestError, Reason
 from modelaverage.manifest import DTYPES, MAX_FRAGMENTS, Manifest, Part, Shard, Variable

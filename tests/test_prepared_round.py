@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from modelaverage.errors import ModelAverageError, Reason
 from modelaverage.outcome import Outcome
-from ps_server.decisions import Admit, CenterFollows, Decision, Dismiss, Hold, Prepare, Push, TimeOut
-from ps_server.policy import RoundPolicy
-from ps_server.round import Round
+from ps_server.rules.decisions import Admit, CenterFollows, Decision, Dismiss, Hold, Prepare, Push, TimeOut
+from ps_server.rules.policy import RoundPolicy
+from ps_server.rules.round import Round
 from tests.strategies import fast
 
 POLICIES = (

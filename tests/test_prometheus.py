@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from ps_server.keeper import CheckpointPolicy
+from ps_server.checkpoints.keeper import CheckpointPolicy
 from tests.conftest import StartServer
 from tests.jobs import COUNT, STEP, Job, of
 from tests.raw_client import RawClient, until

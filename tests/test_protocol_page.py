@@ -24,7 +24,7 @@ from modelaverage.manifest import (
 )
 from modelaverage.names import MAX_NAMES
 from modelaverage.v1 import parameter_server_pb2 as pb
-from ps_server.policy import MAX_WORKERS
+from ps_server.rules.policy import MAX_WORKERS
 
 PAGE = (Path(__file__).parents[1] / "docs/protocol.md").read_text(encoding="utf-8")
 EXAMPLES = dict(re.findall(r"```hex ([^\n]+)\n([^`]+)\n```", PAGE))

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from ma_client import ParameterServerSession
-from modelaverage.access import Access
+from modelaverage.access.channels import Access
+from modelaverage.access.proxies import in_the_way, is_wanted
+from modelaverage.access.security import Security
 from modelaverage.errors import ServerUnavailableError
-from modelaverage.proxies import in_the_way, is_wanted
-from modelaverage.security import Security
-from ps_server import status
-from ps_server.export import ExportError, export
+from ps_server.console import status
+from ps_server.console.export import ExportError, export
 from tests.conftest import StartServer
 
 VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")

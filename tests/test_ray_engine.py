@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from ps_worker import run_files
-from ps_worker.ray_host import OUTPUT, Command, Line, RayHost
+from ps_worker.demo import run_files
+from ps_worker.engines.ray_host import OUTPUT, Command, Line, RayHost
 from tests.launched import TIMEOUT_S, Launched, all_gone
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the nodes are 127.0.0.2 and so on; looks into /proc")

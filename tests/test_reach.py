@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-import ma_client.reach
+import ma_client.transports.reach
 from ma_client import ParameterServerSession
-from ma_client.reach import Reach
+from ma_client.transports.reach import Reach
 from modelaverage.conformance.scripted import Refusal, ScriptedServer, center
 from modelaverage.v1 import parameter_server_pb2 as pb
 from tests.raw_client import until
@@ -148,9 +148,9 @@ def test_a_call_to_a_server_that_is_there_again_is_made_another_way(
         looks.release()
         return answers
 
-    monkeypatch.setattr(ma_client.reach, "_LASTING_S", 0.01)
-    monkeypatch.setattr(ma_client.reach, "_LOOK_INTERVAL_S", 0.01)
-    monkeypatch.setattr(ma_client.reach, "_answers", look)
+    monkeypatch.setattr(ma_client.transports.reach, "_LASTING_S", 0.01)
+    monkeypatch.setattr(ma_client.transports.reach, "_LOOK_INTERVAL_S", 0.01)
+    monkeypatch.setattr(ma_client.transports.reach, "_answers", look)
     reach, another_way = Reach("127.0.0.1:1"), threading.Event()
     reach.failed(0.0)
     with reach.looking(another_way.set, lambda: False):
@@ -164,8 +164,8 @@ def test_a_call_to_a_server_that_is_there_again_is_made_another_way(
 
 def test_a_call_that_is_connected_is_left_alone_however_long_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     another_way = threading.Event()
-    monkeypatch.setattr(ma_client.reach, "_LASTING_S", 0.01)
-    monkeypatch.setattr(ma_client.reach, "_answers", lambda _: True)
+    monkeypatch.setattr(ma_client.transports.reach, "_LASTING_S", 0.01)
+    monkeypatch.setattr(ma_client.transports.reach, "_answers", lambda _: True)
     reach = Reach("127.0.0.1:1")
     reach.failed(0.0)
     with reach.looking(another_way.set, lambda: True):

@@ -10,7 +10,7 @@ from hypothesis import given
 
 from modelaverage.errors import ConflictError, InvalidRequestError, ModelAverageError, ProtocolError, Reason
 from modelaverage.outcome import Outcome
-from ps_server.decisions import (
+from ps_server.rules.decisions import (
     Admit,
     CenterFollows,
     Commit,
@@ -20,7 +20,7 @@ from ps_server.decisions import (
     Restart,
     Verdict,
 )
-from ps_server.policy import RoundPolicy
+from ps_server.rules.policy import RoundPolicy
 from tests.committing import CommittingRound as Round
 from tests.committing import Decided
 from tests.round_oracle import EVENTS, Play, value_of

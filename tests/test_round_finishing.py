@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from modelaverage.errors import ModelAverageError
 from modelaverage.outcome import Outcome
-from ps_server.decisions import Admit, CenterFollows, Commit, Dismiss, Hold, Push, Restart
-from ps_server.policy import RoundPolicy
+from ps_server.rules.decisions import Admit, CenterFollows, Commit, Dismiss, Hold, Push, Restart
+from ps_server.rules.policy import RoundPolicy
 from tests.committing import CommittingRound as Round
 from tests.committing import Decided
 

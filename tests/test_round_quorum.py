@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from modelaverage.errors import ConflictError, Reason
 from modelaverage.outcome import Outcome
-from ps_server.decisions import (
+from ps_server.rules.decisions import (
     Admit,
     CenterFollows,
     Commit,
@@ -23,7 +23,7 @@ from ps_server.decisions import (
     TimeOut,
     Verdict,
 )
-from ps_server.policy import Lateness, RoundPolicy
+from ps_server.rules.policy import Lateness, RoundPolicy
 from tests.committing import CommittingRound as Round
 from tests.committing import Decided
 from tests.quorum_play import EVENTS, SECOND, Plan, Play

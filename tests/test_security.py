@@ -17,15 +17,15 @@ import numpy as np
 import pytest
 
 from ma_client import Outcome, ParameterServerSession, Security, SecurityError, Tls
-from ma_client.data_connection import DataConnection
-from modelaverage.access import Access
+from ma_client.transports.data_connection import DataConnection
+from modelaverage.access.channels import Access
+from modelaverage.access.handshake import problem
 from modelaverage.errors import REASON_METADATA_KEY, REASON_PREFIX, Reason
-from modelaverage.handshake import problem
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.__main__ import main
-from ps_server.authorization import LEAST_ROLES, Role, Tokens, check
-from ps_server.data_port import DataPort
-from ps_server.security import ServerSecurity, check_exposure, warnings_of
+from ps_server.edge.security import ServerSecurity, check_exposure, warnings_of
+from ps_server.rules.authorization import LEAST_ROLES, Role, Tokens, check
+from ps_server.transports.data_port import DataPort
 from tests.certificates import Authority, Identity
 from tests.conftest import RunningServer, StartServer
 from tests.launched import Launched

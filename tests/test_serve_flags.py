@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from modelaverage.serve_flags import ServeFlags, add_serve_flags
+from modelaverage.commands.serve_flags import ServeFlags, add_serve_flags
 from ps_server.__main__ import main as ps_server_main
 
 TOLD = ServeFlags(2, 4, "auto", 9.5, Path("center"), 3, 1.5)

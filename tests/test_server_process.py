@@ -17,9 +17,10 @@ import pytest
 from grpc import StatusCode
 
 import ps_server.server
-from ma_client import ParameterServerSession, shard
+from ma_client import ParameterServerSession
+from ma_client.transports import connection as shard
 from modelaverage.errors import ConflictError, DeadlineExceededError, Reason, ServerUnavailableError
-from modelaverage.tuning import CHANNEL_OPTIONS
+from modelaverage.runtime.tuning import CHANNEL_OPTIONS
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.__main__ import main
 from tests.conftest import StartServer

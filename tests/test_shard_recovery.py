@@ -17,14 +17,16 @@ from typing import Any
 import pytest
 from numpy.typing import NDArray
 
-from ma_client import Outcome, ParameterServerSession, PushResult, member, members
-from ma_client.shard import Deadline, Shard
-from modelaverage.access import Access
+from ma_client import Outcome, ParameterServerSession, PushResult
+from ma_client.job import all_servers as members
+from ma_client.job import one_server as member
+from ma_client.transports.connection import Deadline, Shard
+from modelaverage.access.channels import Access
+from modelaverage.access.security import Security
 from modelaverage.errors import ConflictError, DeadlineExceededError, ModelAverageError
-from modelaverage.security import Security
 from modelaverage.v1 import parameter_server_pb2 as pb
-from ps_server import job as server_job
-from ps_server.policy import RoundPolicy
+from ps_server.flow import job as server_job
+from ps_server.rules.policy import RoundPolicy
 from tests.raw_client import RawClient, fragments_of, push_header
 from tests.shard_faults import FIRST_STEP, HANG_S, FaultyJob, Seat, answer_but_the_silent, soon
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from ma_client import ParameterServerSession
-from ma_client.assembly import Assembly
-from ma_client.raw import bytes_of
+from ma_client.job.assembly import Assembly
 from ma_client.session import PushResult
+from ma_client.values.raw import bytes_of
 from modelaverage import wire
 from modelaverage.errors import ConflictError, DeadlineExceededError, InvalidRequestError, NotInitializedError, Reason
 from modelaverage.manifest import Manifest, Variable, dtype_name

@@ -20,7 +20,7 @@ from grpc import StatusCode
 
 from ma_client import Outcome, ParameterServerSession, PushResult
 from modelaverage.errors import ServerUnavailableError
-from modelaverage.shared_memory import Segment, SegmentAddress
+from modelaverage.runtime.shared_memory import Segment, SegmentAddress
 from modelaverage.v1 import parameter_server_pb2 as pb
 from tests.conftest import StartServer
 from tests.raw_client import Arrays, RawClient, Stream, fragments_of, push_header, until

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-import modelaverage.data_connection
+import modelaverage.runtime.data_sockets
 from bench.hosts import Network, unavailable_because
 from bench.processes import listening_at, serve_command
-from ma_client.data_connection import DataConnection
-from modelaverage.data_connection import Pace
-from modelaverage.tuning import CHANNEL_OPTIONS, GONE_AFTER_S, SILENCE_TIMEOUT_S
-from ps_server import service
-from ps_server.connections import Taking, taking
+from ma_client.transports.data_connection import DataConnection
+from modelaverage.runtime.data_sockets import Pace
+from modelaverage.runtime.tuning import CHANNEL_OPTIONS, GONE_AFTER_S, SILENCE_TIMEOUT_S
+from ps_server.flow import service
+from ps_server.machine.connections import Taking, taking
 from tests.raw_client import until
 
 on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel does not say")
@@ -57,8 +57,8 @@ def connected() -> Iterator[tuple[socket.socket, socket.socket]]:
 
 
 def link_takes(monkeypatch: pytest.MonkeyPatch, bytes_per_s: int, acknowledged_bytes: int = 1 << 20) -> None:
-    measured = modelaverage.data_connection._Measured(1000, acknowledged_bytes, bytes_per_s)
-    monkeypatch.setattr(modelaverage.data_connection, "_measured", lambda _: measured)
+    measured = modelaverage.runtime.data_sockets._Measured(1000, acknowledged_bytes, bytes_per_s)
+    monkeypatch.setattr(modelaverage.runtime.data_sockets, "_measured", lambda _: measured)
 
 
 @on_linux
@@ -177,7 +177,7 @@ WORKER = """
 import json, logging, pathlib, sys, time
 import numpy as np
 from ma_client import DataSettings, ParameterServerSession
-from modelaverage import data_connection
+from modelaverage.runtime import data_sockets as data_connection
 from modelaverage.v1 import parameter_server_pb2 as pb
 data_connection._SHORT_WAY_US = 0  # no slow link is as short as one between test hosts
 said, (address, doing, values, slow) = [], sys.argv[1:]

@@ -90,7 +90,7 @@ def test_imports_run_one_way(module: str) -> None:
 
 
 def test_the_round_loads_neither_grpc_nor_numpy_nor_torch() -> None:
-    assert loaded_by("ps_server.round").isdisjoint({"grpc", "google", "numpy", "torch", "asyncio"})
+    assert loaded_by("ps_server.rules.round").isdisjoint({"grpc", "google", "numpy", "torch", "asyncio"})
 
 
 def test_the_server_loads_no_torch() -> None:
@@ -110,7 +110,7 @@ def test_only_the_optimizer_the_reader_of_torchs_files_and_what_they_alone_use_a
         for module in MODULES
     }
     # The second is imported where there is such a file; test_a_session_loads_no_torch holds it to that.
-    behind_the_optimizer = {"ma_client.optimizer", "ma_client.torch_file"}
+    behind_the_optimizer = {"ma_client.torch.optimizer", "ma_client.tensors.torch_file"}
     while more := {
         module
         for module, users in importers.items()

@@ -17,11 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ma_client import ClusterError, ClusterSpec
-from ma_client import joining as client
+from ma_client.cluster import joining as client
 from modelaverage.errors import DeadlineExceededError, ServerUnavailableError
 from modelaverage.v1 import parameter_server_pb2 as pb
-from ps_server.keeper import CheckpointPolicy
-from ps_server.task_indexes import TaskIndexes
+from ps_server.checkpoints.keeper import CheckpointPolicy
+from ps_server.rules.task_indexes import TaskIndexes
 from tests.conftest import StartServer
 from tests.faults import RestartedServer
 from tests.jobs import CENTER

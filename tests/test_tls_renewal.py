@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from ma_client import ParameterServerSession
-from modelaverage.access import Access
-from modelaverage.certificate_names import CertificateNames, broken_chain, certificates_in, shown_name
+from modelaverage.access.certificate_names import CertificateNames, broken_chain, certificates_in, shown_name
+from modelaverage.access.channels import Access
+from modelaverage.access.security import Security, Tls
 from modelaverage.errors import SecurityError
-from modelaverage.security import Security, Tls
 from tests.certificates import Authority, Identity
 from tests.test_server_process import ServerProcess
 

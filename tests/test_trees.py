@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ma_client import ParameterServerSession
-from ma_client.trees import as_arrays, nest, paths_of
+from ma_client.values.trees import as_arrays, nest, paths_of
 from modelaverage.errors import ConflictError, InvalidRequestError
 from tests.conftest import StartServer
 

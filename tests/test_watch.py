@@ -19,12 +19,12 @@ from rich.console import Console
 
 from modelaverage.names import MAX_NAMES, shown
 from modelaverage.v1 import parameter_server_pb2 as pb
-from ps_server import watch as watching
 from ps_server.__main__ import main
-from ps_server.status import NoAnswerError, as_text
-from ps_server.status_view import picture
-from ps_server.watch import Seen, json_line, line, watch
-from ps_server.worker_table import state_of, worker_table, workers_of
+from ps_server.console import watch as watching
+from ps_server.console.status import NoAnswerError, as_text
+from ps_server.console.status_view import picture
+from ps_server.console.watch import Seen, json_line, line, watch
+from ps_server.console.worker_table import state_of, worker_table, workers_of
 from tests.jobs import COUNT, STEP, Job, of
 from tests.raw_client import until
 from tests.test_names import HOSTILE
@@ -383,7 +383,7 @@ def test_where_it_cannot_draw_it_prints_a_line_for_each_change_until_ctrl_c(
             raise answer
         return answer
 
-    monkeypatch.setattr("ps_server.watch.time.sleep", lambda _: None)
+    monkeypatch.setattr("ps_server.console.watch.time.sleep", lambda _: None)
     watch(["ps:2222"], fetch, 1.0, as_json=False)
     out, err = capsys.readouterr()
     printed = [text.split("  ", 1)[1] for text in out.splitlines()]
@@ -497,7 +497,7 @@ def test_without_rich_a_terminal_gets_lines_and_is_told_what_to_install(
     fetch_again: list[str] = []
     monkeypatch.setattr(watching, "find_spec", lambda _: None)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    monkeypatch.setattr("ps_server.watch.time.sleep", lambda _: None)
+    monkeypatch.setattr("ps_server.console.watch.time.sleep", lambda _: None)
     watch(["ps:2222"], fetch, 1.0, as_json=False)
     out, err = capsys.readouterr()
     assert "waits for worker-1" in out

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from modelaverage.access.watched_files import WatchedFiles
 from modelaverage.errors import SecurityError
-from modelaverage.watched_files import WatchedFiles
 
 LONG_AGO_NS = 1_000_000_000 * 10**9
 

@@ -26,7 +26,7 @@ from modelaverage.manifest import (
 from modelaverage.missing import Missing
 from modelaverage.names import MAX_NAMES
 from modelaverage.v1 import parameter_server_pb2 as pb
-from ps_server.policy import MAX_WORKERS
+from ps_server.rules.policy import MAX_WORKERS
 from tests.strategies import fast, manifests, thorough
 
 Carrier: TypeAlias = pb.InitializeRequest | pb.PullResponse | pb.PushAndAverageRequest | pb.PushAndAverageResponse

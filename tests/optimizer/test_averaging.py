@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from modelaverage.errors import ConflictError, DeadlineExceededError, ServerUnavailableError
-from ps_server.policy import RoundPolicy
+from ps_server.rules.policy import RoundPolicy
 from tests.conftest import StartServer
 from tests.optimizer.workers import (
     QUIET_S,

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from ma_client import ModelAverageCustomGetter, ModelAverageOptimizer, Outcome, ParameterServerSession, PushResult
-from ma_client.raw import same_bytes
+from ma_client.values.raw import same_bytes
 from tests.conftest import StartServer
 
 STEPS, INTERVAL_STEPS = 6, 2

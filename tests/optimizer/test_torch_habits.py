@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ma_client import ModelAverageOptimizer
-from ma_client.shard import Shard
+from ma_client.transports.connection import Shard
 from modelaverage.errors import NotInitializedError
 from modelaverage.v1 import parameter_server_pb2 as pb
 from tests.conftest import StartServer

@@ -12,11 +12,11 @@ import torch
 from numpy.typing import ArrayLike
 
 from ma_client import ModelAverageCustomGetter, ModelAverageOptimizer, ParameterServerSession, PushResult
-from ma_client.assembly import Assembly
-from ma_client.raw import same_bytes
+from ma_client.job.assembly import Assembly
+from ma_client.values.raw import same_bytes
 from modelaverage.errors import DeadlineExceededError
 from modelaverage.manifest import Manifest, Variable
-from ps_server.policy import RoundPolicy
+from ps_server.rules.policy import RoundPolicy
 from tests.conftest import StartServer
 from tests.optimizer.workers import QUIET_S, TIMEOUT_S, Join, Net, Worker, sgd, start_all, together
 

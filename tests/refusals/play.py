@@ -23,17 +23,17 @@ import grpc.aio
 import numpy as np
 
 from modelaverage import wire
-from modelaverage.data_connection import NUMBER, halves
 from modelaverage.errors import FAULTS, REASON_METADATA_KEY, REASON_PREFIX, Reason
 from modelaverage.manifest import Manifest, Variable
-from modelaverage.shared_memory import Segment, SegmentAddress
+from modelaverage.runtime.data_sockets import NUMBER, halves
+from modelaverage.runtime.shared_memory import Segment, SegmentAddress
 from modelaverage.v1 import parameter_server_pb2 as pb
-from ps_server.checkpoint import load_latest
-from ps_server.checkpoint_home import CheckpointHome
-from ps_server.keeper import CheckpointPolicy
-from ps_server.policy import RoundPolicy
-from ps_server.reserve import Reserve
-from ps_server.service import ParameterServerService, ServicePolicy
+from ps_server.checkpoints.home import CheckpointHome
+from ps_server.checkpoints.keeper import CheckpointPolicy
+from ps_server.checkpoints.reading import load_latest
+from ps_server.flow.service import ParameterServerService, ServicePolicy
+from ps_server.machine.reserve import Reserve
+from ps_server.rules.policy import RoundPolicy
 from tests.refusals.sites import PROBE
 
 __all__ = ["PLAYS", "Kind", "Result", "Wrong", "play"]

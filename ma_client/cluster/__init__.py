@@ -1,0 +1,1 @@
+"""Who is who in a job: specifications, environments, task indexes."""

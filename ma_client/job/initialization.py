@@ -1,0 +1,201 @@
+"""How the chief sets the center: on one server, or on all shards of a job so that they belong together."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ma_client.job.all_servers import Members
+from ma_client.job.assembly import Assembly
+from ma_client.job.one_server import Member
+from ma_client.transports.connection import Deadline
+from ma_client.transports.staging import Staging
+from ma_client.values.raw import bytes_of
+from modelaverage import wire
+from modelaverage.errors import ConflictError, NotInitializedError, Reason
+from modelaverage.manifest import Manifest, Shard, Variable, first_difference
+from modelaverage.placement import default_fragment_size_bytes, place
+from modelaverage.v1 import parameter_server_pb2 as pb
+
+__all__ = ["Initialized", "Proposal", "initialize"]
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What the chief wants the center to be.
+
+    Args:
+        worker_id: of the chief.
+        variables: of the whole model.
+        values: their bytes.
+        global_step: where to start counting rounds.
+        placement: what goes to which of several servers.
+        fragment_size_bytes: None: chosen by the size of the model and the number of servers.
+        must_be_new: whether a center that is there already is an error.
+    """
+
+    worker_id: str
+    variables: tuple[Variable, ...]
+    values: Sequence[memoryview]
+    global_step: int
+    placement: str
+    fragment_size_bytes: int | None
+    must_be_new: bool
+
+    def manifest(self, num_shards: int) -> Manifest:
+        """Of the whole model."""
+        if self.fragment_size_bytes is not None:
+            return Manifest(self.variables, self.fragment_size_bytes)
+        buffer_size_bytes = Manifest(self.variables).buffer_size_bytes
+        return Manifest(self.variables, default_fragment_size_bytes(buffer_size_bytes, num_shards))
+
+
+@dataclass(frozen=True)
+class Initialized:
+    """How it ended.
+
+    Args:
+        by_this_call: whether the center was not set before.
+        global_step: rounds completed.
+        num_workers: how many workers a round waits for.
+        assembly: the shards, if this call set all of them.
+    """
+
+    by_this_call: bool
+    global_step: int
+    num_workers: int
+    assembly: Assembly | None
+
+
+def initialize(members: Members, addresses: Sequence[str], proposal: Proposal, deadline: Deadline) -> Initialized:
+    """Sets the center on all servers, or completes what an earlier call could not; changes nothing if it is set.
+
+    Raises:
+        InvalidRequestError: MANIFEST_INVALID: a manifest is too long for a message; nothing was sent.
+        ConflictError: MANIFEST_MISMATCH: another model is in force, or the servers do not belong together. Or there is
+            a center, and it must be new.
+        NotInitializedError: a server has lost its part of a center that has been averaged already.
+    """
+    there = _centers_there(members, deadline) if len(members) > 1 or proposal.must_be_new else [None]
+    headers = [header for header in there if header is not None]
+    if headers and proposal.must_be_new:
+        steps = {address: header.global_step for address, header in zip(addresses, there, strict=True) if header}
+        raise _not_new(*steps.popitem())
+    if len(headers) == len(members):
+        manifests = [wire.manifest_from_message(header.manifest) for header in headers]
+        _check_variables(proposal.variables, Assembly(manifests, addresses).manifest.variables)
+        return Initialized(False, max(header.global_step for header in headers), headers[0].num_workers, None)
+    if any(header.global_step != proposal.global_step for header in headers):
+        lost = next(address for address, header in zip(addresses, there, strict=True) if header is None)
+        raise NotInitializedError(
+            f"the parameter server at {lost} has no center, but others have reached global_step "
+            f"{max(header.global_step for header in headers)}; start it with the --checkpoint-dir that it had",
+            Reason.NOT_INITIALIZED,
+        )
+    shards = _place(proposal, addresses, there)
+    # All of them, before the first is sent.
+    messages = [pb.Manifest.FromString(wire.encode_manifest(shard)) for shard in shards]
+    assembly = Assembly(shards, addresses)
+    values = assembly.cut(proposal.values)
+
+    def set_one(index: int, member: Member) -> pb.InitializeResponse:
+        header = pb.InitializeHeader(
+            worker_id=proposal.worker_id,
+            manifest=messages[index],
+            global_step=proposal.global_step,
+        )
+        response = member.initialize(header, values[index], assembly.stagings[index], deadline)
+        _check_shard(response, shards[index].shard, addresses[index])
+        return response
+
+    # The first server comes first: whoever set it has chosen the job's id.
+    first = set_one(0, next(iter(members)))
+    # Shards know their job by an id that this call has drawn; a single server's center has none.
+    if proposal.must_be_new and len(members) == 1 and not first.initialized:
+        _check_ours(proposal, first, next(iter(members)), assembly.stagings[0], addresses[0], deadline)
+    rest = members.each(lambda index, member: set_one(index, member) if index > 0 else first)
+    all_set = not headers and all(response.initialized for response in rest)
+    return Initialized(
+        proposal.must_be_new or any(response.initialized for response in rest),
+        first.global_step,
+        first.num_workers,
+        assembly if all_set else None,
+    )
+
+
+def _check_ours(
+    proposal: Proposal,
+    answer: pb.InitializeResponse,
+    member: Member,
+    staging: Staging,
+    address: str,
+    deadline: Deadline,
+) -> None:
+    """There was no center a moment ago: this one is of this call, whose answer was lost. Or else: ConflictError."""
+    if answer.global_step == proposal.global_step:
+        member.adopt(staging, answer.manifest_id)
+        member.pull(False, deadline)
+        if all(bytes_of(a) == value for a, value in zip(staging.arrays.values(), proposal.values, strict=True)):
+            return
+    raise _not_new(address, answer.global_step)
+
+
+def _not_new(address: str, global_step: int) -> ConflictError:
+    return ConflictError(
+        f"the center was to be new, but the parameter server at {address} has one already, at global_step "
+        f"{global_step}: of an earlier run, or this chief was started again. To go on from it, leave out --fresh "
+        "(must_be_new, MA_FRESH); to begin with new values, start the servers with an empty --checkpoint-dir. Nothing "
+        "was changed"
+    )
+
+
+def _centers_there(members: Members, deadline: Deadline) -> list[pb.CenterHeader | None]:
+    """By server, what center it has."""
+
+    def header(_: int, member: Member) -> pb.CenterHeader | None:
+        try:
+            return member.center_header(False, deadline)
+        except NotInitializedError:
+            return None
+
+    return members.each(header)
+
+
+def _place(proposal: Proposal, addresses: Sequence[str], there: Sequence[pb.CenterHeader | None]) -> Sequence[Manifest]:
+    """The shards' manifests; those that are there already, of an initialization that was not completed, stay."""
+    job_id = uuid.uuid4().bytes
+    manifests = [None if header is None else wire.manifest_from_message(header.manifest) for header in there]
+    for manifest in manifests:
+        if manifest is not None and manifest.shard is not None:
+            job_id = manifest.shard.job_id
+    placed = place(proposal.manifest(len(addresses)), len(addresses), proposal.placement, job_id)
+    for address, here, wanted in zip(addresses, manifests, placed, strict=True):
+        if here is not None and here != wanted:
+            difference = first_difference(wanted.variables, here.variables, "in this call", f"at {address}")
+            raise ConflictError(
+                f"the parameter server at {address} was initialized for another job: it is {here.shard or 'no shard'}, "
+                f"{difference or 'cut in another way'}; give the addresses of one job in order, or start the servers "
+                "anew",
+                Reason.MANIFEST_MISMATCH,
+            )
+    return placed
+
+
+def _check_variables(ours: Sequence[Variable], theirs: Sequence[Variable]) -> None:
+    difference = first_difference(ours, theirs, "in this call", "on the servers")
+    if difference is not None:
+        raise ConflictError(
+            f"the center was initialized with another manifest: {difference}; give all workers the same model",
+            Reason.MANIFEST_MISMATCH,
+        )
+
+
+def _check_shard(response: pb.InitializeResponse, wanted: Shard | None, address: str) -> None:
+    in_force = wire.shard_from_message(response.shard) if response.HasField("shard") else None
+    if in_force != wanted:
+        raise ConflictError(
+            f"the parameter server at {address} is {in_force or 'no shard'}, not {wanted or 'a whole model'}; give the "
+            "addresses of all servers of one job, in order",
+            Reason.MANIFEST_MISMATCH,
+        )

@@ -1,0 +1,1 @@
+"""What a process allows: threads, forks, one thread at a time."""

@@ -1,0 +1,1 @@
+"""Torch's tensors and files as numpy arrays."""

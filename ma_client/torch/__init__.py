@@ -1,0 +1,1 @@
+"""The optimizer, and what it has to know about torch."""

@@ -1,0 +1,62 @@
+"""The trap of trainers and torchrun: a wrapper averages gradients, and rounds have nothing left to average."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Iterator
+from weakref import WeakSet
+
+import torch
+
+from modelaverage.runtime.logs import event
+
+__all__ = ["warn_if_gradients_are_shared"]
+
+_log = logging.getLogger("ma_client")
+
+# By name, since not all of them are installed. torch.distributed's `replicate` makes the first of them, too.
+_WRAPPERS = frozenset({"DistributedDataParallel", "DeepSpeedEngine", "FullyShardedDataParallel"})
+_warned: WeakSet[torch.nn.Module] = WeakSet()
+
+
+def warn_if_gradients_are_shared(model: torch.nn.Module) -> None:
+    """Logs one warning for each model whose gradients something averages over several processes at every step.
+
+    Costs nothing where torch.distributed is not initialized, otherwise a look at every object of the process (0.25 s
+    for a million): the model does not know who has wrapped it.
+    """
+    if model in _warned or not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return
+    if torch.distributed.get_world_size() == 1:
+        return
+    own = {id(parameter) for parameter in model.parameters()}
+    for wrapper, processes in _synchronizing():
+        if any(id(parameter) in own for parameter in wrapper.parameters()):
+            _warned.add(model)
+            name = type(wrapper).__name__
+            _log.warning(
+                "the model is wrapped in %s, which averages the gradients of %d processes at every step: these workers "
+                "make the same updates and push the same model, so that rounds change nothing. Train the model without "
+                "the wrapper, or start the workers so that the trainer sees one process (ma-launch or ps-worker run, "
+                "not torchrun): docs/trainers.md",
+                name,
+                processes,
+                extra=event("gradients_shared", wrapper=name, processes=processes),
+            )
+            return
+
+
+def _synchronizing() -> Iterator[tuple[torch.nn.Module, int]]:
+    """Wrappers that synchronize gradients now, and over how many processes."""
+    is_wrapper: dict[type, bool] = {}
+    for found in gc.get_objects():
+        kind = type(found)  # not isinstance, which asks proxies what they stand for
+        if kind not in is_wrapper:
+            is_wrapper[kind] = not _WRAPPERS.isdisjoint(base.__name__ for base in kind.__mro__)
+        if is_wrapper[kind] and isinstance(found, torch.nn.Module):
+            group = getattr(found, "process_group", None)
+            processes = group.size() if isinstance(group, torch.distributed.ProcessGroup) else None
+            processes = torch.distributed.get_world_size() if processes is None else processes
+            if processes > 1 and getattr(found, "require_backward_grad_sync", True):  # False in `no_sync()`
+                yield found, processes

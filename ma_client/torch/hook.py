@@ -1,0 +1,76 @@
+"""Start and end of training: the chief initializes the center, everyone pulls it; at the end what is left is averaged.
+After the original's hook."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ma_client.torch.optimizer import ModelAverageOptimizer
+
+__all__ = ["ModelAverageHook"]
+
+
+class ModelAverageHook:
+    """What `ModelAverageOptimizer.make_session_run_hook` returns; a context manager around the training loop.
+
+    Left normally (`sys.exit(0)` included), it makes a last round if there is something to average, and tells the
+    servers that this worker has finished. Left by an exception, it does neither: rounds wait for this worker.
+
+    It may be entered again: training then goes on from the center.
+
+    The methods are those of TensorFlow 1.15's ``SessionRunHook``, for training loops that call hooks; their arguments
+    are accepted and not used.
+    """
+
+    def __init__(
+        self, optimizer: ModelAverageOptimizer, final_round: bool = True, wait_for_others_s: float = 0.0
+    ) -> None:
+        self._optimizer = optimizer
+        self._final_round = final_round
+        self._wait_for_others_s = wait_for_others_s
+        self._has_begun = False
+
+    def begin(self) -> None:
+        """Before training. Nothing is to be built."""
+
+    def after_create_session(self, session: object = None, coord: object = None) -> None:  # noqa: ARG002
+        """The chief initializes the center if nobody has; then everyone makes the local variables equal to it."""
+        self._optimizer.begin()
+        self._has_begun = True
+
+    def before_run(self, run_context: object = None) -> None:
+        """Before a step."""
+
+    def after_run(self, run_context: object = None, run_values: object = None) -> None:
+        """After a step."""
+
+    def end(self, session: object = None) -> None:  # noqa: ARG002
+        """After training, if nothing failed: the last round; this worker has finished; the session is closed if the
+        optimizer made it. The second time nothing happens.
+
+        Raises:
+            ModelAverageError: the last round failed, or a server could not be told: this worker has not finished.
+        """
+        has_begun, self._has_begun = self._has_begun, False
+        try:
+            if has_begun:
+                self._optimizer.finish(self._final_round, self._wait_for_others_s)
+        finally:
+            self._optimizer.close()
+
+    def __enter__(self) -> ModelAverageHook:
+        self.begin()
+        self.after_create_session()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # An exit with code 0 says that the program has done its work.
+        if error is None or (isinstance(error, SystemExit) and error.code in (None, 0)):
+            self.end()
+        else:
+            self._has_begun = False
+            self._optimizer.close()

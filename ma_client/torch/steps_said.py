@@ -1,0 +1,61 @@
+"""What workers log of their steps: that they are in the center, or are not."""
+
+from __future__ import annotations
+
+import logging
+
+from ma_client.session import ParameterServerSession
+from modelaverage.outcome import Outcome
+from modelaverage.runtime.logs import event
+
+__all__ = ["say_discarded", "say_finished", "say_not_used"]
+
+_log = logging.getLogger("ma_client")
+_WHY = {
+    Outcome.STALE: "STALE: the round was over",
+    Outcome.ALREADY_COUNTED: "ALREADY_COUNTED: an earlier push of it is in the average",
+}
+
+
+def say_discarded(session: ParameterServerSession, steps: int) -> None:
+    """The local variables were made equal to the center, with steps in them that no round had."""
+    _log.warning(
+        "%s of %s since its last round: discarded, its local variables are those of the center now (global_step %d). "
+        "Steps come into the center when the hook is left normally, or by `average`",
+        _steps(steps),
+        session.worker_id,
+        session.base_step or 0,
+        extra=event("steps_discarded", worker=session.worker_id, round=session.base_step or 0, steps=steps),
+    )
+
+
+def say_not_used(session: ParameterServerSession, outcome: Outcome, steps: int) -> None:
+    """A push came too late, or a second time."""
+    _log.warning(
+        "the push of %s was not used (%s): %s since its last round lost; it goes on from the center of global_step %d",
+        session.worker_id,
+        _WHY[outcome],
+        _steps(steps),
+        session.base_step or 0,
+        extra=event("push_not_used", worker=session.worker_id, round=session.base_step or 0, steps=steps),
+    )
+
+
+def say_finished(session: ParameterServerSession, workers_training: int) -> None:
+    """This worker has finished, and others have not."""
+    _log.info(
+        "%s has finished at global_step %d; rounds go on with %s; its model stays that of its last round",
+        session.worker_id,
+        session.base_step or 0,
+        "1 worker" if workers_training == 1 else f"{workers_training} workers",
+        extra=event(
+            "training_finished",
+            worker=session.worker_id,
+            round=session.base_step or 0,
+            workers_training=workers_training,
+        ),
+    )
+
+
+def _steps(count: int) -> str:
+    return "1 local step" if count == 1 else f"{count} local steps"

@@ -1,0 +1,1 @@
+"""The connection to one server, and the ways for a push's bytes."""

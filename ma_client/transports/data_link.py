@@ -1,0 +1,128 @@
+"""The way to one server's data connections: opened beside a push, used by later ones, left alone after a break."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+
+from ma_client.transports.data_connection import DataConnection, DataSettings
+from modelaverage.addresses import parse
+from modelaverage.runtime.logs import event
+from modelaverage.v1 import parameter_server_pb2 as pb
+
+__all__ = ["DataLink", "host_of"]
+
+_log = logging.getLogger("ma_client")
+
+
+def host_of(address: str) -> str | None:
+    """The host in an address as gRPC takes it; None: there is none that a socket could connect to."""
+    with contextlib.suppress(ValueError):
+        return parse(address).host or None
+    return None
+
+
+class DataLink:
+    """Has at most one connection. For any thread.
+
+    Args:
+        address: of the server, as gRPC takes it.
+        is_encrypted: whether calls to it are; then there is no way, because data connections are in plain text.
+        settings: when to use one.
+    """
+
+    def __init__(self, address: str, is_encrypted: bool, settings: DataSettings) -> None:
+        self._address = address
+        self._host = None if is_encrypted else host_of(address)
+        self._settings = settings
+        self._lock = threading.Lock()
+        self._connection: DataConnection | None = None
+        self._opening = self._closed = False
+        self._not_before_s = 0.0
+
+    def wants(self, size_bytes: int) -> bool:
+        """Whether to ask the server for a connection, for models of this size."""
+        with self._lock:
+            return size_bytes >= self._settings.least_bytes and self._lacks_one
+
+    def open(self, offer: pb.DataConnection) -> None:
+        """Connects, without keeping anybody waiting. An offer that nobody wants is ignored."""
+        with self._lock:
+            if not self._lacks_one:
+                return
+            self._opening = True
+        try:
+            threading.Thread(target=self._open, args=(offer,), name="data-connection", daemon=True).start()
+        except RuntimeError as error:  # no threads are left
+            self._opening = False
+            self._not_opened(error)
+
+    def take(self) -> DataConnection | None:
+        """The connection, for a push, if there is one; `put` gives it back."""
+        with self._lock:
+            connection, self._connection = self._connection, None
+        if connection is not None and not connection.is_open:
+            connection.close()
+            return None
+        return connection
+
+    def put(self, connection: DataConnection) -> None:
+        """A connection is ready for the next push."""
+        with self._lock:
+            if not self._closed:
+                self._connection = connection
+                return
+        connection.close()
+
+    def give_up(self, cause: object) -> None:
+        """A push on the connection got stuck, or that broke though the server is there: there is none for a while."""
+        pause_s = self._pause()
+        what = event("data_connection_given_up", peer=self._address, cause=str(cause), pause_s=pause_s)
+        _log.warning(
+            "%s; pushes to %s go in messages for %g s, not on a data connection",
+            cause,
+            self._address,
+            pause_s,
+            extra=what,
+        )
+
+    def server_was_away(self) -> None:
+        """What broke before broke with the server: the next one may be asked at once, and knows no connection from
+        before."""
+        self._not_before_s = 0.0
+        connection = self.take()
+        if connection is not None:
+            connection.close()
+
+    def close(self) -> None:
+        """There will be no other push."""
+        with self._lock:
+            self._closed = True
+        connection = self.take()
+        if connection is not None:
+            connection.close()
+
+    @property
+    def _lacks_one(self) -> bool:
+        may_have = self._host is not None and not self._closed and time.monotonic() >= self._not_before_s
+        return may_have and self._connection is None and not self._opening
+
+    def _pause(self) -> float:
+        self._not_before_s = time.monotonic() + self._settings.pause_s
+        return self._settings.pause_s
+
+    def _open(self, offer: pb.DataConnection) -> None:
+        assert self._host is not None
+        try:
+            self.put(DataConnection.open(self._host, offer, self._settings))
+        except (OSError, ValueError, OverflowError) as error:  # not there, or no host, or no port
+            self._not_opened(error)
+        finally:
+            self._opening = False
+
+    def _not_opened(self, error: Exception) -> None:
+        pause_s = self._pause()
+        what = event("data_connection_given_up", peer=self._address, cause=str(error), pause_s=pause_s)
+        _log.info("no data connection to %s (%s); pushes go in messages", self._address, error, extra=what)

@@ -1,0 +1,108 @@
+"""Memory that the server lends to this worker: found, kept, and filled with fragments."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ma_client.transports.staging import read_only
+from ma_client.values.raw import bytes_of
+from modelaverage.errors import Reason, RetryPushError
+from modelaverage.manifest import Manifest
+from modelaverage.runtime.shared_memory import Segment, SegmentAddress
+from modelaverage.v1 import parameter_server_pb2 as pb
+
+__all__ = ["Copying", "LentMemory", "Loan"]
+
+# So much is copied before the server is told, so that it can sum while the next bytes are copied. Each time costs a
+# message: with chunks of 8 MiB, a round of 40 MB took a third longer.
+_CHUNK_BYTES = 32 << 20
+
+
+class Copying:
+    """One push's fragments on their way into lent memory; may be ended from another thread."""
+
+    def __init__(self, manifest: Manifest, fragments: Callable[[int], Iterable[memoryview]]) -> None:
+        self._manifest = manifest
+        self._fragments = fragments
+        self._chunk = max(1, _CHUNK_BYTES // manifest.fragment_size_bytes)
+        self._lock = threading.Lock()
+        self.over = False
+        """Whether the push has ended, whose memory is no longer ours to fill."""
+
+    def fill(self, contribution: Segment, first: int) -> int:
+        """Copies a chunk of fragments from ``first`` on, unless the push is over; where it stopped."""
+        with self._lock:
+            end = first if self.over else min(first + self._chunk, self._manifest.fragment_count)
+            for index in range(first, end):
+                at = self._manifest.fragment_bounds(index)[0]
+                for part in self._fragments(index):
+                    np.copyto(contribution.body[at : at + len(part)], np.frombuffer(part, np.uint8))
+                    at += len(part)
+        return end
+
+    def end(self) -> None:
+        """The push is over; waits for a copy that is under way."""
+        with self._lock:
+            self.over = True
+
+
+class Loan:
+    """The memory for one push: the worker's contribution goes into one segment, the average comes in another."""
+
+    def __init__(self, manifest: Manifest, contribution: Segment, average: Segment) -> None:
+        self.contribution = contribution
+        self._manifest = manifest
+        self._average = average
+        self._generation = average.generation
+
+    @property
+    def arrays(self) -> Mapping[str, NDArray[Any]]:
+        """The average where the server has put it, by name; views that cannot be written to."""
+        return read_only(self._manifest.arrays(self._average.body))
+
+    def intact_bytes(self) -> list[memoryview] | None:
+        """Copies of the average's variables; None if the server has written over them."""
+        values = [bytes_of(array.copy()) for array in self.arrays.values()]
+        return values if self.is_intact else None
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether the server has not written over the average so far."""
+        return self._average.generation == self._generation
+
+    def check_intact(self) -> None:
+        """Raises RetryPushError if the server has written over the average meanwhile."""
+        if not self.is_intact:
+            raise RetryPushError("a later round overtook this worker as it copied the average", Reason.ROUND_RESTARTED)
+
+
+class LentMemory:
+    """The segments that this worker has mapped. The server lends the same ones every round."""
+
+    def __init__(self) -> None:
+        self._segments: dict[SegmentAddress, Segment] = {}
+
+    def accept(self, admission: pb.PushAdmission, manifest: Manifest) -> Loan | None:
+        """What an admission offers; None if it offers nothing, or nothing that this process can use."""
+        if not admission.HasField("contribution"):
+            return None
+        contribution = self._find(admission.contribution, manifest, writable=True)
+        average = self._find(admission.average, manifest, writable=False)
+        if contribution is None or average is None:
+            return None
+        return Loan(manifest, contribution, average)
+
+    def _find(self, offer: pb.SharedMemory, manifest: Manifest, writable: bool) -> Segment | None:
+        address = SegmentAddress(offer.path, offer.nonce)
+        segment = self._segments.get(address)
+        if segment is None:
+            segment = Segment.open(address, manifest.buffer_size_bytes, writable)
+            if segment is not None:
+                # A contribution and two averages are in use; older ones belong to a server that is gone.
+                self._segments = dict([*self._segments.items(), (address, segment)][-4:])
+        return segment

@@ -1,0 +1,1 @@
+"""Arrays and their names: nested dictionaries, raw bytes, initial values."""

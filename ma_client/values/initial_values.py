@@ -1,0 +1,204 @@
+"""The chief's initial values from a file: a center that was exported, or a whole state dict of some training before."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from modelaverage.errors import InvalidRequestError
+from modelaverage.manifest import DTYPES, dtype_name
+from modelaverage.runtime.logs import event
+
+__all__ = ["InitialValuesFile", "read_initial_values"]
+
+_Array = NDArray[Any]
+
+_log = logging.getLogger("ma_client")
+_NAMED = 4
+_TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+_ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
+_FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# What torch's wrappers put before or into names. A file is read under the first of these views that has all variables.
+_VIEWS: tuple[Callable[[Sequence[str]], Sequence[str]], ...] = (
+    lambda segments: segments,
+    lambda segments: [segment for segment in segments if segment != "_orig_mod"],
+    lambda segments: segments[1:] if segments[0] == "module" else segments,
+    lambda segments: [s for s in (segments[1:] if segments[0] == "module" else segments) if s != "_orig_mod"],
+    lambda segments: [segment for segment in segments if segment not in ("_orig_mod", "module")],
+)
+
+
+class InitialValuesFile(Protocol):
+    """A file that has values by name."""
+
+    def names(self) -> Sequence[str]:
+        """Of all that it has."""
+
+    def what(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """Element type, by a name of `DTYPES` if it is one of these, and shape."""
+
+    def read(self, name: str) -> _Array:
+        """The values of one that has a type of `DTYPES`."""
+
+
+def read_initial_values(
+    variables: Mapping[str, _Array], path: str | Path, other_names: Mapping[str, Sequence[str]]
+) -> dict[str, _Array]:
+    """The same variables, with the values of a file in place of theirs; what else the file has is logged.
+
+    Names may have what torch's wrappers add to them ("module.", "_orig_mod."), and float types may be others.
+
+    Args:
+        variables: of the center: names, element types and shapes count.
+        path: of a safetensors file, or of what `torch.save` wrote, if torch is there to read it.
+        other_names: further names, by variable, under which the file may have it (tied weights).
+
+    Raises:
+        InvalidRequestError: the file cannot be read; or it lacks a variable, or has it with another shape, as something
+            else than floating-point numbers, or with values that are too large for the center's type.
+    """
+    with _opened(Path(path)) as file:
+        found, used = _find(variables, file.names(), other_names)
+        missing = [name for name in variables if name not in found]
+        if missing:
+            raise _cannot(path, _what_is_missing(missing, file.names()))
+        values, converted = dict[str, _Array](), list[str]()
+        for name, like in variables.items():
+            there = found[name]
+            dtype, shape = file.what(there)
+            if shape != like.shape:
+                raise _cannot(path, f"variable {there!r} has shape {list(shape)} there and {list(like.shape)} here")
+            values[name] = _converted(file, path, there, dtype, like)
+            if dtype != dtype_name(like.dtype):
+                converted.append(f"{name} ({dtype} to {dtype_name(like.dtype)})")
+        unused = [name for name in file.names() if name not in used]
+    if converted:
+        _log.info(
+            "%s: converted %s",
+            path,
+            _some(converted),
+            extra=event("init_values_converted", path=str(path), variables=converted[:_NAMED],
+                        variables_omitted=max(0, len(converted) - _NAMED)),
+        )  # fmt: skip
+    if unused:
+        _log.warning(
+            "%s has more than the center, which is not used (what is not averaged stays as each worker made it): %s",
+            path,
+            _some(unused),
+            extra=event("init_values_unused", path=str(path), variables=unused[:_NAMED],
+                        variables_omitted=max(0, len(unused) - _NAMED)),
+        )  # fmt: skip
+    return values
+
+
+class _Safetensors:
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def names(self) -> Sequence[str]:
+        return list(self._file.keys())
+
+    def what(self, name: str) -> tuple[str, tuple[int, ...]]:
+        there = self._file.get_slice(name)
+        dtype = there.get_dtype()
+        return _FLOATS.get(dtype, dtype), tuple(there.get_shape())
+
+    def read(self, name: str) -> _Array:
+        values: _Array = self._file.get_tensor(name)
+        return values
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[InitialValuesFile]:
+    try:
+        with path.open("rb") as file:
+            beginning = file.read(len(_ZIP))
+    except OSError as error:
+        raise _cannot(path, f"{error.strerror}") from None
+    if not beginning:
+        raise _cannot(path, "the file is empty")
+    if beginning == _ZIP or (path.suffix in _TORCH_SUFFIXES and beginning.startswith(_PICKLE)):
+        yield _torch_file(path)
+        return
+    try:
+        opened = safe_open(path, framework="np")
+    except (OSError, SafetensorError) as error:
+        raise _cannot(
+            path,
+            f"it is no safetensors file ({error}), and nothing that torch.save wrote; `ps-server export` writes such",
+        ) from None
+    with opened as file:
+        try:
+            yield _Safetensors(file)
+        except (OSError, SafetensorError) as error:
+            raise _cannot(path, f"{error}") from None
+
+
+def _torch_file(path: Path) -> InitialValuesFile:
+    try:
+        from ma_client.tensors.torch_file import TorchFile  # not above: torch is an extra, and takes seconds to import
+    except ModuleNotFoundError as error:
+        raise _cannot(
+            path, f"torch.save wrote it, and torch is needed to read it ({error}); install it, or save safetensors"
+        ) from None
+    try:
+        return TorchFile(path)
+    except ValueError as error:
+        raise _cannot(path, f"{error}") from None
+
+
+def _find(
+    variables: Mapping[str, _Array], names: Sequence[str], other_names: Mapping[str, Sequence[str]]
+) -> tuple[dict[str, str], set[str]]:
+    """What the file calls the variables, and all of its names that are taken; of the view that finds most."""
+    best, taken = dict[str, str](), set[str]()
+    for view in _VIEWS:
+        there = dict[str, str]()
+        for name in names:
+            there.setdefault(".".join(view(name.split("."))), name)
+        known = {name: [there[n] for n in (name, *other_names.get(name, ())) if n in there] for name in variables}
+        found = {name: candidates[0] for name, candidates in known.items() if candidates}
+        if len(found) > len(best):
+            best, taken = found, {name for candidates in known.values() for name in candidates}
+        if len(best) == len(variables):
+            break
+    return best, taken
+
+
+def _converted(file: InitialValuesFile, path: str | Path, name: str, dtype: str, like: _Array) -> _Array:
+    wanted = DTYPES[dtype_name(like.dtype)]
+    if dtype not in DTYPES:
+        scales = "; its values are right only with their scales: convert them first" if dtype.startswith("F8") else ""
+        raise _cannot(path, f"variable {name!r} is {dtype} there, and {dtype_name(like.dtype)} here{scales}")
+    values = file.read(name)
+    if values.dtype == wanted:
+        return values
+    with np.errstate(over="ignore"):
+        converted = values.astype(wanted)
+    lost = np.isfinite(values) & ~np.isfinite(converted)
+    if lost.any():
+        raise _cannot(
+            path, f"variable {name!r} has the value {values[lost].flat[0]}, which does not fit {dtype_name(wanted)}"
+        )
+    return converted
+
+
+def _what_is_missing(missing: Sequence[str], there: Sequence[str]) -> str:
+    has = f"it has {_some(sorted(there))}" if there else "it has no variables at all"
+    return f"it lacks {_some(missing)}; {has}"
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
+
+
+def _cannot(path: str | Path, why: str) -> InvalidRequestError:
+    return InvalidRequestError(f"cannot initialize from {path}: {why}")

@@ -1,0 +1,94 @@
+"""The way to parameter servers: channels, the token in every call, and what is wrong when no channel comes about."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from modelaverage.access import handshake, proxies
+from modelaverage.access.pem import read_authorities, read_identity
+from modelaverage.access.renewed_channel import RenewedChannel
+from modelaverage.access.security import Security, Tls
+from modelaverage.access.tokens import bearer, read_tokens
+from modelaverage.access.watched_files import WatchedFiles
+from modelaverage.errors import SecurityError
+from modelaverage.runtime.logs import event
+
+__all__ = ["Access"]
+
+_log = logging.getLogger("modelaverage")
+_Metadata = tuple[tuple[str, str], ...]
+
+
+class Access:
+    """What opens channels to servers and signs calls. For any thread.
+
+    Args:
+        security: whom to trust and what to show. Its files are read here, and again when they change: later calls have
+            the new token, and go over a connection with the new certificates.
+
+    Raises:
+        SecurityError: a file is missing or unusable; names it.
+    """
+
+    def __init__(self, security: Security) -> None:
+        self._tls = tls = security.tls
+        self._credentials = None if tls is None else _credentials_of(tls)
+        self._token: WatchedFiles[_Metadata] | None = None
+        self._metadata: _Metadata = () if security.token is None else bearer(security.token)
+        if security.token_file is not None:
+            path = Path(security.token_file)
+            self._token = WatchedFiles(
+                (path,), lambda: bearer(read_tokens(path)[0]), lambda error: _keep("token", error)
+            )
+
+    def channel(self, address: str, options: Sequence[tuple[str, Any]] = ()) -> grpc.Channel:
+        """A channel to a server, encrypted if `is_encrypted` says so; past all proxies, unless `proxies.USE_PROXY` says
+        otherwise."""
+        options = [proxies.option(), *options]
+        if self._credentials is None or self._tls is None or not self.is_encrypted(address):
+            return grpc.insecure_channel(address, options=options)
+        if self._tls.server_name is not None:
+            options = [*options, ("grpc.ssl_target_name_override", self._tls.server_name)]
+        return RenewedChannel(self._credentials.get, lambda now: grpc.secure_channel(address, now, options=options))
+
+    def is_encrypted(self, address: str) -> bool:
+        """Whether channels to ``address`` are. Those over Unix sockets need not be: they do not leave the host."""
+        return self._tls is not None and not address.startswith("unix:")
+
+    @property
+    def metadata(self) -> _Metadata:
+        """What the next call has to carry."""
+        return self._metadata if self._token is None else self._token.get()
+
+    def problem(self, address: str) -> str | None:
+        """Why a server at ``address`` and this client do not trust each other; None: that is not what is wrong.
+
+        It asks the server, for a few seconds at most: gRPC takes a server that it does not trust for one that is away.
+        """
+        return handshake.problem(address, self._tls)
+
+
+def _credentials_of(tls: Tls) -> WatchedFiles[grpc.ChannelCredentials]:
+    """Raises SecurityError."""
+    ca_file, cert_file, key_file = (
+        None if path is None else Path(path) for path in (tls.ca_file, tls.cert_file, tls.key_file)
+    )
+
+    def read() -> grpc.ChannelCredentials:
+        authorities = None if ca_file is None else read_authorities(ca_file)
+        cert = key = None
+        if cert_file is not None and key_file is not None:
+            cert, key = read_identity(cert_file, key_file)
+        return grpc.ssl_channel_credentials(authorities, key, cert)
+
+    paths = [path for path in (ca_file, cert_file, key_file) if path is not None]
+    return WatchedFiles(paths, read, lambda error: _keep("certificates", error))
+
+
+def _keep(what: str, error: SecurityError) -> None:
+    _log.warning("%s; going on with the %s from before", error, what, extra=event("credentials_kept", cause=str(error)))

@@ -1,0 +1,1 @@
+"""The center on disk: the files, the processes that write them, and when they do."""

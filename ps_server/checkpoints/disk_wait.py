@@ -1,0 +1,89 @@
+"""One wait for the disk that keeps checkpoints: what is said of it when it takes long."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from modelaverage.runtime.logs import event
+
+__all__ = ["DiskWait"]
+
+_log = logging.getLogger("ps_server")
+
+
+class DiskWait:
+    """From its making to its `end`. Says in the log that it lasts, after a while, then after twice as long, and so on,
+    and when it is over after all. Made on a running event loop.
+
+    Args:
+        what: what is to come to the disk, such as "checkpoint".
+        global_step: of the center.
+        directory: where to.
+        patience_s: how long that may take before anything is said.
+        meanwhile: what becomes of those who wait, for the log.
+        clock: seconds, monotonic.
+
+    Attributes:
+        since_s: when it began, on ``clock``.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        global_step: int,
+        directory: Path,
+        patience_s: float,
+        meanwhile: str,
+        clock: Callable[[], float],
+    ) -> None:
+        self.since_s = clock()
+        self._what = f"the {what} of global_step {global_step}"
+        self._global_step = global_step
+        self._directory = directory
+        self._patience_s = patience_s
+        self._meanwhile = meanwhile
+        self._clock = clock
+        self._is_said = False
+        self._timer = asyncio.get_running_loop().call_later(patience_s, self._say, patience_s)
+
+    @property
+    def problem(self) -> str:
+        """What waits, where, and since when; empty if that is not long."""
+        return self._lasts if self._waited_s >= self._patience_s else ""
+
+    def end(self, is_written: bool = False) -> None:
+        """It is over.
+
+        Args:
+            is_written: whether what waited is on the disk.
+        """
+        self._timer.cancel()
+        if self._is_said and is_written:
+            path, step, waited_s = str(self._directory), self._global_step, self._waited_s
+            what = event("checkpoint_written_late", path=path, round=step, waited_s=waited_s)
+            _log.warning("%s is written in %s after %.0f s", self._what, path, waited_s, extra=what)
+
+    def give_up(self) -> None:
+        """It is over for who waits: the server ends."""
+        self._timer.cancel()
+        path, step = str(self._directory), self._global_step
+        what = event("checkpoint_given_up", path=path, round=step, waited_s=self._waited_s)
+        _log.warning("the server ends, and %s; the next one may not find it", self._lasts, extra=what)
+
+    def _say(self, gap_s: float) -> None:
+        self._is_said = True
+        path, step = str(self._directory), self._global_step
+        what = event("checkpoint_hangs", path=path, round=step, waited_s=self._waited_s)
+        _log.warning("%s; %s", self._lasts, self._meanwhile, extra=what)
+        self._timer = asyncio.get_running_loop().call_later(2 * gap_s, self._say, 2 * gap_s)
+
+    @property
+    def _waited_s(self) -> float:
+        return self._clock() - self.since_s
+
+    @property
+    def _lasts(self) -> str:
+        return f"{self._what} has been waiting for {self._directory} for {self._waited_s:.0f} s"

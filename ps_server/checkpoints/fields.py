@@ -1,0 +1,196 @@
+"""What a checkpoint has besides the values of its variables, and how its file says so. Pure but for this boot's id.
+
+What was written comes back; anything else is refused, however it came there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from modelaverage.checks import INCARNATION_BYTES, STEP_LIMIT, check_incarnation, check_worker_id
+from modelaverage.manifest import MAX_DIMENSIONS, MAX_FRAGMENT_SIZE_BYTES, Manifest, Part, Shard, Variable
+from modelaverage.runtime.shared_memory import Segment
+from modelaverage.wire import check_sendable
+from ps_server.checkpoints import strict_json
+from ps_server.checkpoints.safetensors_file import Head
+
+__all__ = ["Checkpoint", "CheckpointError", "Content", "boot_id", "content_of", "fields_of"]
+
+_FORMAT = "modelaverage.center.v1"
+_FIELDS = ("global_step", "variables", "fragment_size_bytes", "contributors", "counted", "boot_id")
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+# As many as the round remembers, and as can be in one.
+_MAX_COUNTED, _MAX_CONTRIBUTORS = 10_000, 1 << 16
+_MAX_PUSH_ID, _MAX_PART_INDEX = 2**64 - 1, 2**32 - 1
+
+
+class CheckpointError(Exception):
+    """A file is not a whole checkpoint of this project; the message says why."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A center at rest, and what a server needs to go on from it.
+
+    Args:
+        manifest: what the variables are, and how they are cut.
+        arrays: the center variables by name, in manifest order.
+        global_step: rounds completed.
+        contributors: of the last round.
+        counted: by worker, the key (incarnation, push id) of the last push that was counted.
+        finished: workers that no round waits for, in any order.
+        segment: the shared memory whose body is the flat buffer with the arrays, if they lie in such.
+    """
+
+    manifest: Manifest
+    arrays: Mapping[str, NDArray[Any]]
+    global_step: int
+    contributors: tuple[str, ...] = ()
+    counted: Mapping[str, tuple[bytes, int]] | None = None
+    finished: Collection[str] = ()
+    segment: Segment | None = None
+
+
+def boot_id() -> str:
+    """What this boot of this machine is called; "unknown" where that is not told. Raises OSError: it cannot be read."""
+    return _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else "unknown"
+
+
+def fields_of(checkpoint: Checkpoint, boot: str) -> dict[str, str]:
+    """What the metadata of its file says, when it is written in this boot."""
+    fields = {
+        "format": _FORMAT,
+        "global_step": str(checkpoint.global_step),
+        "variables": json.dumps(list(checkpoint.arrays)),
+        "fragment_size_bytes": str(checkpoint.manifest.fragment_size_bytes),
+        "contributors": json.dumps(checkpoint.contributors),
+        "counted": json.dumps({w: [key.hex(), number] for w, (key, number) in (checkpoint.counted or {}).items()}),
+        "finished": json.dumps(sorted(checkpoint.finished)),
+        "boot_id": boot,
+    }
+    shard = checkpoint.manifest.shard
+    if shard is not None:
+        parts = [variable.part for variable in checkpoint.manifest.variables]
+        fields["shard"] = json.dumps([shard.index, shard.count, shard.job_id.hex()])
+        fields["parts"] = json.dumps([[part.variable, part.start, part.shape] for part in parts if part is not None])
+    return fields
+
+
+@dataclass(frozen=True)
+class Content:
+    """What the head of a file says of the center in it; see Checkpoint.
+
+    Args:
+        manifest: of the center.
+        contributors: of the last round.
+        counted: by worker, the last push that was counted.
+        finished: workers that no round waits for.
+    """
+
+    manifest: Manifest
+    contributors: tuple[str, ...]
+    counted: dict[str, tuple[bytes, int]]
+    finished: frozenset[str]
+
+
+def content_of(head: Head, step: int, is_fresh: bool) -> Content:
+    """What the head of a file says whose name is of this step.
+
+    Raises:
+        CheckpointError, ValueError, ModelAverageError: something that a server does not write.
+        OSError: this boot's id cannot be read.
+    """
+    about = head.about
+    if about.get("format") != _FORMAT:
+        raise CheckpointError("it was not written by ps-server")
+    missing = [name for name in _FIELDS if name not in about]
+    if missing:
+        raise ValueError(f"it does not say {', '.join(missing)}")
+    if is_fresh and about["boot_id"] != boot_id():
+        raise CheckpointError("it may not have reached the disk before the machine went down")
+    if strict_json.whole_number_in_text(about["global_step"], "global_step", 0, STEP_LIMIT - 1) != step:
+        raise CheckpointError(f"its name is not that of global_step {about['global_step']}")
+    fragment_size_bytes = strict_json.whole_number_in_text(
+        about["fragment_size_bytes"], "fragment_size_bytes", 0, MAX_FRAGMENT_SIZE_BYTES
+    )
+    names = strict_json.list_of(strict_json.parse(about["variables"]), "variables", len(head.tensors), _name)
+    if sorted(names) != sorted(head.tensors):
+        raise CheckpointError("its list of variables is not that of its tensors")
+    shard, parts = _shard_of(about, len(names))
+    variables = tuple(
+        Variable(name, head.tensors[name].dtype, head.tensors[name].shape, part)
+        for name, part in zip(names, parts, strict=True)
+    )
+    contributors = strict_json.list_of(
+        strict_json.parse(about["contributors"]), "contributors", _MAX_CONTRIBUTORS, _worker_id
+    )
+    if len(set(contributors)) != len(contributors):
+        raise ValueError("contributors has a worker twice")
+    counted = strict_json.map_of(strict_json.parse(about["counted"]), "counted", _MAX_COUNTED, _counted)
+    # Earlier versions did not know of it.
+    finished = strict_json.list_of(strict_json.parse(about.get("finished", "[]")), "finished", _MAX_COUNTED, _worker_id)
+    manifest = Manifest(variables, fragment_size_bytes, shard)
+    check_sendable(manifest)
+    return Content(manifest, tuple(contributors), counted, frozenset(finished))
+
+
+def _name(value: Any) -> str:
+    return strict_json.text(value, "the name of a variable")
+
+
+def _worker_id(value: Any) -> str:
+    worker_id = strict_json.text(value, "worker id")
+    check_worker_id(worker_id)
+    return worker_id
+
+
+def _counted(worker_id: str, value: Any) -> tuple[bytes, int]:
+    _worker_id(worker_id)
+    key = strict_json.list_of(value, "what was counted", 2, lambda each: each)
+    if len(key) != 2:
+        raise ValueError(f"what was counted of {worker_id!a} is no incarnation and push id")
+    incarnation = _from_hex(key[0], "incarnation")
+    check_incarnation(incarnation)
+    return incarnation, strict_json.whole_number(key[1], "push id", 0, _MAX_PUSH_ID)
+
+
+def _from_hex(value: Any, what: str) -> bytes:
+    """16 bytes, as `bytes.hex` writes them."""
+    shown = strict_json.text(value, what)
+    found = bytes.fromhex(shown) if len(shown) == 2 * INCARNATION_BYTES else b""
+    if found.hex() != shown:
+        raise ValueError(f"{what} is not {INCARNATION_BYTES} bytes in hexadecimal")
+    return found
+
+
+def _shard_of(about: Mapping[str, str], num_variables: int) -> tuple[Shard | None, list[Part | None]]:
+    if ("shard" in about) != ("parts" in about):
+        raise ValueError("it says shard or parts, but not both")
+    if "shard" not in about:
+        return None, [None] * num_variables
+    fields = strict_json.list_of(strict_json.parse(about["shard"]), "shard", 3, lambda each: each)
+    if len(fields) != 3:
+        raise ValueError("shard is no index, count and job id")
+    index, count = (strict_json.whole_number(each, "shard", 0, _MAX_PART_INDEX) for each in fields[:2])
+    parts = strict_json.list_of(strict_json.parse(about["parts"]), "parts", num_variables, _part)
+    return Shard(index, count, _from_hex(fields[2], "job id")), list(parts)
+
+
+def _part(value: Any) -> Part:
+    fields = strict_json.list_of(value, "a part", 3, lambda each: each)
+    if len(fields) != 3:
+        raise ValueError("a part is no variable, start and shape")
+    variable = strict_json.whole_number(fields[0], "variable", 0, _MAX_PART_INDEX)
+    start = strict_json.whole_number(fields[1], "start", 0, STEP_LIMIT - 1)
+    shape = strict_json.list_of(fields[2], "shape", MAX_DIMENSIONS, _extent)
+    return Part(variable, start, tuple(shape))
+
+
+def _extent(value: Any) -> int:
+    return strict_json.whole_number(value, "extent", 0, STEP_LIMIT - 1)

@@ -1,0 +1,314 @@
+"""Keeps the center on disk: when a checkpoint is written, and what is said if it is not. Who writes is
+writer_process.py's.
+
+A round that is due for a checkpoint is answered only when its center would outlive a kill of the server; flushing to
+the disk goes on behind it. A disk that fails costs durability, never a round: the server says so and serves on. A disk
+that hangs holds the processes that write for the server, never the server itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from concurrent import futures
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from modelaverage.runtime.logs import event
+from modelaverage.runtime.shared_memory import BODY_AT_BYTES
+from ps_server.checkpoints.disk_wait import DiskWait
+from ps_server.checkpoints.fields import Checkpoint, boot_id, fields_of
+from ps_server.checkpoints.files import fresh_name
+from ps_server.checkpoints.home import CheckpointHome
+from ps_server.checkpoints.safetensors_file import Layout, bytes_of, lay_out
+from ps_server.checkpoints.writer_process import Reply, WriterProcess
+from ps_server.seen.observations import Observations
+
+__all__ = ["CheckpointPolicy", "Keeper"]
+
+_log = logging.getLogger("ps_server")
+# A writer that takes longer to start is waited for when there is something to write.
+_START_TIMEOUT_S = 2.0
+_LOOK_AGAIN_S = 1.0
+# Rounds wait for a fresh checkpoint, and a disk takes a while for a large one: patience before it is said to hang.
+_WRITE_PATIENCE_S, _FLUSH_PATIENCE_S = 5.0, 30.0
+
+
+@dataclass(frozen=True)
+class CheckpointPolicy:
+    """Where and how often.
+
+    Args:
+        directory: where checkpoints lie; made if it does not exist.
+        every_rounds: one after so many rounds.
+        keep: how many stay.
+        timeout_s: how long a round waits for its checkpoint; then it is answered without, and there are no more until
+            the disk has taken this one. None: it waits.
+    """
+
+    directory: Path
+    every_rounds: int = 1
+    keep: int = 3
+    timeout_s: float | None = None
+
+
+class Keeper:
+    """Writes checkpoints. Used on one running event loop.
+
+    Args:
+        policy: where and how often.
+        home: the directory, open.
+        observations: where to note how long it takes.
+        clock: seconds, monotonic.
+
+    Raises:
+        OSError, RuntimeError: what writes cannot be started.
+
+    Attributes:
+        step: the `global_step` of the last one that was written; None if there is none.
+        written_at_s: when that was, on ``clock``.
+    """
+
+    def __init__(
+        self,
+        policy: CheckpointPolicy,
+        home: CheckpointHome,
+        observations: Observations | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.step: int | None = None
+        self.written_at_s: float | None = None
+        self._policy = policy
+        self._home = home
+        self._observations = Observations() if observations is None else observations
+        self._clock = clock
+        self._boot_id = boot_id()
+        self._write_problem = self._flush_problem = ""
+        self._closed = False
+        self._turn = asyncio.Lock()  # held while a fresh one is written
+        self._writing: DiskWait | None = None
+        self._flushing: DiskWait | None = None
+        self._fresh: tuple[str, int] | None = None  # the newest and its step, while it waits to be made durable
+        self._removing: Future[Reply] | None = None
+        self._flush_task: asyncio.Task[None] | None = None
+        # Two: writing the next one never waits for the disk to take the last one.
+        self._writer = WriterProcess("checkpoint-write")
+        try:
+            self._flusher = WriterProcess("checkpoint-flush")
+        except BaseException:
+            self._writer.close()
+            raise
+        try:
+            started = [self._command(self._flusher, "start"), self._command(self._writer, "tidy")]
+            for one in started:
+                with suppress(futures.TimeoutError):
+                    one.result(_START_TIMEOUT_S)
+        except BaseException:
+            self.close()
+            raise
+
+    def is_due(self, global_step: int) -> bool:
+        """Whether the center of this step gets a checkpoint: not while an earlier one is being written."""
+        return global_step % self._policy.every_rounds == 0 and not self._turn.locked()
+
+    @property
+    def timeout_s(self) -> float | None:
+        """How long a round waits for its checkpoint; None: as long as it takes."""
+        return self._policy.timeout_s
+
+    @property
+    def writing_since_s(self) -> float | None:
+        """Since when, on ``clock``, a checkpoint is being written; None: none is."""
+        return None if self._writing is None else self._writing.since_s
+
+    @property
+    def problem(self) -> str:
+        """For whom the disk keeps waiting, or why the last attempt to write, or to make durable, failed; empty if all
+        is well."""
+        writing = "" if self._writing is None else self._writing.problem
+        flushing = "" if self._flushing is None else self._flushing.problem
+        return writing or self._write_problem or flushing or self._flush_problem
+
+    async def write(self, checkpoint: Checkpoint) -> bool:
+        """Whether the checkpoint outlives this process; if not, `problem` says why.
+
+        That may take for ever. Until then the arrays have to stay as they are, whether or not somebody waits.
+        """
+        try:
+            async with self._turn:
+                await self._write_fresh(checkpoint)
+        except Exception as error:
+            self._write_problem = self._failed("checkpoint", error, self._write_problem)
+            return False
+        return True
+
+    async def finish(self, timeout_s: float) -> None:
+        """Waits until what was written is durable, for so long at most. Says in the log what is not."""
+        try:
+            await asyncio.wait_for(self._settled(), timeout_s)
+        except Exception:  # the time is over, or the machine refuses to wait
+            self._give_up()
+
+    def _give_up(self) -> None:
+        wait = self._writing or self._flushing
+        try:
+            if wait is not None:
+                wait.give_up()
+        except Exception:
+            return  # it refuses even to say so
+
+    def close(self) -> None:
+        """Ends the processes that write, whatever they are at; the disk may keep them, but nobody who waits."""
+        self._closed = True
+        for process in (self._writer, self._flusher):
+            process.close()
+
+    async def _settled(self) -> None:
+        """Returns when nothing is under way."""
+        async with self._turn:
+            if self._removing is not None:
+                with suppress(Exception):
+                    await _done(self._removing)
+        if self._fresh is not None:
+            self._begin_to_flush()
+        if self._flush_task is not None:
+            await asyncio.wait((self._flush_task,))
+
+    # A fresh checkpoint.
+
+    async def _write_fresh(self, checkpoint: Checkpoint) -> None:
+        step = checkpoint.global_step
+        wait = self._writing = DiskWait(
+            "checkpoint", step, self._policy.directory, _WRITE_PATIENCE_S, self._meanwhile, self._clock
+        )
+        is_written = False
+        try:
+            self._check(await _done(self._writer.submit(partial(self._send, checkpoint))))
+            is_written = True
+        finally:
+            self._writing = None
+            wait.end(is_written)
+        self.step, self._write_problem = step, ""
+        self.written_at_s = self._clock()
+        self._observations.checkpoint_s.observe(self.written_at_s - wait.since_s)
+        overtaken, self._fresh = self._fresh, (fresh_name(step), step)
+        # A disk that is slower than the rounds does not fill up with them.
+        if overtaken is not None and overtaken != self._fresh:
+            self._removing = self._command(self._writer, "remove", overtaken[0])
+        self._begin_to_flush()
+
+    def _send(self, checkpoint: Checkpoint) -> Reply:
+        """In the writer's thread: has the checkpoint written, from where the arrays lie."""
+        layout = lay_out(checkpoint.arrays, fields_of(checkpoint, self._boot_id))
+        name, segment = fresh_name(checkpoint.global_step), checkpoint.segment
+        request = ("write", self._home.path, name, layout.head, _ranges(checkpoint, layout))
+        if segment is not None:
+            return self._writer.ask(request, (self._home.descriptor, segment.descriptor))
+        return self._writer.ask(
+            request, (self._home.descriptor,), (bytes_of(checkpoint.arrays[name]) for name in layout.names)
+        )
+
+    @property
+    def _meanwhile(self) -> str:
+        timeout_s = self._policy.timeout_s
+        if timeout_s is None:
+            return "its round is answered when it is written (--checkpoint-timeout-s sets a limit)"
+        return f"rounds are answered {timeout_s:g} s after they commit (--checkpoint-timeout-s), without checkpoints"
+
+    # A durable one.
+
+    def _begin_to_flush(self) -> None:
+        if self._flush_task is None or self._flush_task.done():
+            self._flush_task = asyncio.ensure_future(self._flush())
+
+    async def _flush(self) -> None:
+        """Makes the newest fresh checkpoint durable, until there is none; those that were overtaken are skipped."""
+        while (fresh := self._fresh) is not None:
+            self._fresh = None
+            try:
+                await self._flush_one(*fresh)
+            except Exception as error:
+                self._flush_problem = self._failed("durable checkpoint", error, self._flush_problem)
+                if self._fresh is None:
+                    self._fresh = fresh  # stays until the next one overtakes it
+                    return
+                self._command(self._flusher, "remove", fresh[0])
+            else:
+                self._flush_problem = ""
+
+    async def _flush_one(self, name: str, step: int) -> None:
+        meanwhile = "it is lost if the machine goes down; rounds go on"
+        wait = self._flushing = DiskWait(
+            "durable checkpoint", step, self._policy.directory, _FLUSH_PATIENCE_S, meanwhile, self._clock
+        )
+        is_written = False
+        try:
+            self._check(await _done(self._command(self._flusher, "flush", name, self._policy.keep)))
+            is_written = True
+        finally:
+            self._flushing = None
+            wait.end(is_written)
+
+    # Both.
+
+    def _command(self, process: WriterProcess, name: str, *arguments: object) -> Future[Reply]:
+        return process.submit(partial(process.ask, (name, *arguments), (self._home.descriptor,)))
+
+    def _check(self, reply: Reply) -> None:
+        """Raises OSError unless the command was carried out."""
+        if reply.made is not None:
+            self._home.move(*reply.made)
+            _log.warning(
+                "%s was removed; it is made again, and older checkpoints are gone",
+                self._policy.directory,
+                extra=event("checkpoint_directory_made", path=str(self._policy.directory)),
+            )
+        if reply.error is not None:
+            raise reply.error
+
+    def _failed(self, missing: str, error: Exception, last: str) -> str:
+        self._observations.checkpoint_failures += 1
+        cause = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        problem = f"no {missing} in {self._policy.directory}: {cause}"
+        if problem != last and not self._closed:  # once, not every round
+            _log.warning(
+                "%s; the server goes on, and older checkpoints stay",
+                problem,
+                extra=event("checkpoint_failed", path=str(self._policy.directory), cause=cause),
+            )
+        return problem
+
+
+async def _done(command: Future[Reply]) -> Reply:
+    """What a writer's thread returns or raises."""
+    # The thread wakes this task up; should it find no memory even for that, the task looks by itself.
+    waking = asyncio.wrap_future(command)
+    try:
+        while not waking.done() and not command.done():
+            await asyncio.wait((waking,), timeout=_LOOK_AGAIN_S)
+    except asyncio.CancelledError:
+        waking.cancel()  # the loop ends, and is not to be woken up any more
+        raise
+    return waking.result() if waking.done() else command.result()
+
+
+def _ranges(checkpoint: Checkpoint, layout: Layout) -> list[tuple[int, int]]:
+    """Where the bytes of the file's body lie in the segment, in their order; without one, how many they are."""
+    arrays, manifest = checkpoint.arrays, checkpoint.manifest
+    if checkpoint.segment is None:
+        return [(0, sum(array.nbytes for array in arrays.values()))]
+    begins = dict(zip(arrays, manifest.offsets_bytes, strict=True))
+    ranges = list[tuple[int, int]]()
+    for name in layout.names:
+        begin = BODY_AT_BYTES + begins[name]
+        end = begin + arrays[name].nbytes
+        if ranges and ranges[-1][1] == begin:
+            ranges[-1] = ranges[-1][0], end
+        else:
+            ranges.append((begin, end))
+    return ranges

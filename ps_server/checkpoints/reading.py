@@ -1,0 +1,176 @@
+"""The center on disk: safetensors files that outlive the server. When they are written is keeper.py's; by whom, and
+under which names, writer.py's and files.py's.
+
+A checkpoint is first *fresh*: whole, but perhaps only in the kernel's memory. That is enough for a server that is
+killed, and it costs no wait for the disk; after a reboot fresh files are not trusted. Then it is made *durable*:
+flushed to the disk and renamed to a name that carries a checksum of its bytes.
+
+Who reads one trusts nothing in it: a file that is wrong in any way is passed over.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from modelaverage.manifest import DTYPES, Manifest
+from modelaverage.runtime.logs import event
+from ps_server.center.buffers import Center
+from ps_server.checkpoints import files
+from ps_server.checkpoints.fields import Checkpoint, CheckpointError, content_of
+from ps_server.checkpoints.safetensors_file import MAX_HEAD_BYTES, Head, read_head
+
+__all__ = ["Checkpoint", "CheckpointError", "find_latest", "load_latest", "read", "reason_of"]
+
+_log = logging.getLogger("ps_server")
+_BLOCK_BYTES = 1 << 20
+# While somebody looks, a server may rename what was found; nobody does that for ever but a joker.
+_MAX_LOOKS = 100
+_LONGEST_REASON = 300
+
+
+def load_latest(directory: Path, max_model_bytes: int | None = None) -> Checkpoint | None:
+    """The newest usable checkpoint; None if there are none at all. Says in the log which it passed over, and why.
+
+    Raises:
+        CheckpointError: there are some, and none can be used: to begin anew is not for a server to decide.
+        OSError: the directory cannot be read.
+    """
+    found, passed_over = find_latest(directory, max_model_bytes=max_model_bytes)
+    for path, error in passed_over:
+        why = event("checkpoint_passed_over", path=str(path), cause=reason_of(error))
+        _log.warning("checkpoint %s is passed over: %s", path, reason_of(error), extra=why)
+    if found is None:
+        if passed_over:
+            raise CheckpointError(
+                f"none of its {len(passed_over)} checkpoints can be used; move them away to begin anew"
+            )
+        return None
+    path, checkpoint = found
+    step = checkpoint.global_step
+    what = event("checkpoint_restored", path=str(path), round=step)
+    _log.warning("going on from checkpoint %s, global_step %d", path, step, extra=what)
+    return checkpoint
+
+
+def find_latest(
+    directory: Path, at_most: int | None = None, max_model_bytes: int | None = None
+) -> tuple[tuple[Path, Checkpoint] | None, list[tuple[Path, Exception]]]:
+    """The newest usable checkpoint, and which newer ones are not, and why. Changes nothing: a server may be at work
+    there.
+
+    Args:
+        directory: where checkpoints lie.
+        at_most: only of this `global_step` or before.
+        max_model_bytes: a server's `--max-model-bytes`: what it could not hold is not usable.
+
+    Raises:
+        OSError: the directory cannot be read.
+    """
+    descriptor = files.open_directory(directory)
+    try:
+        for looks in range(_MAX_LOOKS):
+            passed_over = list[tuple[Path, Exception]]()
+            for name in files.newest_first(descriptor):
+                if at_most is not None and _step_of(name) > at_most:
+                    continue
+                try:
+                    return (directory / name, read(descriptor, name, max_model_bytes)), passed_over
+                except FileNotFoundError as error:  # it has another name by now, or was overtaken
+                    if looks + 1 < _MAX_LOOKS:
+                        break
+                    passed_over.append((directory / name, error))
+                except (CheckpointError, OSError) as error:
+                    passed_over.append((directory / name, error))
+            else:
+                break
+        return None, passed_over
+    finally:
+        os.close(descriptor)
+
+
+def read(directory: int, name: str, max_model_bytes: int | None = None) -> Checkpoint:
+    """Reads one checkpoint, whole: what is checked and what is returned are the same bytes.
+
+    Args:
+        directory: a descriptor of the directory.
+        name: of the file.
+        max_model_bytes: as for `find_latest`.
+
+    Raises:
+        CheckpointError: it cannot be used, whatever is wrong with it.
+        OSError: it cannot be read.
+    """
+    parsed = files.parse_name(name)
+    if parsed is None:
+        raise CheckpointError("its name is not that of a checkpoint")
+    descriptor = files.open_regular(directory, name)
+    try:
+        return _read(descriptor, *parsed, max_model_bytes)
+    except (CheckpointError, OSError):
+        raise
+    except MemoryError:
+        raise CheckpointError("there is not enough memory to read it") from None
+    except Exception as error:  # whatever it is: an older one may do
+        raise CheckpointError(f"it is damaged ({_in_a_line(error)})") from None
+    finally:
+        os.close(descriptor)
+
+
+def reason_of(error: Exception) -> str:
+    """Why a checkpoint is passed over, in a line."""
+    return (isinstance(error, OSError) and error.strerror) or _in_a_line(error)
+
+
+def _read(descriptor: int, step: int, kind: str, max_model_bytes: int | None) -> Checkpoint:
+    size_bytes = os.fstat(descriptor).st_size
+    if max_model_bytes is not None and size_bytes > max_model_bytes + MAX_HEAD_BYTES:
+        raise CheckpointError(f"its {size_bytes} bytes are more than --max-model-bytes {max_model_bytes} allows")
+    head = read_head(descriptor, size_bytes)
+    content = content_of(head, step, kind == files.FRESH)
+    _check_manifest(content.manifest, max_model_bytes)
+    body = np.empty(head.body_size_bytes, np.uint8)
+    checksum = zlib.crc32(head.content)
+    with body.data as view:
+        at = 0
+        while at < len(view):
+            count = os.readv(descriptor, [view[at : at + _BLOCK_BYTES]])
+            if count == 0:
+                raise CheckpointError("it became shorter while it was read")
+            checksum = zlib.crc32(view[at : at + count], checksum)
+            at += count
+    if kind not in (files.FRESH, f"{checksum:08x}"):
+        raise CheckpointError("its bytes are not those that were written")
+    arrays = {name: _array(body, head, name) for name in (variable.name for variable in content.manifest.variables)}
+    return Checkpoint(content.manifest, arrays, step, content.contributors, content.counted, content.finished)
+
+
+def _array(body: NDArray[np.uint8], head: Head, name: str) -> NDArray[Any]:
+    tensor = head.tensors[name]
+    return body[tensor.begin : tensor.end].view(DTYPES[tensor.dtype]).reshape(tensor.shape)
+
+
+def _check_manifest(manifest: Manifest, max_model_bytes: int | None) -> None:
+    """Raises CheckpointError or ModelAverageError unless Initialize would take it."""
+    if max_model_bytes is not None and Center.memory_bytes(manifest) > 2 * max_model_bytes:
+        raise CheckpointError(
+            f"a model of {manifest.size_bytes} bytes needs {Center.memory_bytes(manifest)} bytes of memory, over twice "
+            f"--max-model-bytes {max_model_bytes}"
+        )
+
+
+def _step_of(name: str) -> int:
+    parsed = files.parse_name(name)
+    assert parsed is not None
+    return parsed[0]
+
+
+def _in_a_line(error: Exception) -> str:
+    shown = "".join(each if each.isprintable() else " " for each in str(error)) or type(error).__name__
+    return shown if len(shown) <= _LONGEST_REASON else f"{shown[:_LONGEST_REASON]}..."

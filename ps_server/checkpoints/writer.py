@@ -1,0 +1,217 @@
+"""The checkpoint writer: the process that does what may hang with the disk, for the server that has started it.
+
+Who waits for a disk that does not answer cannot be ended, not even by SIGKILL; a server with such a thread could not
+end either. So its files are written here. One command at a time comes over a socket, and its answer goes back. Nothing
+is kept in between: a command brings the directory, as a descriptor, and a center in shared memory, too. No lock is
+held.
+
+Both ends are the same Python, so marshal will do, which is small and quick, as all of this has to be.
+"""
+
+from __future__ import annotations
+
+import marshal
+import mmap
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from ps_server.checkpoints import files
+
+__all__ = ["Answer", "main", "receive", "send"]
+
+Answer = tuple[Any, tuple[int, str] | None, bool]
+"""The result; the number and words of the error if there was one; whether two descriptors come along: the directory,
+which was made again, and its lock."""
+_LENGTH_BYTES = 8
+_MAX_DESCRIPTORS = 2
+_STREAM_BYTES = 1 << 18
+_PR_SET_PDEATHSIG = 1
+
+
+# Messages: their length, with the descriptors, then their bytes.
+
+
+def send(channel: socket.socket, message: tuple[Any, ...], descriptors: Sequence[int] = ()) -> None:
+    """Sends one message. Raises OSError."""
+    content = marshal.dumps(message)
+    socket.send_fds(channel, [len(content).to_bytes(_LENGTH_BYTES, "little")], descriptors)
+    channel.sendall(content)
+
+
+def receive(channel: socket.socket) -> tuple[Any, list[int]]:
+    """One message, and the descriptors that came along, as far as there was room for them.
+
+    Raises:
+        EOFError: the other end is gone.
+        OSError: the connection broke.
+    """
+    head, descriptors, _, _ = socket.recv_fds(channel, _LENGTH_BYTES, _MAX_DESCRIPTORS)
+    try:
+        for descriptor in descriptors:
+            os.set_inheritable(descriptor, False)
+        head += _receive_exactly(channel, _LENGTH_BYTES - len(head)) if head else b""
+        if not head:
+            raise EOFError
+        return marshal.loads(_receive_exactly(channel, int.from_bytes(head, "little"))), descriptors
+    except BaseException:
+        _close(descriptors)
+        raise
+
+
+def _receive_exactly(channel: socket.socket, size_bytes: int) -> bytearray:
+    content = bytearray(size_bytes)
+    at = 0
+    with memoryview(content) as view:
+        while at < size_bytes:
+            received = channel.recv_into(view[at:])
+            if received == 0:
+                raise EOFError
+            at += received
+    return content
+
+
+# Commands. Each begins with the channel and the descriptor of the directory.
+
+
+def _write(
+    channel: socket.socket,
+    directory: int,
+    memory: int | None,
+    made: list[int],
+    path: bytes,
+    name: str,
+    head: bytes,
+    ranges: Sequence[tuple[int, int]],
+) -> None:
+    """Writes a fresh checkpoint: ``head``, then what lies at ``ranges`` of the shared memory; without any, their bytes
+    follow on the channel."""
+    rest = _Stream(channel, sum(end - begin for begin, end in ranges)) if memory is None else None
+    try:
+        found = files.find_again(path, directory)
+        if found is not None:
+            made += found
+            directory = found[0]
+        files.write(directory, name, _chunks(head, _mapped(memory, ranges) if rest is None else rest))
+    finally:
+        if rest is not None:
+            rest.drain()
+
+
+def _chunks(head: bytes, rest: Iterator[memoryview]) -> Iterator[bytes | memoryview]:
+    yield head
+    yield from rest
+
+
+def _mapped(memory: int | None, ranges: Sequence[tuple[int, int]]) -> Iterator[memoryview]:
+    assert memory is not None
+    if not ranges:
+        return
+    # Mapped at once: a page fault for every few pages would take as long as the copy.
+    flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+    view = memoryview(mmap.mmap(memory, 0, flags, mmap.PROT_READ))
+    for begin, end in ranges:
+        yield view[begin:end]
+
+
+class _Stream:
+    """Bytes that follow on the channel; all have to be taken, used or not."""
+
+    def __init__(self, channel: socket.socket, size_bytes: int) -> None:
+        self._channel = channel
+        self._left_bytes = size_bytes
+        self._block = memoryview(bytearray(min(size_bytes, _STREAM_BYTES)))
+
+    def __iter__(self) -> Iterator[memoryview]:
+        return self
+
+    def __next__(self) -> memoryview:
+        if self._left_bytes == 0:
+            raise StopIteration
+        received = self._channel.recv_into(self._block, min(self._left_bytes, len(self._block)))
+        if received == 0:
+            raise EOFError
+        self._left_bytes -= received
+        return self._block[:received]
+
+    def drain(self) -> None:
+        for _ in self:
+            pass
+
+
+def _flush(directory: int, name: str, keep: int) -> str | None:
+    """Makes a fresh checkpoint durable, and removes those that it replaces."""
+    durable = files.make_durable(directory, name)
+    if durable is not None:
+        files.prune(directory, durable, keep)
+    return durable
+
+
+# Serving.
+
+
+def main() -> None:
+    """Serves the channel on standard input until its other end is gone."""
+    # The server decides when its writer ends; a Ctrl-C or a SIGTERM to all processes is its business.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    _end_with(int(sys.argv[1]))
+    with socket.socket(fileno=0) as channel:
+        try:
+            while True:
+                _serve(channel, *receive(channel))
+        except (EOFError, OSError):
+            return
+
+
+def _serve(channel: socket.socket, request: tuple[Any, ...], descriptors: list[int]) -> None:
+    made = list[int]()
+    try:
+        send(channel, _answer(channel, request, descriptors, made), made)
+    finally:
+        _close(made)
+
+
+def _answer(channel: socket.socket, request: tuple[Any, ...], descriptors: list[int], made: list[int]) -> Answer:
+    command, *arguments = request
+    result, error = None, None
+    try:
+        if command == "write":
+            memory = descriptors[1] if len(descriptors) > 1 else None
+            _write(channel, descriptors[0], memory, made, *arguments)
+        else:
+            commands: dict[str, Callable[..., Any]] = {
+                "start": lambda _: None,
+                "tidy": files.remove_unfinished,
+                "flush": _flush,
+                "remove": files.remove,
+            }
+            result = commands[command](descriptors[0], *arguments)
+    except OSError as failure:
+        error = failure.errno or 0, failure.strerror or str(failure)
+    except MemoryError:
+        error = 0, "there is no memory for it"
+    finally:
+        _close(descriptors)
+    return result, error, bool(made)
+
+
+def _close(descriptors: list[int]) -> None:
+    while descriptors:
+        os.close(descriptors.pop())
+
+
+def _end_with(parent: int) -> None:
+    """This process is killed when the one that started it ends, even in the middle of a command."""
+    if sys.platform == "linux":
+        try:
+            import ctypes
+
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        except (ImportError, OSError, AttributeError):
+            pass  # then it ends when it has done what it does
+    if os.getppid() != parent:
+        sys.exit()

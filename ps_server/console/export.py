@@ -1,0 +1,176 @@
+"""Takes the center out of directories of checkpoints or running servers, and writes it for others to read."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+from numpy.typing import NDArray
+
+from modelaverage import wire
+from modelaverage.access import proxies
+from modelaverage.access.channels import Access
+from modelaverage.addresses import parse
+from modelaverage.errors import REASON_METADATA_KEY, ModelAverageError
+from modelaverage.manifest import Manifest
+from modelaverage.placement import assemble, gather
+from modelaverage.runtime.tuning import CHANNEL_OPTIONS
+from modelaverage.v1 import parameter_server_pb2 as pb
+from ps_server.checkpoints.reading import find_latest, reason_of
+from ps_server.checkpoints.safetensors_file import save
+
+__all__ = ["ExportError", "export"]
+
+_WORKER_ID = "ps-server export"  # a server wants to know who pulls
+# Shards of a running job are read at the same moment; now and then a round commits on some of them just then.
+_MAX_TRIES = 20
+
+
+class ExportError(Exception):
+    """There is nothing to export, or nowhere to write it; one line that says why."""
+
+
+@dataclass(frozen=True)
+class _Center:
+    """What one source has."""
+
+    manifest: Manifest
+    arrays: Mapping[str, NDArray[Any]]
+    global_step: int
+    passed_over: tuple[str, ...] = ()
+
+
+def export(
+    sources: Sequence[str],
+    out: Path,
+    timeout_s: float,
+    access: Access,
+    tell: Callable[[str], None] = lambda _: None,
+) -> int:
+    """Writes the center variables as they are to a safetensors file, and their `global_step` to its metadata.
+
+    Args:
+        sources: directories of checkpoints, which servers may be using, or addresses of servers; of a job with several
+            servers all of them, in order.
+        out: written beside and renamed.
+        timeout_s: how long a server may take until it begins to send.
+        access: the way to servers.
+        tell: is told, in a line each, which checkpoints are passed over, and why.
+
+    Returns:
+        The `global_step`.
+
+    Raises:
+        ExportError: there is no center there, or the file cannot be written.
+    """
+    if out.is_dir():
+        raise ExportError(f"cannot write {out}: it is a directory")
+    if not out.parent.is_dir():
+        raise ExportError(f"cannot write {out}: there is no directory {out.parent}")
+    centers = _of_one_step(sources, timeout_s, access)
+    for line in dict.fromkeys(line for center in centers for line in center.passed_over):
+        tell(line)
+    try:
+        whole = assemble([center.manifest for center in centers], sources)
+    except ModelAverageError as error:
+        raise ExportError(str(error)) from None
+    global_step = centers[0].global_step
+    try:
+        save(out, gather(whole, [center.arrays for center in centers]), {"global_step": str(global_step)})
+    except OSError as error:
+        raise ExportError(f"cannot write {out}: {error.strerror or error}") from None
+    return global_step
+
+
+def _of_one_step(sources: Sequence[str], timeout_s: float, access: Access) -> list[_Center]:
+    """What all sources have, of one `global_step`: the newest that all of them have."""
+    at_most: int | None = None
+    with ThreadPoolExecutor(len(sources)) as threads:
+        for _ in range(_MAX_TRIES):
+            read = [_reader(source, at_most, timeout_s, access) for source in sources]
+            centers = [future.result() for future in [threads.submit(one) for one in read]]
+            steps = [center.global_step for center in centers]
+            if len(set(steps)) == 1:
+                return centers
+            at_most = min(steps)
+    found = ", ".join(f"{source}: {step}" for source, step in zip(sources, steps, strict=True))
+    raise ExportError(f"there is no global_step of which all have a center ({found})")
+
+
+def _reader(source: str, at_most: int | None, timeout_s: float, access: Access) -> Callable[[], _Center]:
+    if Path(source).is_dir():
+        return lambda: _read(Path(source), at_most)
+    try:
+        parse(source)
+    except ValueError as error:
+        raise ExportError(
+            f"{source} is neither a directory nor a server's address (HOST:PORT or unix:PATH): {error}"
+        ) from None
+    return lambda: _pull(source, timeout_s, access)
+
+
+def _read(directory: Path, at_most: int | None) -> _Center:
+    try:
+        found, passed_over = find_latest(directory, at_most)
+    except OSError as error:
+        raise ExportError(f"cannot read {directory}: {error.strerror or error}") from None
+    if found is None:
+        newest = "".join(f"; of the newest, {path.name}: {reason_of(error)}" for path, error in passed_over[:1])
+        of_step = "" if at_most is None else f" of global_step {at_most} or before, as another server has"
+        raise ExportError(f"there is no usable checkpoint in {directory}{of_step}{newest}")
+    _, checkpoint = found
+    why = tuple(f"checkpoint {path} is passed over: {reason_of(error)}" for path, error in passed_over)
+    return _Center(checkpoint.manifest, checkpoint.arrays, checkpoint.global_step, why)
+
+
+def _pull(address: str, timeout_s: float, access: Access) -> _Center:
+    with access.channel(address, CHANNEL_OPTIONS) as channel:
+        rpc = channel.unary_stream(f"/{wire.SERVICE}/Pull", _as_is, _as_is)
+        request = pb.PullRequest(worker_id=_WORKER_ID).SerializeToString()
+        call = rpc(request, wait_for_ready=True, metadata=access.metadata)
+        # No deadline: a model may take its time. Once a server has begun, keepalive tells whether it is still there.
+        patience = threading.Timer(timeout_s, call.cancel)
+        patience.start()
+        try:
+            return _receive(iter(call), patience)
+        except grpc.RpcError as error:
+            distrust = access.problem(address) if error.code() is grpc.StatusCode.CANCELLED else None
+            raise ExportError(distrust or _reason(error, address, timeout_s)) from None
+        except ModelAverageError as error:
+            raise ExportError(f"{address} did not answer as a parameter server: {error}") from None
+        finally:
+            patience.cancel()
+            call.cancel()  # type: ignore[no-untyped-call]
+
+
+def _receive(messages: Iterator[bytes], patience: threading.Timer) -> _Center:
+    opening = next(messages, b"")
+    patience.cancel()
+    header = wire.parse(pb.PullResponse, opening).header
+    manifest = wire.manifest_from_message(header.manifest)
+    buffer = np.zeros(manifest.buffer_size_bytes, np.uint8)
+    for index in range(manifest.fragment_count):
+        fragment = wire.read_fragment(pb.PullResponse, next(messages, b""))
+        start, end = manifest.fragment_bounds(index)
+        if not isinstance(fragment, tuple) or fragment[0] != index or len(fragment[1]) != end - start:
+            raise ModelAverageError(f"it did not send fragment {index} of {manifest.fragment_count} as it should")
+        buffer[start:end] = np.frombuffer(fragment[1], np.uint8)
+    return _Center(manifest, manifest.arrays(buffer), header.global_step)
+
+
+def _reason(error: grpc.RpcError, address: str, timeout_s: float) -> str:
+    if error.code() is grpc.StatusCode.CANCELLED:
+        return f"no parameter server answers at {address} (waited {timeout_s:g} s){proxies.in_the_way(address)}"
+    if any(entry.key == REASON_METADATA_KEY for entry in error.trailing_metadata() or ()):
+        return f"{address}: {error.details()}"
+    return f"{address} did not answer as a parameter server: {error.details()}{proxies.in_the_way(address)}"
+
+
+def _as_is(message: bytes) -> bytes:
+    return message

@@ -1,0 +1,227 @@
+"""Asks a running server for its status and shows it to people."""
+
+from __future__ import annotations
+
+import json
+import math
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+import grpc
+from google.protobuf.message import Message
+
+from modelaverage import wire
+from modelaverage.access import proxies
+from modelaverage.access.channels import Access
+from modelaverage.commands.columns import fitted, listed_within, shortened, width
+from modelaverage.missing import Missing
+from modelaverage.names import printable, shown
+from modelaverage.v1 import parameter_server_pb2 as pb
+from ps_server.console.worker_table import age, worker_table
+
+__all__ = [
+    "NoAnswerError",
+    "as_json",
+    "as_text",
+    "fetch",
+    "intervals_of",
+    "missing_of",
+    "phase_of",
+    "plain",
+    "shard_of",
+    "size",
+    "trouble_of",
+    "workers_in_round",
+]
+
+# From then on what the server says of a checkpoint that is being written is a problem.
+_HANGS_FROM_S = 5.0
+_TITLE_COLUMNS = 13
+_INDENT = "  "
+# Narrower than this nothing is made to fit.
+_NARROWEST = 12
+_NAME_COLUMNS = 24
+# JSON has no such numbers; these are the words of protobuf's own JSON.
+_NOT_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
+
+
+class NoAnswerError(Exception):
+    """No parameter server answers at the address."""
+
+
+def fetch(address: str, timeout_s: float, access: Access) -> pb.GetStatusResponse:
+    """The status of the server at ``address``. Raises NoAnswerError, naming it, soon after ``timeout_s`` at most."""
+    with access.channel(address) as channel:
+        call = channel.unary_unary(
+            f"/{wire.SERVICE}/GetStatus",
+            request_serializer=pb.GetStatusRequest.SerializeToString,
+            response_deserializer=pb.GetStatusResponse.FromString,
+        )
+        try:
+            answer: pb.GetStatusResponse = call(
+                pb.GetStatusRequest(), timeout=timeout_s, wait_for_ready=True, metadata=access.metadata
+            )
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                distrust = access.problem(address)
+                raise NoAnswerError(
+                    distrust
+                    or f"no parameter server answers at {address} (waited {timeout_s:g} s){proxies.in_the_way(address)}"
+                ) from None
+            if error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+                raise NoAnswerError(f"{address}: {printable(error.details() or '')}") from None
+            details = printable(error.details() or "")
+            proxy = proxies.in_the_way(address)
+            raise NoAnswerError(f"{address} did not answer as a parameter server: {details}{proxy}") from None
+    return answer
+
+
+def as_json(statuses: Sequence[pb.GetStatusResponse]) -> str:
+    """Every field under its name in the protocol; numbers as numbers, bytes in hex. A list if there are several."""
+    found = [plain(status) for status in statuses]
+    return json.dumps(found if len(found) > 1 else found[0], indent=2)
+
+
+def plain(message: Message) -> dict[str, Any]:
+    """A message as what JSON knows, under the protocol's names; a field that is absent is None."""
+    found: dict[str, Any] = {}
+    for field in message.DESCRIPTOR.fields:
+        value = getattr(message, field.name)
+        if field.enum_type is not None:
+            found[field.name] = field.enum_type.values_by_number[value].name
+        elif field.is_repeated:
+            found[field.name] = [plain(item) if field.message_type else item for item in value]
+        elif field.has_presence and not message.HasField(field.name):
+            found[field.name] = None
+        elif field.message_type is not None:
+            found[field.name] = plain(value)
+        elif isinstance(value, float) and not math.isfinite(value):
+            found[field.name] = _NOT_FINITE[repr(value)]
+        else:
+            found[field.name] = value.hex() if isinstance(value, bytes) else value
+    return found
+
+
+def as_text(status: pb.GetStatusResponse, columns: int | None = None) -> str:
+    """A few lines for people.
+
+    Args:
+        status: what a server says.
+        columns: how wide they may be; None: as wide as it takes.
+    """
+    room = None if columns is None else max(_NARROWEST, columns - _TITLE_COLUMNS)
+    moved = f"{size(status.received_bytes)} received, {size(status.sent_bytes)} sent"
+    trouble = [f"{status.rounds_restarted} rounds restarted", f"{status.stale_pushes} stale pushes"]
+    rows = [
+        ("phase", phase_of(status)),
+        ("global_step", str(status.global_step)),
+        ("workers", fitted(workers_in_round(status), room)),
+        ("model", fitted([f"{size(status.model_size_bytes)}{shard_of(status)}"], room)),
+        ("moved", moved),
+        ("up", fitted([f"{status.uptime_s:.1f} s", f"last round {status.last_round_s:.3f} s", *trouble], room)),
+    ]
+    if status.checkpoint_problem:
+        rows.append(("checkpoint", f"{trouble_of(status)}: {printable(status.checkpoint_problem)}"))
+    elif status.HasField("checkpoint_step"):
+        rows.append(("checkpoint", f"of global_step {status.checkpoint_step}"))
+    if status.phase == pb.PHASE_UNINITIALIZED:
+        rows.append(("waiting for", "the chief, to initialize the center"))
+    since = f" (for {age(status.round_age_s)})"
+    if missing := missing_of(status, None if room is None else room - width(since)):
+        rows.append(("waiting for", f"{missing}{since}"))
+    lines = [
+        line
+        for title, text in rows
+        for line in (_wrapped(title, text, room) if title == "checkpoint" else [f"{title:<{_TITLE_COLUMNS}}{text}"])
+    ]
+    if differ := intervals_of(status, columns):
+        lines.append(differ)
+    table = worker_table(status, None if columns is None else columns - len(_INDENT))
+    return "\n".join([*lines, *(_INDENT + row.text for row in table)])
+
+
+def phase_of(status: pb.GetStatusResponse) -> str:
+    """What the server is doing, in a word."""
+    return pb.Phase.Name(status.phase).removeprefix("PHASE_").lower()
+
+
+def trouble_of(status: pb.GetStatusResponse) -> str:
+    """What a problem with a checkpoint is, in a word: the disk does not answer, or it says no."""
+    return "HANGS" if status.checkpoint_writing_s >= _HANGS_FROM_S else "FAILED"
+
+
+def missing_of(status: pb.GetStatusResponse, columns: int | None = None) -> str:
+    """For whom the round waits; empty if it waits for nobody.
+
+    Args:
+        status: what a server says.
+        columns: how wide it may be, with nothing but names then; None: as wide as it takes, with what is known of them.
+    """
+    if columns is None:
+        missing = Missing.told(status)
+        return missing.text(shown) if missing else ""
+    unknown = f"{status.waiting_for_unknown:,} not heard of yet" if status.waiting_for_unknown else ""
+    room = columns - (len(unknown) + 2 if unknown else 0)
+    known = listed_within(status.waiting_for, status.waiting_for_omitted, shown, room, max(_NAME_COLUMNS, room // 2))
+    return ", ".join(filter(None, (known, unknown)))
+
+
+def intervals_of(status: pb.GetStatusResponse, columns: int | None = None) -> str:
+    """Which worker makes how many local steps between two rounds, if they differ; otherwise empty.
+
+    Args:
+        status: what a server says.
+        columns: how wide it may be; None: as wide as it takes.
+    """
+    steps = {worker.worker_id: worker.interval_steps for worker in status.workers if worker.interval_steps}
+    if len(set(steps.values())) < 2:
+        return ""
+    # Those that differ from each other first: of many workers, some may be left out.
+    firsts = {interval: name for name, interval in reversed(steps.items())}
+    names = sorted(steps, key=lambda name: (firsts[steps[name]] != name, name))
+    head = "interval_steps differ: "
+    room = None if columns is None else columns - len(head)
+
+    def show(name: str) -> str:
+        return f"{shown(name) if room is None else shortened(shown(name), _NAME_COLUMNS)} {steps[name]}"
+
+    return head + listed_within(names, 0, show, room)
+
+
+def workers_in_round(status: pb.GetStatusResponse) -> list[str]:
+    """How many there are, and with how many rounds go on."""
+    finished = status.workers_finished
+    if status.job_over:
+        return [f"all {status.num_workers} have finished", "the job is over", "a new one may begin with this center"]
+    if finished:
+        have = "has" if finished == 1 else "have"
+        left = max(0, status.num_workers - finished)
+        parts = [f"{finished} of {status.num_workers} {have} finished; rounds go on with {left}"]
+    else:
+        parts = [f"{status.num_workers} in a round"]
+    if status.min_workers != status.num_workers:
+        parts.append(f"at least {status.min_workers} in a round" if finished else f"at least {status.min_workers}")
+        parts.append(f"{status.rounds_without_all} rounds without all")
+    return parts
+
+
+def shard_of(status: pb.GetStatusResponse) -> str:
+    """Which part of the model the server has; empty if it has the whole."""
+    if not status.HasField("shard"):
+        return ""
+    return f", shard {status.shard.index} of {status.shard.count} of job {status.shard.job_id.hex()[:8]}"
+
+
+def _wrapped(title: str, text: str, columns: int | None) -> list[str]:
+    """A sentence, on as many lines as it takes."""
+    lines = [text] if columns is None else textwrap.wrap(text, columns, break_on_hyphens=False) or [""]
+    return [f"{title if at == 0 else '':<{_TITLE_COLUMNS}}{line}" for at, line in enumerate(lines)]
+
+
+def size(size_bytes: int) -> str:
+    """A number of bytes for people."""
+    for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if size_bytes >= factor:
+            return f"{size_bytes / factor:.1f} {unit}"
+    return f"{size_bytes} bytes"

@@ -1,0 +1,91 @@
+"""Looks at the token of every call before its handler does: a thin shell around authorization.py."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import grpc.aio
+
+from modelaverage.access.tokens import METADATA_KEY, token_of
+from modelaverage.errors import FAULTS, REASON_METADATA_KEY, REASON_PREFIX, ModelAverageError
+from modelaverage.runtime.logs import event
+from ps_server.rules.authorization import Role, Tokens, check
+
+__all__ = ["Gatekeeper", "caller_role"]
+
+caller_role: ContextVar[Role | None] = ContextVar("caller_role", default=None)
+"""In a call: the role of its token; None without tokens. The task that looks at the token goes on to serve the call."""
+_WARNING_INTERVAL_S = 1.0
+_log = logging.getLogger("ps_server")
+if TYPE_CHECKING:  # gRPC's classes have parameters in its stubs only
+    _Handler = grpc.RpcMethodHandler[Any, Any]
+    _Interceptor = grpc.aio.ServerInterceptor[Any, Any]
+else:
+    _Interceptor = grpc.aio.ServerInterceptor
+
+
+class Gatekeeper(_Interceptor):
+    """Refuses calls whose token does not allow them. It stands at the beginning of a call only, not in its stream.
+
+    Args:
+        tokens: the tokens that the server knows at the moment.
+    """
+
+    def __init__(self, tokens: Callable[[], Tokens]) -> None:
+        self._tokens = tokens
+        self._warned_at_s = -math.inf
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[_Handler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> _Handler:
+        """The handler of the call, or one that refuses it."""
+        sent = [
+            token
+            for key, value in handler_call_details.invocation_metadata
+            if key == METADATA_KEY and (token := token_of(value)) is not None
+        ]
+        tokens = self._tokens()
+        error = check(tokens, handler_call_details.method, sent)
+        if error is None:
+            caller_role.set(tokens.role_of(sent[0]) if sent else None)
+            return await continuation(handler_call_details)
+        # A stranger who tries a thousand tokens a second does not fill the disk.
+        now_s = time.monotonic()
+        is_news = now_s - self._warned_at_s >= _WARNING_INTERVAL_S
+        if is_news:
+            self._warned_at_s = now_s
+        return _refusing(handler_call_details.method, error, logging.WARNING if is_news else logging.DEBUG)
+
+
+def _refusing(method: str, error: ModelAverageError, level: int) -> _Handler:
+    """Answers any kind of call before anything of it is read."""
+    assert error.reason is not None
+    reason = error.reason
+
+    async def refuse(_: object, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        _log.log(
+            level,
+            "%r from %s refused: %s: %s",
+            method,
+            context.peer(),
+            reason.name,
+            error,
+            extra=event(
+                "call_refused", rpc=method.rpartition("/")[2], reason=reason.name, worker=None, peer=context.peer()
+            ),
+        )
+        await context.abort(
+            grpc.StatusCode[FAULTS[reason].status],
+            str(error),
+            ((REASON_METADATA_KEY, REASON_PREFIX + reason.name),),
+        )
+
+    return grpc.stream_stream_rpc_method_handler(refuse)

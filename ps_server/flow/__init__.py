@@ -1,0 +1,1 @@
+"""Calls and rounds in motion: carries out what the rules decide."""

@@ -1,0 +1,227 @@
+"""One call: messages in, messages out, and ends that come from outside. I/O only; no rules of the round.
+
+A call may end because its client stalls or because something elsewhere decided so, while it is blocked in a read or a
+write: `fail` cancels the task that serves it and leaves the reason in `failure`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import grpc.aio
+from google.protobuf.message import Message
+
+from modelaverage import wire
+from modelaverage.errors import Reason, refusal
+from modelaverage.v1 import parameter_server_pb2 as pb
+from ps_server.transports.data_port import DataConnection, lost
+
+__all__ = ["Call", "Context", "FIRST_WRITE_TIMEOUT_S", "Traffic"]
+
+Context = grpc.aio.ServicerContext[bytes, bytes]
+
+_T = TypeVar("_T")
+_Opening = TypeVar("_Opening", bound=pb.InitializeRequest | pb.PushAndAverageRequest)
+_numbers = itertools.count(1)
+# A client that does not take a call's first message for so long is not told how the call ends.
+FIRST_WRITE_TIMEOUT_S = 1.0
+
+
+@dataclass
+class Traffic:
+    """Bytes of fragments that went through all calls, and how many of them in shared memory."""
+
+    received_bytes: int = 0
+    sent_bytes: int = 0
+    shared_bytes: int = 0
+
+
+class Call:
+    """A call of one client, made in the task that serves it.
+
+    Args:
+        context: gRPC's side of it; messages are bytes.
+        traffic: where to count the bytes of fragments.
+        stall_timeout_s: the call fails with STREAM_STALLED when the client keeps it waiting for longer.
+    """
+
+    def __init__(self, context: Context, traffic: Traffic, stall_timeout_s: float) -> None:
+        self.number = next(_numbers)
+        self.expecting = False
+        """True while the client owes messages."""
+        self.worker_id = ""
+        """Who calls, as far as is known; for the log."""
+        self._context = context
+        self._traffic = traffic
+        self._stall_timeout_s = stall_timeout_s
+        self._beside_header: tuple[int, memoryview] | pb.SharedFragments | None = None
+        self.failure: BaseException | None = None
+        """Why the call's task was cancelled, if `fail` did it."""
+        self._is_ending = False
+        self._task = asyncio.current_task()
+        self._loop = asyncio.get_running_loop()
+        self._read_at_s = self._loop.time()
+        self._write_began_at_s: float | None = None
+        self._connection: DataConnection | None = None
+        self._bytes_began_at_s: float | None = None
+        self._has_written = False
+        self._watchdog = self._loop.call_later(stall_timeout_s, self._watch)
+        self.ended: asyncio.Future[None] = self._loop.create_future()
+
+    @property
+    def peer(self) -> str:
+        """Where the client is, as gRPC names it, such as ``ipv4:10.0.0.7:51234``."""
+        return str(self._context.peer())
+
+    def fail(self, error: BaseException) -> None:
+        """Ends the call with ``error``, whatever it is blocked in. The first failure counts."""
+        if self._is_ending or self._task is None:
+            return
+        if self.failure is None:
+            self.failure = error
+        if self._has_written or self._write_began_at_s is None:
+            self._cancel()
+        else:
+            # Beside a call's first message gRPC sends no status: cancelled now, the client would never hear of it.
+            self._loop.call_later(FIRST_WRITE_TIMEOUT_S, self._cancel)
+        self._is_ending = True
+
+    async def read(self) -> bytes | None:
+        """The client's next message; None when it has half-closed."""
+        message = await self._context.read()
+        self._read_at_s = self._loop.time()
+        return message if isinstance(message, bytes) else None
+
+    async def read_header(self, message_type: type[_Opening]) -> Any:
+        """The header that opens the stream. Raises ProtocolError: MESSAGE_MALFORMED or MESSAGE_OUT_OF_ORDER."""
+        self.expecting = True
+        data = await self.read()
+        message = message_type() if data is None else wire.parse(message_type, data)
+        if not message.HasField("header"):
+            came = "the stream ended" if data is None else "another message came"
+            raise refusal(Reason.MESSAGE_OUT_OF_ORDER, f"{came} where the header belongs; send the header first")
+        header = message.header
+        message.ClearField("header")
+        if message.ListFields():
+            self._beside_header = self._content(message)
+        return header
+
+    async def read_fragment(self, message_type: type[_Opening]) -> tuple[int, memoryview] | pb.SharedFragments | None:
+        """Index and bytes of the next fragment, or which ones lie in shared memory; None when the client has
+        half-closed.
+
+        Raises:
+            ProtocolError: MESSAGE_MALFORMED or MESSAGE_OUT_OF_ORDER.
+        """
+        if self._beside_header is not None:
+            content, self._beside_header = self._beside_header, None
+            return content
+        data = await self.read()
+        return None if data is None else self._content(wire.read_fragment(message_type, data))
+
+    def _content(self, message: tuple[int, memoryview] | Message) -> tuple[int, memoryview] | pb.SharedFragments:
+        if isinstance(message, Message):
+            match message.ListFields():
+                case [(field, pb.SharedFragments() as shared)] if field.name == "shared":
+                    return shared
+                case [(field, pb.Fragment() as fragment)] if field.name == "fragment":
+                    message = fragment.index, memoryview(fragment.data)
+                case _:
+                    raise refusal(Reason.MESSAGE_OUT_OF_ORDER, "another message came where a fragment belongs")
+        self._traffic.received_bytes += len(message[1])
+        return message
+
+    def count(self, received_bytes: int = 0, sent_bytes: int = 0, shared: bool = False) -> None:
+        """Notes bytes of fragments that went otherwise than by `read_fragment` and `write_fragment`."""
+        self._traffic.received_bytes += received_bytes
+        self._traffic.sent_bytes += sent_bytes
+        if shared:
+            self._traffic.shared_bytes += received_bytes + sent_bytes
+
+    async def write(self, message: bytes) -> None:
+        """Sends one message. Returns when gRPC has room for the next: a slow client holds up only its own call."""
+        self._write_began_at_s = self._loop.time()
+        try:
+            await self._context.write(message)
+        except grpc.aio.InternalError:  # what gRPC says when the client has gone just now
+            raise asyncio.CancelledError from None
+        self._write_began_at_s = None
+        if not self._has_written:
+            self._has_written = True
+            if self.failure is not None:
+                raise asyncio.CancelledError  # `fail` has waited for this
+
+    async def write_fragment(self, index: int, data: memoryview) -> None:
+        """Sends one fragment; its bytes are copied before this first waits."""
+        await self.write(wire.encode_fragment(index, (data,)))
+        self.count(sent_bytes=len(data))
+
+    async def read_bytes(self, connection: DataConnection, room: memoryview) -> None:
+        """Fills the room from a data connection. Raises RetryPushError (DATA_CONNECTION_LOST)."""
+        self._read_at_s, self._connection = self._loop.time(), connection
+        await connection.receive(room)
+        self._read_at_s = self._loop.time()
+
+    async def write_bytes(self, connection: DataConnection, data: memoryview) -> None:
+        """Sends bytes on a data connection. Raises RetryPushError (DATA_CONNECTION_LOST)."""
+        self._bytes_began_at_s = self._loop.time()
+        await connection.send(data)
+        self._bytes_began_at_s = None
+
+    async def run(self, main: Coroutine[Any, Any, _T], beside: Coroutine[Any, Any, None]) -> _T:
+        """Runs ``main`` to its end, with ``beside`` in a task at its side; an error of either ends both."""
+        task = asyncio.ensure_future(beside)
+        try:
+            task.add_done_callback(self._beside_ended)
+            return await main
+        finally:
+            main.close()
+            if not task.done():
+                task.cancel()
+                await asyncio.wait((task,))
+
+    def end(self) -> None:
+        """The call is over; what comes from outside no longer matters."""
+        self._task = None
+        self.ended.set_result(None)
+        self._watchdog.cancel()
+
+    def _cancel(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    def _beside_ended(self, task: asyncio.Future[None]) -> None:
+        try:
+            if not task.cancelled() and (error := task.exception()) is not None:
+                self.fail(error)
+        except Exception as error:  # nobody else looks
+            self.fail(error)
+
+    def _watch(self) -> None:
+        try:
+            self._look()
+        except Exception as error:  # nobody would look again
+            self.fail(error)
+
+    def _look(self) -> None:
+        """Fails the call if its client has kept it waiting for too long; else looks again when that may be."""
+        heard_at_s = self._read_at_s if self._connection is None else max(self._read_at_s, self._connection.heard_at_s)
+        since_s = [heard_at_s] if self.expecting else []
+        bytes_at_s = self._bytes_began_at_s
+        if bytes_at_s is not None and self._connection is not None:
+            bytes_at_s = max(bytes_at_s, self._connection.taken_at_s)
+        writes = [at_s for at_s in (self._write_began_at_s, bytes_at_s) if at_s is not None]
+        since_s += writes
+        idle_s = self._loop.time() - min(since_s, default=self._loop.time())
+        if idle_s < self._stall_timeout_s:
+            self._watchdog = self._loop.call_later(self._stall_timeout_s - idle_s, self._watch)
+            return
+        doing = "reads nothing of what is sent" if writes else "sends nothing"
+        why = f"the client {doing} for {self._stall_timeout_s:g} s (--stream-idle-timeout-s)"
+        # Where bytes go beside the call, their way may be at fault: the client is to try the other one.
+        stalled = refusal(Reason.STREAM_STALLED, f"{why}; call again") if self._connection is None else lost(why)
+        self.fail(stalled)

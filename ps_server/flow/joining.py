@@ -1,0 +1,99 @@
+"""The calls of processes that have a task index or wait for one."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable
+
+from modelaverage.errors import ModelAverageError, Reason, refusal
+from modelaverage.v1 import parameter_server_pb2 as pb
+from ps_server.flow.call import Call
+from ps_server.rules.task_indexes import TaskIndexes
+
+__all__ = ["Joining"]
+
+
+class Joining:
+    """Hands out the task indexes of a job.
+
+    Args:
+        num_workers: how many there are.
+        indexes: who has which.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, num_workers: int, indexes: TaskIndexes, clock: Callable[[], float]) -> None:
+        self._num_workers = num_workers
+        self._indexes = indexes
+        self._clock = clock
+        self._calls: dict[bytes, Call] = {}
+        self._waiting: dict[asyncio.Event, None] = {}  # a set in its order: who has waited longest is served first
+
+    async def serve(self, call: Call, request: pb.JoinRequest) -> None:
+        """Serves one call until the client, a newer call of the same process or `fail` ends it.
+
+        Raises:
+            ConflictError: ROUND_FULL, the job has no such index.
+        """
+        process = request.incarnation
+        wanted = request.task_index if request.HasField("task_index") else None
+        if wanted is not None and wanted >= self._num_workers:
+            raise refusal(
+                Reason.ROUND_FULL,
+                f"there is no worker {wanted}: the server was told --num-workers {self._num_workers}; give that number",
+            )
+        earlier = self._calls.get(process)
+        if earlier is not None:
+            earlier.fail(refusal(Reason.PUSH_SUPERSEDED, "a newer call of the same process has joined in its place"))
+        self._calls[process] = call
+        try:
+            index = await self._index(call, process, wanted)
+            await self._say(call, index)
+            await asyncio.Event().wait()  # never set: whatever ends the call cancels this
+        finally:
+            if self._calls.get(process) is call:
+                del self._calls[process]
+            self._indexes.ended(process, call.number, self._clock())
+            self._wake()
+
+    def leave(self, process: bytes) -> None:
+        """The process has said goodbye: its index is free."""
+        self._indexes.leave(process)
+        self._wake()
+
+    def fail(self, error: ModelAverageError) -> None:
+        """Ends all calls: they would outlast everything else."""
+        for call in self._calls.values():
+            call.fail(error)
+
+    async def _index(self, call: Call, process: bytes, wanted: int | None) -> int:
+        was_told = False
+        while (index := self._indexes.take(process, call.number, wanted, self._clock())) is None:
+            if was_told:
+                await self._change()
+            else:  # and looks again: something may have changed meanwhile
+                await self._say(call, None)
+                was_told = True
+        return index
+
+    async def _say(self, call: Call, index: int | None) -> None:
+        response = pb.JoinResponse(task_index=index, num_workers=self._num_workers)
+        await call.write(response.SerializeToString())
+
+    async def _change(self) -> None:
+        """Waits until somebody who has to wait may get an index."""
+        changed = asyncio.Event()
+        self._waiting[changed] = None
+        now_s = self._clock()
+        due_at_s = self._indexes.due_at_s(now_s)
+        try:
+            await asyncio.wait_for(changed.wait(), None if math.isinf(due_at_s) else max(0.0, due_at_s - now_s))
+        except asyncio.TimeoutError:
+            pass
+        finally:
+            del self._waiting[changed]
+
+    def _wake(self) -> None:
+        for changed in self._waiting:
+            changed.set()

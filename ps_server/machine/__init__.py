@@ -1,0 +1,1 @@
+"""What the machine gives and refuses: descriptors, memory, threads, connections."""

@@ -1,0 +1,1 @@
+"""The ways for a push's bytes, one file each."""

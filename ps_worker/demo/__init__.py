@@ -1,0 +1,1 @@
+"""The digits, and a whole run of them to look at."""

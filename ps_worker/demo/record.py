@@ -1,0 +1,57 @@
+"""What has happened in a run so far, in order, by kind and worker."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+from ps_worker.events.parse import AccuracyEvent, Event, RoundEvent, ServerEvent, StepEvent, decode
+
+__all__ = ["Record"]
+
+
+class Record:
+    """The events of one run.
+
+    Attributes:
+        steps, rounds, accuracies: of each worker, by its name.
+        servers: of each parameter server, by its name.
+    """
+
+    def __init__(self, events: Iterable[Event] = ()) -> None:
+        self.steps: defaultdict[str, list[StepEvent]] = defaultdict(list)
+        self.rounds: defaultdict[str, list[RoundEvent]] = defaultdict(list)
+        self.accuracies: defaultdict[str, list[AccuracyEvent]] = defaultdict(list)
+        self.servers: defaultdict[str, list[ServerEvent]] = defaultdict(list)
+        for event in events:
+            self.add(event)
+
+    @classmethod
+    def read(cls, metrics_file: Path) -> Record:
+        """From lines that `events.encode` made. Raises OSError, and ValueError for anything else."""
+        return cls(decode(line) for line in metrics_file.read_text(encoding="utf-8").splitlines())
+
+    def add(self, event: Event) -> None:
+        """Something has happened."""
+        match event:
+            case StepEvent():
+                self.steps[event.worker].append(event)
+            case RoundEvent():
+                self.rounds[event.worker].append(event)
+            case AccuracyEvent():
+                self.accuracies[event.worker].append(event)
+            case ServerEvent():
+                self.servers[event.server].append(event)
+
+    def last_step(self, worker: str) -> StepEvent | None:
+        """The latest progress of a worker; None before the first."""
+        return self.steps[worker][-1] if self.steps[worker] else None
+
+    def last_of_servers(self) -> list[ServerEvent]:
+        """The latest of each parameter server that was heard of."""
+        return [events[-1] for events in self.servers.values()]
+
+    def last_accuracy(self, worker: str) -> float | None:
+        """The latest test accuracy (0 to 1) that a worker found; None before the first."""
+        return self.accuracies[worker][-1].accuracy if self.accuracies[worker] else None

@@ -1,0 +1,229 @@
+"""A run of the built-in workload: a cluster, then one worker alone, then the report."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from safetensors.numpy import save_file
+
+from ma_client import ParameterServerSession
+from modelaverage.errors import ModelAverageError
+from ps_worker.demo import run_files
+from ps_worker.demo.beside import beside
+from ps_worker.demo.digits_config import ALONE, ALONE_WITH_ALL, DigitsConfig
+from ps_worker.demo.metrics_file import MetricsFile
+from ps_worker.demo.record import Record
+from ps_worker.demo.summary import Summary
+from ps_worker.demo.view import Cast, View, view_for
+from ps_worker.engines.engine import Cluster, Engine, server_name
+from ps_worker.engines.processes import Child, LineHandler, Processes, all_end_well
+from ps_worker.events.parse import Event, ServerEvent, decode, encode
+from ps_worker.events.server_watch import ServerWatch
+from ps_worker.lookout import keep_looking
+
+__all__ = ["DemoConfig", "run_demo"]
+
+_STATUS_INTERVAL_S = 0.25
+_SAVE_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """What to run.
+
+    Args:
+        training: how the workers and the lone worker train.
+        runs: where to make the run's directory.
+    """
+
+    training: DigitsConfig
+    runs: Path
+
+
+async def run_demo(config: DemoConfig, engine: Engine, processes: Processes) -> None:
+    """Runs it, shows it, and writes its files. The lone worker and the report are ``processes`` of this machine.
+
+    Raises:
+        ProcessFailedError: a worker, a server or the report failed.
+        EngineError: the servers did not start.
+        ModelAverageError: a server did not answer at the end.
+        OSError: the files cannot be written.
+    """
+    view = view_for(Console())
+    directory = run_files.new_run_directory(config.runs)
+    try:
+        with MetricsFile(directory / run_files.METRICS, view.say) as metrics:
+            async with engine(processes, view.say) as cluster:
+                summary = await _Demo(config, cluster, processes, directory, view, metrics).run()
+    finally:
+        view.close()
+        run_files.remove_if_empty(directory)
+    view.table("Handwritten digits, test images", [*summary.rows(), ("files", ", ".join(summary.files))])
+    view.say(f"written to {directory}{os.sep}")
+
+
+class _Demo:
+    """The parts of one run, in their order, and what they tell."""
+
+    def __init__(
+        self,
+        config: DemoConfig,
+        cluster: Cluster,
+        processes: Processes,
+        directory: Path,
+        view: View,
+        metrics: MetricsFile,
+    ) -> None:
+        self._config = config
+        self._cluster = cluster
+        self._processes = processes
+        self._directory = directory
+        self._view = view
+        self._metrics = metrics
+        self._record = Record()
+        count = cluster.num_servers
+        self._stage = "the parameter server starts" if count == 1 else f"{count} parameter servers start"
+        self._next_stage = ""
+        # One worker has all images anyway.
+        self._alone = (ALONE, ALONE_WITH_ALL) if cluster.num_workers > 1 else (ALONE,)
+        self._workers = tuple(f"worker-{index}" for index in range(cluster.num_workers))
+
+    async def run(self) -> Summary:
+        """All of it."""
+        started_at_s = time.monotonic()
+        async with beside(self._keep_showing()):
+            await self._cluster.start_servers()
+            servers, cluster_s = await self._train_together()
+            alone_s = await self._train_alone()
+            await self._draw()
+        summary = self._summary(servers, time.monotonic() - started_at_s, cluster_s, alone_s)
+        summary.write(self._directory / run_files.SUMMARY)
+        return summary
+
+    async def _train_together(self) -> tuple[list[ServerEvent], float]:
+        """Returns how the servers stand at the end, and the seconds from the workers' start to their end."""
+        started_at_s = time.monotonic()
+        together = f"{len(self._workers)} workers train together" if len(self._workers) > 1 else "1 worker trains"
+        self._enter(f"{together}: importing torch", together)
+        for index, worker in enumerate(self._workers):
+            say = self._say(worker)
+            self._cluster.start_worker(index, self._worker_command(), say, say, self._heard)
+        watch = ServerWatch()
+        try:
+            async with (
+                beside(self._keep_watching(watch)),
+                beside(keep_looking(self._cluster, watch, self._view.say)),
+            ):
+                await self._cluster.workers_done()
+            cluster_s = time.monotonic() - started_at_s
+            servers = [await watch.sample(name, address) for name, address in self._servers().items()]
+        finally:
+            watch.close()
+        for server in servers:
+            self._add(server)
+        await asyncio.to_thread(self._save_center)
+        return servers, cluster_s
+
+    def _save_center(self) -> None:
+        # Not the chief: it may be on a machine that has not this directory.
+        with ParameterServerSession(
+            self._cluster.addresses, worker_id="ma-launch", connect_timeout_s=_SAVE_TIMEOUT_S, reconnect_timeout_s=0
+        ) as session:
+            center, _ = session.pull(timeout_s=_SAVE_TIMEOUT_S, catch_up=False)
+        save_file(dict(center), self._directory / run_files.CENTER)
+
+    async def _train_alone(self) -> float:
+        started_at_s = time.monotonic()
+        alone = "one worker trains alone" if len(self._alone) == 1 else "two workers train alone"
+        self._enter(f"{alone}: importing torch", alone)
+        # One core each, at the same time: the second one costs next to nothing where there are two.
+        await all_end_well([self._start_alone(name) for name in self._alone])
+        return time.monotonic() - started_at_s
+
+    def _start_alone(self, name: str) -> Child:
+        command = [sys.executable, *self._worker_command(), "--alone", f"--num-workers={len(self._workers)}"]
+        if name == ALONE_WITH_ALL:
+            command.append("--all-images")
+        say = self._say(name)
+        return self._processes.start(f"{name} worker", command, os.environ, say, say, self._heard)
+
+    async def _draw(self) -> None:
+        self._enter("the report is written: importing matplotlib")
+        command = [sys.executable, "-m", "ps_worker.report", str(self._directory)]
+        say = self._say("report")
+        await all_end_well([self._processes.start("the report", command, os.environ, say, say)])
+
+    def _worker_command(self) -> list[str]:
+        return ["-m", "ps_worker", "digits", *self._config.training.to_argv()]
+
+    def _summary(self, servers: list[ServerEvent], total_s: float, cluster_s: float, alone_s: float) -> Summary:
+        center_accuracy = self._record.last_accuracy(self._workers[0])
+        alone_accuracy = self._record.last_accuracy(ALONE)
+        assert center_accuracy is not None
+        assert alone_accuracy is not None
+        received_bytes = sum(server.received_bytes for server in servers)
+        sent_bytes = sum(server.sent_bytes for server in servers)
+        return Summary(
+            center_accuracy=center_accuracy,
+            alone_accuracy=alone_accuracy,
+            rounds=min(server.global_step for server in servers),
+            bytes_moved=received_bytes + sent_bytes,
+            bytes_received=received_bytes,
+            bytes_sent=sent_bytes,
+            total_s=total_s,
+            cluster_s=cluster_s,
+            alone_s=alone_s,
+            waited_s={worker: sum(r.waited_s for r in self._record.rounds[worker]) for worker in self._workers},
+            num_servers=len(servers),
+            num_workers=len(self._workers),
+            all_accuracy=self._record.last_accuracy(ALONE_WITH_ALL),
+            restarts={w.name: w.restarts for w in self._cluster.worker_states() if w.restarts},
+            config=self._config.training,
+            files=run_files.ALL,
+        )
+
+    def _say(self, name: str) -> LineHandler:
+        return lambda line: self._view.say(f"[{name}] {line}")
+
+    def _enter(self, stage: str, after_first_event: str = "") -> None:
+        """Says what goes on now, and what from the first thing on that a worker tells."""
+        self._stage, self._next_stage = stage, after_first_event
+
+    def _heard(self, line: str) -> None:
+        self._stage, self._next_stage = self._next_stage or self._stage, ""
+        self._add(decode(line))
+
+    def _add(self, event: Event) -> None:
+        self._record.add(event)
+        self._metrics.write(encode(event))
+
+    async def _keep_watching(self, watch: ServerWatch) -> None:
+        while True:
+            for name, address in self._servers().items():
+                # A server that is gone ends the run in another way; one that is slow may answer the next time.
+                with contextlib.suppress(ModelAverageError):
+                    self._add(await watch.sample(name, address))
+            await asyncio.sleep(_STATUS_INTERVAL_S)
+
+    async def _keep_showing(self) -> None:
+        try:
+            while True:
+                self._show()
+                await asyncio.sleep(self._view.refresh_interval_s)
+        finally:
+            self._show()
+
+    def _show(self) -> None:
+        cast = Cast(self._servers(), self._workers, self._alone, self._config.training.steps)
+        self._view.show(cast, self._record, self._stage)
+
+    def _servers(self) -> dict[str, str]:
+        """The address of each server by its name, once they listen."""
+        return {server_name(index): address for index, address in enumerate(self._cluster.addresses)}

@@ -1,0 +1,1 @@
+"""What runs servers and workers: processes on this machine, or a Ray cluster."""

@@ -1,0 +1,228 @@
+"""Parameter servers and their workers as processes of this machine, until the workers are done or anything fails."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ma_client.cluster.resolvers import FRESH
+from ma_client.cluster.spec import ClusterSpec
+from modelaverage.commands.serve_flags import ServeFlags
+from ps_worker.engines.engine import EngineError, WorkerState, server_name
+from ps_worker.engines.local_worker import LocalWorker
+from ps_worker.engines.processes import Child, LineHandler, Processes, ProcessFailedError, how_it_ended
+
+__all__ = [
+    "LocalCluster",
+    "LocalConfig",
+    "automatic_servers",
+    "center_directories",
+    "started_again",
+    "usable_cores",
+]
+
+_READY_TIMEOUT_S = 30.0
+# A server that keeps the center on disk may have to write it at its end.
+_CHECKPOINT_GRACE_S = 10.0
+_PART = re.compile(r"ps-[0-9]+")
+_CHECKPOINT = re.compile(r"center-.*\.safetensors")
+# What only a worker's first process is to be told: a chief that is started again finds the center that it has made.
+_FIRST_START_ONLY = frozenset({FRESH})
+
+
+def usable_cores() -> int:
+    """How many processor cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def automatic_servers(num_workers: int, cores: int) -> int:
+    """How many parameter servers `--ps auto` starts on one machine.
+
+    A server keeps a core busy, and as much again goes into the workers' side of the transfer. So there is one for every
+    two cores that the workers leave; at least one, and not more than there are workers, since one worker moves no more
+    than one server does.
+    """
+    return max(1, min(num_workers, (cores - num_workers) // 2))
+
+
+@dataclass(frozen=True)
+class LocalConfig:
+    """What to run on this machine.
+
+    Args:
+        num_servers: how many parameter servers.
+        num_workers: how many workers a round waits for.
+        serve: what else the servers are told.
+        max_restarts: how often each worker that fails is started again.
+        must_be_new: whether the chief, when it is first started, refuses to go on from a center that is there already.
+    """
+
+    num_servers: int
+    num_workers: int
+    serve: ServeFlags = field(default_factory=ServeFlags)
+    max_restarts: int = 0
+    must_be_new: bool = False
+
+
+class LocalCluster:
+    """A `Cluster` on loopback whose processes belong to ``processes``.
+
+    Args:
+        processes: starts and ends them.
+        config: what to run.
+        on_message: gets each line that a parameter server logs, with its name, and what happens to workers.
+    """
+
+    def __init__(self, processes: Processes, config: LocalConfig, on_message: LineHandler) -> None:
+        self.num_servers = config.num_servers
+        self.num_workers = config.num_workers
+        self.addresses: tuple[str, ...] = ()
+        self.center_at = center_directories(config.serve.checkpoint_dir, config.num_servers)
+        self._config = config
+        self._processes = processes
+        self._on_message = on_message
+        self._servers: list[Child] = []
+        self._workers: list[LocalWorker] = []
+
+    async def __aenter__(self) -> LocalCluster:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for worker in self._workers:  # none is started again any more
+            worker.ended.cancel()
+
+    async def start_servers(self) -> None:
+        """Returns when all listen, within 30 s. Errors are those of `Cluster`."""
+        first_lines = [self._start_server(index) for index in range(self.num_servers)]
+        all_listen = asyncio.gather(*first_lines)
+        changes: list[asyncio.Future[Any]] = [all_listen, *(server.exit_code for server in self._servers)]
+        await asyncio.wait(changes, timeout=_READY_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
+        for server in self._servers:
+            if server.exit_code.done():
+                raise await server.failure()
+        for server, first_line in zip(self._servers, first_lines, strict=True):
+            if not first_line.done():
+                raise EngineError(f"{server.name} does not listen after {_READY_TIMEOUT_S:g} s")
+        self.addresses = tuple(line.split()[-1] for line in all_listen.result())  # "... listening on HOST:PORT"
+
+    def _start_server(self, index: int) -> asyncio.Future[str]:
+        first_line: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+        def on_output(line: str) -> None:
+            if not first_line.done():
+                first_line.set_result(line)
+
+        name = server_name(index)
+        own = self._config.serve
+        if self.center_at:
+            own = replace(own, checkpoint_dir=self.center_at[index])
+        serve = ["-m", "ps_server", "serve", "--bind", "127.0.0.1:0", "--num-workers", str(self.num_workers)]
+        serve += own.to_argv()
+        server = self._processes.start(
+            f"parameter server {name}",
+            [sys.executable, *serve],
+            os.environ,
+            on_output=on_output,
+            on_error=lambda line: self._on_message(f"[{name}] {line}"),
+            ends_last=True,
+            last_grace_s=_CHECKPOINT_GRACE_S if self.center_at else None,
+        )
+        self._servers.append(server)
+        return first_line
+
+    def start_worker(
+        self,
+        index: int,
+        command: Sequence[str],
+        on_output: LineHandler,
+        on_error: LineHandler,
+        on_event: LineHandler | None = None,
+    ) -> None:
+        """Starts worker ``index``; see `Cluster`."""
+        cluster = ClusterSpec(self.addresses, self.num_workers, index, must_be_new=self._config.must_be_new)
+        environ = {"OMP_NUM_THREADS": str(self._threads_per_worker()), **os.environ, **cluster.to_env()}
+        environ["PYTHONUNBUFFERED"] = "1"  # its lines are to be seen when they are printed
+
+        def start(again: bool) -> Child:
+            name, python = cluster.worker_id, [sys.executable, *command]
+            told = started_again(environ) if again else environ
+            return self._processes.start(name, python, told, on_output, on_error, on_event)
+
+        self._workers.append(LocalWorker(cluster.worker_id, start, self._config.max_restarts, self._announce))
+
+    async def workers_done(self) -> None:
+        """Returns when every worker has ended well. Errors are those of `Cluster`.
+
+        With a quorum (`--min-workers`), a worker that fails ends the run only if too few are left; otherwise its
+        failure is raised once the others have ended.
+        """
+        min_workers = self._config.serve.min_workers or self.num_workers
+        running, failures = list(self._workers), list[ProcessFailedError]()
+        while running:
+            changes: list[asyncio.Future[Any]] = [server.exit_code for server in self._servers]
+            changes += [worker.ended for worker in running]
+            await asyncio.wait(changes, return_when=asyncio.FIRST_COMPLETED)
+            for server in self._servers:
+                if server.exit_code.done():
+                    raise await server.failure()
+            for worker in [worker for worker in running if worker.ended.done()]:
+                running.remove(worker)
+                try:
+                    worker.ended.result()
+                except ProcessFailedError as failure:
+                    failures.append(failure)
+                    if self.num_workers - len(failures) < min_workers:
+                        raise
+                    assert worker.exit_code is not None
+                    how = how_it_ended(worker.exit_code)
+                    self._announce(f"{worker.name} {how}; rounds go on without it (--min-workers {min_workers})")
+        if failures:
+            raise failures[0]
+
+    def worker_states(self) -> list[WorkerState]:
+        """See `Cluster`."""
+        return [WorkerState(worker.name, worker.exit_code, worker.restarts) for worker in self._workers]
+
+    def _announce(self, what: str) -> None:
+        self._on_message(f"ma-launch: {what}")
+
+    def _threads_per_worker(self) -> int:
+        return max(1, usable_cores() // self.num_workers)
+
+
+def center_directories(checkpoint_dir: Path | None, num_servers: int) -> tuple[Path, ...]:
+    """Where each server keeps its part of the center: the directory itself, or one in it for each of several servers.
+
+    Raises:
+        EngineError: another number of servers has left its center there.
+    """
+    if checkpoint_dir is None:
+        return ()
+    path = checkpoint_dir.absolute()
+    try:
+        names = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
+    except OSError as error:
+        raise EngineError(f"--checkpoint-dir {checkpoint_dir}: {error.strerror}") from None
+    parts = [name for name in names if _PART.fullmatch(name)]
+    found = len(parts) or int(any(_CHECKPOINT.fullmatch(name) for name in names))
+    if found not in (0, num_servers):
+        servers = "1 server" if found == 1 else f"{found} servers"
+        raise EngineError(
+            f"--checkpoint-dir {checkpoint_dir} has the center of {servers}: give --ps {found} to go on with it, or "
+            "another directory"
+        )
+    return (path,) if num_servers == 1 else tuple(path / server_name(index) for index in range(num_servers))
+
+
+def started_again(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a worker that takes the place of one that has failed."""
+    return {name: value for name, value in environ.items() if name not in _FIRST_START_ONLY}

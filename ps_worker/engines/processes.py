@@ -1,0 +1,279 @@
+"""Starts processes, hears of their ends and of every line they print, and ends all of them, whatever happens."""
+
+from __future__ import annotations
+
+import asyncio
+import codecs
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from ps_worker.engines import leash
+from ps_worker.events.parse import EVENTS_FLAG
+
+__all__ = ["Child", "LineHandler", "ProcessFailedError", "Processes", "Tail", "all_end_well", "how_it_ended"]
+
+LineHandler = Callable[[str], None]
+
+_TAIL_LINES = 15
+_MAX_LINE_CHARS = 1 << 16
+_LAST_GRACE_S = 0.7
+_KILL_TIMEOUT_S = 0.5
+# A process that has left the session may hold a pipe open for ever.
+_LAST_LINES_TIMEOUT_S = 5.0
+_LAST_LINES_AT_END_TIMEOUT_S = 0.3
+
+
+class ProcessFailedError(Exception):
+    """A process ended that should not have, or not like that. The message has its name and its last words."""
+
+
+class Tail:
+    """The last lines of a process's stderr; all of them are handed on to ``handler``."""
+
+    def __init__(self, handler: LineHandler) -> None:
+        self._handler = handler
+        self._lines: deque[str] = deque(maxlen=_TAIL_LINES)
+
+    def add(self, line: str) -> None:
+        """The next line."""
+        self._lines.append(line)
+        self._handler(line)
+
+    def failure(self, what: str) -> ProcessFailedError:
+        """What to raise about the process; ``what`` says how it ended."""
+        last_words = "".join(f"\n  {line}" for line in self._lines)
+        return ProcessFailedError(f"{what}{'; its last lines:' if last_words else ''}{last_words}")
+
+
+@dataclass(eq=False)
+class Child:
+    """A process that was started here.
+
+    Attributes:
+        name: what people call it.
+        exit_code: of the process once it has ended; negative: the signal that ended it.
+        tail: of its stderr.
+        readers: end when the pipes from it do, or with the exception that a handler of its lines raised.
+        ends_last: whether the others need it as long as they run.
+        last_grace_s: how long it may take to end then.
+    """
+
+    name: str
+    process: subprocess.Popen[bytes]
+    exit_code: asyncio.Future[int]
+    tail: Tail
+    readers: list[asyncio.Task[None]]
+    ends_last: bool
+    last_grace_s: float = _LAST_GRACE_S
+
+    async def all_lines_read(self) -> None:
+        """Waits, but not for ever, until what the ended process printed was handed on. Raises what a handler raised."""
+        done, _ = await asyncio.wait(self.readers, timeout=_LAST_LINES_TIMEOUT_S)
+        for reader in done:
+            reader.result()
+
+    async def failure(self) -> ProcessFailedError:
+        """What to raise about a process that has ended."""
+        await self.all_lines_read()
+        return self.tail.failure(f"{self.name} {how_it_ended(self.exit_code.result())}")
+
+    def kill(self, number: int) -> None:
+        """Sends a signal to the process and to what it has started in its session."""
+        # The group goes when its last process has; macOS answers EPERM for one that is ending.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, number)
+
+
+class Processes:
+    """Processes that end when this context does: SIGTERM, and SIGKILL after ``grace_s`` seconds.
+
+    For a running event loop. Every process leads a session of its own, so a terminal's Ctrl-C does not reach it; on
+    Linux it is killed when the loop's thread ends, however that happens.
+    """
+
+    def __init__(self, grace_s: float = 3.0) -> None:
+        self._grace_s = grace_s
+        self._children: list[Child] = []
+        self._opened: list[asyncio.ReadTransport] = []
+        self._hurry = asyncio.Event()
+
+    async def __aenter__(self) -> Processes:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._end()
+
+    def hurry(self) -> None:
+        """Ends without further grace."""
+        self._hurry.set()
+
+    def start(
+        self,
+        name: str,
+        command: Sequence[str],
+        environ: Mapping[str, str],
+        on_output: LineHandler,
+        on_error: LineHandler,
+        on_event: LineHandler | None = None,
+        ends_last: bool = False,
+        directory: str | None = None,
+        last_grace_s: float | None = None,
+    ) -> Child:
+        """Starts ``command``. Raises OSError.
+
+        Args:
+            name: what people call it.
+            command: program (an absolute path) and arguments.
+            environ: its environment.
+            on_output: gets each line of its stdout, without the end.
+            on_error: gets each line of its stderr.
+            on_event: gets each line of one more pipe; the command is told its file descriptor, as `EVENTS_FLAG` N.
+            ends_last: whether the other processes need this one as long as they run.
+            directory: to start it in; None: this process's own.
+            last_grace_s: how long it may take to end if it is one that ends last; None: not long.
+        """
+        tail = Tail(on_error)
+        leashed = [sys.executable, "-I", "-S", str(Path(leash.__file__)), str(os.getpid()), *command]
+        with contextlib.ExitStack() as handed_over:
+            events: list[tuple[IO[bytes], LineHandler]] = []
+            write_fds: list[int] = []
+            if on_event is not None:
+                read_fd, write_fd = os.pipe()
+                handed_over.callback(os.close, write_fd)
+                events.append((os.fdopen(read_fd, "rb", buffering=0), on_event))
+                write_fds.append(write_fd)
+                leashed += [EVENTS_FLAG, str(write_fd)]
+            process = subprocess.Popen(
+                leashed,
+                env=dict(environ),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                bufsize=0,
+                pass_fds=write_fds,
+                start_new_session=True,
+                cwd=directory,
+            )
+        assert process.stdout is not None
+        assert process.stderr is not None
+        pipes = [(process.stdout, on_output), (process.stderr, tail.add), *events]
+        readers = [asyncio.ensure_future(_read_lines(pipe, handler, self._opened)) for pipe, handler in pipes]
+        exit_code = asyncio.get_running_loop().create_future()
+        grace_s = _LAST_GRACE_S if last_grace_s is None else last_grace_s
+        child = Child(name, process, exit_code, tail, readers, ends_last, grace_s)
+        self._children.append(child)
+        threading.Thread(target=_wait, args=(child, asyncio.get_running_loop()), daemon=True).start()
+        return child
+
+    async def _end(self) -> None:
+        # What the others need ends after them, or they would complain of that.
+        first = [child for child in self._children if not child.ends_last]
+        last = [child for child in self._children if child.ends_last]
+        last_grace_s = max((child.last_grace_s for child in last), default=0.0)
+        for children, grace_s in ((first, self._grace_s), (last, last_grace_s)):
+            await self._end_with(signal.SIGTERM, children, grace_s)
+            await self._end_with(signal.SIGKILL, children, _KILL_TIMEOUT_S)
+        readers = [reader for child in self._children for reader in child.readers]
+        if readers:
+            await asyncio.wait(readers, timeout=_LAST_LINES_AT_END_TIMEOUT_S)
+        for reader in readers:
+            reader.cancel()
+        await asyncio.gather(*readers, return_exceptions=True)
+        # Not before: a process whose output nobody takes any more would complain of that.
+        for transport in self._opened:
+            transport.close()
+
+    async def _end_with(self, number: int, children: Sequence[Child], timeout_s: float) -> None:
+        alive = [child for child in children if not child.exit_code.done()]
+        if not alive:
+            return
+        for child in alive:
+            child.kill(number)
+        ended = asyncio.ensure_future(_all_done(child.exit_code for child in alive))
+        hurry = asyncio.ensure_future(self._hurry.wait())
+        waits = [ended] if number == signal.SIGKILL else [ended, hurry]
+        await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        for wait in (ended, hurry):
+            wait.cancel()
+
+
+async def all_end_well(children: Sequence[Child], needed: Sequence[Child] = ()) -> None:
+    """Returns when all ``children`` have ended with exit code 0 and all that they printed was handed on.
+
+    Raises:
+        ProcessFailedError: one of them failed, or one of ``needed`` ended.
+        Exception: what a handler of lines raised.
+    """
+    while True:
+        for child in (*needed, *children):
+            if child.exit_code.done() and (child in needed or child.exit_code.result() != 0):
+                raise await child.failure()
+        for reader in (reader for child in children for reader in child.readers if reader.done()):
+            reader.result()
+        running = [child for child in children if not child.exit_code.done()]
+        if not running:
+            break
+        readers = [reader for child in children for reader in child.readers if not reader.done()]
+        changes: list[asyncio.Future[Any]] = [*readers, *(child.exit_code for child in (*needed, *running))]
+        await asyncio.wait(changes, return_when=asyncio.FIRST_COMPLETED)
+    for child in children:
+        await child.all_lines_read()
+
+
+def how_it_ended(exit_code: int) -> str:
+    """In words; negative: the signal that ended it."""
+    return f"was ended by {_signal_name(-exit_code)}" if exit_code < 0 else f"ended with exit code {exit_code}"
+
+
+def _wait(child: Child, loop: asyncio.AbstractEventLoop) -> None:
+    code = child.process.wait()
+    with contextlib.suppress(RuntimeError):  # the loop has been closed without waiting for this
+        loop.call_soon_threadsafe(_ended, child, code)
+
+
+def _ended(child: Child, code: int) -> None:
+    child.exit_code.set_result(code)
+    child.kill(signal.SIGKILL)
+
+
+async def _all_done(futures: Iterable[asyncio.Future[int]]) -> None:
+    await asyncio.wait(list(futures))
+
+
+async def _read_lines(pipe: IO[bytes], handler: LineHandler, opened: list[asyncio.ReadTransport]) -> None:
+    """Hands on the lines of a pipe until its end; overlong ones in pieces. Whoever has ``opened`` closes it."""
+    reader = asyncio.StreamReader()
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), pipe
+    )
+    opened.append(transport)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    rest = ""
+    while data := await reader.read(1 << 16):
+        *lines, rest = (rest + decoder.decode(data)).split("\n")
+        for line in lines:
+            handler(line)
+        if len(rest) > _MAX_LINE_CHARS:
+            handler(rest)
+            rest = ""
+    if rest:
+        handler(rest)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

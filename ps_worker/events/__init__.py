@@ -1,0 +1,1 @@
+"""What servers and workers log, read by programs."""
