@@ -66,6 +66,7 @@ class Reason(enum.Enum):
     DATA_CONNECTION_LOST = 27
     SERVER_OVERLOADED = 28
     READER_TOO_SLOW = 29
+    CODEC_UNKNOWN = 30
 
 
 class ModelAverageError(Exception):
@@ -156,6 +157,7 @@ FAULTS: dict[Reason, Fault] = {
     Reason.DATA_CONNECTION_LOST: Fault("UNAVAILABLE", RetryPushError),
     Reason.SERVER_OVERLOADED: Fault("UNAVAILABLE", ServerUnavailableError),
     Reason.READER_TOO_SLOW: Fault("UNAVAILABLE", ServerUnavailableError),
+    Reason.CODEC_UNKNOWN: _BAD_VALUE,
 }
 
 

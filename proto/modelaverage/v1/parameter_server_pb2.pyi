@@ -15,6 +15,13 @@ class DataType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DATA_TYPE_FLOAT16: _ClassVar[DataType]
     DATA_TYPE_BFLOAT16: _ClassVar[DataType]
 
+class Purpose(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PURPOSE_UNSPECIFIED: _ClassVar[Purpose]
+    PURPOSE_CONTRIBUTE: _ClassVar[Purpose]
+    PURPOSE_ABSTAIN: _ClassVar[Purpose]
+    PURPOSE_RESTORE: _ClassVar[Purpose]
+
 class Outcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     OUTCOME_UNSPECIFIED: _ClassVar[Outcome]
@@ -70,11 +77,16 @@ class ErrorReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ERROR_REASON_DATA_CONNECTION_LOST: _ClassVar[ErrorReason]
     ERROR_REASON_SERVER_OVERLOADED: _ClassVar[ErrorReason]
     ERROR_REASON_READER_TOO_SLOW: _ClassVar[ErrorReason]
+    ERROR_REASON_CODEC_UNKNOWN: _ClassVar[ErrorReason]
 DATA_TYPE_UNSPECIFIED: DataType
 DATA_TYPE_FLOAT32: DataType
 DATA_TYPE_FLOAT64: DataType
 DATA_TYPE_FLOAT16: DataType
 DATA_TYPE_BFLOAT16: DataType
+PURPOSE_UNSPECIFIED: Purpose
+PURPOSE_CONTRIBUTE: Purpose
+PURPOSE_ABSTAIN: Purpose
+PURPOSE_RESTORE: Purpose
 OUTCOME_UNSPECIFIED: Outcome
 OUTCOME_COMMITTED: Outcome
 OUTCOME_STALE: Outcome
@@ -119,6 +131,7 @@ ERROR_REASON_ROLE_INSUFFICIENT: ErrorReason
 ERROR_REASON_DATA_CONNECTION_LOST: ErrorReason
 ERROR_REASON_SERVER_OVERLOADED: ErrorReason
 ERROR_REASON_READER_TOO_SLOW: ErrorReason
+ERROR_REASON_CODEC_UNKNOWN: ErrorReason
 
 class Variable(_message.Message):
     __slots__ = ("name", "data_type", "shape", "part")
@@ -283,7 +296,7 @@ class PushAndAverageRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[PushHeader, _Mapping]] = ..., fragment: _Optional[_Union[Fragment, _Mapping]] = ..., shared: _Optional[_Union[SharedFragments, _Mapping]] = ...) -> None: ...
 
 class PushHeader(_message.Message):
-    __slots__ = ("worker_id", "incarnation", "push_id", "is_chief", "base_step", "local_step", "weight", "manifest_id", "untouched_variables", "accepts_shared_memory", "fragments_follow", "accepts_runs", "loss", "accepts_data_connection", "uses_data_connection", "interval_steps")
+    __slots__ = ("worker_id", "incarnation", "push_id", "is_chief", "base_step", "local_step", "weight", "manifest_id", "untouched_variables", "accepts_shared_memory", "fragments_follow", "accepts_runs", "loss", "accepts_data_connection", "uses_data_connection", "interval_steps", "purpose", "half_duplex", "accepts_combined", "accepts_transports", "uses_transport", "codec")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     PUSH_ID_FIELD_NUMBER: _ClassVar[int]
@@ -300,6 +313,12 @@ class PushHeader(_message.Message):
     ACCEPTS_DATA_CONNECTION_FIELD_NUMBER: _ClassVar[int]
     USES_DATA_CONNECTION_FIELD_NUMBER: _ClassVar[int]
     INTERVAL_STEPS_FIELD_NUMBER: _ClassVar[int]
+    PURPOSE_FIELD_NUMBER: _ClassVar[int]
+    HALF_DUPLEX_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTS_COMBINED_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTS_TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
+    USES_TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     incarnation: bytes
     push_id: int
@@ -316,7 +335,21 @@ class PushHeader(_message.Message):
     accepts_data_connection: bool
     uses_data_connection: bool
     interval_steps: int
-    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[bytes] = ..., push_id: _Optional[int] = ..., is_chief: bool = ..., base_step: _Optional[int] = ..., local_step: _Optional[int] = ..., weight: _Optional[float] = ..., manifest_id: _Optional[str] = ..., untouched_variables: _Optional[_Iterable[int]] = ..., accepts_shared_memory: bool = ..., fragments_follow: bool = ..., accepts_runs: bool = ..., loss: _Optional[float] = ..., accepts_data_connection: bool = ..., uses_data_connection: bool = ..., interval_steps: _Optional[int] = ...) -> None: ...
+    purpose: Purpose
+    half_duplex: bool
+    accepts_combined: bool
+    accepts_transports: _containers.RepeatedScalarFieldContainer[str]
+    uses_transport: str
+    codec: str
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[bytes] = ..., push_id: _Optional[int] = ..., is_chief: bool = ..., base_step: _Optional[int] = ..., local_step: _Optional[int] = ..., weight: _Optional[float] = ..., manifest_id: _Optional[str] = ..., untouched_variables: _Optional[_Iterable[int]] = ..., accepts_shared_memory: bool = ..., fragments_follow: bool = ..., accepts_runs: bool = ..., loss: _Optional[float] = ..., accepts_data_connection: bool = ..., uses_data_connection: bool = ..., interval_steps: _Optional[int] = ..., purpose: _Optional[_Union[Purpose, str]] = ..., half_duplex: bool = ..., accepts_combined: bool = ..., accepts_transports: _Optional[_Iterable[str]] = ..., uses_transport: _Optional[str] = ..., codec: _Optional[str] = ...) -> None: ...
+
+class TransportOffer(_message.Message):
+    __slots__ = ("transport", "details")
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    DETAILS_FIELD_NUMBER: _ClassVar[int]
+    transport: str
+    details: bytes
+    def __init__(self, transport: _Optional[str] = ..., details: _Optional[bytes] = ...) -> None: ...
 
 class PushAndAverageResponse(_message.Message):
     __slots__ = ("admission", "fragment", "outcome", "shared", "waiting")
@@ -361,16 +394,18 @@ class MissingWorker(_message.Message):
     def __init__(self, has_left: bool = ..., last_seen_age_s: _Optional[float] = ...) -> None: ...
 
 class PushAdmission(_message.Message):
-    __slots__ = ("first_needed_fragment", "contribution", "average", "data_connection")
+    __slots__ = ("first_needed_fragment", "contribution", "average", "data_connection", "offers")
     FIRST_NEEDED_FRAGMENT_FIELD_NUMBER: _ClassVar[int]
     CONTRIBUTION_FIELD_NUMBER: _ClassVar[int]
     AVERAGE_FIELD_NUMBER: _ClassVar[int]
     DATA_CONNECTION_FIELD_NUMBER: _ClassVar[int]
+    OFFERS_FIELD_NUMBER: _ClassVar[int]
     first_needed_fragment: int
     contribution: SharedMemory
     average: SharedMemory
     data_connection: DataConnection
-    def __init__(self, first_needed_fragment: _Optional[int] = ..., contribution: _Optional[_Union[SharedMemory, _Mapping]] = ..., average: _Optional[_Union[SharedMemory, _Mapping]] = ..., data_connection: _Optional[_Union[DataConnection, _Mapping]] = ...) -> None: ...
+    offers: _containers.RepeatedCompositeFieldContainer[TransportOffer]
+    def __init__(self, first_needed_fragment: _Optional[int] = ..., contribution: _Optional[_Union[SharedMemory, _Mapping]] = ..., average: _Optional[_Union[SharedMemory, _Mapping]] = ..., data_connection: _Optional[_Union[DataConnection, _Mapping]] = ..., offers: _Optional[_Iterable[_Union[TransportOffer, _Mapping]]] = ...) -> None: ...
 
 class PushOutcome(_message.Message):
     __slots__ = ("outcome", "global_step", "contributors", "waited_s", "untouched_variables", "nonfinite_values")
