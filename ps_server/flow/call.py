@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Coroutine
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import grpc.aio
@@ -18,9 +17,10 @@ from google.protobuf.message import Message
 from modelaverage import wire
 from modelaverage.errors import Reason, refusal
 from modelaverage.v1 import parameter_server_pb2 as pb
+from ps_server.seen.traffic import Traffic
 from ps_server.transports.data_port import DataConnection, lost
 
-__all__ = ["Call", "Context", "FIRST_WRITE_TIMEOUT_S", "Traffic"]
+__all__ = ["Call", "Context", "FIRST_WRITE_TIMEOUT_S"]
 
 Context = grpc.aio.ServicerContext[bytes, bytes]
 
@@ -29,15 +29,6 @@ _Opening = TypeVar("_Opening", bound=pb.InitializeRequest | pb.PushAndAverageReq
 _numbers = itertools.count(1)
 # A client that does not take a call's first message for so long is not told how the call ends.
 FIRST_WRITE_TIMEOUT_S = 1.0
-
-
-@dataclass
-class Traffic:
-    """Bytes of fragments that went through all calls, and how many of them in shared memory."""
-
-    received_bytes: int = 0
-    sent_bytes: int = 0
-    shared_bytes: int = 0
 
 
 class Call:

@@ -28,9 +28,8 @@ from ps_server.center.buffers import Center, check_fragment_size
 from ps_server.checkpoints.home import CheckpointHome
 from ps_server.checkpoints.keeper import CheckpointPolicy, Keeper
 from ps_server.checkpoints.reading import Checkpoint
-from ps_server.edge.gatekeeper import caller_role
-from ps_server.edge.metrics import MetricsSample
-from ps_server.flow.call import Call, Context, Traffic
+from ps_server.flow.call import Call, Context
+from ps_server.flow.caller import caller_role
 from ps_server.flow.job import Job
 from ps_server.flow.joining import Joining
 from ps_server.machine.connections import cut, taking
@@ -43,6 +42,8 @@ from ps_server.rules.round import Round, check_fragment_order
 from ps_server.rules.task_indexes import DEFAULT_REJOIN_GRACE_S, TaskIndexes
 from ps_server.seen.observations import Observations
 from ps_server.seen.roster import Roster
+from ps_server.seen.sample import MetricsSample
+from ps_server.seen.traffic import Traffic
 from ps_server.transports.data_port import DataPort
 
 __all__ = ["DEFAULT_SHARED_MEMORY_FROM_BYTES", "ParameterServerService", "ServicePolicy"]
