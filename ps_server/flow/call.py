@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Awaitable, Coroutine
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import grpc.aio
@@ -18,26 +17,19 @@ from google.protobuf.message import Message
 from modelaverage import wire
 from modelaverage.errors import Reason, refusal
 from modelaverage.v1 import parameter_server_pb2 as pb
+from ps_server.seen.traffic import Traffic
 from ps_server.transports.base import Aside, Content
 
-__all__ = ["Call", "Context", "FIRST_WRITE_TIMEOUT_S", "Traffic"]
+__all__ = ["Call", "Context", "FIRST_WRITE_TIMEOUT_S"]
 
 Context = grpc.aio.ServicerContext[bytes, bytes]
 
 _T = TypeVar("_T")
-_Opening = TypeVar("_Opening", bound=pb.InitializeRequest | pb.PushAndAverageRequest)
+_Openings = pb.InitializeRequest | pb.PushAndAverageRequest
+_Opening = TypeVar("_Opening", pb.InitializeRequest, pb.PushAndAverageRequest)
 _numbers = itertools.count(1)
 # A client that does not take a call's first message for so long is not told how the call ends.
 FIRST_WRITE_TIMEOUT_S = 1.0
-
-
-@dataclass
-class Traffic:
-    """Bytes of fragments that went through all calls, and how many of them in shared memory."""
-
-    received_bytes: int = 0
-    sent_bytes: int = 0
-    shared_bytes: int = 0
 
 
 class Call:
@@ -58,7 +50,7 @@ class Call:
         self._context = context
         self._traffic = traffic
         self._stall_timeout_s = stall_timeout_s
-        self._message_type: type[pb.InitializeRequest] | type[pb.PushAndAverageRequest] = pb.PushAndAverageRequest
+        self._message_type: type[_Openings] = pb.PushAndAverageRequest
         self._beside_header: Content | None = None
         self.failure: BaseException | None = None
         """Why the call's task was cancelled, if `fail` did it."""

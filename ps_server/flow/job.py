@@ -27,6 +27,7 @@ from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.center.buffers import Buffer, Center, Contribution, Reader, split_run
 from ps_server.checkpoints.keeper import Keeper
 from ps_server.checkpoints.reading import Checkpoint
+from ps_server.flow.average import Average
 from ps_server.flow.open_push import OpenPush
 from ps_server.flow.timers import RoundTimers, log_wait
 from ps_server.machine.trouble import describe, end_process, is_expected
@@ -48,7 +49,6 @@ from ps_server.seen.observations import Observations, Sending
 from ps_server.seen.remarks import Remarks
 from ps_server.seen.roster import Roster
 from ps_server.seen.snapshot import JobSeen
-from ps_server.transports.average import Average
 from ps_server.transports.base import Run, Transport
 
 __all__ = ["Job"]

@@ -9,10 +9,10 @@ from modelaverage.errors import Reason, refusal
 from modelaverage.manifest import Manifest
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.center.buffers import Reader
+from ps_server.flow.average import Average
 from ps_server.flow.call import Call
 from ps_server.rules.decisions import Push
 from ps_server.seen.observations import Sending
-from ps_server.transports.average import Average
 from ps_server.transports.base import Lane
 
 __all__ = ["Manner", "OpenPush", "push_of"]

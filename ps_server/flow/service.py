@@ -268,9 +268,7 @@ class ParameterServerService:
         server = ServerSeen(policy.num_workers, policy.min_workers, self._started_at_s, self._serving.is_stopping)
         checkpoint = None if keeper is None else keeper.seen()
         job = None if self.job is None else self.job.seen()
-        return status_of(
-            server, job, checkpoint, self._roster, self._observations, self._traffic, self._clock()
-        )
+        return status_of(server, job, checkpoint, self._roster, self._observations, self._traffic, self._clock())
 
     def metrics_sample(self) -> MetricsSample:
         """What the metrics show at this moment. To be called on the event loop."""

@@ -92,7 +92,13 @@ class ServerSeen:
 
 
 def status_of(
-    server: ServerSeen, job: JobSeen | None, checkpoint: CheckpointSeen | None, roster: Roster, observations: Observations, traffic: Traffic, now_s: float
+    server: ServerSeen,
+    job: JobSeen | None,
+    checkpoint: CheckpointSeen | None,
+    roster: Roster,
+    observations: Observations,
+    traffic: Traffic,
+    now_s: float,
 ) -> pb.GetStatusResponse:
     """The status.
 
