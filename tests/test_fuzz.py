@@ -18,7 +18,6 @@ from fuzz.targets import TARGETS, target_named
 from modelaverage.errors import Reason, refusal
 from modelaverage.runtime.data_sockets import NUMBER
 from ps_server.center import buffers as center
-from ps_server.flow import job
 from ps_server.flow.call import Call
 from ps_server.flow.joining import Joining
 from ps_server.rules.decisions import Decision
@@ -26,7 +25,8 @@ from ps_server.rules.round import Round
 from ps_server.rules.task_indexes import TaskIndexes
 from ps_server.seen.roster import Roster, WorkerRecord
 from ps_server.transports import data_port
-from ps_server.transports.data_port import DataConnection, DataPort
+from ps_server.transports.data_connection import DataConnection
+from ps_server.transports.data_port import DataPort, Place
 
 INPUTS = {"Initialize": 1500, "sequences": 150, "data-connections": 150}
 
@@ -138,7 +138,7 @@ def test_a_server_that_takes_another_pushs_bytes_is_found_out(monkeypatch: pytes
 
         __hash__ = None  # type: ignore[assignment]
 
-    monkeypatch.setattr(job, "NUMBER", AnyNumber())
+    monkeypatch.setattr(data_port, "NUMBER", AnyNumber())
     found = failures_of("data-connections", 200)
     assert "not the average" in found or "never came whole" in found
 
@@ -146,9 +146,9 @@ def test_a_server_that_takes_another_pushs_bytes_is_found_out(monkeypatch: pytes
 def test_a_connection_that_another_process_may_use_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     take = DataPort.take
 
-    def take_any(self: DataPort, worker_id: str, incarnation: bytes) -> DataConnection:
-        place, _ = self._connections.get(worker_id, (None, None))
-        return take(self, worker_id, incarnation if place is None else place.incarnation)
+    def take_any(self: DataPort, place: Place) -> DataConnection:
+        owner, _ = self._connections.get(place.worker_id, (None, None))
+        return take(self, place if owner is None else owner)
 
     monkeypatch.setattr(DataPort, "take", take_any)
     assert "never came whole" in failures_of("data-connections", 400)
@@ -165,14 +165,14 @@ def test_a_key_that_opens_twice_is_a_failure(monkeypatch: pytest.MonkeyPatch) ->
         def pop(self, key: Any, *default: Any) -> Any:
             return self.get(key, *default)
 
-    offer = DataPort.offer
+    offer_to = DataPort.offer_to
 
-    def offer_for_ever(self: DataPort, worker_id: str, incarnation: bytes) -> Any:
+    def offer_for_ever(self: DataPort, place: Place) -> Any:
         if not isinstance(self._offers, NeverForgets):
             self._offers = NeverForgets(self._offers)
-        return offer(self, worker_id, incarnation)
+        return offer_to(self, place)
 
-    monkeypatch.setattr(DataPort, "offer", offer_for_ever)
+    monkeypatch.setattr(DataPort, "offer_to", offer_for_ever)
     found = failures_of("data-connections", 100)
     assert "a stranger on the data port is answered" in found or "nobody's last one" in found
 

@@ -205,7 +205,7 @@ def test_a_status_of_any_number_of_workers_fits_a_message() -> None:
             record.is_chief, record.local_step, record.nonfinite_values, record.pushes_counted = True, *[2**64 - 1] * 3
             record.lateness_s = record.loss = 0.1
             record.peer, record.transport = "unix:" + "%00" * 110, pb.TRANSPORT_DATA_CONNECTION
-        return service._status()
+        return service.status()
 
     found = asyncio.run(status())
     assert found.ByteSize() < LARGEST_MESSAGE_BYTES / 2
