@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 
 from modelaverage import wire
 from modelaverage.errors import ModelAverageError, Reason, refusal
@@ -24,7 +25,7 @@ from modelaverage.runtime.data_sockets import NUMBER
 from modelaverage.runtime.logs import event
 from modelaverage.runtime.shared_memory import Segment
 from modelaverage.v1 import parameter_server_pb2 as pb
-from ps_server.center.buffers import Buffer, Center, Contribution, Reader, split_run
+from ps_server.center.buffers import Buffer, Center, Contribution, Reader, check_fragment_size
 from ps_server.checkpoints.keeper import Keeper
 from ps_server.checkpoints.reading import Checkpoint
 from ps_server.flow.call import Call
@@ -33,18 +34,21 @@ from ps_server.flow.sender import Sender
 from ps_server.machine.reserve import Reserve
 from ps_server.machine.trouble import describe, end_process, is_expected
 from ps_server.rules.decisions import (
+    Accumulate,
+    Addition,
     Admit,
     CenterFollows,
     Decision,
     Dismiss,
     FinishFragment,
     Hold,
+    KeepFirst,
     Prepare,
     Push,
     Restart,
     TimeOut,
 )
-from ps_server.rules.round import Round, check_fragment_order
+from ps_server.rules.round import Round
 from ps_server.seen.missing import missing_of
 from ps_server.seen.observations import Observations, Sending
 from ps_server.seen.remarks import Remarks
@@ -108,9 +112,7 @@ class Job:
         self._kept_finished: frozenset[str] | None = None  # what the newest checkpoint says
         self._sender = Sender(self.manifest, observations, data_port)
         self._writing: asyncio.Task[None] | None = None  # a checkpoint on its way to the disk
-        self._committing: asyncio.Task[None] | None = None  # a prepared round that waits for it
-        self._prepared = 0  # how many rounds have waited so
-        self._void: asyncio.Task[None] | None = None  # writes the checkpoint of a round that was started over meanwhile
+        self._round_over = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._notice_timer: asyncio.TimerHandle | None = None
 
@@ -133,17 +135,14 @@ class Job:
         if keeper is None:
             return
         async with self._keeping:  # who waits here finds that the checkpoint before has it
-            if self._committing is not None:
-                await asyncio.wait((self._committing,))
             round_ = self.round
+            while round_.prepared:
+                self._round_over.clear()
+                await self._round_over.wait()
             if (keeper.step, self._kept_finished) == (round_.global_step, round_.finished):
                 return
             state = round_.global_step, round_.contributors, round_.counted
-            # A round that is due for a checkpoint meanwhile waits for this one first.
-            writing = self._void = self._write(keeper, self.center.current, *state)
-            await asyncio.wait((writing,))
-            if self._void is writing:
-                self._void = None
+            await asyncio.wait((self._write(round_.begin_keeping(), self.center.current, lambda: state),))
 
     def leave(self, worker_id: str, incarnation: bytes) -> None:
         """A worker's process goes."""
@@ -267,10 +266,9 @@ class Job:
         while (fragment := await part.call.read_fragment(pb.PushAndAverageRequest)) is not None:
             with self._as_a_whole():
                 if isinstance(fragment, tuple):
-                    decisions = self._take_inline(part, *fragment, unneeded)
+                    self._take_inline(part, *fragment, unneeded)
                 else:
-                    decisions = self._take_shared(part, fragment)
-                self._apply(decisions)
+                    self._take_shared(part, fragment)
         self.round.check_complete(part.call.number)
 
     async def _receive_bytes(self, part: Part, connection: DataConnection, push_id: int, unneeded: int) -> None:
@@ -288,58 +286,54 @@ class Job:
             part.call.count(received_bytes=len(data))
             if index >= unneeded:
                 with self._as_a_whole():
-                    self._apply(self._add(part, index, data))
+                    self._take(part, index, index + 1, partial(self._add, part, data, begin))
         part.is_drained = True
         self.round.check_complete(part.call.number)
 
-    def _take_inline(self, part: Part, first: int, data: memoryview, unneeded: int) -> list[Decision]:
-        # All or nothing: what is recorded has consequences.
-        if first >= unneeded:
-            self.round.check_fragment(part.call.number, first)
-        decisions = list[Decision]()
-        for index, values in split_run(self.manifest, first, data):
-            if index < unneeded:
-                continue
-            decisions += self._add(part, index, values)
-        return decisions
+    def _take_inline(self, part: Part, first: int, data: memoryview, unneeded: int) -> None:
+        count = self.manifest.fragment_count
+        end = self.manifest.run_end(first, len(data)) or first + 1
+        if end == first + 1 <= count:
+            check_fragment_size(self.manifest, first, data)
+        if end > unneeded:
+            begin = self.manifest.fragment_bounds(first)[0] if first < count else 0
+            self._take(part, max(first, unneeded), end, partial(self._add, part, data, begin))
 
-    def _add(self, part: Part, index: int, values: memoryview) -> list[Decision]:
-        """Adds one fragment, whose size is right, to the average."""
-        weight, is_first = self.round.check_fragment(part.call.number, index)
-        contribution = Contribution(part.worker_id, weight, values)
-        with self._averaging():
-            self._roster.note_nonfinite(self.center.accumulate(index, contribution, is_first))
-        return self._record(part, index)
-
-    def _take_shared(self, part: Part, fragments: pb.SharedFragments) -> list[Decision]:
+    def _take_shared(self, part: Part, fragments: pb.SharedFragments) -> None:
         if part.contribution is None or fragments.count == 0:
             raise refusal(Reason.MESSAGE_OUT_OF_ORDER, "no memory was lent to this push, or no fragments are named")
-        # All or nothing: what is recorded has consequences.
         end = fragments.first + fragments.count
-        self.round.check_fragment(part.call.number, fragments.first)
-        check_fragment_order(end - 1, min(end, self.manifest.fragment_count) - 1, self.manifest.fragment_count)
-        part.shared = True
-        decisions = list[Decision]()
-        for index in range(fragments.first, end):
-            weight, first = self.round.check_fragment(part.call.number, index)
-            begin, stop = self.manifest.fragment_bounds(index)
-            data = part.contribution.body[begin:stop].data
-            contribution = Contribution(part.worker_id, weight, data)
-            with self._averaging():
-                self._roster.note_nonfinite(self.center.defer(index, contribution, first))
-            decisions += self._record(part, index)
-            part.call.count(received_bytes=stop - begin, shared=True)
-        return decisions
+        self._take(part, fragments.first, end, partial(self._add_shared, part, part.contribution))
 
-    def _record(self, part: Part, index: int) -> list[Decision]:
-        part.call.expecting = index + 1 < self.manifest.fragment_count
+    def _take(self, part: Part, first: int, end: int, add: Callable[[Accumulate], None]) -> None:
+        """Fragments of a push have come, each with as many bytes as it has; ``add`` puts one into its sum."""
         now_s = self._clock()
+        decisions = self.round.take_fragments(part.call.number, first, end, now_s)
+        part.call.expecting = end < self.manifest.fragment_count
         record = self._roster.heard_push_of(part.worker_id, now_s)
-        self._observations.fragments_received += 1
+        self._observations.fragments_received += end - first
         if not part.call.expecting:
             record.transport = part.transport
             self._observations.whole(part.call.number, part.worker_id, now_s)
-        return self.round.record_fragment(part.call.number, now_s)
+        self._apply(decisions, part, add)
+
+    def _add(self, part: Part, data: memoryview, begin: int, decision: Accumulate) -> None:
+        """Puts a fragment into its sum: of ``data``, which lies at byte ``begin`` of the model."""
+        start, stop = self.manifest.fragment_bounds(decision.index)
+        contribution = Contribution(part.worker_id, decision.weight, data[start - begin : stop - begin])
+        with self._averaging():
+            is_first = decision.how is Addition.START
+            self._roster.note_nonfinite(self.center.accumulate(decision.index, contribution, is_first))
+
+    def _add_shared(self, part: Part, segment: Segment, decision: Accumulate) -> None:
+        """Puts a fragment that lies in shared memory into its sum, or leaves it there until all have come."""
+        part.shared = True
+        begin, stop = self.manifest.fragment_bounds(decision.index)
+        contribution = Contribution(part.worker_id, decision.weight, segment.body[begin:stop].data)
+        with self._averaging():
+            is_first = decision.how is Addition.START
+            self._roster.note_nonfinite(self.center.defer(decision.index, contribution, is_first))
+        part.call.count(received_bytes=stop - begin, shared=True)
 
     def _observe_admission(self, part: Part, first_needed: int) -> None:
         stream, owes, now_s = part.call.number, first_needed < self.manifest.fragment_count, self._clock()
@@ -412,15 +406,13 @@ class Job:
             self.center.restart()
             self._roster.take_nonfinite()
             self._average = Average(self.center.next)
-            self._committing = None
-            if self._writing is not None and not self._writing.done():
-                self._void = self._writing
             told = refusal(Reason.SERVER_OVERLOADED, f"round {step} starts over, because the server failed: {cause}")
             for part in list(self._parts.values()):
                 if part.outcome is None:
                     part.call.fail(told)
                 else:  # how its round ended is known, but perhaps it has not been woken up
                     part.progress.set()
+            self._round_over.set()
             self._set_timers()
         except BaseException as second:
             self._die(f"round {step} failed ({cause}), and could not be started over ({describe(second)})")
@@ -431,7 +423,12 @@ class Job:
         trace = None if is_expected(error) else error
         _log.error("round %d starts over, because the server failed: %s", step, cause, extra=why, exc_info=trace)
 
-    def _apply(self, decisions: Sequence[Decision], part: Part | None = None) -> Decision | None:
+    def _apply(
+        self,
+        decisions: Sequence[Decision],
+        part: Part | None = None,
+        add: Callable[[Accumulate], None] | None = None,
+    ) -> Decision | None:
         """Carries out what the round decided; the answer to the header of ``part``, if it is one of an `open`."""
         answer: Decision | None = None
         finished = list[FinishFragment]()
@@ -439,7 +436,10 @@ class Job:
             match decision:
                 case FinishFragment():
                     finished.append(decision)
-                    continue
+                case Accumulate():
+                    assert add is not None
+                    if decision.how is not Addition.IGNORE:
+                        add(decision)
                 case Admit():
                     assert part is not None
                     answer, part.average = decision, self._average
@@ -459,10 +459,14 @@ class Job:
                     _log.warning("round %d starts over: %s", step, cause, extra=why)
                 case TimeOut(streams, waited_s):
                     self._time_out(streams, waited_s)
-                case Prepare(global_step):
+                case KeepFirst(token):
                     self._finish(finished)
                     finished = []
-                    self._prepare(global_step)
+                    self._write(token, self.center.next, self.round.as_committed)
+                case Prepare():
+                    self._finish(finished)
+                    finished = []
+                    self._commit()
         self._finish(finished)
         self._set_timers()
         return answer
@@ -474,57 +478,36 @@ class Job:
             self._average.finished = fragments[-1].index + 1
             self._wake(self._average)
 
-    def _prepare(self, global_step: int) -> None:
-        """All pushes are whole, and so is the average: it is written down first if it is due, then committed."""
-        keeper = self._keeper
-        if keeper is None or not (self._void or keeper.is_due(global_step)):
-            self._commit()
-            return
-        self._prepared += 1
-        self._committing = asyncio.ensure_future(self._commit_when_kept(keeper, self._prepared))
-
-    async def _commit_when_kept(self, keeper: Keeper, number: int) -> None:
-        """Commits the round when its checkpoint is written, or has taken longer than it may."""
-
-        def is_prepared() -> bool:  # or else it has been started over meanwhile
-            return self.round.prepared and self._prepared == number
-
-        try:
-            before = self._void
-            if before is not None:
-                await asyncio.wait((before,), timeout=keeper.timeout_s)
-                if before.done() and self._void is before:
-                    self._void = None
-            if is_prepared() and (before is None or before.done()):
-                writing = self._write(keeper, self.center.next, *self.round.as_committed())
-                await asyncio.wait((writing,), timeout=keeper.timeout_s)
-            if is_prepared():
-                self._committing = None
-                self._commit()
-                self._set_timers()
-        except Exception as error:
-            self._start_over(error)
-
     def _write(
         self,
-        keeper: Keeper,
+        token: int,
         buffer: Buffer,
-        global_step: int,
-        contributors: tuple[str, ...],
-        counted: dict[str, tuple[bytes, int]],
+        state: Callable[[], tuple[int, tuple[str, ...], Mapping[str, tuple[bytes, int]]]],
     ) -> asyncio.Task[None]:
-        """Begins to write a checkpoint, during which the buffer stays as it is. The task never fails."""
+        """Begins to write a checkpoint, during which the buffer stays as it is, and tells the round when that has
+        ended. The task never fails."""
 
-        async def write() -> None:
-            with self.center.reading(buffer, Reader(self._clock())):
+        async def write(
+            keeper: Keeper, global_step: int, contributors: tuple[str, ...], counted: Mapping[str, tuple[bytes, int]]
+        ) -> None:
+            is_written = False
+            with suppress(Exception), self.center.reading(buffer, Reader(self._clock())):
                 finished = self.round.finished
                 checkpoint = Checkpoint(
-                    self.manifest, buffer.arrays, global_step, contributors, counted, finished, buffer.segment
+                    self.manifest, buffer.arrays, global_step, contributors, dict(counted), finished, buffer.segment
                 )
-                if await keeper.write(checkpoint):
+                is_written = await keeper.write(checkpoint)
+                if is_written:
                     self._kept_finished = finished
+            with suppress(ModelAverageError), self._as_a_whole():  # it is said
+                self._apply(self.round.kept(token, is_written, self._clock()))
 
-        self._writing = asyncio.ensure_future(write())
+        try:
+            assert self._keeper is not None
+            self._writing = asyncio.ensure_future(write(self._keeper, *state()))
+        except BaseException:
+            self.round.kept(token, False, self._clock())  # the round starts over: no matter what would follow
+            raise
         return self._writing
 
     def _commit(self) -> None:
@@ -567,6 +550,7 @@ class Job:
             ),
         )
         _answer(outcomes, held, sending)
+        self._round_over.set()
 
     # Time.
 

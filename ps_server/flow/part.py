@@ -9,6 +9,7 @@ from functools import lru_cache
 from modelaverage import wire
 from modelaverage.errors import Reason, refusal
 from modelaverage.manifest import Manifest
+from modelaverage.purpose import Purpose
 from modelaverage.runtime.shared_memory import Segment
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.center.buffers import Buffer, Reader
@@ -75,6 +76,17 @@ def shared_memory_message(segment: Segment) -> pb.SharedMemory:
     return pb.SharedMemory(path=address.path, nonce=address.nonce)
 
 
+def _purpose_of(header: pb.PushHeader) -> Purpose:
+    try:
+        return Purpose(header.purpose or pb.PURPOSE_CONTRIBUTE)
+    except ValueError:
+        known = ", ".join(f"{purpose.value} ({purpose.name})" for purpose in Purpose)
+        raise refusal(
+            Reason.MESSAGE_MALFORMED,
+            f"{header.worker_id[:128]!r} pushes with purpose {header.purpose}; the server knows {known}",
+        ) from None
+
+
 def push_of(header: pb.PushHeader, manifest: Manifest) -> Push:
     """What a header says, checked against the manifest in force."""
     # One more than there can be is enough to see that they are too many: there may be millions.
@@ -86,6 +98,7 @@ def push_of(header: pb.PushHeader, manifest: Manifest) -> Push:
         header.base_step,
         header.weight if header.HasField("weight") else 1.0,
         frozenset(untouched),
+        _purpose_of(header),
     )
     if header.manifest_id != manifest.id:
         raise refusal(

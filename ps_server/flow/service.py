@@ -38,8 +38,9 @@ from ps_server.machine.helper_thread import HelperThread, no_collections
 from ps_server.machine.reserve import Reserve
 from ps_server.machine.trouble import describe, end_process, is_expected
 from ps_server.rules.authorization import Role
-from ps_server.rules.policy import RoundPolicy
-from ps_server.rules.round import Round, check_fragment_order
+from ps_server.rules.fragments import check_fragment_order
+from ps_server.rules.policy import KeepingPolicy, RoundPolicy
+from ps_server.rules.round import Round
 from ps_server.rules.task_indexes import DEFAULT_REJOIN_GRACE_S, TaskIndexes
 from ps_server.seen.observations import Observations
 from ps_server.seen.roster import Roster
@@ -236,7 +237,7 @@ class ParameterServerService:
             center = await self._beside_the_loop(call, _is_large(manifest), lambda: self._new_center(manifest, values))
             del values
             if self._job is None and center is not None:  # another chief may have been faster
-                round_ = Round(self._policy.round, manifest.fragment_count, header.global_step)
+                round_ = Round(self._policy.round, manifest.fragment_count, header.global_step, keeping=self._keeping)
                 self._job = self._new_job(center, pull_header, round_)
                 initialized = True
                 _log.debug(
@@ -304,6 +305,11 @@ class ParameterServerService:
             self._die,
         )
 
+    @property
+    def _keeping(self) -> KeepingPolicy | None:
+        """Which rounds are written before they are answered."""
+        return None if self._keeper is None else KeepingPolicy(self._keeper.every_rounds, self._keeper.timeout_s)
+
     def _restored(self, checkpoint: Checkpoint) -> Job:
         manifest = checkpoint.manifest
         center = self._empty_center(manifest)
@@ -316,6 +322,7 @@ class ParameterServerService:
             checkpoint.contributors,
             dict(checkpoint.counted or {}),
             frozenset(checkpoint.finished),
+            self._keeping,
         )
         return self._new_job(center, wire.PullHeader(manifest), round_)
 

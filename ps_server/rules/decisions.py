@@ -114,7 +114,7 @@ class Addition(enum.Enum):
 class Accumulate:
     """Put the values of fragment ``index``, which has just come, into its sum, multiplied by ``weight``.
 
-    The ledger already has the fragment. If this cannot be done, the sum is unknown and the shell has to `Round.abandon`.
+    The ledger already has the fragment. If this cannot be done, the sum is unknown: call `Round.abandon`.
     """
 
     index: int
