@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -155,10 +155,11 @@ class Call:
             if self.failure is not None:
                 raise asyncio.CancelledError  # `fail` has waited for this
 
-    async def write_fragment(self, index: int, data: memoryview) -> None:
-        """Sends one fragment; its bytes are copied before this first waits."""
-        await self.write(wire.encode_fragment(index, (data,)))
-        self.count(sent_bytes=len(data))
+    async def write_fragment(self, index: int, parts: Sequence[memoryview]) -> None:
+        """Sends one fragment, its parts joined; they are copied before this first waits."""
+        size_bytes = sum(map(len, parts))
+        await self.write(wire.encode_fragment(index, parts))
+        self.count(sent_bytes=size_bytes)
 
     async def read_bytes(self, connection: DataConnection, room: memoryview) -> None:
         """Fills the room from a data connection. Raises RetryPushError (DATA_CONNECTION_LOST)."""

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from modelaverage import wire
+from modelaverage.codecs import RAW, codec_named
 from modelaverage.errors import ModelAverageError, Reason, refusal
 from modelaverage.manifest import Manifest
 from modelaverage.missing import Missing
@@ -24,7 +25,9 @@ from modelaverage.runtime.data_sockets import NUMBER
 from modelaverage.runtime.logs import event
 from modelaverage.runtime.shared_memory import Segment
 from modelaverage.v1 import parameter_server_pb2 as pb
-from ps_server.center.buffers import Buffer, Center, Contribution, Reader, split_run
+from ps_server.center.buffers import Buffer, Reader
+from ps_server.center.center import Center, Finish
+from ps_server.center.sums import Contribution
 from ps_server.checkpoints.keeper import Keeper
 from ps_server.checkpoints.reading import Checkpoint
 from ps_server.flow.call import Call
@@ -195,11 +198,11 @@ class Job:
         first = request.first_fragment if request.continued_step == self.round.global_step else 0
         buffer, reader = self.center.current, Reader(self._clock(), call.fail)
         with self.center.reading(buffer, reader):
-            await self._sender.send_buffer(call, header, buffer, reader, range(first, count))
+            await self._sender.send_buffer(call, header, buffer, reader, range(first, count), RAW)
 
     async def take_part(self, call: Call, header: pb.PushHeader) -> None:
         """Answers a push, from its header to its outcome."""
-        push = push_of(header, self.manifest)
+        push, codec = push_of(header, self.manifest), codec_named(header.codec)
         part = self._parts[call.number] = Part(
             call,
             push.worker_id,
@@ -208,6 +211,7 @@ class Job:
             Reader(self._clock(), call.fail),
             header.fragments_follow or header.uses_data_connection,
             header.accepts_runs,
+            codec,
         )
         try:
             if header.uses_data_connection:
@@ -280,10 +284,10 @@ class Job:
         await part.call.read_bytes(connection, memoryview(number))
         if NUMBER.unpack(number) != (push_id,):
             raise refusal(Reason.DATA_CONNECTION_LOST, "the bytes on the data connection are another push's")
-        room = memoryview(bytearray(self.manifest.fragment_size_bytes))
+        largest = max((part.codec.size_bytes(self.manifest, i) for i in range(self.manifest.fragment_count)), default=0)
+        room = memoryview(bytearray(largest))
         for index in range(self.manifest.fragment_count):
-            begin, stop = self.manifest.fragment_bounds(index)
-            data = room[: stop - begin]
+            data = room[: part.codec.size_bytes(self.manifest, index)]
             await part.call.read_bytes(connection, data)
             part.call.count(received_bytes=len(data))
             if index >= unneeded:
@@ -297,7 +301,7 @@ class Job:
         if first >= unneeded:
             self.round.check_fragment(part.call.number, first)
         decisions = list[Decision]()
-        for index, values in split_run(self.manifest, first, data):
+        for index, values in part.codec.split_run(self.manifest, first, data):
             if index < unneeded:
                 continue
             decisions += self._add(part, index, values)
@@ -306,7 +310,7 @@ class Job:
     def _add(self, part: Part, index: int, values: memoryview) -> list[Decision]:
         """Adds one fragment, whose size is right, to the average."""
         weight, is_first = self.round.check_fragment(part.call.number, index)
-        contribution = Contribution(part.worker_id, weight, values)
+        contribution = Contribution(part.worker_id, weight, values, part.codec)
         with self._averaging():
             self._roster.note_nonfinite(self.center.accumulate(index, contribution, is_first))
         return self._record(part, index)
@@ -382,7 +386,7 @@ class Job:
         self.stale_pushes += outcome is Outcome.STALE
         buffer, step, contributors = self.center.current, self.round.global_step, self.round.contributors
         with self.center.reading(buffer, part.reader):
-            await self._sender.send_center(part.call, buffer, part.reader, outcome, step, contributors)
+            await self._sender.send_center(part, buffer, outcome, step, contributors)
 
     # All or nothing.
 
@@ -469,8 +473,9 @@ class Job:
 
     def _finish(self, fragments: list[FinishFragment]) -> None:
         if fragments:
+            finishes = [Finish(each.index, each.total_weight, each.untouched) for each in fragments]
             with self._averaging():
-                self._roster.note_nonfinite(self.center.finish(fragments))
+                self._roster.note_nonfinite(self.center.finish(finishes, self.round.global_step))
             self._average.finished = fragments[-1].index + 1
             self._wake(self._average)
 
@@ -519,7 +524,15 @@ class Job:
             with self.center.reading(buffer, Reader(self._clock())):
                 finished = self.round.finished
                 checkpoint = Checkpoint(
-                    self.manifest, buffer.arrays, global_step, contributors, counted, finished, buffer.segment
+                    self.manifest,
+                    buffer.arrays,
+                    global_step,
+                    contributors,
+                    counted,
+                    finished,
+                    buffer.segment,
+                    self.center.outer,
+                    buffer.state.arrays,
                 )
                 if await keeper.write(checkpoint):
                     self._kept_finished = finished

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from modelaverage import wire
+from modelaverage.codecs import RAW, Codec
 from modelaverage.errors import Reason, refusal
 from modelaverage.manifest import Manifest
 from modelaverage.runtime.shared_memory import Segment
@@ -33,7 +34,7 @@ class Average:
         buffer = self.buffer
         # Workers that keep pace are sent the same bytes, so they are made once.
         self.message = lru_cache(_MESSAGES_KEPT)(
-            lambda first, end: wire.encode_fragment(first, (buffer.fragments(first, end),))
+            lambda codec, first, end: wire.encode_fragment(first, buffer.encoded(codec, first, end))
         )
 
 
@@ -48,6 +49,7 @@ class Part:
     reader: Reader
     follows: bool = False  # whether its fragments come without waiting for the admission
     runs: bool = False  # whether several fragments of the average may go in one message
+    codec: Codec = RAW  # of its fragments, and of those that it is sent
     contribution: Segment | None = None  # where the worker may put its fragments
     shared: bool = False  # whether it does
     offer: pb.DataConnection | None = None  # a data connection for later pushes

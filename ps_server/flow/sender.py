@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from modelaverage.codecs import Codec
 from modelaverage.manifest import Manifest
 from modelaverage.outcome import Outcome
 from modelaverage.v1 import parameter_server_pb2 as pb
@@ -29,20 +30,18 @@ class Sender:
         self._data_port = data_port
 
     async def send_buffer(
-        self, call: Call, first_message: bytes, buffer: Buffer, reader: Reader, indexes: range
+        self, call: Call, first_message: bytes, buffer: Buffer, reader: Reader, indexes: range, codec: Codec
     ) -> None:
         """A message, and then these fragments of a buffer."""
         await call.write(first_message)
         for index in indexes:
-            data = buffer.fragment(index)
-            await call.write_fragment(index, data)
-            reader.read_bytes += len(data)
+            await call.write_fragment(index, buffer.encoded(codec, index, index + 1))
+            reader.read_bytes += codec.size_bytes(self._manifest, index)
 
     async def send_center(
         self,
-        call: Call,
+        part: Part,
         buffer: Buffer,
-        reader: Reader,
         outcome: Outcome,
         global_step: int,
         contributors: tuple[str, ...],
@@ -54,8 +53,8 @@ class Sender:
             outcome=pb.Outcome.Name(outcome.value), global_step=global_step, contributors=contributors
         )
         first_message = pb.PushAndAverageResponse(admission=admission).SerializeToString()
-        await self.send_buffer(call, first_message, buffer, reader, range(count))
-        await call.write(pb.PushAndAverageResponse(outcome=last_word).SerializeToString())
+        await self.send_buffer(part.call, first_message, buffer, part.reader, range(count), part.codec)
+        await part.call.write(pb.PushAndAverageResponse(outcome=last_word).SerializeToString())
 
     async def send_average(self, part: Part, first_needed: int) -> None:
         """Sends each fragment of the average once it is finished, then the outcome."""
@@ -70,9 +69,10 @@ class Sender:
             while sent < part.average.finished:
                 first, sent = sent, self._end_of_run(part, sent)
                 if part.connection is not None:
-                    await part.call.write_bytes(part.connection, part.average.buffer.fragments(first, sent))
+                    for data in part.average.buffer.encoded(part.codec, first, sent):
+                        await part.call.write_bytes(part.connection, data)
                     continue
-                message += self._naming(first, sent) if part.shared else part.average.message(first, sent)
+                message += self._naming(first, sent) if part.shared else part.average.message(part.codec, first, sent)
                 if sent < self._manifest.fragment_count:
                     await part.call.write(message)
                     message = b""
@@ -117,9 +117,9 @@ class Sender:
             end = min(part.average.finished, (first // longest + 1) * longest)
         else:
             end = first + 1
-        begin, stop = self._manifest.fragment_bounds(first)[0], self._manifest.fragment_bounds(end - 1)[1]
-        part.reader.read_bytes += stop - begin
-        part.call.count(sent_bytes=stop - begin, shared=part.shared)
+        size_bytes = part.codec.run_size_bytes(self._manifest, first, end)
+        part.reader.read_bytes += size_bytes
+        part.call.count(sent_bytes=size_bytes, shared=part.shared)
         self._observations.fragments_sent += end - first
         return end
 

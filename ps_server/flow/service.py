@@ -18,13 +18,15 @@ from numpy.typing import NDArray
 
 from modelaverage import wire
 from modelaverage.checks import check_global_step, check_incarnation, check_worker_id
+from modelaverage.codecs import RAW
 from modelaverage.errors import FAULTS, REASON_METADATA_KEY, REASON_PREFIX, ModelAverageError, Reason, refusal
 from modelaverage.manifest import MAX_VARIABLES, Manifest, first_difference
 from modelaverage.names import MAX_NAMES, listed
 from modelaverage.runtime.logs import event
 from modelaverage.runtime.tuning import SILENCE_TIMEOUT_S
 from modelaverage.v1 import parameter_server_pb2 as pb
-from ps_server.center.buffers import Center, check_fragment_size
+from ps_server.center.center import Center
+from ps_server.center.outer import AVERAGE, OuterOptimizer
 from ps_server.checkpoints.home import CheckpointHome
 from ps_server.checkpoints.keeper import CheckpointPolicy, Keeper
 from ps_server.checkpoints.reading import Checkpoint
@@ -306,9 +308,8 @@ class ParameterServerService:
 
     def _restored(self, checkpoint: Checkpoint) -> Job:
         manifest = checkpoint.manifest
-        center = self._empty_center(manifest)
-        for name, array in center.current.arrays.items():
-            array[...] = checkpoint.arrays[name]
+        center = self._empty_center(manifest, checkpoint.outer)
+        center.load_arrays(checkpoint.arrays, checkpoint.state)
         round_ = Round(
             self._policy.round,
             manifest.fragment_count,
@@ -338,9 +339,8 @@ class ParameterServerService:
                 )
             index, data = fragment
             check_fragment_order(index, expected, manifest.fragment_count)
-            check_fragment_size(manifest, index, data)
-            start, end = manifest.fragment_bounds(index)
-            values[start:end] = np.frombuffer(data, np.uint8)
+            RAW.check_size(manifest, index, data)
+            RAW.decode_run(manifest, values, index, data)
         if await call.read() is not None:
             raise refusal(
                 Reason.FRAGMENT_EXTRA, f"a message came after the last of {manifest.fragment_count} fragments"
@@ -358,17 +358,17 @@ class ParameterServerService:
                 center.load(index, values[start:end].data)
         return center
 
-    def _empty_center(self, manifest: Manifest) -> Center:
+    def _empty_center(self, manifest: Manifest, outer: OuterOptimizer = AVERAGE) -> Center:
         if manifest.buffer_size_bytes >= self._policy.shared_memory_from_bytes:
             try:
-                return Center(manifest, True, self._reserve)
+                return Center(manifest, True, self._reserve, outer)
             except OSError as error:
                 _log.warning(
                     "no shared memory for the center: %s; all bytes go inline",
                     error,
                     extra=event("no_shared_memory", worker=None),
                 )
-        return Center(manifest)
+        return Center(manifest, outer=outer)
 
     # Pull
 

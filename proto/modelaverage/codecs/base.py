@@ -53,8 +53,8 @@ class Codec(ABC):
 
     @abstractmethod
     def decode(self, manifest: Manifest, index: int, data: memoryview) -> Sequence[NDArray[np.generic]]:
-        """The values of each of ``manifest.pieces[index]``: one-dimensional, of the variable's dtype, or float32 instead
-        of a 16-bit one. They may be views of ``data``.
+        """The values of each of ``manifest.pieces[index]``: one-dimensional, of the variable's dtype (float32 will do
+        for 16 bits). They may be views of ``data``.
 
         Args:
             manifest: how the variables are cut.
