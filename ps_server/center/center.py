@@ -13,7 +13,7 @@ import functools
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -101,11 +101,12 @@ class Center:
     def load(self, index: int, data: memoryview) -> None:
         """Sets a fragment of the current center; its state begins. Raises ProtocolError (FRAGMENT_SIZE_WRONG)."""
         RAW.check_size(self.manifest, index, data)
-        for number, values in enumerate(RAW.decode(self.manifest, index, data)):
-            part = self.current.parts[index][number]
-            part[...] = values
-            exact = part.astype(summed_in(part.dtype), copy=False)
-            _store(self.current.state.piece(index, number), self.outer.init(exact), exact)
+        values = RAW.decode(self.manifest, index, data)
+        for part, given, state in zip(self.current.parts[index], values, self.current.state.pieces(index), strict=True):
+            part[...] = given
+            if state:
+                exact = given.astype(summed_in(given.dtype))
+                _store(state, self.outer.init(exact), exact)
 
     def load_arrays(
         self,
@@ -239,34 +240,34 @@ class Center:
         return sum((self._finish_one(finish, step) for finish in finishes), Counter[str]())
 
     def _finish_one(self, finish: Finish, step: int) -> Counter[str]:
-        index = finish.index
+        index, pieces = finish.index, self.manifest.pieces[finish.index]
         with np.errstate(all="ignore"):
             if finish.total_weight == 0.0:
-                nonfinite, kept = Counter[str](), frozenset(piece.variable for piece in self.manifest.pieces[index])
+                nonfinite, kept = Counter[str](), frozenset(piece.variable for piece in pieces)
             else:
                 kept = finish.untouched
                 nonfinite = self._sums.average(self.next, index, finish.total_weight, but=kept)
-            for number, average in enumerate(self._sums.of(self.next, index)):
-                self._advance(finish, kept, number, average, step)
+            for piece, average, center, out, state, next_state in zip(
+                pieces,
+                self._sums.of(self.next, index),
+                self.current.parts[index],
+                self.next.parts[index],
+                self.current.state.pieces(index),
+                self.next.state.pieces(index),
+                strict=True,
+            ):
+                exact, slots = average, state
+                if piece.variable in kept:
+                    exact = state.get(MASTER, center)
+                    out[...] = center
+                else:
+                    if finish.steps:
+                        exact, slots = self.outer.update(state.get(MASTER, center), average, state, step)
+                    if exact is not out:
+                        out[...] = exact
+                if next_state:
+                    _store(next_state, slots, exact)
         return nonfinite
-
-    def _advance(self, finish: Finish, kept: Collection[int], number: int, average: Values, step: int) -> None:
-        """Sets one piece of the next center, and its state."""
-        index = finish.index
-        center, out = self.current.parts[index][number], self.next.parts[index][number]
-        state, next_state = self.current.state.piece(index, number), self.next.state.piece(index, number)
-        if self.manifest.pieces[index][number].variable in kept:
-            out[...] = center
-            for slot, array in state.items():
-                next_state[slot][...] = array
-            return
-        if finish.steps:
-            made, slots = self.outer.update(state.get(MASTER, center), average, state, step)
-        else:
-            made, slots = average, state
-        _store(next_state, slots, made)
-        if made is not out:
-            out[...] = made
 
 
 def _store(into: Mapping[str, Values], slots: Mapping[str, Values], exact: Values) -> None:

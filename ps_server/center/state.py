@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,7 @@ class State:
 
     def __init__(self, manifest: Manifest, outer: OuterOptimizer) -> None:
         self.arrays: dict[str, dict[str, Values]] = {}
+        self._manifest = manifest
         self._pieces: list[list[Slots]] = []
         by_variable = list[dict[str, Values]]()
         for variable in manifest.variables:
@@ -54,9 +55,9 @@ class State:
             for variable in manifest.variables
         )
 
-    def piece(self, index: int, number: int) -> Slots:
-        """What is kept for piece ``number`` of fragment ``index``; views."""
-        return self._pieces[index][number] if self._pieces else _NOTHING
+    def pieces(self, index: int) -> Sequence[Slots]:
+        """What is kept for each piece of fragment ``index``; views."""
+        return self._pieces[index] if self._pieces else [_NOTHING] * len(self._manifest.pieces[index])
 
     def load(self, arrays: Mapping[str, Mapping[str, NDArray[np.generic]]]) -> None:
         """Copies arrays that are like its own."""
