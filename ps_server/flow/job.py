@@ -425,7 +425,15 @@ class Job:
             with suppress(Exception), self.center.reading(buffer, Reader(self.clock())):
                 finished = self.round.finished
                 checkpoint = Checkpoint(
-                    self.manifest, buffer.arrays, step, contributors, dict(counted), finished, buffer.segment
+                    self.manifest,
+                    buffer.arrays,
+                    step,
+                    contributors,
+                    dict(counted),
+                    finished,
+                    buffer.segment,
+                    self.center.outer,
+                    buffer.state.arrays,
                 )
                 is_written = await keeper.write(checkpoint)
                 if is_written:

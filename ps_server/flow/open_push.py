@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
-from modelaverage.errors import Reason, refusal
 from modelaverage.codecs import Codec
+from modelaverage.errors import Reason, refusal
 from modelaverage.manifest import Manifest
 from modelaverage.purpose import Purpose
 from modelaverage.v1 import parameter_server_pb2 as pb
