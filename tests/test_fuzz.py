@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,12 +16,15 @@ from fuzz.loop import EndlessError, VirtualLoop
 from fuzz.run import MAX_GROWTH_BYTES, Result, run
 from fuzz.sockets import MemorySocket
 from fuzz.targets import TARGETS, target_named
+from modelaverage.codecs import Codec
 from modelaverage.errors import Reason, refusal
 from modelaverage.runtime.data_sockets import NUMBER
-from ps_server.center import buffers as center
 from ps_server.flow.call import Call
 from ps_server.flow.joining import Joining
-from ps_server.rules.decisions import Decision
+from ps_server.rules.decisions import Accumulate, Addition, Decision
+from ps_server.rules.entry import Entry
+from ps_server.rules.fragments import Fragments
+from ps_server.rules.quorum import Quorum
 from ps_server.rules.round import Round
 from ps_server.rules.task_indexes import TaskIndexes
 from ps_server.seen.roster import Roster, WorkerRecord
@@ -78,49 +82,52 @@ def failures_of(name: str, inputs: int) -> str:
 
 
 def test_an_exception_that_is_no_refusal_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(center, "check_fragment_size", lambda *_: None)
+    monkeypatch.setattr(Codec, "check_size", lambda *_: None)
     assert "the server failed: ValueError: " in failures_of("sequences", 100)
 
 
 def test_a_center_that_takes_wrong_values_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Round, "check_fragment", lambda *_: (1.0, True))
+    def always_start(self: Fragments, entry: Entry) -> Accumulate:
+        return replace(take(self, entry), how=Addition.START)
+
+    take = Fragments.take
+    monkeypatch.setattr(Fragments, "take", always_start)
     assert "not the average" in failures_of("sequences", 60)
 
 
 def test_a_round_of_pushes_that_are_not_whole_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    def record_all(self: Round, stream: int, now_s: float) -> Any:
-        member = self._members[self._streams[stream]]
-        while member.given < self.fragment_count:
-            self._contributions[member.given] += 1
-            member.given += 1
-        return self._settle(member, now_s)
+    def take_all(self: Fragments, entry: Entry) -> Accumulate:
+        first = take(self, entry)
+        while entry.wanted < self.count:
+            take(self, entry)
+        return first
 
-    monkeypatch.setattr(Round, "record_fragment", record_all)
+    take = Fragments.take
+    monkeypatch.setattr(Fragments, "take", take_all)
     assert "never came whole" in failures_of("sequences", 200)
 
 
 @pytest.mark.parametrize(
-    ("name", "broken", "found"),
+    ("room", "name", "broken", "found"),
     [
-        ("come_back", lambda *_: None, "no round waits for"),
-        ("finish", lambda *_: [], "has finished, and rounds wait for it"),
-        ("_possible", lambda _, workers: workers, "a round waits for nobody"),
-        ("_possible", lambda *_: 1, "committed with RoundPolicy"),
+        (Round, "come_back", lambda *_: None, "no round waits for"),
+        (Round, "finish", lambda *_: [], "has finished, and rounds wait for it"),
+        (Quorum, "_of_those_left", lambda _, workers, __: workers, "a round waits for nobody"),
+        (Quorum, "_of_those_left", lambda *_: 1, "committed with RoundPolicy"),
     ],
     ids=["for ever", "never", "waited for", "without others"],
 )
 def test_a_server_that_is_wrong_about_who_has_finished_is_found_out(
-    name: str, broken: Callable[..., Any], found: str, monkeypatch: pytest.MonkeyPatch
+    room: type, name: str, broken: Callable[..., Any], found: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Round, name, broken)
+    monkeypatch.setattr(room, name, broken)
     assert found in failures_of("sequences", 60)
 
 
 def test_a_process_that_finishes_for_another_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     def finish(self: Round, worker_id: str, _: bytes, now_s: float) -> list[Decision]:
-        self.finished |= {worker_id}
-        self._expected.pop(worker_id, None)
-        return self._settle(None, now_s)
+        self._quorum.finish(worker_id)
+        return self._advance(None, now_s)
 
     monkeypatch.setattr(Round, "finish", finish)
     assert "by the word of a process that is not the one that pushes" in failures_of("sequences", 300)
@@ -234,7 +241,7 @@ def test_a_part_that_is_left_behind_is_a_failure(monkeypatch: pytest.MonkeyPatch
 def test_the_command_says_how_to_play_a_failure_again(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(center, "check_fragment_size", lambda *_: None)
+    monkeypatch.setattr(Codec, "check_size", lambda *_: None)
     assert main(["--inputs", "2000", "--handler", "sequences"]) == 1
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("FAILED"))
     again = line.partition("-m fuzz ")[2].split()

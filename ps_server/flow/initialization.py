@@ -13,19 +13,22 @@ from numpy.typing import NDArray
 
 from modelaverage import wire
 from modelaverage.checks import check_global_step, check_worker_id
+from modelaverage.codecs import RAW
 from modelaverage.errors import Reason, refusal
 from modelaverage.manifest import MAX_VARIABLES, Manifest, first_difference
 from modelaverage.runtime.logs import event
 from modelaverage.v1 import parameter_server_pb2 as pb
-from ps_server.center.buffers import Center, check_fragment_size
+from ps_server.center.center import Center
+from ps_server.center.outer import AVERAGE, OuterOptimizer
 from ps_server.checkpoints.reading import Checkpoint
 from ps_server.flow.call import Call
 from ps_server.flow.job import Job, Surroundings
 from ps_server.flow.pulls import WaitForChief
 from ps_server.machine.helper_thread import HelperThread, no_collections
 from ps_server.machine.reserve import Reserve
-from ps_server.rules.policy import RoundPolicy
-from ps_server.rules.round import Round, check_fragment_order
+from ps_server.rules.fragments import check_fragment_order
+from ps_server.rules.policy import KeepingPolicy, RoundPolicy
+from ps_server.rules.round import Round
 
 __all__ = ["Initialization"]
 
@@ -77,9 +80,8 @@ class Initialization:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Goes on from a checkpoint."""
         manifest = checkpoint.manifest
-        center = self._empty_center(manifest)
-        for name, array in center.current.arrays.items():
-            array[...] = checkpoint.arrays[name]
+        center = self._empty_center(manifest, checkpoint.outer)
+        center.load_arrays(checkpoint.arrays, checkpoint.state)
         round_ = Round(
             self._policy,
             manifest.fragment_count,
@@ -87,6 +89,7 @@ class Initialization:
             checkpoint.contributors,
             dict(checkpoint.counted or {}),
             frozenset(checkpoint.finished),
+            self._keeping,
         )
         self._begin(center, wire.PullHeader(manifest), round_)
 
@@ -112,7 +115,7 @@ class Initialization:
             center = await self._beside_the_loop(call, _is_large(manifest), lambda: self._new_center(manifest, values))
             del values
             if self.job is None and center is not None:  # another chief may have been faster
-                round_ = Round(self._policy, manifest.fragment_count, header.global_step)
+                round_ = Round(self._policy, manifest.fragment_count, header.global_step, keeping=self._keeping)
                 self._begin(center, pull_header, round_)
                 is_first = True
                 _log_initialized(header, manifest, call.peer)
@@ -131,6 +134,12 @@ class Initialization:
             num_workers=self._policy.num_workers,
             shard=wire.shard_to_message(job.manifest.shard),
         )
+
+    @property
+    def _keeping(self) -> KeepingPolicy | None:
+        """Which rounds are written before they are answered."""
+        keeper = self._around.keeper
+        return None if keeper is None else KeepingPolicy(keeper.every_rounds, keeper.timeout_s)
 
     def _begin(self, center: Center, pull_header: wire.PullHeader, round_: Round) -> None:
         self.job = Job(center, pull_header, round_, self._around)
@@ -174,9 +183,8 @@ class Initialization:
             index, data = fragment
             call.count(received_bytes=len(data))
             check_fragment_order(index, expected, manifest.fragment_count)
-            check_fragment_size(manifest, index, data)
-            start, end = manifest.fragment_bounds(index)
-            values[start:end] = np.frombuffer(data, np.uint8)
+            RAW.check_size(manifest, index, data)
+            RAW.decode_run(manifest, values, index, data)
         if await call.read() is not None:
             raise refusal(
                 Reason.FRAGMENT_EXTRA, f"a message came after the last of {manifest.fragment_count} fragments"
@@ -194,17 +202,17 @@ class Initialization:
                 center.load(index, values[start:end].data)
         return center
 
-    def _empty_center(self, manifest: Manifest) -> Center:
+    def _empty_center(self, manifest: Manifest, outer: OuterOptimizer = AVERAGE) -> Center:
         if manifest.buffer_size_bytes >= self._shared_memory_from_bytes:
             try:
-                return Center(manifest, True, self._reserve)
+                return Center(manifest, True, self._reserve, outer)
             except OSError as error:
                 _log.warning(
                     "no shared memory for the center: %s; all bytes go inline",
                     error,
                     extra=event("no_shared_memory", worker=None),
                 )
-        return Center(manifest)
+        return Center(manifest, outer=outer)
 
 
 def _log_initialized(header: pb.InitializeHeader, manifest: Manifest, peer: str) -> None:
