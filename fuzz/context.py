@@ -16,7 +16,7 @@ import grpc.aio
 
 import modelaverage
 from fuzz.loop import VirtualLoop
-from modelaverage.errors import FAULTS, REASON_METADATA_KEY, REASON_PREFIX, Reason
+from modelaverage.errors import FAULTS, Reason, refusal_metadata, told_reason
 
 __all__ = ["ClientCall", "FakeContext", "Failure", "Method", "Refused"]
 
@@ -121,13 +121,12 @@ class FakeContext:
         """Ends the call with an error; checks that it is one of the table, said as it should be."""
         if self.refused is not None:
             raise Failure("aborted twice")
-        metadata = dict(trailing_metadata)
-        reason = Reason[metadata.pop(REASON_METADATA_KEY).removeprefix(REASON_PREFIX)]
+        reason = Reason[told_reason(trailing_metadata)]
         self.refused = Refused(reason, details)
         if reason is Reason.SERVER_OVERLOADED:  # nothing is short here: it is an exception that nobody expected
             raise Failure(f"{self._rpc} raised something: {details}")
-        if metadata or code.name != FAULTS[reason].status:
-            raise Failure(f"{reason.name} came with {code.name} and {metadata}")
+        if trailing_metadata != refusal_metadata(reason) or code.name != FAULTS[reason].status:
+            raise Failure(f"{reason.name} came with {code.name} and {trailing_metadata}")
         if reason not in _REASONS[self._rpc]:
             raise Failure(f"the protocol does not allow {self._rpc} to be refused with {reason.name}: {details}")
         if not details.isprintable() or not details:

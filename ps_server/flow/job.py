@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from typing import Any
 
 from modelaverage import wire
 from modelaverage.errors import ModelAverageError, Reason, refusal
@@ -206,23 +207,28 @@ class Job:
             push.incarnation,
             self._average,
             Reader(self._clock(), call.fail),
-            header.fragments_follow or header.uses_data_connection,
+            header.fragments_follow or header.uses_data_connection or header.half_duplex,
             header.accepts_runs,
+            header.accepts_combined,
+            header.half_duplex,
         )
         try:
             if header.uses_data_connection:
                 part.connection = self._data_port.take(push.worker_id, push.incarnation)
             match self._open(part, push, header):
                 case CenterFollows(outcome):
+                    await self._pass_over_fragments(part)
                     await self._send_center(part, outcome)
                 case Hold():
                     part.held, call.expecting = True, False
                     while part.held:
                         part.progress.clear()
                         await part.progress.wait()
+                    await self._pass_over_fragments(part)
                     await self._send_center(part, Outcome.STALE)
                 case Admit(first_needed):
-                    part.contribution = self._lend(push) if header.accepts_shared_memory else None
+                    lends = header.accepts_shared_memory and not header.half_duplex
+                    part.contribution = self._lend(push) if lends else None
                     wanted = header.accepts_data_connection and not call.peer.startswith("unix")
                     if wanted and not self._reserve.is_short:
                         part.offer = self._data_port.offer(push.worker_id, push.incarnation)
@@ -231,6 +237,9 @@ class Job:
                         receiving = self._receive_push(part, unneeded)
                     else:
                         receiving = self._receive_bytes(part, part.connection, push.push_id, unneeded)
+                    if part.half_duplex:
+                        await self._answer_when_half_closed(part, first_needed, receiving)
+                        return
                     with self.center.reading(part.average.buffer, part.reader):
                         await call.run(self._sender.send_average(part, first_needed), beside=receiving)
         finally:
@@ -241,6 +250,28 @@ class Job:
                     part.connection.close()
             finally:
                 self._close(part)
+
+    async def _pass_over_fragments(self, part: Part) -> None:
+        """Before the answer to a half-duplex push that is not in the round: reads until the client has half-closed."""
+        if part.half_duplex and part.connection is None:
+            part.call.expecting = True
+            while await part.call.read_fragment(pb.PushAndAverageRequest) is not None:
+                pass
+
+    async def _answer_when_half_closed(
+        self, part: Part, first_needed: int, receiving: Coroutine[Any, Any, None]
+    ) -> None:
+        """As `take_part` answers an admitted push, but nothing is sent before the client has half-closed.
+
+        Until then no center is kept for it, so a client that writes slowly is no slow reader. If its round was over
+        meanwhile and another one, too, the present center takes the place of the average."""
+        await receiving
+        part.reader.since_s = self._clock()
+        if part.outcome is not None and part.outcome.global_step != self.round.global_step:
+            await self._send_center(part, Outcome.ALREADY_COUNTED)
+            return
+        with self.center.reading(part.average.buffer, part.reader):
+            await self._sender.send_average(part, first_needed)
 
     def _open(self, part: Part, push: Push, header: pb.PushHeader) -> Decision | None:
         """The header of a push came: what the round says to it."""
@@ -332,11 +363,12 @@ class Job:
         return decisions
 
     def _record(self, part: Part, index: int) -> list[Decision]:
-        part.call.expecting = index + 1 < self.manifest.fragment_count
+        is_whole = index + 1 == self.manifest.fragment_count
+        part.call.expecting = part.half_duplex or not is_whole
         now_s = self._clock()
         record = self._roster.heard_push_of(part.worker_id, now_s)
         self._observations.fragments_received += 1
-        if not part.call.expecting:
+        if is_whole:
             record.transport = part.transport
             self._observations.whole(part.call.number, part.worker_id, now_s)
         return self.round.record_fragment(part.call.number, now_s)

@@ -20,6 +20,7 @@ from ps_server.transports.data_port import DataConnection
 __all__ = ["Average", "Part", "push_of", "shared_memory_message"]
 
 _MESSAGES_KEPT = 8
+_CODECS = ("", "raw")
 
 
 @dataclass
@@ -48,6 +49,8 @@ class Part:
     reader: Reader
     follows: bool = False  # whether its fragments come without waiting for the admission
     runs: bool = False  # whether several fragments of the average may go in one message
+    combined: bool = False  # whether the admission, fragments and the outcome may share a message
+    half_duplex: bool = False  # whether nothing may be sent before the client has half-closed
     contribution: Segment | None = None  # where the worker may put its fragments
     shared: bool = False  # whether it does
     offer: pb.DataConnection | None = None  # a data connection for later pushes
@@ -87,6 +90,11 @@ def push_of(header: pb.PushHeader, manifest: Manifest) -> Push:
         header.weight if header.HasField("weight") else 1.0,
         frozenset(untouched),
     )
+    if header.codec not in _CODECS:
+        raise refusal(
+            Reason.CODEC_UNKNOWN,
+            f"{push.worker_id!r} pushes with codec {header.codec[:40]!r}, which this server does not know; push raw",
+        )
     if header.manifest_id != manifest.id:
         raise refusal(
             Reason.MANIFEST_UNKNOWN,

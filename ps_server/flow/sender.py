@@ -59,9 +59,9 @@ class Sender:
 
     async def send_average(self, part: Part, first_needed: int) -> None:
         """Sends each fragment of the average once it is finished, then the outcome."""
-        part.call.expecting = first_needed < self._manifest.fragment_count
+        part.call.expecting = first_needed < self._manifest.fragment_count and not part.half_duplex
         message = self._admission(part, first_needed)
-        if not part.follows:
+        if not (part.follows and part.combined):
             await part.call.write(message)
             message = b""
         sent = 0
@@ -73,7 +73,7 @@ class Sender:
                     await part.call.write_bytes(part.connection, part.average.buffer.fragments(first, sent))
                     continue
                 message += self._naming(first, sent) if part.shared else part.average.message(first, sent)
-                if sent < self._manifest.fragment_count:
+                if sent < self._manifest.fragment_count or not part.combined:
                     await part.call.write(message)
                     message = b""
             if part.notice is not None:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from modelaverage import wire
 from modelaverage.checks import check_global_step, check_incarnation, check_worker_id
-from modelaverage.errors import FAULTS, REASON_METADATA_KEY, REASON_PREFIX, ModelAverageError, Reason, refusal
+from modelaverage.errors import FAULTS, ModelAverageError, Reason, refusal, refusal_metadata
 from modelaverage.manifest import MAX_VARIABLES, Manifest, first_difference
 from modelaverage.names import MAX_NAMES, listed
 from modelaverage.runtime.logs import event
@@ -567,8 +567,8 @@ class ParameterServerService:
         )
         with suppress(asyncio.CancelledError):  # `fail` may have been called by this very task
             await asyncio.sleep(0)
-        code, metadata = FAULTS[reason].status, ((REASON_METADATA_KEY, REASON_PREFIX + reason.name),)
-        last_word = asyncio.ensure_future(context.abort(grpc.StatusCode[code], _short(message), metadata))
+        code = grpc.StatusCode[FAULTS[reason].status]
+        last_word = asyncio.ensure_future(context.abort(code, _short(message), refusal_metadata(reason)))
         try:
             await _while_taken(last_word, str(context.peer()))
         except asyncio.TimeoutError:

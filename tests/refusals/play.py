@@ -23,7 +23,7 @@ import grpc.aio
 import numpy as np
 
 from modelaverage import wire
-from modelaverage.errors import FAULTS, REASON_METADATA_KEY, REASON_PREFIX, Reason
+from modelaverage.errors import FAULTS, Reason, refusal_metadata, told_reason
 from modelaverage.manifest import Manifest, Variable
 from modelaverage.runtime.data_sockets import NUMBER, halves
 from modelaverage.runtime.shared_memory import Segment, SegmentAddress
@@ -148,8 +148,8 @@ class Context:
         self.down.put_nowait(bytes(message))
 
     async def abort(self, code: grpc.StatusCode, details: str, metadata: tuple[tuple[str, str], ...]) -> None:
-        reason = Reason[dict(metadata)[REASON_METADATA_KEY].removeprefix(REASON_PREFIX)]
-        assert FAULTS[reason].status == code.name
+        reason = Reason[told_reason(metadata)]
+        assert (code.name, metadata) == (FAULTS[reason].status, refusal_metadata(reason))
         self.refused = reason, details
         raise grpc.aio.AbortError
 

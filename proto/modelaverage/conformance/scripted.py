@@ -13,7 +13,7 @@ import grpc
 from modelaverage import wire
 from modelaverage.conformance.lines import Arrays
 from modelaverage.conformance.models import fragments_of, manifest_of
-from modelaverage.errors import REASON_METADATA_KEY
+from modelaverage.errors import ACTION_METADATA_KEY, REASON_METADATA_KEY
 from modelaverage.v1 import parameter_server_pb2 as pb
 from modelaverage.v1.parameter_server_pb2_grpc import ParameterServerServicer, add_ParameterServerServicer_to_server
 
@@ -42,13 +42,15 @@ class Refusal:
 
     Args:
         status: name of the gRPC status.
-        reason: what stands in the trailing metadata; None: nothing.
+        reason: its name in the trailing metadata; None: none there.
         message: for people.
+        action: in the trailing metadata; None: none there.
     """
 
     status: str
     reason: str | None = None
     message: str = "as the script wants it"
+    action: str | None = None
 
 
 @dataclass
@@ -219,7 +221,7 @@ def _note(got: GotPush, message: pb.PushAndAverageRequest) -> None:
 
 
 def _refuse(context: Any, refusal: Refusal) -> NoReturn:
-    if refusal.reason is not None:
-        context.set_trailing_metadata(((REASON_METADATA_KEY, refusal.reason),))
+    told = (REASON_METADATA_KEY, refusal.reason), (ACTION_METADATA_KEY, refusal.action)
+    context.set_trailing_metadata(tuple((key, value) for key, value in told if value is not None))
     context.abort(getattr(grpc.StatusCode, refusal.status), refusal.message)
     raise AssertionError("abort raises")
