@@ -65,13 +65,15 @@ class FakeContext:
         written: the messages that came down.
         refused: how the call was aborted, if it was.
         gone: whether the client has vanished; what is written then, raises as gRPC does.
+        half_closed: whether the client has half-closed.
+        is_half_duplex: whether the client wants nothing before that.
     """
 
     def __init__(self, loop: VirtualLoop, rpc: str) -> None:
         self.written: list[bytes] = []
         self.refused: Refused | None = None
         self.gone = False
-        self.half_closed = False
+        self.half_closed = self.is_half_duplex = False
         self._rpc = rpc
         self._loop = loop
         self._inbox: deque[bytes] = deque()
@@ -105,6 +107,8 @@ class FakeContext:
             raise Failure("two writes at once")
         if self.refused is not None:
             raise Failure("a message after the end of the call")
+        if self.is_half_duplex and not self.half_closed:
+            raise Failure("a message to a half-duplex client before it has half-closed")
         if self.gone:
             raise grpc.aio.InternalError("the client is gone")
         if not self._room:

@@ -221,10 +221,10 @@ class Job:
                     await self._send_center(part, outcome)
                 case Hold():
                     part.held, call.expecting = True, False
+                    await self._pass_over_fragments(part)
                     while part.held:
                         part.progress.clear()
                         await part.progress.wait()
-                    await self._pass_over_fragments(part)
                     await self._send_center(part, Outcome.STALE)
                 case Admit(first_needed):
                     lends = header.accepts_shared_memory and not header.half_duplex
@@ -257,6 +257,7 @@ class Job:
             part.call.expecting = True
             while await part.call.read_fragment(pb.PushAndAverageRequest) is not None:
                 pass
+            part.call.expecting = False
 
     async def _answer_when_half_closed(
         self, part: Part, first_needed: int, receiving: Coroutine[Any, Any, None]
