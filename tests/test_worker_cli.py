@@ -14,8 +14,8 @@ import torch
 
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_worker.__main__ import main as ps_worker_main
+from ps_worker.commands.stop_signals import STOP_SIGNALS
 from ps_worker.launch import main as launch_main
-from ps_worker.stop_signals import STOP_SIGNALS
 from tests.conftest import StartServer
 from tests.raw_client import RawClient, until
 from tests.recorded import slurm, torchrun, without_a_cluster
