@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from modelaverage.addresses import parse
+from modelaverage.addresses import Address, parse
 from ps_worker.engines.processes import EventPipe, Processes
 
 __all__ = ["Command", "ERROR", "EVENT", "Line", "OUTPUT", "RayHost"]
@@ -62,7 +62,8 @@ class RayHost:
         import ray
 
         host: str = self._bind_host or ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-        return before if before.startswith(f"{host}:") and _is_free(before) else f"{host}:0"
+        is_here = bool(before) and parse(before).host == host
+        return before if is_here and _is_free(before) else str(Address(host))
 
     async def run(self, command: Command) -> AsyncIterator[list[Line] | int]:
         """Runs ``command`` with this node's Python, once an earlier one has been stopped.
