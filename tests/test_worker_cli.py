@@ -214,7 +214,7 @@ def test_missing_extra_gives_one_line_that_says_what_to_install(module: str, sta
 
 
 def test_sigterm_ends_a_worker_that_waits_at_the_barrier_and_gives_its_place_back(start_server: StartServer) -> None:
-    address = start_server(2, rejoin_grace_s=600.0).address
+    address = start_server(2, rejoin_timeout_s=600.0).address
     command = [sys.executable, "-m", "ps_worker", "digits", "--ps-hosts", address, "--task-index", "auto"]
     with RawClient(address) as raw, subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as worker:
         try:
