@@ -165,6 +165,8 @@ class Center:
         """
         # Once somebody's bytes come inline, what was to wait for everybody is added, too.
         waiting = self._deferred.pop(index, [])
+        if first:  # what has come before is void
+            waiting = []
         nonfinite = Counter[str]()
         for position, each in enumerate([*waiting, contribution]):
             nonfinite[each.worker_id] += self._add(index, each, first=first if not waiting else position == 0)
@@ -175,6 +177,8 @@ class Center:
         fragment are such, they are left to `finish`."""
         if not first and index not in self._deferred:
             return self.accumulate(index, contribution, first)
+        if first:
+            self._deferred.pop(index, None)
         self._deferred.setdefault(index, []).append(contribution)
         return Counter()
 
@@ -304,7 +308,7 @@ class Center:
         with np.errstate(all="ignore"):
             for number, (piece, total) in enumerate(zip(self.manifest.pieces[index], self._sums(index), strict=True)):
                 out = self.next.parts[index][number]
-                if piece.variable in fragment.untouched:
+                if piece.variable in fragment.untouched or fragment.total_weight == 0.0:
                     out[...] = self.current.parts[index][number]
                     continue
                 values = [parts[number] for parts in by_contribution]

@@ -118,6 +118,11 @@ class Keeper:
         return global_step % self._policy.every_rounds == 0 and not self._turn.locked()
 
     @property
+    def every_rounds(self) -> int:
+        """Every how many rounds a checkpoint is due."""
+        return self._policy.every_rounds
+
+    @property
     def timeout_s(self) -> float | None:
         """How long a round waits for its checkpoint; None: as long as it takes."""
         return self._policy.timeout_s

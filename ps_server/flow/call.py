@@ -25,7 +25,8 @@ __all__ = ["Call", "Context", "FIRST_WRITE_TIMEOUT_S"]
 Context = grpc.aio.ServicerContext[bytes, bytes]
 
 _T = TypeVar("_T")
-_Opening = TypeVar("_Opening", bound=pb.InitializeRequest | pb.PushAndAverageRequest)
+_Openings = pb.InitializeRequest | pb.PushAndAverageRequest
+_Opening = TypeVar("_Opening", pb.InitializeRequest, pb.PushAndAverageRequest)
 _numbers = itertools.count(1)
 # A client that does not take a call's first message for so long is not told how the call ends.
 FIRST_WRITE_TIMEOUT_S = 1.0
@@ -49,7 +50,7 @@ class Call:
         self._context = context
         self._traffic = traffic
         self._stall_timeout_s = stall_timeout_s
-        self._message_type: type[pb.InitializeRequest] | type[pb.PushAndAverageRequest] = pb.PushAndAverageRequest
+        self._message_type: type[_Openings] = pb.PushAndAverageRequest
         self._beside_header: Content | None = None
         self.failure: BaseException | None = None
         """Why the call's task was cancelled, if `fail` did it."""

@@ -24,8 +24,9 @@ from ps_server.flow.job import Job, Surroundings
 from ps_server.flow.pulls import WaitForChief
 from ps_server.machine.helper_thread import HelperThread, no_collections
 from ps_server.machine.reserve import Reserve
-from ps_server.rules.policy import RoundPolicy
-from ps_server.rules.round import Round, check_fragment_order
+from ps_server.rules.fragments import check_fragment_order
+from ps_server.rules.policy import KeepingPolicy, RoundPolicy
+from ps_server.rules.round import Round
 
 __all__ = ["Initialization"]
 
@@ -87,6 +88,7 @@ class Initialization:
             checkpoint.contributors,
             dict(checkpoint.counted or {}),
             frozenset(checkpoint.finished),
+            self._keeping,
         )
         self._begin(center, wire.PullHeader(manifest), round_)
 
@@ -112,7 +114,7 @@ class Initialization:
             center = await self._beside_the_loop(call, _is_large(manifest), lambda: self._new_center(manifest, values))
             del values
             if self.job is None and center is not None:  # another chief may have been faster
-                round_ = Round(self._policy, manifest.fragment_count, header.global_step)
+                round_ = Round(self._policy, manifest.fragment_count, header.global_step, keeping=self._keeping)
                 self._begin(center, pull_header, round_)
                 is_first = True
                 _log_initialized(header, manifest, call.peer)
@@ -131,6 +133,12 @@ class Initialization:
             num_workers=self._policy.num_workers,
             shard=wire.shard_to_message(job.manifest.shard),
         )
+
+    @property
+    def _keeping(self) -> KeepingPolicy | None:
+        """Which rounds are written before they are answered."""
+        keeper = self._around.keeper
+        return None if keeper is None else KeepingPolicy(keeper.every_rounds, keeper.timeout_s)
 
     def _begin(self, center: Center, pull_header: wire.PullHeader, round_: Round) -> None:
         self.job = Job(center, pull_header, round_, self._around)

@@ -12,9 +12,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+
+from modelaverage.codecs import RAW
 
 from modelaverage import wire
 from modelaverage.errors import ModelAverageError, Reason, refusal
@@ -24,19 +26,25 @@ from modelaverage.names import MAX_NAMES, listed, shown
 from modelaverage.outcome import Outcome
 from modelaverage.runtime.logs import event
 from modelaverage.v1 import parameter_server_pb2 as pb
-from ps_server.center.buffers import Buffer, Center, Contribution, Reader, split_run
+from ps_server.center.buffers import Buffer, Reader
+from ps_server.center.center import Center, Finish
+from ps_server.center.sums import Contribution
 from ps_server.checkpoints.keeper import Keeper
 from ps_server.checkpoints.reading import Checkpoint
+from ps_server.flow.average import Average
 from ps_server.flow.open_push import OpenPush
 from ps_server.flow.timers import RoundTimers, log_wait
 from ps_server.machine.trouble import describe, end_process, is_expected
 from ps_server.rules.decisions import (
+    Accumulate,
+    Addition,
     Admit,
     CenterFollows,
     Decision,
     Dismiss,
     FinishFragment,
     Hold,
+    KeepFirst,
     Prepare,
     Push,
     Restart,
@@ -48,12 +56,14 @@ from ps_server.seen.observations import Observations, Sending
 from ps_server.seen.remarks import Remarks
 from ps_server.seen.roster import Roster
 from ps_server.seen.snapshot import JobSeen
-from ps_server.transports.average import Average
 from ps_server.transports.base import Run, Transport
 
 __all__ = ["Job"]
 
 _log = logging.getLogger("ps_server")
+_Counted = Mapping[str, tuple[bytes, int]]
+# Global step, contributors, and by worker the push that was counted last.
+_State = tuple[int, tuple[str, ...], _Counted]
 
 
 @dataclass(frozen=True)
@@ -107,10 +117,8 @@ class Job:
         self._remarks = Remarks(around.roster)
         self._keeping = asyncio.Lock()
         self._kept_finished: frozenset[str] | None = None  # what the newest checkpoint says
+        self._round_over = asyncio.Event()
         self._writing: asyncio.Task[None] | None = None  # a checkpoint on its way to the disk
-        self._committing: asyncio.Task[None] | None = None  # a prepared round that waits for it
-        self._prepared = 0  # how many rounds have waited so
-        self._void: asyncio.Task[None] | None = None  # writes the checkpoint of a round that was started over meanwhile
         self._timers = RoundTimers(self.clock, self._expire, self._say_who_is_missing, around.first_notice_s)
 
     @property
@@ -132,17 +140,14 @@ class Job:
         if keeper is None:
             return
         async with self._keeping:  # who waits here finds that the checkpoint before has it
-            if self._committing is not None:
-                await asyncio.wait((self._committing,))
             round_ = self.round
+            while round_.prepared:
+                self._round_over.clear()
+                await self._round_over.wait()
             if (keeper.step, self._kept_finished) == (round_.global_step, round_.finished):
                 return
             state = round_.global_step, round_.contributors, round_.counted
-            # A round that is due for a checkpoint meanwhile waits for this one first.
-            writing = self._void = self._write(keeper, self.center.current, *state)
-            await asyncio.wait((writing,))
-            if self._void is writing:
-                self._void = None
+            await asyncio.wait((self._write(round_.begin_keeping(), self.center.current, lambda: state),))
 
     def leave(self, worker_id: str, incarnation: bytes) -> None:
         """A worker's process goes."""
@@ -267,30 +272,29 @@ class Job:
             ModelAverageError: they are refused.
         """
         with self._as_a_whole():
-            if run.first >= unneeded:
-                self.round.check_fragment(push.call.number, run.first)
-            decisions = list[Decision]()
-            for index, data in split_run(self.manifest, run.first, run.data):
-                if index >= unneeded:
-                    decisions += self._add(push, index, data, run.stays)
-            self._apply(decisions)
+            codec = RAW if run.stays else push.codec
+            coded = dict(codec.split_run(self.manifest, run.first, run.data))
+            first, end = max(run.first, unneeded), run.first + len(coded)
+            if first >= end:
+                return
+            now_s = self.clock()
+            decisions = self.round.take_fragments(push.call.number, first, end, now_s)
+            is_whole = end == self.manifest.fragment_count
+            push.call.expecting = push.manner.is_half_duplex or not is_whole
+            record = self._roster.heard_push_of(push.worker_id, now_s)
+            self.observations.fragments_received += end - first
+            if is_whole:
+                record.transport = push.lane.kind
+                self.observations.whole(push.call.number, push.worker_id, now_s)
 
-    def _add(self, push: OpenPush, index: int, data: memoryview, stays: bool) -> list[Decision]:
-        """Adds one fragment, whose size is right, to the average."""
-        weight, is_first = self.round.check_fragment(push.call.number, index)
-        contribution = Contribution(push.worker_id, weight, data)
-        add = self.center.defer if stays else self.center.accumulate
-        with self._averaging():
-            self._roster.note_nonfinite(add(index, contribution, is_first))
-        is_last = index + 1 == self.manifest.fragment_count
-        push.call.expecting = push.manner.is_half_duplex or not is_last
-        now_s = self.clock()
-        record = self._roster.heard_push_of(push.worker_id, now_s)
-        self.observations.fragments_received += 1
-        if is_last:
-            record.transport = push.lane.kind
-            self.observations.whole(push.call.number, push.worker_id, now_s)
-        return self.round.record_fragment(push.call.number, now_s)
+            def add(decision: Accumulate) -> None:
+                given = Contribution(push.worker_id, decision.weight, coded[decision.index], codec)
+                to_sum = self.center.defer if run.stays else self.center.accumulate
+                with self._averaging():
+                    found = to_sum(decision.index, given, decision.how is Addition.START)
+                    self._roster.note_nonfinite(found)
+
+            self._apply(decisions, push, add)
 
     def _observe_admission(self, push: OpenPush, first_needed: int) -> None:
         stream, owes, now_s = push.call.number, first_needed < self.manifest.fragment_count, self.clock()
@@ -332,9 +336,7 @@ class Job:
             self.center.restart()
             self._roster.take_nonfinite()
             self.average = Average(self.center.next)
-            self._committing = None
-            if self._writing is not None and not self._writing.done():
-                self._void = self._writing
+            self._round_over.set()
             told = refusal(Reason.SERVER_OVERLOADED, f"round {step} starts over, because the server failed: {cause}")
             for push in list(self._pushes.values()):
                 if push.outcome is None:
@@ -351,15 +353,32 @@ class Job:
         trace = None if is_expected(error) else error
         _log.error("round %d starts over, because the server failed: %s", step, cause, extra=why, exc_info=trace)
 
-    def _apply(self, decisions: Sequence[Decision], push: OpenPush | None = None) -> Decision | None:
-        """Carries out what the round decided; the answer to the header of ``push``, if it is one of an `open`."""
+    def _apply(
+        self,
+        decisions: Sequence[Decision],
+        push: OpenPush | None = None,
+        add: Callable[[Accumulate], None] | None = None,
+    ) -> Decision | None:
+        """Carries out what the round decided.
+
+        Args:
+            decisions: in their order.
+            push: whose event they follow from, if it is a push's.
+            add: puts a fragment that has come into its sum.
+
+        Returns:
+            The answer to the header of the push, if they follow from that.
+        """
         answer: Decision | None = None
-        finished = list[FinishFragment]()
+        finished = list[Finish]()
         for decision in decisions:
             match decision:
-                case FinishFragment():
-                    finished.append(decision)
-                    continue
+                case FinishFragment(index, total_weight, untouched, steps):
+                    finished.append(Finish(index, total_weight, untouched, steps))
+                case Accumulate():
+                    assert add is not None
+                    if decision.how is not Addition.IGNORE:
+                        add(decision)
                 case Admit():
                     assert push is not None
                     answer, push.average = decision, self.average
@@ -379,72 +398,48 @@ class Job:
                     _log.warning("round %d starts over: %s", step, cause, extra=why)
                 case TimeOut(streams, waited_s):
                     self._time_out(streams, waited_s)
-                case Prepare(global_step):
+                case KeepFirst(token):
                     self._finish(finished)
                     finished = []
-                    self._prepare(global_step)
+                    self._write(token, self.center.next, self.round.as_committed)
+                case Prepare():
+                    self._finish(finished)
+                    finished = []
+                    self._commit()
         self._finish(finished)
         self._set_timers()
         return answer
 
-    def _finish(self, fragments: list[FinishFragment]) -> None:
-        if fragments:
+    def _finish(self, finishes: list[Finish]) -> None:
+        if finishes:
             with self._averaging():
-                self._roster.note_nonfinite(self.center.finish(fragments))
-            self.average.finished = fragments[-1].index + 1
+                self._roster.note_nonfinite(self.center.finish(finishes, self.round.global_step))
+            self.average.finished = finishes[-1].index + 1
             self._wake(self.average)
 
-    def _prepare(self, global_step: int) -> None:
-        """All pushes are whole, and so is the average: it is written down first if it is due, then committed."""
-        keeper = self._keeper
-        if keeper is None or not (self._void or keeper.is_due(global_step)):
-            self._commit()
-            return
-        self._prepared += 1
-        self._committing = asyncio.ensure_future(self._commit_when_kept(keeper, self._prepared))
+    def _write(self, token: int, buffer: Buffer, state: Callable[[], _State]) -> asyncio.Task[None]:
+        """Begins to write a checkpoint, during which the buffer stays as it is, and tells the round when that has
+        ended. The task never fails."""
 
-    async def _commit_when_kept(self, keeper: Keeper, number: int) -> None:
-        """Commits the round when its checkpoint is written, or has taken longer than it may."""
-
-        def is_prepared() -> bool:  # or else it has been started over meanwhile
-            return self.round.prepared and self._prepared == number
-
-        try:
-            before = self._void
-            if before is not None:
-                await asyncio.wait((before,), timeout=keeper.timeout_s)
-                if before.done() and self._void is before:
-                    self._void = None
-            if is_prepared() and (before is None or before.done()):
-                writing = self._write(keeper, self.center.next, *self.round.as_committed())
-                await asyncio.wait((writing,), timeout=keeper.timeout_s)
-            if is_prepared():
-                self._committing = None
-                self._commit()
-                self._set_timers()
-        except Exception as error:
-            self._start_over(error)
-
-    def _write(
-        self,
-        keeper: Keeper,
-        buffer: Buffer,
-        global_step: int,
-        contributors: tuple[str, ...],
-        counted: dict[str, tuple[bytes, int]],
-    ) -> asyncio.Task[None]:
-        """Begins to write a checkpoint, during which the buffer stays as it is. The task never fails."""
-
-        async def write() -> None:
-            with self.center.reading(buffer, Reader(self.clock())):
+        async def write(keeper: Keeper, step: int, contributors: tuple[str, ...], counted: _Counted) -> None:
+            is_written = False
+            with suppress(Exception), self.center.reading(buffer, Reader(self.clock())):
                 finished = self.round.finished
                 checkpoint = Checkpoint(
-                    self.manifest, buffer.arrays, global_step, contributors, counted, finished, buffer.segment
+                    self.manifest, buffer.arrays, step, contributors, dict(counted), finished, buffer.segment
                 )
-                if await keeper.write(checkpoint):
+                is_written = await keeper.write(checkpoint)
+                if is_written:
                     self._kept_finished = finished
+            with suppress(ModelAverageError), self._as_a_whole():  # it is said
+                self._apply(self.round.kept(token, is_written, self.clock()))
 
-        self._writing = asyncio.ensure_future(write())
+        try:
+            assert self._keeper is not None
+            self._writing = asyncio.ensure_future(write(self._keeper, *state()))
+        except BaseException:
+            self.round.kept(token, False, self.clock())  # the round starts over: no matter what would follow
+            raise
         return self._writing
 
     def _commit(self) -> None:
@@ -489,6 +484,7 @@ class Job:
             ),
         )
         _answer(outcomes, held, sending)
+        self._round_over.set()
 
     # Time.
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
+from modelaverage.codecs import Codec
+
 from modelaverage.errors import Reason, refusal
 from modelaverage.manifest import Manifest
+from modelaverage.purpose import Purpose
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.center.buffers import Reader
+from ps_server.flow.average import Average
 from ps_server.flow.call import Call
 from ps_server.rules.decisions import Push
 from ps_server.seen.observations import Sending
-from ps_server.transports.average import Average
 from ps_server.transports.base import Lane
 
 __all__ = ["Manner", "OpenPush", "push_of"]
@@ -52,6 +55,7 @@ class OpenPush:
 
     Attributes:
         lane: where its fragments come, and the average goes.
+        codec: how they are coded.
         average: what it waits for.
         reader: reads the average.
         has_given: set when the client has sent all that it is going to.
@@ -67,6 +71,7 @@ class OpenPush:
     incarnation: bytes
     manner: Manner
     lane: Lane
+    codec: Codec
     average: Average
     reader: Reader
     has_given: asyncio.Event = field(default_factory=asyncio.Event)
@@ -75,6 +80,17 @@ class OpenPush:
     is_held: bool = False
     notice: pb.WaitingNotice | None = None
     progress: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+def _purpose_of(header: pb.PushHeader) -> Purpose:
+    try:
+        return Purpose(header.purpose or pb.PURPOSE_CONTRIBUTE)
+    except ValueError:
+        known = ", ".join(f"{purpose.value} ({purpose.name})" for purpose in Purpose)
+        raise refusal(
+            Reason.MESSAGE_MALFORMED,
+            f"{header.worker_id[:128]!r} pushes with purpose {header.purpose}; the server knows {known}",
+        ) from None
 
 
 def push_of(header: pb.PushHeader, manifest: Manifest) -> Push:
@@ -93,6 +109,7 @@ def push_of(header: pb.PushHeader, manifest: Manifest) -> Push:
         header.base_step,
         header.weight if header.HasField("weight") else 1.0,
         frozenset(untouched),
+        _purpose_of(header),
     )
     if header.manifest_id != manifest.id:
         raise refusal(

@@ -54,8 +54,8 @@ class WaitForChief:
         self._is_over.set()
 
     async def wait(self, call: Call, accepts_notices: bool) -> None:
-        """Returns once there is a center. A client that accepts notices is sent some: what stands between may end a call
-        on which nothing is sent."""
+        """Returns once there is a center. A client that accepts notices is sent some: proxies may end a call on which
+        nothing is sent."""
         self.calls.add(call)
         try:
             since_s = self._clock()

@@ -41,6 +41,7 @@ async def serve_push(
         wanted.incarnation,
         Manner.of(header),
         lane,
+        codec_named(header.codec),
         job.average,
         Reader(job.clock(), call.fail),
     )

@@ -14,7 +14,7 @@ from modelaverage.errors import FAULTS, REASON_METADATA_KEY, REASON_PREFIX, Mode
 from modelaverage.runtime.logs import event
 from modelaverage.runtime.tuning import SILENCE_TIMEOUT_S
 from ps_server.flow.call import Call, Context
-from ps_server.machine.connections import cut, taking
+from ps_server.machine.connections import Taking, cut, taking
 from ps_server.machine.trouble import describe, is_expected
 from ps_server.seen.observations import Observations
 from ps_server.seen.traffic import Traffic
@@ -80,7 +80,7 @@ class Serving:
         code, metadata = FAULTS[reason].status, ((REASON_METADATA_KEY, REASON_PREFIX + reason.name),)
         last_word = asyncio.ensure_future(context.abort(grpc.StatusCode[code], _short(message), metadata))
         try:
-            await while_taken(last_word, str(context.peer()))
+            await while_taken(last_word, lambda: taking(str(context.peer())))
         except asyncio.TimeoutError:
             if cut(str(context.peer())):
                 what = event("connection_cut", peer=str(context.peer()), reason=reason.name)
@@ -112,13 +112,19 @@ def _refusal(rpc: str, worker_id: str, peer: str, failure: BaseException) -> tup
     return Reason.SERVER_OVERLOADED, f"the server failed ({describe(failure)}); call again after a pause"
 
 
-async def while_taken(last_word: asyncio.Future[NoReturn], peer: str, timeout_s: float = _LAST_WORD_TIMEOUT_S) -> None:
+async def while_taken(
+    last_word: asyncio.Future[NoReturn],
+    look: Callable[[], Taking | None],
+    timeout_s: float = _LAST_WORD_TIMEOUT_S,
+    silence_timeout_s: float = SILENCE_TIMEOUT_S,
+) -> None:
     """Waits for the last word on a call as long as what was sent before it moves.
 
     Args:
         last_word: is done when the client's side has it.
-        peer: the client, as gRPC names it.
-        timeout_s: how long nothing may move.
+        look: what the client's connection has taken; None: there is none.
+        timeout_s: how long the client may have taken all, and not end the call.
+        silence_timeout_s: how long nothing may move of what is on its way.
 
     Raises:
         asyncio.TimeoutError: the client takes nothing.
@@ -126,9 +132,9 @@ async def while_taken(last_word: asyncio.Future[NoReturn], peer: str, timeout_s:
     before, still_s = None, 0.0
     try:
         while not (await asyncio.wait((last_word,), timeout=timeout_s))[0]:
-            now = taking(peer)
+            now = look()
             still_s = 0.0 if now is not None and now.goes_on_since(before) else still_s + timeout_s
-            if now is None or now.waiting_bytes == 0 or still_s >= SILENCE_TIMEOUT_S:
+            if now is None or now.waiting_bytes == 0 or still_s >= silence_timeout_s:
                 raise asyncio.TimeoutError
             before = now
         await last_word

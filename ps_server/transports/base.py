@@ -13,10 +13,10 @@ from typing import Protocol
 
 from modelaverage.errors import ModelAverageError
 from modelaverage.manifest import Manifest
+from modelaverage.runtime.shared_memory import Segment
 from modelaverage.v1 import parameter_server_pb2 as pb
-from ps_server.transports.average import Average
 
-__all__ = ["Aside", "Content", "Lane", "PushCall", "Run", "Transport"]
+__all__ = ["Aside", "Content", "Lane", "PushCall", "Run", "Source", "Transport"]
 
 Content = tuple[int, memoryview] | pb.SharedFragments
 """What a message of a push carries: the first index and the bytes of a run, or the names of fragments elsewhere."""
@@ -49,6 +49,20 @@ class Aside(Protocol):
         """What ends a push whose bytes stopped moving here."""
 
 
+class Source(Protocol):
+    """An average, as far as it is finished."""
+
+    @property
+    def segment(self) -> Segment | None:
+        """The shared memory that it lies in, if it does."""
+
+    def data(self, first: int, end: int) -> memoryview:
+        """The encoded bytes of consecutive fragments, up to but not with ``end``."""
+
+    def message(self, first: int, end: int) -> bytes:
+        """The same as a message of the call."""
+
+
 class PushCall(Protocol):
     """What a lane may do with the call of its push."""
 
@@ -77,7 +91,7 @@ class Lane(Protocol):
     def is_shared(self) -> bool:
         """Whether the bytes lie in shared memory, for the account of the traffic."""
 
-    def admitted(self, admission: pb.PushAdmission, average: Average) -> None:
+    def admitted(self, admission: pb.PushAdmission, average: Source) -> None:
         """The push is in the round: adds what the client needs to know to the admission."""
 
     async def receive(self) -> Run | None:
@@ -99,7 +113,7 @@ class Lane(Protocol):
             The fragment after the last one.
         """
 
-    async def send(self, average: Average, first: int, end: int) -> bytes:
+    async def send(self, average: Source, first: int, end: int) -> bytes:
         """Sends a finished range of the average.
 
         Returns:

@@ -16,8 +16,7 @@ from modelaverage.manifest import Manifest
 from modelaverage.runtime.data_sockets import HALF_KEY_BYTES, NOTICES_IN_SILENCE, NUMBER, halves, new_key, prepare
 from modelaverage.runtime.tuning import SILENCE_TIMEOUT_S
 from modelaverage.v1 import parameter_server_pb2 as pb
-from ps_server.transports.average import Average
-from ps_server.transports.base import PushCall, Run
+from ps_server.transports.base import PushCall, Run, Source
 from ps_server.transports.data_connection import DataConnection, lost
 
 __all__ = ["DataLane", "DataPort", "Place"]
@@ -64,7 +63,7 @@ class DataLane:
         self._room: memoryview | None = None  # None: nothing has been read
         self._received = 0
 
-    def admitted(self, admission: pb.PushAdmission, average: Average) -> None:
+    def admitted(self, admission: pb.PushAdmission, average: Source) -> None:
         """There is nothing to add."""
 
     async def receive(self) -> Run | None:
@@ -86,10 +85,10 @@ class DataLane:
         longest = self._manifest.longest_run
         return min(finished, (first // longest + 1) * longest) if runs else first + 1
 
-    async def send(self, average: Average, first: int, end: int) -> bytes:
+    async def send(self, average: Source, first: int, end: int) -> bytes:
         """Sends the bytes beside the call. Raises RetryPushError (DATA_CONNECTION_LOST)."""
         assert self._connection is not None
-        await self._call.write_aside(self._connection, self._connection.send(average.buffer.fragments(first, end)))
+        await self._call.write_aside(self._connection, self._connection.send(average.data(first, end)))
         return b""
 
     def answered(self, is_committed: bool) -> None:
@@ -165,18 +164,25 @@ class DataPort:
         return DataLane(self, connection, header, call, manifest)
 
     def offer(self, header: pb.PushHeader, call: PushCall, admission: pb.PushAdmission) -> None:
-        """Offers a connection to a worker that would like one. Its earlier offers are void."""
-        if not header.accepts_data_connection or not self._listeners or call.peer.startswith("unix"):
-            return
-        worker_id = header.worker_id
+        """Offers a connection to a worker that would like one."""
+        if header.accepts_data_connection and not call.peer.startswith("unix"):
+            offered = self.offer_to(Place(header.worker_id, header.incarnation))
+            if offered is not None:
+                admission.data_connection.CopyFrom(offered)
+
+    def offer_to(self, place: Place) -> pb.DataConnection | None:
+        """What to tell a process that would like a connection; None: there is none. Earlier offers are void."""
+        if not self._listeners:
+            return None
+        worker_id = place.worker_id
         self._drop(worker_id)  # its own, which it has lost, or an earlier process's
         key = new_key()
         hello, answer = halves(key)
-        self._offers[hello] = answer, Place(worker_id, header.incarnation)
+        self._offers[hello] = answer, place
         self._offered[worker_id] = hello
         if len(self._offered) > self._max_connections:  # names come from outside, memory must not
             self._drop(next(iter(self._offered)))
-        admission.data_connection.CopyFrom(pb.DataConnection(port=self._listeners[0].getsockname()[1], key=key))
+        return pb.DataConnection(port=self._listeners[0].getsockname()[1], key=key)
 
     def take(self, place: Place) -> DataConnection:
         """The connection of a process, for a push; `give_back` is for afterwards.

@@ -5,8 +5,7 @@ from __future__ import annotations
 from modelaverage.errors import Reason, refusal
 from modelaverage.manifest import Manifest
 from modelaverage.v1 import parameter_server_pb2 as pb
-from ps_server.transports.average import Average
-from ps_server.transports.base import PushCall, Run
+from ps_server.transports.base import PushCall, Run, Source
 from ps_server.transports.data_connection import lost
 
 __all__ = ["Messages", "MessagesLane"]
@@ -27,7 +26,7 @@ class MessagesLane:
         self._longest_run = manifest.longest_run
         self.kind = pb.TRANSPORT_UNIX if call.peer.startswith("unix") else pb.TRANSPORT_TCP
 
-    def admitted(self, admission: pb.PushAdmission, average: Average) -> None:
+    def admitted(self, admission: pb.PushAdmission, average: Source) -> None:
         """There is nothing to add."""
 
     async def receive(self) -> Run | None:
@@ -44,7 +43,7 @@ class MessagesLane:
         same runs."""
         return min(finished, (first // self._longest_run + 1) * self._longest_run) if runs else first + 1
 
-    async def send(self, average: Average, first: int, end: int) -> bytes:
+    async def send(self, average: Source, first: int, end: int) -> bytes:
         """The fragments go in the next message."""
         return average.message(first, end)
 

@@ -10,8 +10,7 @@ from modelaverage.runtime.logs import event
 from modelaverage.runtime.shared_memory import Segment
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.machine.reserve import Reserve
-from ps_server.transports.average import Average
-from ps_server.transports.base import PushCall, Run
+from ps_server.transports.base import PushCall, Run, Source
 from ps_server.transports.messages import MessagesLane
 
 __all__ = ["SharedMemory", "SharedMemoryLane"]
@@ -43,14 +42,14 @@ class SharedMemoryLane:
         """How the fragments come."""
         return pb.TRANSPORT_SHARED_MEMORY if self.is_shared else self._messages.kind
 
-    def admitted(self, admission: pb.PushAdmission, average: Average) -> None:
+    def admitted(self, admission: pb.PushAdmission, average: Source) -> None:
         """Says where the client may put its fragments and where the average will lie, if there is memory for that."""
-        if average.buffer.segment is None:
+        if average.segment is None:
             return
         self._lent = self._transport.lend(self._worker_id, self._incarnation, self._manifest.buffer_size_bytes)
         if self._lent is not None:
             admission.contribution.CopyFrom(_message_of(self._lent))
-            admission.average.CopyFrom(_message_of(average.buffer.segment))
+            admission.average.CopyFrom(_message_of(average.segment))
 
     async def receive(self) -> Run | None:
         """The fragments that the next message carries or names. Raises ProtocolError."""
@@ -73,7 +72,7 @@ class SharedMemoryLane:
         """All that is finished: a name costs the same for one fragment and for a thousand."""
         return finished if self.is_shared else self._messages.end_of_range(first, finished, runs)
 
-    async def send(self, average: Average, first: int, end: int) -> bytes:
+    async def send(self, average: Source, first: int, end: int) -> bytes:
         """Names the fragments, or sends them as messages do."""
         if not self.is_shared:
             return await self._messages.send(average, first, end)

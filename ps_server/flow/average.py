@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from modelaverage import wire
+from modelaverage.runtime.shared_memory import Segment
 from ps_server.center.buffers import Buffer
 
 __all__ = ["Average"]
@@ -26,3 +27,12 @@ class Average:
         self.message = lru_cache(_MESSAGES_KEPT)(
             lambda first, end: wire.encode_fragment(first, (buffer.fragments(first, end),))
         )
+
+    @property
+    def segment(self) -> Segment | None:
+        """The shared memory that it lies in, if it does."""
+        return self.buffer.segment
+
+    def data(self, first: int, end: int) -> memoryview:
+        """The encoded bytes of consecutive fragments, up to but not with ``end``."""
+        return self.buffer.fragments(first, end)
