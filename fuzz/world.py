@@ -154,9 +154,7 @@ class World:
         """The center as it is."""
         if self.job is None:
             return None
-        current = self.job.center.current
-        flat = b"".join([current.fragment(index) for index in range(self.job.manifest.fragment_count)])
-        return Center(self.job.round.global_step, flat)
+        return Center(self.job.round.global_step, self.job.center.current.flat.tobytes())
 
     def check_calls(self, open_calls: int) -> None:
         """Raises Failure if the service knows other calls than there are."""
@@ -175,7 +173,7 @@ class World:
             for worker_id, entry in round_._entries.items():
                 if entry.stream is not None or entry.attached is not None:
                     raise Failure(f"no call is open, but the round sees one of {worker_id!r}")
-            if self.job.center._deferred and not round_._entries:
+            if self.job.center._sums._deferred and not round_._entries:
                 raise Failure("nobody is in the round, but there are contributions to its sum")
             if self.job.center.current.in_use or self.job.center.next.in_use:
                 raise Failure("no call is open, but a buffer is in use")

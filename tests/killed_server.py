@@ -19,7 +19,7 @@ from google.protobuf.message import DecodeError
 
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.__main__ import main
-from ps_server.center.buffers import Center
+from ps_server.center.center import Center
 from ps_server.checkpoints import files as checkpoint_files
 from ps_server.checkpoints import writer_process
 from ps_server.flow import job

@@ -16,9 +16,9 @@ from fuzz.loop import EndlessError, VirtualLoop
 from fuzz.run import MAX_GROWTH_BYTES, Result, run
 from fuzz.sockets import MemorySocket
 from fuzz.targets import TARGETS, target_named
+from modelaverage.codecs import Codec
 from modelaverage.errors import Reason, refusal
 from modelaverage.runtime.data_sockets import NUMBER
-from ps_server.center import buffers as center
 from ps_server.flow.call import Call
 from ps_server.flow.joining import Joining
 from ps_server.rules.decisions import Accumulate, Addition, Decision
@@ -82,7 +82,7 @@ def failures_of(name: str, inputs: int) -> str:
 
 
 def test_an_exception_that_is_no_refusal_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job, "check_fragment_size", lambda *_: None)
+    monkeypatch.setattr(Codec, "check_size", lambda *_: None)
     assert "the server failed: ValueError: " in failures_of("sequences", 100)
 
 
@@ -241,7 +241,7 @@ def test_a_part_that_is_left_behind_is_a_failure(monkeypatch: pytest.MonkeyPatch
 def test_the_command_says_how_to_play_a_failure_again(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(center, "check_fragment_size", lambda *_: None)
+    monkeypatch.setattr(Codec, "check_size", lambda *_: None)
     assert main(["--inputs", "2000", "--handler", "sequences"]) == 1
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("FAILED"))
     again = line.partition("-m fuzz ")[2].split()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 from modelaverage import wire
+from modelaverage.codecs import Codec
 from modelaverage.runtime.shared_memory import Segment
 from ps_server.center.buffers import Buffer
 
-__all__ = ["Average"]
+__all__ = ["Average", "Coded"]
 
 _MESSAGES_KEPT = 8
 
@@ -25,14 +27,26 @@ class Average:
         buffer = self.buffer
         # Workers that keep pace are sent the same bytes, so they are made once.
         self.message = lru_cache(_MESSAGES_KEPT)(
-            lambda first, end: wire.encode_fragment(first, (buffer.fragments(first, end),))
+            lambda codec, first, end: wire.encode_fragment(first, buffer.encoded(codec, first, end))
         )
+
+
+@dataclass(frozen=True)
+class Coded:
+    """An average as a codec writes it."""
+
+    average: Average
+    codec: Codec
 
     @property
     def segment(self) -> Segment | None:
-        """The shared memory that it lies in, if it does."""
-        return self.buffer.segment
+        """The shared memory that the average lies in, if it does."""
+        return self.average.buffer.segment
 
-    def data(self, first: int, end: int) -> memoryview:
-        """The encoded bytes of consecutive fragments, up to but not with ``end``."""
-        return self.buffer.fragments(first, end)
+    def data(self, first: int, end: int) -> Sequence[memoryview]:
+        """Consecutive fragments, up to but not with ``end``; bytes to be joined."""
+        return self.average.buffer.encoded(self.codec, first, end)
+
+    def message(self, first: int, end: int) -> bytes:
+        """The same as a message of the call."""
+        return self.average.message(self.codec, first, end)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Awaitable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 import grpc.aio
@@ -147,10 +147,12 @@ class Call:
             if self.failure is not None:
                 raise asyncio.CancelledError  # `fail` has waited for this
 
-    async def write_fragment(self, index: int, data: memoryview) -> None:
-        """Sends one fragment; its bytes are copied before this first waits."""
-        await self.write(wire.encode_fragment(index, (data,)))
-        self.count(sent_bytes=len(data))
+    async def write_fragment(self, index: int, parts: Sequence[memoryview]) -> int:
+        """Sends one fragment, its parts joined; they are copied before this first waits. Returns its size."""
+        size_bytes = sum(map(len, parts))
+        await self.write(wire.encode_fragment(index, parts))
+        self.count(sent_bytes=size_bytes)
+        return size_bytes
 
     async def read_aside(self, aside: Aside, reading: Awaitable[None]) -> None:
         """Waits for bytes that come beside the call."""

@@ -13,11 +13,13 @@ from numpy.typing import NDArray
 
 from modelaverage import wire
 from modelaverage.checks import check_global_step, check_worker_id
+from modelaverage.codecs import RAW
 from modelaverage.errors import Reason, refusal
 from modelaverage.manifest import MAX_VARIABLES, Manifest, first_difference
 from modelaverage.runtime.logs import event
 from modelaverage.v1 import parameter_server_pb2 as pb
-from ps_server.center.buffers import Center, check_fragment_size
+from ps_server.center.center import Center
+from ps_server.center.outer import AVERAGE, OuterOptimizer
 from ps_server.checkpoints.reading import Checkpoint
 from ps_server.flow.call import Call
 from ps_server.flow.job import Job, Surroundings
@@ -78,9 +80,8 @@ class Initialization:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Goes on from a checkpoint."""
         manifest = checkpoint.manifest
-        center = self._empty_center(manifest)
-        for name, array in center.current.arrays.items():
-            array[...] = checkpoint.arrays[name]
+        center = self._empty_center(manifest, checkpoint.outer)
+        center.load_arrays(checkpoint.arrays, checkpoint.state)
         round_ = Round(
             self._policy,
             manifest.fragment_count,
@@ -182,9 +183,8 @@ class Initialization:
             index, data = fragment
             call.count(received_bytes=len(data))
             check_fragment_order(index, expected, manifest.fragment_count)
-            check_fragment_size(manifest, index, data)
-            start, end = manifest.fragment_bounds(index)
-            values[start:end] = np.frombuffer(data, np.uint8)
+            RAW.check_size(manifest, index, data)
+            RAW.decode_run(manifest, values, index, data)
         if await call.read() is not None:
             raise refusal(
                 Reason.FRAGMENT_EXTRA, f"a message came after the last of {manifest.fragment_count} fragments"
@@ -202,17 +202,17 @@ class Initialization:
                 center.load(index, values[start:end].data)
         return center
 
-    def _empty_center(self, manifest: Manifest) -> Center:
+    def _empty_center(self, manifest: Manifest, outer: OuterOptimizer = AVERAGE) -> Center:
         if manifest.buffer_size_bytes >= self._shared_memory_from_bytes:
             try:
-                return Center(manifest, True, self._reserve)
+                return Center(manifest, True, self._reserve, outer)
             except OSError as error:
                 _log.warning(
                     "no shared memory for the center: %s; all bytes go inline",
                     error,
                     extra=event("no_shared_memory", worker=None),
                 )
-        return Center(manifest)
+        return Center(manifest, outer=outer)
 
 
 def _log_initialized(header: pb.InitializeHeader, manifest: Manifest, peer: str) -> None:

@@ -16,9 +16,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from modelaverage.codecs import RAW
-
 from modelaverage import wire
+from modelaverage.codecs import RAW
 from modelaverage.errors import ModelAverageError, Reason, refusal
 from modelaverage.manifest import Manifest
 from modelaverage.missing import Missing
@@ -426,7 +425,15 @@ class Job:
             with suppress(Exception), self.center.reading(buffer, Reader(self.clock())):
                 finished = self.round.finished
                 checkpoint = Checkpoint(
-                    self.manifest, buffer.arrays, step, contributors, dict(counted), finished, buffer.segment
+                    self.manifest,
+                    buffer.arrays,
+                    step,
+                    contributors,
+                    dict(counted),
+                    finished,
+                    buffer.segment,
+                    self.center.outer,
+                    buffer.state.arrays,
                 )
                 is_written = await keeper.write(checkpoint)
                 if is_written:

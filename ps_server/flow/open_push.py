@@ -6,7 +6,6 @@ import asyncio
 from dataclasses import dataclass, field
 
 from modelaverage.codecs import Codec
-
 from modelaverage.errors import Reason, refusal
 from modelaverage.manifest import Manifest
 from modelaverage.purpose import Purpose

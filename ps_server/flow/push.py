@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from modelaverage.codecs import codec_named
 from modelaverage.outcome import Outcome
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.center.buffers import Reader
 from ps_server.flow.answer import send_average, send_center
+from ps_server.flow.average import Coded
 from ps_server.flow.call import Call
 from ps_server.flow.job import Job
 from ps_server.flow.open_push import Manner, OpenPush, push_of
 from ps_server.machine.reserve import Reserve
 from ps_server.rules.decisions import Admit, CenterFollows, Hold
-from ps_server.transports.base import Lane, Transport
+from ps_server.transports.base import Lane, Opening, Transport
 
 __all__ = ["serve_push"]
 
@@ -34,14 +36,16 @@ async def serve_push(
         ModelAverageError: the push is refused, or ended.
     """
     wanted = push_of(header, job.manifest)
-    lane = _lane(call, header, job, transports)
+    codec = codec_named(header.codec)
+    opening = Opening(header, call, job.manifest, codec)
+    lane = _lane(opening, transports)
     push = OpenPush(
         call,
         wanted.worker_id,
         wanted.incarnation,
         Manner.of(header),
         lane,
-        codec_named(header.codec),
+        codec,
         job.average,
         Reader(job.clock(), call.fail),
     )
@@ -57,17 +61,17 @@ async def serve_push(
                 case Admit(first_needed):
                     admission = pb.PushAdmission(first_needed_fragment=first_needed)
                     if not reserve.is_short:
-                        lane.admitted(admission, push.average)
+                        lane.admitted(admission, Coded(push.average, codec))
                         for transport in transports:
-                            transport.offer(header, call, admission)
+                            transport.offer(opening, admission)
                     await _exchange(job, push, admission)
     finally:
         lane.close()
 
 
-def _lane(call: Call, header: pb.PushHeader, job: Job, transports: Sequence[Transport]) -> Lane:
+def _lane(opening: Opening, transports: Sequence[Transport]) -> Lane:
     for transport in transports:
-        lane = transport.open(header, call, job.manifest)
+        lane = transport.open(opening)
         if lane is not None:
             return lane
     raise AssertionError("messages take every push")

@@ -7,16 +7,17 @@ average.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from modelaverage.codecs import Codec
 from modelaverage.errors import ModelAverageError
 from modelaverage.manifest import Manifest
 from modelaverage.runtime.shared_memory import Segment
 from modelaverage.v1 import parameter_server_pb2 as pb
 
-__all__ = ["Aside", "Content", "Lane", "PushCall", "Run", "Source", "Transport"]
+__all__ = ["Aside", "Content", "Lane", "Opening", "PushCall", "Run", "Source", "Transport"]
 
 Content = tuple[int, memoryview] | pb.SharedFragments
 """What a message of a push carries: the first index and the bytes of a run, or the names of fragments elsewhere."""
@@ -56,8 +57,8 @@ class Source(Protocol):
     def segment(self) -> Segment | None:
         """The shared memory that it lies in, if it does."""
 
-    def data(self, first: int, end: int) -> memoryview:
-        """The encoded bytes of consecutive fragments, up to but not with ``end``."""
+    def data(self, first: int, end: int) -> Sequence[memoryview]:
+        """Consecutive encoded fragments, up to but not with ``end``; bytes to be joined."""
 
     def message(self, first: int, end: int) -> bytes:
         """The same as a message of the call."""
@@ -78,6 +79,23 @@ class PushCall(Protocol):
 
     async def write_aside(self, aside: Aside, writing: Awaitable[None]) -> None:
         """Waits for bytes that go beside the call."""
+
+
+@dataclass(frozen=True)
+class Opening:
+    """A push whose header has come.
+
+    Args:
+        header: what it says.
+        call: of the push.
+        manifest: of the model.
+        codec: how its fragments are coded.
+    """
+
+    header: pb.PushHeader
+    call: PushCall
+    manifest: Manifest
+    codec: Codec
 
 
 class Lane(Protocol):
@@ -130,14 +148,14 @@ class Lane(Protocol):
 class Transport(Protocol):
     """A way for the bytes of pushes. Used on one event loop."""
 
-    def open(self, header: pb.PushHeader, call: PushCall, manifest: Manifest) -> Lane | None:
-        """The lane of a push, of a model with this manifest; None: the push does not use this transport.
+    def open(self, opening: Opening) -> Lane | None:
+        """The lane of a push; None: the push does not use this transport.
 
         Raises:
             RetryPushError: DATA_CONNECTION_LOST: it wants to, and what it needs is not there (any more).
         """
 
-    def offer(self, header: pb.PushHeader, call: PushCall, admission: pb.PushAdmission) -> None:
+    def offer(self, opening: Opening, admission: pb.PushAdmission) -> None:
         """Adds to the admission of any push what its client may use for its next ones, if it wants to."""
 
     def keep_only(self, worker_ids: frozenset[str]) -> None:

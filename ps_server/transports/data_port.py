@@ -12,11 +12,10 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from modelaverage.manifest import Manifest
 from modelaverage.runtime.data_sockets import HALF_KEY_BYTES, NOTICES_IN_SILENCE, NUMBER, halves, new_key, prepare
 from modelaverage.runtime.tuning import SILENCE_TIMEOUT_S
 from modelaverage.v1 import parameter_server_pb2 as pb
-from ps_server.transports.base import PushCall, Run, Source
+from ps_server.transports.base import Opening, Run, Source
 from ps_server.transports.data_connection import DataConnection, lost
 
 __all__ = ["DataLane", "DataPort", "Place"]
@@ -43,23 +42,20 @@ class DataLane:
     Args:
         port: who gets the connection back.
         connection: of the worker's process; nobody else's as long as the push lasts.
-        header: of the push.
-        call: of the push.
-        manifest: of the model.
+        opening: of the push.
     """
 
     kind = pb.TRANSPORT_DATA_CONNECTION
     is_shared = False
 
-    def __init__(
-        self, port: DataPort, connection: DataConnection, header: pb.PushHeader, call: PushCall, manifest: Manifest
-    ) -> None:
+    def __init__(self, port: DataPort, connection: DataConnection, opening: Opening) -> None:
         self._port = port
         self._connection: DataConnection | None = connection
-        self._place = Place(header.worker_id, header.incarnation)
-        self._push_id = header.push_id
-        self._call = call
-        self._manifest = manifest
+        self._place = Place(opening.header.worker_id, opening.header.incarnation)
+        self._push_id = opening.header.push_id
+        self._call = opening.call
+        self._manifest = opening.manifest
+        self._codec = opening.codec
         self._room: memoryview | None = None  # None: nothing has been read
         self._received = 0
 
@@ -74,8 +70,7 @@ class DataLane:
         index = self._received
         if index == self._manifest.fragment_count:
             return None
-        begin, stop = self._manifest.fragment_bounds(index)
-        data = self._room[: stop - begin]
+        data = self._room[: self._codec.size_bytes(self._manifest, index)]
         await self._read(data)
         self._received += 1
         return Run(index, data)
@@ -88,7 +83,8 @@ class DataLane:
     async def send(self, average: Source, first: int, end: int) -> bytes:
         """Sends the bytes beside the call. Raises RetryPushError (DATA_CONNECTION_LOST)."""
         assert self._connection is not None
-        await self._call.write_aside(self._connection, self._connection.send(average.data(first, end)))
+        for data in average.data(first, end):
+            await self._call.write_aside(self._connection, self._connection.send(data))
         return b""
 
     def answered(self, is_committed: bool) -> None:
@@ -105,7 +101,9 @@ class DataLane:
     async def _begin(self) -> None:
         assert self._connection is not None
         self._connection.begin()
-        self._room = memoryview(bytearray(max(self._manifest.fragment_size_bytes, NUMBER.size)))
+        # A coded fragment may be larger than the raw one, but never twice as large.
+        size_bytes = self._manifest.fragment_size_bytes * (1 if self._codec.in_place else 2)
+        self._room = memoryview(bytearray(max(size_bytes, NUMBER.size)))
         number = self._room[: NUMBER.size]
         await self._read(number)
         if NUMBER.unpack(number) != (self._push_id,):
@@ -156,16 +154,17 @@ class DataPort:
             self._begin(self._accept(listener))
         return port
 
-    def open(self, header: pb.PushHeader, call: PushCall, manifest: Manifest) -> DataLane | None:
+    def open(self, opening: Opening) -> DataLane | None:
         """The lane of a push that uses its worker's connection. Raises RetryPushError (DATA_CONNECTION_LOST)."""
+        header = opening.header
         if not header.uses_data_connection:
             return None
-        connection = self.take(Place(header.worker_id, header.incarnation))
-        return DataLane(self, connection, header, call, manifest)
+        return DataLane(self, self.take(Place(header.worker_id, header.incarnation)), opening)
 
-    def offer(self, header: pb.PushHeader, call: PushCall, admission: pb.PushAdmission) -> None:
+    def offer(self, opening: Opening, admission: pb.PushAdmission) -> None:
         """Offers a connection to a worker that would like one."""
-        if header.accepts_data_connection and not call.peer.startswith("unix"):
+        header = opening.header
+        if header.accepts_data_connection and not opening.call.peer.startswith("unix"):
             offered = self.offer_to(Place(header.worker_id, header.incarnation))
             if offered is not None:
                 admission.data_connection.CopyFrom(offered)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from modelaverage.errors import Reason, refusal
 from modelaverage.manifest import Manifest
 from modelaverage.v1 import parameter_server_pb2 as pb
-from ps_server.transports.base import PushCall, Run, Source
+from ps_server.transports.base import Opening, PushCall, Run, Source
 from ps_server.transports.data_connection import lost
 
 __all__ = ["Messages", "MessagesLane"]
@@ -57,13 +57,14 @@ class MessagesLane:
 class Messages:
     """Opens a lane for every push, so it has to be asked last."""
 
-    def open(self, header: pb.PushHeader, call: PushCall, manifest: Manifest) -> MessagesLane:
+    def open(self, opening: Opening) -> MessagesLane:
         """A lane. Raises RetryPushError (DATA_CONNECTION_LOST) if the header names another transport."""
-        if header.uses_transport:
-            raise lost(f"this server has no transport {header.uses_transport[:40]!r}")
-        return MessagesLane(call, manifest)
+        wanted = opening.header.uses_transport
+        if wanted:
+            raise lost(f"this server has no transport {wanted[:40]!r}")
+        return MessagesLane(opening.call, opening.manifest)
 
-    def offer(self, header: pb.PushHeader, call: PushCall, admission: pb.PushAdmission) -> None:
+    def offer(self, opening: Opening, admission: pb.PushAdmission) -> None:
         """Every client has messages."""
 
     def keep_only(self, worker_ids: frozenset[str]) -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 
 from modelaverage.errors import Reason, refusal
-from modelaverage.manifest import Manifest
 from modelaverage.runtime.logs import event
 from modelaverage.runtime.shared_memory import Segment
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.machine.reserve import Reserve
-from ps_server.transports.base import PushCall, Run, Source
+from ps_server.transports.base import Opening, Run, Source
 from ps_server.transports.messages import MessagesLane
 
 __all__ = ["SharedMemory", "SharedMemoryLane"]
@@ -23,17 +22,15 @@ class SharedMemoryLane:
 
     Args:
         transport: what lends the memory.
-        header: of the push.
-        call: of the push.
-        manifest: of the model.
+        opening: of the push.
     """
 
-    def __init__(self, transport: SharedMemory, header: pb.PushHeader, call: PushCall, manifest: Manifest) -> None:
+    def __init__(self, transport: SharedMemory, opening: Opening) -> None:
         self._transport = transport
-        self._worker_id, self._incarnation = header.worker_id, header.incarnation
-        self._call = call
-        self._manifest = manifest
-        self._messages = MessagesLane(call, manifest)
+        self._worker_id, self._incarnation = opening.header.worker_id, opening.header.incarnation
+        self._call = opening.call
+        self._manifest = opening.manifest
+        self._messages = MessagesLane(opening.call, opening.manifest)
         self._lent: Segment | None = None
         self.is_shared = False
 
@@ -99,13 +96,12 @@ class SharedMemory:
         self._reserve = reserve
         self._lent: dict[str, tuple[bytes, Segment]] = {}  # by worker: its incarnation, its contribution memory
 
-    def open(self, header: pb.PushHeader, call: PushCall, manifest: Manifest) -> SharedMemoryLane | None:
+    def open(self, opening: Opening) -> SharedMemoryLane | None:
         """A lane for a client that says that it can use shared memory, and sends its bytes in no other way."""
-        if not header.accepts_shared_memory or header.uses_transport:
-            return None
-        return SharedMemoryLane(self, header, call, manifest)
+        header = opening.header
+        return SharedMemoryLane(self, opening) if header.accepts_shared_memory and not header.uses_transport else None
 
-    def offer(self, header: pb.PushHeader, call: PushCall, admission: pb.PushAdmission) -> None:
+    def offer(self, opening: Opening, admission: pb.PushAdmission) -> None:
         """A lane offers its own memory."""
 
     def lend(self, worker_id: str, incarnation: bytes, size_bytes: int) -> Segment | None:

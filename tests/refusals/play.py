@@ -530,8 +530,7 @@ async def _play(kind: Kind, directory: Path, result_of: list[Server]) -> None:
         assert server.service is not None
         job = server.service.job
         assert job is not None
-        fragments = [bytes(job.center.current.fragment(index)) for index in range(MANIFEST.fragment_count)]
-        check("the server has", job.round.global_step, b"".join(fragments))
+        check("the server has", job.round.global_step, job.center.current.flat.tobytes())
     try:
         await asyncio.wait_for(server.stop(), LIMIT_S)
     except (OSError, MemoryError, RuntimeError):
