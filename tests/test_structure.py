@@ -91,7 +91,7 @@ def test_all_names_every_public_definition_and_only_what_there_is_sorted() -> No
         problems += [f"{module}: there is no {name}" for name in sorted(set(names) - public - imported_names(module))]
         if names != sorted(set(names)):
             problems.append(f"{module}: __all__ is not sorted, or names something twice")
-    assert problems == []
+    assert not problems, "\n".join(problems)
 
 
 def test_no_two_classes_have_the_same_name() -> None:
@@ -100,7 +100,8 @@ def test_no_two_classes_have_the_same_name() -> None:
         for node in ast.walk(tree_of(module)):
             if isinstance(node, ast.ClassDef):
                 homes[node.name].append(module)
-    assert [f"{name}: {', '.join(modules)}" for name, modules in sorted(homes.items()) if len(modules) > 1] == []
+    twice = [f"{name}: {', '.join(modules)}" for name, modules in sorted(homes.items()) if len(modules) > 1]
+    assert not twice, "\n".join(twice)
 
 
 # The error table.
