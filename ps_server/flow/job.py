@@ -57,7 +57,7 @@ from ps_server.seen.roster import Roster
 from ps_server.seen.snapshot import JobSeen
 from ps_server.transports.base import Run, Transport
 
-__all__ = ["Job"]
+__all__ = ["Job", "Surroundings"]
 
 _log = logging.getLogger("ps_server")
 _Counted = Mapping[str, tuple[bytes, int]]
