@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from modelaverage import wire
-from modelaverage.codecs import RAW
+from modelaverage.codecs import RAW, Codec
 from modelaverage.errors import ModelAverageError, Reason, refusal
 from modelaverage.logs import event
 from modelaverage.manifest import Manifest
@@ -271,9 +271,8 @@ class Job:
         """
         with self._as_a_whole():
             codec = RAW if run.stays else push.codec
-            split = _split_in_place if run.stays else codec.split_run
-            coded = dict(split(self.manifest, run.first, run.data))
-            first, end = max(run.first, unneeded), run.first + len(coded)
+            coded = _split(self.manifest, codec, run)
+            first, end = max(run.first, unneeded), run.first + max(1, len(coded))
             if first >= end:
                 return
             now_s = self.clock()
@@ -537,14 +536,23 @@ class Job:
             transport.leave(worker_id, incarnation)
 
 
-def _split_in_place(manifest: Manifest, first: int, data: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Index and bytes of every fragment of a stretch of the flat buffer, which may be longer than a message."""
-    index, begin = first, manifest.fragment_bounds(first)[0]
-    at = 0
-    while at < len(data):
+def _split(manifest: Manifest, codec: Codec, run: Run) -> Mapping[int, memoryview]:
+    """By index the bytes of every fragment of a run; none if the first does not exist.
+
+    Raises:
+        ProtocolError: FRAGMENT_SIZE_WRONG.
+    """
+    if run.first >= manifest.fragment_count:
+        return {}
+    if not run.stays:
+        return dict(codec.split_run(manifest, run.first, run.data))
+    # A stretch of the flat buffer, which may be longer than a message.
+    coded, begin, index, at = dict[int, memoryview](), manifest.fragment_bounds(run.first)[0], run.first, 0
+    while at < len(run.data):
         start, stop = manifest.fragment_bounds(index)
-        yield index, data[start - begin : stop - begin]
+        coded[index] = run.data[start - begin : stop - begin]
         index, at = index + 1, stop - begin
+    return coded
 
 
 def _answer(outcomes: dict[OpenPush, pb.PushOutcome], held: list[OpenPush], sending: Sending) -> None:
