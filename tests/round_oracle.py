@@ -61,6 +61,7 @@ class Committed:
         before: the center before.
         whole: the pushes that were whole, those that abstain included.
         excused: workers that had finished, at some time in this round.
+        from_step: `global_step` before.
     """
 
     commit: Commit
@@ -68,6 +69,13 @@ class Committed:
     before: tuple[Finished | None, ...]
     whole: tuple[Push, ...]
     excused: frozenset[str]
+    from_step: int
+
+    @property
+    def base_step(self) -> int:
+        """Of all its pushes."""
+        (base_step,) = {push.base_step for push in self.whole}
+        return base_step
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-from hypothesis import strategies as st
 
 from modelaverage.errors import ModelAverageError, Reason
 from modelaverage.outcome import Outcome
@@ -29,14 +26,14 @@ from tests.committing import CommittingRound as Round
 from tests.committing import Decided
 from tests.round_oracle import Answer, Committed, Finished, Given, Records
 
-__all__ = ["Event", "Plan", "Play", "Process", "plans", "random_plan"]
+__all__ = ["EVENTS", "SECOND", "Event", "Play", "Process"]
 
 # Between two events. Times are multiples of it, so that sums are exact.
 _STEP_S = 0.25
 # So often in a row, without an event, has time something to do at most.
 _MOST_EXPIRIES = 20
 # Actors from here on are second processes.
-_SECOND = 100
+SECOND = 100
 _MOST_VARIABLES = 3
 
 
@@ -89,8 +86,8 @@ _FREQUENCIES = {
     "busy": 2,  # the next event comes before the server has time for what is due
 }
 # The first process of an id, often; a second one under the same id, rarely.
-_ACTORS = (*range(5), *range(5), *range(5), _SECOND, _SECOND + 1)
-_EVENTS = [Event(kind, actor) for kind, times in _FREQUENCIES.items() for actor in _ACTORS for _ in range(times)]
+_ACTORS = (*range(5), *range(5), *range(5), SECOND, SECOND + 1)
+EVENTS = [Event(kind, actor) for kind, times in _FREQUENCIES.items() for actor in _ACTORS for _ in range(times)]
 
 
 class Play:
@@ -100,6 +97,7 @@ class Play:
         policy: of the round.
         fragment_count: of the model.
         purposes: what pushes are for, in turn.
+        surplus: how many more workers there are than may take part.
         global_step: where the round begins.
     """
 
@@ -108,6 +106,7 @@ class Play:
         policy: RoundPolicy,
         fragment_count: int,
         purposes: Sequence[Purpose] = (Purpose.CONTRIBUTE,),
+        surplus: int = 1,
         global_step: int = 3,
     ) -> None:
         self.round = Round(policy, fragment_count, global_step)
@@ -134,7 +133,7 @@ class Play:
         self._incarnations = self._streams = 0
         self._busy = False
         self._waited_for_at_first: set[str] = set()
-        ids = [f"w{number}" for number in range(policy.max_workers + 1)]  # one too many
+        ids = [f"w{number}" for number in range(policy.max_workers + surplus)]
         self.processes = [Process(name, self._incarnation(), global_step) for _ in range(2) for name in ids]
         self._before = {process.worker_id: process.incarnation for process in self.processes}
 
@@ -147,7 +146,7 @@ class Play:
     def happen(self, event: Event) -> None:
         self.let_pass(_STEP_S)
         count = len(self.processes) // 2
-        second, actor = divmod(event.actor, _SECOND)
+        second, actor = divmod(event.actor, SECOND)
         getattr(self, event.kind)(self.processes[second * count + actor % count])
 
     # Events: pushes.
@@ -483,7 +482,8 @@ class Play:
         before = tuple(self._center)
         self._center, self._next = self._next, self._center
         excused = frozenset(records.excused)
-        self.commits.append(Committed(commit, tuple(self._center), before, tuple(records.whole_at_s), excused))
+        whole, from_step = tuple(records.whole_at_s), records.global_step
+        self.commits.append(Committed(commit, tuple(self._center), before, whole, excused, from_step))
         self._finished = 0
         self.last_words += [(stream, verdict.outcome) for stream, verdict in commit.verdicts.items()]
         self.last_words += [(stream, Outcome.STALE) for stream in commit.held]
@@ -559,80 +559,3 @@ class Play:
 def _reason(error: ModelAverageError) -> Reason:
     assert error.reason is not None
     return error.reason
-
-
-# Plans: in each phase only some workers do anything; the others are late, or dead.
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A job, and what happens to it."""
-
-    policy: RoundPolicy
-    fragment_count: int
-    purposes: tuple[Purpose, ...]
-    events: tuple[Event, ...]
-
-    def play(self) -> Play:
-        play = Play(self.policy, self.fragment_count, self.purposes)
-        for event in self.events:
-            play.happen(event)
-        return play
-
-
-_C, _A, _R = Purpose.CONTRIBUTE, Purpose.ABSTAIN, Purpose.RESTORE
-_NUM_WORKERS = [1, 2, 3, 3, 4]
-_MIN_WORKERS = [1, 2, 2, 3, 4]
-_GRACE_S = [0.0, 2.0, 2.0, 5.0, None]
-_ROUND_TIMEOUT_S = [None, None, 1.5, 8.0]
-_FRAGMENT_COUNT = [0, 1, 2, 3, 3, 5]
-_PURPOSES = [(_C,), (_C,), (_C, _C, _A), (_C, _R, _C, _A), (_R, _A), (_C, _R), (_A,)]
-_Phase = tuple[Sequence[int], Sequence[Event]]
-
-
-def _policy_of(num: int, min_: int, more: int, grace_s: float | None, round_timeout_s: float | None) -> RoundPolicy:
-    if min_ >= num:
-        return RoundPolicy.strict(num, round_timeout_s)
-    return RoundPolicy(num, min_, num + more, grace_s, round_timeout_s)
-
-
-def _plan_of(policy: RoundPolicy, fragment_count: int, purposes: tuple[Purpose, ...], phases: Sequence[_Phase]) -> Plan:
-    events = [
-        event if event.actor >= _SECOND else Event(event.kind, active[event.actor % len(active)])
-        for active, of_phase in phases
-        for event in of_phase
-    ]
-    return Plan(policy, fragment_count, purposes, tuple(events))
-
-
-def plans() -> st.SearchStrategy[Plan]:
-    """Short ones, for hypothesis to make shorter."""
-    policies = st.builds(
-        _policy_of,
-        st.sampled_from(_NUM_WORKERS),
-        st.sampled_from(_MIN_WORKERS),
-        st.integers(0, 1),
-        st.sampled_from(_GRACE_S),
-        st.sampled_from(_ROUND_TIMEOUT_S),
-    )
-    active = st.lists(st.integers(0, 4), min_size=1, max_size=4, unique=True)
-    phases = st.tuples(active, st.lists(st.sampled_from(_EVENTS), min_size=4, max_size=16))
-    return st.builds(
-        _plan_of,
-        policies,
-        st.sampled_from(_FRAGMENT_COUNT),
-        st.sampled_from(_PURPOSES),
-        st.lists(phases, min_size=2, max_size=6),
-    )
-
-
-def random_plan(number: int) -> Plan:
-    """Longer ones; each number has its own."""
-    chance = random.Random(number)
-    num_workers, min_workers, more = chance.choice(_NUM_WORKERS), chance.choice(_MIN_WORKERS), chance.randint(0, 1)
-    policy = _policy_of(num_workers, min_workers, more, chance.choice(_GRACE_S), chance.choice(_ROUND_TIMEOUT_S))
-    phases = [
-        (chance.sample(range(5), chance.randint(1, 4)), chance.choices(_EVENTS, k=chance.randint(4, 24)))
-        for _ in range(chance.randint(3, 8))
-    ]
-    return _plan_of(policy, chance.choice(_FRAGMENT_COUNT), chance.choice(_PURPOSES), phases)

@@ -23,11 +23,12 @@ from ps_server.rules.decisions import (
     TimeOut,
 )
 from tests.round_oracle import Committed, value_of
-from tests.round_play import Plan, Play, Process, plans, random_plan
+from tests.round_plans import Plan, plans, random_plan
+from tests.round_play import Play, Process
 from tests.strategies import thorough
 
-_PLAYS = 400
-_DRIVEN = 200
+_PLAYS = 300
+_DRIVEN = 120
 
 
 @cache
@@ -74,13 +75,7 @@ def test_rule_2_a_committed_round_averages_exactly_one_whole_push_of_each_contri
             weighted = [push.weight * value_of(push, index) for push in givers]
             assert fragment.average == pytest.approx(sum(weighted) / sum(push.weight for push in givers))
             assert fragment.untouched == committed.commit.untouched
-            assert fragment.steps == (committed.commit.global_step == push_step(committed) + 1 and fragment.steps)
-
-
-def push_step(committed: Committed) -> int:
-    """The base step of a round, which all its pushes have in common."""
-    (base_step,) = {push.base_step for push in committed.whole}
-    return base_step
+            assert fragment.steps == (committed.base_step == committed.from_step)
 
 
 def test_a_center_that_is_given_back_becomes_the_center_as_it_is_whatever_others_give() -> None:
@@ -92,7 +87,7 @@ def test_a_center_that_is_given_back_becomes_the_center_as_it_is_whatever_others
         for index, fragment in enumerate(committed.center):
             assert fragment is not None
             assert fragment.average == value_of(first, index)
-            assert (fragment.steps, fragment.untouched, committed.commit.untouched) == (False, set(), set())
+            assert (fragment.steps, fragment.untouched, committed.commit.untouched) == (False, frozenset(), frozenset())
 
 
 def test_a_round_in_which_all_abstain_leaves_the_center_as_it_was() -> None:
@@ -110,8 +105,8 @@ def test_rule_3_global_step_grows_by_one_with_every_commit_and_never_otherwise()
         reached = play.steps[0]
         for committed in play.commits:
             # All may agree on a step that the server, restored from an old checkpoint, has forgotten.
-            assert push_step(committed) >= reached
-            reached = push_step(committed) + 1
+            assert committed.base_step >= reached
+            reached = committed.base_step + 1
             assert committed.commit.global_step == reached
         assert sorted(play.steps) == play.steps
         assert set(play.steps) == {play.steps[0], *(committed.commit.global_step for committed in play.commits)}
@@ -183,7 +178,7 @@ def drive_to_a_commit(play: Play, live: Sequence[Process]) -> float:
     play.notice(live[0])
     commits, began_at_s = len(play.commits), play.now_s
     for _ in range(100):
-        for process in live * 4:  # an answer may ask for another try
+        for process in (*live, *live, *live, *live):  # an answer may ask for another try
             play.whole(process)
             play.notice(process)
             play.let_pass(0.0)
@@ -215,24 +210,26 @@ def test_rule_7_min_workers_live_workers_and_time_drive_a_round_to_a_commit(who:
         assert play.closed.union(told).issuperset(play.taken), "unless it left first"
 
 
-@pytest.mark.parametrize("who", _LIVE)
+@pytest.mark.parametrize("who", ["first", "last", "second"])
 def test_rule_7_a_round_commits_once_all_who_have_not_finished_have_pushed(who: str) -> None:
-    """In whatever has happened before, and although some never come back."""
-    for number in range(_DRIVEN // len(_LIVE)):
+    for number in range(_DRIVEN // 3):
         plan = random_plan(2 * _PLAYS + number)
-        play = plan.play()
-        live = _LIVE[who](play, 1)
-        play.come_back(live[0])
-        others = [process for process in play.processes if process.worker_id != live[0].worker_id]
-        for process in others:
-            play.break_off(process)
+        play = plan.play(surplus=0)
+        live, names = _LIVE[who](play, 1), list(dict.fromkeys(process.worker_id for process in play.processes))
+        for process in play.processes:
+            play.come_back(process)
+            if process not in live:
+                play.break_off(process)
         play.notice(live[0])
-        for process in others[: plan.policy.num_workers - 1]:
-            play.finish(process)
+        names.remove(live[0].worker_id)
+        for process in play.processes:
+            if process.worker_id in names[: plan.policy.num_workers - 1]:
+                play.finish(process)
+            elif process.worker_id in names:
+                play.leave(process)
         grace_s = play.records.grace_s
         assert drive_to_a_commit(play, live) <= 3 * grace_s
-        grace_s = play.records.grace_s
-        assert drive_to_a_commit(play, live) <= grace_s
+        assert drive_to_a_commit(play, live) <= play.records.grace_s
         assert drive_to_a_commit(play, live) == 0.0
         assert [push.worker_id for push in play.commits[-1].whole] == [live[0].worker_id]
         assert play.surprises == []
