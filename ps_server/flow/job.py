@@ -284,8 +284,7 @@ class Job:
         await part.call.read_bytes(connection, memoryview(number))
         if NUMBER.unpack(number) != (push_id,):
             raise refusal(Reason.DATA_CONNECTION_LOST, "the bytes on the data connection are another push's")
-        largest = max((part.codec.size_bytes(self.manifest, i) for i in range(self.manifest.fragment_count)), default=0)
-        room = memoryview(bytearray(largest))
+        room = memoryview(bytearray(part.codec.max_size_bytes(self.manifest)))
         for index in range(self.manifest.fragment_count):
             data = room[: part.codec.size_bytes(self.manifest, index)]
             await part.call.read_bytes(connection, data)

@@ -94,6 +94,10 @@ class Codec(ABC):
 
     # Sizes.
 
+    def max_size_bytes(self, manifest: Manifest) -> int:
+        """No coded fragment is larger."""
+        return 2 * manifest.fragment_size_bytes
+
     def run_size_bytes(self, manifest: Manifest, first: int, end: int) -> int:
         """The size of consecutive coded fragments, up to but not with ``end``."""
         return sum(self.size_bytes(manifest, index) for index in range(first, end))
