@@ -195,8 +195,9 @@ def _outer_of(about: Mapping[str, str]) -> OuterOptimizer:
     if len(fields) != 2:
         raise ValueError("outer is no name and settings")
     name = strict_json.text(fields[0], "outer optimizer")
+    settings = strict_json.map_of(fields[1], "settings", _MAX_SETTINGS, _setting)
     try:
-        return outer_optimizer(name, strict_json.map_of(fields[1], "settings", _MAX_SETTINGS, _setting))
+        return outer_optimizer(name, settings)
     except ValueError as error:
         raise CheckpointError(str(error)) from None
 
