@@ -51,6 +51,7 @@ test: lint types proto-check unit ## everything that CI runs
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/buf lint
 
 types: $(VENV)/dev.stamp

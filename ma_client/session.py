@@ -20,7 +20,6 @@ from ma_client.job.farewell import wait_until_all_have_finished
 from ma_client.job.initialization import Proposal, initialize
 from ma_client.job.one_server import Contribution, Worker
 from ma_client.process.one_thread import OneThread, by_one_thread
-from ma_client.transports.connection import Deadline
 from ma_client.transports.data_connection import DATA_SETTINGS, DataSettings
 from ma_client.values.initial_values import read_initial_values
 from ma_client.values.raw import bytes_of, same_bytes
@@ -34,6 +33,7 @@ from modelaverage.errors import ConflictError, InvalidRequestError, NotInitializ
 from modelaverage.manifest import MAX_SHARDS, Manifest, Variable, dtype_name, first_difference
 from modelaverage.outcome import Outcome
 from modelaverage.placement import PLACEMENTS
+from modelaverage.runtime.deadline import Deadline
 from modelaverage.runtime.logs import event
 from modelaverage.v1 import parameter_server_pb2 as pb
 

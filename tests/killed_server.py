@@ -33,7 +33,7 @@ __all__ = ["BETWEEN_TWO_ANSWERS", "MOMENTS"]
 MOMENTS: dict[str, tuple[Any, str, bool]] = {
     "before a header is taken": (Round, "open", False),
     "after a header is taken": (Round, "open", True),
-    "in the middle of the fragments": (Round, "record_fragment", True),
+    "in the middle of the fragments": (Round, "take_fragments", True),
     "when a fragment is averaged": (Center, "finish", True),
     "before the commit": (Center, "commit", False),
     "before the checkpoint": (job.Job, "_write", False),

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 
 from ma_client.job.absence import Pace, connect
 from ma_client.process.threads import without_thread
-from ma_client.transports.connection import Deadline, Shard
+from ma_client.transports.connection import Shard
 from modelaverage.access.channels import Access
 from modelaverage.access.security import Security
 from modelaverage.errors import DeadlineExceededError, ModelAverageError, ServerUnavailableError
+from modelaverage.runtime.deadline import Deadline
 from modelaverage.runtime.logs import event
 from modelaverage.v1 import parameter_server_pb2 as pb
 

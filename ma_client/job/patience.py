@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from ma_client.transports.connection import Deadline
 from modelaverage.errors import DeadlineExceededError, ModelAverageError, Reason, ServerUnavailableError
+from modelaverage.runtime.deadline import Deadline
 from modelaverage.runtime.logs import event
 from modelaverage.runtime.tuning import GONE_AFTER_S
 

@@ -32,6 +32,7 @@ from ps_server.checkpoints.safetensors_file import Layout, bytes_of, lay_out
 from ps_server.checkpoints.writer import STREAMED
 from ps_server.checkpoints.writer_process import Reply, WriterProcess
 from ps_server.seen.observations import Observations
+from ps_server.seen.snapshot import CheckpointSeen
 
 __all__ = ["CheckpointPolicy", "Keeper"]
 
@@ -121,6 +122,11 @@ class Keeper:
         return global_step % self._policy.every_rounds == 0 and not self._turn.locked()
 
     @property
+    def every_rounds(self) -> int:
+        """Every how many rounds a checkpoint is due."""
+        return self._policy.every_rounds
+
+    @property
     def timeout_s(self) -> float | None:
         """How long a round waits for its checkpoint; None: as long as it takes."""
         return self._policy.timeout_s
@@ -137,6 +143,10 @@ class Keeper:
         writing = "" if self._writing is None else self._writing.problem
         flushing = "" if self._flushing is None else self._flushing.problem
         return writing or self._write_problem or flushing or self._flush_problem
+
+    def seen(self) -> CheckpointSeen:
+        """What the status tells of it at this moment."""
+        return CheckpointSeen(self.problem, self.step, self.written_at_s, self.writing_since_s)
 
     async def write(self, checkpoint: Checkpoint) -> bool:
         """Whether the checkpoint outlives this process; if not, `problem` says why.

@@ -6,6 +6,7 @@ import json
 import math
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -22,6 +23,7 @@ from ps_server.console.worker_table import age, worker_table
 
 __all__ = [
     "NoAnswerError",
+    "Seen",
     "as_json",
     "as_text",
     "fetch",
@@ -48,6 +50,23 @@ _NOT_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
 
 class NoAnswerError(Exception):
     """No parameter server answers at the address."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What is known of one server.
+
+    Args:
+        address: where it is asked.
+        status: its last answer; None if it never gave one.
+        problem: why it does not answer now; empty if it does.
+        away_s: for how long it has not.
+    """
+
+    address: str
+    status: pb.GetStatusResponse | None = None
+    problem: str = ""
+    away_s: float = 0.0
 
 
 def fetch(address: str, timeout_s: float, access: Access) -> pb.GetStatusResponse:

@@ -15,7 +15,7 @@ from modelaverage.commands.columns import fitted, shortened, width
 from modelaverage.names import printable
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.console import status as words
-from ps_server.console.watch import Seen
+from ps_server.console.status import Seen
 from ps_server.console.worker_table import age, worker_table
 
 __all__ = ["picture", "show"]

@@ -460,7 +460,7 @@ async def readers(server: Server, workers: asyncio.Future[Any]) -> None:
     slow: list[tuple[Context, asyncio.Task[Any]]] = []
     seen = 0
     while not workers.done():
-        job = None if server.service is None else server.service._job
+        job = None if server.service is None else server.service.job
         if job is not None and job.round.global_step >= seen and server.service is not None:
             seen = job.round.global_step + 1
             context, task = server.call("Pull", pb.PullRequest(worker_id=f"reader-{seen}").SerializeToString())
@@ -482,7 +482,7 @@ async def breaker(server: Server, workers: asyncio.Future[Any]) -> None:
     while not workers.done() and worker.push_id < 3:
         worker.push_id += 1
         worker.incarnation = worker.push_id.to_bytes(16, "big")
-        job = None if server.service is None else server.service._job
+        job = None if server.service is None else server.service.job
         if job is not None:
             header = pb.PushHeader(
                 worker_id="9",
@@ -528,7 +528,7 @@ async def _play(kind: Kind, directory: Path, result_of: list[Server]) -> None:
             task.cancel()
     with PROBE.elsewhere():
         assert server.service is not None
-        job = server.service._job
+        job = server.service.job
         assert job is not None
         check("the server has", job.round.global_step, job.center.current.flat.tobytes())
     try:
