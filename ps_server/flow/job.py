@@ -272,7 +272,8 @@ class Job:
         """
         with self._as_a_whole():
             codec = RAW if run.stays else push.codec
-            coded = dict(codec.split_run(self.manifest, run.first, run.data))
+            split = codec.split_range if run.stays else codec.split_run
+            coded = dict(split(self.manifest, run.first, run.data))
             first, end = max(run.first, unneeded), run.first + len(coded)
             if first >= end:
                 return
