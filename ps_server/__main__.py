@@ -24,7 +24,7 @@ from modelaverage.commands.serve_flags import ServeFlags, add_serve_flags
 from modelaverage.commands.serve_flags import count as _count
 from modelaverage.commands.serve_flags import seconds as _seconds
 from modelaverage.errors import SecurityError
-from modelaverage.runtime.logs import event, keep_logging, log_json, say
+from modelaverage.logs import event, keep_logging, log_json, say
 from modelaverage.runtime.output import CLOSED_PIPE_EXIT_CODE, OnLoss, OutputLostError
 from ps_server.checkpoints.keeper import CheckpointPolicy
 from ps_server.console import status

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from modelaverage import __version__
 from modelaverage.commands.security_flags import add_security_flags, security_of
-from modelaverage.runtime.logs import event, keep_logging, log_json
+from modelaverage.logs import event, keep_logging, log_json
 from modelaverage.runtime.output import OnLoss
 from ps_worker import flags, run_script
 from ps_worker.demo.digits_config import MODULES, DigitsConfig, add_training_flags

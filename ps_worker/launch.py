@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from modelaverage import __version__
 from modelaverage.commands.serve_flags import ServeFlags, add_serve_flags
-from modelaverage.runtime.logs import keep_logging
+from modelaverage.logs import keep_logging
 from modelaverage.runtime.output import OnLoss
 from ps_worker import flags
 from ps_worker.demo.digits_config import MODULES, DigitsConfig, add_training_flags

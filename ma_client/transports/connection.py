@@ -35,11 +35,11 @@ from modelaverage.errors import (
     ServerUnavailableError,
     fault_named,
 )
+from modelaverage.logs import event
 from modelaverage.missing import Missing
 from modelaverage.names import listed
 from modelaverage.outcome import Outcome
 from modelaverage.runtime.deadline import Deadline
-from modelaverage.runtime.logs import event
 from modelaverage.runtime.shared_memory import Segment
 from modelaverage.runtime.tuning import CHANNEL_OPTIONS, connecting_for, keep_freed_memory
 from modelaverage.v1 import parameter_server_pb2 as pb

@@ -13,7 +13,7 @@ import grpc.aio
 
 from modelaverage.access.tokens import METADATA_KEY, token_of
 from modelaverage.errors import FAULTS, REASON_METADATA_KEY, REASON_PREFIX, ModelAverageError
-from modelaverage.runtime.logs import event
+from modelaverage.logs import event
 from ps_server.flow.caller import caller_role
 from ps_server.rules.authorization import Tokens, check
 

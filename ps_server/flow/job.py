@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from modelaverage import wire
 from modelaverage.codecs import RAW
 from modelaverage.errors import ModelAverageError, Reason, refusal
+from modelaverage.logs import event
 from modelaverage.manifest import Manifest
 from modelaverage.missing import Missing
 from modelaverage.names import MAX_NAMES, listed, shown
 from modelaverage.outcome import Outcome
-from modelaverage.runtime.logs import event
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.center.buffers import Buffer, Reader
 from ps_server.center.center import Center, Finish

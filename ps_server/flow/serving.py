@@ -11,7 +11,7 @@ from typing import NoReturn, TypeVar
 import grpc.aio
 
 from modelaverage.errors import FAULTS, REASON_METADATA_KEY, REASON_PREFIX, ModelAverageError, Reason, refusal
-from modelaverage.runtime.logs import event
+from modelaverage.logs import event
 from modelaverage.runtime.tuning import SILENCE_TIMEOUT_S
 from ps_server.flow.call import Call, Context
 from ps_server.machine.connections import Taking, cut, taking
