@@ -16,7 +16,7 @@ from modelaverage.manifest import DTYPES, Manifest, Variable
 from ps_server.center.buffers import Buffer, Reader
 from ps_server.center.center import Center, Finish
 from ps_server.center.outer import AVERAGE, OUTER_OPTIMIZERS, outer_optimizer
-from ps_server.center.state import State
+from ps_server.center.state import OuterState
 from ps_server.center.sums import Contribution
 from tests.centers import ALL_DTYPES, SEEDS, Arrays, fragment, random_arrays, read
 from tests.strategies import fast, manifests
@@ -127,7 +127,7 @@ def test_center_and_state_advance_together_and_only_when_a_round_commits(
 
 
 def test_a_state_that_advances_when_a_fragment_is_finished_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    states = dict[int, State]()
+    states = dict[int, OuterState]()
 
     def of_both(self: Center) -> Buffer:
         buffer = Buffer(self.manifest, None, self.outer)

@@ -41,9 +41,6 @@ _MAX_COUNTED, _MAX_CONTRIBUTORS = 10_000, 1 << 16
 _MAX_SETTINGS = 100
 _MAX_PUSH_ID, _MAX_PART_INDEX = 2**64 - 1, 2**32 - 1
 
-# By slot of the outer optimizer, then by variable.
-State = Mapping[str, Mapping[str, NDArray[Any]]]
-
 
 class CheckpointError(Exception):
     """A file is not a whole checkpoint of this project; the message says why."""
@@ -62,7 +59,7 @@ class Checkpoint:
         finished: workers that no round waits for, in any order.
         segment: the shared memory whose body is the flat buffer with the arrays, if they lie in such.
         outer: the outer optimizer that makes the next centers.
-        state: what that one keeps for this center, by slot and variable; see `ps_server.center.state.State`.
+        state: what that one keeps for this center, by slot and variable; see `ps_server.center.state.OuterState`.
     """
 
     manifest: Manifest
@@ -73,7 +70,7 @@ class Checkpoint:
     finished: Collection[str] = ()
     segment: Segment | None = None
     outer: OuterOptimizer = AVERAGE
-    state: State = field(default_factory=dict)
+    state: Mapping[str, Mapping[str, NDArray[Any]]] = field(default_factory=dict)
 
     @property
     def tensors(self) -> dict[str, NDArray[Any]]:
