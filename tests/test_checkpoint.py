@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from modelaverage.v1 import parameter_server_pb2 as pb
-from ps_server.checkpoints import fields as checkpoint_fields
 from ps_server.checkpoints.keeper import CheckpointPolicy
 from ps_server.checkpoints.reading import find_latest
 from ps_server.rules.policy import RoundPolicy
@@ -29,17 +28,6 @@ from tests.jobs import CENTER, COUNT, STEP, Job, of
 from tests.kept_jobs import job_of, newest, push_all
 from tests.raw_client import flat_bytes, rest_of_center, until
 from tests.test_server_process import ServerProcess
-
-
-@pytest.fixture
-def reboot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    def reboot() -> None:
-        boot_id = tmp_path / "boot_id"
-        boot_id.write_text("11111111-2222-3333-4444-555555555555\n")
-        monkeypatch.setattr(checkpoint_fields, "_BOOT_ID", boot_id)
-
-    return reboot
-
 
 # A server that keeps its center.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelaverage.manifest import DTYPES, Manifest, Variable
-from ps_server.checkpoints import fields as checkpoint_fields
 from ps_server.checkpoints.reading import Checkpoint, CheckpointError
 from tests.checkpoints import (
     checkpoint_of,
@@ -28,17 +26,6 @@ from tests.checkpoints import (
 )
 from tests.jobs import STEP
 from tests.strategies import fast, manifests
-
-
-@pytest.fixture
-def reboot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    def reboot() -> None:
-        boot_id = tmp_path / "boot_id"
-        boot_id.write_text("11111111-2222-3333-4444-555555555555\n")
-        monkeypatch.setattr(checkpoint_fields, "_BOOT_ID", boot_id)
-
-    return reboot
-
 
 # Written and read.
 
@@ -198,14 +185,3 @@ def test_a_file_of_another_name_is_no_checkpoint(tmp_path: Path) -> None:
     path = write_fresh(tmp_path, small())
     with pytest.raises(CheckpointError, match="name"):
         read(path.rename(tmp_path / "center-3.fresh.safetensors"))
-
-
-def test_a_fresh_file_is_not_trusted_after_a_reboot_but_a_durable_one_is(
-    tmp_path: Path, reboot: Callable[[], None]
-) -> None:
-    fresh, kept = write_fresh(tmp_path, small(5)), durable(tmp_path, 4)
-    assert content(read(fresh)) == content(small(5))
-    reboot()
-    with pytest.raises(CheckpointError, match="may not have reached the disk"):
-        read(fresh)
-    assert content(read(kept)) == content(small(4))

@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 
 from modelaverage.v1 import parameter_server_pb2 as pb
-from ps_server.checkpoints import fields as checkpoint_fields
 from ps_server.checkpoints import writer_process
 from ps_server.checkpoints.keeper import CheckpointPolicy
 from ps_server.checkpoints.reading import Checkpoint
@@ -36,17 +35,6 @@ from tests.conftest import StartServer
 from tests.jobs import STEP, Job, of
 from tests.kept_jobs import job_of, newest, push_all
 from tests.raw_client import Arrays, RawClient, flat_bytes, until
-
-
-@pytest.fixture
-def reboot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    def reboot() -> None:
-        boot_id = tmp_path / "boot_id"
-        boot_id.write_text("11111111-2222-3333-4444-555555555555\n")
-        monkeypatch.setattr(checkpoint_fields, "_BOOT_ID", boot_id)
-
-    return reboot
-
 
 # The keeper.
 

@@ -44,6 +44,17 @@ def reboot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None
 # The newest one that is usable.
 
 
+def test_a_fresh_file_is_not_trusted_after_a_reboot_but_a_durable_one_is(
+    tmp_path: Path, reboot: Callable[[], None]
+) -> None:
+    fresh, kept = write_fresh(tmp_path, small(5)), durable(tmp_path, 4)
+    assert content(read(fresh)) == content(small(5))
+    reboot()
+    with pytest.raises(CheckpointError, match="may not have reached the disk"):
+        read(fresh)
+    assert content(read(kept)) == content(small(4))
+
+
 def truncated(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
