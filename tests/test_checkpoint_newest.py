@@ -20,6 +20,7 @@ from tests.checkpoints import (
     make_durable,
     opened_keeper,
     prune,
+    read,
     small,
     steps,
     write_file,
