@@ -112,10 +112,13 @@ def test_a_file_of_the_plain_average_says_nothing_of_outer_optimizers(tmp_path: 
 
 
 def test_names_of_state_never_clash_with_those_of_variables(tmp_path: Path) -> None:
-    names = ("w", "outer/velocity/w", "_outer/velocity/w", "outer/", "velocity")
+    names = ("w", "outer/velocity/w", "_outer/velocity/w", "___outer/", "outer/", "velocity")
     manifest = Manifest(tuple(Variable(name, "float16", (number,)) for number, name in enumerate(names)))
     written = with_state(checkpoint_of(manifest))
     assert len(written.tensors) == 3 * len(names)
+    assert {name for name in written.tensors if name.startswith("__outer/")} == {
+        f"__outer/{slot}/{name}" for slot in ("velocity", "master") for name in names
+    }
     assert content(read(write_fresh(tmp_path, written))) == content(written)
 
 

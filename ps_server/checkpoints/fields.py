@@ -5,6 +5,7 @@ What was written comes back; anything else is refused, however it came there.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -85,10 +86,8 @@ class Checkpoint:
 
 def _state_prefix(variables: Collection[str]) -> str:
     """How the names of state in a file begin, and no variable's does."""
-    prefix = "outer/"
-    while any(name.startswith(prefix) for name in variables):
-        prefix = f"_{prefix}"
-    return prefix
+    taken = {len(name) - len(rest) for name in variables if (rest := name.lstrip("_")).startswith("outer/")}
+    return "_" * next(count for count in itertools.count() if count not in taken) + "outer/"
 
 
 def boot_id() -> str:
