@@ -13,6 +13,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from ma_client.cluster.spec import ClusterSpec
+from ma_client.files.initial_values import read_initial_values
 from ma_client.job.absence import connect
 from ma_client.job.all_servers import Members
 from ma_client.job.assembly import Assembly
@@ -21,7 +22,6 @@ from ma_client.job.initialization import Proposal, initialize
 from ma_client.job.one_server import Contribution, Worker
 from ma_client.process.one_thread import OneThread, by_one_thread
 from ma_client.transports.data_connection import DATA_SETTINGS, DataSettings
-from ma_client.values.initial_values import read_initial_values
 from ma_client.values.raw import bytes_of, same_bytes
 from ma_client.values.trees import Paths, as_arrays, nest, paths_of
 from modelaverage import wire

@@ -19,8 +19,8 @@ from google.protobuf.message import Message
 from modelaverage.logs import COMMON_FIELDS, EVENTS
 from tests.jobs import Job, of
 from tests.raw_client import RawClient, fragments_of, until
+from tests.source_tree import MODULES, ROOT, tree_of
 from tests.test_server_process import ServerProcess
-from tests.test_structure import MODULES, ROOT, tree_of
 
 TIMEOUT_S = 60
 
@@ -36,17 +36,17 @@ def events_of(module: str) -> Iterator[tuple[str, tuple[str, ...]]]:
             yield ast.literal_eval(call.args[0]), tuple(str(keyword.arg) for keyword in call.keywords)
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_an_event_is_one_of_the_table_and_has_its_fields(module: str) -> None:
-    for name, fields in events_of(module):
-        assert EVENTS.get(name) == fields, name
+def test_an_event_is_one_of_the_table_and_has_its_fields() -> None:
+    told = [(module, name, fields) for module in MODULES for name, fields in events_of(module)]
+    assert len(told) > len(EVENTS) / 2
+    assert [(module, name, fields) for module, name, fields in told if EVENTS.get(name) != fields] == []
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_every_line_of_the_log_names_its_event(module: str) -> None:
-    for call in calls(module):
-        if re.fullmatch(r"_log\.(debug|info|warning|error|exception|critical)", ast.unparse(call.func)):
-            assert "extra" in {keyword.arg for keyword in call.keywords}, ast.unparse(call)
+def test_every_line_of_the_log_names_its_event() -> None:
+    for module in MODULES:
+        for call in calls(module):
+            if re.fullmatch(r"_log\.(debug|info|warning|error|exception|critical)", ast.unparse(call.func)):
+                assert "extra" in {keyword.arg for keyword in call.keywords}, f"{module}: {ast.unparse(call)}"
 
 
 def test_every_event_of_the_table_is_used() -> None:

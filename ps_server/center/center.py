@@ -34,7 +34,7 @@ from ps_server.center.sums import Contribution, Sums
 from ps_server.machine.reserve import Reserve
 from ps_server.machine.threads import started_pool
 
-__all__ = ["MAX_OLD_BUFFERS", "Center", "Finish"]
+__all__ = ["Center", "Finish", "MAX_OLD_BUFFERS"]
 
 _T = TypeVar("_T")
 _THREADS = min(4, os.cpu_count() or 1)

@@ -21,7 +21,7 @@ from typing import Any
 
 from ps_server.checkpoints import files
 
-__all__ = ["STREAMED", "Answer", "main", "receive", "send"]
+__all__ = ["Answer", "STREAMED", "main", "receive", "send"]
 
 Answer = tuple[Any, tuple[int, str] | None, bool]
 """The result; the number and words of the error if there was one; whether two descriptors come along: the directory,

@@ -57,7 +57,7 @@ from ps_server.seen.roster import Roster
 from ps_server.seen.snapshot import JobSeen
 from ps_server.transports.base import Run, Transport
 
-__all__ = ["Job"]
+__all__ = ["Job", "Surroundings"]
 
 _log = logging.getLogger("ps_server")
 _Counted = Mapping[str, tuple[bytes, int]]
@@ -259,7 +259,6 @@ class Job:
 
     async def released(self, push: OpenPush) -> None:
         """Returns when the round that holds the push has committed."""
-        push.is_held = True
         while push.is_held:
             push.progress.clear()
             await push.progress.wait()
@@ -383,8 +382,11 @@ class Job:
                     assert push is not None
                     answer, push.average = decision, self.average
                     self._observe_admission(push, decision.first_needed)
-                case CenterFollows() | Hold():
+                case CenterFollows():
                     answer = decision
+                case Hold():
+                    assert push is not None
+                    answer, push.is_held = decision, True
                 case Dismiss(stream, error):
                     self._pushes[stream].call.fail(error)
                 case Restart(cause):

@@ -30,7 +30,7 @@ from ps_server.machine.reserve import Reserve
 from ps_server.machine.trouble import end_process
 from ps_server.rules.authorization import Role
 from ps_server.rules.policy import RoundPolicy
-from ps_server.rules.task_indexes import DEFAULT_REJOIN_GRACE_S, TaskIndexes
+from ps_server.rules.task_indexes import DEFAULT_REJOIN_TIMEOUT_S, TaskIndexes
 from ps_server.seen.observations import Observations
 from ps_server.seen.roster import Roster
 from ps_server.seen.sample import MetricsSample
@@ -58,7 +58,7 @@ class ServicePolicy:
         shared_memory_from_bytes: models of this size on use shared memory with workers on this host; a smaller one fits
             one or a few messages, to which shared memory would only add. Infinite: none.
         checkpoints: where to keep the center; None: nowhere.
-        rejoin_grace_s: how long a task index is kept for a process whose connection broke.
+        rejoin_timeout_s: how long a task index is kept for a process whose connection broke.
         first_notice_s: a round that waits says so after this time, then after twice as long, and so on.
     """
 
@@ -67,7 +67,7 @@ class ServicePolicy:
     stall_timeout_s: float
     shared_memory_from_bytes: float = DEFAULT_SHARED_MEMORY_FROM_BYTES
     checkpoints: CheckpointPolicy | None = None
-    rejoin_grace_s: float = DEFAULT_REJOIN_GRACE_S
+    rejoin_timeout_s: float = DEFAULT_REJOIN_TIMEOUT_S
     first_notice_s: float = 5.0
 
 
@@ -103,8 +103,8 @@ class ParameterServerService:
         self._serving = Serving(self._traffic, self._observations, policy.stall_timeout_s)
         self._waiting = WaitForChief(clock)
         # Workers of a server that goes on from a checkpoint have indexes already.
-        closed_until_s = -math.inf if restored is None else self._started_at_s + policy.rejoin_grace_s
-        indexes = TaskIndexes(policy.round.num_workers, policy.rejoin_grace_s, closed_until_s)
+        closed_until_s = -math.inf if restored is None else self._started_at_s + policy.rejoin_timeout_s
+        indexes = TaskIndexes(policy.round.num_workers, policy.rejoin_timeout_s, closed_until_s)
         self._joining = Joining(policy.round.num_workers, indexes, clock)
         self._keeper: Keeper | None = None
         if policy.checkpoints is not None and home is not None:
@@ -153,8 +153,8 @@ class ParameterServerService:
         """Returns once there is a center; until then the log says at growing gaps that there is none."""
         await self._waiting.say_so(lambda: sorted({call.worker_id for call in self._initialization.chiefs}))
 
-    async def stop(self, grace_s: float) -> None:
-        """Refuses what waits for others, lets what is under way finish for up to ``grace_s``, then ends the rest."""
+    async def stop(self, timeout_s: float) -> None:
+        """Refuses what waits for others, lets what is under way finish for up to ``timeout_s``, then ends the rest."""
         self._serving.is_stopping = True
         error = refusal(Reason.SERVER_STOPPING, GOING_DOWN)
         for call in list(self._waiting.calls):
@@ -163,7 +163,7 @@ class ParameterServerService:
         job, calls = self.job, self._serving.calls
         if job is not None and not job.round.full:
             job.fail_pushes(error)
-        deadline_s = self._clock() + grace_s
+        deadline_s = self._clock() + timeout_s
         while calls and (left_s := deadline_s - self._clock()) > 0:
             await asyncio.wait([call.ended for call in calls], timeout=left_s)
         for call in list(calls):

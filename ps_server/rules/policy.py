@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["MAX_WORKERS", "KeepingPolicy", "RoundPolicy"]
+__all__ = ["KeepingPolicy", "MAX_WORKERS", "RoundPolicy"]
 
 MAX_WORKERS = 10_000
 """How many workers a round may have: their names, of 128 bytes each, fit into the message that lists them."""

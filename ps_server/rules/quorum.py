@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from ps_server.rules.policy import RoundPolicy
 
-__all__ = ["MAX_NAMES", "Lateness", "Quorum"]
+__all__ = ["Lateness", "MAX_NAMES", "Quorum"]
 
 MAX_NAMES = 10_000
 """How many workers are remembered. Their names come from outside, and one that makes up new ones must not fill the

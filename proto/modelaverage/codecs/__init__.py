@@ -10,7 +10,7 @@ from modelaverage.codecs.raw import RAW
 from modelaverage.errors import Reason, refusal
 from modelaverage.names import listed
 
-__all__ = ["CODECS", "RAW", "Codec", "codec_named"]
+__all__ = ["CODECS", "Codec", "RAW", "codec_named"]
 
 CODECS: dict[str, Codec] = {
     RAW.name: RAW,

@@ -143,7 +143,7 @@ def _opened(path: Path) -> Iterator[InitialValuesFile]:
 
 def _torch_file(path: Path) -> InitialValuesFile:
     try:
-        from ma_client.tensors.torch_file import TorchFile  # not above: torch is an extra, and takes seconds to import
+        from ma_client.files.torch_file import TorchFile  # not above: torch is an extra, and takes seconds to import
     except ModuleNotFoundError as error:
         raise _cannot(
             path, f"torch.save wrote it, and torch is needed to read it ({error}); install it, or save safetensors"
