@@ -29,7 +29,7 @@ from modelaverage.runtime.shared_memory import Segment
 from ps_server.center.buffers import Buffer, Reader
 from ps_server.center.outer import AVERAGE, OuterOptimizer
 from ps_server.center.outer.base import MASTER, Values, summed_in
-from ps_server.center.state import State
+from ps_server.center.state import OuterState
 from ps_server.center.sums import Contribution, Sums
 from ps_server.machine.reserve import Reserve
 from ps_server.machine.threads import started_pool
@@ -93,7 +93,7 @@ class Center:
     @staticmethod
     def memory_bytes(manifest: Manifest, outer: OuterOptimizer = AVERAGE) -> int:
         """What a center of this manifest needs: two buffers, the outer optimizer's state of both, and the sums."""
-        buffer_bytes = manifest.buffer_size_bytes + State.memory_bytes(manifest, outer)
+        buffer_bytes = manifest.buffer_size_bytes + OuterState.memory_bytes(manifest, outer)
         return 2 * buffer_bytes + Sums.memory_bytes(manifest)
 
     # A center that is given.
@@ -113,7 +113,7 @@ class Center:
         arrays: Mapping[str, NDArray[np.generic]],
         state: Mapping[str, Mapping[str, NDArray[np.generic]]],
     ) -> None:
-        """Sets the current center and its state, both by name and of the right shapes and dtypes; see `State`."""
+        """Sets the current center and its state, both by name and of the right shapes and dtypes; see `OuterState`."""
         for name, array in self.current.arrays.items():
             array[...] = arrays[name]
         self.current.state.load(state)

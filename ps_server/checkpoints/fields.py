@@ -5,6 +5,7 @@ What was written comes back; anything else is refused, however it came there.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -41,9 +42,6 @@ _MAX_COUNTED, _MAX_CONTRIBUTORS = 10_000, 1 << 16
 _MAX_SETTINGS = 100
 _MAX_PUSH_ID, _MAX_PART_INDEX = 2**64 - 1, 2**32 - 1
 
-# By slot of the outer optimizer, then by variable.
-State = Mapping[str, Mapping[str, NDArray[Any]]]
-
 
 class CheckpointError(Exception):
     """A file is not a whole checkpoint of this project; the message says why."""
@@ -62,7 +60,7 @@ class Checkpoint:
         finished: workers that no round waits for, in any order.
         segment: the shared memory whose body is the flat buffer with the arrays, if they lie in such.
         outer: the outer optimizer that makes the next centers.
-        state: what that one keeps for this center, by slot and variable; see `ps_server.center.state.State`.
+        state: what that one keeps for this center, by slot and variable; see `ps_server.center.state.OuterState`.
     """
 
     manifest: Manifest
@@ -73,7 +71,7 @@ class Checkpoint:
     finished: Collection[str] = ()
     segment: Segment | None = None
     outer: OuterOptimizer = AVERAGE
-    state: State = field(default_factory=dict)
+    state: Mapping[str, Mapping[str, NDArray[Any]]] = field(default_factory=dict)
 
     @property
     def tensors(self) -> dict[str, NDArray[Any]]:
@@ -88,10 +86,8 @@ class Checkpoint:
 
 def _state_prefix(variables: Collection[str]) -> str:
     """How the names of state in a file begin, and no variable's does."""
-    prefix = "outer/"
-    while any(name.startswith(prefix) for name in variables):
-        prefix = f"_{prefix}"
-    return prefix
+    taken = {len(name) - len(rest) for name in variables if (rest := name.lstrip("_")).startswith("outer/")}
+    return "_" * next(count for count in itertools.count() if count not in taken) + "outer/"
 
 
 def boot_id() -> str:
@@ -195,8 +191,9 @@ def _outer_of(about: Mapping[str, str]) -> OuterOptimizer:
     if len(fields) != 2:
         raise ValueError("outer is no name and settings")
     name = strict_json.text(fields[0], "outer optimizer")
+    settings = strict_json.map_of(fields[1], "settings", _MAX_SETTINGS, _setting)
     try:
-        return outer_optimizer(name, strict_json.map_of(fields[1], "settings", _MAX_SETTINGS, _setting))
+        return outer_optimizer(name, settings)
     except ValueError as error:
         raise CheckpointError(str(error)) from None
 

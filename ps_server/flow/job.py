@@ -544,15 +544,8 @@ def _split(manifest: Manifest, codec: Codec, run: Run) -> Mapping[int, memoryvie
     """
     if run.first >= manifest.fragment_count:
         return {}
-    if not run.stays:
-        return dict(codec.split_run(manifest, run.first, run.data))
-    # A stretch of the flat buffer, which may be longer than a message.
-    coded, begin, index, at = dict[int, memoryview](), manifest.fragment_bounds(run.first)[0], run.first, 0
-    while at < len(run.data):
-        start, stop = manifest.fragment_bounds(index)
-        coded[index] = run.data[start - begin : stop - begin]
-        index, at = index + 1, stop - begin
-    return coded
+    split = codec.split_range if run.stays else codec.split_run  # a range of shared memory may be longer than a message
+    return dict(split(manifest, run.first, run.data))
 
 
 def _answer(outcomes: dict[OpenPush, pb.PushOutcome], held: list[OpenPush], sending: Sending) -> None:
