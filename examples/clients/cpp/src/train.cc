@@ -130,7 +130,7 @@ std::string Report(const Worker& worker, const Model& model, const std::vector<R
 }
 
 /// The center to go on from: the one that came, whatever the outcome, or the server's, if that has another past.
-std::string Average(Worker& worker, const std::string& flat) try {
+std::string Average(Worker& worker, std::string_view flat) try {
   return worker.PushAndAverage(flat).center;
 } catch (const Failure& failure) {
   if (failure.action() != "pull") throw;
