@@ -42,7 +42,7 @@ _POLICIES = (
 )
 Event = tuple[Callable[[], None], float]
 """Something that may happen, and how often it does."""
-_STOP_GRACE_S = 3.0
+_STOP_TIMEOUT_S = 3.0
 STEP = 5
 _OTHER_MESSAGES = (
     b"",
@@ -469,11 +469,11 @@ class Sequence:
         raise Failure(f"{call.rpc} does not end, though its client does nothing")
 
     def _stop_service(self) -> None:
-        stopped = self.world.loop.create_task(self.world.service.stop(_STOP_GRACE_S))
+        stopped = self.world.loop.create_task(self.world.service.stop(_STOP_TIMEOUT_S))
         self.world.settle()
         refused = self._opened("Pull", pb.PullRequest(worker_id="a").SerializeToString())
         self.world.settle()
-        self.world.advance(_STOP_GRACE_S + FIRST_WRITE_TIMEOUT_S + 0.1)
+        self.world.advance(_STOP_TIMEOUT_S + FIRST_WRITE_TIMEOUT_S + 0.1)
         if not stopped.done() or (left := [call.rpc for call in self._calls if not call.done]):
             raise Failure(f"{left} outlive the service" if stopped.done() else "the service does not stop")
         stopped.result()

@@ -13,6 +13,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from ma_client.cluster.spec import ClusterSpec
+from ma_client.files.initial_values import read_initial_values
 from ma_client.job.absence import connect
 from ma_client.job.all_servers import Members
 from ma_client.job.assembly import Assembly
@@ -20,9 +21,7 @@ from ma_client.job.farewell import wait_until_all_have_finished
 from ma_client.job.initialization import Proposal, initialize
 from ma_client.job.one_server import Contribution, Worker
 from ma_client.process.one_thread import OneThread, by_one_thread
-from ma_client.transports.connection import Deadline
 from ma_client.transports.data_connection import DATA_SETTINGS, DataSettings
-from ma_client.values.initial_values import read_initial_values
 from ma_client.values.raw import bytes_of, same_bytes
 from ma_client.values.trees import Paths, as_arrays, nest, paths_of
 from modelaverage import wire
@@ -31,10 +30,11 @@ from modelaverage.access.security import Security
 from modelaverage.addresses import check_all
 from modelaverage.checks import check_global_step, check_weight, check_worker_id
 from modelaverage.errors import ConflictError, InvalidRequestError, NotInitializedError, Reason
+from modelaverage.logs import event
 from modelaverage.manifest import MAX_SHARDS, Manifest, Variable, dtype_name, first_difference
 from modelaverage.outcome import Outcome
 from modelaverage.placement import PLACEMENTS
-from modelaverage.runtime.logs import event
+from modelaverage.runtime.deadline import Deadline
 from modelaverage.v1 import parameter_server_pb2 as pb
 
 __all__ = ["InitializeResult", "ParameterServerSession", "PushResult"]

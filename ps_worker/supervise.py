@@ -12,10 +12,10 @@ from typing import Any, TextIO
 
 from modelaverage.errors import ModelAverageError
 from modelaverage.runtime.output import CLOSED_PIPE_EXIT_CODE, OutputLostError
+from ps_worker.commands.stop_signals import end_at_once_on_signals, exit_code_for, stop_signals
 from ps_worker.demo.digits_config import DigitsConfig
 from ps_worker.engines.engine import Engine, EngineError
 from ps_worker.engines.processes import LineHandler, Processes, ProcessFailedError
-from ps_worker.stop_signals import end_at_once_on_signals, exit_code_for, stop_signals
 
 __all__ = ["run_digits", "run_script"]
 
@@ -35,10 +35,10 @@ def run_script(engine: Engine, command: Sequence[str]) -> int:
 
 
 async def _script(engine: Engine, command: Sequence[str], processes: Processes) -> None:
-    from ps_worker.aftermath import what_happened
-    from ps_worker.demo.beside import beside
-    from ps_worker.events.server_watch import ServerWatch
-    from ps_worker.lookout import keep_looking
+    from ps_worker.watch.aftermath import what_happened
+    from ps_worker.watch.beside import beside
+    from ps_worker.watch.lookout import keep_looking
+    from ps_worker.watch.server_watch import ServerWatch
 
     say = _printer("", sys.stderr)
     started_at_s = time.monotonic()

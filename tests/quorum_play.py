@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from modelaverage.errors import ModelAverageError, Reason
 from modelaverage.outcome import Outcome
 from ps_server.rules.decisions import (
+    Accumulate,
+    Addition,
     Admit,
     CenterFollows,
     Commit,
@@ -411,13 +413,15 @@ class Play:
         push = self.records.attached[stream]
         push = self.records.begun(push.worker_id) or push
         first = not any(index in indexes for indexes in self.records.given.values())
-        weight, is_first = self.round.check_fragment(stream, index)
+        decisions = self.round.take_fragments(stream, index, index + 1, self.now_s)
+        accumulate = decisions.pop(0)
+        assert isinstance(accumulate, Accumulate)
+        weight, is_first = accumulate.weight, accumulate.how is Addition.START
         self._compare("fragment", (push.weight, first), (weight, is_first))
         if is_first:
             self._sums[index].clear()
         self._sums[index].append(Given(push, index, weight))
         self.records.give(stream, index, self.now_s)
-        decisions = self.round.record_fragment(stream, self.now_s)
         self._follow("fragment", Answer(), decisions)
 
     def part(self, process: Process) -> None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from modelaverage.errors import ModelAverageError, Reason
 from modelaverage.outcome import Outcome
 from ps_server.rules.decisions import (
+    Accumulate,
+    Addition,
     Admit,
     CenterFollows,
     Commit,
@@ -167,7 +169,7 @@ class Ledger:
         if len(pushes) < self.num_workers:
             return None
         untouched = self.untouched(pushes)
-        return FinishFragment(index, sum(push.weight for push in pushes), untouched)
+        return FinishFragment(index, sum(push.weight for push in pushes), untouched, self.base_step == self.global_step)
 
     def untouched(self, pushes: list[Push]) -> frozenset[int]:
         """What all left untouched, if they started from the center that the server has."""
@@ -391,17 +393,19 @@ class Play:
     def _fragment(self, stream: int, index: int) -> None:
         expected, before = self.ledger.expect_fragment(stream, index), repr(self.round)
         try:
-            weight, first = self.round.check_fragment(stream, index)
+            decisions = self.round.take_fragments(stream, index, index + 1, self.now_s)
         except ModelAverageError as error:
             self._compare(expected, self._refused(error, before))
             return
+        accumulate = decisions[0]
+        assert isinstance(accumulate, Accumulate)
+        weight, first = accumulate.weight, accumulate.how is Addition.START
         self._compare(expected, Answer(added=(weight, first)))
         push = self.ledger.attached[stream]
         if first:
             self._sums[index].clear()
         self._sums[index].append(Given(push, index, weight))
         self.ledger.give(stream, index, self.now_s)
-        decisions = self.round.record_fragment(stream, self.now_s)
         finished = next((d for d in decisions if isinstance(d, FinishFragment)), None)
         self._compare(self.ledger.expected_finish(index), finished)
         self._apply(decisions, stream, push)

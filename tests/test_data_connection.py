@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 
 from ma_client import DataSettings, Outcome, Security
-from ma_client.transports.connection import Deadline, Shard
+from ma_client.transports.connection import Shard
 from ma_client.transports.data_connection import DataConnection, Transfer
 from ma_client.transports.data_link import DataLink, host_of
 from ma_client.transports.staging import Memory, Staging
 from modelaverage import wire
 from modelaverage.access.channels import Access
 from modelaverage.manifest import Manifest, Variable
+from modelaverage.runtime.deadline import Deadline
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.transports import data_port
 from tests.conftest import StartServer

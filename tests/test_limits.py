@@ -24,7 +24,7 @@ from modelaverage import wire
 from modelaverage.errors import Reason, ServerUnavailableError, refusal, told_reason
 from modelaverage.outcome import Outcome
 from modelaverage.v1 import parameter_server_pb2 as pb
-from ps_server.center.buffers import MAX_OLD_BUFFERS
+from ps_server.center.center import MAX_OLD_BUFFERS
 from ps_server.machine.connections import cut
 from ps_server.machine.reserve import Reserve
 from tests.launched import Launched
@@ -38,14 +38,14 @@ _NO_READING_AHEAD = [("grpc.use_local_subchannel_pool", 1), ("grpc.http2.bdp_pro
 # Breaks a round's arithmetic once, and then the way to start over.
 BROKEN_TWICE = """
 import sys
-from ps_server.center.buffers import Center
+from ps_server.center.center import Center
 from ps_server.rules.round import Round
 finish, left = Center.finish, [2]
-def broken(self, fragments):
+def broken(self, *arguments):
     left[0] -= 1
     if left[0] == 0:
         raise ArithmeticError("a test broke this")
-    return finish(self, fragments)
+    return finish(self, *arguments)
 def broken_too(self):
     raise RuntimeError("and this")
 Center.finish, Round.abandon = broken, broken_too

@@ -15,6 +15,7 @@ from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.checkpoints.keeper import CheckpointPolicy
 from ps_server.edge import metrics
 from ps_server.seen.observations import PHASES, Histogram
+from ps_server.seen.sample import MetricsSample
 from tests.conftest import RunningServer, StartServer
 from tests.jobs import CENTER, COUNT, STEP, Job, of
 from tests.raw_client import RawClient, until
@@ -206,7 +207,7 @@ def test_the_phases_are_those_of_the_protocol(server: RunningServer) -> None:
 
 
 def test_a_server_that_is_too_busy_or_has_ended_leaves_a_gap(monkeypatch: pytest.MonkeyPatch) -> None:
-    def sample() -> metrics.MetricsSample:
+    def sample() -> MetricsSample:
         raise AssertionError("nobody runs the loop")
 
     monkeypatch.setattr(metrics, "_SAMPLE_TIMEOUT_S", 0.01)

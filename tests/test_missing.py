@@ -205,7 +205,7 @@ def test_a_status_of_any_number_of_workers_fits_a_message() -> None:
             record.is_chief, record.local_step, record.nonfinite_values, record.pushes_counted = True, *[2**64 - 1] * 3
             record.lateness_s = record.loss = 0.1
             record.peer, record.transport = "unix:" + "%00" * 110, pb.TRANSPORT_DATA_CONNECTION
-        return service._status()
+        return service.status()
 
     found = asyncio.run(status())
     assert found.ByteSize() < LARGEST_MESSAGE_BYTES / 2
@@ -284,8 +284,8 @@ def test_a_round_that_starts_over_names_few_of_those_it_does_not_wait_for() -> N
     names = [f"w{number:02d}".ljust(128, "x") for number in range(40)]
     for stream, name in enumerate(["whole", *names]):
         round_.open(stream, Push(name, bytes(16), 1, 0), 0.0)
-        round_.record_fragment(stream, 0.0)
-    round_.record_fragment(0, 0.0)
+        round_.take_fragments(stream, 0, 1, 0.0)
+    round_.take_fragments(0, 1, 2, 0.0)
     (cause,) = [decision.cause for decision in round_.expire(1.0) if isinstance(decision, Restart)]
     assert re.fullmatch(r"it waited 1 s for 'w00x*', .* and \d\d more", cause)
     assert len(cause) < 1200

@@ -9,7 +9,6 @@ from collections.abc import Callable
 import pytest
 
 from ma_client.job.patience import Patience
-from ma_client.transports.connection import Deadline
 from modelaverage.errors import (
     ConflictError,
     DeadlineExceededError,
@@ -18,6 +17,7 @@ from modelaverage.errors import (
     ServerUnavailableError,
     refusal,
 )
+from modelaverage.runtime.deadline import Deadline
 from modelaverage.runtime.tuning import GONE_AFTER_S
 
 FOREVER = Deadline(None)

@@ -11,6 +11,8 @@ from hypothesis import given
 from modelaverage.errors import ConflictError, InvalidRequestError, ModelAverageError, ProtocolError, Reason
 from modelaverage.outcome import Outcome
 from ps_server.rules.decisions import (
+    Accumulate,
+    Addition,
     Admit,
     CenterFollows,
     Commit,
@@ -148,7 +150,7 @@ def test_the_random_interleavings_reach_every_decision_and_every_refusal() -> No
         seen.update(what for what, _ in play.left_unchanged)
         seen.update(word for _, word in play.last_words)
     assert seen == {
-        *(Admit, Dismiss, Restart, FinishFragment, Commit),
+        *(Accumulate, Admit, Dismiss, Restart, FinishFragment, Commit),
         *(Outcome.COMMITTED, Outcome.STALE, Outcome.ALREADY_COUNTED),
         *(Reason.BASE_STEP_AHEAD, Reason.WORKER_ID_IN_USE, Reason.ROUND_FULL),
         *(Reason.ROUND_RESTARTED, Reason.PUSH_SUPERSEDED),
@@ -177,9 +179,15 @@ def strict(num_workers: int, fragment_count: int, global_step: int = 0) -> Round
 def give(round_: Round, stream: int, *indexes: int, now_s: float = 0.0) -> list[Decided]:
     decisions: list[Decided] = []
     for index in indexes:
-        round_.check_fragment(stream, index)
-        decisions += round_.record_fragment(stream, now_s)
-    return decisions
+        decisions += round_.take_fragments(stream, index, index + 1, now_s)
+    return [decision for decision in decisions if not isinstance(decision, Accumulate)]
+
+
+def take(round_: Round, stream: int, index: int) -> Accumulate:
+    """Gives one fragment; what it leads to is another test's."""
+    accumulate = round_.take_fragments(stream, index, index + 1, 0.0)[0]
+    assert isinstance(accumulate, Accumulate)
+    return accumulate
 
 
 def commit_of(decisions: list[Decided]) -> Commit:
@@ -224,7 +232,7 @@ def test_a_stale_push_changes_nothing() -> None:
     round_.open(1, push("a", step=4), 0.0)
     assert round_.open(2, push("b", step=3), 0.0) == [CenterFollows(Outcome.STALE)]
     with pytest.raises(ProtocolError) as error:
-        round_.check_fragment(2, 0)
+        give(round_, 2, 0)
     assert refused(error) is Reason.FRAGMENT_REPEATED
     round_.check_complete(2)
     round_.close(2, 0.0)
@@ -249,7 +257,7 @@ def test_a_later_base_step_on_which_all_agree_is_adopted() -> None:
     finish, commit = give(round_, 2, 0)
     assert isinstance(commit, Commit)
     assert (commit.global_step, round_.global_step) == (10, 10)
-    assert finish == FinishFragment(0, 2.0, frozenset()), "the server's center is not the one that was left untouched"
+    assert finish == FinishFragment(0, 2.0, frozenset(), steps=False), "the server's center is not the one they left"
     assert commit.untouched == frozenset()
 
 
@@ -329,7 +337,7 @@ def test_the_round_starts_over_when_a_half_made_push_is_abandoned() -> None:
     assert dismissals(decisions) == {2: Reason.ROUND_RESTARTED}
     assert decisions[-1] == Admit(0)
     assert round_.complete == frozenset()
-    assert round_.check_fragment(3, 0) == (1.0, True), "the sums have to begin anew"
+    assert take(round_, 3, 0) == Accumulate(0, 1.0, Addition.START), "nothing of the old sums is left"
     assert round_.open(4, push("b"), 0.0) == [Admit(0)]
 
 
@@ -347,8 +355,9 @@ def test_a_push_that_never_began_is_replaced_without_starting_over() -> None:
     round_ = strict(1, 1)
     round_.open(1, push("a", number=1, weight=2.0), 0.0)
     assert not any(isinstance(d, Restart) for d in round_.open(2, push("a", number=2, weight=5.0), 0.0))
-    assert round_.check_fragment(2, 0) == (5.0, True)
-    assert give(round_, 2, 0)[0] == FinishFragment(0, 5.0, frozenset())
+    accumulate, finish, _ = round_.take_fragments(2, 0, 1, 0.0)
+    assert accumulate == Accumulate(0, 5.0, Addition.START)
+    assert finish == FinishFragment(0, 5.0, frozenset())
 
 
 def test_the_pushes_of_a_round_that_started_over_are_not_counted() -> None:
@@ -446,7 +455,7 @@ def test_a_header_that_comes_late_does_not_disturb_the_push_after_it() -> None:
     round_ = strict(2, 2)
     later, earlier = (Push("a", bytes(16), push_id, 0) for push_id in (2, 1))
     round_.open(1, later, 0.0)
-    round_.record_fragment(1, 0.0)
+    give(round_, 1, 0)
     with pytest.raises(ConflictError) as refused:
         round_.open(2, earlier, 1.0)
     assert refused.value.reason is Reason.PUSH_SUPERSEDED
@@ -481,10 +490,10 @@ def test_fragments_are_added_with_the_weight_of_their_push_and_divided_by_the_su
     round_ = strict(2, 1)
     round_.open(1, push("a", weight=3.0), 0.0)
     round_.open(2, push("b", weight=0.5), 0.0)
-    assert round_.check_fragment(1, 0) == (3.0, True)
-    give(round_, 1, 0)
-    assert round_.check_fragment(2, 0) == (0.5, False)
-    assert give(round_, 2, 0)[0] == FinishFragment(0, 3.5, frozenset())
+    assert take(round_, 1, 0) == Accumulate(0, 3.0, Addition.START)
+    accumulate, finish, _ = round_.take_fragments(2, 0, 1, 0.0)
+    assert accumulate == Accumulate(0, 0.5, Addition.ADD)
+    assert finish == FinishFragment(0, 3.5, frozenset())
 
 
 def test_only_variables_that_all_contributors_left_are_untouched() -> None:
@@ -530,7 +539,7 @@ def test_a_fragment_that_is_not_the_next_one_is_refused(index: int, reason: Reas
     round_.open(1, push("a"), 0.0)
     give(round_, 1, 0)
     with pytest.raises(ProtocolError, match=f"fragment {index} ") as error:
-        round_.check_fragment(1, index)
+        give(round_, 1, index)
     assert refused(error) is reason
     assert give(round_, 1, 1, 2) == []
 

@@ -76,10 +76,9 @@ class Play:
     def give(self, name: str, all_of_it: bool = False) -> None:
         process = self.processes[name]
         while process.stream is not None and not process.is_held and process.given < self.fragment_count:
-            self.round.check_fragment(process.stream, process.given)
-            process.given += 1
+            index, process.given = process.given, process.given + 1
             process.is_whole = process.given == self.fragment_count
-            self._decided(self.round.record_fragment(process.stream, self.now_s))
+            self._decided(self.round.take_fragments(process.stream, index, index + 1, self.now_s))
             if not all_of_it:
                 return
 

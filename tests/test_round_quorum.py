@@ -23,7 +23,8 @@ from ps_server.rules.decisions import (
     TimeOut,
     Verdict,
 )
-from ps_server.rules.policy import Lateness, RoundPolicy
+from ps_server.rules.policy import RoundPolicy
+from ps_server.rules.quorum import Lateness
 from tests.committing import CommittingRound as Round
 from tests.committing import Decided
 from tests.quorum_play import EVENTS, SECOND, Plan, Play
@@ -235,7 +236,14 @@ def test_the_random_interleavings_reach_every_decision_and_every_cause() -> None
         *("half-close", "early expiry"),
     }
     for cause in (
-        *("pushes anew", "takes the place", "left in the middle", "it waited", "broke off", "an earlier base step"),
+        *(
+            "makes another push",
+            "takes the place",
+            "left in the middle",
+            "it waited",
+            "broke off",
+            "an earlier base step",
+        ),
         *("has room", "goes on without you"),
     ):
         assert any(cause in text for text in words), cause

@@ -12,7 +12,7 @@ from grpc import StatusCode
 from ma_client import Outcome
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.__main__ import main
-from ps_server.center.buffers import MAX_OLD_BUFFERS, Center
+from ps_server.center.center import MAX_OLD_BUFFERS, Center
 from tests.conftest import StartServer
 from tests.jobs import CENTER, COUNT, STEP, Job, of, running, worker
 from tests.raw_client import (

@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from ma_client import Outcome, ParameterServerSession, PushResult
 from ma_client.job import all_servers as members
 from ma_client.job import one_server as member
-from ma_client.transports.connection import Deadline, Shard
+from ma_client.transports.connection import Shard
 from modelaverage.access.channels import Access
 from modelaverage.access.security import Security
 from modelaverage.errors import ConflictError, DeadlineExceededError, ModelAverageError
+from modelaverage.runtime.deadline import Deadline
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.flow import job as server_job
 from ps_server.rules.policy import RoundPolicy

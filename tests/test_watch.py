@@ -21,9 +21,9 @@ from modelaverage.names import MAX_NAMES, shown
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.__main__ import main
 from ps_server.console import watch as watching
-from ps_server.console.status import NoAnswerError, as_text
+from ps_server.console.status import NoAnswerError, Seen, as_text
 from ps_server.console.status_view import picture
-from ps_server.console.watch import Seen, json_line, line, watch
+from ps_server.console.watch import json_line, line, watch
 from ps_server.console.worker_table import state_of, worker_table, workers_of
 from tests.jobs import COUNT, STEP, Job, of
 from tests.raw_client import until

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 
 from ma_client.job.absence import Pace, connect
 from ma_client.process.threads import without_thread
-from ma_client.transports.connection import Deadline, Shard
+from ma_client.transports.connection import Shard
 from modelaverage.access.channels import Access
 from modelaverage.access.security import Security
 from modelaverage.errors import DeadlineExceededError, ModelAverageError, ServerUnavailableError
-from modelaverage.runtime.logs import event
+from modelaverage.logs import event
+from modelaverage.runtime.deadline import Deadline
 from modelaverage.v1 import parameter_server_pb2 as pb
 
 __all__ = ["Place", "join"]
@@ -42,7 +43,7 @@ class Place:
     num_workers: int
 
 
-class _Holder:
+class _HeldPlace:
     """Holds the place that a server gives: comes back for it when the connection breaks, says goodbye at the end."""
 
     def __init__(self, address: str, access: Access, timeout_s: float) -> None:
@@ -139,7 +140,7 @@ class _Holder:
             self._place.set_exception(error)
 
 
-_holders: dict[tuple[int, str], _Holder] = {}
+_holders: dict[tuple[int, str], _HeldPlace] = {}
 _lock = threading.Lock()
 
 
@@ -165,7 +166,7 @@ def join(address: str, timeout_s: float, security: Security | None = None) -> Pl
         holder = _holders.get(key)
         if holder is None:
             access = Access(Security.from_env() if security is None else security)
-            holder = _holders[key] = _Holder(address, access, timeout_s)
+            holder = _holders[key] = _HeldPlace(address, access, timeout_s)
             atexit.register(_end, key)
     try:
         return holder.place(deadline)

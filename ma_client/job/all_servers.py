@@ -12,10 +12,11 @@ from typing import Any, TypeVar
 from ma_client.job.one_server import Contribution, Member, Worker
 from ma_client.process.forking import OwnProcess
 from ma_client.process.threads import without_thread
-from ma_client.transports.connection import Deadline, Shard
+from ma_client.transports.connection import Shard
 from ma_client.transports.data_connection import DATA_SETTINGS, DataSettings
 from modelaverage.access.channels import Access
 from modelaverage.errors import ConflictError, ModelAverageError, Reason
+from modelaverage.runtime.deadline import Deadline
 from modelaverage.v1 import parameter_server_pb2 as pb
 
 __all__ = ["Members"]

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from ma_client.job.all_servers import Members
 from ma_client.job.assembly import Assembly
 from ma_client.job.one_server import Member
-from ma_client.transports.connection import Deadline
 from ma_client.transports.staging import Staging
 from ma_client.values.raw import bytes_of
 from modelaverage import wire
 from modelaverage.errors import ConflictError, NotInitializedError, Reason
 from modelaverage.manifest import Manifest, Shard, Variable, first_difference
 from modelaverage.placement import default_fragment_size_bytes, place
+from modelaverage.runtime.deadline import Deadline
 from modelaverage.v1 import parameter_server_pb2 as pb
 
 __all__ = ["Initialized", "Proposal", "initialize"]

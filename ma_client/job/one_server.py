@@ -11,7 +11,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from ma_client.job.patience import Patience
-from ma_client.transports.connection import Answer, Deadline, Shard
+from ma_client.transports.connection import Answer, Shard
 from ma_client.transports.lent_memory import Loan
 from ma_client.transports.staging import Staging
 from ma_client.values.raw import bytes_of
@@ -25,8 +25,9 @@ from modelaverage.errors import (
     RetryPushError,
     ServerUnavailableError,
 )
+from modelaverage.logs import event
 from modelaverage.missing import Missing
-from modelaverage.runtime.logs import event
+from modelaverage.runtime.deadline import Deadline
 from modelaverage.v1 import parameter_server_pb2 as pb
 
 __all__ = ["Contribution", "Member", "Worker"]

@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from ma_client.transports.connection import Deadline
 from modelaverage.errors import DeadlineExceededError, ModelAverageError, Reason, ServerUnavailableError
-from modelaverage.runtime.logs import event
+from modelaverage.logs import event
+from modelaverage.runtime.deadline import Deadline
 from modelaverage.runtime.tuning import GONE_AFTER_S
 
 __all__ = ["Patience"]

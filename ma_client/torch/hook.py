@@ -4,12 +4,19 @@ After the original's hook."""
 from __future__ import annotations
 
 from types import TracebackType
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from ma_client.torch.optimizer import ModelAverageOptimizer
+from typing import Protocol
 
 __all__ = ["ModelAverageHook"]
+
+
+class _Training(Protocol):
+    """What the hook begins and ends: a `ModelAverageOptimizer`."""
+
+    def begin(self) -> None: ...
+
+    def finish(self, final_round: bool, wait_for_others_s: float) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class ModelAverageHook:
@@ -24,9 +31,7 @@ class ModelAverageHook:
     are accepted and not used.
     """
 
-    def __init__(
-        self, optimizer: ModelAverageOptimizer, final_round: bool = True, wait_for_others_s: float = 0.0
-    ) -> None:
+    def __init__(self, optimizer: _Training, final_round: bool = True, wait_for_others_s: float = 0.0) -> None:
         self._optimizer = optimizer
         self._final_round = final_round
         self._wait_for_others_s = wait_for_others_s

@@ -34,15 +34,16 @@ from modelaverage.errors import (
     ServerUnavailableError,
     fault_told,
 )
+from modelaverage.logs import event
 from modelaverage.missing import Missing
 from modelaverage.names import listed
 from modelaverage.outcome import Outcome
-from modelaverage.runtime.logs import event
+from modelaverage.runtime.deadline import Deadline
 from modelaverage.runtime.shared_memory import Segment
 from modelaverage.runtime.tuning import CHANNEL_OPTIONS, connecting_for, keep_freed_memory
 from modelaverage.v1 import parameter_server_pb2 as pb
 
-__all__ = ["Answer", "Deadline", "FragmentSource", "Shard"]
+__all__ = ["Answer", "FragmentSource", "Shard"]
 
 _log = logging.getLogger("ma_client")
 
@@ -86,28 +87,6 @@ class Answer:
         copies = {name: array.copy() for name, array in self.loan.arrays.items()}
         self.loan.check_intact()
         return copies
-
-
-class Deadline:
-    """A time that is set once and left to run over several calls.
-
-    Args:
-        timeout_s: how long everything together may take; None: as long as it takes.
-    """
-
-    def __init__(self, timeout_s: float | None) -> None:
-        self.timeout_s = timeout_s
-        self._end_s = None if timeout_s is None else time.monotonic() + timeout_s
-
-    @property
-    def is_over(self) -> bool:
-        """Whether nothing is left of it."""
-        return self._end_s is not None and time.monotonic() >= self._end_s
-
-    @property
-    def left_s(self) -> float | None:
-        """What is left of it; never quite nothing, so that gRPC reports what is late."""
-        return None if self._end_s is None else max(0.001, self._end_s - time.monotonic())
 
 
 def _as_is(message: bytes) -> bytes:

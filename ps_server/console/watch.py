@@ -13,35 +13,17 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from importlib.util import find_spec
 
 from modelaverage.names import printable
 from modelaverage.runtime.output import wait_while_read
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.console import status
-from ps_server.console.status import NoAnswerError
+from ps_server.console.status import NoAnswerError, Seen
 
-__all__ = ["Seen", "json_line", "line", "watch"]
+__all__ = ["json_line", "line", "watch"]
 
 _Fetch = Callable[[str], pb.GetStatusResponse]
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What is known of one server.
-
-    Args:
-        address: where it is asked.
-        status: its last answer; None if it never gave one.
-        problem: why it does not answer now; empty if it does.
-        away_s: for how long it has not.
-    """
-
-    address: str
-    status: pb.GetStatusResponse | None = None
-    problem: str = ""
-    away_s: float = 0.0
 
 
 def watch(addresses: Sequence[str], fetch: _Fetch, interval_s: float, as_json: bool) -> None:

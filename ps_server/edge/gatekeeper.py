@@ -6,7 +6,6 @@ import logging
 import math
 import time
 from collections.abc import Awaitable, Callable
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -14,13 +13,12 @@ import grpc.aio
 
 from modelaverage.access.tokens import METADATA_KEY, token_of
 from modelaverage.errors import FAULTS, ModelAverageError, refusal_metadata
-from modelaverage.runtime.logs import event
-from ps_server.rules.authorization import Role, Tokens, check
+from modelaverage.logs import event
+from ps_server.flow.caller import caller_role
+from ps_server.rules.authorization import Tokens, check
 
-__all__ = ["Gatekeeper", "caller_role"]
+__all__ = ["Gatekeeper"]
 
-caller_role: ContextVar[Role | None] = ContextVar("caller_role", default=None)
-"""In a call: the role of its token; None without tokens. The task that looks at the token goes on to serve the call."""
 _WARNING_INTERVAL_S = 1.0
 _log = logging.getLogger("ps_server")
 if TYPE_CHECKING:  # gRPC's classes have parameters in its stubs only

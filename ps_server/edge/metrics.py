@@ -7,22 +7,21 @@ What each metric means is its help text; docs/observability.md lists them. prome
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
-from dataclasses import dataclass
 from threading import Thread
 from typing import TYPE_CHECKING
 
 from modelaverage.errors import Reason
 from modelaverage.missing import Missing
 from modelaverage.v1 import parameter_server_pb2 as pb
-from ps_server.flow.call import Traffic
-from ps_server.seen.observations import PHASES, Histogram, Observations
+from ps_server.seen.observations import PHASES, Histogram
+from ps_server.seen.sample import MetricsSample
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
-__all__ = ["MetricsError", "MetricsSample", "serve_metrics"]
+__all__ = ["MetricsError", "serve_metrics"]
 
 _SAMPLE_TIMEOUT_S = 5.0
 # Worker ids come from outside: so many of those that were counted in a round are shown, the last heard of.
@@ -31,23 +30,6 @@ _MAX_WORKERS_SHOWN = 1000
 
 class MetricsError(Exception):
     """Metrics cannot be served at this address."""
-
-
-@dataclass(frozen=True)
-class MetricsSample:
-    """What the server knows at one moment.
-
-    Args:
-        status: as GetStatus answers it.
-        observations: of its rounds; read at once, for they go on.
-        traffic: bytes of fragments.
-        lateness_sum_s: by worker, over all rounds that counted it, oldest contact first.
-    """
-
-    status: pb.GetStatusResponse
-    observations: Observations
-    traffic: Traffic
-    lateness_sum_s: Mapping[str, float]
 
 
 def serve_metrics(host: str, port: int, sample: Callable[[], MetricsSample]) -> tuple[int, Callable[[], None]]:

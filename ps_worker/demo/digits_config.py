@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
-from ps_worker import flags
+from modelaverage.commands import flag_types
 
 __all__ = ["ALONE", "ALONE_WITH_ALL", "DigitsConfig", "MODULES", "add_training_flags"]
 
@@ -63,42 +63,42 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training")
     group.add_argument(
         "--steps",
-        type=flags.count,
+        type=flag_types.count,
         default=DigitsConfig.steps,
         metavar="N",
         help="local steps of each worker, a multiple of --interval-steps (%(default)s)",
     )
     group.add_argument(
         "--interval-steps",
-        type=flags.count,
+        type=flag_types.count,
         default=DigitsConfig.interval_steps,
         metavar="N",
         help="local steps from one averaging round to the next (%(default)s)",
     )
     group.add_argument(
         "--batch-size",
-        type=flags.count,
+        type=flag_types.count,
         default=DigitsConfig.batch_size,
         metavar="N",
         help="images in one step of one worker (%(default)s)",
     )
     group.add_argument(
         "--learning-rate",
-        type=flags.positive,
+        type=flag_types.positive,
         default=DigitsConfig.learning_rate,
         metavar="X",
         help="of SGD (%(default)s)",
     )
     group.add_argument(
         "--momentum",
-        type=flags.fraction,
+        type=flag_types.fraction,
         default=DigitsConfig.momentum,
         metavar="X",
         help="of SGD, from 0, below 1 (%(default)s)",
     )
     group.add_argument(
         "--seed",
-        type=flags.whole,
+        type=flag_types.whole,
         default=DigitsConfig.seed,
         metavar="N",
         help="of the initial values and of the order of the images (%(default)s)",

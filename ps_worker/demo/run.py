@@ -15,18 +15,20 @@ from safetensors.numpy import save_file
 
 from ma_client import ParameterServerSession
 from modelaverage.errors import ModelAverageError
+from modelaverage.missing import Missing
+from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_worker.demo import run_files
-from ps_worker.demo.beside import beside
 from ps_worker.demo.digits_config import ALONE, ALONE_WITH_ALL, DigitsConfig
 from ps_worker.demo.metrics_file import MetricsFile
 from ps_worker.demo.record import Record
 from ps_worker.demo.summary import Summary
 from ps_worker.demo.view import Cast, View, view_for
 from ps_worker.engines.engine import Cluster, Engine, server_name
-from ps_worker.engines.processes import Child, LineHandler, Processes, all_end_well
-from ps_worker.events.parse import Event, ServerEvent, decode, encode
-from ps_worker.events.server_watch import ServerWatch
-from ps_worker.lookout import keep_looking
+from ps_worker.engines.processes import Child, EventPipe, LineHandler, Processes, all_end_well
+from ps_worker.events.parse import EVENTS_FLAG, Event, ServerEvent, decode, encode
+from ps_worker.watch.beside import beside
+from ps_worker.watch.lookout import keep_looking
+from ps_worker.watch.server_watch import ServerWatch
 
 __all__ = ["DemoConfig", "run_demo"]
 
@@ -114,7 +116,7 @@ class _Demo:
         self._enter(f"{together}: importing torch", together)
         for index, worker in enumerate(self._workers):
             say = self._say(worker)
-            self._cluster.start_worker(index, self._worker_command(), say, say, self._heard)
+            self._cluster.start_worker(index, self._worker_command(), say, say, EventPipe(EVENTS_FLAG, self._heard))
         watch = ServerWatch()
         try:
             async with (
@@ -123,7 +125,7 @@ class _Demo:
             ):
                 await self._cluster.workers_done()
             cluster_s = time.monotonic() - started_at_s
-            servers = [await watch.sample(name, address) for name, address in self._servers().items()]
+            servers = [_sample(name, await watch.status(address)) for name, address in self._servers().items()]
         finally:
             watch.close()
         for server in servers:
@@ -152,7 +154,9 @@ class _Demo:
         if name == ALONE_WITH_ALL:
             command.append("--all-images")
         say = self._say(name)
-        return self._processes.start(f"{name} worker", command, os.environ, say, say, self._heard)
+        return self._processes.start(
+            f"{name} worker", command, os.environ, say, say, EventPipe(EVENTS_FLAG, self._heard)
+        )
 
     async def _draw(self) -> None:
         self._enter("the report is written: importing matplotlib")
@@ -209,7 +213,7 @@ class _Demo:
             for name, address in self._servers().items():
                 # A server that is gone ends the run in another way; one that is slow may answer the next time.
                 with contextlib.suppress(ModelAverageError):
-                    self._add(await watch.sample(name, address))
+                    self._add(_sample(name, await watch.status(address)))
             await asyncio.sleep(_STATUS_INTERVAL_S)
 
     async def _keep_showing(self) -> None:
@@ -227,3 +231,18 @@ class _Demo:
     def _servers(self) -> dict[str, str]:
         """The address of each server by its name, once they listen."""
         return {server_name(index): address for index, address in enumerate(self._cluster.addresses)}
+
+
+def _sample(server: str, status: pb.GetStatusResponse) -> ServerEvent:
+    """What a server was doing when it answered."""
+    missing = Missing.told(status)
+    return ServerEvent(
+        server=server,
+        unix_time_s=time.time(),
+        phase=pb.Phase.Name(status.phase).removeprefix("PHASE_").lower(),
+        global_step=status.global_step,
+        received_bytes=status.received_bytes,
+        sent_bytes=status.sent_bytes,
+        waiting_for=missing.names,
+        waiting_for_omitted=missing.omitted,
+    )

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from modelaverage.commands.columns import size
 from modelaverage.names import shown
 from ps_worker.demo.digits_config import DigitsConfig
 
-__all__ = ["Summary", "size"]
+__all__ = ["Summary"]
 
 # Of more workers than these a line has no room for the names.
 _EACH_WORKER = 2
@@ -98,11 +99,3 @@ def _waits(waited_s: Mapping[str, float]) -> str:
 
 def _each(of_workers: Mapping[str, object]) -> str:
     return ", ".join(f"{shown(worker)} {what}" for worker, what in of_workers.items())
-
-
-def size(size_bytes: int) -> str:
-    """Bytes for people."""
-    for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if size_bytes >= factor:
-            return f"{size_bytes / factor:.1f} {unit}"
-    return f"{size_bytes} bytes"

@@ -14,10 +14,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from modelaverage.commands.columns import fitted, listed_within, shortened, width
+from modelaverage.commands.columns import fitted, listed_within, shortened, size, width
 from modelaverage.names import shown
 from ps_worker.demo.record import Record
-from ps_worker.demo.summary import size
 from ps_worker.events.parse import ServerEvent
 
 __all__ = ["Cast", "LiveView", "PlainView", "View", "view_for"]

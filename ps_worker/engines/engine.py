@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from ps_worker.engines.processes import LineHandler, Processes
+from ps_worker.engines.processes import EventPipe, LineHandler, Processes
 
 __all__ = ["Cluster", "Engine", "EngineError", "WorkerState", "server_name"]
 
@@ -58,11 +58,11 @@ class Cluster(Protocol):
         command: Sequence[str],
         on_output: LineHandler,
         on_error: LineHandler,
-        on_event: LineHandler | None = None,
+        events: EventPipe | None = None,
     ) -> None:
         """Starts worker ``index``, once the servers listen: Python with the arguments ``command``.
 
-        The handlers get each line of its stdout, its stderr and, if asked for, its events (`EVENTS_FLAG`).
+        The handlers get each line of its stdout and of its stderr; ``events`` is one more pipe for it.
         """
 
     async def workers_done(self) -> None:

@@ -17,7 +17,7 @@ from ma_client.cluster.spec import ClusterSpec
 from modelaverage.commands.serve_flags import ServeFlags
 from ps_worker.engines.engine import EngineError, WorkerState, server_name
 from ps_worker.engines.local_worker import LocalWorker
-from ps_worker.engines.processes import Child, LineHandler, Processes, ProcessFailedError, how_it_ended
+from ps_worker.engines.processes import Child, EventPipe, LineHandler, Processes, ProcessFailedError, how_it_ended
 
 __all__ = [
     "LocalCluster",
@@ -30,7 +30,7 @@ __all__ = [
 
 _READY_TIMEOUT_S = 30.0
 # A server that keeps the center on disk may have to write it at its end.
-_CHECKPOINT_GRACE_S = 10.0
+_CHECKPOINT_STOP_TIMEOUT_S = 10.0
 _PART = re.compile(r"ps-[0-9]+")
 _CHECKPOINT = re.compile(r"center-.*\.safetensors")
 # What only a worker's first process is to be told: a chief that is started again finds the center that it has made.
@@ -134,7 +134,7 @@ class LocalCluster:
             on_output=on_output,
             on_error=lambda line: self._on_message(f"[{name}] {line}"),
             ends_last=True,
-            last_grace_s=_CHECKPOINT_GRACE_S if self.center_at else None,
+            last_stop_timeout_s=_CHECKPOINT_STOP_TIMEOUT_S if self.center_at else None,
         )
         self._servers.append(server)
         return first_line
@@ -145,7 +145,7 @@ class LocalCluster:
         command: Sequence[str],
         on_output: LineHandler,
         on_error: LineHandler,
-        on_event: LineHandler | None = None,
+        events: EventPipe | None = None,
     ) -> None:
         """Starts worker ``index``; see `Cluster`."""
         cluster = ClusterSpec(self.addresses, self.num_workers, index, must_be_new=self._config.must_be_new)
@@ -155,7 +155,7 @@ class LocalCluster:
         def start(again: bool) -> Child:
             name, python = cluster.worker_id, [sys.executable, *command]
             told = started_again(environ) if again else environ
-            return self._processes.start(name, python, told, on_output, on_error, on_event)
+            return self._processes.start(name, python, told, on_output, on_error, events)
 
         self._workers.append(LocalWorker(cluster.worker_id, start, self._config.max_restarts, self._announce))
 

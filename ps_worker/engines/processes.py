@@ -18,19 +18,40 @@ from types import TracebackType
 from typing import IO, Any
 
 from ps_worker.engines import leash
-from ps_worker.events.parse import EVENTS_FLAG
 
-__all__ = ["Child", "LineHandler", "ProcessFailedError", "Processes", "Tail", "all_end_well", "how_it_ended"]
+__all__ = [
+    "Child",
+    "EventPipe",
+    "LineHandler",
+    "ProcessFailedError",
+    "Processes",
+    "Tail",
+    "all_end_well",
+    "how_it_ended",
+]
 
 LineHandler = Callable[[str], None]
 
 _TAIL_LINES = 15
 _MAX_LINE_CHARS = 1 << 16
-_LAST_GRACE_S = 0.7
+_LAST_STOP_TIMEOUT_S = 0.7
 _KILL_TIMEOUT_S = 0.5
 # A process that has left the session may hold a pipe open for ever.
 _LAST_LINES_TIMEOUT_S = 5.0
 _LAST_LINES_AT_END_TIMEOUT_S = 0.3
+
+
+@dataclass(frozen=True)
+class EventPipe:
+    """One more pipe from a process, for lines that are not for people.
+
+    Args:
+        flag: what tells the process the pipe's file descriptor: it is started with the arguments ``flag`` N.
+        on_line: gets each line.
+    """
+
+    flag: str
+    on_line: LineHandler
 
 
 class ProcessFailedError(Exception):
@@ -65,7 +86,7 @@ class Child:
         tail: of its stderr.
         readers: end when the pipes from it do, or with the exception that a handler of its lines raised.
         ends_last: whether the others need it as long as they run.
-        last_grace_s: how long it may take to end then.
+        last_stop_timeout_s: how long it may take to end then.
     """
 
     name: str
@@ -74,7 +95,7 @@ class Child:
     tail: Tail
     readers: list[asyncio.Task[None]]
     ends_last: bool
-    last_grace_s: float = _LAST_GRACE_S
+    last_stop_timeout_s: float = _LAST_STOP_TIMEOUT_S
 
     async def all_lines_read(self) -> None:
         """Waits, but not for ever, until what the ended process printed was handed on. Raises what a handler raised."""
@@ -95,14 +116,14 @@ class Child:
 
 
 class Processes:
-    """Processes that end when this context does: SIGTERM, and SIGKILL after ``grace_s`` seconds.
+    """Processes that end when this context does: SIGTERM, and SIGKILL after ``stop_timeout_s`` seconds.
 
     For a running event loop. Every process leads a session of its own, so a terminal's Ctrl-C does not reach it; on
     Linux it is killed when the loop's thread ends, however that happens.
     """
 
-    def __init__(self, grace_s: float = 3.0) -> None:
-        self._grace_s = grace_s
+    def __init__(self, stop_timeout_s: float = 3.0) -> None:
+        self._stop_timeout_s = stop_timeout_s
         self._children: list[Child] = []
         self._opened: list[asyncio.ReadTransport] = []
         self._hurry = asyncio.Event()
@@ -116,7 +137,7 @@ class Processes:
         await self._end()
 
     def hurry(self) -> None:
-        """Ends without further grace."""
+        """Kills what is left without waiting for it to end by itself."""
         self._hurry.set()
 
     def start(
@@ -126,10 +147,10 @@ class Processes:
         environ: Mapping[str, str],
         on_output: LineHandler,
         on_error: LineHandler,
-        on_event: LineHandler | None = None,
+        events: EventPipe | None = None,
         ends_last: bool = False,
         directory: str | None = None,
-        last_grace_s: float | None = None,
+        last_stop_timeout_s: float | None = None,
     ) -> Child:
         """Starts ``command``. Raises OSError.
 
@@ -139,22 +160,22 @@ class Processes:
             environ: its environment.
             on_output: gets each line of its stdout, without the end.
             on_error: gets each line of its stderr.
-            on_event: gets each line of one more pipe; the command is told its file descriptor, as `EVENTS_FLAG` N.
+            events: one more pipe to give it, and who gets its lines.
             ends_last: whether the other processes need this one as long as they run.
             directory: to start it in; None: this process's own.
-            last_grace_s: how long it may take to end if it is one that ends last; None: not long.
+            last_stop_timeout_s: how long it may take to end if it is one that ends last; None: not long.
         """
         tail = Tail(on_error)
         leashed = [sys.executable, "-I", "-S", str(Path(leash.__file__)), str(os.getpid()), *command]
         with contextlib.ExitStack() as handed_over:
-            events: list[tuple[IO[bytes], LineHandler]] = []
+            more_pipes: list[tuple[IO[bytes], LineHandler]] = []
             write_fds: list[int] = []
-            if on_event is not None:
+            if events is not None:
                 read_fd, write_fd = os.pipe()
                 handed_over.callback(os.close, write_fd)
-                events.append((os.fdopen(read_fd, "rb", buffering=0), on_event))
+                more_pipes.append((os.fdopen(read_fd, "rb", buffering=0), events.on_line))
                 write_fds.append(write_fd)
-                leashed += [EVENTS_FLAG, str(write_fd)]
+                leashed += [events.flag, str(write_fd)]
             process = subprocess.Popen(
                 leashed,
                 env=dict(environ),
@@ -168,11 +189,11 @@ class Processes:
             )
         assert process.stdout is not None
         assert process.stderr is not None
-        pipes = [(process.stdout, on_output), (process.stderr, tail.add), *events]
+        pipes = [(process.stdout, on_output), (process.stderr, tail.add), *more_pipes]
         readers = [asyncio.ensure_future(_read_lines(pipe, handler, self._opened)) for pipe, handler in pipes]
         exit_code = asyncio.get_running_loop().create_future()
-        grace_s = _LAST_GRACE_S if last_grace_s is None else last_grace_s
-        child = Child(name, process, exit_code, tail, readers, ends_last, grace_s)
+        stop_timeout_s = _LAST_STOP_TIMEOUT_S if last_stop_timeout_s is None else last_stop_timeout_s
+        child = Child(name, process, exit_code, tail, readers, ends_last, stop_timeout_s)
         self._children.append(child)
         threading.Thread(target=_wait, args=(child, asyncio.get_running_loop()), daemon=True).start()
         return child
@@ -181,9 +202,9 @@ class Processes:
         # What the others need ends after them, or they would complain of that.
         first = [child for child in self._children if not child.ends_last]
         last = [child for child in self._children if child.ends_last]
-        last_grace_s = max((child.last_grace_s for child in last), default=0.0)
-        for children, grace_s in ((first, self._grace_s), (last, last_grace_s)):
-            await self._end_with(signal.SIGTERM, children, grace_s)
+        last_stop_timeout_s = max((child.last_stop_timeout_s for child in last), default=0.0)
+        for children, stop_timeout_s in ((first, self._stop_timeout_s), (last, last_stop_timeout_s)):
+            await self._end_with(signal.SIGTERM, children, stop_timeout_s)
             await self._end_with(signal.SIGKILL, children, _KILL_TIMEOUT_S)
         readers = [reader for child in self._children for reader in child.readers]
         if readers:

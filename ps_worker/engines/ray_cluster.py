@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from ma_client.cluster.spec import ClusterSpec
 from modelaverage.commands.serve_flags import ServeFlags
 from ps_worker.engines.engine import EngineError, WorkerState, server_name
-from ps_worker.engines.processes import LineHandler
+from ps_worker.engines.processes import EventPipe, LineHandler
 from ps_worker.engines.ray_host import ERROR, EVENT, OUTPUT, Command, RayHost
 from ps_worker.engines.ray_process import RayProcess
 
@@ -125,7 +125,7 @@ class RayCluster:
         command: Sequence[str],
         on_output: LineHandler,
         on_error: LineHandler,
-        on_event: LineHandler | None = None,
+        events: EventPipe | None = None,
     ) -> None:
         """Starts worker ``index``; see `Cluster`. It keeps its index when it is started again."""
         config = self._config
@@ -139,9 +139,9 @@ class RayCluster:
             must_be_new = False  # started again it finds the center that it has made itself
             # Its lines are to be seen when they are printed.
             environ["PYTHONUNBUFFERED"] = "1"
-            return Command(name, command, environ, config.directory, on_event is not None)
+            return Command(name, command, environ, config.directory, None if events is None else events.flag)
 
-        handlers = {OUTPUT: on_output, ERROR: on_error} | ({} if on_event is None else {EVENT: on_event})
+        handlers = {OUTPUT: on_output, ERROR: on_error} | ({} if events is None else {EVENT: events.on_line})
         host = self._host(self.num_servers + index)
         give_up = f"--max-restarts {config.max_restarts}"
         self._workers.append(RayProcess(name, host, command_at, handlers, config.max_restarts, give_up, self._announce))
@@ -181,7 +181,7 @@ class RayCluster:
             arguments.append("--insecure")
             directory = self.center_at[index] if self.center_at else None
             arguments += replace(config.serve, checkpoint_dir=directory).to_argv()
-            return Command(name, arguments, {}, None, has_events=False)
+            return Command(name, arguments, {}, None, events_flag=None)
 
         if not self.center_at:
             max_restarts, give_up = 0, "with --checkpoint-dir it would be started again"

@@ -12,6 +12,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from modelaverage.addresses import parse
 from ps_worker.engines.engine import EngineError
 from ps_worker.engines.local_cluster import usable_cores
 
@@ -78,11 +79,11 @@ def _check(address: str) -> None:
             f"{address}: a Ray client cannot do this; start ma-launch on a node of the cluster, or with "
             "`ray job submit -- ma-launch ...`"
         )
-    host, _, port = address.rpartition(":")
-    if port.isdecimal():  # otherwise it is a word of Ray's, such as "auto"
+    if ":" in address:  # otherwise it is a word of Ray's, such as "auto"
         try:
-            socket.create_connection((host.strip("[]"), int(port)), _PROBE_TIMEOUT_S).close()
-        except (OSError, OverflowError) as error:
+            where = parse(address)
+            socket.create_connection((where.host, where.port), _PROBE_TIMEOUT_S).close()
+        except (OSError, ValueError) as error:
             raise EngineError(f"there is no Ray cluster at {address}: {error}") from None
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from modelaverage.addresses import parse
-from ps_worker.engines.processes import Processes
+from modelaverage.addresses import Address, parse
+from ps_worker.engines.processes import EventPipe, Processes
 
 __all__ = ["Command", "ERROR", "EVENT", "Line", "OUTPUT", "RayHost"]
 
@@ -34,14 +34,14 @@ class Command:
         arguments: of Python.
         environ: variables to add to the node's environment.
         directory: to start it in; None: the actor's own.
-        has_events: whether it is to be given a pipe for events.
+        events_flag: what tells it the pipe for its events; None: it gets none.
     """
 
     name: str
     arguments: Sequence[str]
     environ: Mapping[str, str]
     directory: str | None
-    has_events: bool
+    events_flag: str | None
 
 
 class RayHost:
@@ -62,7 +62,8 @@ class RayHost:
         import ray
 
         host: str = self._bind_host or ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-        return before if before.startswith(f"{host}:") and _is_free(before) else f"{host}:0"
+        is_here = bool(before) and parse(before).host == host
+        return before if is_here and _is_free(before) else str(Address(host))
 
     async def run(self, command: Command) -> AsyncIterator[list[Line] | int]:
         """Runs ``command`` with this node's Python, once an earlier one has been stopped.
@@ -117,6 +118,7 @@ class _Run:
         if self._earlier is not None:
             await self._earlier.stop()
             self._earlier = None
+        flag = self._command.events_flag
         async with Processes() as processes:
             child = processes.start(
                 self._command.name,
@@ -124,7 +126,7 @@ class _Run:
                 {**os.environ, **self._command.environ},
                 on_output=partial(self._put, OUTPUT),
                 on_error=partial(self._put, ERROR),
-                on_event=partial(self._put, EVENT) if self._command.has_events else None,
+                events=None if flag is None else EventPipe(flag, partial(self._put, EVENT)),
                 directory=self._command.directory,
             )
             stopped = asyncio.ensure_future(self._stopped.wait())

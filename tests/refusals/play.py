@@ -466,7 +466,7 @@ async def readers(server: Server, workers: asyncio.Future[Any]) -> None:
     slow: list[tuple[Context, asyncio.Task[Any]]] = []
     seen = 0
     while not workers.done():
-        job = None if server.service is None else server.service._job
+        job = None if server.service is None else server.service.job
         if job is not None and job.round.global_step >= seen and server.service is not None:
             seen = job.round.global_step + 1
             context, task = server.call("Pull", pb.PullRequest(worker_id=f"reader-{seen}").SerializeToString())
@@ -488,7 +488,7 @@ async def breaker(server: Server, workers: asyncio.Future[Any]) -> None:
     while not workers.done() and worker.push_id < 3:
         worker.push_id += 1
         worker.incarnation = worker.push_id.to_bytes(16, "big")
-        job = None if server.service is None else server.service._job
+        job = None if server.service is None else server.service.job
         if job is not None:
             header = pb.PushHeader(
                 worker_id="9",
@@ -534,10 +534,9 @@ async def _play(kind: Kind, directory: Path, result_of: list[Server]) -> None:
             task.cancel()
     with PROBE.elsewhere():
         assert server.service is not None
-        job = server.service._job
+        job = server.service.job
         assert job is not None
-        fragments = [bytes(job.center.current.fragment(index)) for index in range(MANIFEST.fragment_count)]
-        check("the server has", job.round.global_step, b"".join(fragments))
+        check("the server has", job.round.global_step, job.center.current.flat.tobytes())
     try:
         await asyncio.wait_for(server.stop(), LIMIT_S)
     except (OSError, MemoryError, RuntimeError):

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 from ma_client import ParameterServerSession
 from modelaverage.errors import ModelAverageError
-from modelaverage.missing import Missing
 from modelaverage.v1 import parameter_server_pb2 as pb
-from ps_worker.events.parse import ServerEvent
 
 __all__ = ["ServerWatch"]
 
@@ -37,21 +34,6 @@ class ServerWatch:
             with contextlib.suppress(ModelAverageError):
                 found.append(await self.status(address))
         return found
-
-    async def sample(self, server: str, address: str) -> ServerEvent:
-        """What the server at ``address`` is doing. Raises as `status`."""
-        status = await self.status(address)
-        missing = Missing.told(status)
-        return ServerEvent(
-            server=server,
-            unix_time_s=time.time(),
-            phase=pb.Phase.Name(status.phase).removeprefix("PHASE_").lower(),
-            global_step=status.global_step,
-            received_bytes=status.received_bytes,
-            sent_bytes=status.sent_bytes,
-            waiting_for=missing.names,
-            waiting_for_omitted=missing.omitted,
-        )
 
     def close(self) -> None:
         """Ends the connections, after the question that is being asked if there is one."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 
-from ps_worker.aftermath import missed
 from ps_worker.engines.engine import Cluster
 from ps_worker.engines.processes import LineHandler
-from ps_worker.events.server_watch import ServerWatch
+from ps_worker.watch.aftermath import missed
+from ps_worker.watch.server_watch import ServerWatch
 
 __all__ = ["keep_looking"]
 

@@ -1,0 +1,12 @@
+"""Who makes the call that is being served."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+
+from ps_server.rules.authorization import Role
+
+__all__ = ["caller_role"]
+
+caller_role: ContextVar[Role | None] = ContextVar("caller_role", default=None)
+"""In a call: the role of its token; None without tokens. The task that checks the token goes on to serve the call."""
