@@ -189,11 +189,14 @@ class Sequence:
             untouched_variables=sorted(given.untouched),
             accepts_shared_memory=rng.random() < 0.5,
             fragments_follow=rng.random() < 0.3,
+            half_duplex=rng.random() < 0.15,
+            accepts_combined=rng.random() < 0.5,
         )
         self._adorn(header)
         if rng.random() < 0.1 and not is_good:
             self._spoil(header)
         push = Push(self._opened("PushAndAverage"), key, header, is_beside=header.uses_data_connection)
+        push.call.context.is_half_duplex = header.half_duplex and not header.uses_data_connection
         self._finishing.returned(push.call, header.worker_id)
         self._pushes[push.call] = push
         if rng.random() < 0.05 and not is_good:
@@ -223,7 +226,7 @@ class Sequence:
 
     @staticmethod
     def _fragments_follow(header: pb.PushHeader) -> bool:
-        return header.fragments_follow and not header.uses_data_connection
+        return (header.fragments_follow or header.half_duplex) and not header.uses_data_connection
 
     def _new_push(self, key: Key) -> Given:
         number = zlib.crc32(repr(key).encode())
@@ -233,7 +236,7 @@ class Sequence:
 
     def _spoil(self, header: pb.PushHeader) -> None:
         rng = self._rng
-        match rng.randrange(7):
+        match rng.randrange(8):
             case 0:
                 header.worker_id = rng.choice(_BAD_IDS)
             case 1:
@@ -246,6 +249,8 @@ class Sequence:
                 header.manifest_id = rng.choice(("", "x" * 100, MODELS[0].manifest.id, MODELS[1].manifest.id))
             case 5:
                 header.untouched_variables[:] = rng.choice(([1, 0], [0, 0], [2**32 - 1]))
+            case 6:
+                header.codec = rng.choice(("int8", "\n", "x" * 300))
             case _:
                 header.Clear()
 
@@ -303,7 +308,7 @@ class Sequence:
                 push.segment = self._lent(admission.contribution, self._witness.given[push.key].value)
         if push.is_beside or push.call.context.half_closed or push.next >= self._model.manifest.fragment_count:
             return False
-        return push.header.fragments_follow or push.first is not None
+        return self._fragments_follow(push.header) or push.first is not None
 
     def _lent(self, memory: pb.SharedMemory, value: float) -> Segment:
         flat = np.frombuffer(self._model.flat(value), np.uint8)

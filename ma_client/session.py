@@ -30,11 +30,11 @@ from modelaverage.access.security import Security
 from modelaverage.addresses import check_all
 from modelaverage.checks import check_global_step, check_weight, check_worker_id
 from modelaverage.errors import ConflictError, InvalidRequestError, NotInitializedError, Reason
+from modelaverage.logs import event
 from modelaverage.manifest import MAX_SHARDS, Manifest, Variable, dtype_name, first_difference
 from modelaverage.outcome import Outcome
 from modelaverage.placement import PLACEMENTS
 from modelaverage.runtime.deadline import Deadline
-from modelaverage.runtime.logs import event
 from modelaverage.v1 import parameter_server_pb2 as pb
 
 __all__ = ["InitializeResult", "ParameterServerSession", "PushResult"]

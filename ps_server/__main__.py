@@ -23,7 +23,7 @@ from modelaverage.commands import flag_types
 from modelaverage.commands.security_flags import add_security_flags, security_of
 from modelaverage.commands.serve_flags import ServeFlags, add_serve_flags
 from modelaverage.errors import SecurityError
-from modelaverage.runtime.logs import event, keep_logging, log_json, say
+from modelaverage.logs import event, keep_logging, log_json, say
 from modelaverage.runtime.output import CLOSED_PIPE_EXIT_CODE, OnLoss, OutputLostError
 from ps_server.checkpoints.keeper import CheckpointPolicy
 from ps_server.console import status

@@ -24,7 +24,7 @@ from grpc_reflection.v1alpha import reflection
 from modelaverage import wire
 from modelaverage.addresses import Address, parse
 from modelaverage.errors import SecurityError
-from modelaverage.runtime.logs import event
+from modelaverage.logs import event
 from modelaverage.runtime.tuning import CHANNEL_OPTIONS, keep_freed_memory
 from ps_server.checkpoints.home import CheckpointHome
 from ps_server.checkpoints.keeper import CheckpointPolicy

@@ -14,7 +14,7 @@ from modelaverage import __version__
 from modelaverage.commands import flag_types
 from modelaverage.commands.parser import OneLineParser, help_format
 from modelaverage.commands.security_flags import add_security_flags, security_of
-from modelaverage.runtime.logs import event, keep_logging, log_json
+from modelaverage.logs import event, keep_logging, log_json
 from modelaverage.runtime.output import OnLoss
 from ps_worker.commands import run_script
 from ps_worker.commands.extras import MissingExtraError, require

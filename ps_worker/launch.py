@@ -14,7 +14,7 @@ from modelaverage import __version__
 from modelaverage.commands import flag_types
 from modelaverage.commands.parser import OneLineParser, help_format
 from modelaverage.commands.serve_flags import ServeFlags, add_serve_flags
-from modelaverage.runtime.logs import keep_logging
+from modelaverage.logs import keep_logging
 from modelaverage.runtime.output import OnLoss
 from ps_worker.commands.extras import MissingExtraError, require
 from ps_worker.commands.stop_signals import end_at_once_on_signals

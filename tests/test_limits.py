@@ -21,7 +21,7 @@ import pytest
 
 from ma_client import ParameterServerSession
 from modelaverage import wire
-from modelaverage.errors import REASON_METADATA_KEY, REASON_PREFIX, Reason, ServerUnavailableError, refusal
+from modelaverage.errors import Reason, ServerUnavailableError, refusal, told_reason
 from modelaverage.outcome import Outcome
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.center.center import MAX_OLD_BUFFERS
@@ -119,9 +119,8 @@ class Reader:
             for data in self._pull:
                 came += pb.PullResponse.FromString(data).fragment.data
         except grpc.RpcError as error:
-            metadata: Any = error.trailing_metadata() or ()
-            reason: str = dict(metadata).get(REASON_METADATA_KEY, error.code().name)
-            return bytes(came), reason.removeprefix(REASON_PREFIX)
+            metadata: Any = error.trailing_metadata()
+            return bytes(came), told_reason(metadata) or error.code().name
         return bytes(came), ""
 
 

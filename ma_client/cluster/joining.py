@@ -19,8 +19,8 @@ from ma_client.transports.connection import Shard
 from modelaverage.access.channels import Access
 from modelaverage.access.security import Security
 from modelaverage.errors import DeadlineExceededError, ModelAverageError, ServerUnavailableError
+from modelaverage.logs import event
 from modelaverage.runtime.deadline import Deadline
-from modelaverage.runtime.logs import event
 from modelaverage.v1 import parameter_server_pb2 as pb
 
 __all__ = ["Place", "join"]

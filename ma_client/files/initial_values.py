@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from modelaverage.errors import InvalidRequestError
+from modelaverage.logs import event
 from modelaverage.manifest import DTYPES, dtype_name
-from modelaverage.runtime.logs import event
 
 __all__ = ["InitialValuesFile", "read_initial_values"]
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ma_client.transports.connection import Shard
-from modelaverage.runtime.logs import event
+from modelaverage.logs import event
 
 __all__ = ["Pace", "connect"]
 

@@ -25,9 +25,9 @@ from modelaverage.errors import (
     RetryPushError,
     ServerUnavailableError,
 )
+from modelaverage.logs import event
 from modelaverage.missing import Missing
 from modelaverage.runtime.deadline import Deadline
-from modelaverage.runtime.logs import event
 from modelaverage.v1 import parameter_server_pb2 as pb
 
 __all__ = ["Contribution", "Member", "Worker"]

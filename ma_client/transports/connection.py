@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import grpc
 from numpy.typing import NDArray
@@ -25,7 +25,6 @@ from modelaverage import wire
 from modelaverage.access import proxies
 from modelaverage.access.channels import Access
 from modelaverage.errors import (
-    REASON_METADATA_KEY,
     DeadlineExceededError,
     ModelAverageError,
     ProtocolError,
@@ -33,13 +32,13 @@ from modelaverage.errors import (
     RetryPushError,
     SecurityError,
     ServerUnavailableError,
-    fault_named,
+    fault_told,
 )
+from modelaverage.logs import event
 from modelaverage.missing import Missing
 from modelaverage.names import listed
 from modelaverage.outcome import Outcome
 from modelaverage.runtime.deadline import Deadline
-from modelaverage.runtime.logs import event
 from modelaverage.runtime.shared_memory import Segment
 from modelaverage.runtime.tuning import CHANNEL_OPTIONS, connecting_for, keep_freed_memory
 from modelaverage.v1 import parameter_server_pb2 as pb
@@ -523,10 +522,9 @@ class Shard:
 
     def _fault(self, error: grpc.RpcError, deadline: Deadline, late: str) -> ModelAverageError:
         details = error.details() or ""
-        if error.code() is not grpc.StatusCode.UNAVAILABLE:
+        fault = fault_told(error.trailing_metadata(), details, error.code().name)
+        if error.code() is not grpc.StatusCode.UNAVAILABLE and not isinstance(fault, ServerUnavailableError):
             self.answered_at_s = time.monotonic()
-        metadata = dict(cast("Iterable[tuple[str, str]]", error.trailing_metadata() or ()))
-        fault = fault_named(metadata.get(REASON_METADATA_KEY, ""), details)
         if fault is not None:
             return fault
         match error.code():

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from ma_client.transports.staging import Staging
+from modelaverage.logs import event
 from modelaverage.runtime.data_sockets import (
     NOTICES_IN_SILENCE,
     NUMBER,
@@ -21,7 +22,6 @@ from modelaverage.runtime.data_sockets import (
     use_short_queues,
     want,
 )
-from modelaverage.runtime.logs import event
 from modelaverage.runtime.tuning import SILENCE_TIMEOUT_S
 from modelaverage.v1 import parameter_server_pb2 as pb
 

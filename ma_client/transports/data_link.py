@@ -9,7 +9,7 @@ import time
 
 from ma_client.transports.data_connection import DataConnection, DataSettings
 from modelaverage.addresses import parse
-from modelaverage.runtime.logs import event
+from modelaverage.logs import event
 from modelaverage.v1 import parameter_server_pb2 as pb
 
 __all__ = ["DataLink", "host_of"]

@@ -22,7 +22,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from modelaverage.runtime.logs import event
+from modelaverage.logs import event
 from modelaverage.runtime.shared_memory import BODY_AT_BYTES
 from ps_server.checkpoints.disk_wait import DiskWait
 from ps_server.checkpoints.fields import Checkpoint, boot_id, fields_of

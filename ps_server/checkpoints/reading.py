@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from modelaverage.logs import event
 from modelaverage.manifest import DTYPES, Manifest
-from modelaverage.runtime.logs import event
 from ps_server.center.center import Center
 from ps_server.center.outer import OuterOptimizer
 from ps_server.checkpoints import files

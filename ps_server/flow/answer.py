@@ -46,8 +46,6 @@ async def send_average(
     call, lane, average, combines = push.call, push.lane, push.average, push.manner.takes_combined
     count, coded = manifest.fragment_count, Coded(average, push.codec)
     message = pb.PushAndAverageResponse(admission=admission).SerializeToString()
-    if push.manner.is_half_duplex:
-        await push.has_given.wait()
     if not (push.manner.follows and combines):
         await call.write(message)
         message = b""

@@ -15,8 +15,8 @@ from modelaverage import wire
 from modelaverage.checks import check_global_step, check_worker_id
 from modelaverage.codecs import RAW
 from modelaverage.errors import Reason, refusal
+from modelaverage.logs import event
 from modelaverage.manifest import MAX_VARIABLES, Manifest, first_difference
-from modelaverage.runtime.logs import event
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.center.center import Center
 from ps_server.center.outer import AVERAGE, OuterOptimizer

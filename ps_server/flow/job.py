@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from modelaverage import wire
 from modelaverage.codecs import RAW
 from modelaverage.errors import ModelAverageError, Reason, refusal
+from modelaverage.logs import event
 from modelaverage.manifest import Manifest
 from modelaverage.missing import Missing
 from modelaverage.names import MAX_NAMES, listed, shown
 from modelaverage.outcome import Outcome
-from modelaverage.runtime.logs import event
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.center.buffers import Buffer, Reader
 from ps_server.center.center import Center, Finish
@@ -259,7 +259,6 @@ class Job:
 
     async def released(self, push: OpenPush) -> None:
         """Returns when the round that holds the push has committed."""
-        push.is_held = True
         while push.is_held:
             push.progress.clear()
             await push.progress.wait()
@@ -272,7 +271,8 @@ class Job:
         """
         with self._as_a_whole():
             codec = RAW if run.stays else push.codec
-            coded = dict(codec.split_run(self.manifest, run.first, run.data))
+            split = _split_in_place if run.stays else codec.split_run
+            coded = dict(split(self.manifest, run.first, run.data))
             first, end = max(run.first, unneeded), run.first + len(coded)
             if first >= end:
                 return
@@ -382,8 +382,11 @@ class Job:
                     assert push is not None
                     answer, push.average = decision, self.average
                     self._observe_admission(push, decision.first_needed)
-                case CenterFollows() | Hold():
+                case CenterFollows():
                     answer = decision
+                case Hold():
+                    assert push is not None
+                    answer, push.is_held = decision, True
                 case Dismiss(stream, error):
                     self._pushes[stream].call.fail(error)
                 case Restart(cause):
@@ -532,6 +535,16 @@ class Job:
     def _leave_transports(self, worker_id: str, incarnation: bytes) -> None:
         for transport in self._transports:
             transport.leave(worker_id, incarnation)
+
+
+def _split_in_place(manifest: Manifest, first: int, data: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """Index and bytes of every fragment of a stretch of the flat buffer, which may be longer than a message."""
+    index, begin = first, manifest.fragment_bounds(first)[0]
+    at = 0
+    while at < len(data):
+        start, stop = manifest.fragment_bounds(index)
+        yield index, data[start - begin : stop - begin]
+        index, at = index + 1, stop - begin
 
 
 def _answer(outcomes: dict[OpenPush, pb.PushOutcome], held: list[OpenPush], sending: Sending) -> None:

@@ -57,7 +57,6 @@ class OpenPush:
         codec: how they are coded.
         average: what it waits for.
         reader: reads the average.
-        has_given: set when the client has sent all that it is going to.
         outcome: set when its round has committed, and that may be known.
         sending: the answers of that round.
         is_held: whether it waits for the end of a round that it is not in.
@@ -73,7 +72,6 @@ class OpenPush:
     codec: Codec
     average: Average
     reader: Reader
-    has_given: asyncio.Event = field(default_factory=asyncio.Event)
     outcome: pb.PushOutcome | None = None
     sending: Sending | None = None
     is_held: bool = False

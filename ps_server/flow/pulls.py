@@ -7,8 +7,8 @@ import logging
 from collections.abc import Callable
 from contextlib import suppress
 
+from modelaverage.logs import event
 from modelaverage.names import MAX_NAMES, listed
-from modelaverage.runtime.logs import event
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.center.buffers import Reader
 from ps_server.flow.answer import send_buffer

@@ -53,13 +53,17 @@ async def serve_push(
         with job.attending(push):
             match job.open(push, wanted, header):
                 case CenterFollows(outcome):
+                    await _pass_over_fragments(push)
                     await _send_center(job, push, outcome)
                 case Hold():
-                    call.expecting = False
+                    await _pass_over_fragments(push)
                     await job.released(push)
                     await _send_center(job, push, Outcome.STALE)
                 case Admit(first_needed):
                     admission = pb.PushAdmission(first_needed_fragment=first_needed)
+                    if push.manner.is_half_duplex:
+                        await _exchange_in_turn(job, push, admission)
+                        return
                     if not reserve.is_short:
                         lane.admitted(admission, Coded(push.average, codec))
                         for transport in transports:
@@ -86,21 +90,40 @@ async def _exchange(job: Job, push: OpenPush, admission: pb.PushAdmission) -> No
         await push.call.run(send_average(push, admission, job.manifest, job.observations), beside=receiving)
 
 
+async def _exchange_in_turn(job: Job, push: OpenPush, admission: pb.PushAdmission) -> None:
+    """All fragments come up, then the average goes down.
+
+    Until then no center is kept for the push, so a client that writes slowly is no slow reader. If its round is over
+    by then and another one, too, the present center takes the place of the average."""
+    push.call.expecting = True
+    await _receive(job, push, admission.first_needed_fragment)
+    push.reader.since_s = job.clock()
+    if push.outcome is not None and push.outcome.global_step != job.round.global_step:
+        await _send_center(job, push, Outcome.ALREADY_COUNTED)
+        return
+    with job.center.reading(push.average.buffer, push.reader):
+        await send_average(push, admission, job.manifest, job.observations)
+
+
 async def _receive(job: Job, push: OpenPush, unneeded: int) -> None:
     """Adds fragments to the average until the client has sent all; ignores those below ``unneeded``."""
     while (run := await push.lane.receive()) is not None:
         push.call.count(received_bytes=len(run.data), is_shared=run.stays)
         job.take(push, run, unneeded)
-    push.has_given.set()
+    push.call.expecting = False
     job.round.check_complete(push.call.number)
 
 
-async def _send_center(job: Job, push: OpenPush, outcome: Outcome) -> None:
-    """Answers a push that is not in the round: the present center, whole, and why."""
+async def _pass_over_fragments(push: OpenPush) -> None:
+    """The push is not in the round. A half-duplex client is to read nothing before it has half-closed."""
     if push.manner.is_half_duplex:
         push.call.expecting = True
         while await push.lane.receive() is not None:
             pass
     push.call.expecting = False
+
+
+async def _send_center(job: Job, push: OpenPush, outcome: Outcome) -> None:
+    """Answers a push that is not in the round: the present center, whole, and why."""
     with job.reading_center(push, outcome) as (buffer, step, contributors):
         await send_center(push, buffer, outcome, step, contributors, job.manifest.fragment_count)

@@ -10,8 +10,8 @@ from typing import NoReturn, TypeVar
 
 import grpc.aio
 
-from modelaverage.errors import FAULTS, REASON_METADATA_KEY, REASON_PREFIX, ModelAverageError, Reason, refusal
-from modelaverage.runtime.logs import event
+from modelaverage.errors import FAULTS, ModelAverageError, Reason, refusal, refusal_metadata
+from modelaverage.logs import event
 from modelaverage.runtime.tuning import SILENCE_TIMEOUT_S
 from ps_server.flow.call import Call, Context
 from ps_server.machine.connections import Taking, cut, taking
@@ -77,8 +77,8 @@ class Serving:
         )
         with suppress(asyncio.CancelledError):  # `fail` may have been called by this very task
             await asyncio.sleep(0)
-        code, metadata = FAULTS[reason].status, ((REASON_METADATA_KEY, REASON_PREFIX + reason.name),)
-        last_word = asyncio.ensure_future(context.abort(grpc.StatusCode[code], _short(message), metadata))
+        code = grpc.StatusCode[FAULTS[reason].status]
+        last_word = asyncio.ensure_future(context.abort(code, _short(message), refusal_metadata(reason)))
         try:
             await while_taken(last_word, lambda: taking(str(context.peer())))
         except asyncio.TimeoutError:

@@ -6,8 +6,8 @@ import asyncio
 import logging
 from collections.abc import Callable
 
+from modelaverage.logs import event
 from modelaverage.missing import Missing
-from modelaverage.runtime.logs import event
 
 __all__ = ["RoundTimers", "log_wait"]
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from modelaverage.errors import ModelAverageError, Reason, refusal
+from modelaverage.logs import event
 from modelaverage.runtime.data_sockets import Pace, use_short_queues, want
-from modelaverage.runtime.logs import event
 
 __all__ = ["DataConnection", "lost"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from modelaverage.errors import Reason, refusal
-from modelaverage.runtime.logs import event
+from modelaverage.logs import event
 from modelaverage.runtime.shared_memory import Segment
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.machine.reserve import Reserve

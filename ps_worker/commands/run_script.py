@@ -19,7 +19,7 @@ def main() -> None:
     script = sys.argv[0]
     if not getattr(sys.flags, "safe_path", False):  # in Python's safe-path mode (3.11) there is no such entry
         sys.path[0] = os.path.dirname(os.path.realpath(script))
-    from modelaverage.runtime.logs import keep_logging
+    from modelaverage.logs import keep_logging
     from modelaverage.runtime.output import OnLoss
 
     keep_logging("ps-worker", OnLoss.GO_ON)

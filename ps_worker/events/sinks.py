@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 from modelaverage.commands.columns import fitted
+from modelaverage.logs import event, say
 from modelaverage.names import shown
-from modelaverage.runtime.logs import event, say
 from ps_worker.events.parse import AccuracyEvent, Event, StepEvent, encode
 
 __all__ = ["reporter"]
