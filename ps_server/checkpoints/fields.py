@@ -32,7 +32,7 @@ from ps_server.center.outer.base import Setting, slots_of, summed_in
 from ps_server.checkpoints import strict_json
 from ps_server.checkpoints.safetensors_file import Head, Tensor
 
-__all__ = ["Checkpoint", "CheckpointError", "Content", "State", "boot_id", "content_of", "fields_of"]
+__all__ = ["Checkpoint", "CheckpointError", "Content", "boot_id", "content_of", "fields_of"]
 
 _FORMAT = "modelaverage.center.v1"
 _FIELDS = ("global_step", "variables", "fragment_size_bytes", "contributors", "counted", "boot_id")
