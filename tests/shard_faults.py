@@ -26,7 +26,7 @@ from ma_client import Outcome, ParameterServerSession
 from modelaverage.errors import ModelAverageError
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.checkpoints.keeper import CheckpointPolicy
-from ps_server.flow import job as server_job
+from ps_server.flow import outcomes
 from ps_server.flow.service import ServicePolicy
 from ps_server.rules.policy import RoundPolicy
 from ps_server.server import ServerConfig, serve
@@ -148,13 +148,13 @@ def _step_of(checkpoint: Path) -> int:
 
 # The server whose task this is.
 _this_shard: ContextVar[FaultyShard] = ContextVar("_this_shard")
-_answer = server_job._answer
+_tell = outcomes.tell
 
 
 def answer_but_the_silent(outcomes: Mapping[Any, pb.PushOutcome], held: list[Any], sending: Any) -> None:
     """Takes the place of the server's function that answers those whose round has committed."""
     silent = _this_shard.get().silent
-    _answer({part: outcome for part, outcome in outcomes.items() if part.worker_id not in silent}, held, sending)
+    _tell({part: outcome for part, outcome in outcomes.items() if part.worker_id not in silent}, held, sending)
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ MakeJob = Callable[..., FaultyJob]
 @pytest.fixture(autouse=True)
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Servers can be silent, and workers look soon whether one has fallen back."""
-    monkeypatch.setattr(server_job, "_answer", answer_but_the_silent)
+    monkeypatch.setattr(server_job, "tell", answer_but_the_silent)
     monkeypatch.setattr(members, "_LOOK_INTERVAL_S", 0.1)
 
 
