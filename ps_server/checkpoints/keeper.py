@@ -117,10 +117,6 @@ class Keeper:
             self.close()
             raise
 
-    def is_due(self, global_step: int) -> bool:
-        """Whether the center of this step gets a checkpoint: not while an earlier one is being written."""
-        return global_step % self._policy.every_rounds == 0 and not self._turn.locked()
-
     @property
     def every_rounds(self) -> int:
         """Every how many rounds a checkpoint is due."""
