@@ -109,7 +109,7 @@ def _training(argv: list[str]) -> DigitsConfig:
 
 
 def _script(command: list[str], working_dir: Path | None) -> list[str]:
-    """The command as it is given where the workers start. Raises ArgumentTypeError."""
+    """The command as seen from the directory where the workers start. Raises ArgumentTypeError."""
     script = flag_types.existing_file(command[0])
     if working_dir is not None:
         try:
@@ -146,7 +146,7 @@ def _ray_engine(arguments: argparse.Namespace, serve: ServeFlags, is_digits: boo
     cpus_per_worker: int = arguments.cpus_per_worker or 1
     num_servers = 1 if arguments.ps == _AUTO else arguments.ps
     is_new = connect(arguments.ray_address, arguments.working_dir, num_servers + num_workers * cpus_per_worker)
-    end_at_once_on_signals()  # Ray has set a handler of its own
+    end_at_once_on_signals()  # Ray has replaced the handlers
     directory = serve.checkpoint_dir
     config = RayConfig(
         num_servers=min(num_workers, count_nodes()) if arguments.ps == _AUTO else num_servers,
@@ -163,7 +163,7 @@ def _ray_engine(arguments: argparse.Namespace, serve: ServeFlags, is_digits: boo
 
 
 def _split(argv: list[str]) -> tuple[list[str], list[str]]:
-    """The launcher's own arguments, and what comes after the first `--`."""
+    """The launcher's own arguments, and those after the first `--`."""
     if "--" not in argv:
         return argv, []
     at = argv.index("--")
@@ -223,7 +223,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_ray_flags(parser: argparse.ArgumentParser) -> None:
-    """Without defaults, so that one that is given without Ray is noticed."""
+    """Adds them without defaults, so that `main` notices one that is given without Ray."""
     group = parser.add_argument_group("with --engine ray")
     group.add_argument(
         "--ray-address",

@@ -176,7 +176,6 @@ def test_a_push_by_a_codec_that_the_server_does_not_know_is_refused(job: Job) ->
     refusal = stream.refusal()
     assert (refusal.code, refusal.reason) == (StatusCode.INVALID_ARGUMENT, "CODEC_UNKNOWN")
     assert "'of-the-future'" in refusal.message
-    assert "'a'" in refusal.message
     assert job.client.status().connected_workers == 0
 
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from modelaverage import wire
-from modelaverage.codecs import RAW
+from modelaverage.codecs import RAW, Codec
 from modelaverage.errors import ModelAverageError, Reason, refusal
 from modelaverage.logs import event
 from modelaverage.manifest import Manifest
@@ -271,9 +271,8 @@ class Job:
         """
         with self._as_a_whole():
             codec = RAW if run.stays else push.codec
-            split = codec.split_range if run.stays else codec.split_run
-            coded = dict(split(self.manifest, run.first, run.data))
-            first, end = max(run.first, unneeded), run.first + len(coded)
+            coded = _split(self.manifest, codec, run)
+            first, end = max(run.first, unneeded), run.first + max(1, len(coded))
             if first >= end:
                 return
             now_s = self.clock()
@@ -535,6 +534,18 @@ class Job:
     def _leave_transports(self, worker_id: str, incarnation: bytes) -> None:
         for transport in self._transports:
             transport.leave(worker_id, incarnation)
+
+
+def _split(manifest: Manifest, codec: Codec, run: Run) -> Mapping[int, memoryview]:
+    """By index the bytes of every fragment of a run; none if the first does not exist.
+
+    Raises:
+        ProtocolError: FRAGMENT_SIZE_WRONG.
+    """
+    if run.first >= manifest.fragment_count:
+        return {}
+    split = codec.split_range if run.stays else codec.split_run  # a range of shared memory may be longer than a message
+    return dict(split(manifest, run.first, run.data))
 
 
 def _answer(outcomes: dict[OpenPush, pb.PushOutcome], held: list[OpenPush], sending: Sending) -> None:

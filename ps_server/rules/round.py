@@ -365,11 +365,11 @@ class Round:
 
     def _open_again(self, entry: Entry, stream: int, push: Push, now_s: float) -> list[Decision]:
         """A header of a worker that is in the round: a retry, or another push than the one it began with."""
-        self._show_up(push)
         decisions = self._detach(entry)
         if entry.push != push and entry.state is EntryState.PARTIAL:
             cause = f"{push.worker_id!r} makes another push; its earlier one never came whole"
             decisions += self._restart(cause)
+        self._show_up(push)
         return decisions + self._admit(stream, push, now_s)
 
     def _admit(self, stream: int, push: Push, now_s: float) -> list[Decision]:

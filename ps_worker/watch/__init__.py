@@ -1,1 +1,1 @@
-"""What a run says of itself while it goes on and at its end: servers asked, workers missed, and the last word."""
+"""What a run says about itself: the servers' status, workers that others wait for, and the last line."""
