@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,10 @@ from numpy.typing import NDArray
 from modelaverage.errors import ProtocolError
 from modelaverage.manifest import Manifest
 
-__all__ = ["Memory", "Staging", "read_only"]
+__all__ = ["FragmentSource", "Memory", "Staging", "read_only"]
+
+FragmentSource = Callable[[int], Iterable[memoryview]]
+"""The bytes of a fragment that goes up, by its index, as parts to be joined."""
 
 
 class Memory:
@@ -93,14 +96,26 @@ class Staging:
         size."""
         if index != self._received or index >= self.manifest.fragment_count:
             raise ProtocolError(f"the server sent fragment {index} where {self._received} belongs")
-        end = self.manifest.run_end(index, len(data))
-        start, stop = self.manifest.fragment_bounds(index)
+        count = self.count(index, data)
+        self.put(index, data)
+        self._received = index + count
+
+    def count(self, index: int, data: memoryview) -> int:
+        """How many fragments, from this one on, these bytes are. Raises ProtocolError if they are no whole ones."""
+        end = self.manifest.run_end(index, len(data)) if index < self.manifest.fragment_count else None
         if end is None:
-            raise ProtocolError(f"the server sent {len(data)} bytes for fragment {index}, which has {stop - start}")
-        start += self._start
+            where = "the model has no such fragment"
+            if index < self.manifest.fragment_count:
+                start, stop = self.manifest.fragment_bounds(index)
+                where = f"which has {stop - start}"
+            raise ProtocolError(f"the server sent {len(data)} bytes for fragment {index}, {where}")
+        return end - index
+
+    def put(self, index: int, data: memoryview) -> None:
+        """Writes fragments that are whole to where they belong."""
+        start = self._start + self.manifest.fragment_bounds(index)[0]
         self.is_torn = True
         self._memory.bytes[start : start + len(data)] = np.frombuffer(data, np.uint8)
-        self._received = end
 
     def room(self) -> memoryview:
         """Where all of the next center may be written; `begin_to_fill` when that begins, `filled` when it is done."""
@@ -110,15 +125,11 @@ class Staging:
         """What was in the room is no longer whole."""
         self.is_torn = True
 
-    def filled(self) -> None:
-        """All of the center is in its room."""
+    def is_filled(self) -> None:
+        """All of the center has come, here or to where it is used instead."""
         self._received = self.manifest.fragment_count
-
-    def receive_elsewhere(self, first: int, count: int) -> None:
-        """The next ``count`` fragments lie in shared memory. Raises ProtocolError if others come next."""
-        if first != self._received or not 0 < count <= self.manifest.fragment_count - first:
-            raise ProtocolError(f"the server sent {count} fragments from {first} on where {self._received} belongs")
-        self._received += count
+        self.is_torn = False
+        self._has_come = True
 
     @property
     def is_complete(self) -> bool:
@@ -129,8 +140,7 @@ class Staging:
         """Raises ProtocolError unless every fragment has come."""
         if not self.is_complete:
             raise ProtocolError(f"the server sent {self._received} of {self.manifest.fragment_count} fragments")
-        self.is_torn = False
-        self._has_come = True
+        self.is_filled()
 
 
 def read_only(arrays: Mapping[str, NDArray[Any]]) -> Mapping[str, NDArray[Any]]:
