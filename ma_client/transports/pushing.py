@@ -75,11 +75,13 @@ class Pushing:
         The staging buffer holds the new center only if this returns, unless the answer has a loan.
 
         Args:
-            header: of the push; how its bytes go is added.
+            header: of the push, without how its bytes go.
             fragments: what to give.
             staging: where the center is to arrive.
             deadline: for all of it.
         """
+        # A copy: when the push is made again, its bytes may go elsewhere.
+        header = pb.PushHeader.FromString(header.SerializeToString())
         has_fragments = header.purpose != pb.PURPOSE_ABSTAIN
         # After a push that ended well nothing of this worker is in the round: what the server will ask for is known.
         may_follow, self._may_follow = self._may_follow and has_fragments, False
