@@ -1,4 +1,4 @@
-# The commands of the project; see CONTRIBUTING.md.
+# The project's commands; see CONTRIBUTING.md.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,32 +9,32 @@ CLIENTS := python node cpp go
 
 .PHONY: help demo bench chaos conformance docs fuzz test lint types proto proto-check unit
 
-help: ## this text
+help: ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
 
-# One stamp for each set of packages: a second run of a command installs nothing.
+# One stamp per set of packages: a second run of a command installs nothing.
 $(VENV)/%.stamp: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing torch-model-average[$*] into $(VENV) (the first time takes a minute or two)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$*]'
 	@touch $@
 
-demo: $(VENV)/demo.stamp ## train the digits with a parameter server and two workers; PS=2 WORKERS=3 for others
+demo: $(VENV)/demo.stamp ## train the digits with a parameter server and two workers, or PS=2 WORKERS=3
 	@$(BIN)/ma-launch --ps $(or $(PS),1) --workers $(or $(WORKERS),2) -- digits
 
-bench: $(VENV)/dev.stamp ## what a round costs, beside gloo's all-reduce; add QUICK=--quick for less than a minute
+bench: $(VENV)/dev.stamp ## compare a round with gloo's all-reduce; QUICK=--quick for less than a minute
 	@$(BIN)/python -m bench.round $(QUICK)
 	@$(BIN)/python -m bench.many $(QUICK)
 	@$(BIN)/python -m bench.links $(QUICK)
 	@$(if $(QUICK),,$(BIN)/pytest -m slow)
 
-chaos: $(VENV)/dev.stamp ## kills and stops everything at random for 200 rounds, and checks that nothing is lost; SEED=1, SQUEEZE=--squeeze
+chaos: $(VENV)/dev.stamp ## kill and stop processes for 200 rounds, check that nothing is lost; SEED=1, SQUEEZE=--squeeze
 	@$(BIN)/python -m chaos --seed $(or $(SEED),0) $(SQUEEZE)
 
-fuzz: $(VENV)/dev.stamp ## a million hostile inputs for every handler and for data connections; INPUTS=10000 for less
+fuzz: $(VENV)/dev.stamp ## send a million hostile inputs to handlers and data connections; INPUTS=10000 for fewer
 	@$(BIN)/python -m fuzz --inputs $(or $(INPUTS),1000000)
 
-conformance: $(VENV)/dev.stamp ## plays the clients in Python, Node.js, C++ and Go through every case; CLIENTS=go for one
+conformance: $(VENV)/dev.stamp ## run the clients in Python, Node.js, C++ and Go through every case; CLIENTS=go for one
 	@status=0; for client in $(CLIENTS); do \
 	  echo; echo "== $$client"; command=examples/clients/$$client/client; \
 	  if [ $$client = python ]; then command="$(BIN)/python $$command.py"; \
@@ -42,15 +42,16 @@ conformance: $(VENV)/dev.stamp ## plays the clients in Python, Node.js, C++ and 
 	  $(BIN)/python -m modelaverage.conformance $$command conform || status=1; \
 	done; exit $$status
 
-docs: $(VENV)/dev.stamp ## the pages of docs/ and the API reference as a site in build/site
+docs: $(VENV)/dev.stamp ## build the pages of docs/ and the API reference as a site in build/site
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "build/site/index.html"
 
-test: lint types proto-check unit ## everything that CI runs
+test: lint types proto-check unit ## run everything that CI runs
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/buf lint
 
 types: $(VENV)/dev.stamp
@@ -59,7 +60,7 @@ types: $(VENV)/dev.stamp
 unit: $(VENV)/dev.stamp
 	$(BIN)/pytest
 
-proto: $(VENV)/dev.stamp ## generate the protobuf code again
+proto: $(VENV)/dev.stamp ## regenerate the protobuf code
 	$(call GENERATE,proto)
 
 proto-check: $(VENV)/dev.stamp

@@ -1,4 +1,4 @@
-"""The description for a package index: README.md, in which a relative link would lead nowhere."""
+"""The description for a package index: README.md without relative links, which would be broken there."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent
 
 
 def description() -> str:
-    """README.md with links into the repository, if pyproject.toml names one; otherwise they are paths to read."""
+    """README.md with links into the repository that pyproject.toml names, or with paths if it names none."""
     repository = re.search(r'^Repository = "(.+?)/?"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)
 
     def elsewhere(link: re.Match[str]) -> str:

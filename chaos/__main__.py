@@ -17,7 +17,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 from chaos.replay import MAX_WORKERS
-from ps_worker import flags
+from modelaverage.commands import flag_types
 
 __all__ = ["main"]
 
@@ -25,11 +25,11 @@ __all__ = ["main"]
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m chaos", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--rounds", type=flags.count, default=200, help="planned rounds (%(default)s)")
+    parser.add_argument("--rounds", type=flag_types.count, default=200, help="planned rounds (%(default)s)")
     parser.add_argument(
         "--workers", type=int, choices=range(2, MAX_WORKERS + 1), default=4, help="how many (%(default)s)"
     )
-    parser.add_argument("--seed", type=flags.whole, default=0, help="of the faults (%(default)s)")
+    parser.add_argument("--seed", type=flag_types.whole, default=0, help="of the faults (%(default)s)")
     parser.add_argument(
         "--squeeze",
         action="store_true",
@@ -37,11 +37,11 @@ def main(argv: list[str] | None = None) -> int:
         "pids controller of cgroup v1)",
     )
     parser.add_argument(
-        "--faults-every-s", type=flags.seconds, default=1.0, help="one fault every so many seconds (%(default)s)"
+        "--faults-every-s", type=flag_types.seconds, default=1.0, help="one fault every so many seconds (%(default)s)"
     )
     parser.add_argument(
         "--accuracy-points",
-        type=flags.positive,
+        type=flag_types.positive,
         default=1.0,
         help="by how much the test accuracy may differ from a run without faults (%(default)s)",
     )

@@ -7,6 +7,8 @@ import random
 import socket
 import threading
 
+from modelaverage.addresses import parse
+
 __all__ = ["Visitors"]
 
 _FEWEST_AT_ONCE, _MOST_AT_ONCE = 2, 12
@@ -22,8 +24,8 @@ class Visitors:
     """
 
     def __init__(self, address: str) -> None:
-        host, _, port = address.rpartition(":")
-        self._address = host, int(port)
+        where = parse(address)
+        self._address = where.host, where.port
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._come, name="visitors", daemon=True)
         self._thread.start()

@@ -1,4 +1,4 @@
-"""Prints what the project and the extras named in the arguments need, a line each, from pyproject.toml."""
+"""Prints the requirements of the project and of the extras named as arguments, one per line, from pyproject.toml."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What mkdocs needs to be told: pages lie all over the repository, and link to its files and folders."""
+"""Hooks for mkdocs: pages are spread over the repository, and link to its files and folders."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#|/)([^)\s#]+)(?=[)#])")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Pages under their paths in the repository, files that they link to, and a list for each folder that they do."""
+    """Adds pages under their paths in the repository, files that they link to, and a list for each linked folder."""
     laid_out = Files([file for file in files if file.src_dir != config.docs_dir])
     pages = sorted({path for pattern in PAGES for path in ROOT.glob(pattern) if "node_modules" not in path.parts})
     linked = {target for page in pages for target in _targets(page)}
@@ -36,7 +36,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:  # noqa: ARG001
-    """Links to folders lead to the page of the folder; what a block of code is called becomes its title."""
+    """Points links to folders at the folder's page, and turns the name of a code block into its title."""
     here = posixpath.dirname(page.file.src_uri)
 
     def to_page(link: re.Match[str]) -> str:
@@ -49,7 +49,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def _targets(page: Path) -> Iterator[str]:
-    """Paths from the root of what a page links to."""
+    """Paths of the files and folders that a page links to, relative to the root."""
     for link in _LINK.finditer(page.read_text(encoding="utf-8")):
         target = (page.parent / link[1]).resolve()
         if target.exists() and target.is_relative_to(ROOT):
@@ -57,7 +57,7 @@ def _targets(page: Path) -> Iterator[str]:
 
 
 def _shown(folder: Path) -> list[Path]:
-    """The files of a folder, and of those in it."""
+    """The files of a folder and of its subfolders."""
     return sorted(
         path for path in folder.rglob("*") if path.is_file() and not {"__pycache__", "node_modules"} & {*path.parts}
     )

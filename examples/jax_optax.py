@@ -1,6 +1,6 @@
-"""A JAX model trained by optax on several workers: the session takes and gives the parameters as they are nested.
+"""A JAX model trained by optax on several workers: the session takes and returns nested parameters.
 
-Needs `pip install jax optax` beside torch-model-average (no torch). Run it from the repository:
+Needs `pip install jax optax` besides torch-model-average (no torch). Run it from the repository:
 
     ma-launch --workers 2 -- examples/jax_optax.py
 """
@@ -44,7 +44,7 @@ def loss(params: Params, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def main() -> None:
-    cluster = ClusterSpec.from_env()  # who is who, as the launcher says
+    cluster = ClusterSpec.from_env()  # from the launcher's environment
     x, y = (part[cluster.task_index :: cluster.num_workers] for part in points(2000, seed=0))  # this worker's share
     optimizer = optax.adam(0.01)
 
@@ -68,10 +68,10 @@ def main() -> None:
             result = session.push_and_average(params)
             params = result.center
             print(f"round {result.global_step}: loss {float(loss(params, x, y)):.3f}")
-        session.finish()  # no round waits for this worker any longer
+        session.finish()  # later rounds do not wait for this worker
 
     x, y = points(1000, seed=1)
-    accuracy = float(((logits(params, x) > 0) == (y > 0.5)).mean())  # params is the center now, on every worker
+    accuracy = float(((logits(params, x) > 0) == (y > 0.5)).mean())  # on every worker, params is now the center
     print(f"accuracy of the center: {accuracy:.3f}")
 
 

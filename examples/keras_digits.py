@@ -1,7 +1,7 @@
-"""A Keras model trained on several workers: what is averaged are its variables, as named numpy arrays.
+"""A Keras model trained on several workers: its variables are averaged as named numpy arrays.
 
-Needs `pip install keras scikit-learn` beside torch-model-average, and a backend: torch, if the environment names no
-other. Run it from the repository:
+Needs `pip install keras scikit-learn` besides torch-model-average, and a backend: torch, unless the environment names
+another. Run it from the repository:
 
     ma-launch --workers 2 -- examples/keras_digits.py
 """
@@ -24,7 +24,7 @@ ROUNDS, INTERVAL_STEPS, BATCH_SIZE, TEST_ROWS = 8, 40, 32, 360
 
 
 class EveryInterval(keras.callbacks.Callback):  # type: ignore[misc]
-    """Meets the other workers after every so many batches."""
+    """Makes a round with the other workers after every ``INTERVAL_STEPS`` batches."""
 
     def __init__(self, session: ParameterServerSession) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class EveryInterval(keras.callbacks.Callback):  # type: ignore[misc]
 
 
 def values(model: keras.Model) -> dict[str, Any]:
-    """What is averaged, by path; the optimizer's moments stay local."""
+    """The variables to average, by path; the optimizer's moments stay local."""
     return {variable.path: keras.ops.convert_to_numpy(variable) for variable in model.trainable_variables}
 
 
@@ -52,7 +52,7 @@ def install(model: keras.Model, center: Mapping[str, Any]) -> None:
 
 
 def main() -> None:
-    cluster = ClusterSpec.from_env()  # who is who, as the launcher says
+    cluster = ClusterSpec.from_env()  # from the launcher's environment
     x, y = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(x))
     x, y = x[order] / 16, y[order]
@@ -68,11 +68,11 @@ def main() -> None:
         center, _ = session.pull(expected=values(model))  # everyone starts from the center
         install(model, center)
         steps = ROUNDS * INTERVAL_STEPS
-        epochs = -(-steps * BATCH_SIZE // len(x[rows])) + 1  # more than enough: the callback ends it
+        epochs = -(-steps * BATCH_SIZE // len(x[rows])) + 1  # more than enough: the callback stops the training
         model.fit(x[rows], y[rows], BATCH_SIZE, epochs, verbose=0, callbacks=[EveryInterval(session)])
-        session.finish()  # no round waits for this worker any longer
+        session.finish()  # later rounds do not wait for this worker
 
-    _, accuracy = model.evaluate(x[:TEST_ROWS], y[:TEST_ROWS], verbose=0)  # the center now, on every worker
+    _, accuracy = model.evaluate(x[:TEST_ROWS], y[:TEST_ROWS], verbose=0)  # now the center, on every worker
     print(f"accuracy of the center: {accuracy:.3f}")
 
 

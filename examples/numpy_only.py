@@ -1,4 +1,4 @@
-"""Without torch: linear regression by hand. Each worker descends on its own data; the server averages.
+"""Linear regression by hand, without torch. Each worker runs gradient descent on its own data; the server averages.
 
 Run it from the repository:
 
@@ -16,7 +16,7 @@ TRUE_W, TRUE_B = np.array([2.0, -3.0]), 0.5
 
 
 def main() -> None:
-    random = np.random.default_rng(seed=ClusterSpec.from_env().task_index)  # every worker has data of its own
+    random = np.random.default_rng(seed=ClusterSpec.from_env().task_index)  # every worker has its own data
     x = random.normal(size=(200, 2))
     y = x @ TRUE_W + TRUE_B + random.normal(scale=0.01, size=200)
 
@@ -33,7 +33,7 @@ def main() -> None:
             result = session.push_and_average({"w": w, "b": b})  # waits for the other workers
             center = result.center
             print(f"round {result.global_step}: error {np.square(error).mean():.5f}")
-        session.finish()  # no round waits for this worker any longer
+        session.finish()  # later rounds do not wait for this worker
 
     print(f"w {center['w'].round(3).tolist()}, b {center['b'].round(3).item()}")
 

@@ -1,4 +1,4 @@
-"""A model of your own, trained by several workers that each see only their share of the data.
+"""A model of your own, trained by several workers, each on its own share of the data.
 
 Run it from the repository:
 
@@ -22,7 +22,7 @@ def points(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def main() -> None:
-    cluster = ClusterSpec.from_env()  # who is who, as the launcher says
+    cluster = ClusterSpec.from_env()  # from the launcher's environment
     torch.manual_seed(cluster.task_index)
     x, y = (part[cluster.task_index :: cluster.num_workers] for part in points(2000, seed=0))  # this worker's share
 
@@ -36,18 +36,18 @@ def main() -> None:
         ma_custom_getter=getter,
         interval_steps=INTERVAL_STEPS,
     )
-    # The chief initializes the center, and everyone starts from it. At the end, what no round has had yet is averaged.
+    # The chief initializes the center, and everyone starts from it. Leaving the hook averages the remaining steps.
     with optimizer.make_session_run_hook():
-        while optimizer.global_step < ROUNDS:  # so a worker that is started again makes only the rounds that are left
+        while optimizer.global_step < ROUNDS:  # so a restarted worker makes only the remaining rounds
             for _ in range(INTERVAL_STEPS):
                 rows = torch.randint(len(x), (BATCH_SIZE,))
                 optimizer.zero_grad()
                 loss_fn(model(x[rows]), y[rows]).backward()
-                optimizer.step()  # after INTERVAL_STEPS of these, the model is the average of all workers' models
+                optimizer.step()  # every INTERVAL_STEPS of these, the model becomes the average of all workers
             print(f"round {optimizer.global_step}: loss {loss_fn(model(x), y).item():.3f}")
 
     x, y = points(1000, seed=1)
-    accuracy = (model(x).argmax(dim=1) == y).float().mean().item()  # the model is the center now, for every worker
+    accuracy = (model(x).argmax(dim=1) == y).float().mean().item()  # on every worker, the model is now the center
     print(f"accuracy of the center: {accuracy:.3f}")
 
 

@@ -16,7 +16,7 @@ import grpc.aio
 
 import modelaverage
 from fuzz.loop import VirtualLoop
-from modelaverage.errors import FAULTS, REASON_METADATA_KEY, REASON_PREFIX, Reason
+from modelaverage.errors import FAULTS, Reason, refusal_metadata, told_reason
 
 __all__ = ["ClientCall", "FakeContext", "Failure", "Method", "Refused"]
 
@@ -65,13 +65,15 @@ class FakeContext:
         written: the messages that came down.
         refused: how the call was aborted, if it was.
         gone: whether the client has vanished; what is written then, raises as gRPC does.
+        half_closed: whether the client has half-closed.
+        is_half_duplex: whether the client wants nothing before that.
     """
 
     def __init__(self, loop: VirtualLoop, rpc: str) -> None:
         self.written: list[bytes] = []
         self.refused: Refused | None = None
         self.gone = False
-        self.half_closed = False
+        self.half_closed = self.is_half_duplex = False
         self._rpc = rpc
         self._loop = loop
         self._inbox: deque[bytes] = deque()
@@ -105,6 +107,8 @@ class FakeContext:
             raise Failure("two writes at once")
         if self.refused is not None:
             raise Failure("a message after the end of the call")
+        if self.is_half_duplex and not self.half_closed:
+            raise Failure("a message to a half-duplex client before it has half-closed")
         if self.gone:
             raise grpc.aio.InternalError("the client is gone")
         if not self._room:
@@ -121,13 +125,12 @@ class FakeContext:
         """Ends the call with an error; checks that it is one of the table, said as it should be."""
         if self.refused is not None:
             raise Failure("aborted twice")
-        metadata = dict(trailing_metadata)
-        reason = Reason[metadata.pop(REASON_METADATA_KEY).removeprefix(REASON_PREFIX)]
+        reason = Reason[told_reason(trailing_metadata)]
         self.refused = Refused(reason, details)
         if reason is Reason.SERVER_OVERLOADED:  # nothing is short here: it is an exception that nobody expected
             raise Failure(f"{self._rpc} raised something: {details}")
-        if metadata or code.name != FAULTS[reason].status:
-            raise Failure(f"{reason.name} came with {code.name} and {metadata}")
+        if trailing_metadata != refusal_metadata(reason) or code.name != FAULTS[reason].status:
+            raise Failure(f"{reason.name} came with {code.name} and {trailing_metadata}")
         if reason not in _REASONS[self._rpc]:
             raise Failure(f"the protocol does not allow {self._rpc} to be refused with {reason.name}: {details}")
         if not details.isprintable() or not details:

@@ -133,6 +133,11 @@ def _pushes(model: Model, step: int) -> list[list[bytes]]:
         ({"accepts_shared_memory": True, "weight": 1e9}, [*fragments[:1], *all_shared]),
         ({"fragments_follow": True}, fragments),
         ({"fragments_follow": True, "accepts_shared_memory": True, "weight": 1e-9}, odd),
+        ({"half_duplex": True}, fragments),
+        ({"half_duplex": True, "accepts_combined": True, "accepts_shared_memory": True}, odd),
+        ({"accepts_combined": True, "fragments_follow": True, "accepts_runs": True}, fragments),
+        ({"codec": "raw"}, fragments),
+        ({"codec": "of-the-future", "accepts_transports": ["memory"], "uses_transport": "memory"}, fragments),
         ({"accepts_data_connection": True}, fragments),
         ({"uses_data_connection": True}, fragments),
         ({"base_step": step - 1, "interval_steps": 50}, []),
@@ -144,7 +149,7 @@ def _pushes(model: Model, step: int) -> list[list[bytes]]:
         header = push_header(model, WORKER_IDS[number % len(WORKER_IDS)], step, **fields)
         first = pb.PushAndAverageRequest(header=header).SerializeToString()
         pushes.append([first, *body])
-        if header.fragments_follow and body:
+        if (header.fragments_follow or header.half_duplex) and body:
             pushes.append([first + body[0], *body[1:]])
     return pushes
 
@@ -193,7 +198,8 @@ def responses(model: Model, step: int) -> list[bytes]:
         )
         for outcome in (pb.OUTCOME_COMMITTED, pb.OUTCOME_STALE, pb.OUTCOME_ALREADY_COUNTED)
     ]
-    admission = pb.PushAdmission(first_needed_fragment=1, contribution=memory, average=memory)
+    offers = [pb.TransportOffer(transport="memory", details=b"\x00\x01")]
+    admission = pb.PushAdmission(first_needed_fragment=1, contribution=memory, average=memory, offers=offers)
     missing = [pb.MissingWorker(has_left=True, last_seen_age_s=7.0)]
     waiting = pb.WaitingNotice(
         waiting_for=["a"], waiting_for_unknown=2, round_age_s=5, missing=missing, finished=["b"], workers_training=3

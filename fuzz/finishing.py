@@ -72,8 +72,8 @@ class Finishing:
         self._hear_goodbyes()
         if others := job.round.finished - self._finished.keys():
             raise Failure(f"no round waits for {others}, and they train")
-        for worker_id in job.round.finished & job.round._members.keys():
-            attached = job.round._members[worker_id].attached
+        for worker_id in job.round.finished & job.round._entries.keys():
+            attached = job.round._entries[worker_id].attached
             if attached is not None and attached.incarnation not in self._processes[worker_id]:
                 raise Failure(f"{worker_id!r} has finished by the word of a process that is not the one that pushes")
         self._check_waits_rightly()
@@ -94,8 +94,8 @@ class Finishing:
         assert job is not None
         for call, request in self._goodbyes.items():
             if call.done and call.completed:
-                member = job.round._members.get(request.worker_id)
-                attached = None if member is None else member.attached
+                entry = job.round._entries.get(request.worker_id)
+                attached = None if entry is None else entry.attached
                 by_another = attached is not None and attached.incarnation != request.incarnation
                 if request.worker_id not in job.round.finished and not by_another:
                     raise Failure(f"{request.worker_id!r} has finished, and rounds wait for it")
@@ -106,8 +106,8 @@ class Finishing:
         """A round whose pushes are whole commits, unless somebody is missing who has not finished."""
         job, policy = self._world.job, self._policy
         assert job is not None
-        members = job.round._members.keys()
-        absent = job.round.finished - members
+        present = job.round._entries.keys()
+        absent = job.round.finished - present
         least = min(policy.min_workers, max(1, policy.num_workers - len(absent)))
-        if policy.is_strict and job.round.complete == members and len(members) >= least:
-            raise Failure(f"a round waits for nobody: {members} are there, {absent} have finished")
+        if policy.is_strict and job.round.complete == present and len(present) >= least:
+            raise Failure(f"a round waits for nobody: {present} are there, {absent} have finished")

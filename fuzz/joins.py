@@ -8,7 +8,7 @@ from fuzz.context import ClientCall, Failure
 from fuzz.corpus import INCARNATIONS
 from fuzz.world import World
 from modelaverage.v1 import parameter_server_pb2 as pb
-from ps_server.rules.task_indexes import DEFAULT_REJOIN_GRACE_S
+from ps_server.rules.task_indexes import DEFAULT_REJOIN_TIMEOUT_S
 
 __all__ = ["PROCESSES", "Joins"]
 
@@ -87,7 +87,7 @@ class Joins:
         asked.told = index
         own, since_s = self._kept.pop(asked.process, (self._held.get(asked.process), now_s))
         if now_s > self._unsure_until_s:
-            if own not in (None, index) and now_s < since_s + DEFAULT_REJOIN_GRACE_S - _ABOUT_S:
+            if own not in (None, index) and now_s < since_s + DEFAULT_REJOIN_TIMEOUT_S - _ABOUT_S:
                 raise Failure(f"a process that has the index {own} is told {index}")
             if own is None and asked.wanted not in (None, index):
                 raise Failure(f"a process that wants the index {asked.wanted} is told {index}")
@@ -102,18 +102,18 @@ class Joins:
         del self._latest[asked.process]
         index = self._held.pop(asked.process, None)
         if not call.context.reads:  # it may have got an index and not heard of it, and have ended a while ago
-            self._unsure_until_s = now_s + DEFAULT_REJOIN_GRACE_S + _ABOUT_S
+            self._unsure_until_s = now_s + DEFAULT_REJOIN_TIMEOUT_S + _ABOUT_S
         elif index is not None:
             self._kept[asked.process] = index, now_s
 
     def _certainly_taken(self, now_s: float, but: bytes) -> set[int]:
-        grace_s = DEFAULT_REJOIN_GRACE_S - _ABOUT_S
-        kept = {process: index for process, (index, since_s) in self._kept.items() if now_s < since_s + grace_s}
+        timeout_s = DEFAULT_REJOIN_TIMEOUT_S - _ABOUT_S
+        kept = {process: index for process, (index, since_s) in self._kept.items() if now_s < since_s + timeout_s}
         return {index for process, index in (self._held | kept).items() if process != but}
 
     def _check_waits_rightly(self, asked: _Asked, now_s: float) -> None:
-        grace_s = DEFAULT_REJOIN_GRACE_S + _ABOUT_S
-        kept = [index for index, since_s in self._kept.values() if now_s < since_s + grace_s]
+        timeout_s = DEFAULT_REJOIN_TIMEOUT_S + _ABOUT_S
+        kept = [index for index, since_s in self._kept.values() if now_s < since_s + timeout_s]
         taken = {*self._held.values(), *kept}
         if asked.told is None and (
             len(taken) < self._num_workers if asked.wanted is None else asked.wanted not in taken

@@ -42,7 +42,7 @@ _POLICIES = (
 )
 Event = tuple[Callable[[], None], float]
 """Something that may happen, and how often it does."""
-_STOP_GRACE_S = 3.0
+_STOP_TIMEOUT_S = 3.0
 STEP = 5
 _OTHER_MESSAGES = (
     b"",
@@ -189,11 +189,14 @@ class Sequence:
             untouched_variables=sorted(given.untouched),
             accepts_shared_memory=rng.random() < 0.5,
             fragments_follow=rng.random() < 0.3,
+            half_duplex=rng.random() < 0.15,
+            accepts_combined=rng.random() < 0.5,
         )
         self._adorn(header)
         if rng.random() < 0.1 and not is_good:
             self._spoil(header)
         push = Push(self._opened("PushAndAverage"), key, header, is_beside=header.uses_data_connection)
+        push.call.context.is_half_duplex = header.half_duplex and not header.uses_data_connection
         self._finishing.returned(push.call, header.worker_id)
         self._pushes[push.call] = push
         if rng.random() < 0.05 and not is_good:
@@ -223,7 +226,7 @@ class Sequence:
 
     @staticmethod
     def _fragments_follow(header: pb.PushHeader) -> bool:
-        return header.fragments_follow and not header.uses_data_connection
+        return (header.fragments_follow or header.half_duplex) and not header.uses_data_connection
 
     def _new_push(self, key: Key) -> Given:
         number = zlib.crc32(repr(key).encode())
@@ -233,7 +236,7 @@ class Sequence:
 
     def _spoil(self, header: pb.PushHeader) -> None:
         rng = self._rng
-        match rng.randrange(7):
+        match rng.randrange(8):
             case 0:
                 header.worker_id = rng.choice(_BAD_IDS)
             case 1:
@@ -246,6 +249,8 @@ class Sequence:
                 header.manifest_id = rng.choice(("", "x" * 100, MODELS[0].manifest.id, MODELS[1].manifest.id))
             case 5:
                 header.untouched_variables[:] = rng.choice(([1, 0], [0, 0], [2**32 - 1]))
+            case 6:
+                header.codec = rng.choice(("int8", "\n", "x" * 300))
             case _:
                 header.Clear()
 
@@ -303,7 +308,7 @@ class Sequence:
                 push.segment = self._lent(admission.contribution, self._witness.given[push.key].value)
         if push.is_beside or push.call.context.half_closed or push.next >= self._model.manifest.fragment_count:
             return False
-        return push.header.fragments_follow or push.first is not None
+        return self._fragments_follow(push.header) or push.first is not None
 
     def _lent(self, memory: pb.SharedMemory, value: float) -> Segment:
         flat = np.frombuffer(self._model.flat(value), np.uint8)
@@ -464,11 +469,11 @@ class Sequence:
         raise Failure(f"{call.rpc} does not end, though its client does nothing")
 
     def _stop_service(self) -> None:
-        stopped = self.world.loop.create_task(self.world.service.stop(_STOP_GRACE_S))
+        stopped = self.world.loop.create_task(self.world.service.stop(_STOP_TIMEOUT_S))
         self.world.settle()
         refused = self._opened("Pull", pb.PullRequest(worker_id="a").SerializeToString())
         self.world.settle()
-        self.world.advance(_STOP_GRACE_S + FIRST_WRITE_TIMEOUT_S + 0.1)
+        self.world.advance(_STOP_TIMEOUT_S + FIRST_WRITE_TIMEOUT_S + 0.1)
         if not stopped.done() or (left := [call.rpc for call in self._calls if not call.done]):
             raise Failure(f"{left} outlive the service" if stopped.done() else "the service does not stop")
         stopped.result()

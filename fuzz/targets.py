@@ -176,7 +176,7 @@ class Bytes:
         if call.done or self.name == "Join" or (self.name == "Pull" and job is None):
             return
         if self.name == "PushAndAverage" and job is not None:
-            waiting = {part.worker_id for part in job._parts.values()}
+            waiting = {part.worker_id for part in job._pushes.values()}
             if waiting and waiting <= job.round.complete:
                 return
         raise Failure(f"{self.name} does not end, {LONG_ENOUGH_S:g} s after its last message")

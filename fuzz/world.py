@@ -35,7 +35,7 @@ _MAY_GROW = frozenset(
     {
         "_roster.records",
         "_roster._nonfinite",
-        "_job._lent",
+        "_transports[1]._lent",
         "_joining._indexes._holders",
         "_job.center._deferred",
         "_job.round._barred",
@@ -106,7 +106,7 @@ class World:
     @property
     def job(self) -> Job | None:
         """What there is once the center is initialized."""
-        return self.service._job
+        return self.service.job
 
     def open(self, rpc: str, request: bytes | None = None) -> ClientCall:
         """Begins a call."""
@@ -154,28 +154,26 @@ class World:
         """The center as it is."""
         if self.job is None:
             return None
-        current = self.job.center.current
-        flat = b"".join([current.fragment(index) for index in range(self.job.manifest.fragment_count)])
-        return Center(self.job.round.global_step, flat)
+        return Center(self.job.round.global_step, self.job.center.current.flat.tobytes())
 
     def check_calls(self, open_calls: int) -> None:
         """Raises Failure if the service knows other calls than there are."""
-        if len(self.service._calls) != open_calls:
-            raise Failure(f"{open_calls} calls are open, and the service has {len(self.service._calls)}")
+        if len(self.service._serving.calls) != open_calls:
+            raise Failure(f"{open_calls} calls are open, and the service has {len(self.service._serving.calls)}")
         self._check_offers()
         if open_calls == 0:
             self._check_empty()
             self._check_connections()
 
     def _check_empty(self) -> None:
-        left = dict[str, Any](_pulls_waiting=self.service._pulls_waiting)
+        left = dict[str, Any](_pulls_waiting=self.service._waiting.calls)
         if self.job is not None:
             round_ = self.job.round
-            left.update(_parts=self.job._parts, _streams=round_._streams, _held=round_._held)
-            for worker_id, member in round_._members.items():
-                if member.stream is not None or member.attached is not None:
+            left.update(_pushes=self.job._pushes, _streams=round_._streams, _held=round_._held)
+            for worker_id, entry in round_._entries.items():
+                if entry.stream is not None or entry.attached is not None:
                     raise Failure(f"no call is open, but the round sees one of {worker_id!r}")
-            if self.job.center._deferred and not round_._members:
+            if self.job.center._sums._deferred and not round_._entries:
                 raise Failure("nobody is in the round, but there are contributions to its sum")
             if self.job.center.current.in_use or self.job.center.next.in_use:
                 raise Failure("no call is open, but a buffer is in use")

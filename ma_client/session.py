@@ -13,6 +13,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from ma_client.cluster.spec import ClusterSpec
+from ma_client.files.initial_values import read_initial_values
 from ma_client.job.absence import connect
 from ma_client.job.all_servers import AllServers
 from ma_client.job.assembly import Assembly
@@ -23,7 +24,6 @@ from ma_client.process.one_thread import OneThread, by_one_thread
 from ma_client.transports.data_settings import DATA_SETTINGS, DataSettings
 from ma_client.transports.timing import TIMING
 from ma_client.transports.ways import WaySettings
-from ma_client.values.initial_values import read_initial_values
 from ma_client.values.raw import bytes_of, same_bytes
 from ma_client.values.trees import Paths, as_arrays, nest, paths_of
 from modelaverage import wire
@@ -32,11 +32,11 @@ from modelaverage.access.security import Security
 from modelaverage.addresses import check_all
 from modelaverage.checks import check_global_step, check_weight, check_worker_id
 from modelaverage.errors import ConflictError, InvalidRequestError, NotInitializedError, Reason
+from modelaverage.logs import event
 from modelaverage.manifest import MAX_SHARDS, Manifest, Variable, dtype_name, first_difference
 from modelaverage.outcome import Outcome
 from modelaverage.placement import PLACEMENTS
 from modelaverage.runtime.deadline import Deadline
-from modelaverage.runtime.logs import event
 from modelaverage.v1 import parameter_server_pb2 as pb
 
 __all__ = ["InitializeResult", "ParameterServerSession", "PushResult"]

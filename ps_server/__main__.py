@@ -19,12 +19,11 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 from modelaverage import __version__
 from modelaverage.access.channels import Access
 from modelaverage.addresses import check_all
+from modelaverage.commands import flag_types
 from modelaverage.commands.security_flags import add_security_flags, security_of
 from modelaverage.commands.serve_flags import ServeFlags, add_serve_flags
-from modelaverage.commands.serve_flags import count as _count
-from modelaverage.commands.serve_flags import seconds as _seconds
 from modelaverage.errors import SecurityError
-from modelaverage.runtime.logs import event, keep_logging, log_json, say
+from modelaverage.logs import event, keep_logging, log_json, say
 from modelaverage.runtime.output import CLOSED_PIPE_EXIT_CODE, OnLoss, OutputLostError
 from ps_server.checkpoints.keeper import CheckpointPolicy
 from ps_server.console import status
@@ -124,7 +123,11 @@ def _parser() -> argparse.ArgumentParser:
         help="where to listen: HOST:PORT (port 0: any free one) or unix:PATH; may be given again (127.0.0.1:2222)",
     )
     command.add_argument(
-        "--num-workers", type=_count, required=True, metavar="N", help="how many workers every round waits for"
+        "--num-workers",
+        type=flag_types.count,
+        required=True,
+        metavar="N",
+        help="how many workers every round waits for",
     )
     add_serve_flags(command)
     command.add_argument(
@@ -135,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--stream-idle-timeout-s",
-        type=_seconds,
+        type=flag_types.seconds,
         default=120.0,
         metavar="SECONDS",
         help="drop a stream whose client neither sends nor reads for so long; waiting at the barrier does not count. "
@@ -143,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--max-model-bytes",
-        type=_count,
+        type=flag_types.count,
         default=default_max_model_bytes(),
         metavar="BYTES",
         help="refuse a model that needs more than twice as much memory; the server holds 16-bit variables four times, "
@@ -194,7 +197,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--timeout-s",
-        type=_seconds,
+        type=flag_types.seconds,
         default=5.0,
         metavar="SECONDS",
         help="how long to wait for an answer (%(default)s)",
@@ -202,7 +205,7 @@ def _parser() -> argparse.ArgumentParser:
     add_security_flags(command)
     command.add_argument(
         "--watch",
-        type=_seconds,
+        type=flag_types.seconds,
         nargs="?",
         const=1.0,
         metavar="SECONDS",
@@ -227,7 +230,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("out", type=Path, metavar="OUT.safetensors", help="replaced if it exists, once all is written")
     command.add_argument(
         "--timeout-s",
-        type=_seconds,
+        type=flag_types.seconds,
         default=30.0,
         metavar="SECONDS",
         help="how long to wait for a server to begin to send (%(default)s)",

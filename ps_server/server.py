@@ -24,7 +24,7 @@ from grpc_reflection.v1alpha import reflection
 from modelaverage import wire
 from modelaverage.addresses import Address, parse
 from modelaverage.errors import SecurityError
-from modelaverage.runtime.logs import event
+from modelaverage.logs import event
 from modelaverage.runtime.tuning import CHANNEL_OPTIONS, keep_freed_memory
 from ps_server.checkpoints.home import CheckpointHome
 from ps_server.checkpoints.keeper import CheckpointPolicy
@@ -76,7 +76,7 @@ class ServerConfig:
         policy: what the service does.
         ready_file: where to write ``{"address": ..., "addresses": [...], "pid": ..., "data_port": ...}`` once it
             listens, without ``data_port`` if it offers no data connections; None: nowhere.
-        grace_s: how long calls that are under way may take to finish after SIGTERM.
+        stop_timeout_s: how long calls that are under way may take to finish after SIGTERM.
         security: who may come in, and over what.
         metrics_bind: where to serve metrics for Prometheus, HOST:PORT (port 0 takes a free one); None: nowhere.
         data_port: where workers may open data connections, on every host of ``binds``; 0 takes a free one, None:
@@ -86,7 +86,7 @@ class ServerConfig:
     binds: tuple[str, ...]
     policy: ServicePolicy
     ready_file: Path | None = None
-    grace_s: float = 5.0
+    stop_timeout_s: float = 5.0
     security: ServerSecurity = NO_SECURITY
     metrics_bind: str | None = None
     data_port: int | None = 0
@@ -152,7 +152,7 @@ async def _serve(
     _log.debug("stopping", extra=event("stopping"))
     center.cancel()
     health.stop()
-    await service.stop(config.grace_s)
+    await service.stop(config.stop_timeout_s)
     await server.stop(grace=1.0)
 
 

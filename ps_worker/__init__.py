@@ -1,5 +1,5 @@
 """The worker's entry point (`ps-worker`), the local launcher (`ma-launch`) and the built-in workload.
 
-`__main__` and `launch` read the flags. `local_cluster`, on `processes`, starts and ends what runs. `digits` trains;
-`demo` collects the workers' `events`, which `view` shows and `report` draws.
+`__main__`, `launch` and `report` are the commands. `supervise` runs a job from start to end on one of the `engines`;
+`watch` tells what becomes of its workers. `demo` is the built-in workload; its workers report progress as `events`.
 """

@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modelaverage import __version__
+from modelaverage.commands import flag_types
+from modelaverage.commands.parser import OneLineParser, help_format
 from modelaverage.commands.security_flags import add_security_flags, security_of
-from modelaverage.runtime.logs import event, keep_logging, log_json
+from modelaverage.logs import event, keep_logging, log_json
 from modelaverage.runtime.output import OnLoss
-from ps_worker import flags, run_script
+from ps_worker.commands import run_script
+from ps_worker.commands.extras import MissingExtraError, require
+from ps_worker.commands.stop_signals import end_cleanly_on_signals
 from ps_worker.demo.digits_config import MODULES, DigitsConfig, add_training_flags
 from ps_worker.events.parse import EVENTS_FLAG
-from ps_worker.extras import MissingExtraError, require
-from ps_worker.stop_signals import end_cleanly_on_signals
 
 if TYPE_CHECKING:
     from ma_client.cluster.spec import ClusterSpec
@@ -78,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = flags.Parser(prog="ps-worker", description="One worker of a model-averaging job.")
+    parser = OneLineParser(prog="ps-worker", description="One worker of a model-averaging job.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -89,11 +91,11 @@ def _parser() -> argparse.ArgumentParser:
         "MA_TASK_INDEX), where ClusterSpec.from_env(), ParameterServerSession.from_env() and\n"
         "ModelAverageOptimizer find it.",
         epilog=_RUN_EXAMPLES,
-        formatter_class=flags.help_format,
+        formatter_class=help_format,
     )
     _add_cluster_flags(command)
     add_security_flags(command)
-    command.add_argument("script", type=flags.script, metavar="SCRIPT", help="a Python file")
+    command.add_argument("script", type=flag_types.existing_file, metavar="SCRIPT", help="a Python file")
     command.add_argument("args", nargs=argparse.REMAINDER, metavar="ARGS", help="its arguments")
     command.set_defaults(run=_run)
 
@@ -102,13 +104,13 @@ def _parser() -> argparse.ArgumentParser:
         help="train the built-in workload as one worker",
         description="Trains a small network on scikit-learn's handwritten digits, each worker on its own part.",
         epilog=_DIGITS_EXAMPLES,
-        formatter_class=flags.help_format,
+        formatter_class=help_format,
     )
     _add_cluster_flags(command)
     add_security_flags(command)
     command.add_argument(
         "--connect-timeout-s",
-        type=flags.seconds,
+        type=flag_types.seconds,
         default=30.0,
         metavar="SECONDS",
         help="how long to wait for the server to be there (%(default)g)",
@@ -127,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--log-json", action="store_true", help="every line is a JSON object; docs/observability.md has the fields"
     )
-    command.add_argument(EVENTS_FLAG, type=flags.whole, help=argparse.SUPPRESS)
+    command.add_argument(EVENTS_FLAG, type=flag_types.whole, help=argparse.SUPPRESS)
     add_training_flags(command)
     command.set_defaults(run=_digits)
     return parser
@@ -137,14 +139,14 @@ def _add_cluster_flags(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("cluster", _CLUSTER_HELP)
     group.add_argument(
         "--ps-hosts",
-        type=flags.ps_hosts,
+        type=flag_types.ps_hosts,
         metavar="HOST:PORT[,...]",
         help="address of the parameter server; of each, in the same order for all workers, if there are several",
     )
-    group.add_argument("--num-workers", type=flags.count, metavar="N", help="how many workers the job has")
+    group.add_argument("--num-workers", type=flag_types.count, metavar="N", help="how many workers the job has")
     group.add_argument(
         "--task-index",
-        type=flags.task_index,
+        type=flag_types.or_auto(flag_types.whole),
         metavar="I",
         help="which of them this one is, from 0; 0 is the chief, which initializes the center; auto: the server hands "
         "out the lowest that is free",

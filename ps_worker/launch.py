@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modelaverage import __version__
+from modelaverage.commands import flag_types
+from modelaverage.commands.parser import OneLineParser, help_format
 from modelaverage.commands.serve_flags import ServeFlags, add_serve_flags
-from modelaverage.runtime.logs import keep_logging
+from modelaverage.logs import keep_logging
 from modelaverage.runtime.output import OnLoss
-from ps_worker import flags
+from ps_worker.commands.extras import MissingExtraError, require
+from ps_worker.commands.stop_signals import end_at_once_on_signals
 from ps_worker.demo.digits_config import MODULES, DigitsConfig, add_training_flags
-from ps_worker.extras import MissingExtraError, require
-from ps_worker.stop_signals import end_at_once_on_signals
 
 if TYPE_CHECKING:
     from ps_worker.engines.engine import Engine
@@ -108,8 +109,8 @@ def _training(argv: list[str]) -> DigitsConfig:
 
 
 def _script(command: list[str], working_dir: Path | None) -> list[str]:
-    """The command as it is given where the workers start. Raises ArgumentTypeError."""
-    script = flags.script(command[0])
+    """The command as seen from the directory where the workers start. Raises ArgumentTypeError."""
+    script = flag_types.existing_file(command[0])
     if working_dir is not None:
         try:
             script = script.resolve().relative_to(working_dir.resolve())
@@ -145,7 +146,7 @@ def _ray_engine(arguments: argparse.Namespace, serve: ServeFlags, is_digits: boo
     cpus_per_worker: int = arguments.cpus_per_worker or 1
     num_servers = 1 if arguments.ps == _AUTO else arguments.ps
     is_new = connect(arguments.ray_address, arguments.working_dir, num_servers + num_workers * cpus_per_worker)
-    end_at_once_on_signals()  # Ray has set a handler of its own
+    end_at_once_on_signals()  # Ray has replaced the handlers
     directory = serve.checkpoint_dir
     config = RayConfig(
         num_servers=min(num_workers, count_nodes()) if arguments.ps == _AUTO else num_servers,
@@ -161,18 +162,8 @@ def _ray_engine(arguments: argparse.Namespace, serve: ServeFlags, is_digits: boo
     return lambda _, on_message: RayCluster(config, on_message)
 
 
-def _servers(text: str) -> int | str:
-    """A whole number from 1 on, or "auto"."""
-    if text == _AUTO:
-        return _AUTO
-    try:
-        return flags.count(text)
-    except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(f"{error}, and not {_AUTO!r}") from None
-
-
 def _split(argv: list[str]) -> tuple[list[str], list[str]]:
-    """The launcher's own arguments, and what comes after the first `--`."""
+    """The launcher's own arguments, and those after the first `--`."""
     if "--" not in argv:
         return argv, []
     at = argv.index("--")
@@ -180,24 +171,26 @@ def _split(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = flags.Parser(
+    parser = OneLineParser(
         prog="ma-launch",
         usage="ma-launch [--ps K|auto] [--workers N] [--engine local|ray] ... -- digits|SCRIPT [ARGS...]",
         description="Starts parameter servers and their workers as processes of this machine, on loopback, or on the\n"
         "nodes of a Ray cluster, and ends all of them when the workers are done.",
         epilog=_EXAMPLES,
-        formatter_class=flags.help_format,
+        formatter_class=help_format,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument(
         "--ps",
-        type=_servers,
+        type=flag_types.or_auto(flag_types.count),
         default=1,
         metavar="K",
         help="parameter servers, each with a part of the model; auto: one for every two cores that the workers leave "
         "(with ray: for every node), at least one and at most as many as workers (%(default)s)",
     )
-    parser.add_argument("--workers", type=flags.count, default=2, metavar="N", help="worker processes (%(default)s)")
+    parser.add_argument(
+        "--workers", type=flag_types.count, default=2, metavar="N", help="worker processes (%(default)s)"
+    )
     parser.add_argument(
         "--runs",
         type=Path,
@@ -218,7 +211,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--max-restarts",
-        type=flags.whole,
+        type=flag_types.whole,
         metavar="N",
         help="how often each worker that ends with an error or is killed is started again (0: its failure ends the "
         f"run); with ray, each server and each worker that is killed, or whose node dies ({_RAY_MAX_RESTARTS})",
@@ -230,7 +223,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_ray_flags(parser: argparse.ArgumentParser) -> None:
-    """Without defaults, so that one that is given without Ray is noticed."""
+    """Adds them without defaults, so that `main` notices one that is given without Ray."""
     group = parser.add_argument_group("with --engine ray")
     group.add_argument(
         "--ray-address",
@@ -244,18 +237,20 @@ def _add_ray_flags(parser: argparse.ArgumentParser) -> None:
         help="copy this directory with SCRIPT in it to the nodes and start the workers there (they start in the "
         "directory where ma-launch was started, which has to be there on all nodes)",
     )
-    group.add_argument("--cpus-per-worker", type=flags.count, metavar="N", help="cores to reserve for a worker (1)")
-    group.add_argument("--gpus-per-worker", type=flags.whole, metavar="N", help="GPUs to reserve for a worker (0)")
+    group.add_argument(
+        "--cpus-per-worker", type=flag_types.count, metavar="N", help="cores to reserve for a worker (1)"
+    )
+    group.add_argument("--gpus-per-worker", type=flag_types.whole, metavar="N", help="GPUs to reserve for a worker (0)")
 
 
 def _digits_parser() -> argparse.ArgumentParser:
-    parser = flags.Parser(
+    parser = OneLineParser(
         prog="ma-launch -- digits",
         description="Trains a small network on scikit-learn's handwritten digits, in all workers together and then in\n"
         "one worker alone, on its part of the images and on all of them; shows all three, and writes\n"
         "center.safetensors, summary.json, metrics.jsonl, curves.png and TensorBoard events.",
         epilog=_DIGITS_EXAMPLES,
-        formatter_class=flags.help_format,
+        formatter_class=help_format,
     )
     add_training_flags(parser)
     return parser

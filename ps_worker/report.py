@@ -1,6 +1,6 @@
 """Draws a run's metrics.jsonl: `python -m ps_worker.report RUN_DIR` writes curves.png and TensorBoard events.
 
-A process of its own, since its imports are slow and it may be ended at any time.
+It runs as a separate process because its imports are slow; it can be killed at any time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ps_worker.demo.run_files import CURVES, METRICS, TENSORBOARD
 
 __all__ = ["draw", "main", "write_tensorboard"]
 
-# Okabe and Ito's colours, told apart with any kind of colour vision; the lone ones also have another line style.
+# Okabe and Ito's colours, which people with any colour vision can tell apart; lone workers also have dashed lines.
 _WORKER_COLOURS = ("#0072B2", "#E69F00", "#56B4E9", "#CC79A7", "#F0E442", "#D55E00")
 _CENTER_COLOUR = "#009E73"
 _ALONE_STYLE: dict[str, Any] = {"color": "#444444", "linestyle": (0, (4, 2))}
@@ -67,7 +67,7 @@ def draw(record: Record, path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_xlim(left=0)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # a name in a script that the font has not
+        warnings.filterwarnings("ignore", "Glyph")  # the font lacks a letter of a worker's name
         figure.savefig(path, dpi=120)
 
 
@@ -138,7 +138,7 @@ def _draw_wait(axes: Axes, record: Record, workers: Sequence[str]) -> None:
         )
     axes.set(title="Wait at the barrier, each round", xlabel="time since the first steps [s]", ylabel="wait [ms]")
     axes.set_ylim(bottom=0)
-    if axes.lines:  # a run that goes on from a center may have made no round
+    if axes.lines:  # a run that continues from a center may have no round
         axes.legend(frameon=False, title="altogether", alignment="left")
 
 
@@ -161,15 +161,15 @@ def _label(worker: str, workers: Sequence[str]) -> str:
     if worker == ALONE_WITH_ALL:
         return "one worker alone, all images"
     text = shown(worker)
-    if len(text) > _LONGEST_LABEL:  # or there is no room for the curves
+    if len(text) > _LONGEST_LABEL:  # a longer label would leave no room for the curves
         text = text[: _LONGEST_LABEL - 1] + "\u2026"
-    # A dollar would begin a formula; a legend leaves out what begins with an underscore.
+    # matplotlib takes a dollar for a formula, and leaves a label that begins with an underscore out of the legend.
     text = text.replace("$", r"\$")
     return f"'{text}'" if text.startswith("_") else text
 
 
 def _smooth(values: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """The mean of each value and its neighbours, as many on either side as there are, `_NEIGHBOURS` at most."""
+    """The mean of each value and the same number of neighbours on either side, at most `_NEIGHBOURS`."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
     at = np.arange(len(values))
     reach = np.minimum(np.minimum(at, len(values) - 1 - at), _NEIGHBOURS)

@@ -1,4 +1,4 @@
-"""What `ma-launch` does once its flags are read: runs a job under supervision, and turns its end into an exit code."""
+"""Runs a job for `ma-launch` and turns its end into an exit code."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any, TextIO
 
 from modelaverage.errors import ModelAverageError
 from modelaverage.runtime.output import CLOSED_PIPE_EXIT_CODE, OutputLostError
+from ps_worker.commands.stop_signals import end_at_once_on_signals, exit_code_for, stop_signals
 from ps_worker.demo.digits_config import DigitsConfig
 from ps_worker.engines.engine import Engine, EngineError
 from ps_worker.engines.processes import LineHandler, Processes, ProcessFailedError
-from ps_worker.stop_signals import end_at_once_on_signals, exit_code_for, stop_signals
 
 __all__ = ["run_digits", "run_script"]
 
@@ -35,10 +35,10 @@ def run_script(engine: Engine, command: Sequence[str]) -> int:
 
 
 async def _script(engine: Engine, command: Sequence[str], processes: Processes) -> None:
-    from ps_worker.aftermath import what_happened
-    from ps_worker.demo.beside import beside
-    from ps_worker.events.server_watch import ServerWatch
-    from ps_worker.lookout import keep_looking
+    from ps_worker.watch.aftermath import what_happened
+    from ps_worker.watch.beside import beside
+    from ps_worker.watch.lookout import keep_looking
+    from ps_worker.watch.server_watch import ServerWatch
 
     say = _printer("", sys.stderr)
     started_at_s = time.monotonic()
@@ -73,12 +73,12 @@ def _printer(prefix: str, file: TextIO) -> LineHandler:
 def _run(job: _Job) -> int:
     try:
         return asyncio.run(_supervise(job))
-    except OutputLostError:  # the reader of the output has gone
+    except OutputLostError:  # nobody reads the output any more
         return CLOSED_PIPE_EXIT_CODE
     except (ModelAverageError, ProcessFailedError, EngineError) as error:
         print(f"ma-launch: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:  # between the loop's handlers and the next ones
+    except KeyboardInterrupt:  # Ctrl-C after the loop's handlers were removed
         return exit_code_for(signal.SIGINT)
     except OSError as error:
         print(f"ma-launch: {error.filename or 'the system'}: {error.strerror}", file=sys.stderr)
@@ -95,9 +95,9 @@ async def _supervise(job: _Job) -> int:
     def stop(number: signal.Signals) -> None:
         if not stopped.done():
             stopped.set_result(number)
-        elif number != signal.SIGHUP:  # a terminal that closes sends it twice
+        elif number != signal.SIGHUP:  # a terminal that closes sends SIGHUP twice
             processes.hurry()
-            work.cancel()  # it may be giving others time to end
+            work.cancel()  # it may be waiting for processes to end
 
     for number in stop_signals():
         loop.add_signal_handler(number, stop, number)

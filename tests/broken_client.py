@@ -11,7 +11,8 @@ from ma_client import ParameterServerSession
 from ma_client.transports.connection import Connection
 from ma_client.transports.pushing import Answer
 from ma_client.transports.staging import Staging
-from modelaverage.errors import ModelAverageError, ProtocolError
+from modelaverage import errors, wire
+from modelaverage.errors import ModelAverageError, ProtocolError, ServerUnavailableError
 from modelaverage.manifest import Manifest
 from modelaverage.v1 import parameter_server_pb2 as pb
 
@@ -19,7 +20,7 @@ push_and_average = Connection.push_and_average
 session_push = ParameterServerSession.push_and_average
 
 
-def replace(owner: type, name: str, by: object) -> None:
+def replace(owner: Any, name: str, by: object) -> None:
     setattr(owner, name, by)
 
 
@@ -121,6 +122,43 @@ def finishes_when_it_leaves() -> None:
     replace(client.Conformer, "leave", leave)
 
 
+def says(**fields: Any) -> None:
+    header = pb.PushHeader
+
+    def push_header(**others: Any) -> pb.PushHeader:
+        return header(**others, **fields)
+
+    replace(pb, "PushHeader", push_header)
+
+
+def knows_no_actions() -> None:
+    errors._BY_ACTION.clear()
+
+
+def takes_every_action_for_later() -> None:
+    class Later(dict[str, type[ModelAverageError]]):
+        def get(self, *_: Any) -> Any:
+            return ServerUnavailableError
+
+    errors._BY_ACTION = Later()
+
+
+def says_half_duplex_and_waits_for_the_admission() -> None:
+    says(half_duplex=True)
+
+
+def accepts_combined_messages_and_takes_one_thing_of_each() -> None:
+    def read(message_type: type[Any], data: bytes) -> Any:
+        message = read_fragment(message_type, data)
+        if isinstance(message, pb.PushAndAverageResponse) and message.HasField("fragment"):
+            message.ClearField("outcome")
+        return message
+
+    read_fragment = wire.read_fragment
+    says(accepts_combined=True)
+    replace(wire, "read_fragment", read)
+
+
 # What is broken, and the case that has to notice.
 FAULTS = {
     does_not_try_again: "a_push_is_made_again_when_the_page_says_so",
@@ -131,6 +169,10 @@ FAULTS = {
     does_not_look_for_missing_fragments: "an_average_that_lacks_a_fragment_is_an_error",
     mixes_up_types_of_16_bits: "bfloat16_is_averaged",
     sorts_the_variables: "the_order_is_the_manifest_s",
+    knows_no_actions: "after_an_unknown_reason_the_action_is_followed",
+    takes_every_action_for_later: "an_unknown_action_means_stop",
+    says_half_duplex_and_waits_for_the_admission: "a_half_duplex_client_sends_all_before_anything_comes",
+    accepts_combined_messages_and_takes_one_thing_of_each: "the_outcome_may_come_with_the_last_fragment",
     knows_no_reasons: "a_refused_push_is_named_by_its_reason",
     answers_twice: "the_status_tells_the_phase",
     never_finishes: "a_worker_that_has_finished_is_not_waited_for",

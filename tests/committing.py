@@ -18,8 +18,8 @@ class CommittingRound(Round):
     def open(self, stream: int, push: Push, now_s: float) -> list[Decided]:  # type: ignore[override]
         return self._committed(super().open(stream, push, now_s), now_s)
 
-    def record_fragment(self, stream: int, now_s: float) -> list[Decided]:  # type: ignore[override]
-        return self._committed(super().record_fragment(stream, now_s), now_s)
+    def take_fragments(self, stream: int, first: int, end: int, now_s: float) -> list[Decided]:  # type: ignore[override]
+        return self._committed(super().take_fragments(stream, first, end, now_s), now_s)
 
     def close(self, stream: int, now_s: float) -> list[Decided]:  # type: ignore[override]
         return self._committed(super().close(stream, now_s), now_s)

@@ -22,7 +22,9 @@ class RunningServer:
 
     def __init__(self, policy: ServicePolicy, security: ServerSecurity, metrics_bind: str | None) -> None:
         self.address = self.metrics_address = ""
-        self._config = ServerConfig(("127.0.0.1:0",), policy, grace_s=2.0, security=security, metrics_bind=metrics_bind)
+        self._config = ServerConfig(
+            ("127.0.0.1:0",), policy, stop_timeout_s=2.0, security=security, metrics_bind=metrics_bind
+        )
         self._ready = threading.Event()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -80,9 +82,10 @@ def start_server() -> Iterator[StartServer]:
         stall_timeout_s: float = 30.0,
         shared: bool = False,
         checkpoints: CheckpointPolicy | None = None,
-        rejoin_grace_s: float = 0.5,
+        rejoin_timeout_s: float = 0.5,
         security: ServerSecurity = NO_SECURITY,
         metrics_bind: str | None = None,
+        first_notice_s: float = 5.0,
     ) -> RunningServer:
         round_policy = RoundPolicy.strict(policy) if isinstance(policy, int) else policy
         shared_memory_from_bytes = 0 if shared else math.inf
@@ -94,7 +97,8 @@ def start_server() -> Iterator[StartServer]:
                     stall_timeout_s,
                     shared_memory_from_bytes,
                     checkpoints,
-                    rejoin_grace_s,
+                    rejoin_timeout_s,
+                    first_notice_s,
                 ),
                 security,
                 metrics_bind,

@@ -13,6 +13,7 @@ from grpc import StatusCode
 
 from ma_client import ParameterServerSession
 from modelaverage.v1 import parameter_server_pb2 as pb
+from ps_server.rules.policy import RoundPolicy
 from tests.raw_client import FRAGMENT_SIZE_BYTES, Arrays, RawClient, Stream, fragments_of, push_header, until
 
 if TYPE_CHECKING:
@@ -95,7 +96,8 @@ class Job:
 
 
 @contextmanager
-def running(start_server: StartServer, num_workers: int = 2) -> Iterator[Job]:
-    address = start_server(num_workers).address
+def running(start_server: StartServer, policy: int | RoundPolicy = 2, **options: Any) -> Iterator[Job]:
+    """A job of a server of its own; ``options`` are `start_server`'s."""
+    address = start_server(policy, **options).address
     with RawClient(address) as client:
         yield Job(client, address)

@@ -19,7 +19,7 @@ from google.protobuf.message import DecodeError
 
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.__main__ import main
-from ps_server.center.buffers import Center
+from ps_server.center.center import Center
 from ps_server.checkpoints import files as checkpoint_files
 from ps_server.checkpoints import writer_process
 from ps_server.flow import job
@@ -33,7 +33,7 @@ __all__ = ["BETWEEN_TWO_ANSWERS", "MOMENTS"]
 MOMENTS: dict[str, tuple[Any, str, bool]] = {
     "before a header is taken": (Round, "open", False),
     "after a header is taken": (Round, "open", True),
-    "in the middle of the fragments": (Round, "record_fragment", True),
+    "in the middle of the fragments": (Round, "take_fragments", True),
     "when a fragment is averaged": (Center, "finish", True),
     "before the commit": (Center, "commit", False),
     "before the checkpoint": (job.Job, "_write", False),

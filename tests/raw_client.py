@@ -19,6 +19,7 @@ import numpy as np
 from google.protobuf.message import Message
 from numpy.typing import NDArray
 
+from modelaverage.errors import Reason, refusal_metadata, told_reason
 from modelaverage.v1 import parameter_server_pb2 as pb
 
 __all__ = [
@@ -153,10 +154,10 @@ class Stream(Generic[M]):
                 pass
         except grpc.RpcError as error:
             failure = cast(grpc.Call, error)
-            metadata = dict(failure.trailing_metadata() or ())
-            reason = str(metadata.get("modelaverage-reason", ""))
-            assert not reason or reason.startswith("ERROR_REASON_")
-            return Refusal(failure.code(), reason.removeprefix("ERROR_REASON_"), failure.details())
+            metadata = failure.trailing_metadata()
+            reason = told_reason(metadata)
+            assert not reason or set(refusal_metadata(Reason[reason])) <= set(metadata or ())
+            return Refusal(failure.code(), reason, failure.details())
         raise AssertionError("the call was not refused")
 
     # A push, step by step.

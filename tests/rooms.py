@@ -14,7 +14,7 @@ from pathlib import Path
 
 import grimp
 
-__all__ = ["Arrows", "arrows_of", "circles_of", "main"]
+__all__ = ["Arrows", "arrows_of", "arrows_up_of", "circles_of", "floors_of", "main"]
 
 PACKAGES = ("modelaverage", "ps_server", "ma_client", "ps_worker")
 # What is imported, by what imports it.
@@ -95,8 +95,9 @@ def main(argv: list[str]) -> int:
         floors = floors_of(arrows, circles)
         print(f"{package:<14}{len(arrows):>7}{floors:>8}{count:>8}{up:>5}{len(circles):>9}   {len(inner)}")
         lines += [f"circle of rooms: {', '.join(circle)}" for circle in circles]
-        lines += [f"circle of modules: {', '.join(circle)}" for circle in inner]
-    print(*lines, sep="\n")
+        lines += [f"circle of modules: {', '.join(circle)}" for circle in inner if circle not in circles]
+    for line in lines:
+        print(line)
     return 0
 
 

@@ -130,7 +130,7 @@ class FaultyShard:
         listening = asyncio.get_running_loop().create_future()
         self._stop.clear()
         _this_shard.set(self)
-        config = ServerConfig((self.address,), self._policy, grace_s=0.0)
+        config = ServerConfig((self.address,), self._policy, stop_timeout_s=0.0)
         self._serving = asyncio.ensure_future(serve(config, self._stop, listening.set_result))
         await asyncio.wait((self._serving, listening), return_when=asyncio.FIRST_COMPLETED)
         if self._serving.done():

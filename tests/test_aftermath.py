@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from modelaverage.v1 import parameter_server_pb2 as pb
-from ps_worker.aftermath import missed, what_happened
 from ps_worker.engines.engine import WorkerState
+from ps_worker.watch.aftermath import missed, what_happened
 
 RUNNING, ENDED = WorkerState("worker-0"), WorkerState("worker-1", 0)
 

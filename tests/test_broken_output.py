@@ -33,7 +33,7 @@ HELP = [
 REDIRECTIONS = {"full": ">/dev/full", "closed": ">&-", "all closed": "<&- >&- 2>&-", "both full": ">/dev/full 2>&1"}
 LOSING = """
 import logging, os, resource, sys
-from modelaverage.runtime.logs import keep_logging, log_json
+from modelaverage.logs import keep_logging, log_json
 from modelaverage.runtime.output import OnLoss
 if sys.argv[2] == "json":
     log_json("p")

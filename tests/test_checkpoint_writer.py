@@ -472,7 +472,7 @@ CALLS = [
     (keeping, "fields_of"),
     (keeping, "lay_out"),
     (keeping, "fresh_name"),
-    (keeping, "_ranges"),
+    (keeping, "_sources"),
     (keeping, "bytes_of"),
     (writer_process.WriterProcess, "submit"),
     (writer_process.WriterProcess, "_connected"),

@@ -36,6 +36,7 @@ def lines(file: FileDescriptor) -> Iterator[str]:
             yield f"{name}: {up}{method.input_type.name} -> {down}{method.output_type.name}"
     for reason in Reason:
         yield f"reason {reason.name}: {FAULTS[reason].status}"
+        yield f"action {reason.name}: {FAULTS[reason].action.value}"
 
 
 def _type(field: FieldDescriptor) -> str:
@@ -96,4 +97,4 @@ def test_a_change_that_breaks_clients_is_noticed(change: Callable[[FileDescripto
 
 def test_a_reason_that_comes_with_another_status_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FAULTS, Reason.ROUND_FULL, FAULTS[Reason.SERVER_STOPPING])
-    assert missing(pb.DESCRIPTOR) == {"reason ROUND_FULL: RESOURCE_EXHAUSTED"}
+    assert missing(pb.DESCRIPTOR) == {"reason ROUND_FULL: RESOURCE_EXHAUSTED", "action ROUND_FULL: stop"}

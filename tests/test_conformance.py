@@ -91,7 +91,7 @@ def test_the_list_names_every_case_once(capsys: pytest.CaptureFixture[str]) -> N
         ([], "give the COMMAND"),
         (["no-such-program"], "no program 'no-such-program'"),
         (["--only", "no_such_case", sys.executable], "no case 'no_such_case'"),
-        (["--jobs", "0", sys.executable], "0 is not a whole number from 1 on"),
+        (["--jobs", "0", sys.executable], "'0' is not a whole number from 1 on"),
     ],
 )
 def test_wrong_arguments_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,8 +25,8 @@ from modelaverage.errors import DeadlineExceededError, Reason, RetryPushError, S
 from modelaverage.manifest import Manifest, Variable
 from modelaverage.runtime.data_sockets import prepare
 from modelaverage.v1 import parameter_server_pb2 as pb
-from ps_server.transports import data_port
-from ps_server.transports.data_port import DataPort
+from ps_server.transports.data_connection import DataConnection as ServersEnd
+from ps_server.transports.data_port import DataPort, Place
 from tests.conftest import StartServer
 from tests.pairs import MODEL, SETTINGS, Pair
 from tests.raw_client import Arrays
@@ -185,7 +185,7 @@ def test_while_a_worker_sends_nothing_the_server_says_so_and_waits_on(caplog: py
     async def scenario() -> None:
         ours, theirs = connected_pair()
         ours.setblocking(False)
-        connection = data_port.DataConnection(ours, "a", notice_s=0.05)
+        connection = ServersEnd(ours, "a", notice_s=0.05)
         for _ in range(2):  # of every fragment
             room, said_before = bytearray(4), len(caplog.messages)
             filling = asyncio.ensure_future(connection.receive(memoryview(room)))
@@ -208,10 +208,10 @@ def test_the_server_gives_up_a_connection_whose_client_does_not_read_and_says_be
     async def scenario() -> None:
         port = DataPort(1, silence_timeout_s=SILENCE_S)
         port.listen(["127.0.0.1"], 0)
-        offer = port.offer("a", b"a process")
+        offer = port.offer_to(Place("a", b"a process"))
         assert offer is not None
         client = await asyncio.to_thread(DataSocket.open, "127.0.0.1", offer, SETTINGS)
-        connection = port.take("a", b"a process")
+        connection = port.take(Place("a", b"a process"))
         with pytest.raises(RetryPushError, match="the data connection is lost") as lost:
             await asyncio.wait_for(connection.send(memoryview(bytes(32 << 20))), TIMEOUT_S)
         assert lost.value.reason is Reason.DATA_CONNECTION_LOST

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from ma_client import ModelAverageCustomGetter
-from tests.test_structure import ROOT
+from tests.source_tree import ROOT
 
 PAGE = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
 (CODE,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,18 +16,21 @@ from fuzz.loop import EndlessError, VirtualLoop
 from fuzz.run import MAX_GROWTH_BYTES, Result, run
 from fuzz.sockets import MemorySocket
 from fuzz.targets import TARGETS, target_named
+from modelaverage.codecs import Codec
 from modelaverage.errors import Reason, refusal
 from modelaverage.runtime.data_sockets import NUMBER
-from ps_server.center import buffers as center
-from ps_server.flow import job
 from ps_server.flow.call import Call
 from ps_server.flow.joining import Joining
-from ps_server.rules.decisions import Decision
+from ps_server.rules.decisions import Accumulate, Addition, Decision
+from ps_server.rules.entry import Entry
+from ps_server.rules.fragments import Fragments
+from ps_server.rules.quorum import Quorum
 from ps_server.rules.round import Round
 from ps_server.rules.task_indexes import TaskIndexes
 from ps_server.seen.roster import Roster, WorkerRecord
 from ps_server.transports import data_port
-from ps_server.transports.data_port import DataConnection, DataPort
+from ps_server.transports.data_connection import DataConnection
+from ps_server.transports.data_port import DataPort, Place
 
 INPUTS = {"Initialize": 1500, "sequences": 150, "data-connections": 150}
 
@@ -78,49 +82,52 @@ def failures_of(name: str, inputs: int) -> str:
 
 
 def test_an_exception_that_is_no_refusal_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(center, "check_fragment_size", lambda *_: None)
+    monkeypatch.setattr(Codec, "check_size", lambda *_: None)
     assert "the server failed: ValueError: " in failures_of("sequences", 100)
 
 
 def test_a_center_that_takes_wrong_values_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Round, "check_fragment", lambda *_: (1.0, True))
+    def always_start(self: Fragments, entry: Entry) -> Accumulate:
+        return replace(take(self, entry), how=Addition.START)
+
+    take = Fragments.take
+    monkeypatch.setattr(Fragments, "take", always_start)
     assert "not the average" in failures_of("sequences", 60)
 
 
 def test_a_round_of_pushes_that_are_not_whole_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    def record_all(self: Round, stream: int, now_s: float) -> Any:
-        member = self._members[self._streams[stream]]
-        while member.given < self.fragment_count:
-            self._contributions[member.given] += 1
-            member.given += 1
-        return self._settle(member, now_s)
+    def take_all(self: Fragments, entry: Entry) -> Accumulate:
+        first = take(self, entry)
+        while entry.wanted < self.count:
+            take(self, entry)
+        return first
 
-    monkeypatch.setattr(Round, "record_fragment", record_all)
+    take = Fragments.take
+    monkeypatch.setattr(Fragments, "take", take_all)
     assert "never came whole" in failures_of("sequences", 200)
 
 
 @pytest.mark.parametrize(
-    ("name", "broken", "found"),
+    ("room", "name", "broken", "found"),
     [
-        ("come_back", lambda *_: None, "no round waits for"),
-        ("finish", lambda *_: [], "has finished, and rounds wait for it"),
-        ("_possible", lambda _, workers: workers, "a round waits for nobody"),
-        ("_possible", lambda *_: 1, "committed with RoundPolicy"),
+        (Round, "come_back", lambda *_: None, "no round waits for"),
+        (Round, "finish", lambda *_: [], "has finished, and rounds wait for it"),
+        (Quorum, "_of_those_left", lambda _, workers, __: workers, "a round waits for nobody"),
+        (Quorum, "_of_those_left", lambda *_: 1, "committed with RoundPolicy"),
     ],
     ids=["for ever", "never", "waited for", "without others"],
 )
 def test_a_server_that_is_wrong_about_who_has_finished_is_found_out(
-    name: str, broken: Callable[..., Any], found: str, monkeypatch: pytest.MonkeyPatch
+    room: type, name: str, broken: Callable[..., Any], found: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Round, name, broken)
+    monkeypatch.setattr(room, name, broken)
     assert found in failures_of("sequences", 60)
 
 
 def test_a_process_that_finishes_for_another_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     def finish(self: Round, worker_id: str, _: bytes, now_s: float) -> list[Decision]:
-        self.finished |= {worker_id}
-        self._expected.pop(worker_id, None)
-        return self._settle(None, now_s)
+        self._quorum.finish(worker_id)
+        return self._advance(None, now_s)
 
     monkeypatch.setattr(Round, "finish", finish)
     assert "by the word of a process that is not the one that pushes" in failures_of("sequences", 300)
@@ -138,7 +145,7 @@ def test_a_server_that_takes_another_pushs_bytes_is_found_out(monkeypatch: pytes
 
         __hash__ = None  # type: ignore[assignment]
 
-    monkeypatch.setattr(job, "NUMBER", AnyNumber())
+    monkeypatch.setattr(data_port, "NUMBER", AnyNumber())
     found = failures_of("data-connections", 200)
     assert "not the average" in found or "never came whole" in found
 
@@ -146,9 +153,9 @@ def test_a_server_that_takes_another_pushs_bytes_is_found_out(monkeypatch: pytes
 def test_a_connection_that_another_process_may_use_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     take = DataPort.take
 
-    def take_any(self: DataPort, worker_id: str, incarnation: bytes) -> DataConnection:
-        place, _ = self._connections.get(worker_id, (None, None))
-        return take(self, worker_id, incarnation if place is None else place.incarnation)
+    def take_any(self: DataPort, place: Place) -> DataConnection:
+        owner, _ = self._connections.get(place.worker_id, (None, None))
+        return take(self, place if owner is None else owner)
 
     monkeypatch.setattr(DataPort, "take", take_any)
     assert "never came whole" in failures_of("data-connections", 400)
@@ -165,14 +172,14 @@ def test_a_key_that_opens_twice_is_a_failure(monkeypatch: pytest.MonkeyPatch) ->
         def pop(self, key: Any, *default: Any) -> Any:
             return self.get(key, *default)
 
-    offer = DataPort.offer
+    offer_to = DataPort.offer_to
 
-    def offer_for_ever(self: DataPort, worker_id: str, incarnation: bytes) -> Any:
+    def offer_for_ever(self: DataPort, place: Place) -> Any:
         if not isinstance(self._offers, NeverForgets):
             self._offers = NeverForgets(self._offers)
-        return offer(self, worker_id, incarnation)
+        return offer_to(self, place)
 
-    monkeypatch.setattr(DataPort, "offer", offer_for_ever)
+    monkeypatch.setattr(DataPort, "offer_to", offer_for_ever)
     found = failures_of("data-connections", 100)
     assert "a stranger on the data port is answered" in found or "nobody's last one" in found
 
@@ -234,7 +241,7 @@ def test_a_part_that_is_left_behind_is_a_failure(monkeypatch: pytest.MonkeyPatch
 def test_the_command_says_how_to_play_a_failure_again(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(center, "check_fragment_size", lambda *_: None)
+    monkeypatch.setattr(Codec, "check_size", lambda *_: None)
     assert main(["--inputs", "2000", "--handler", "sequences"]) == 1
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("FAILED"))
     again = line.partition("-m fuzz ")[2].split()

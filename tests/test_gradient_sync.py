@@ -15,7 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ma_client import ClusterSpec, ModelAverageCustomGetter, ModelAverageOptimizer, ParameterServerSession
 from ma_client.torch.gradient_sync import warn_if_gradients_are_shared
-from modelaverage.runtime.logs import EVENTS
+from modelaverage.logs import EVENTS
 from tests.conftest import StartServer
 
 PROCESSES = 4

@@ -21,7 +21,7 @@ UNWINDING = """
 import signal, sys, time
 if sys.argv[1] == "nohup":
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-from ps_worker.stop_signals import end_cleanly_on_signals, stop_signals
+from ps_worker.commands.stop_signals import end_cleanly_on_signals, stop_signals
 end_cleanly_on_signals()
 try:
     print("ready", signal.SIGHUP in stop_signals(), flush=True)

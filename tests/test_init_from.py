@@ -18,7 +18,7 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file, save_model
 
 from ma_client import ModelAverageCustomGetter, ModelAverageOptimizer, ParameterServerSession
-from ma_client.values.initial_values import read_initial_values
+from ma_client.files.initial_values import read_initial_values
 from modelaverage.errors import InvalidRequestError
 from modelaverage.v1 import parameter_server_pb2 as pb
 from tests.conftest import StartServer
@@ -305,7 +305,7 @@ WITHOUT_TORCH = """\
 import sys
 sys.modules["torch"] = None  # as if it were not installed
 import ml_dtypes, numpy as np
-from ma_client.values.initial_values import read_initial_values
+from ma_client.files.initial_values import read_initial_values
 from modelaverage.errors import InvalidRequestError
 values = read_initial_values({"w": np.zeros(2, ml_dtypes.bfloat16), "v": np.zeros(2, np.float32)}, sys.argv[1], {})
 print(values["w"].dtype, values["w"].tolist(), values["v"].dtype, values["v"].tolist())

@@ -21,10 +21,10 @@ import pytest
 
 from ma_client import ParameterServerSession
 from modelaverage import wire
-from modelaverage.errors import REASON_METADATA_KEY, REASON_PREFIX, Reason, ServerUnavailableError, refusal
+from modelaverage.errors import Reason, ServerUnavailableError, refusal, told_reason
 from modelaverage.outcome import Outcome
 from modelaverage.v1 import parameter_server_pb2 as pb
-from ps_server.center.buffers import MAX_OLD_BUFFERS
+from ps_server.center.center import MAX_OLD_BUFFERS
 from ps_server.machine.connections import cut
 from ps_server.machine.reserve import Reserve
 from tests.launched import Launched
@@ -38,14 +38,14 @@ _NO_READING_AHEAD = [("grpc.use_local_subchannel_pool", 1), ("grpc.http2.bdp_pro
 # Breaks a round's arithmetic once, and then the way to start over.
 BROKEN_TWICE = """
 import sys
-from ps_server.center.buffers import Center
+from ps_server.center.center import Center
 from ps_server.rules.round import Round
 finish, left = Center.finish, [2]
-def broken(self, fragments):
+def broken(self, *arguments):
     left[0] -= 1
     if left[0] == 0:
         raise ArithmeticError("a test broke this")
-    return finish(self, fragments)
+    return finish(self, *arguments)
 def broken_too(self):
     raise RuntimeError("and this")
 Center.finish, Round.abandon = broken, broken_too
@@ -119,9 +119,8 @@ class Reader:
             for data in self._pull:
                 came += pb.PullResponse.FromString(data).fragment.data
         except grpc.RpcError as error:
-            metadata: Any = error.trailing_metadata() or ()
-            reason: str = dict(metadata).get(REASON_METADATA_KEY, error.code().name)
-            return bytes(came), reason.removeprefix(REASON_PREFIX)
+            metadata: Any = error.trailing_metadata()
+            return bytes(came), told_reason(metadata) or error.code().name
         return bytes(came), ""
 
 

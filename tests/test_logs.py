@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from google.protobuf.message import Message
 
-from modelaverage.runtime.logs import COMMON_FIELDS, EVENTS
+from modelaverage.logs import COMMON_FIELDS, EVENTS
 from tests.jobs import Job, of
 from tests.raw_client import RawClient, fragments_of, until
+from tests.source_tree import MODULES, ROOT, tree_of
 from tests.test_server_process import ServerProcess
-from tests.test_structure import MODULES, ROOT, tree_of
 
 TIMEOUT_S = 60
 
@@ -36,17 +36,17 @@ def events_of(module: str) -> Iterator[tuple[str, tuple[str, ...]]]:
             yield ast.literal_eval(call.args[0]), tuple(str(keyword.arg) for keyword in call.keywords)
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_an_event_is_one_of_the_table_and_has_its_fields(module: str) -> None:
-    for name, fields in events_of(module):
-        assert EVENTS.get(name) == fields, name
+def test_an_event_is_one_of_the_table_and_has_its_fields() -> None:
+    told = [(module, name, fields) for module in MODULES for name, fields in events_of(module)]
+    assert len(told) > len(EVENTS) / 2
+    assert [(module, name, fields) for module, name, fields in told if EVENTS.get(name) != fields] == []
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_every_line_of_the_log_names_its_event(module: str) -> None:
-    for call in calls(module):
-        if re.fullmatch(r"_log\.(debug|info|warning|error|exception|critical)", ast.unparse(call.func)):
-            assert "extra" in {keyword.arg for keyword in call.keywords}, ast.unparse(call)
+def test_every_line_of_the_log_names_its_event() -> None:
+    for module in MODULES:
+        for call in calls(module):
+            if re.fullmatch(r"_log\.(debug|info|warning|error|exception|critical)", ast.unparse(call.func)):
+                assert "extra" in {keyword.arg for keyword in call.keywords}, f"{module}: {ast.unparse(call)}"
 
 
 def test_every_event_of_the_table_is_used() -> None:
@@ -144,7 +144,7 @@ def test_a_mistake_of_the_user_is_one_line_without_a_traceback(command: tuple[st
 
 
 def test_a_defect_is_one_line_too() -> None:
-    code = "from modelaverage.runtime.logs import log_json; log_json('p'); import threading\n"
+    code = "from modelaverage.logs import log_json; log_json('p'); import threading\n"
     for raising in ("1 / 0", "t = threading.Thread(target=lambda: 1 / 0); t.start(); t.join()"):
         done = python("-c", code + raising)
         (line,) = lines_of(done.stderr)
@@ -154,7 +154,7 @@ def test_a_defect_is_one_line_too() -> None:
 
 def test_a_line_has_numbers_that_json_has_not_as_words_and_an_end() -> None:
     code = (
-        "from modelaverage.runtime.logs import log_json, event; log_json('p'); import logging\n"
+        "from modelaverage.logs import log_json, event; log_json('p'); import logging\n"
         "cause = float('nan')\n"
         "logging.getLogger('x').error('y' * 9000, extra=event('failed', cause=cause))\n"
     )
@@ -165,7 +165,7 @@ def test_a_line_has_numbers_that_json_has_not_as_words_and_an_end() -> None:
 
 def test_a_worker_says_which_server_is_away_and_for_whom_it_waits() -> None:
     code = (
-        "import sys, logging; from modelaverage.runtime.logs import log_json; log_json('w')\n"
+        "import sys, logging; from modelaverage.logs import log_json; log_json('w')\n"
         "from ma_client import ParameterServerSession as S; import numpy as np\n"
         "s = S([sys.argv[1]], worker_id='a', is_chief=True, reconnect_timeout_s=0.2)\n"
         "s.initialize({'w': np.zeros(3, np.float32)})\n"

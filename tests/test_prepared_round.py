@@ -11,7 +11,18 @@ from hypothesis import strategies as st
 
 from modelaverage.errors import ModelAverageError, Reason
 from modelaverage.outcome import Outcome
-from ps_server.rules.decisions import Admit, CenterFollows, Decision, Dismiss, Hold, Prepare, Push, TimeOut
+from ps_server.rules.decisions import (
+    Accumulate,
+    Addition,
+    Admit,
+    CenterFollows,
+    Decision,
+    Dismiss,
+    Hold,
+    Prepare,
+    Push,
+    TimeOut,
+)
 from ps_server.rules.policy import RoundPolicy
 from ps_server.rules.round import Round
 from tests.strategies import fast
@@ -36,8 +47,7 @@ def prepared(policy: RoundPolicy, base_step: int = 0) -> Round:
     for stream, worker_id in ((1, "a"), (2, "b")):
         round_.open(stream, push(worker_id, step=base_step), 0.0)
     for stream, index in itertools.product((1, 2), range(COUNT)):
-        round_.check_fragment(stream, index)
-        last = round_.record_fragment(stream, 0.0)
+        last = round_.take_fragments(stream, index, index + 1, 0.0)
     if not round_.prepared:  # a quorum waits for others
         assert round_.due_at_s is not None
         last = round_.expire(round_.due_at_s)
@@ -124,8 +134,8 @@ def test_an_abandoned_round_has_changed_nothing_and_commits_when_its_pushes_come
     for stream, worker_id in ((101, "a"), (102, "b")):
         assert Admit(0) in round_.open(stream, push(worker_id, process=7), now_s)
     for stream, index in itertools.product((101, 102), range(COUNT)):
-        assert round_.check_fragment(stream, index)[1] == (stream == 101), "the first starts the sum"
-        round_.record_fragment(stream, now_s)
+        accumulate = round_.take_fragments(stream, index, index + 1, now_s)[0]
+        assert accumulate == Accumulate(index, 1.0, Addition.START if stream == 101 else Addition.ADD)
     if not round_.prepared:
         assert round_.due_at_s is not None
         round_.expire(round_.due_at_s)
@@ -147,7 +157,7 @@ def test_a_commit_that_fails_leaves_the_step_as_it_was(monkeypatch: pytest.Monke
     def out_of_memory(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(round_, "_clear", out_of_memory)
+    monkeypatch.setattr(round_, "_begin", out_of_memory)
     with pytest.raises(MemoryError):
         round_.commit(1.0)
     assert (round_.global_step, round_.contributors, round_.counted) == (0, (), {})

@@ -20,7 +20,7 @@ from tests.conftest import StartServer
 from tests.jobs import COUNT, STEP, Job, of
 from tests.raw_client import RawClient, until
 from tests.scraped import OURS, scrape, text_of
-from tests.test_structure import ROOT
+from tests.source_tree import ROOT
 
 PROMETHEUS = shutil.which("prometheus")
 PROMTOOL = shutil.which("promtool")

@@ -10,7 +10,7 @@ import pytest
 
 from modelaverage import missing, wire
 from modelaverage.checks import MAX_WORKER_ID_BYTES
-from modelaverage.errors import FAULTS, Reason
+from modelaverage.errors import FAULTS, Action, Reason
 from modelaverage.manifest import (
     MAX_DIMENSIONS,
     MAX_FRAGMENT_SIZE_BYTES,
@@ -61,10 +61,23 @@ def test_the_examples_are_what_goes_over_the_wire(name: str) -> None:
     assert bytes.fromhex(EXAMPLES[name]) == BYTES[name]
 
 
-def test_the_page_has_every_reason_with_its_status() -> None:
-    section = PAGE.partition("## 3.")[2].partition("## 4.")[0]
-    rows = dict(re.findall(r"^\| ([A-Z_]+) \| ([A-Z_]+) \|", section, re.MULTILINE))
-    assert rows == {reason.name: FAULTS[reason].status for reason in Reason}
+FAILURES = PAGE.partition("## 3.")[2].partition("## 4.")[0]
+
+
+def test_the_page_has_every_reason_with_its_status_and_action() -> None:
+    rows = re.findall(r"^\| ([A-Z_]+) \| ([A-Z_]+) \| ([a-z]+) \|", FAILURES, re.MULTILINE)
+    expected = {(reason.name, FAULTS[reason].status, FAULTS[reason].action.value) for reason in Reason}
+    assert (set(rows), len(rows)) == (expected, len(Reason))
+
+
+def test_the_page_has_every_action() -> None:
+    assert re.findall(r"^\| `([a-z]+)`", FAILURES, re.MULTILINE) == [action.value for action in Action]
+
+
+def test_the_page_has_every_purpose() -> None:
+    for name in pb.Purpose.DESCRIPTOR.values_by_name:
+        if name != "PURPOSE_UNSPECIFIED":
+            assert re.search(rf"^\| {name.removeprefix('PURPOSE_')}\b", PAGE, re.MULTILINE)
 
 
 def test_the_page_has_every_outcome() -> None:

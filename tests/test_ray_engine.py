@@ -297,7 +297,7 @@ def test_a_working_dir_is_copied_to_the_nodes(launch: RayLaunch, tmp_path: Path)
 
 def test_a_node_without_the_directory_is_an_error_that_names_it(tmp_path: Path) -> None:
     async def run() -> list[list[Line] | int]:
-        command = Command("worker-0", ["-c", ""], {}, str(tmp_path / "nowhere"), has_events=False)
+        command = Command("worker-0", ["-c", ""], {}, str(tmp_path / "nowhere"), events_flag=None)
         return [news async for news in RayHost(None).run(command)]
 
     with pytest.raises(FileNotFoundError, match="nowhere"):
@@ -306,7 +306,7 @@ def test_a_node_without_the_directory_is_an_error_that_names_it(tmp_path: Path) 
 
 def test_a_host_runs_one_process_at_a_time(tmp_path: Path) -> None:
     def command(text: str) -> Command:
-        return Command("worker-0", ["-u", "-c", text], {}, str(tmp_path), has_events=False)
+        return Command("worker-0", ["-u", "-c", text], {}, str(tmp_path), events_flag=None)
 
     async def run() -> None:
         host = RayHost(None)

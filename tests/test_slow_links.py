@@ -19,7 +19,7 @@ from bench.processes import listening_at, serve_command
 from ma_client.transports.data_socket import DataSocket
 from modelaverage.runtime.data_sockets import Pace
 from modelaverage.runtime.tuning import CHANNEL_OPTIONS, GONE_AFTER_S, SILENCE_TIMEOUT_S
-from ps_server.flow import service
+from ps_server.flow.serving import while_taken
 from ps_server.machine.connections import Taking, taking
 from tests.raw_client import until
 
@@ -144,24 +144,19 @@ def test_what_a_client_has_taken_is_known_by_its_name() -> None:
     ],
     ids=["a slow link", "nothing is left to take", "nothing moves", "nobody knows"],
 )
-def test_a_last_word_waits_as_long_as_bytes_move(
-    taken: list[Taking | None], waits_for_it: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_last_word_waits_as_long_as_bytes_move(taken: list[Taking | None], waits_for_it: bool) -> None:
     looks = iter(taken)
-    monkeypatch.setattr(service, "_LAST_WORD_TIMEOUT_S", 0.01)
-    monkeypatch.setattr(service, "SILENCE_TIMEOUT_S", 0.1)
 
     async def play() -> None:
         last_word = asyncio.get_running_loop().create_future()
 
-        def look(_: str) -> Taking | None:
+        def look() -> Taking | None:
             found = next(looks, None)
             if found is taken[-1] and waits_for_it and not last_word.done():
                 last_word.set_exception(ZeroDivisionError)  # as abort ends, when it went out
             return found
 
-        monkeypatch.setattr(service, "taking", look)
-        await service._while_taken(last_word, "ipv4:10.0.0.1:1")
+        await while_taken(last_word, look, timeout_s=0.01, silence_timeout_s=0.1)
 
     with pytest.raises(ZeroDivisionError if waits_for_it else asyncio.TimeoutError):
         asyncio.run(play())

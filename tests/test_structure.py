@@ -1,4 +1,7 @@
-"""What the rooms may know of each other, and what every module and every table has to have."""
+"""What importing a package loads, and what every module, the table of errors and the protocol file have to have.
+
+Which room may import from which is declared in .importlinter; `make lint` checks it.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,8 @@ import ast
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from functools import cache
-from pathlib import Path
 
 import grpc
 import pytest
@@ -17,58 +19,9 @@ from google.protobuf import descriptor_pb2
 from modelaverage.errors import FAULTS, REASON_PREFIX, ModelAverageError, Reason, fault_named, refusal
 from modelaverage.outcome import Outcome
 from modelaverage.v1 import parameter_server_pb2 as pb
+from tests.source_tree import MODULES, ROOT, tree_of
 
-ROOT = Path(__file__).parents[1]
-ROOMS = {
-    "modelaverage": ROOT / "proto" / "modelaverage",
-    "ps_server": ROOT / "ps_server",
-    "ma_client": ROOT / "ma_client",
-    "ps_worker": ROOT / "ps_worker",
-}
-# Which rooms a room may know, besides itself.
-KNOWS: dict[str, set[str]] = {
-    "modelaverage": set(),
-    "ps_server": {"modelaverage"},
-    "ma_client": {"modelaverage"},
-    "ps_worker": {"ma_client", "modelaverage"},
-}
-
-
-def modules() -> dict[str, Path]:
-    """Every hand-written module of the rooms, by its full name; generated code is not."""
-    found = {}
-    for room, folder in ROOMS.items():
-        for path in sorted(folder.rglob("*.py")):
-            name = ".".join((room, *path.relative_to(folder).with_suffix("").parts)).removesuffix(".__init__")
-            if not name.endswith(("_pb2", "_pb2_grpc")):
-                found[name] = path
-    return found
-
-
-MODULES = modules()
-
-
-@cache
-def tree_of(module: str) -> ast.Module:
-    return ast.parse(MODULES[module].read_text(encoding="utf-8"))
-
-
-def imports_of(module: str) -> set[str]:
-    """Full names of all that a module imports, anywhere in it; for `from a import b` both a and a.b."""
-    found: set[str] = set()
-    for node in ast.walk(tree_of(module)):
-        if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{module} has a relative import"
-            assert node.module is not None
-            found.add(node.module)
-            found.update(f"{node.module}.{alias.name}" for alias in node.names)
-    return found
-
-
-def rooms_of(names: set[str]) -> set[str]:
-    return {name.partition(".")[0] for name in names}
+# What is loaded: .importlinter sees imports by name, not those that a library makes.
 
 
 def loaded_by(*names: str) -> set[str]:
@@ -77,20 +30,12 @@ def loaded_by(*names: str) -> set[str]:
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60, cwd=ROOT
     )
-    return rooms_of(set(done.stdout.split()))
+    return {name.partition(".")[0] for name in done.stdout.split()}
 
 
-# Imports.
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_run_one_way(module: str) -> None:
-    room = module.partition(".")[0]
-    assert rooms_of(imports_of(module)) & ROOMS.keys() <= KNOWS[room] | {room}
-
-
-def test_the_round_loads_neither_grpc_nor_numpy_nor_torch() -> None:
-    assert loaded_by("ps_server.rules.round").isdisjoint({"grpc", "google", "numpy", "torch", "asyncio"})
+def test_the_rules_load_neither_grpc_nor_numpy_nor_torch() -> None:
+    rules = [module for module in MODULES if module.startswith("ps_server.rules")]
+    assert loaded_by(*rules).isdisjoint({"grpc", "google", "numpy", "torch", "asyncio"})
 
 
 def test_the_server_loads_no_torch() -> None:
@@ -100,26 +45,6 @@ def test_the_server_loads_no_torch() -> None:
 
 def test_a_session_loads_no_torch() -> None:
     assert "torch" not in loaded_by("ma_client", "ma_client.session")
-
-
-def test_only_the_optimizer_the_reader_of_torchs_files_and_what_they_alone_use_and_the_entry_points_import_torch() -> (
-    None
-):
-    importers = {
-        module: {other for other in MODULES if module in imports_of(other) and other != "ma_client"}
-        for module in MODULES
-    }
-    # The second is imported where there is such a file; test_a_session_loads_no_torch holds it to that.
-    behind_the_optimizer = {"ma_client.torch.optimizer", "ma_client.tensors.torch_file"}
-    while more := {
-        module
-        for module, users in importers.items()
-        if users and users <= behind_the_optimizer and module not in behind_the_optimizer
-    }:
-        behind_the_optimizer |= more
-    for module in MODULES:
-        if "torch" in rooms_of(imports_of(module)):
-            assert module in behind_the_optimizer or module.startswith("ps_worker"), module
 
 
 # Names.
@@ -139,8 +64,13 @@ def definitions(body: list[ast.stmt]) -> Iterator[str]:
                 yield from definitions(then + otherwise)
 
 
-def public_definitions(module: str) -> set[str]:
-    return {name for name in definitions(tree_of(module).body) if not name.startswith("_")}
+def imported_names(module: str) -> set[str]:
+    return {
+        alias.asname or alias.name
+        for node in ast.walk(tree_of(module))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    }
 
 
 def declared(module: str) -> list[str]:
@@ -152,21 +82,26 @@ def declared(module: str) -> list[str]:
     return []
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_all_names_every_public_definition(module: str) -> None:
-    missing = public_definitions(module) - set(declared(module))
-    assert not missing, f"{module} defines {sorted(missing)} without naming them in __all__"
+def test_all_names_every_public_definition_and_only_what_there_is_sorted() -> None:
+    problems = list[str]()
+    for module in MODULES:
+        names = declared(module)
+        public = {name for name in definitions(tree_of(module).body) if not name.startswith("_")}
+        problems += [f"{module}: __all__ lacks {name}" for name in sorted(public - set(names))]
+        problems += [f"{module}: there is no {name}" for name in sorted(set(names) - public - imported_names(module))]
+        if names != sorted(set(names)):
+            problems.append(f"{module}: __all__ is not sorted, or names something twice")
+    assert not problems, "\n".join(problems)
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_all_names_only_what_there_is(module: str) -> None:
-    imported = {name.rpartition(".")[2] for name in imports_of(module)}
-    assert set(declared(module)) <= public_definitions(module) | imported
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_all_is_sorted_and_names_nothing_twice(module: str) -> None:
-    assert declared(module) == sorted(set(declared(module)))
+def test_no_two_classes_have_the_same_name() -> None:
+    homes = defaultdict(list)
+    for module in MODULES:
+        for node in ast.walk(tree_of(module)):
+            if isinstance(node, ast.ClassDef):
+                homes[node.name].append(module)
+    twice = [f"{name}: {', '.join(modules)}" for name, modules in sorted(homes.items()) if len(modules) > 1]
+    assert not twice, "\n".join(twice)
 
 
 # The error table.
@@ -186,18 +121,18 @@ def test_outcomes_are_those_of_the_protocol() -> None:
     assert {**ours, "OUTCOME_UNSPECIFIED": 0} == dict(pb.Outcome.items())
 
 
-@pytest.mark.parametrize("reason", Reason)
-def test_every_reason_has_a_grpc_status_and_its_own_exception(reason: Reason) -> None:
-    assert FAULTS[reason].status in grpc.StatusCode.__members__
-    error = refusal(reason, "what happened")
-    assert isinstance(error, ModelAverageError)
-    assert (type(error), error.reason, str(error)) == (FAULTS[reason].exception, reason, "what happened")
+def test_every_reason_has_a_grpc_status_and_its_own_exception() -> None:
+    assert {FAULTS[reason].status for reason in Reason} <= grpc.StatusCode.__members__.keys()
+    for reason in Reason:
+        error = refusal(reason, "what happened")
+        assert isinstance(error, ModelAverageError)
+        assert (type(error), error.reason, str(error)) == (FAULTS[reason].exception, reason, "what happened")
 
 
-@pytest.mark.parametrize("reason", Reason)
-def test_a_reason_comes_back_over_the_wire_as_the_same_exception(reason: Reason) -> None:
-    error = fault_named(REASON_PREFIX + reason.name, "what happened")
-    assert (type(error), error and error.reason) == (FAULTS[reason].exception, reason)
+def test_a_reason_comes_back_over_the_wire_as_the_same_exception() -> None:
+    for reason in Reason:
+        error = fault_named(REASON_PREFIX + reason.name, "what happened")
+        assert (type(error), error and error.reason) == (FAULTS[reason].exception, reason)
 
 
 def test_a_reason_that_this_version_does_not_know_is_no_exception_of_the_table() -> None:
@@ -206,12 +141,13 @@ def test_a_reason_that_this_version_does_not_know_is_no_exception_of_the_table()
 
 
 def test_every_reason_is_raised_somewhere() -> None:
-    raised = set()
-    for module in MODULES:
-        if module.startswith(("ps_server", "modelaverage")) and module != "modelaverage.errors":
-            for node in ast.walk(tree_of(module)):
-                if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "Reason":
-                    raised.add(node.attr)
+    raised = {
+        node.attr
+        for module in MODULES
+        if module.startswith(("ps_server", "modelaverage")) and module != "modelaverage.errors"
+        for node in ast.walk(tree_of(module))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "Reason"
+    }
     assert {reason.name for reason in Reason} - raised == set()
 
 
@@ -222,7 +158,7 @@ def test_every_reason_is_raised_somewhere() -> None:
 def comments(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
     """The comment of every element of the protocol file, by its full name."""
     file = tmp_path_factory.mktemp("protocol") / "set"
-    protocol = ROOMS["modelaverage"] / "v1" / "parameter_server.proto"
+    protocol = ROOT / "proto" / "modelaverage" / "v1" / "parameter_server.proto"
     arguments = [f"-I{ROOT / 'proto'}", "--include_source_info", f"--descriptor_set_out={file}", str(protocol)]
     subprocess.run([sys.executable, "-m", "grpc_tools.protoc", *arguments], check=True, timeout=60)
     described = descriptor_pb2.FileDescriptorSet.FromString(file.read_bytes()).file[0]
@@ -257,10 +193,10 @@ def test_every_element_of_the_protocol_has_a_comment(comments: Mapping[str, str]
     assert [name for name, comment in comments.items() if not comment.endswith(".")] == []
 
 
-@pytest.mark.parametrize("reason", Reason)
-def test_the_comment_of_a_reason_names_the_status_of_the_table(comments: Mapping[str, str], reason: Reason) -> None:
-    words = set(re.findall(r"\w+", comments[f"ErrorReason.{REASON_PREFIX}{reason.name}"]))
-    assert words & grpc.StatusCode.__members__.keys() == {FAULTS[reason].status}
+def test_the_comment_of_a_reason_names_the_status_of_the_table(comments: Mapping[str, str]) -> None:
+    for reason in Reason:
+        words = set(re.findall(r"\w+", comments[f"ErrorReason.{REASON_PREFIX}{reason.name}"]))
+        assert words & grpc.StatusCode.__members__.keys() == {FAULTS[reason].status}, reason
 
 
 def test_the_errors_that_a_call_names_are_reasons(comments: Mapping[str, str]) -> None:

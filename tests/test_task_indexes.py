@@ -29,7 +29,7 @@ from tests.raw_client import RawClient, Stream
 from tests.strategies import thorough
 
 TIMEOUT_S = 20.0
-GRACE_S = 5.0
+REJOIN_TIMEOUT_S = 5.0
 
 # The rules.
 
@@ -50,7 +50,7 @@ class Oracle:
 
     def take(self, process: bytes, call: int, wanted: int | None, now_s: float) -> int | None:
         for index, slot in enumerate(self.slots):
-            if slot is not None and slot.ended_at_s is not None and now_s - slot.ended_at_s >= GRACE_S:
+            if slot is not None and slot.ended_at_s is not None and now_s - slot.ended_at_s >= REJOIN_TIMEOUT_S:
                 self.slots[index] = None
         for index, slot in enumerate(self.slots):
             if slot is not None and slot.process == process:
@@ -87,7 +87,7 @@ EVENTS = st.one_of(
 def test_everybody_gets_the_index_that_the_rules_give(
     num_workers: int, closed_until_s: float, events: list[tuple[tuple[str, bytes, int | None], int]]
 ) -> None:
-    indexes, oracle = TaskIndexes(num_workers, GRACE_S, closed_until_s), Oracle(num_workers, closed_until_s)
+    indexes, oracle = TaskIndexes(num_workers, REJOIN_TIMEOUT_S, closed_until_s), Oracle(num_workers, closed_until_s)
     now_s, calls = 0.0, dict.fromkeys((b"a", b"b", b"c", b"d"), 0)
     has: dict[bytes, int] = {}
     for (what, process, number), passed_s in events:
@@ -108,7 +108,7 @@ def test_everybody_gets_the_index_that_the_rules_give(
             oracle.leave(process)
             indexes.leave(process)
         due_at_s = indexes.due_at_s(now_s)
-        ends_s = [slot.ended_at_s + GRACE_S for slot in oracle.slots if slot and slot.ended_at_s is not None]
+        ends_s = [slot.ended_at_s + REJOIN_TIMEOUT_S for slot in oracle.slots if slot and slot.ended_at_s is not None]
         assert due_at_s == min([*ends_s, *([closed_until_s] if now_s < closed_until_s else [])], default=math.inf)
 
 
@@ -159,7 +159,7 @@ def test_who_has_waited_longest_is_served_first(start_server: StartServer) -> No
 def test_a_broken_call_keeps_its_index_for_its_process_and_then_gives_it_to_who_waits(
     start_server: StartServer,
 ) -> None:
-    server = start_server(1, rejoin_grace_s=1.0)
+    server = start_server(1, rejoin_timeout_s=1.0)
     with RawClient(server.address) as raw:
         first, began_s = join(raw, "a"), time.monotonic()
         assert index_of(first) == 0
@@ -206,7 +206,7 @@ def test_after_a_restart_from_a_checkpoint_newcomers_wait_for_those_who_come_bac
     with RawClient(before.address) as raw:
         raw.initialize(CENTER)
     before.stop()
-    after = start_server(2, checkpoints=CheckpointPolicy(tmp_path), rejoin_grace_s=1.0)
+    after = start_server(2, checkpoints=CheckpointPolicy(tmp_path), rejoin_timeout_s=1.0)
     with RawClient(after.address) as raw:
         newcomer = join(raw, "new")
         assert index_of(newcomer) is None
@@ -292,7 +292,7 @@ def test_workers_that_start_at_the_same_time_get_different_indexes_and_a_killed_
 
 
 def test_a_worker_that_ends_well_gives_its_index_back_at_once(start_server: StartServer) -> None:
-    address = start_server(1, rejoin_grace_s=600.0).address
+    address = start_server(1, rejoin_timeout_s=600.0).address
     with AutoWorker(address) as one:
         assert one.index() == 0
         assert one.end() == 0

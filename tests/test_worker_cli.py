@@ -14,8 +14,8 @@ import torch
 
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_worker.__main__ import main as ps_worker_main
+from ps_worker.commands.stop_signals import STOP_SIGNALS
 from ps_worker.launch import main as launch_main
-from ps_worker.stop_signals import STOP_SIGNALS
 from tests.conftest import StartServer
 from tests.raw_client import RawClient, until
 from tests.recorded import slurm, torchrun, without_a_cluster
@@ -214,7 +214,7 @@ def test_missing_extra_gives_one_line_that_says_what_to_install(module: str, sta
 
 
 def test_sigterm_ends_a_worker_that_waits_at_the_barrier_and_gives_its_place_back(start_server: StartServer) -> None:
-    address = start_server(2, rejoin_grace_s=600.0).address
+    address = start_server(2, rejoin_timeout_s=600.0).address
     command = [sys.executable, "-m", "ps_worker", "digits", "--ps-hosts", address, "--task-index", "auto"]
     with RawClient(address) as raw, subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as worker:
         try:

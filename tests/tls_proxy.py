@@ -8,6 +8,7 @@ import ssl
 import threading
 from types import TracebackType
 
+from modelaverage.addresses import parse
 from tests.certificates import Identity
 
 __all__ = ["TlsProxy"]
@@ -23,8 +24,8 @@ class TlsProxy:
     """
 
     def __init__(self, target: str, identity: Identity, client_ca: str | None = None) -> None:
-        host, _, port = target.rpartition(":")
-        self._target = host, int(port)
+        where = parse(target)
+        self._target = where.host, where.port
         self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self._context.load_cert_chain(identity.cert, identity.key)
         self._context.set_alpn_protocols(["h2"])

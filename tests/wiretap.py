@@ -7,6 +7,8 @@ import socket
 import threading
 from types import TracebackType
 
+from modelaverage.addresses import parse
+
 __all__ = ["Wiretap"]
 
 
@@ -14,8 +16,8 @@ class Wiretap:
     """Listens on loopback, and passes on to ``target`` (HOST:PORT) and back whatever comes."""
 
     def __init__(self, target: str) -> None:
-        host, _, port = target.rpartition(":")
-        self._target = host, int(port)
+        where = parse(target)
+        self._target = where.host, where.port
         self._up, self._down = bytearray(), bytearray()
         self._sockets: list[socket.socket] = []
         self._threads: list[threading.Thread] = []

@@ -1,7 +1,7 @@
-"""A loop of your own with accelerate on several workers: `prepare` takes the optimizer like any other.
+"""A training loop with accelerate on several workers: `prepare` takes the optimizer like any other.
 
-Needs `pip install 'torch-model-average[torch,trainers]'`. Run it from the repository, not with `accelerate launch` for
-several processes, nor with torchrun:
+Needs `pip install 'torch-model-average[torch,trainers]'`. Run it from the repository, without torchrun, and
+without `accelerate launch` for several processes:
 
     ma-launch --workers 2 -- examples/trainers/with_accelerate.py
 """
@@ -26,9 +26,9 @@ def points(count: int, seed: int) -> TensorDataset:
 
 
 def main() -> None:
-    cluster = ClusterSpec.from_env()  # who is who, as the launcher says
+    cluster = ClusterSpec.from_env()  # from the launcher's environment
     set_seed(cluster.task_index)
-    accelerator = Accelerator(gradient_accumulation_steps=ACCUMULATE)  # mixed_precision="bf16" works, too
+    accelerator = Accelerator(gradient_accumulation_steps=ACCUMULATE)  # mixed_precision="bf16" also works
     x, y = (part[cluster.task_index :: cluster.num_workers] for part in points(4000, seed=0).tensors)  # its share
 
     getter = ModelAverageCustomGetter(worker_device=accelerator.device)
@@ -44,7 +44,7 @@ def main() -> None:
     model, optimizer, loader = accelerator.prepare(model, averaging, loader)
 
     with averaging.make_session_run_hook():  # the chief initializes the center; everyone starts from it
-        while averaging.global_step < ROUNDS:  # so a worker that is started again makes only the rounds that are left
+        while averaging.global_step < ROUNDS:  # so a restarted worker makes only the remaining rounds
             for inputs, labels in loader:
                 with accelerator.accumulate(model):
                     loss = nn.functional.cross_entropy(model(inputs), labels)
@@ -56,7 +56,7 @@ def main() -> None:
     print(f"rounds: {averaging.global_step}")
 
     inputs, labels = (part.to(accelerator.device) for part in points(1000, seed=1).tensors)
-    accuracy = (model(inputs).argmax(dim=1) == labels).float().mean().item()  # the model is the center now
+    accuracy = (model(inputs).argmax(dim=1) == labels).float().mean().item()  # the model is now the center
     print(f"accuracy of the center: {accuracy:.3f}")
 
 

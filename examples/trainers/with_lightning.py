@@ -1,6 +1,6 @@
-"""Lightning on several workers: a callback wraps the optimizer that the LightningModule has made.
+"""Lightning on several workers: a callback wraps the optimizer that the LightningModule returns.
 
-Needs `pip install 'torch-model-average[torch,trainers]'`. Run it from the repository, not with torchrun:
+Needs `pip install 'torch-model-average[torch,trainers]'`. Run it from the repository, without torchrun:
 
     ma-launch --workers 2 -- examples/trainers/with_lightning.py
 """
@@ -21,8 +21,8 @@ ROUNDS, INTERVAL_STEPS, BATCH_SIZE = 12, 25, 32
 class ModelAverageCallback(lightning.Callback):
     """Averages the models of all workers every ``interval_steps`` optimizer steps.
 
-    Which worker this is comes from the environment (`ClusterSpec.from_env`). With several optimizers the steps are
-    those of the first, and the whole model is averaged. Checkpoints of Lightning have its state, too.
+    The environment tells which worker this is (`ClusterSpec.from_env`). With several optimizers, the callback counts
+    the steps of the first and averages the whole model. Lightning's checkpoints include its state.
     """
 
     def __init__(self, interval_steps: int = 100) -> None:
@@ -31,7 +31,7 @@ class ModelAverageCallback(lightning.Callback):
         self._hook: ModelAverageHook | None = None
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Puts the optimizer around the module's own, before Lightning restores it from a checkpoint."""
+        """Wraps the module's optimizer, before Lightning restores it from a checkpoint."""
         getter = ModelAverageCustomGetter(worker_device=pl_module.device)
         getter(pl_module)
         self.optimizer = ModelAverageOptimizer(
@@ -50,7 +50,7 @@ class ModelAverageCallback(lightning.Callback):
         self._hook.__enter__()
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:  # noqa: ARG002
-        """Leaves normally."""
+        """Leaves the hook normally: makes the last round."""
         self._leave(None)
 
     def on_exception(
@@ -59,7 +59,7 @@ class ModelAverageCallback(lightning.Callback):
         pl_module: lightning.LightningModule,  # noqa: ARG002
         exception: BaseException,
     ) -> None:
-        """Leaves as a `with` statement would."""
+        """Leaves the hook as a `with` statement would on an exception."""
         self._leave(exception)
 
     def _leave(self, error: BaseException | None) -> None:
@@ -69,7 +69,7 @@ class ModelAverageCallback(lightning.Callback):
 
 
 class Circle(lightning.LightningModule):
-    """Class 1 inside a circle, class 0 outside. Nothing in it knows of other workers."""
+    """Class 1 inside a circle, class 0 outside. It does not know about other workers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ def points(count: int, seed: int) -> TensorDataset:
 
 
 def main() -> None:
-    cluster = ClusterSpec.from_env()  # who is who, as the launcher says
+    cluster = ClusterSpec.from_env()  # from the launcher's environment
     lightning.seed_everything(cluster.task_index, verbose=False)
     x, y = (part[cluster.task_index :: cluster.num_workers] for part in points(4000, seed=0).tensors)  # its share
     callback = ModelAverageCallback(INTERVAL_STEPS)
@@ -106,7 +106,7 @@ def main() -> None:
         max_steps=ROUNDS * INTERVAL_STEPS,
         devices=1,
         accelerator="auto",
-        plugins=[LightningEnvironment()],  # one process, whatever Slurm or torchrun has in the environment
+        plugins=[LightningEnvironment()],  # one process, whatever Slurm or torchrun put into the environment
         callbacks=[callback],
         logger=False,
         enable_checkpointing=False,
@@ -118,7 +118,7 @@ def main() -> None:
     assert callback.optimizer is not None
     print(f"rounds: {callback.optimizer.global_step}")
     (result,) = trainer.test(model, DataLoader(points(1000, seed=1), batch_size=1000), verbose=False)
-    print(f"accuracy of the center: {result['accuracy']:.3f}")  # the model is the center now, for every worker
+    print(f"accuracy of the center: {result['accuracy']:.3f}")  # on every worker, the model is now the center
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Hugging Face's Trainer on several workers: the optimizer goes into the Trainer, the hook around `train()`.
 
-Needs `pip install 'torch-model-average[torch,trainers]'`. Run it from the repository, not with torchrun:
+Needs `pip install 'torch-model-average[torch,trainers]'`. Run it from the repository, without torchrun:
 
     ma-launch --workers 2 -- examples/trainers/with_transformers.py
 """
@@ -20,7 +20,7 @@ TOKENS, WORDS = 12, 8
 
 
 class Sentences(Dataset[dict[str, torch.Tensor]]):
-    """Made-up sentences; the label says whether word 1 is in it."""
+    """Random sentences; the label says whether word 1 occurs."""
 
     def __init__(self, count: int, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -40,7 +40,7 @@ def network() -> BertForSequenceClassification:
 
 
 def main() -> None:
-    cluster = ClusterSpec.from_env()  # who is who, as the launcher says
+    cluster = ClusterSpec.from_env()  # from the launcher's environment
     set_seed(cluster.task_index)
     sentences = Sentences(4000, seed=0)
     share = Subset(sentences, range(cluster.task_index, len(sentences), cluster.num_workers))  # this worker's share
@@ -66,12 +66,12 @@ def main() -> None:
             ma_custom_getter=getter,
             interval_steps=INTERVAL_STEPS,
         )
-        # None: the Trainer makes the scheduler that its arguments name, for this optimizer.
+        # None: the Trainer creates the scheduler that its arguments name, for this optimizer.
         trainer = Trainer(model, args, train_dataset=share, optimizers=(optimizer, None))
         with optimizer.make_session_run_hook():  # the chief initializes the center; everyone starts from it
             trainer.train()
         if cluster.is_chief:
-            trainer.save_model(folder)  # the center; it is on every worker now
+            trainer.save_model(folder)  # the center, which every worker now has
         unseen = Sentences(1000, seed=1)
         predicted = trainer.predict(unseen).predictions.argmax(axis=-1)
     print(f"rounds: {optimizer.global_step}")

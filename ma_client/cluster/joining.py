@@ -21,8 +21,8 @@ from ma_client.transports.ways import WaySettings
 from modelaverage.access.channels import Access
 from modelaverage.access.security import Security
 from modelaverage.errors import DeadlineExceededError, ModelAverageError, ServerUnavailableError
+from modelaverage.logs import event
 from modelaverage.runtime.deadline import Deadline
-from modelaverage.runtime.logs import event
 from modelaverage.v1 import parameter_server_pb2 as pb
 
 __all__ = ["Place", "join"]
@@ -45,7 +45,7 @@ class Place:
     num_workers: int
 
 
-class _Holder:
+class _HeldPlace:
     """Holds the place that a server gives: comes back for it when the connection breaks, says goodbye at the end."""
 
     def __init__(self, address: str, access: Access, timeout_s: float, timing: Timing) -> None:
@@ -142,7 +142,7 @@ class _Holder:
             self._place.set_exception(error)
 
 
-_holders: dict[tuple[int, str], _Holder] = {}
+_holders: dict[tuple[int, str], _HeldPlace] = {}
 _lock = threading.Lock()
 
 
@@ -169,7 +169,7 @@ def join(address: str, timeout_s: float, security: Security | None = None, timin
         holder = _holders.get(key)
         if holder is None:
             access = Access(Security.from_env() if security is None else security)
-            holder = _holders[key] = _Holder(address, access, timeout_s, timing)
+            holder = _holders[key] = _HeldPlace(address, access, timeout_s, timing)
             atexit.register(_end, key)
     try:
         return holder.place(deadline)

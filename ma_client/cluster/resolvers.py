@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from ma_client.cluster import tf_config
 from ma_client.cluster.nodelist import nodes
 from ma_client.cluster.settings import AUTO, ClusterError, Setting, TaskIndex, Told, whole
-from modelaverage.addresses import split
+from modelaverage.addresses import Address, split
 
 __all__ = ["FRESH", "INIT_FROM", "NUM_WORKERS", "PS_HOSTS", "TASK_INDEX", "flag_settings", "is_fresh", "resolve"]
 
@@ -117,7 +117,7 @@ def _from_slurm_nodes(environ: _Environ) -> Told:
         host = next(nodes(text))
     except ValueError as error:
         raise ClusterError(f"{_SLURM_NODES}={text!r}: {error}") from None
-    return Told(ps_hosts=Setting((f"{host}:{_DEFAULT_PORT}",), f"{_SLURM_NODES}={text!r}"))
+    return Told(ps_hosts=Setting((str(Address(host, _DEFAULT_PORT)),), f"{_SLURM_NODES}={text!r}"))
 
 
 _SOURCES: tuple[tuple[frozenset[str], Callable[[_Environ], Told]], ...] = (

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from ma_client.transports.connection import Connection
 from ma_client.transports.timing import TIMING, Timing
-from modelaverage.runtime.logs import event
+from modelaverage.logs import event
 
 __all__ = ["NoticePace", "connect"]
 

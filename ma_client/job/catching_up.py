@@ -7,7 +7,7 @@ import time
 from dataclasses import replace
 
 from ma_client.job.one_server import LocalPart, OneServer
-from ma_client.job.recovery import Goal, Move, Purpose, Push, View, decide, goes_on_after, is_behind
+from ma_client.job.recovery import Goal, Move, Push, View, decide, goes_on_after, is_behind
 from modelaverage.errors import (
     ConflictError,
     DeadlineExceededError,
@@ -15,9 +15,10 @@ from modelaverage.errors import (
     Reason,
     ServerUnavailableError,
 )
+from modelaverage.logs import event
 from modelaverage.missing import Missing
+from modelaverage.purpose import Purpose
 from modelaverage.runtime.deadline import Deadline
-from modelaverage.runtime.logs import event
 from modelaverage.v1 import parameter_server_pb2 as pb
 
 __all__ = ["catch_up", "has_fallen_back", "push_again"]

@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from modelaverage.errors import DeadlineExceededError, ServerUnavailableError
+from modelaverage.logs import event
 from modelaverage.names import MAX_NAMES, listed
-from modelaverage.runtime.logs import event
 from modelaverage.v1 import parameter_server_pb2 as pb
 
 __all__ = ["wait_until_all_have_finished"]

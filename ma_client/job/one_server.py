@@ -10,19 +10,20 @@ from typing import Any
 from numpy.typing import NDArray
 
 from ma_client.job.patience import Patience
-from ma_client.job.recovery import Purpose
 from ma_client.transports.connection import Connection
 from ma_client.transports.lent_memory import Loan
 from ma_client.transports.push import Retry, retry_after
 from ma_client.transports.pushing import Answer
 from ma_client.transports.staging import Staging
 from ma_client.values.raw import bytes_of
+from modelaverage.codecs import RAW, codec_named
 from modelaverage.errors import (
     ConflictError,
     ModelAverageError,
     NotInitializedError,
     Reason,
 )
+from modelaverage.purpose import Purpose
 from modelaverage.runtime.deadline import Deadline
 from modelaverage.v1 import parameter_server_pb2 as pb
 
@@ -111,7 +112,7 @@ class OneServer:
         manifest = staging.manifest
         response = self._patience.call(
             lambda: self.connection.initialize(
-                header, lambda index: manifest.fragment_parts(index, values), manifest.fragment_count, deadline
+                header, lambda index: RAW.encode_variables(manifest, index, values), manifest.fragment_count, deadline
             ),
             deadline,
         )
@@ -210,10 +211,11 @@ class OneServer:
         staging = self._staging
         assert staging is not None
         header, values = self._push_header(base_step, local, purpose), [] if local is None else local.values
+        codec = codec_named(header.codec)
 
         def attempt() -> tuple[Answer, Mapping[str, NDArray[Any]] | None]:
             answer = self.connection.push_and_average(
-                header, lambda index: staging.manifest.fragment_parts(index, values), staging, deadline
+                header, lambda index: codec.encode_variables(staging.manifest, index, values), staging, deadline
             )
             return answer, answer.elsewhere(copy)
 

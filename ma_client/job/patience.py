@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from modelaverage.errors import DeadlineExceededError, ModelAverageError, Reason, ServerUnavailableError
+from modelaverage.logs import event
 from modelaverage.runtime.deadline import Deadline
-from modelaverage.runtime.logs import event
 from modelaverage.runtime.tuning import GONE_AFTER_S
 
 __all__ = ["Patience"]

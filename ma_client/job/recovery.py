@@ -14,16 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from modelaverage.errors import ConflictError, ModelAverageError, Reason
+from modelaverage.purpose import Purpose
 
-__all__ = ["Goal", "Move", "Purpose", "Push", "View", "common_step", "decide", "goes_on_after", "is_behind"]
-
-
-class Purpose(enum.Enum):
-    """What a push is for: the protocol's ``Purpose``, with its numbers."""
-
-    CONTRIBUTE = 1
-    ABSTAIN = 2
-    RESTORE = 3
+__all__ = ["Goal", "Move", "Push", "View", "common_step", "decide", "goes_on_after", "is_behind"]
 
 
 class Move(enum.Enum):

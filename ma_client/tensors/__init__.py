@@ -1,1 +1,1 @@
-"""Torch's tensors and files as numpy arrays."""
+"""Torch's tensors as numpy arrays, and which of them cannot be averaged."""

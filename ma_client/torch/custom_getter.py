@@ -11,8 +11,8 @@ import torch
 from ma_client.tensors.refused_tensors import can_be_averaged, dtype_of, kind_of, sharded_module, why_refused
 from ma_client.torch.center_names import Tensors, names_by_tensor, tensors_of
 from modelaverage.errors import ConflictError, Reason
+from modelaverage.logs import event
 from modelaverage.manifest import DTYPES
-from modelaverage.runtime.logs import event
 
 __all__ = ["GLOBAL_VARIABLE_NAME", "ModelAverageCustomGetter"]
 

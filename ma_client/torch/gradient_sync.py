@@ -9,7 +9,7 @@ from weakref import WeakSet
 
 import torch
 
-from modelaverage.runtime.logs import event
+from modelaverage.logs import event
 
 __all__ = ["warn_if_gradients_are_shared"]
 

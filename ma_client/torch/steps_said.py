@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 
 from ma_client.session import ParameterServerSession
+from modelaverage.logs import event
 from modelaverage.outcome import Outcome
-from modelaverage.runtime.logs import event
 
 __all__ = ["say_discarded", "say_finished", "say_not_used"]
 

@@ -16,8 +16,8 @@ from ma_client.transports.ways import WaySettings, ways_to
 from modelaverage import wire
 from modelaverage.access.channels import Access
 from modelaverage.errors import ProtocolError
+from modelaverage.logs import event
 from modelaverage.runtime.deadline import Deadline
-from modelaverage.runtime.logs import event
 from modelaverage.v1 import parameter_server_pb2 as pb
 
 __all__ = ["Connection"]

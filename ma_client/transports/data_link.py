@@ -10,7 +10,7 @@ import time
 from ma_client.transports.data_settings import DataSettings
 from ma_client.transports.data_socket import DataSocket
 from modelaverage.addresses import parse
-from modelaverage.runtime.logs import event
+from modelaverage.logs import event
 from modelaverage.v1 import parameter_server_pb2 as pb
 
 __all__ = ["DataLink", "host_of"]

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from ma_client.transports.data_settings import DataSettings
 from ma_client.transports.staging import FragmentSource, Staging
 from ma_client.transports.timing import TIMING, Timing
+from modelaverage.logs import event
 from modelaverage.runtime.data_sockets import (
     NOTICES_IN_SILENCE,
     NUMBER,
@@ -22,7 +23,6 @@ from modelaverage.runtime.data_sockets import (
     use_short_queues,
     want,
 )
-from modelaverage.runtime.logs import event
 from modelaverage.runtime.tuning import SILENCE_TIMEOUT_S
 from modelaverage.v1 import parameter_server_pb2 as pb
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import grpc
 
@@ -14,17 +14,16 @@ from ma_client.process.threads import is_about_threads, keep_for_ever, without_t
 from ma_client.transports.calls import Exchange, Requests
 from ma_client.transports.reach import Reach
 from ma_client.transports.timing import TIMING, Timing
-from modelaverage import wire
 from modelaverage.access import proxies
 from modelaverage.access.channels import Access
 from modelaverage.errors import (
-    REASON_METADATA_KEY,
     DeadlineExceededError,
     ModelAverageError,
     SecurityError,
     ServerUnavailableError,
-    fault_named,
+    fault_told,
 )
+from modelaverage.rpcs import SERVICE
 from modelaverage.runtime.deadline import Deadline
 from modelaverage.runtime.tuning import CHANNEL_OPTIONS, SILENCE_TIMEOUT_S, connecting_for, keep_freed_memory
 
@@ -68,7 +67,7 @@ class GrpcCalls:
         self._channel = channel = self._access.channel(self.address, options)
 
         def at(rpc: str, kind: Callable[..., Any]) -> Any:
-            return kind(f"/{wire.SERVICE}/{rpc}", _as_is, _as_is)
+            return kind(f"/{SERVICE}/{rpc}", _as_is, _as_is)
 
         self._calls = {
             "Initialize": at("Initialize", channel.stream_unary),
@@ -227,10 +226,9 @@ class GrpcCalls:
 
     def _fault(self, error: grpc.RpcError, deadline: Deadline, late: str) -> ModelAverageError:
         details = error.details() or ""
-        if error.code() is not grpc.StatusCode.UNAVAILABLE:
+        fault = fault_told(error.trailing_metadata(), details, error.code().name)
+        if error.code() is not grpc.StatusCode.UNAVAILABLE and not isinstance(fault, ServerUnavailableError):
             self.answered_at_s = time.monotonic()
-        metadata = dict(cast("Iterable[tuple[str, str]]", error.trailing_metadata() or ()))
-        fault = fault_named(metadata.get(REASON_METADATA_KEY, ""), details)
         if fault is not None:
             return fault
         match error.code():

@@ -18,11 +18,12 @@ from ma_client.transports.push import AwaitRest, Decide, Done, Failed, Push
 from ma_client.transports.staging import FragmentSource, Staging
 from ma_client.transports.way import Ending, Opening, Trip, Way
 from modelaverage import wire
+from modelaverage.codecs import codec_named
 from modelaverage.errors import ModelAverageError
+from modelaverage.logs import event
 from modelaverage.missing import Missing
 from modelaverage.names import listed
 from modelaverage.runtime.deadline import Deadline
-from modelaverage.runtime.logs import event
 from modelaverage.v1 import parameter_server_pb2 as pb
 
 __all__ = ["Answer", "Pushing"]
@@ -85,7 +86,7 @@ class Pushing:
         has_fragments = header.purpose != pb.PURPOSE_ABSTAIN
         # After a push that ended well nothing of this worker is in the round: what the server will ask for is known.
         may_follow, self._may_follow = self._may_follow and has_fragments, False
-        opening = Opening(header.push_id, fragments, staging, has_fragments, may_follow)
+        opening = Opening(header.push_id, fragments, staging, codec_named(header.codec), has_fragments, may_follow)
         staging.begin()
         with self._travelling(opening) as journey:
             late = f"the round did not commit (base step {header.base_step})"
@@ -141,14 +142,14 @@ class Pushing:
         """One message of the server; the outcome if the push is done."""
         message = wire.read_fragment(pb.PushAndAverageResponse, data)
         if isinstance(message, tuple):
-            self._keep(push, journey.opening.staging, *message)
+            self._keep(push, journey.opening, *message)
             return None
         if message.HasField("admission"):
             _carried_out(push.admitted(message.admission.first_needed_fragment))
             self._admit(message.admission, journey)
             requests.admit(message.admission.first_needed_fragment, journey.trip)
         if message.HasField("fragment"):
-            self._keep(push, journey.opening.staging, message.fragment.index, memoryview(message.fragment.data))
+            self._keep(push, journey.opening, message.fragment.index, memoryview(message.fragment.data))
         elsewhere = journey.trip.down(message)
         if elsewhere is not None:
             _carried_out(push.came(*elsewhere))
@@ -176,9 +177,9 @@ class Pushing:
             journey.change_to(None)
 
     @staticmethod
-    def _keep(push: Push, staging: Staging, index: int, data: memoryview) -> None:
-        _carried_out(push.came(index, staging.count(index, data)))
-        staging.put(index, data)
+    def _keep(push: Push, opening: Opening, index: int, data: memoryview) -> None:
+        _carried_out(push.came(index, opening.staging.count(index, data, opening.codec)))
+        opening.staging.put(index, data, opening.codec)
 
 
 class _Journey:

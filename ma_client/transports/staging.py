@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from modelaverage.codecs import RAW, Codec
 from modelaverage.errors import ProtocolError
 from modelaverage.manifest import Manifest
 
@@ -62,7 +63,7 @@ class Staging:
     def __init__(self, manifest: Manifest, memory: Memory, start: int = 0) -> None:
         self.manifest = manifest
         self._memory = memory
-        self._start = start
+        self._start, self._end = start, start + manifest.buffer_size_bytes
         self.is_torn = False
         self._has_come = False
         self._received = 0
@@ -75,8 +76,7 @@ class Staging:
     @property
     def arrays(self) -> Mapping[str, NDArray[Any]]:
         """The variables in it, by name; views that cannot be written to."""
-        end = self._start + self.manifest.buffer_size_bytes
-        return read_only(self.manifest.arrays(self._memory.bytes[self._start : end]))
+        return read_only(self.manifest.arrays(self._memory.bytes[self._start : self._end]))
 
     def begin(self) -> None:
         """A new center begins to arrive."""
@@ -100,26 +100,24 @@ class Staging:
         self.put(index, data)
         self._received = index + count
 
-    def count(self, index: int, data: memoryview) -> int:
+    def count(self, index: int, data: memoryview, codec: Codec = RAW) -> int:
         """How many fragments, from this one on, these bytes are. Raises ProtocolError if they are no whole ones."""
-        end = self.manifest.run_end(index, len(data)) if index < self.manifest.fragment_count else None
+        end = codec.run_end(self.manifest, index, len(data)) if index < self.manifest.fragment_count else None
         if end is None:
             where = "the model has no such fragment"
             if index < self.manifest.fragment_count:
-                start, stop = self.manifest.fragment_bounds(index)
-                where = f"which has {stop - start}"
+                where = f"which has {codec.size_bytes(self.manifest, index)}"
             raise ProtocolError(f"the server sent {len(data)} bytes for fragment {index}, {where}")
         return end - index
 
-    def put(self, index: int, data: memoryview) -> None:
+    def put(self, index: int, data: memoryview, codec: Codec = RAW) -> None:
         """Writes fragments that are whole to where they belong."""
-        start = self._start + self.manifest.fragment_bounds(index)[0]
         self.is_torn = True
-        self._memory.bytes[start : start + len(data)] = np.frombuffer(data, np.uint8)
+        codec.decode_run(self.manifest, self._memory.bytes[self._start : self._end], index, data)
 
     def room(self) -> memoryview:
         """Where all of the next center may be written; `begin_to_fill` when that begins, `filled` when it is done."""
-        return self._memory.bytes[self._start : self._start + self.manifest.buffer_size_bytes].data
+        return self._memory.bytes[self._start : self._end].data
 
     def begin_to_fill(self) -> None:
         """What was in the room is no longer whole."""

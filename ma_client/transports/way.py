@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from ma_client.transports.lent_memory import Loan
 from ma_client.transports.staging import FragmentSource, Staging
+from modelaverage.codecs import Codec
 from modelaverage.errors import ModelAverageError
 from modelaverage.manifest import Manifest
 from modelaverage.v1 import parameter_server_pb2 as pb
@@ -27,6 +28,7 @@ class Opening:
         push_id: its number.
         fragments: the bytes of every fragment, as parts.
         staging: where the center arrives, unless a way has another place for it.
+        codec: how fragments in messages are coded.
         has_fragments: False: the push has nothing to give; only the center comes.
         may_follow: the server will ask for all fragments, so they may go before it does.
     """
@@ -34,6 +36,7 @@ class Opening:
     push_id: int
     fragments: FragmentSource
     staging: Staging
+    codec: Codec
     has_fragments: bool
     may_follow: bool
 

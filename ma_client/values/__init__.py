@@ -1,1 +1,1 @@
-"""Arrays and their names: nested dictionaries, raw bytes, initial values."""
+"""Arrays and their names: nested dictionaries, and raw bytes."""

@@ -1,16 +1,20 @@
-"""The one table of faults: reason <-> gRPC status <-> exception.
+"""The one table of faults: reason <-> gRPC status <-> exception <-> what the client does next.
 
-The server raises these exceptions and its shell turns them into a status plus the reason's name in the trailing
-metadata; the client turns those back into the same exception. So a fault has one name and one class everywhere.
+The server raises these exceptions. Its shell turns them into a status and into trailing metadata with the reason's name
+and the action; the client turns those back into the same exception. So a fault has one name and one class everywhere.
 This module imports no grpc: the pure core raises these too.
 """
 
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 __all__ = [
+    "ACTION_METADATA_KEY",
+    "Action",
     "ConflictError",
     "DeadlineExceededError",
     "FAULTS",
@@ -27,10 +31,14 @@ __all__ = [
     "ServerUnavailableError",
     "SessionInUseError",
     "fault_named",
+    "fault_told",
     "refusal",
+    "refusal_metadata",
+    "told_reason",
 ]
 
 REASON_METADATA_KEY = "modelaverage-reason"
+ACTION_METADATA_KEY = "modelaverage-action"
 REASON_PREFIX = "ERROR_REASON_"
 
 
@@ -67,6 +75,19 @@ class Reason(enum.Enum):
     SERVER_OVERLOADED = 28
     READER_TOO_SLOW = 29
     CODEC_UNKNOWN = 30
+
+
+class Action(enum.Enum):
+    """What a client does after a refusal. The value is the word in the trailing metadata."""
+
+    AGAIN = "again"
+    """Make the same call again at once."""
+    LATER = "later"
+    """Make the same call again after a pause, for a bounded time."""
+    PULL = "pull"
+    """Pull the center and go on from it."""
+    STOP = "stop"
+    """Nothing that the client can do by itself."""
 
 
 class ModelAverageError(Exception):
@@ -108,7 +129,7 @@ class SecurityError(ModelAverageError):
 
 
 class ServerUnavailableError(ModelAverageError):
-    """No parameter server answers there, or it is going down. Local variables are untouched."""
+    """No parameter server answers there, or it cannot serve the call now. Local variables are untouched."""
 
 
 class SessionInUseError(ModelAverageError):
@@ -117,47 +138,61 @@ class SessionInUseError(ModelAverageError):
 
 @dataclass(frozen=True)
 class Fault:
-    """One row of the table: the gRPC status (by name) that carries a reason, and the exception that means it."""
+    """One row of the table.
+
+    Args:
+        status: the name of the gRPC status that carries the reason.
+        exception: the class that means it.
+        action: what the client does next.
+    """
 
     status: str
     exception: type[ModelAverageError]
+    action: Action = Action.STOP
 
 
 _BAD_MESSAGE = Fault("INVALID_ARGUMENT", ProtocolError)
 _BAD_VALUE = Fault("INVALID_ARGUMENT", InvalidRequestError)
-_CONFLICT = Fault("FAILED_PRECONDITION", ConflictError)
+_OTHER_CENTER = Fault("FAILED_PRECONDITION", ConflictError, Action.PULL)
+_NOT_NOW = Fault("UNAVAILABLE", ServerUnavailableError, Action.LATER)
 
 FAULTS: dict[Reason, Fault] = {
     Reason.MESSAGE_MALFORMED: _BAD_MESSAGE,
     Reason.MESSAGE_OUT_OF_ORDER: _BAD_MESSAGE,
     Reason.NOT_INITIALIZED: Fault("FAILED_PRECONDITION", NotInitializedError),
     Reason.MANIFEST_INVALID: _BAD_VALUE,
-    Reason.MANIFEST_MISMATCH: _CONFLICT,
-    Reason.MANIFEST_UNKNOWN: _CONFLICT,
+    Reason.MANIFEST_MISMATCH: Fault("FAILED_PRECONDITION", ConflictError),
+    Reason.MANIFEST_UNKNOWN: _OTHER_CENTER,
     Reason.GLOBAL_STEP_INVALID: _BAD_VALUE,
     Reason.WORKER_ID_INVALID: _BAD_VALUE,
-    Reason.WORKER_ID_IN_USE: Fault("ALREADY_EXISTS", ConflictError),
+    Reason.WORKER_ID_IN_USE: Fault("ALREADY_EXISTS", ConflictError, Action.LATER),
     Reason.INCARNATION_INVALID: _BAD_VALUE,
     Reason.WEIGHT_INVALID: _BAD_VALUE,
-    Reason.BASE_STEP_AHEAD: _CONFLICT,
+    Reason.BASE_STEP_AHEAD: _OTHER_CENTER,
     Reason.UNTOUCHED_INVALID: _BAD_VALUE,
     Reason.ROUND_FULL: Fault("RESOURCE_EXHAUSTED", ConflictError),
-    Reason.ROUND_RESTARTED: Fault("ABORTED", RetryPushError),
+    Reason.ROUND_RESTARTED: Fault("ABORTED", RetryPushError, Action.AGAIN),
     Reason.PUSH_SUPERSEDED: Fault("ABORTED", ConflictError),
     Reason.FRAGMENT_MISSING: _BAD_MESSAGE,
     Reason.FRAGMENT_EXTRA: _BAD_MESSAGE,
     Reason.FRAGMENT_MISPLACED: _BAD_MESSAGE,
     Reason.FRAGMENT_REPEATED: _BAD_MESSAGE,
     Reason.FRAGMENT_SIZE_WRONG: _BAD_MESSAGE,
-    Reason.STREAM_STALLED: Fault("DEADLINE_EXCEEDED", DeadlineExceededError),
-    Reason.SERVER_STOPPING: Fault("UNAVAILABLE", ServerUnavailableError),
+    Reason.STREAM_STALLED: Fault("DEADLINE_EXCEEDED", DeadlineExceededError, Action.LATER),
+    Reason.SERVER_STOPPING: _NOT_NOW,
     Reason.ROUND_TIMED_OUT: Fault("DEADLINE_EXCEEDED", DeadlineExceededError),
     Reason.TOKEN_INVALID: Fault("UNAUTHENTICATED", SecurityError),
     Reason.ROLE_INSUFFICIENT: Fault("PERMISSION_DENIED", SecurityError),
-    Reason.DATA_CONNECTION_LOST: Fault("UNAVAILABLE", RetryPushError),
-    Reason.SERVER_OVERLOADED: Fault("UNAVAILABLE", ServerUnavailableError),
-    Reason.READER_TOO_SLOW: Fault("UNAVAILABLE", ServerUnavailableError),
+    Reason.DATA_CONNECTION_LOST: Fault("UNAVAILABLE", RetryPushError, Action.AGAIN),
+    Reason.SERVER_OVERLOADED: _NOT_NOW,
+    Reason.READER_TOO_SLOW: _NOT_NOW,
     Reason.CODEC_UNKNOWN: _BAD_VALUE,
+}
+
+_BY_ACTION: dict[str, type[ModelAverageError]] = {
+    Action.AGAIN.value: ServerUnavailableError,  # after a short pause, and not for ever: nobody here knows the reason
+    Action.LATER.value: ServerUnavailableError,
+    Action.PULL.value: ConflictError,
 }
 
 
@@ -166,7 +201,36 @@ def refusal(reason: Reason, message: str) -> ModelAverageError:
     return FAULTS[reason].exception(message, reason)
 
 
-def fault_named(name: str, message: str) -> ModelAverageError | None:
-    """The exception for a reason's name as it came over the wire; None for a name that this version does not know."""
+def refusal_metadata(reason: Reason) -> tuple[tuple[str, str], ...]:
+    """The trailing metadata of a call that is refused with ``reason``."""
+    return (REASON_METADATA_KEY, REASON_PREFIX + reason.name), (ACTION_METADATA_KEY, FAULTS[reason].action.value)
+
+
+def told_reason(metadata: Iterable[Any] | None) -> str:
+    """The name, without its prefix, of the reason in trailing metadata, known or not; empty if there is none."""
+    return str(dict(metadata or ()).get(REASON_METADATA_KEY, "")).removeprefix(REASON_PREFIX)
+
+
+def fault_told(metadata: Iterable[Any] | None, message: str, status: str) -> ModelAverageError | None:
+    """The exception for the end of a call that a server refused; None for an end that no server has given a reason for.
+
+    Args:
+        metadata: the call's trailing metadata.
+        message: the call's message.
+        status: the name of its gRPC status.
+    """
+    action = dict(metadata or ()).get(ACTION_METADATA_KEY)
+    return fault_named(told_reason(metadata), message, None if action is None else str(action), status)
+
+
+def fault_named(
+    name: str, message: str, action: str | None = None, status: str | None = None
+) -> ModelAverageError | None:
+    """The exception for a reason's name as it came over the wire.
+
+    A reason that this version does not know is read by its action; an unknown action means `stop`. None if there is
+    neither a known reason nor an action."""
     reason = Reason.__members__.get(name.removeprefix(REASON_PREFIX))
-    return None if reason is None else refusal(reason, message)
+    if reason is not None:
+        return refusal(reason, message)
+    return None if action is None else _BY_ACTION.get(action, ModelAverageError)(message, None, status)

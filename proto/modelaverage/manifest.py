@@ -334,25 +334,44 @@ class Manifest:
             yield index, Piece(number, start, count, within)
             start += count
 
-    def fragment_parts(self, index: int, values: Sequence[memoryview]) -> list[memoryview]:
-        """What fragment ``index`` consists of, in order: views into the variables' bytes, and padding.
+    def piece_bounds(self, index: int) -> list[tuple[int, int]]:
+        """First byte and end in the flat buffer of each piece of fragment ``index``."""
+        bounds, start = list[tuple[int, int]](), self.fragment_bounds(index)[0]
+        for piece in self.pieces[index]:
+            begin = start + piece.offset_bytes
+            bounds.append((begin, begin + piece.count * DTYPES[self.variables[piece.variable].dtype].itemsize))
+        return bounds
+
+    def piece_bytes(self, index: int, values: Sequence[memoryview]) -> list[memoryview]:
+        """The bytes of each piece of fragment ``index``; views.
 
         Args:
             index: which fragment.
             values: the bytes of each variable, in manifest order.
         """
-        parts, at = list[memoryview](), 0
+        pieces = list[memoryview]()
         for piece in self.pieces[index]:
+            itemsize = DTYPES[self.variables[piece.variable].dtype].itemsize
+            pieces.append(values[piece.variable][piece.start * itemsize : (piece.start + piece.count) * itemsize])
+        return pieces
+
+    def padded(self, index: int, pieces: Sequence[memoryview]) -> list[memoryview]:
+        """What fragment ``index`` consists of, in order: the bytes of its pieces, and padding."""
+        parts, at = list[memoryview](), 0
+        for piece, data in zip(self.pieces[index], pieces, strict=True):
             if piece.offset_bytes > at:
                 parts.append(_PADDING[: piece.offset_bytes - at])
-            itemsize = DTYPES[self.variables[piece.variable].dtype].itemsize
-            end = piece.start + piece.count
-            parts.append(values[piece.variable][piece.start * itemsize : end * itemsize])
-            at = piece.offset_bytes + piece.count * itemsize
+            parts.append(data)
+            at = piece.offset_bytes + len(data)
         start, end = self.fragment_bounds(index)
         if at < end - start:
             parts.append(_PADDING[: end - start - at])
         return parts
+
+    def fragment_parts(self, index: int, values: Sequence[memoryview]) -> list[memoryview]:
+        """What fragment ``index`` consists of, in order: views of the variables' bytes (as in `piece_bytes`), and
+        padding."""
+        return self.padded(index, self.piece_bytes(index, values))
 
     def arrays(self, buffer: NDArray[np.uint8]) -> dict[str, NDArray[np.generic]]:
         """The variables in a flat buffer (uint8, `buffer_size_bytes` long), by name; views, nothing is copied."""

@@ -77,6 +77,11 @@ class Missing:
         """How many there are altogether."""
         return len(self.names) + self.omitted + self.unknown
 
+    @property
+    def unknown_text(self) -> str:
+        """How many the server has not heard of yet, in words; empty if there are none."""
+        return f"{self.unknown:,} not heard of yet" if self.unknown else ""
+
     def notice(self, round_age_s: float, finished: Sequence[str] = (), training: int = 0) -> pb.WaitingNotice:
         """What a worker is told.
 
@@ -107,8 +112,7 @@ class Missing:
         known = listed(
             self.names, self.omitted, lambda name: show(name) + (f" ({said[name]})" if said.get(name) else "")
         )
-        unknown = f"{self.unknown:,} not heard of yet" if self.unknown else ""
-        return ", ".join(filter(None, (known, unknown))) or "nobody"
+        return ", ".join(filter(None, (known, self.unknown_text))) or "nobody"
 
 
 def _age_s(missing: pb.MissingWorker) -> float | None:

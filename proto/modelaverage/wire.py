@@ -22,6 +22,7 @@ from modelaverage.manifest import (
     check_dimensions,
     check_variable_count,
 )
+from modelaverage.rpcs import SERVICE
 from modelaverage.v1 import parameter_server_pb2 as pb
 
 __all__ = [
@@ -40,7 +41,6 @@ __all__ = [
     "shard_to_message",
 ]
 
-SERVICE = "modelaverage.v1.ParameterServer"
 # gRPC's own default, on both sides: what is longer, nobody reads.
 MAX_MESSAGE_BYTES = 4 << 20
 # Leaves room for whatever stands beside a manifest in the headers of Initialize and Pull, and for fields to come.

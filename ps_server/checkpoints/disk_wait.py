@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from modelaverage.runtime.logs import event
+from modelaverage.logs import event
 
 __all__ = ["DiskWait"]
 

@@ -5,20 +5,32 @@ What was written comes back; anything else is refused, however it came there.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
 from modelaverage.checks import INCARNATION_BYTES, STEP_LIMIT, check_incarnation, check_worker_id
-from modelaverage.manifest import MAX_DIMENSIONS, MAX_FRAGMENT_SIZE_BYTES, Manifest, Part, Shard, Variable
+from modelaverage.manifest import (
+    DTYPES,
+    MAX_DIMENSIONS,
+    MAX_FRAGMENT_SIZE_BYTES,
+    Manifest,
+    Part,
+    Shard,
+    Variable,
+    dtype_name,
+)
 from modelaverage.runtime.shared_memory import Segment
 from modelaverage.wire import check_sendable
+from ps_server.center.outer import AVERAGE, OuterOptimizer, outer_optimizer
+from ps_server.center.outer.base import Setting, slots_of, summed_in
 from ps_server.checkpoints import strict_json
-from ps_server.checkpoints.safetensors_file import Head
+from ps_server.checkpoints.safetensors_file import Head, Tensor
 
 __all__ = ["Checkpoint", "CheckpointError", "Content", "boot_id", "content_of", "fields_of"]
 
@@ -27,6 +39,7 @@ _FIELDS = ("global_step", "variables", "fragment_size_bytes", "contributors", "c
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 # As many as the round remembers, and as can be in one.
 _MAX_COUNTED, _MAX_CONTRIBUTORS = 10_000, 1 << 16
+_MAX_SETTINGS = 100
 _MAX_PUSH_ID, _MAX_PART_INDEX = 2**64 - 1, 2**32 - 1
 
 
@@ -46,6 +59,8 @@ class Checkpoint:
         counted: by worker, the key (incarnation, push id) of the last push that was counted.
         finished: workers that no round waits for, in any order.
         segment: the shared memory whose body is the flat buffer with the arrays, if they lie in such.
+        outer: the outer optimizer that makes the next centers.
+        state: what that one keeps for this center, by slot and variable; see `ps_server.center.state.OuterState`.
     """
 
     manifest: Manifest
@@ -55,6 +70,24 @@ class Checkpoint:
     counted: Mapping[str, tuple[bytes, int]] | None = None
     finished: Collection[str] = ()
     segment: Segment | None = None
+    outer: OuterOptimizer = AVERAGE
+    state: Mapping[str, Mapping[str, NDArray[Any]]] = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> dict[str, NDArray[Any]]:
+        """All arrays of the file, by the names that they have in it: the variables first, in manifest order."""
+        tensors = dict(self.arrays)
+        if self.state:
+            prefix = _state_prefix(self.arrays)
+            for slot, by_variable in self.state.items():
+                tensors.update({f"{prefix}{slot}/{name}": array for name, array in by_variable.items()})
+        return tensors
+
+
+def _state_prefix(variables: Collection[str]) -> str:
+    """How the names of state in a file begin, and no variable's does."""
+    taken = {len(name) - len(rest) for name in variables if (rest := name.lstrip("_")).startswith("outer/")}
+    return "_" * next(count for count in itertools.count() if count not in taken) + "outer/"
 
 
 def boot_id() -> str:
@@ -74,6 +107,8 @@ def fields_of(checkpoint: Checkpoint, boot: str) -> dict[str, str]:
         "finished": json.dumps(sorted(checkpoint.finished)),
         "boot_id": boot,
     }
+    if checkpoint.outer.name != AVERAGE.name:
+        fields["outer"] = json.dumps([checkpoint.outer.name, dict(checkpoint.outer.settings)])
     shard = checkpoint.manifest.shard
     if shard is not None:
         parts = [variable.part for variable in checkpoint.manifest.variables]
@@ -91,12 +126,16 @@ class Content:
         contributors: of the last round.
         counted: by worker, the last push that was counted.
         finished: workers that no round waits for.
+        outer: the outer optimizer.
+        state: by slot and variable, the name of the tensor that has it.
     """
 
     manifest: Manifest
     contributors: tuple[str, ...]
     counted: dict[str, tuple[bytes, int]]
     finished: frozenset[str]
+    outer: OuterOptimizer
+    state: dict[str, dict[str, str]]
 
 
 def content_of(head: Head, step: int, is_fresh: bool) -> Content:
@@ -120,7 +159,11 @@ def content_of(head: Head, step: int, is_fresh: bool) -> Content:
         about["fragment_size_bytes"], "fragment_size_bytes", 0, MAX_FRAGMENT_SIZE_BYTES
     )
     names = strict_json.list_of(strict_json.parse(about["variables"]), "variables", len(head.tensors), _name)
-    if sorted(names) != sorted(head.tensors):
+    outer = _outer_of(about)
+    state = _state_of(outer, names, head.tensors)
+    if sorted([*names, *(each for by_variable in state.values() for each in by_variable.values())]) != sorted(
+        head.tensors
+    ):
         raise CheckpointError("its list of variables is not that of its tensors")
     shard, parts = _shard_of(about, len(names))
     variables = tuple(
@@ -137,7 +180,53 @@ def content_of(head: Head, step: int, is_fresh: bool) -> Content:
     finished = strict_json.list_of(strict_json.parse(about.get("finished", "[]")), "finished", _MAX_COUNTED, _worker_id)
     manifest = Manifest(variables, fragment_size_bytes, shard)
     check_sendable(manifest)
-    return Content(manifest, tuple(contributors), counted, frozenset(finished))
+    return Content(manifest, tuple(contributors), counted, frozenset(finished), outer, state)
+
+
+def _outer_of(about: Mapping[str, str]) -> OuterOptimizer:
+    """The outer optimizer that a file names; `average` if it names none."""
+    if "outer" not in about:
+        return AVERAGE
+    fields = strict_json.list_of(strict_json.parse(about["outer"]), "outer", 2, lambda each: each)
+    if len(fields) != 2:
+        raise ValueError("outer is no name and settings")
+    name = strict_json.text(fields[0], "outer optimizer")
+    settings = strict_json.map_of(fields[1], "settings", _MAX_SETTINGS, _setting)
+    try:
+        return outer_optimizer(name, settings)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def _setting(name: str, value: Any) -> Setting:
+    if not isinstance(value, bool | int | float):
+        raise ValueError(f"setting {name!a} is no number, true or false")
+    return value
+
+
+def _state_of(
+    outer: OuterOptimizer, names: Collection[str], tensors: Mapping[str, Tensor]
+) -> dict[str, dict[str, str]]:
+    """The tensors that have the outer optimizer's state. Raises CheckpointError: they do not fit it."""
+    state, prefix = dict[str, dict[str, str]](), _state_prefix(names)
+    for name in names:
+        if name not in tensors:
+            raise CheckpointError("its list of variables is not that of its tensors")
+        dtype = DTYPES[tensors[name].dtype]
+        for slot in slots_of(outer, dtype):
+            found = tensors.get(key := f"{prefix}{slot}/{name}")
+            if found is None:
+                raise CheckpointError(
+                    f"outer optimizer {outer.name} keeps {slot} of every variable; there is none of {name!a}"
+                )
+            expected = dtype_name(summed_in(dtype)), tensors[name].shape
+            if (found.dtype, found.shape) != expected:
+                raise CheckpointError(
+                    f"{slot} of variable {name!a} is {found.dtype}{list(found.shape)}; outer optimizer {outer.name} "
+                    f"needs {expected[0]}{list(expected[1])}"
+                )
+            state.setdefault(slot, {})[name] = key
+    return state
 
 
 def _name(value: Any) -> str:

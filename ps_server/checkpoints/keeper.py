@@ -11,23 +11,28 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent import futures
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from modelaverage.runtime.logs import event
+from numpy.typing import NDArray
+
+from modelaverage.logs import event
 from modelaverage.runtime.shared_memory import BODY_AT_BYTES
 from ps_server.checkpoints.disk_wait import DiskWait
 from ps_server.checkpoints.fields import Checkpoint, boot_id, fields_of
 from ps_server.checkpoints.files import fresh_name
 from ps_server.checkpoints.home import CheckpointHome
 from ps_server.checkpoints.safetensors_file import Layout, bytes_of, lay_out
+from ps_server.checkpoints.writer import STREAMED
 from ps_server.checkpoints.writer_process import Reply, WriterProcess
 from ps_server.seen.observations import Observations
+from ps_server.seen.snapshot import CheckpointSeen
 
 __all__ = ["CheckpointPolicy", "Keeper"]
 
@@ -117,6 +122,11 @@ class Keeper:
         return global_step % self._policy.every_rounds == 0 and not self._turn.locked()
 
     @property
+    def every_rounds(self) -> int:
+        """Every how many rounds a checkpoint is due."""
+        return self._policy.every_rounds
+
+    @property
     def timeout_s(self) -> float | None:
         """How long a round waits for its checkpoint; None: as long as it takes."""
         return self._policy.timeout_s
@@ -133,6 +143,10 @@ class Keeper:
         writing = "" if self._writing is None else self._writing.problem
         flushing = "" if self._flushing is None else self._flushing.problem
         return writing or self._write_problem or flushing or self._flush_problem
+
+    def seen(self) -> CheckpointSeen:
+        """What the status tells of it at this moment."""
+        return CheckpointSeen(self.problem, self.step, self.written_at_s, self.writing_since_s)
 
     async def write(self, checkpoint: Checkpoint) -> bool:
         """Whether the checkpoint outlives this process; if not, `problem` says why.
@@ -204,14 +218,14 @@ class Keeper:
 
     def _send(self, checkpoint: Checkpoint) -> Reply:
         """In the writer's thread: has the checkpoint written, from where the arrays lie."""
-        layout = lay_out(checkpoint.arrays, fields_of(checkpoint, self._boot_id))
-        name, segment = fresh_name(checkpoint.global_step), checkpoint.segment
-        request = ("write", self._home.path, name, layout.head, _ranges(checkpoint, layout))
-        if segment is not None:
-            return self._writer.ask(request, (self._home.descriptor, segment.descriptor))
-        return self._writer.ask(
-            request, (self._home.descriptor,), (bytes_of(checkpoint.arrays[name]) for name in layout.names)
-        )
+        tensors = checkpoint.tensors
+        layout = lay_out(tensors, fields_of(checkpoint, self._boot_id))
+        ranges, streamed = _sources(checkpoint, layout, tensors)
+        request = ("write", self._home.path, fresh_name(checkpoint.global_step), layout.head, ranges)
+        descriptors = [self._home.descriptor]
+        if checkpoint.segment is not None:
+            descriptors.append(checkpoint.segment.descriptor)
+        return self._writer.ask(request, descriptors, map(bytes_of, streamed))
 
     @property
     def _meanwhile(self) -> str:
@@ -297,18 +311,28 @@ async def _done(command: Future[Reply]) -> Reply:
     return waking.result() if waking.done() else command.result()
 
 
-def _ranges(checkpoint: Checkpoint, layout: Layout) -> list[tuple[int, int]]:
-    """Where the bytes of the file's body lie in the segment, in their order; without one, how many they are."""
-    arrays, manifest = checkpoint.arrays, checkpoint.manifest
-    if checkpoint.segment is None:
-        return [(0, sum(array.nbytes for array in arrays.values()))]
-    begins = dict(zip(arrays, manifest.offsets_bytes, strict=True))
-    ranges = list[tuple[int, int]]()
+def _sources(
+    checkpoint: Checkpoint, layout: Layout, tensors: Mapping[str, NDArray[Any]]
+) -> tuple[list[tuple[int, int]], list[NDArray[Any]]]:
+    """Where the bytes of the file's body come from, in their order: ranges of the segment, or `STREAMED` and how many
+    bytes of the stream; and the arrays that are streamed."""
+    begins = dict[str, int]()
+    if checkpoint.segment is not None:
+        begins = dict(zip(checkpoint.arrays, checkpoint.manifest.offsets_bytes, strict=True))
+    ranges, streamed = list[tuple[int, int]](), list[NDArray[Any]]()
     for name in layout.names:
+        array = tensors[name]
+        if name not in begins:
+            streamed.append(array)
+            if ranges and ranges[-1][0] == STREAMED:
+                ranges[-1] = STREAMED, ranges[-1][1] + array.nbytes
+            else:
+                ranges.append((STREAMED, array.nbytes))
+            continue
         begin = BODY_AT_BYTES + begins[name]
-        end = begin + arrays[name].nbytes
-        if ranges and ranges[-1][1] == begin:
+        end = begin + array.nbytes
+        if ranges and ranges[-1][1] == begin and ranges[-1][0] != STREAMED:
             ranges[-1] = ranges[-1][0], end
         else:
             ranges.append((begin, end))
-    return ranges
+    return ranges, streamed

@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from modelaverage.logs import event
 from modelaverage.manifest import DTYPES, Manifest
-from modelaverage.runtime.logs import event
-from ps_server.center.buffers import Center
+from ps_server.center.center import Center
+from ps_server.center.outer import OuterOptimizer
 from ps_server.checkpoints import files
 from ps_server.checkpoints.fields import Checkpoint, CheckpointError, content_of
 from ps_server.checkpoints.safetensors_file import MAX_HEAD_BYTES, Head, read_head
@@ -134,7 +135,7 @@ def _read(descriptor: int, step: int, kind: str, max_model_bytes: int | None) ->
         raise CheckpointError(f"its {size_bytes} bytes are more than --max-model-bytes {max_model_bytes} allows")
     head = read_head(descriptor, size_bytes)
     content = content_of(head, step, kind == files.FRESH)
-    _check_manifest(content.manifest, max_model_bytes)
+    _check_memory(content.manifest, content.outer, max_model_bytes)
     body = np.empty(head.body_size_bytes, np.uint8)
     checksum = zlib.crc32(head.content)
     with body.data as view:
@@ -148,7 +149,20 @@ def _read(descriptor: int, step: int, kind: str, max_model_bytes: int | None) ->
     if kind not in (files.FRESH, f"{checksum:08x}"):
         raise CheckpointError("its bytes are not those that were written")
     arrays = {name: _array(body, head, name) for name in (variable.name for variable in content.manifest.variables)}
-    return Checkpoint(content.manifest, arrays, step, content.contributors, content.counted, content.finished)
+    state = {
+        slot: {name: _array(body, head, tensor) for name, tensor in by_variable.items()}
+        for slot, by_variable in content.state.items()
+    }
+    return Checkpoint(
+        content.manifest,
+        arrays,
+        step,
+        content.contributors,
+        content.counted,
+        content.finished,
+        outer=content.outer,
+        state=state,
+    )
 
 
 def _array(body: NDArray[np.uint8], head: Head, name: str) -> NDArray[Any]:
@@ -156,11 +170,12 @@ def _array(body: NDArray[np.uint8], head: Head, name: str) -> NDArray[Any]:
     return body[tensor.begin : tensor.end].view(DTYPES[tensor.dtype]).reshape(tensor.shape)
 
 
-def _check_manifest(manifest: Manifest, max_model_bytes: int | None) -> None:
+def _check_memory(manifest: Manifest, outer: OuterOptimizer, max_model_bytes: int | None) -> None:
     """Raises CheckpointError or ModelAverageError unless Initialize would take it."""
-    if max_model_bytes is not None and Center.memory_bytes(manifest) > 2 * max_model_bytes:
+    needs_bytes = Center.memory_bytes(manifest, outer)
+    if max_model_bytes is not None and needs_bytes > 2 * max_model_bytes:
         raise CheckpointError(
-            f"a model of {manifest.size_bytes} bytes needs {Center.memory_bytes(manifest)} bytes of memory, over twice "
+            f"a model of {manifest.size_bytes} bytes needs {needs_bytes} bytes of memory, over twice "
             f"--max-model-bytes {max_model_bytes}"
         )
 

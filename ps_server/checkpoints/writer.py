@@ -21,7 +21,7 @@ from typing import Any
 
 from ps_server.checkpoints import files
 
-__all__ = ["Answer", "main", "receive", "send"]
+__all__ = ["Answer", "STREAMED", "main", "receive", "send"]
 
 Answer = tuple[Any, tuple[int, str] | None, bool]
 """The result; the number and words of the error if there was one; whether two descriptors come along: the directory,
@@ -30,6 +30,8 @@ _LENGTH_BYTES = 8
 _MAX_DESCRIPTORS = 2
 _STREAM_BYTES = 1 << 18
 _PR_SET_PDEATHSIG = 1
+STREAMED = -1
+"""Instead of the beginning of a range: its bytes come on the channel."""
 
 
 # Messages: their length, with the descriptors, then their bytes.
@@ -87,34 +89,33 @@ def _write(
     head: bytes,
     ranges: Sequence[tuple[int, int]],
 ) -> None:
-    """Writes a fresh checkpoint: ``head``, then what lies at ``ranges`` of the shared memory; without any, their bytes
-    follow on the channel."""
-    rest = _Stream(channel, sum(end - begin for begin, end in ranges)) if memory is None else None
+    """Writes a fresh checkpoint: ``head``, then what lies at ``ranges`` of the shared memory. Where a range begins at
+    `STREAMED`, its end says how many bytes follow on the channel instead."""
+    stream = _Stream(channel, sum(end for begin, end in ranges if begin == STREAMED))
     try:
         found = files.find_again(path, directory)
         if found is not None:
             made += found
             directory = found[0]
-        files.write(directory, name, _chunks(head, _mapped(memory, ranges) if rest is None else rest))
+        files.write(directory, name, _chunks(head, memory, ranges, stream))
     finally:
-        if rest is not None:
-            rest.drain()
+        stream.drain()
 
 
-def _chunks(head: bytes, rest: Iterator[memoryview]) -> Iterator[bytes | memoryview]:
+def _chunks(
+    head: bytes, memory: int | None, ranges: Sequence[tuple[int, int]], stream: _Stream
+) -> Iterator[bytes | memoryview]:
     yield head
-    yield from rest
-
-
-def _mapped(memory: int | None, ranges: Sequence[tuple[int, int]]) -> Iterator[memoryview]:
-    assert memory is not None
-    if not ranges:
-        return
-    # Mapped at once: a page fault for every few pages would take as long as the copy.
-    flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
-    view = memoryview(mmap.mmap(memory, 0, flags, mmap.PROT_READ))
+    view = memoryview(b"")
+    if memory is not None and any(begin != STREAMED for begin, _ in ranges):
+        # Mapped at once: a page fault for every few pages would take as long as the copy.
+        flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+        view = memoryview(mmap.mmap(memory, 0, flags, mmap.PROT_READ))
     for begin, end in ranges:
-        yield view[begin:end]
+        if begin == STREAMED:
+            yield from stream.take(end)
+        else:
+            yield view[begin:end]
 
 
 class _Stream:
@@ -125,20 +126,19 @@ class _Stream:
         self._left_bytes = size_bytes
         self._block = memoryview(bytearray(min(size_bytes, _STREAM_BYTES)))
 
-    def __iter__(self) -> Iterator[memoryview]:
-        return self
-
-    def __next__(self) -> memoryview:
-        if self._left_bytes == 0:
-            raise StopIteration
-        received = self._channel.recv_into(self._block, min(self._left_bytes, len(self._block)))
-        if received == 0:
-            raise EOFError
-        self._left_bytes -= received
-        return self._block[:received]
+    def take(self, size_bytes: int) -> Iterator[memoryview]:
+        """The next bytes, block by block."""
+        while size_bytes > 0:
+            received = self._channel.recv_into(self._block, min(size_bytes, len(self._block)))
+            if received == 0:
+                raise EOFError
+            self._left_bytes -= received
+            size_bytes -= received
+            yield self._block[:received]
 
     def drain(self) -> None:
-        for _ in self:
+        """Takes what is left."""
+        for _ in self.take(self._left_bytes):
             pass
 
 

@@ -22,7 +22,7 @@ from queue import SimpleQueue
 from threading import Lock, Thread
 from typing import Any
 
-from modelaverage.runtime.logs import event
+from modelaverage.logs import event
 from ps_server.checkpoints import writer as program
 
 __all__ = ["Reply", "WriterProcess", "command"]

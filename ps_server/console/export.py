@@ -17,7 +17,7 @@ from modelaverage import wire
 from modelaverage.access import proxies
 from modelaverage.access.channels import Access
 from modelaverage.addresses import parse
-from modelaverage.errors import REASON_METADATA_KEY, ModelAverageError
+from modelaverage.errors import ModelAverageError, told_reason
 from modelaverage.manifest import Manifest
 from modelaverage.placement import assemble, gather
 from modelaverage.runtime.tuning import CHANNEL_OPTIONS
@@ -167,7 +167,7 @@ def _receive(messages: Iterator[bytes], patience: threading.Timer) -> _Center:
 def _reason(error: grpc.RpcError, address: str, timeout_s: float) -> str:
     if error.code() is grpc.StatusCode.CANCELLED:
         return f"no parameter server answers at {address} (waited {timeout_s:g} s){proxies.in_the_way(address)}"
-    if any(entry.key == REASON_METADATA_KEY for entry in error.trailing_metadata() or ()):
+    if told_reason(error.trailing_metadata()):
         return f"{address}: {error.details()}"
     return f"{address} did not answer as a parameter server: {error.details()}{proxies.in_the_way(address)}"
 

@@ -15,7 +15,7 @@ from google.protobuf.message import Message
 from modelaverage import wire
 from modelaverage.access import proxies
 from modelaverage.access.channels import Access
-from modelaverage.commands.columns import fitted, listed_within, shortened, width
+from modelaverage.commands.columns import fitted, listed_within, shortened, size, width
 from modelaverage.missing import Missing
 from modelaverage.names import printable, shown
 from modelaverage.v1 import parameter_server_pb2 as pb
@@ -32,7 +32,6 @@ __all__ = [
     "phase_of",
     "plain",
     "shard_of",
-    "size",
     "trouble_of",
     "workers_in_round",
 ]
@@ -177,10 +176,10 @@ def missing_of(status: pb.GetStatusResponse, columns: int | None = None) -> str:
         status: what a server says.
         columns: how wide it may be, with nothing but names then; None: as wide as it takes, with what is known of them.
     """
+    missing = Missing.told(status)
     if columns is None:
-        missing = Missing.told(status)
         return missing.text(shown) if missing else ""
-    unknown = f"{status.waiting_for_unknown:,} not heard of yet" if status.waiting_for_unknown else ""
+    unknown = missing.unknown_text
     room = columns - (len(unknown) + 2 if unknown else 0)
     known = listed_within(status.waiting_for, status.waiting_for_omitted, shown, room, max(_NAME_COLUMNS, room // 2))
     return ", ".join(filter(None, (known, unknown)))
@@ -236,11 +235,3 @@ def _wrapped(title: str, text: str, columns: int | None) -> list[str]:
     """A sentence, on as many lines as it takes."""
     lines = [text] if columns is None else textwrap.wrap(text, columns, break_on_hyphens=False) or [""]
     return [f"{title if at == 0 else '':<{_TITLE_COLUMNS}}{line}" for at, line in enumerate(lines)]
-
-
-def size(size_bytes: int) -> str:
-    """A number of bytes for people."""
-    for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if size_bytes >= factor:
-            return f"{size_bytes / factor:.1f} {unit}"
-    return f"{size_bytes} bytes"

@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
 
-from modelaverage.commands.columns import fitted, shortened, width
+from modelaverage.commands.columns import fitted, shortened, size, width
 from modelaverage.names import printable
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.console import status as words
@@ -130,8 +130,8 @@ def _summary(status: pb.GetStatusResponse, columns: int, console: Console) -> tu
         if count
     ]
     add("rounds", fitted([f"{status.rounds_committed} committed", *trouble], room))
-    moved = f"{words.size(status.received_bytes)} received, {words.size(status.sent_bytes)} sent"
-    add("model", fitted([words.size(status.model_size_bytes), moved], room, "; "))
+    moved = f"{size(status.received_bytes)} received, {size(status.sent_bytes)} sent"
+    add("model", fitted([size(status.model_size_bytes), moved], room, "; "))
     if not status.checkpoint_problem and status.HasField("checkpoint_age_s"):
         add("checkpoint", f"step {status.checkpoint_step}, {age(status.checkpoint_age_s)} ago")
     return vital, lines

@@ -13,7 +13,7 @@ from modelaverage.access.pem import read_authorities, read_identity
 from modelaverage.access.tokens import read_tokens
 from modelaverage.access.watched_files import WatchedFiles
 from modelaverage.errors import SecurityError
-from modelaverage.runtime.logs import event
+from modelaverage.logs import event
 from ps_server.edge.security import ServerSecurity
 from ps_server.rules.authorization import Role, Tokens
 

@@ -12,8 +12,8 @@ import grpc
 import grpc.aio
 
 from modelaverage.access.tokens import METADATA_KEY, token_of
-from modelaverage.errors import FAULTS, REASON_METADATA_KEY, REASON_PREFIX, ModelAverageError
-from modelaverage.runtime.logs import event
+from modelaverage.errors import FAULTS, ModelAverageError, refusal_metadata
+from modelaverage.logs import event
 from ps_server.flow.caller import caller_role
 from ps_server.rules.authorization import Tokens, check
 
@@ -80,10 +80,6 @@ def _refusing(method: str, error: ModelAverageError, level: int) -> _Handler:
                 "call_refused", rpc=method.rpartition("/")[2], reason=reason.name, worker=None, peer=context.peer()
             ),
         )
-        await context.abort(
-            grpc.StatusCode[FAULTS[reason].status],
-            str(error),
-            ((REASON_METADATA_KEY, REASON_PREFIX + reason.name),),
-        )
+        await context.abort(grpc.StatusCode[FAULTS[reason].status], str(error), refusal_metadata(reason))
 
     return grpc.stream_stream_rpc_method_handler(refuse)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 import grpc.aio
@@ -18,14 +18,15 @@ from modelaverage import wire
 from modelaverage.errors import Reason, refusal
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.seen.traffic import Traffic
-from ps_server.transports.data_port import DataConnection, lost
+from ps_server.transports.base import Aside, Content
 
 __all__ = ["Call", "Context", "FIRST_WRITE_TIMEOUT_S"]
 
 Context = grpc.aio.ServicerContext[bytes, bytes]
 
 _T = TypeVar("_T")
-_Opening = TypeVar("_Opening", bound=pb.InitializeRequest | pb.PushAndAverageRequest)
+_Openings = pb.InitializeRequest | pb.PushAndAverageRequest
+_Opening = TypeVar("_Opening", pb.InitializeRequest, pb.PushAndAverageRequest)
 _numbers = itertools.count(1)
 # A client that does not take a call's first message for so long is not told how the call ends.
 FIRST_WRITE_TIMEOUT_S = 1.0
@@ -49,7 +50,8 @@ class Call:
         self._context = context
         self._traffic = traffic
         self._stall_timeout_s = stall_timeout_s
-        self._beside_header: tuple[int, memoryview] | pb.SharedFragments | None = None
+        self._message_type: type[_Openings] = pb.PushAndAverageRequest
+        self._beside_header: Content | None = None
         self.failure: BaseException | None = None
         """Why the call's task was cancelled, if `fail` did it."""
         self._is_ending = False
@@ -57,8 +59,8 @@ class Call:
         self._loop = asyncio.get_running_loop()
         self._read_at_s = self._loop.time()
         self._write_began_at_s: float | None = None
-        self._connection: DataConnection | None = None
-        self._bytes_began_at_s: float | None = None
+        self._aside: Aside | None = None
+        self._aside_began_at_s: float | None = None
         self._has_written = False
         self._watchdog = self._loop.call_later(stall_timeout_s, self._watch)
         self.ended: asyncio.Future[None] = self._loop.create_future()
@@ -90,6 +92,7 @@ class Call:
     async def read_header(self, message_type: type[_Opening]) -> Any:
         """The header that opens the stream. Raises ProtocolError: MESSAGE_MALFORMED or MESSAGE_OUT_OF_ORDER."""
         self.expecting = True
+        self._message_type = message_type
         data = await self.read()
         message = message_type() if data is None else wire.parse(message_type, data)
         if not message.HasField("header"):
@@ -101,7 +104,7 @@ class Call:
             self._beside_header = self._content(message)
         return header
 
-    async def read_fragment(self, message_type: type[_Opening]) -> tuple[int, memoryview] | pb.SharedFragments | None:
+    async def read_content(self) -> Content | None:
         """Index and bytes of the next fragment, or which ones lie in shared memory; None when the client has
         half-closed.
 
@@ -112,25 +115,23 @@ class Call:
             content, self._beside_header = self._beside_header, None
             return content
         data = await self.read()
-        return None if data is None else self._content(wire.read_fragment(message_type, data))
+        return None if data is None else self._content(wire.read_fragment(self._message_type, data))
 
-    def _content(self, message: tuple[int, memoryview] | Message) -> tuple[int, memoryview] | pb.SharedFragments:
-        if isinstance(message, Message):
-            match message.ListFields():
-                case [(field, pb.SharedFragments() as shared)] if field.name == "shared":
-                    return shared
-                case [(field, pb.Fragment() as fragment)] if field.name == "fragment":
-                    message = fragment.index, memoryview(fragment.data)
-                case _:
-                    raise refusal(Reason.MESSAGE_OUT_OF_ORDER, "another message came where a fragment belongs")
-        self._traffic.received_bytes += len(message[1])
-        return message
+    def _content(self, message: tuple[int, memoryview] | Message) -> Content:
+        if not isinstance(message, Message):
+            return message
+        match message.ListFields():
+            case [(field, pb.SharedFragments() as shared)] if field.name == "shared":
+                return shared
+            case [(field, pb.Fragment() as fragment)] if field.name == "fragment":
+                return fragment.index, memoryview(fragment.data)
+        raise refusal(Reason.MESSAGE_OUT_OF_ORDER, "another message came where a fragment belongs")
 
-    def count(self, received_bytes: int = 0, sent_bytes: int = 0, shared: bool = False) -> None:
-        """Notes bytes of fragments that went otherwise than by `read_fragment` and `write_fragment`."""
+    def count(self, received_bytes: int = 0, sent_bytes: int = 0, is_shared: bool = False) -> None:
+        """Notes bytes of fragments that have moved, in this call or beside it."""
         self._traffic.received_bytes += received_bytes
         self._traffic.sent_bytes += sent_bytes
-        if shared:
+        if is_shared:
             self._traffic.shared_bytes += received_bytes + sent_bytes
 
     async def write(self, message: bytes) -> None:
@@ -146,22 +147,24 @@ class Call:
             if self.failure is not None:
                 raise asyncio.CancelledError  # `fail` has waited for this
 
-    async def write_fragment(self, index: int, data: memoryview) -> None:
-        """Sends one fragment; its bytes are copied before this first waits."""
-        await self.write(wire.encode_fragment(index, (data,)))
-        self.count(sent_bytes=len(data))
+    async def write_fragment(self, index: int, parts: Sequence[memoryview]) -> int:
+        """Sends one fragment, its parts joined; they are copied before this first waits. Returns its size."""
+        size_bytes = sum(map(len, parts))
+        await self.write(wire.encode_fragment(index, parts))
+        self.count(sent_bytes=size_bytes)
+        return size_bytes
 
-    async def read_bytes(self, connection: DataConnection, room: memoryview) -> None:
-        """Fills the room from a data connection. Raises RetryPushError (DATA_CONNECTION_LOST)."""
-        self._read_at_s, self._connection = self._loop.time(), connection
-        await connection.receive(room)
+    async def read_aside(self, aside: Aside, reading: Awaitable[None]) -> None:
+        """Waits for bytes that come beside the call."""
+        self._read_at_s, self._aside = self._loop.time(), aside
+        await reading
         self._read_at_s = self._loop.time()
 
-    async def write_bytes(self, connection: DataConnection, data: memoryview) -> None:
-        """Sends bytes on a data connection. Raises RetryPushError (DATA_CONNECTION_LOST)."""
-        self._bytes_began_at_s = self._loop.time()
-        await connection.send(data)
-        self._bytes_began_at_s = None
+    async def write_aside(self, aside: Aside, writing: Awaitable[None]) -> None:
+        """Waits for bytes that go beside the call."""
+        self._aside_began_at_s, self._aside = self._loop.time(), aside
+        await writing
+        self._aside_began_at_s = None
 
     async def run(self, main: Coroutine[Any, Any, _T], beside: Coroutine[Any, Any, None]) -> _T:
         """Runs ``main`` to its end, with ``beside`` in a task at its side; an error of either ends both."""
@@ -200,12 +203,13 @@ class Call:
 
     def _look(self) -> None:
         """Fails the call if its client has kept it waiting for too long; else looks again when that may be."""
-        heard_at_s = self._read_at_s if self._connection is None else max(self._read_at_s, self._connection.heard_at_s)
+        aside = self._aside
+        heard_at_s = self._read_at_s if aside is None else max(self._read_at_s, aside.heard_at_s)
         since_s = [heard_at_s] if self.expecting else []
-        bytes_at_s = self._bytes_began_at_s
-        if bytes_at_s is not None and self._connection is not None:
-            bytes_at_s = max(bytes_at_s, self._connection.taken_at_s)
-        writes = [at_s for at_s in (self._write_began_at_s, bytes_at_s) if at_s is not None]
+        aside_at_s = self._aside_began_at_s
+        if aside_at_s is not None and aside is not None:
+            aside_at_s = max(aside_at_s, aside.taken_at_s)
+        writes = [at_s for at_s in (self._write_began_at_s, aside_at_s) if at_s is not None]
         since_s += writes
         idle_s = self._loop.time() - min(since_s, default=self._loop.time())
         if idle_s < self._stall_timeout_s:
@@ -213,6 +217,4 @@ class Call:
             return
         doing = "reads nothing of what is sent" if writes else "sends nothing"
         why = f"the client {doing} for {self._stall_timeout_s:g} s (--stream-idle-timeout-s)"
-        # Where bytes go beside the call, their way may be at fault: the client is to try the other one.
-        stalled = refusal(Reason.STREAM_STALLED, f"{why}; call again") if self._connection is None else lost(why)
-        self.fail(stalled)
+        self.fail(refusal(Reason.STREAM_STALLED, f"{why}; call again") if aside is None else aside.stalled(why))

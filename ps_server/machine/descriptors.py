@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from modelaverage.runtime.logs import event
+from modelaverage.logs import event
 from ps_server.machine.reserve import Reserve
 
 __all__ = ["DescriptorWatch", "check_limit", "raise_limit"]

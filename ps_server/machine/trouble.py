@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 
-from modelaverage.runtime.logs import event
+from modelaverage.logs import event
 
 __all__ = ["describe", "end_process", "is_expected"]
 

@@ -7,8 +7,8 @@ import hmac
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from modelaverage import wire
 from modelaverage.errors import ModelAverageError, Reason, refusal
+from modelaverage.rpcs import SERVICE
 
 __all__ = ["LEAST_ROLES", "OPEN_SERVICES", "Role", "Tokens", "check"]
 
@@ -26,12 +26,12 @@ class Role(enum.IntEnum):
 
 # The least role for each call; what is not here needs the greatest.
 LEAST_ROLES: Mapping[str, Role] = {
-    f"/{wire.SERVICE}/GetStatus": Role.READER,
-    f"/{wire.SERVICE}/Pull": Role.READER,
-    f"/{wire.SERVICE}/PushAndAverage": Role.WORKER,
-    f"/{wire.SERVICE}/Leave": Role.WORKER,
-    f"/{wire.SERVICE}/Join": Role.WORKER,
-    f"/{wire.SERVICE}/Initialize": Role.CHIEF,
+    f"/{SERVICE}/GetStatus": Role.READER,
+    f"/{SERVICE}/Pull": Role.READER,
+    f"/{SERVICE}/PushAndAverage": Role.WORKER,
+    f"/{SERVICE}/Leave": Role.WORKER,
+    f"/{SERVICE}/Join": Role.WORKER,
+    f"/{SERVICE}/Initialize": Role.CHIEF,
     # It lists what is in the published .proto.
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": Role.READER,
 }

@@ -1,14 +1,18 @@
-"""What goes into the round and what comes out of it: pushes, and decisions for the shell to carry out."""
+"""What goes into the round and what comes out: pushes, and decisions for the shell to carry out, in their order."""
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
 
 from modelaverage.checks import check_base_step, check_incarnation, check_weight, check_worker_id
 from modelaverage.errors import ModelAverageError
 from modelaverage.outcome import Outcome
+from modelaverage.purpose import Purpose
 
 __all__ = [
+    "Accumulate",
+    "Addition",
     "Admit",
     "CenterFollows",
     "Commit",
@@ -16,6 +20,7 @@ __all__ = [
     "Dismiss",
     "FinishFragment",
     "Hold",
+    "KeepFirst",
     "Prepare",
     "Push",
     "Restart",
@@ -38,6 +43,7 @@ class Push:
     base_step: int
     weight: float = 1.0
     untouched: frozenset[int] = frozenset()
+    purpose: Purpose = Purpose.CONTRIBUTE
 
     def __post_init__(self) -> None:
         check_worker_id(self.worker_id)
@@ -47,13 +53,13 @@ class Push:
 
     @property
     def key(self) -> tuple[bytes, int]:
-        """Tells this push from every other push of the same worker id."""
+        """Distinguishes this push from every other push of the same worker id."""
         return self.incarnation, self.push_id
 
 
 @dataclass(frozen=True)
 class Admit:
-    """The push is in the round: fragments from ``first_needed`` on are wanted."""
+    """The push is in the round, which wants its fragments from ``first_needed`` on. A push that abstains owes none."""
 
     first_needed: int
 
@@ -67,12 +73,12 @@ class CenterFollows:
 
 @dataclass(frozen=True)
 class Hold:
-    """The push came too late for the round in progress: it waits for the commit, and then gets the center as STALE."""
+    """The push came too late for the round in progress: it waits for the commit, then gets the center as STALE."""
 
 
 @dataclass(frozen=True)
 class TimeOut:
-    """These streams have waited for the others as long as a round may take: they end, what they gave stays."""
+    """These streams have waited for the others as long as a round may take: they end, and what they gave stays."""
 
     streams: tuple[int, ...]
     waited_s: float
@@ -88,18 +94,64 @@ class Dismiss:
 
 @dataclass(frozen=True)
 class Restart:
-    """The round starts over: whatever was accumulated is void. Each of its streams gets a `Dismiss`, too."""
+    """The round starts over: everything accumulated is void. Each of its streams also gets a `Dismiss`."""
 
     cause: str
 
 
+class Addition(enum.Enum):
+    """What to do with the values of a fragment that has come."""
+
+    START = enum.auto()
+    """They start the sum. What lies there, or waits to be added, is void."""
+    ADD = enum.auto()
+    """Add them to the sum."""
+    IGNORE = enum.auto()
+    """Drop them: the sum already holds a center that is given back."""
+
+
+@dataclass(frozen=True)
+class Accumulate:
+    """Put the values of fragment ``index``, which has just come, into its sum, multiplied by ``weight``.
+
+    The ledger already has the fragment. If this cannot be done, the sum is unknown: call `Round.abandon`.
+    """
+
+    index: int
+    weight: float
+    how: Addition
+
+
 @dataclass(frozen=True)
 class FinishFragment:
-    """All have given fragment ``index``: divide it by ``total_weight``, but keep the ``untouched`` variables."""
+    """Every push has given fragment ``index`` or owes none: turn its sum into the fragment of the next center.
+
+    Args:
+        index: which fragment. A round finishes its fragments in order.
+        total_weight: what to divide the sum by. 0: there is no sum, because all pushes abstain; every variable keeps
+            the center's value.
+        untouched: indexes of the variables that keep the center's value.
+        steps: whether the outer optimizer makes its step from the center and this average. False: the average is the
+            next center as it is, and the optimizer's state stays; the server does not have the center that the workers
+            started from, or one of them gives the next center back.
+    """
 
     index: int
     total_weight: float
     untouched: frozenset[int]
+    steps: bool = True
+
+
+@dataclass(frozen=True)
+class KeepFirst:
+    """The round is prepared, but a checkpoint of it comes first: write what `Round.as_committed` and the finished
+    fragments say, then call `Round.kept`. `Prepare` follows from that, or from the passing of time.
+
+    Args:
+        token: names the write to `Round.kept`.
+    """
+
+    token: int
 
 
 @dataclass(frozen=True)
@@ -129,9 +181,9 @@ class Commit:
 
     Args:
         global_step: the step reached.
-        contributors: ids of the workers in the average, sorted.
+        contributors: sorted ids of the workers whose pushes made the center: all that did not abstain.
         untouched: variables that none of them had changed.
-        verdicts: by stream, for all that are attached.
+        verdicts: by stream, for all that are attached, those that abstained included.
         held: streams that were held; they get this center as STALE.
         round_s: seconds since the round's first push.
     """
@@ -144,4 +196,6 @@ class Commit:
     round_s: float
 
 
-Decision = Admit | CenterFollows | Hold | Dismiss | Restart | FinishFragment | Prepare | TimeOut
+Decision = (
+    Accumulate | Admit | CenterFollows | Dismiss | FinishFragment | Hold | KeepFirst | Prepare | Restart | TimeOut
+)

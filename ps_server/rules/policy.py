@@ -1,34 +1,25 @@
-"""For whom a round waits, and how long: configuration, and the time of grace that adapts to the workers."""
+"""Whom a round waits for, and how long: configuration."""
 
 from __future__ import annotations
 
-import statistics
-from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-__all__ = ["Lateness", "MAX_WORKERS", "RoundPolicy"]
+__all__ = ["KeepingPolicy", "MAX_WORKERS", "RoundPolicy"]
 
 MAX_WORKERS = 10_000
-"""How many workers a round may have: their names, of 128 bytes each, fit the message that tells who was counted."""
-
-# Until so many late pushes have been seen, the time of grace is the initial one.
-_ENOUGH_OBSERVATIONS = 5
-_INITIAL_GRACE_S = 30.0
-# Less than this is jitter, not lateness.
-_LEAST_GRACE_S = 0.5
+"""How many workers a round may have: their names, of 128 bytes each, fit into the message that lists them."""
 
 
 @dataclass(frozen=True)
 class RoundPolicy:
-    """For whom a round waits.
+    """Whom a round waits for.
 
     Args:
         num_workers: how many distinct workers there are.
         min_workers: how many a round needs at least. `num_workers` (strict): it waits for all, however long it takes.
-        max_workers: how many may stand in one round.
-        grace_s: how long a round waits for the rest once `min_workers` pushes are whole; None: as long as they have
-            been late of late (`Lateness`).
+        max_workers: how many may take part in one round.
+        grace_s: how long a round waits for the rest once `min_workers` pushes are whole; None: a time that adapts to
+            how late pushes have been (`ps_server.rules.quorum.Lateness`).
         round_timeout_s: a worker that has waited for longer is told DEADLINE_EXCEEDED; its push stays. None: never.
     """
 
@@ -40,7 +31,7 @@ class RoundPolicy:
 
     @classmethod
     def strict(cls, num_workers: int, round_timeout_s: float | None = None) -> RoundPolicy:
-        """A round is one push of each of so many workers."""
+        """A round has one push of each of ``num_workers`` workers."""
         return cls(num_workers, num_workers, num_workers, round_timeout_s=round_timeout_s)
 
     @property
@@ -49,21 +40,15 @@ class RoundPolicy:
         return self.min_workers == self.num_workers
 
 
-@dataclass
-class Lateness:
-    """By how many seconds recent pushes came after their round had its quorum."""
+@dataclass(frozen=True)
+class KeepingPolicy:
+    """Which rounds are written to the disk before they are answered.
 
-    _recent_s: deque[float] = field(default_factory=lambda: deque(maxlen=200))
+    Args:
+        every_rounds: those that reach a multiple of this step.
+        timeout_s: how long a round waits for that; then it is answered without, and the next ones do not wait until
+            the disk has taken what it was given. None: as long as it takes.
+    """
 
-    def observe(self, late_s: Iterable[float]) -> None:
-        """Notes how late the pushes of a round were."""
-        self._recent_s.extend(late_s)
-
-    @property
-    def grace_s(self) -> float:
-        """Median + 4 x median absolute deviation: nearly all who are as late as they use to be are waited for."""
-        if len(self._recent_s) < _ENOUGH_OBSERVATIONS:
-            return _INITIAL_GRACE_S
-        median_s = statistics.median(self._recent_s)
-        deviation_s = statistics.median(abs(late_s - median_s) for late_s in self._recent_s)
-        return max(_LEAST_GRACE_S, median_s + 4 * deviation_s)
+    every_rounds: int = 1
+    timeout_s: float | None = None

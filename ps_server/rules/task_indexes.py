@@ -6,10 +6,10 @@ import itertools
 import math
 from dataclasses import dataclass
 
-__all__ = ["DEFAULT_REJOIN_GRACE_S", "TaskIndexes"]
+__all__ = ["DEFAULT_REJOIN_TIMEOUT_S", "TaskIndexes"]
 
 # Longer than a client needs to find a server again (a second), shorter than anybody who restarts a worker waits.
-DEFAULT_REJOIN_GRACE_S = 5.0
+DEFAULT_REJOIN_TIMEOUT_S = 5.0
 
 
 @dataclass
@@ -26,14 +26,14 @@ class TaskIndexes:
 
     Args:
         num_workers: how many there are.
-        grace_s: how long an index is kept for a process whose call has ended.
+        rejoin_timeout_s: how long an index is kept for a process whose call has ended.
         closed_until_s: until then nobody gets an index that it does not name: after a restart of the server, those who
             have had one come back first.
     """
 
-    def __init__(self, num_workers: int, grace_s: float, closed_until_s: float = -math.inf) -> None:
+    def __init__(self, num_workers: int, rejoin_timeout_s: float, closed_until_s: float = -math.inf) -> None:
         self._num_workers = num_workers
-        self._grace_s = grace_s
+        self._rejoin_timeout_s = rejoin_timeout_s
         self._closed_until_s = closed_until_s
         self._holders: dict[bytes, _Holder] = {}
 
@@ -66,7 +66,7 @@ class TaskIndexes:
         """A call has ended without a goodbye: if the process has its index through it, it may come back for it."""
         holder = self._holders.get(process)
         if holder is not None and holder.call == call:
-            holder.free_at_s = now_s + self._grace_s
+            holder.free_at_s = now_s + self._rejoin_timeout_s
 
     def leave(self, process: bytes) -> None:
         """The process has said goodbye."""

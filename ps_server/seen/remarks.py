@@ -6,8 +6,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
+from modelaverage.logs import event
 from modelaverage.names import listed
-from modelaverage.runtime.logs import event
 from ps_server.seen.roster import Roster, WorkerRecord
 
 __all__ = ["Remarks"]

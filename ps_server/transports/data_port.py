@@ -1,37 +1,25 @@
-"""Data connections: sockets beside gRPC for the bytes of pushes. I/O only; no rules of the round.
+"""Data connections: workers open them beside their calls, and use them for the bytes of later pushes.
 
-Offered to a worker in an admission, opened by it with the key that it was given, used by later pushes one at a time.
+A connection is offered in an admission, opened with the key that the offer holds, and used by one push at a time.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import socket
-from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from modelaverage.errors import ModelAverageError, Reason, refusal
-from modelaverage.runtime.data_sockets import (
-    HALF_KEY_BYTES,
-    NOTICES_IN_SILENCE,
-    Pace,
-    halves,
-    new_key,
-    prepare,
-    use_short_queues,
-    want,
-)
-from modelaverage.runtime.logs import event
+from modelaverage.runtime.data_sockets import HALF_KEY_BYTES, NOTICES_IN_SILENCE, NUMBER, halves, new_key, prepare
 from modelaverage.runtime.tuning import SILENCE_TIMEOUT_S
 from modelaverage.v1 import parameter_server_pb2 as pb
+from ps_server.transports.base import Opening, Run, Source
+from ps_server.transports.data_connection import DataConnection, lost
 
-__all__ = ["DataConnection", "DataPort", "lost"]
+__all__ = ["DataLane", "DataPort", "Place"]
 
-_log = logging.getLogger("ps_server")
 # The greeting follows the connection at once, but for what is lost on the way.
 _GREETING_TIMEOUT_S = 20.0
 # After a failure to accept.
@@ -40,139 +28,88 @@ _PAUSE_S = 0.5
 _GREETINGS_AT_ONCE = 64
 
 
-class DataConnection:
-    """A connection to one worker's process.
-
-    Args:
-        connection: a socket that does not block; this object's from now on.
-        worker_id: of the worker, for the log.
-        notice_s: when nothing moves for so long, it is said; then again after 3 and 7 times as long, and so on.
-    """
-
-    def __init__(self, connection: socket.socket, worker_id: str, notice_s: float) -> None:
-        self._socket = connection
-        self._worker_id, self._notice_s = worker_id, notice_s
-        self._peer = "{}:{}".format(*connection.getpeername()[:2])
-        self._loop = asyncio.get_running_loop()
-        self._room = memoryview(b"")  # what is still to be filled
-        self._filled: asyncio.Future[None] | None = None
-        self._is_watched = False
-        self._pace = Pace(connection)
-        self.heard_at_s = self._loop.time()
-        """When bytes last came, on the loop's clock."""
-        self.taken_at_s = self.heard_at_s
-        """When bytes last went."""
-
-    def begin(self) -> None:
-        """A push begins."""
-        with contextlib.suppress(OSError):  # the next read or write says it
-            use_short_queues(self._socket)
-            self._pace.begin()
-
-    async def receive(self, room: memoryview) -> None:
-        """Fills the room. Raises RetryPushError (DATA_CONNECTION_LOST)."""
-        self._room, self._filled = room, self._loop.create_future()
-        try:
-            want(self._socket, len(room))
-            if not self._is_watched:
-                self._loop.add_reader(self._socket, self._read)
-                self._is_watched = True
-            with self._noticing("sends nothing", lambda: self.heard_at_s):
-                await self._filled
-        except OSError as error:
-            raise lost(error) from None
-        finally:
-            self._filled = None
-
-    async def send(self, data: memoryview) -> None:
-        """All of the bytes, once the kernel has them. Raises RetryPushError (DATA_CONNECTION_LOST)."""
-        try:
-            with self._noticing("takes nothing of what is sent", lambda: self.taken_at_s):
-                while data:
-                    size_bytes = await self._sendable()
-                    await self._loop.sock_sendall(self._socket, data[:size_bytes])
-                    self.taken_at_s, data = self._loop.time(), data[size_bytes:]
-        except OSError as error:
-            raise lost(error) from None
-
-    async def _sendable(self) -> int:
-        """Waits until something may go; how many bytes. Raises OSError."""
-        while True:
-            before_bytes = self._pace.waiting_bytes
-            room_bytes = self._pace.room()
-            if self._pace.waiting_bytes < before_bytes:
-                self.taken_at_s = self._loop.time()
-            if room_bytes:
-                return room_bytes
-            await asyncio.sleep(self._pace.pause_s)
-
-    def close(self) -> None:
-        """Ends it."""
-        self._watch_no_longer()
-        self._socket.close()
-
-    @contextmanager
-    def _noticing(self, doing: str, moved_at_s: Callable[[], float]) -> Iterator[None]:
-        """If nothing moves for long, it is said."""
-        began_at_s, notice_s = self._loop.time(), self._notice_s
-        self._pace.moves()
-        timer: asyncio.TimerHandle
-
-        def look() -> None:
-            nonlocal timer, notice_s
-            if self._pace.moves():
-                self.taken_at_s = self._loop.time()
-            if self._is_watched:
-                self._read()  # on a slow link some may have come, and not enough to be woken up for
-            waited_s = self._loop.time() - max(began_at_s, moved_at_s())
-            if waited_s >= notice_s:
-                notice_s = 2 * notice_s + self._notice_s
-                worker, peer = self._worker_id, self._peer
-                what = event("data_connection_waits", worker=worker, peer=peer, waited_s=waited_s)
-                _log.warning("%r %s on its data connection for %.0f s", worker, doing, waited_s, extra=what)
-            timer = self._loop.call_later(notice_s - waited_s, look)
-
-        timer = self._loop.call_later(self._notice_s, look)
-        try:
-            yield
-        finally:
-            timer.cancel()
-
-    def _read(self) -> None:
-        """There is something to read. The socket stays watched from one fragment to the next, which saves calls."""
-        filled = self._filled
-        if filled is None or filled.done():
-            self._watch_no_longer()
-            return
-        try:
-            count = self._socket.recv_into(self._room)
-            if count == 0:
-                raise ConnectionResetError("the worker has closed it")
-            self._room = self._room[count:]
-            if self._room:
-                want(self._socket, len(self._room))
-        except BlockingIOError:
-            return
-        except OSError as error:
-            self._watch_no_longer()
-            filled.set_exception(error)
-            return
-        self.heard_at_s = self._loop.time()
-        if not self._room:
-            filled.set_result(None)
-
-    def _watch_no_longer(self) -> None:
-        if self._is_watched:
-            self._loop.remove_reader(self._socket)
-            self._is_watched = False
-
-
 @dataclass(frozen=True)
-class _Place:
-    """Whose connection it is."""
+class Place:
+    """Whose connection it is: a worker's process."""
 
     worker_id: str
     incarnation: bytes
+
+
+class DataLane:
+    """A push whose fragments are on its worker's data connection, all of them, and whose average goes there.
+
+    Args:
+        port: who gets the connection back.
+        connection: of the worker's process; nobody else's as long as the push lasts.
+        opening: of the push.
+    """
+
+    kind = pb.TRANSPORT_DATA_CONNECTION
+    is_shared = False
+
+    def __init__(self, port: DataPort, connection: DataConnection, opening: Opening) -> None:
+        self._port = port
+        self._connection: DataConnection | None = connection
+        self._place = Place(opening.header.worker_id, opening.header.incarnation)
+        self._push_id = opening.header.push_id
+        self._call = opening.call
+        self._manifest = opening.manifest
+        self._codec = opening.codec
+        self._room: memoryview | None = None  # None: nothing has been read
+        self._received = 0
+
+    def admitted(self, admission: pb.PushAdmission, average: Source) -> None:
+        """There is nothing to add."""
+
+    async def receive(self) -> Run | None:
+        """The next fragment. Raises RetryPushError (DATA_CONNECTION_LOST)."""
+        if self._room is None:
+            await self._begin()
+        assert self._room is not None
+        index = self._received
+        if index == self._manifest.fragment_count:
+            return None
+        data = self._room[: self._codec.size_bytes(self._manifest, index)]
+        await self._read(data)
+        self._received += 1
+        return Run(index, data)
+
+    def end_of_range(self, first: int, finished: int, runs: bool) -> int:
+        """A run that ends at a multiple of the longest one, or a fragment."""
+        longest = self._manifest.longest_run
+        return min(finished, (first // longest + 1) * longest) if runs else first + 1
+
+    async def send(self, average: Source, first: int, end: int) -> bytes:
+        """Sends the bytes beside the call. Raises RetryPushError (DATA_CONNECTION_LOST)."""
+        assert self._connection is not None
+        for data in average.data(first, end):
+            await self._call.write_aside(self._connection, self._connection.send(data))
+        return b""
+
+    def answered(self, is_committed: bool) -> None:
+        """The connection is ready for the next push if nothing is left in it."""
+        if is_committed and self._received == self._manifest.fragment_count and self._connection is not None:
+            connection, self._connection = self._connection, None
+            self._port.give_back(self._place, connection)
+
+    def close(self) -> None:
+        """Closes the connection unless it was given back: nobody knows what is still in it."""
+        if self._connection is not None:
+            self._connection.close()
+
+    async def _begin(self) -> None:
+        assert self._connection is not None
+        self._connection.begin()
+        self._room = memoryview(bytearray(max(self._codec.max_size_bytes(self._manifest), NUMBER.size)))
+        number = self._room[: NUMBER.size]
+        await self._read(number)
+        if NUMBER.unpack(number) != (self._push_id,):
+            raise lost("its bytes are another push's")
+
+    async def _read(self, room: memoryview) -> None:
+        assert self._connection is not None
+        await self._call.read_aside(self._connection, self._connection.receive(room))
 
 
 class DataPort:
@@ -187,9 +124,9 @@ class DataPort:
         self._max_connections = max_connections
         self._silence_timeout_s = silence_timeout_s
         self._listeners: list[socket.socket] = []
-        self._offers: dict[bytes, tuple[bytes, _Place]] = {}  # by the first half of the key: the second half
+        self._offers: dict[bytes, tuple[bytes, Place]] = {}  # by the first half of the key: the second half
         self._offered: dict[str, bytes] = {}  # by worker id: the first half of the key of its last offer
-        self._connections: dict[str, tuple[_Place, DataConnection]] = {}  # by worker id
+        self._connections: dict[str, tuple[Place, DataConnection]] = {}  # by worker id
         self._greetings = asyncio.Semaphore(_GREETINGS_AT_ONCE)
         self._tasks = set[asyncio.Task[None]]()
         self._arriving = set[socket.socket]()
@@ -215,44 +152,63 @@ class DataPort:
             self._begin(self._accept(listener))
         return port
 
-    def offer(self, worker_id: str, incarnation: bytes) -> pb.DataConnection | None:
-        """What to tell a worker that would like a connection; None: there is none. Earlier offers are void."""
+    def open(self, opening: Opening) -> DataLane | None:
+        """The lane of a push that uses its worker's connection. Raises RetryPushError (DATA_CONNECTION_LOST)."""
+        header = opening.header
+        if not header.uses_data_connection:
+            return None
+        return DataLane(self, self.take(Place(header.worker_id, header.incarnation)), opening)
+
+    def offer(self, opening: Opening, admission: pb.PushAdmission) -> None:
+        """Offers a connection to a worker that would like one."""
+        header = opening.header
+        if header.accepts_data_connection and not opening.call.peer.startswith("unix"):
+            offered = self.offer_to(Place(header.worker_id, header.incarnation))
+            if offered is not None:
+                admission.data_connection.CopyFrom(offered)
+
+    def offer_to(self, place: Place) -> pb.DataConnection | None:
+        """What to tell a process that would like a connection; None: there is none. Earlier offers are void."""
         if not self._listeners:
             return None
+        worker_id = place.worker_id
         self._drop(worker_id)  # its own, which it has lost, or an earlier process's
         key = new_key()
         hello, answer = halves(key)
-        self._offers[hello] = answer, _Place(worker_id, incarnation)
+        self._offers[hello] = answer, place
         self._offered[worker_id] = hello
         if len(self._offered) > self._max_connections:  # names come from outside, memory must not
             self._drop(next(iter(self._offered)))
         return pb.DataConnection(port=self._listeners[0].getsockname()[1], key=key)
 
-    def take(self, worker_id: str, incarnation: bytes) -> DataConnection:
-        """The connection of this process, for a push; `give_back` is for afterwards.
+    def take(self, place: Place) -> DataConnection:
+        """The connection of a process, for a push; `give_back` is for afterwards.
 
         Raises:
             RetryPushError: DATA_CONNECTION_LOST: there is none.
         """
-        place, connection = self._connections.get(worker_id, (None, None))
-        if connection is None or place != _Place(worker_id, incarnation):
+        owner, connection = self._connections.get(place.worker_id, (None, None))
+        if connection is None or owner != place:
             raise lost("this server has none of this process")
-        del self._connections[worker_id]
+        del self._connections[place.worker_id]
         return connection
 
-    def give_back(self, worker_id: str, incarnation: bytes, connection: DataConnection) -> None:
-        """A connection is ready for this process's next push, unless there is another one by now."""
-        if worker_id in self._connections:
+    def give_back(self, place: Place, connection: DataConnection) -> None:
+        """A connection is ready for its process's next push, unless there is another one by now."""
+        if place.worker_id in self._connections:
             connection.close()
         else:
-            self._put(_Place(worker_id, incarnation), connection)
+            self._put(place, connection)
+
+    def keep_only(self, worker_ids: frozenset[str]) -> None:
+        """Connections stay: they cost a descriptor, and making new ones costs a trip."""
 
     def leave(self, worker_id: str, incarnation: bytes) -> None:
         """Closes the connection of a process that goes, if it has one."""
-        if self._connections.get(worker_id, (None,))[0] == _Place(worker_id, incarnation):
+        if self._connections.get(worker_id, (None,))[0] == Place(worker_id, incarnation):
             self._drop(worker_id)
 
-    def _put(self, place: _Place, connection: DataConnection) -> None:
+    def _put(self, place: Place, connection: DataConnection) -> None:
         self._connections[place.worker_id] = place, connection
         if len(self._connections) > self._max_connections:  # names come from outside, sockets must not
             self._drop(next(iter(self._connections)))
@@ -333,8 +289,3 @@ class DataPort:
                 connection.close()
             self._arriving.discard(connection)
             self._greetings.release()
-
-
-def lost(why: object) -> ModelAverageError:
-    """DATA_CONNECTION_LOST, for this reason."""
-    return refusal(Reason.DATA_CONNECTION_LOST, f"the data connection is lost ({why}); push again without it")

@@ -1,1 +1,1 @@
-"""The digits, and a whole run of them to look at."""
+"""The built-in workload: training on handwritten digits, and a demo run that shows it."""

@@ -5,8 +5,8 @@ Repository, 1998: 1,797 images of 8 x 8 pixels.
 
 Measured with the defaults and two workers over the seeds 0 to 9: test accuracy of the center 0.983 to 0.994 (mean
 0.990), of worker 0 alone 0.967 to 0.983 (mean 0.976), the difference never below 0.0028 (mean 0.014). One of the 360
-test images is 0.0028. The default seed is one where the difference is large. One worker alone with all images and as
-many steps: 0.986 to 0.997 (mean 0.990).
+test images is 0.0028. With the default seed the difference is large. One worker alone with all images and the same
+number of steps: 0.986 to 0.997 (mean 0.990).
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Images:
         return Images(self.pixels[index], self.digits[index])
 
     def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Images]:
-        """Batches without end: every pass in a new order, without the images that fill no whole batch."""
+        """Endless batches. Each pass shuffles the images again and drops those that do not fill a batch."""
         while True:
             order = torch.randperm(len(self), generator=generator)
             for start in range(0, len(self) - batch_size + 1, batch_size):
@@ -82,7 +82,7 @@ class DigitsData:
 
     @classmethod
     def load(cls) -> DigitsData:
-        """From the files that scikit-learn brings along."""
+        """Reads the files that scikit-learn includes."""
         bunch = load_digits()
         train, test = train_test_split(
             torch.arange(len(bunch.target)), test_size=_TEST_PART, random_state=_SPLIT_SEED, stratify=bunch.target
@@ -91,10 +91,10 @@ class DigitsData:
         return cls(images[train], images[test])
 
     def part(self, num_workers: int, task_index: int, batch_size: int) -> Images:
-        """What one worker trains on: 1/``num_workers`` of the training images, nobody else's.
+        """One worker's share of the training images: 1/``num_workers`` of them; no two shares overlap.
 
         Raises:
-            ValueError: that is less than a batch, or there is no such worker.
+            ValueError: the share is smaller than a batch, or there is no such worker.
         """
         if task_index >= num_workers:
             raise ValueError(f"--task-index {task_index} is not below --num-workers {num_workers}")
@@ -105,7 +105,7 @@ class DigitsData:
 
 
 def accuracy(model: nn.Module, images: Images) -> float:
-    """Which part (0 to 1) of the images the model classifies right."""
+    """The fraction (0 to 1) of the images that the model classifies correctly."""
     with torch.no_grad():
         right = int((model(images.pixels).argmax(1) == images.digits).sum())
     return right / len(images)
@@ -121,20 +121,20 @@ def train_in_cluster(
 ) -> None:
     """Trains as one worker of ``cluster``; the chief also evaluates the center after each round.
 
-    A worker goes by the rounds that are completed: started again, it makes only the steps that are left, on the images
-    that they would have had.
+    Progress is counted in completed rounds: a worker that is restarted makes only the remaining steps, on the images
+    that an uninterrupted worker would have used for them.
 
     Args:
         config: how to train.
         cluster: the servers, and which worker this is.
-        report: gets the events.
-        connect_timeout_s: how long to wait for the server to be there.
+        report: called with each event.
+        connect_timeout_s: how long to wait until the server answers.
         save_center: where the chief writes the last center, under the names of ``DigitsNet``'s state dict.
         security: as the session's.
 
     Raises:
-        ModelAverageError: the server is not there, or a round failed.
-        ValueError: the worker's part is less than a batch, or the server averages another number of workers.
+        ModelAverageError: the server does not answer, or a round failed.
+        ValueError: the worker's share is smaller than a batch, or the server averages another number of workers.
     """
     torch.set_num_threads(1)
     data = DigitsData.load()
@@ -172,7 +172,7 @@ def train_in_cluster(
                     meter.round_done(optimizer.last_round.global_step, optimizer.last_round.waited_s)
                 evaluate()
 
-            if steps_done == config.steps:  # whoever made them may not have come to say it
+            if steps_done == config.steps:  # the process that made them may have died before it could report that
                 evaluate()
             _train(model, optimizer, part, config, cluster.task_index, meter, after_interval, steps_done)
     if cluster.is_chief and save_center is not None:
@@ -184,10 +184,10 @@ def train_alone(
 ) -> None:
     """Trains without a server on what worker ``task_index`` of ``num_workers`` would have; the rest is the same.
 
-    With ``all_images`` it trains on all of them: as many steps, batches of the same size, the same initial values.
+    With ``all_images`` it trains on all images, with the same number of steps, batch size and initial values.
 
     Raises:
-        ValueError: that is less than a batch, or there is no such worker.
+        ValueError: the share is smaller than a batch, or there is no such worker.
     """
     torch.set_num_threads(1)
     data = DigitsData.load()
@@ -206,7 +206,7 @@ def train_alone(
 
 
 class _Meter:
-    """Turns what happens into events."""
+    """Reports training as events."""
 
     def __init__(
         self, worker: str, config: DigitsConfig, report: Report, steps_done: int = 0, global_step: int = 0
@@ -259,7 +259,7 @@ def _train(
     after_interval: Callable[[], None],
     steps_done: int = 0,
 ) -> None:
-    # Each worker has an order of its own; the lone one has that of the worker whose part it has.
+    # Each worker has its own order of images; the lone worker has the order of the worker whose share it trains on.
     order = torch.Generator().manual_seed(1000 * config.seed + task_index)
     batches = itertools.islice(part.batches(config.batch_size, order), steps_done, config.steps)
     for step, batch in enumerate(batches, start=steps_done + 1):

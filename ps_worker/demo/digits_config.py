@@ -1,21 +1,21 @@
-"""What the built-in workload can be told. Needs no torch: the launcher reads the same flags."""
+"""The settings of the built-in workload. Does not need torch, because the launcher reads the same flags."""
 
 from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
 
-from ps_worker import flags
+from modelaverage.commands import flag_types
 
 __all__ = ["ALONE", "ALONE_WITH_ALL", "DigitsConfig", "MODULES", "add_training_flags"]
 
 ALONE = "alone"
-"""The name of a worker that trains without a server, on the part of the images that worker 0 has."""
+"""The name of a worker that trains without a server on worker 0's share of the images."""
 ALONE_WITH_ALL = "alone-with-all"
-"""The name of one that does so on all of them."""
+"""The name of a worker that trains without a server on all images."""
 
 MODULES = ("torch", "sklearn", "safetensors")
-"""What training needs beyond the plain installation."""
+"""The packages that training needs and a plain installation does not have."""
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,12 @@ class DigitsConfig:
     """How to train.
 
     Args:
-        steps: local steps of each worker; a multiple of ``interval_steps``, so that the last one ends in a round.
-        interval_steps: local steps between two meetings at the barrier.
+        steps: local steps of each worker; a multiple of ``interval_steps``, so that training ends with a round.
+        interval_steps: local steps from one round to the next.
         batch_size: images in a step of one worker.
         learning_rate: SGD's.
-        momentum: SGD's, from 0, below 1.
-        seed: of the initial values and of the order of the images.
+        momentum: SGD's; at least 0 and below 1.
+        seed: for the initial values and the order of the images.
 
     Raises:
         ValueError: ``steps`` is not a multiple of ``interval_steps``.
@@ -63,42 +63,42 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training")
     group.add_argument(
         "--steps",
-        type=flags.count,
+        type=flag_types.count,
         default=DigitsConfig.steps,
         metavar="N",
         help="local steps of each worker, a multiple of --interval-steps (%(default)s)",
     )
     group.add_argument(
         "--interval-steps",
-        type=flags.count,
+        type=flag_types.count,
         default=DigitsConfig.interval_steps,
         metavar="N",
         help="local steps from one averaging round to the next (%(default)s)",
     )
     group.add_argument(
         "--batch-size",
-        type=flags.count,
+        type=flag_types.count,
         default=DigitsConfig.batch_size,
         metavar="N",
         help="images in one step of one worker (%(default)s)",
     )
     group.add_argument(
         "--learning-rate",
-        type=flags.positive,
+        type=flag_types.positive,
         default=DigitsConfig.learning_rate,
         metavar="X",
         help="of SGD (%(default)s)",
     )
     group.add_argument(
         "--momentum",
-        type=flags.fraction,
+        type=flag_types.fraction,
         default=DigitsConfig.momentum,
         metavar="X",
         help="of SGD, from 0, below 1 (%(default)s)",
     )
     group.add_argument(
         "--seed",
-        type=flags.whole,
+        type=flag_types.whole,
         default=DigitsConfig.seed,
         metavar="N",
         help="of the initial values and of the order of the images (%(default)s)",

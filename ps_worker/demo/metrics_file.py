@@ -1,4 +1,4 @@
-"""The lines of a run's metrics.jsonl: a disk that is full costs lines, never the run."""
+"""Writes a run's metrics.jsonl. If the disk is full, lines are lost, but the run goes on."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ class MetricsFile:
     """A file of whole lines.
 
     Args:
-        path: of the file, which is made.
-        say: is told once when lines are lost, and how many when that is over.
+        path: of the file, which is created.
+        say: called once when lines begin to be lost, and with their number when lines can be written again.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: the file cannot be created.
     """
 
     def __init__(self, path: Path, say: Callable[[str], None]) -> None:
@@ -26,7 +26,7 @@ class MetricsFile:
         self._size_bytes = self._lost = 0
 
     def write(self, line: str) -> None:
-        """Adds a line, all of it or nothing; its end is added."""
+        """Appends a line and a newline; writes all of it or nothing."""
         data = f"{line}\n".encode()
         try:
             rest = data

@@ -29,11 +29,11 @@ class Record:
 
     @classmethod
     def read(cls, metrics_file: Path) -> Record:
-        """From lines that `events.encode` made. Raises OSError, and ValueError for anything else."""
+        """Reads lines that `events.encode` wrote. Raises OSError, and ValueError for any other line."""
         return cls(decode(line) for line in metrics_file.read_text(encoding="utf-8").splitlines())
 
     def add(self, event: Event) -> None:
-        """Something has happened."""
+        """Adds an event."""
         match event:
             case StepEvent():
                 self.steps[event.worker].append(event)
@@ -49,7 +49,7 @@ class Record:
         return self.steps[worker][-1] if self.steps[worker] else None
 
     def last_of_servers(self) -> list[ServerEvent]:
-        """The latest of each parameter server that was heard of."""
+        """The latest event of each parameter server that has one."""
         return [events[-1] for events in self.servers.values()]
 
     def last_accuracy(self, worker: str) -> float | None:

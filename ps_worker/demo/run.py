@@ -15,18 +15,20 @@ from safetensors.numpy import save_file
 
 from ma_client import ParameterServerSession
 from modelaverage.errors import ModelAverageError
+from modelaverage.missing import Missing
+from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_worker.demo import run_files
-from ps_worker.demo.beside import beside
 from ps_worker.demo.digits_config import ALONE, ALONE_WITH_ALL, DigitsConfig
 from ps_worker.demo.metrics_file import MetricsFile
 from ps_worker.demo.record import Record
 from ps_worker.demo.summary import Summary
 from ps_worker.demo.view import Cast, View, view_for
 from ps_worker.engines.engine import Cluster, Engine, server_name
-from ps_worker.engines.processes import Child, LineHandler, Processes, all_end_well
-from ps_worker.events.parse import Event, ServerEvent, decode, encode
-from ps_worker.events.server_watch import ServerWatch
-from ps_worker.lookout import keep_looking
+from ps_worker.engines.processes import Child, EventPipe, LineHandler, Processes, all_end_well
+from ps_worker.events.parse import EVENTS_FLAG, Event, ServerEvent, decode, encode
+from ps_worker.watch.beside import beside
+from ps_worker.watch.lookout import keep_looking
+from ps_worker.watch.server_watch import ServerWatch
 
 __all__ = ["DemoConfig", "run_demo"]
 
@@ -48,7 +50,7 @@ class DemoConfig:
 
 
 async def run_demo(config: DemoConfig, engine: Engine, processes: Processes) -> None:
-    """Runs it, shows it, and writes its files. The lone worker and the report are ``processes`` of this machine.
+    """Runs the workload, shows it, and writes its files. The lone worker and the report run as local ``processes``.
 
     Raises:
         ProcessFailedError: a worker, a server or the report failed.
@@ -70,7 +72,7 @@ async def run_demo(config: DemoConfig, engine: Engine, processes: Processes) -> 
 
 
 class _Demo:
-    """The parts of one run, in their order, and what they tell."""
+    """One run: its stages in order, and what is shown of them."""
 
     def __init__(
         self,
@@ -91,12 +93,12 @@ class _Demo:
         count = cluster.num_servers
         self._stage = "the parameter server starts" if count == 1 else f"{count} parameter servers start"
         self._next_stage = ""
-        # One worker has all images anyway.
+        # With one worker, its share is all images.
         self._alone = (ALONE, ALONE_WITH_ALL) if cluster.num_workers > 1 else (ALONE,)
         self._workers = tuple(f"worker-{index}" for index in range(cluster.num_workers))
 
     async def run(self) -> Summary:
-        """All of it."""
+        """Runs all stages."""
         started_at_s = time.monotonic()
         async with beside(self._keep_showing()):
             await self._cluster.start_servers()
@@ -108,13 +110,13 @@ class _Demo:
         return summary
 
     async def _train_together(self) -> tuple[list[ServerEvent], float]:
-        """Returns how the servers stand at the end, and the seconds from the workers' start to their end."""
+        """Returns the servers' last state, and the seconds from the workers' start to their end."""
         started_at_s = time.monotonic()
         together = f"{len(self._workers)} workers train together" if len(self._workers) > 1 else "1 worker trains"
         self._enter(f"{together}: importing torch", together)
         for index, worker in enumerate(self._workers):
             say = self._say(worker)
-            self._cluster.start_worker(index, self._worker_command(), say, say, self._heard)
+            self._cluster.start_worker(index, self._worker_command(), say, say, EventPipe(EVENTS_FLAG, self._heard))
         watch = ServerWatch()
         try:
             async with (
@@ -123,7 +125,7 @@ class _Demo:
             ):
                 await self._cluster.workers_done()
             cluster_s = time.monotonic() - started_at_s
-            servers = [await watch.sample(name, address) for name, address in self._servers().items()]
+            servers = [_sample(name, await watch.status(address)) for name, address in self._servers().items()]
         finally:
             watch.close()
         for server in servers:
@@ -132,7 +134,7 @@ class _Demo:
         return servers, cluster_s
 
     def _save_center(self) -> None:
-        # Not the chief: it may be on a machine that has not this directory.
+        # Saved here and not by the chief, which may be on a machine without this directory.
         with ParameterServerSession(
             self._cluster.addresses, worker_id="ma-launch", connect_timeout_s=_SAVE_TIMEOUT_S, reconnect_timeout_s=0
         ) as session:
@@ -143,7 +145,7 @@ class _Demo:
         started_at_s = time.monotonic()
         alone = "one worker trains alone" if len(self._alone) == 1 else "two workers train alone"
         self._enter(f"{alone}: importing torch", alone)
-        # One core each, at the same time: the second one costs next to nothing where there are two.
+        # Both at the same time, on one core each: with two cores, the second run costs almost no time.
         await all_end_well([self._start_alone(name) for name in self._alone])
         return time.monotonic() - started_at_s
 
@@ -152,7 +154,9 @@ class _Demo:
         if name == ALONE_WITH_ALL:
             command.append("--all-images")
         say = self._say(name)
-        return self._processes.start(f"{name} worker", command, os.environ, say, say, self._heard)
+        return self._processes.start(
+            f"{name} worker", command, os.environ, say, say, EventPipe(EVENTS_FLAG, self._heard)
+        )
 
     async def _draw(self) -> None:
         self._enter("the report is written: importing matplotlib")
@@ -193,7 +197,7 @@ class _Demo:
         return lambda line: self._view.say(f"[{name}] {line}")
 
     def _enter(self, stage: str, after_first_event: str = "") -> None:
-        """Says what goes on now, and what from the first thing on that a worker tells."""
+        """Sets the current stage, and the stage that begins with the first event of a worker."""
         self._stage, self._next_stage = stage, after_first_event
 
     def _heard(self, line: str) -> None:
@@ -207,9 +211,9 @@ class _Demo:
     async def _keep_watching(self, watch: ServerWatch) -> None:
         while True:
             for name, address in self._servers().items():
-                # A server that is gone ends the run in another way; one that is slow may answer the next time.
+                # If the server has ended, its exit ends the run; if it is slow, it may answer next time.
                 with contextlib.suppress(ModelAverageError):
-                    self._add(await watch.sample(name, address))
+                    self._add(_sample(name, await watch.status(address)))
             await asyncio.sleep(_STATUS_INTERVAL_S)
 
     async def _keep_showing(self) -> None:
@@ -225,5 +229,20 @@ class _Demo:
         self._view.show(cast, self._record, self._stage)
 
     def _servers(self) -> dict[str, str]:
-        """The address of each server by its name, once they listen."""
+        """Addresses by server name; empty until the servers listen."""
         return {server_name(index): address for index, address in enumerate(self._cluster.addresses)}
+
+
+def _sample(server: str, status: pb.GetStatusResponse) -> ServerEvent:
+    """What a server was doing when it answered."""
+    missing = Missing.told(status)
+    return ServerEvent(
+        server=server,
+        unix_time_s=time.time(),
+        phase=pb.Phase.Name(status.phase).removeprefix("PHASE_").lower(),
+        global_step=status.global_step,
+        received_bytes=status.received_bytes,
+        sent_bytes=status.sent_bytes,
+        waiting_for=missing.names,
+        waiting_for_omitted=missing.omitted,
+    )

@@ -1,4 +1,4 @@
-"""What a run of the built-in workload leaves behind, and where."""
+"""The files that a run of the built-in workload writes, and their directory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ALL = (CENTER, SUMMARY, METRICS, CURVES, TENSORBOARD)
 
 
 def new_run_directory(parent: Path) -> Path:
-    """Makes ``parent``/<time>, with a number behind it if that exists already. Raises OSError."""
+    """Creates ``parent``/<time>, with a number appended if that exists. Raises OSError."""
     parent.mkdir(parents=True, exist_ok=True)
     now = time.strftime("%Y-%m-%d_%H-%M-%S")
     for suffix in chain([""], (f"_{number}" for number in count(2))):

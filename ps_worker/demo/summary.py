@@ -1,4 +1,4 @@
-"""What a run of the built-in workload comes to: the table at its end, and summary.json."""
+"""The result of a run of the built-in workload: the table at its end, and summary.json."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from modelaverage.commands.columns import size
 from modelaverage.names import shown
 from ps_worker.demo.digits_config import DigitsConfig
 
-__all__ = ["Summary", "size"]
+__all__ = ["Summary"]
 
-# Of more workers than these a line has no room for the names.
+# With more workers than this, a line has no room for their names.
 _EACH_WORKER = 2
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Every number of the table. Seconds are from a process's start to its end, the imports included.
+    """Every number of the table. Seconds run from a process's start to its end, and include its imports.
 
     Args:
-        center_accuracy: the part (0 to 1) of the test images that the center classifies right.
-        alone_accuracy: the same of the worker that trained alone for the same number of steps.
-        all_accuracy: of one that trained alone for the same number of steps on all images; None: the only worker has
-            them all anyway.
+        center_accuracy: the fraction (0 to 1) of the test images that the center classifies correctly.
+        alone_accuracy: the same for a worker that trained alone for the same number of steps.
+        all_accuracy: the same for one that trained alone on all images; None: the run had one worker, which has them.
         rounds: completed.
         bytes_moved: fragment bytes that the parameter servers received and sent.
         bytes_received: by all servers.
@@ -33,11 +33,11 @@ class Summary:
         cluster_s: of the servers' workers.
         alone_s: of the lone worker.
         waited_s: seconds that each worker waited at the barrier.
-        num_servers: with a shard of the center each.
+        num_servers: parameter servers, each with a shard of the center.
         num_workers: in a round.
-        restarts: of each worker that was started again.
-        config: how they trained.
-        files: what was written, in the run's directory.
+        restarts: by worker, for those that were restarted.
+        config: the training's settings.
+        files: names of the files in the run's directory.
     """
 
     center_accuracy: float
@@ -58,7 +58,7 @@ class Summary:
     files: tuple[str, ...]
 
     def rows(self) -> list[tuple[str, str]]:
-        """The table: what, how much."""
+        """The table: titles and values."""
         servers = "the server" if self.num_servers == 1 else f"{self.num_servers} servers"
         part = "all images" if self.num_workers == 1 else f"1/{self.num_workers} of the images"
         workers = "1 worker" if self.num_workers == 1 else f"{self.num_workers} workers"
@@ -98,11 +98,3 @@ def _waits(waited_s: Mapping[str, float]) -> str:
 
 def _each(of_workers: Mapping[str, object]) -> str:
     return ", ".join(f"{shown(worker)} {what}" for worker, what in of_workers.items())
-
-
-def size(size_bytes: int) -> str:
-    """Bytes for people."""
-    for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if size_bytes >= factor:
-            return f"{size_bytes / factor:.1f} {unit}"
-    return f"{size_bytes} bytes"

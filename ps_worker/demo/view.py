@@ -14,10 +14,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from modelaverage.commands.columns import fitted, listed_within, shortened, width
+from modelaverage.commands.columns import fitted, listed_within, shortened, size, width
 from modelaverage.names import shown
 from ps_worker.demo.record import Record
-from ps_worker.demo.summary import size
 from ps_worker.events.parse import ServerEvent
 
 __all__ = ["Cast", "LiveView", "PlainView", "View", "view_for"]
@@ -28,13 +27,13 @@ _PROGRAM = "modelaverage"
 _CHIEF = " (chief)"
 _ACCURACY = "test accuracy"
 _BAR = ""
-_BAR_WIDTH = 8  # so that all of it fits into 80 columns
+_BAR_WIDTH = 8  # so that everything fits into 80 columns
 # Names take a third of a wide terminal at most, and this much of a narrow one.
 _NAME_COLUMNS = 24
 _NARROWEST = 8
-# Where a terminal is too narrow for all columns, these are left out.
+# Left out where a terminal is too narrow for all columns.
 _FIRST_TO_GO = (_BAR, "samples/s", "loss", "barrier wait", "step")
-# The title and the lines of the table that are no worker's; what all of it takes with three workers; a server's lines.
+# Lines of the title and of the table's frame; of everything with three workers; of one server.
 _FRAME_ROWS, _FEWEST_ROWS, _ROWS_OF_SERVER = 6, 12, 2
 
 
@@ -56,15 +55,15 @@ class Cast:
 
 
 class View(Protocol):
-    """What shows a run. ``refresh_interval_s``: how often it likes to be shown something new."""
+    """Shows a run. ``refresh_interval_s``: how often to call `show`."""
 
     refresh_interval_s: float
 
     def show(self, cast: Cast, record: Record, stage: str) -> None:
-        """What has happened so far; ``stage`` says what goes on now."""
+        """Shows what has happened so far; ``stage`` names what is happening now."""
 
     def say(self, line: str) -> None:
-        """Something that is to be read even if it is not part of the view."""
+        """Prints a line that is not part of the view."""
 
     def close(self) -> None:
         """Nothing more will be shown."""
@@ -75,12 +74,12 @@ class View(Protocol):
 
 def view_for(console: Console) -> View:
     """The live view where the terminal can show one, otherwise plain lines."""
-    # rich calls anything a terminal where FORCE_COLOR is set.
+    # With FORCE_COLOR set, rich takes any stream for a terminal.
     return LiveView(console) if console.file.isatty() and not console.is_dumb_terminal else PlainView()
 
 
 class LiveView:
-    """A table that is drawn anew in place."""
+    """A table that is redrawn in place."""
 
     refresh_interval_s = 0.25
 
@@ -118,7 +117,7 @@ class LiveView:
 
 
 class PlainView:
-    """A line a second where there is news, and one now and then where there is none."""
+    """A line a second while there is news, and an occasional line while there is none."""
 
     refresh_interval_s = 1.0
 
@@ -149,7 +148,7 @@ class PlainView:
         print(line, flush=True)
 
     def close(self) -> None:
-        """Nothing is left to be done."""
+        """Does nothing."""
 
     def table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         """Prints the result in two columns."""
@@ -190,7 +189,7 @@ def _alone_line(cast: Cast, record: Record, worker: str) -> str:
 
 
 def _picture(cast: Cast, record: Record, stage: str, elapsed_s: float, columns: int, rows: int) -> RenderableType:
-    """Everything, in so many columns and, if that can be, rows of a terminal."""
+    """Everything that fits into this many columns and, if possible, rows."""
     elapsed = f"  {elapsed_s:.0f} s"
     title = shortened(f"  digits: {stage}", max(_NARROWEST, columns - len(_PROGRAM) - len(elapsed)))
     servers = _servers(cast, record, columns, max(1, (rows - _FEWEST_ROWS) // _ROWS_OF_SERVER))

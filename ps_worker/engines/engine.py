@@ -1,4 +1,4 @@
-"""What the launcher needs of whatever runs parameter servers and workers: this machine, or a Ray cluster."""
+"""The interface between the launcher and what runs servers and workers: this machine, or a Ray cluster."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from ps_worker.engines.processes import LineHandler, Processes
+from ps_worker.engines.processes import EventPipe, LineHandler, Processes
 
 __all__ = ["Cluster", "Engine", "EngineError", "WorkerState", "server_name"]
 
@@ -19,12 +19,12 @@ class EngineError(Exception):
 
 @dataclass(frozen=True)
 class WorkerState:
-    """How it stands with a worker.
+    """The state of a worker.
 
     Args:
-        name: what people call it.
-        exit_code: with which it ended for good; negative: the signal that ended it; None: it has not.
-        restarts: how often it was started again.
+        name: for messages.
+        exit_code: of its last process; negative: the signal that ended it; None: it has not ended for good.
+        restarts: how often it was restarted.
     """
 
     name: str
@@ -33,7 +33,7 @@ class WorkerState:
 
 
 class Cluster(Protocol):
-    """Parameter servers, a shard each, and their workers."""
+    """Parameter servers, each with one shard, and their workers."""
 
     num_servers: int
     """How many parameter servers it has."""
@@ -48,8 +48,8 @@ class Cluster(Protocol):
         """Returns when all of them listen.
 
         Raises:
-            ProcessFailedError: one ended instead.
-            EngineError: one did neither in time, or there is no room for the cluster.
+            ProcessFailedError: a server ended instead.
+            EngineError: a server did not listen in time, or there is no room for the cluster.
         """
 
     def start_worker(
@@ -58,23 +58,23 @@ class Cluster(Protocol):
         command: Sequence[str],
         on_output: LineHandler,
         on_error: LineHandler,
-        on_event: LineHandler | None = None,
+        events: EventPipe | None = None,
     ) -> None:
         """Starts worker ``index``, once the servers listen: Python with the arguments ``command``.
 
-        The handlers get each line of its stdout, its stderr and, if asked for, its events (`EVENTS_FLAG`).
+        The handlers are called with each line of its stdout and its stderr; ``events`` is an additional pipe.
         """
 
     async def workers_done(self) -> None:
-        """Returns when every worker has ended well and all that it printed was handed on.
+        """Returns when every worker has ended with exit code 0 and every line of their output was handled.
 
         Raises:
             ProcessFailedError: a worker failed, or a server ended.
-            Exception: what a handler of lines raised.
+            Exception: raised by a handler of lines.
         """
 
     def worker_states(self) -> list[WorkerState]:
-        """Of the workers that were started, in their order."""
+        """The states of the workers that were started, in their order."""
 
 
 Engine = Callable[[Processes, LineHandler], AbstractAsyncContextManager[Cluster]]
@@ -82,5 +82,5 @@ Engine = Callable[[Processes, LineHandler], AbstractAsyncContextManager[Cluster]
 
 
 def server_name(index: int) -> str:
-    """What people call the parameter server with the shard ``index``."""
+    """The name, for messages, of the parameter server with shard ``index``."""
     return f"ps-{index}"

@@ -1,4 +1,4 @@
-"""Parameter servers and their workers as processes of this machine, until the workers are done or anything fails."""
+"""Parameter servers and their workers as local processes, until the workers are done or something fails."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ma_client.cluster.spec import ClusterSpec
 from modelaverage.commands.serve_flags import ServeFlags
 from ps_worker.engines.engine import EngineError, WorkerState, server_name
 from ps_worker.engines.local_worker import LocalWorker
-from ps_worker.engines.processes import Child, LineHandler, Processes, ProcessFailedError, how_it_ended
+from ps_worker.engines.processes import Child, EventPipe, LineHandler, Processes, ProcessFailedError, how_it_ended
 
 __all__ = [
     "LocalCluster",
@@ -29,11 +29,11 @@ __all__ = [
 ]
 
 _READY_TIMEOUT_S = 30.0
-# A server that keeps the center on disk may have to write it at its end.
-_CHECKPOINT_GRACE_S = 10.0
+# A server with a checkpoint directory may have to write a checkpoint before it ends.
+_CHECKPOINT_STOP_TIMEOUT_S = 10.0
 _PART = re.compile(r"ps-[0-9]+")
 _CHECKPOINT = re.compile(r"center-.*\.safetensors")
-# What only a worker's first process is to be told: a chief that is started again finds the center that it has made.
+# Only for a worker's first process: a chief that is restarted finds the center that it has initialized.
 _FIRST_START_ONLY = frozenset({FRESH})
 
 
@@ -45,9 +45,9 @@ def usable_cores() -> int:
 def automatic_servers(num_workers: int, cores: int) -> int:
     """How many parameter servers `--ps auto` starts on one machine.
 
-    A server keeps a core busy, and as much again goes into the workers' side of the transfer. So there is one for every
-    two cores that the workers leave; at least one, and not more than there are workers, since one worker moves no more
-    than one server does.
+    A server keeps one core busy, and the workers' side of the transfer another. So there is one server for every two
+    cores that the workers leave: at least one, and at most one for each worker, because one worker keeps at most one
+    server busy.
     """
     return max(1, min(num_workers, (cores - num_workers) // 2))
 
@@ -59,8 +59,8 @@ class LocalConfig:
     Args:
         num_servers: how many parameter servers.
         num_workers: how many workers a round waits for.
-        serve: what else the servers are told.
-        max_restarts: how often each worker that fails is started again.
+        serve: further flags of the servers.
+        max_restarts: how often each worker that fails is restarted.
         must_be_new: whether the chief, when it is first started, refuses to go on from a center that is there already.
     """
 
@@ -77,7 +77,7 @@ class LocalCluster:
     Args:
         processes: starts and ends them.
         config: what to run.
-        on_message: gets each line that a parameter server logs, with its name, and what happens to workers.
+        on_message: called with each line that a parameter server logs, after its name, and with news of workers.
     """
 
     def __init__(self, processes: Processes, config: LocalConfig, on_message: LineHandler) -> None:
@@ -97,7 +97,7 @@ class LocalCluster:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for worker in self._workers:  # none is started again any more
+        for worker in self._workers:  # so that none is restarted
             worker.ended.cancel()
 
     async def start_servers(self) -> None:
@@ -134,7 +134,7 @@ class LocalCluster:
             on_output=on_output,
             on_error=lambda line: self._on_message(f"[{name}] {line}"),
             ends_last=True,
-            last_grace_s=_CHECKPOINT_GRACE_S if self.center_at else None,
+            last_stop_timeout_s=_CHECKPOINT_STOP_TIMEOUT_S if self.center_at else None,
         )
         self._servers.append(server)
         return first_line
@@ -145,17 +145,17 @@ class LocalCluster:
         command: Sequence[str],
         on_output: LineHandler,
         on_error: LineHandler,
-        on_event: LineHandler | None = None,
+        events: EventPipe | None = None,
     ) -> None:
         """Starts worker ``index``; see `Cluster`."""
         cluster = ClusterSpec(self.addresses, self.num_workers, index, must_be_new=self._config.must_be_new)
         environ = {"OMP_NUM_THREADS": str(self._threads_per_worker()), **os.environ, **cluster.to_env()}
-        environ["PYTHONUNBUFFERED"] = "1"  # its lines are to be seen when they are printed
+        environ["PYTHONUNBUFFERED"] = "1"  # so that lines appear when they are printed
 
         def start(again: bool) -> Child:
             name, python = cluster.worker_id, [sys.executable, *command]
             told = started_again(environ) if again else environ
-            return self._processes.start(name, python, told, on_output, on_error, on_event)
+            return self._processes.start(name, python, told, on_output, on_error, events)
 
         self._workers.append(LocalWorker(cluster.worker_id, start, self._config.max_restarts, self._announce))
 
@@ -200,10 +200,10 @@ class LocalCluster:
 
 
 def center_directories(checkpoint_dir: Path | None, num_servers: int) -> tuple[Path, ...]:
-    """Where each server keeps its part of the center: the directory itself, or one in it for each of several servers.
+    """Where each server keeps its shard: the directory itself, or, with several servers, a subdirectory for each.
 
     Raises:
-        EngineError: another number of servers has left its center there.
+        EngineError: the center there was written by another number of servers.
     """
     if checkpoint_dir is None:
         return ()
@@ -224,5 +224,5 @@ def center_directories(checkpoint_dir: Path | None, num_servers: int) -> tuple[P
 
 
 def started_again(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a worker that takes the place of one that has failed."""
+    """The environment for the process that replaces a failed worker's."""
     return {name: value for name, value in environ.items() if name not in _FIRST_START_ONLY}

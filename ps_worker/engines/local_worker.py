@@ -1,4 +1,4 @@
-"""A worker of this machine, started again as often as it may."""
+"""A local worker that is restarted when it fails, up to a limit."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ _LONGEST_PAUSE_S = 30.0
 
 
 class LocalWorker:
-    """A worker's process, and those that take its place when it fails. For a running event loop.
+    """A worker's process, and the processes that replace it when it fails. Needs a running event loop.
 
     Args:
-        name: what people call it.
-        start: starts its process; True: it is one that takes another one's place. May raise OSError.
-        max_restarts: how often it may be started again.
-        on_message: is told when that happens.
+        name: for messages.
+        start: starts a process; its argument says whether the process replaces a failed one. May raise OSError.
+        max_restarts: how often it may be restarted.
+        on_message: called at every restart.
 
     Attributes:
-        restarts: how often it was started again.
-        exit_code: with which it ended for good; negative: the signal that ended it; None: it has not.
-        ended: ends when it has ended well and all that it printed was handed on, or with ProcessFailedError, or with
-            the exception that a handler of its lines raised.
+        restarts: how often it was restarted.
+        exit_code: of its last process; negative: the signal that ended it; None: it has not ended for good.
+        ended: done when it has ended with exit code 0 and all its lines were handled; fails with ProcessFailedError, or
+            with the exception that a handler of lines raised.
     """
 
     def __init__(self, name: str, start: Callable[[bool], Child], max_restarts: int, on_message: LineHandler) -> None:
@@ -44,7 +44,7 @@ class LocalWorker:
     def _started(self, again: bool) -> Child:
         child = self._start(again)
         if self._max_restarts:
-            # What a failed process has left behind would be in the way of the next one.
+            # Kills the failed process's children, which would be in the way of its replacement.
             child.exit_code.add_done_callback(lambda code: _clear_away(child) if code.result() != 0 else None)
         return child
 
@@ -79,6 +79,6 @@ def _times(restarts: int) -> str:
 
 
 def _take_exception(ended: asyncio.Task[None]) -> None:
-    # One failure ends the run; the others need not be looked at.
+    # The first failure ends the run; nobody asks for the results of the others.
     if not ended.cancelled():
         ended.exception()

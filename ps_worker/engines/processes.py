@@ -1,4 +1,4 @@
-"""Starts processes, hears of their ends and of every line they print, and ends all of them, whatever happens."""
+"""Starts processes, passes on every line they print, notices when they end, and makes sure that none survives."""
 
 from __future__ import annotations
 
@@ -18,54 +18,75 @@ from types import TracebackType
 from typing import IO, Any
 
 from ps_worker.engines import leash
-from ps_worker.events.parse import EVENTS_FLAG
 
-__all__ = ["Child", "LineHandler", "ProcessFailedError", "Processes", "Tail", "all_end_well", "how_it_ended"]
+__all__ = [
+    "Child",
+    "EventPipe",
+    "LineHandler",
+    "ProcessFailedError",
+    "Processes",
+    "Tail",
+    "all_end_well",
+    "how_it_ended",
+]
 
 LineHandler = Callable[[str], None]
 
 _TAIL_LINES = 15
 _MAX_LINE_CHARS = 1 << 16
-_LAST_GRACE_S = 0.7
+_LAST_STOP_TIMEOUT_S = 0.7
 _KILL_TIMEOUT_S = 0.5
-# A process that has left the session may hold a pipe open for ever.
+# A process that has left the session may keep a pipe open indefinitely.
 _LAST_LINES_TIMEOUT_S = 5.0
 _LAST_LINES_AT_END_TIMEOUT_S = 0.3
 
 
+@dataclass(frozen=True)
+class EventPipe:
+    """An additional pipe from a process, for lines that programs read.
+
+    Args:
+        flag: tells the process the pipe's file descriptor: the command is started with ``flag`` N appended.
+        on_line: called with each line.
+    """
+
+    flag: str
+    on_line: LineHandler
+
+
 class ProcessFailedError(Exception):
-    """A process ended that should not have, or not like that. The message has its name and its last words."""
+    """A process ended too early, or with an error. The message has its name and its last lines."""
 
 
 class Tail:
-    """The last lines of a process's stderr; all of them are handed on to ``handler``."""
+    """The last lines of a process's stderr; ``handler`` is called with every line."""
 
     def __init__(self, handler: LineHandler) -> None:
         self._handler = handler
         self._lines: deque[str] = deque(maxlen=_TAIL_LINES)
 
     def add(self, line: str) -> None:
-        """The next line."""
+        """Adds a line."""
         self._lines.append(line)
         self._handler(line)
 
     def failure(self, what: str) -> ProcessFailedError:
-        """What to raise about the process; ``what`` says how it ended."""
+        """The exception to raise; ``what`` says how the process ended."""
         last_words = "".join(f"\n  {line}" for line in self._lines)
         return ProcessFailedError(f"{what}{'; its last lines:' if last_words else ''}{last_words}")
 
 
 @dataclass(eq=False)
 class Child:
-    """A process that was started here.
+    """A process that `Processes` started.
 
     Attributes:
-        name: what people call it.
-        exit_code: of the process once it has ended; negative: the signal that ended it.
+        name: for messages.
+        exit_code: done when the process has ended; negative: the signal that ended it.
         tail: of its stderr.
-        readers: end when the pipes from it do, or with the exception that a handler of its lines raised.
-        ends_last: whether the others need it as long as they run.
-        last_grace_s: how long it may take to end then.
+        readers: one for each pipe from it; each is done at the pipe's end, or fails as a handler of lines did.
+        ends_last: whether it is stopped after those that are not marked so, because they need it.
+        last_stop_timeout_s: how long it may take to stop in that case.
     """
 
     name: str
@@ -74,35 +95,35 @@ class Child:
     tail: Tail
     readers: list[asyncio.Task[None]]
     ends_last: bool
-    last_grace_s: float = _LAST_GRACE_S
+    last_stop_timeout_s: float = _LAST_STOP_TIMEOUT_S
 
     async def all_lines_read(self) -> None:
-        """Waits, but not for ever, until what the ended process printed was handed on. Raises what a handler raised."""
+        """Waits up to 5 s until every line of the ended process was handled. Raises what a handler raised."""
         done, _ = await asyncio.wait(self.readers, timeout=_LAST_LINES_TIMEOUT_S)
         for reader in done:
             reader.result()
 
     async def failure(self) -> ProcessFailedError:
-        """What to raise about a process that has ended."""
+        """The exception to raise about a process that has ended."""
         await self.all_lines_read()
         return self.tail.failure(f"{self.name} {how_it_ended(self.exit_code.result())}")
 
     def kill(self, number: int) -> None:
         """Sends a signal to the process and to what it has started in its session."""
-        # The group goes when its last process has; macOS answers EPERM for one that is ending.
+        # A group vanishes with its last process; macOS answers EPERM for a group that is ending.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, number)
 
 
 class Processes:
-    """Processes that end when this context does: SIGTERM, and SIGKILL after ``grace_s`` seconds.
+    """Processes that end with this context: SIGTERM, then SIGKILL after ``stop_timeout_s`` seconds.
 
-    For a running event loop. Every process leads a session of its own, so a terminal's Ctrl-C does not reach it; on
-    Linux it is killed when the loop's thread ends, however that happens.
+    Needs a running event loop. Every process leads its own session, so a terminal's Ctrl-C does not reach it. On Linux
+    it is killed when the loop's thread ends, however that happens.
     """
 
-    def __init__(self, grace_s: float = 3.0) -> None:
-        self._grace_s = grace_s
+    def __init__(self, stop_timeout_s: float = 3.0) -> None:
+        self._stop_timeout_s = stop_timeout_s
         self._children: list[Child] = []
         self._opened: list[asyncio.ReadTransport] = []
         self._hurry = asyncio.Event()
@@ -116,7 +137,7 @@ class Processes:
         await self._end()
 
     def hurry(self) -> None:
-        """Ends without further grace."""
+        """Kills what is left without waiting for it to end by itself."""
         self._hurry.set()
 
     def start(
@@ -126,35 +147,35 @@ class Processes:
         environ: Mapping[str, str],
         on_output: LineHandler,
         on_error: LineHandler,
-        on_event: LineHandler | None = None,
+        events: EventPipe | None = None,
         ends_last: bool = False,
         directory: str | None = None,
-        last_grace_s: float | None = None,
+        last_stop_timeout_s: float | None = None,
     ) -> Child:
         """Starts ``command``. Raises OSError.
 
         Args:
-            name: what people call it.
+            name: for messages.
             command: program (an absolute path) and arguments.
             environ: its environment.
-            on_output: gets each line of its stdout, without the end.
-            on_error: gets each line of its stderr.
-            on_event: gets each line of one more pipe; the command is told its file descriptor, as `EVENTS_FLAG` N.
-            ends_last: whether the other processes need this one as long as they run.
-            directory: to start it in; None: this process's own.
-            last_grace_s: how long it may take to end if it is one that ends last; None: not long.
+            on_output: called with each line of its stdout, without the newline.
+            on_error: called with each line of its stderr.
+            events: an additional pipe, and the handler of its lines.
+            ends_last: whether to stop it after the other processes, because they need it.
+            directory: its working directory; None: that of this process.
+            last_stop_timeout_s: how long it may take to stop if it ends last; None: 0.7 s.
         """
         tail = Tail(on_error)
         leashed = [sys.executable, "-I", "-S", str(Path(leash.__file__)), str(os.getpid()), *command]
         with contextlib.ExitStack() as handed_over:
-            events: list[tuple[IO[bytes], LineHandler]] = []
+            more_pipes: list[tuple[IO[bytes], LineHandler]] = []
             write_fds: list[int] = []
-            if on_event is not None:
+            if events is not None:
                 read_fd, write_fd = os.pipe()
                 handed_over.callback(os.close, write_fd)
-                events.append((os.fdopen(read_fd, "rb", buffering=0), on_event))
+                more_pipes.append((os.fdopen(read_fd, "rb", buffering=0), events.on_line))
                 write_fds.append(write_fd)
-                leashed += [EVENTS_FLAG, str(write_fd)]
+                leashed += [events.flag, str(write_fd)]
             process = subprocess.Popen(
                 leashed,
                 env=dict(environ),
@@ -168,22 +189,22 @@ class Processes:
             )
         assert process.stdout is not None
         assert process.stderr is not None
-        pipes = [(process.stdout, on_output), (process.stderr, tail.add), *events]
+        pipes = [(process.stdout, on_output), (process.stderr, tail.add), *more_pipes]
         readers = [asyncio.ensure_future(_read_lines(pipe, handler, self._opened)) for pipe, handler in pipes]
         exit_code = asyncio.get_running_loop().create_future()
-        grace_s = _LAST_GRACE_S if last_grace_s is None else last_grace_s
-        child = Child(name, process, exit_code, tail, readers, ends_last, grace_s)
+        stop_timeout_s = _LAST_STOP_TIMEOUT_S if last_stop_timeout_s is None else last_stop_timeout_s
+        child = Child(name, process, exit_code, tail, readers, ends_last, stop_timeout_s)
         self._children.append(child)
         threading.Thread(target=_wait, args=(child, asyncio.get_running_loop()), daemon=True).start()
         return child
 
     async def _end(self) -> None:
-        # What the others need ends after them, or they would complain of that.
+        # Processes that others need are stopped after them; otherwise the others would report errors.
         first = [child for child in self._children if not child.ends_last]
         last = [child for child in self._children if child.ends_last]
-        last_grace_s = max((child.last_grace_s for child in last), default=0.0)
-        for children, grace_s in ((first, self._grace_s), (last, last_grace_s)):
-            await self._end_with(signal.SIGTERM, children, grace_s)
+        last_stop_timeout_s = max((child.last_stop_timeout_s for child in last), default=0.0)
+        for children, stop_timeout_s in ((first, self._stop_timeout_s), (last, last_stop_timeout_s)):
+            await self._end_with(signal.SIGTERM, children, stop_timeout_s)
             await self._end_with(signal.SIGKILL, children, _KILL_TIMEOUT_S)
         readers = [reader for child in self._children for reader in child.readers]
         if readers:
@@ -191,7 +212,7 @@ class Processes:
         for reader in readers:
             reader.cancel()
         await asyncio.gather(*readers, return_exceptions=True)
-        # Not before: a process whose output nobody takes any more would complain of that.
+        # Only now: a process whose pipes are closed earlier would report errors.
         for transport in self._opened:
             transport.close()
 
@@ -210,11 +231,11 @@ class Processes:
 
 
 async def all_end_well(children: Sequence[Child], needed: Sequence[Child] = ()) -> None:
-    """Returns when all ``children`` have ended with exit code 0 and all that they printed was handed on.
+    """Returns when all ``children`` have ended with exit code 0 and every line of their output was handled.
 
     Raises:
         ProcessFailedError: one of them failed, or one of ``needed`` ended.
-        Exception: what a handler of lines raised.
+        Exception: raised by a handler of lines.
     """
     while True:
         for child in (*needed, *children):
@@ -233,13 +254,13 @@ async def all_end_well(children: Sequence[Child], needed: Sequence[Child] = ()) 
 
 
 def how_it_ended(exit_code: int) -> str:
-    """In words; negative: the signal that ended it."""
+    """An exit code in words; a negative one is the signal that ended the process."""
     return f"was ended by {_signal_name(-exit_code)}" if exit_code < 0 else f"ended with exit code {exit_code}"
 
 
 def _wait(child: Child, loop: asyncio.AbstractEventLoop) -> None:
     code = child.process.wait()
-    with contextlib.suppress(RuntimeError):  # the loop has been closed without waiting for this
+    with contextlib.suppress(RuntimeError):  # the loop was closed before the process ended
         loop.call_soon_threadsafe(_ended, child, code)
 
 
@@ -253,7 +274,8 @@ async def _all_done(futures: Iterable[asyncio.Future[int]]) -> None:
 
 
 async def _read_lines(pipe: IO[bytes], handler: LineHandler, opened: list[asyncio.ReadTransport]) -> None:
-    """Hands on the lines of a pipe until its end; overlong ones in pieces. Whoever has ``opened`` closes it."""
+    """Calls the handler with each line of a pipe until its end; very long lines come in pieces. The pipe's transport
+    is added to ``opened``; the caller closes it."""
     reader = asyncio.StreamReader()
     transport, _ = await asyncio.get_running_loop().connect_read_pipe(
         lambda: asyncio.StreamReaderProtocol(reader), pipe

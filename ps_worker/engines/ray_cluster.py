@@ -1,6 +1,6 @@
-"""Parameter servers and their workers on a Ray cluster: spread over its nodes, started again where one dies.
+"""Parameter servers and their workers on a Ray cluster: spread over its nodes, and restarted when one dies.
 
-Each has an actor in a placement group, which runs the same process as the local engine does.
+Each has an actor in a placement group, and the actor runs the same process as the local engine.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from ma_client.cluster.spec import ClusterSpec
 from modelaverage.commands.serve_flags import ServeFlags
 from ps_worker.engines.engine import EngineError, WorkerState, server_name
-from ps_worker.engines.processes import LineHandler
+from ps_worker.engines.processes import EventPipe, LineHandler
 from ps_worker.engines.ray_host import ERROR, EVENT, OUTPUT, Command, RayHost
 from ps_worker.engines.ray_process import RayProcess
 
@@ -38,13 +38,13 @@ class RayConfig:
     Args:
         num_servers: parameter servers; each has a core.
         num_workers: workers; a round waits for all of them.
-        max_restarts: how often each server and each worker may be started again.
-        serve: what else the servers are told. Each keeps the center in a directory of its own in `checkpoint_dir`,
-            which all nodes have to see; None: nowhere, and a server that dies ends the run.
+        max_restarts: how often each server and each worker may be restarted.
+        serve: further flags of the servers. Each keeps its shard in a subdirectory of `checkpoint_dir`, which all nodes
+            must share; None: nowhere, and a server that dies ends the run.
         directory: where workers start, on their nodes; None: where Ray puts them.
         cpus_per_worker: cores to reserve for a worker.
-        gpus_per_worker: GPUs to reserve for a worker, and to show to it.
-        bind_host: where servers listen; None: at the address of their node.
+        gpus_per_worker: GPUs to reserve for a worker, and to make visible to it.
+        bind_host: where servers listen; None: at their node's address.
         must_be_new: whether the chief, when it is first started, refuses to go on from a center that is there already.
     """
 
@@ -72,7 +72,7 @@ class RayCluster:
 
     Args:
         config: what to run.
-        on_message: gets each line that a parameter server logs, with its name, and what happens to the cluster.
+        on_message: called with each line that a parameter server logs, after its name, and with news of the cluster.
     """
 
     def __init__(self, config: RayConfig, on_message: LineHandler) -> None:
@@ -96,7 +96,7 @@ class RayCluster:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            # The workers first: without servers they would complain.
+            # Workers first: without servers they would report errors.
             await _stopped(self._workers)
             await _stopped(self._servers)
         finally:
@@ -125,7 +125,7 @@ class RayCluster:
         command: Sequence[str],
         on_output: LineHandler,
         on_error: LineHandler,
-        on_event: LineHandler | None = None,
+        events: EventPipe | None = None,
     ) -> None:
         """Starts worker ``index``; see `Cluster`. It keeps its index when it is started again."""
         config = self._config
@@ -136,12 +136,12 @@ class RayCluster:
         def command_at(_: str) -> Command:
             nonlocal must_be_new
             environ = ClusterSpec(self.addresses, self.num_workers, index, must_be_new=must_be_new).to_env()
-            must_be_new = False  # started again it finds the center that it has made itself
-            # Its lines are to be seen when they are printed.
+            must_be_new = False  # restarted, it finds the center that it has initialized
+            # So that lines appear when they are printed.
             environ["PYTHONUNBUFFERED"] = "1"
-            return Command(name, command, environ, config.directory, on_event is not None)
+            return Command(name, command, environ, config.directory, None if events is None else events.flag)
 
-        handlers = {OUTPUT: on_output, ERROR: on_error} | ({} if on_event is None else {EVENT: on_event})
+        handlers = {OUTPUT: on_output, ERROR: on_error} | ({} if events is None else {EVENT: events.on_line})
         host = self._host(self.num_servers + index)
         give_up = f"--max-restarts {config.max_restarts}"
         self._workers.append(RayProcess(name, host, command_at, handlers, config.max_restarts, give_up, self._announce))
@@ -177,11 +177,11 @@ class RayCluster:
 
         def command_at(bind: str) -> Command:
             arguments = ["-m", "ps_server", "serve", "--bind", bind, "--num-workers", str(self.num_workers)]
-            # A Ray cluster is a network that is trusted: whoever can reach its nodes can run code there anyway.
+            # A Ray cluster needs a trusted network: anyone who can reach its nodes can run code there.
             arguments.append("--insecure")
             directory = self.center_at[index] if self.center_at else None
             arguments += replace(config.serve, checkpoint_dir=directory).to_argv()
-            return Command(name, arguments, {}, None, has_events=False)
+            return Command(name, arguments, {}, None, events_flag=None)
 
         if not self.center_at:
             max_restarts, give_up = 0, "with --checkpoint-dir it would be started again"
@@ -203,7 +203,7 @@ class RayCluster:
 
     def _hear_of_server(self, index: int, line: str) -> None:
         _, listens, address = line.partition("listening on ")
-        if not listens:  # it says more, such as where its data connections are
+        if not listens:  # further lines, such as where data connections are accepted
             return
         self._servers[index].listens_at = address
         addresses = tuple(server.listens_at for server in self._servers)
@@ -227,7 +227,7 @@ class RayCluster:
                 raise server.failure("ended with exit code 0")
 
     def _host(self, bundle: int) -> Any:
-        """An actor in a bundle of the placement group; Ray makes it again if it dies."""
+        """An actor in a bundle of the placement group; Ray recreates it if it dies."""
         assert self._group is not None
         resources = self._config.bundles()[bundle]
         place = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle)
@@ -241,7 +241,7 @@ class RayCluster:
 
 
 async def _stopped(processes: Sequence[RayProcess]) -> None:
-    """Stops them, and waits for their last lines; not for ever."""
+    """Stops them, and waits a limited time for their last lines."""
     for process in processes:
         process.stop()
     if processes:

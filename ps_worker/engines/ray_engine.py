@@ -12,6 +12,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from modelaverage.addresses import parse
 from ps_worker.engines.engine import EngineError
 from ps_worker.engines.local_cluster import usable_cores
 
@@ -19,20 +20,20 @@ __all__ = ["connect", "count_nodes"]
 
 _LOCAL = "local"
 _PROBE_TIMEOUT_S = 5.0
-_OBJECT_STORE_BYTES = 100 << 20  # in a Ray of our own nothing goes through it but lines
+_OBJECT_STORE_BYTES = 100 << 20  # in a Ray instance of our own, only lines of text pass through it
 
 
 def connect(address: str | None, working_dir: Path | None, needed_cpus: int) -> bool:
     """Connects this process to a Ray cluster.
 
     Args:
-        address: HOST:PORT of the cluster; None: the one that Ray finds, or else a new one; "local": a new one, of this
-            machine only.
-        working_dir: what to copy to the nodes, for processes to start in; None: nothing.
-        needed_cpus: how many cores a new one has, if only on paper.
+        address: HOST:PORT of the cluster; None: the one that Ray finds, otherwise a new one; "local": a new one, of
+            this machine only.
+        working_dir: a directory to copy to the nodes, where processes start; None: none.
+        needed_cpus: how many cores a new cluster claims to have.
 
     Returns:
-        Whether it is a new one; it ends with this process.
+        Whether the cluster is new; a new one ends with this process.
 
     Raises:
         EngineError: there is no such cluster, or this process cannot use it.
@@ -59,7 +60,7 @@ def connect(address: str | None, working_dir: Path | None, needed_cpus: int) -> 
 
 
 def _is_found(address: str | None, options: Mapping[str, Any]) -> bool:
-    """Whether this process is connected now; if not, Ray knows of no cluster."""
+    """Whether this process could connect; False: Ray knows of no cluster."""
     if address is not None:
         _check(address)
     try:
@@ -72,21 +73,21 @@ def _is_found(address: str | None, options: Mapping[str, Any]) -> bool:
 
 
 def _check(address: str) -> None:
-    """Raises EngineError if nobody can be there; Ray itself would try for minutes."""
+    """Raises EngineError if no cluster can be there; Ray itself would try for minutes."""
     if address.startswith("ray://"):
         raise EngineError(
             f"{address}: a Ray client cannot do this; start ma-launch on a node of the cluster, or with "
             "`ray job submit -- ma-launch ...`"
         )
-    host, _, port = address.rpartition(":")
-    if port.isdecimal():  # otherwise it is a word of Ray's, such as "auto"
+    if ":" in address:  # otherwise it is one of Ray's words, such as "auto"
         try:
-            socket.create_connection((host.strip("[]"), int(port)), _PROBE_TIMEOUT_S).close()
-        except (OSError, OverflowError) as error:
+            where = parse(address)
+            socket.create_connection((where.host, where.port), _PROBE_TIMEOUT_S).close()
+        except (OSError, ValueError) as error:
             raise EngineError(f"there is no Ray cluster at {address}: {error}") from None
 
 
 def count_nodes() -> int:
-    """How many nodes the cluster has, without those that have no core to run something on."""
+    """How many nodes of the cluster have a core to run something on."""
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     return sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in nodes)

@@ -1,4 +1,4 @@
-"""What the Ray engine has on a node of the cluster: an actor that runs a parameter server or a worker."""
+"""The Ray engine's part on a node of the cluster: an actor that runs a parameter server or a worker."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from modelaverage.addresses import parse
-from ps_worker.engines.processes import Processes
+from modelaverage.addresses import Address, parse
+from ps_worker.engines.processes import EventPipe, Processes
 
 __all__ = ["Command", "ERROR", "EVENT", "Line", "OUTPUT", "RayHost"]
 
@@ -22,7 +22,7 @@ OUTPUT, ERROR, EVENT = "output", "error", "event"
 _MAX_BATCH_LINES = 1000
 
 Line = tuple[str, str]
-"""From which pipe (OUTPUT, ERROR, EVENT), and what."""
+"""The pipe (OUTPUT, ERROR, EVENT) that a line came from, and its text."""
 
 
 @dataclass(frozen=True)
@@ -30,27 +30,27 @@ class Command:
     """What to run.
 
     Args:
-        name: what people call the process.
-        arguments: of Python.
+        name: of the process, for messages.
+        arguments: for Python.
         environ: variables to add to the node's environment.
-        directory: to start it in; None: the actor's own.
-        has_events: whether it is to be given a pipe for events.
+        directory: its working directory; None: the actor's.
+        events_flag: the flag that tells it the file descriptor of a pipe for events; None: it gets no such pipe.
     """
 
     name: str
     arguments: Sequence[str]
     environ: Mapping[str, str]
     directory: str | None
-    has_events: bool
+    events_flag: str | None
 
 
 class RayHost:
-    """Runs one Python process at a time, which does not outlive it.
+    """Runs one Python process at a time, which ends with it at the latest.
 
-    Ray makes it, and makes it again when it or its node dies.
+    Ray creates it, and recreates it when it or its node dies.
 
     Args:
-        bind_host: where a server listens; None: at the IP address of the node.
+        bind_host: where a server listens; None: at the node's IP address.
     """
 
     def __init__(self, bind_host: str | None) -> None:
@@ -58,20 +58,21 @@ class RayHost:
         self._run: _Run | None = None
 
     async def bind_address(self, before: str) -> str:
-        """HOST:PORT for a server: where it was ``before`` if that is this node and free, otherwise with port 0."""
+        """HOST:PORT for a server: that of ``before`` if it is on this node and free, otherwise one with port 0."""
         import ray
 
         host: str = self._bind_host or ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-        return before if before.startswith(f"{host}:") and _is_free(before) else f"{host}:0"
+        is_here = bool(before) and parse(before).host == host
+        return before if is_here and _is_free(before) else str(Address(host))
 
     async def run(self, command: Command) -> AsyncIterator[list[Line] | int]:
         """Runs ``command`` with this node's Python, once an earlier one has been stopped.
 
         Yields:
-            The lines that it prints, many at a time; at the end its exit code (negative: the signal that ended it).
+            Lists of the lines that it prints; at the end its exit code (negative: the signal that ended it).
 
         Raises:
-            OSError: it cannot be started here.
+            OSError: it cannot be started on this node.
         """
         # The driver may have lost sight of an earlier one.
         run = self._run = _Run(command, self._run)
@@ -86,13 +87,13 @@ class RayHost:
 
 
 class _Run:
-    """A command, run as soon as the ``earlier`` one has been stopped; ``task`` ends with its exit code."""
+    """A command that is run once the ``earlier`` one has been stopped. The result of ``task`` is its exit code."""
 
     def __init__(self, command: Command, earlier: _Run | None) -> None:
         self._command = command
         self._earlier = earlier
         self._stopped = asyncio.Event()
-        self._lines: asyncio.Queue[Line | None] = asyncio.Queue()  # None: there are no more
+        self._lines: asyncio.Queue[Line | None] = asyncio.Queue()  # None marks the end
         self.task = asyncio.ensure_future(self._live())
         self.task.add_done_callback(lambda _: self._lines.put_nowait(None))
 
@@ -101,7 +102,7 @@ class _Run:
         await asyncio.wait([self.task])
 
     async def next_lines(self) -> list[Line]:
-        """Those that there are, once there is one; none at the end."""
+        """Waits for a line and returns all lines that are there; an empty list at the end."""
         batch = []
         line = await self._lines.get()
         while line is not None:
@@ -117,6 +118,7 @@ class _Run:
         if self._earlier is not None:
             await self._earlier.stop()
             self._earlier = None
+        flag = self._command.events_flag
         async with Processes() as processes:
             child = processes.start(
                 self._command.name,
@@ -124,7 +126,7 @@ class _Run:
                 {**os.environ, **self._command.environ},
                 on_output=partial(self._put, OUTPUT),
                 on_error=partial(self._put, ERROR),
-                on_event=partial(self._put, EVENT) if self._command.has_events else None,
+                events=None if flag is None else EventPipe(flag, partial(self._put, EVENT)),
                 directory=self._command.directory,
             )
             stopped = asyncio.ensure_future(self._stopped.wait())

@@ -1,4 +1,4 @@
-"""A parameter server or a worker on a Ray cluster, started again as often as it may."""
+"""A parameter server or a worker on a Ray cluster, restarted when it dies, up to a limit."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ __all__ = ["RayProcess"]
 class RayProcess:
     """A process in an actor, until it ends by itself.
 
-    One that is killed, or whose actor or node dies, is started again: by Ray its actor, if need be, and then it.
+    It is restarted if it is killed or if its actor or node dies; in the latter case Ray first recreates the actor.
 
     Args:
-        name: what people call it.
+        name: for messages.
         host: the actor, a `RayHost`.
-        command_at: what to run, given an address HOST:PORT at which it may listen; asked at every start.
-        handlers: get each line of a pipe of it.
-        max_restarts: how often it may be started again.
-        give_up: why it is not started again after that.
-        on_message: is told when it is started again.
+        command_at: returns what to run, given an address HOST:PORT at which to listen; called at every start.
+        handlers: by pipe, what is called with each line.
+        max_restarts: how often it may be restarted.
+        give_up: why it is not restarted after that, for the message.
+        on_message: called at every restart.
 
     Attributes:
-        restarts: how often it was started again.
-        exit_code: with which it ended for good; None: it has not, or nobody knows.
-        listens_at: where it listened last; it gets the same again if possible. To be set by whoever knows.
-        ended: ends when the process has ended well or been stopped, or with ProcessFailedError, or with the exception
-            that a handler raised.
+        restarts: how often it was restarted.
+        exit_code: of its last process; None: it has not ended for good, or the code is not known.
+        listens_at: where it listened last; it gets the same address again if possible. The owner sets it.
+        ended: done when the process has ended with exit code 0 or was stopped; fails with ProcessFailedError, or with
+            the exception that a handler raised.
     """
 
     def __init__(
@@ -66,17 +66,17 @@ class RayProcess:
         self.ended.add_done_callback(_take_exception)
 
     def failure(self, how: str) -> ProcessFailedError:
-        """What to raise about it; ``how`` it ended."""
+        """The exception to raise; ``how`` says how it ended."""
         return self._tail.failure(f"{self.name} {how}")
 
     def run_again(self) -> None:
-        """Stops it and starts it with what its command is now; this is none of the restarts that are counted."""
+        """Stops it and starts its present command; does not count as a restart."""
         if self._runs:
             self._again = True
             self._host.stop.remote()
 
     def stop(self) -> None:
-        """Lets it end, within about 3 s."""
+        """Stops it within about 3 s."""
         self._stopped = True
         if self._runs:
             self._host.stop.remote()
@@ -84,7 +84,7 @@ class RayProcess:
             self.ended.cancel()
 
     def kill(self) -> None:
-        """Ends its actor, and it, at once."""
+        """Kills its actor, and with it the process."""
         self.ended.cancel()
         ray.kill(self._host)
 
@@ -111,9 +111,9 @@ class RayProcess:
                 self._on_message(f"{self.name} {how}; starting it again ({self.restarts} of {self._max_restarts})")
 
     async def _live(self) -> int | None:
-        """Runs it once; returns its exit code, or None if its actor, or what it had sent, is lost."""
+        """Runs it once. Returns its exit code; None if its actor, or what the actor had sent, is lost."""
         try:
-            # This call waits until Ray has the actor somewhere; the next one must not be made again by Ray.
+            # This call waits until Ray has placed the actor. Ray must not repeat the next call.
             address = await self._host.bind_address.options(max_task_retries=-1).remote(self.listens_at)
             command = self._command_at(address)
             self._runs = True
@@ -130,7 +130,7 @@ class RayProcess:
                 raise ProcessFailedError(
                     f"{self.name} cannot be started on its node; is modelaverage installed there? {error}"
                 ) from None
-            details = "\t"  # lines that begin like this are for people who debug Ray
+            details = "\t"  # lines that begin like this help only to debug Ray
             self._ray_says = " ".join(line for line in str(error).splitlines() if not line.startswith(details))
         finally:
             self._runs = False
@@ -138,6 +138,6 @@ class RayProcess:
 
 
 def _take_exception(ended: asyncio.Task[None]) -> None:
-    # One failure ends the run; the others need not be looked at.
+    # The first failure ends the run; nobody asks for the results of the others.
     if not ended.cancelled():
         ended.exception()

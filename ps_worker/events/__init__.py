@@ -1,1 +1,1 @@
-"""What servers and workers log, read by programs."""
+"""What a run of the built-in workload tells of its progress, and who is told."""

@@ -1,4 +1,4 @@
-"""What happens in a run of the built-in workload: one JSON object a line, in a worker's pipe and in metrics.jsonl."""
+"""The events of a run of the built-in workload: a JSON object a line, in a worker's pipe and in metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ EVENTS_FLAG = "--events-fd"
 
 @dataclass(frozen=True)
 class StepEvent:
-    """How training goes; every few steps.
+    """A worker's progress, every few steps.
 
     Args:
-        worker: who.
+        worker: its name.
         unix_time_s: when.
         step: local steps done.
         loss: mean training loss since the last such event.
-        samples_per_s: samples trained on per second since the last such event, the wait at the barrier included.
+        samples_per_s: samples trained on per second since the last such event; time at the barrier counts.
         waited_s: seconds waited at the barrier since the start.
         global_step: rounds completed.
     """
@@ -50,7 +50,7 @@ class RoundEvent:
 
 @dataclass(frozen=True)
 class AccuracyEvent:
-    """Which part (0 to 1) of the test images is classified right: by the center (chief) or by the lone worker."""
+    """The fraction (0 to 1) of the test images that the center (chief) or the lone worker classifies correctly."""
 
     kind: ClassVar[str] = "accuracy"
     worker: str
@@ -71,8 +71,8 @@ class ServerEvent:
         global_step: rounds completed.
         received_bytes: from the workers.
         sent_bytes: to the workers.
-        waiting_for: workers that the round waits for.
-        waiting_for_omitted: how many more, because there are too many.
+        waiting_for: names of workers that the round waits for.
+        waiting_for_omitted: how many more it waits for, whose names are left out.
     """
 
     kind: ClassVar[str] = "server"
@@ -91,7 +91,7 @@ _CLASSES: dict[str, type[Event]] = {cls.kind: cls for cls in (StepEvent, RoundEv
 
 
 def encode(event: Event) -> str:
-    """One line of JSON, without its end."""
+    """One line of JSON, without the newline."""
     return json.dumps({"kind": event.kind, **asdict(event)})
 
 

@@ -1,4 +1,4 @@
-"""Where a worker's events go: to whoever started it, or as plain lines to whoever watches."""
+"""Where a worker's events go: to the process that started it, or to the terminal as plain lines."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 from modelaverage.commands.columns import fitted
+from modelaverage.logs import event, say
 from modelaverage.names import shown
-from modelaverage.runtime.logs import event, say
 from ps_worker.events.parse import AccuracyEvent, Event, StepEvent, encode
 
 __all__ = ["reporter"]
@@ -20,12 +20,12 @@ _LINE_INTERVAL_S = 1.0
 
 
 def reporter(events_fd: int | None, steps: int, as_json: bool = False) -> Callable[[Event], None]:
-    """What takes the events: a pipe's file descriptor, or the terminal if there is none.
+    """Returns the function that takes the events, for a pipe or for the terminal.
 
     Args:
         events_fd: where to write JSON lines; None: print plain lines, one a second.
         steps: local steps of the whole training, for the lines.
-        as_json: the lines are JSON objects, as the log's.
+        as_json: print the lines as JSON objects, like those of the log.
 
     Raises:
         OSError: nothing can be written to ``events_fd``.

@@ -23,7 +23,7 @@ import grpc.aio
 import numpy as np
 
 from modelaverage import wire
-from modelaverage.errors import FAULTS, REASON_METADATA_KEY, REASON_PREFIX, Reason
+from modelaverage.errors import FAULTS, Reason, refusal_metadata, told_reason
 from modelaverage.manifest import Manifest, Variable
 from modelaverage.runtime.data_sockets import NUMBER, halves
 from modelaverage.runtime.shared_memory import Segment, SegmentAddress
@@ -62,7 +62,7 @@ class Kind:
     """What happens in a play.
 
     Args:
-        ways: how each worker's bytes travel: inline, follows, shared, data.
+        ways: how each worker's bytes travel: inline, follows, half (duplex), shared, data.
         policy: for whom rounds wait.
         keeps: whether there are checkpoints.
         readers: whether somebody pulls in every round, and takes nothing of it until the end.
@@ -78,6 +78,7 @@ class Kind:
 
 PLAYS = {
     "messages": Kind(("inline", "follows"), readers=True),
+    "half-duplex": Kind(("half", "inline")),
     "shared memory": Kind(("shared", "shared"), readers=True),
     "data connections": Kind(("data", "data")),
     "quorum": Kind(("inline", "shared"), RoundPolicy(3, 2, 3, grace_s=0.01), breaks=True),
@@ -148,8 +149,8 @@ class Context:
         self.down.put_nowait(bytes(message))
 
     async def abort(self, code: grpc.StatusCode, details: str, metadata: tuple[tuple[str, str], ...]) -> None:
-        reason = Reason[dict(metadata)[REASON_METADATA_KEY].removeprefix(REASON_PREFIX)]
-        assert FAULTS[reason].status == code.name
+        reason = Reason[told_reason(metadata)]
+        assert (code.name, metadata) == (FAULTS[reason].status, refusal_metadata(reason))
         self.refused = reason, details
         raise grpc.aio.AbortError
 
@@ -319,6 +320,8 @@ class Worker:
             manifest_id=MANIFEST.id,
             accepts_shared_memory=self.way == "shared",
             fragments_follow=self.way == "follows",
+            half_duplex=self.way == "half",
+            accepts_combined=self.number % 2 == 0,
             accepts_data_connection=self.way == "data" and connection is None,
             uses_data_connection=connection is not None,
         )
@@ -327,8 +330,10 @@ class Worker:
         moving: list[asyncio.Task[Any]] = []
         if connection is not None:
             moving = [asyncio.ensure_future(self.through(connection, flat))]
-        elif self.way == "follows":
+        elif self.way in ("follows", "half"):
             self.give(context, flat, 0)
+            if self.way == "half":
+                context.up.put_nowait(None)
         try:
             center, outcome = await self.answer(context, task, flat, header)
             if moving:
@@ -366,9 +371,10 @@ class Worker:
                     self.segment.body[:] = np.frombuffer(flat, np.uint8)
                     put = pb.SharedFragments(first=first, count=MANIFEST.fragment_count - first)
                     context.up.put_nowait(pb.PushAndAverageRequest(shared=put).SerializeToString())
-                elif not header.fragments_follow and not header.uses_data_connection:
+                elif not (header.fragments_follow or header.half_duplex or header.uses_data_connection):
                     self.give(context, flat, first)
-                context.up.put_nowait(None)
+                if not header.half_duplex:
+                    context.up.put_nowait(None)
             if message.HasField("fragment"):
                 begin = MANIFEST.fragment_bounds(message.fragment.index)[0]
                 center[begin : begin + len(message.fragment.data)] = message.fragment.data
@@ -460,7 +466,7 @@ async def readers(server: Server, workers: asyncio.Future[Any]) -> None:
     slow: list[tuple[Context, asyncio.Task[Any]]] = []
     seen = 0
     while not workers.done():
-        job = None if server.service is None else server.service._job
+        job = None if server.service is None else server.service.job
         if job is not None and job.round.global_step >= seen and server.service is not None:
             seen = job.round.global_step + 1
             context, task = server.call("Pull", pb.PullRequest(worker_id=f"reader-{seen}").SerializeToString())
@@ -482,7 +488,7 @@ async def breaker(server: Server, workers: asyncio.Future[Any]) -> None:
     while not workers.done() and worker.push_id < 3:
         worker.push_id += 1
         worker.incarnation = worker.push_id.to_bytes(16, "big")
-        job = None if server.service is None else server.service._job
+        job = None if server.service is None else server.service.job
         if job is not None:
             header = pb.PushHeader(
                 worker_id="9",
@@ -528,10 +534,9 @@ async def _play(kind: Kind, directory: Path, result_of: list[Server]) -> None:
             task.cancel()
     with PROBE.elsewhere():
         assert server.service is not None
-        job = server.service._job
+        job = server.service.job
         assert job is not None
-        fragments = [bytes(job.center.current.fragment(index)) for index in range(MANIFEST.fragment_count)]
-        check("the server has", job.round.global_step, b"".join(fragments))
+        check("the server has", job.round.global_step, job.center.current.flat.tobytes())
     try:
         await asyncio.wait_for(server.stop(), LIMIT_S)
     except (OSError, MemoryError, RuntimeError):

@@ -25,7 +25,7 @@ const (
 type failure struct {
 	name    string // the reason, else the gRPC status; CLIENT if this client refuses what came
 	message string // for people, one line
-	away    bool   // the server is not there; it may come back
+	action  string // what to do: again, later, pull; anything else means stop
 }
 
 func (f *failure) Error() string { return f.name + ": " + f.message }
@@ -38,39 +38,32 @@ func refuse(format string, args ...interface{}) error {
 // failed makes a failure of what a call ended with.
 func failed(err error, trailer metadata.MD) error {
 	ended := status.Convert(err)
-	f := &failure{
-		name:    code.Code_name[int32(ended.Code())],
-		message: strings.Join(strings.Fields(ended.Message()), " "),
-		away:    ended.Code() == codes.Unavailable,
+	f := &failure{name: code.Code_name[int32(ended.Code())], message: strings.Join(strings.Fields(ended.Message()), " ")}
+	actions, reasons := trailer.Get("modelaverage-action"), trailer.Get("modelaverage-reason")
+	if len(reasons) > 0 && pb.ErrorReason_value[reasons[0]] != 0 { // else of a later version: known by its status
+		f.name = strings.TrimPrefix(reasons[0], "ERROR_REASON_")
 	}
-	reasons := trailer.Get("modelaverage-reason")
 	switch {
-	case f.away: // SERVER_STOPPING, too
-	case len(reasons) > 0:
-		if pb.ErrorReason_value[reasons[0]] != 0 { // else of a later version: known by its status
-			f.name = strings.TrimPrefix(reasons[0], "ERROR_REASON_")
-		}
+	case len(actions) > 0:
+		f.action = actions[0]
+	case ended.Code() == codes.Unavailable:
+		f.action = "later"
 	case strings.Contains(f.message, "RST_STREAM"), strings.Contains(f.message, "without sending trailers"):
-		f.name, f.away = "UNAVAILABLE", true // the stream broke off, whatever gRPC calls it
+		f.name, f.action = "UNAVAILABLE", "later" // the stream broke off, whatever gRPC calls it
 	}
 	return f
 }
 
-// hasName says whether an error is a failure of one of these names.
-func hasName(err error, names ...string) bool {
+// actionOf says what to do after an error; nothing if it is not a failure.
+func actionOf(err error) string {
 	var f *failure
 	if errors.As(err, &f) {
-		for _, name := range names {
-			if f.name == name {
-				return true
-			}
-		}
+		return f.action
 	}
-	return false
+	return ""
 }
 
-// retry makes an attempt again as often as the protocol says that it may help: at once if the push has to be made
-// again, for `retryFor` at most if the server is away or has not noticed yet that this worker's last process is dead.
+// retry makes an attempt again as often as its failures ask for it: "again" at once, "later" for `retryFor` at most.
 func retry(ctx context.Context, attempt func() error) error {
 	var since time.Time // the first failure of those that are not over
 	for wait := firstWait; ; {
@@ -79,12 +72,11 @@ func retry(ctx context.Context, attempt func() error) error {
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
-		var f *failure
-		switch {
-		case hasName(err, "ROUND_RESTARTED", "STREAM_STALLED"):
+		switch actionOf(err) {
+		case "again":
 			since = time.Time{}
 			continue
-		case hasName(err, "WORKER_ID_IN_USE"), errors.As(err, &f) && f.away:
+		case "later":
 		default:
 			return err // or nil
 		}

@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto/rand"
 	"io"
-	"sync"
 	"time"
 
 	"google.golang.org/grpc"
@@ -13,6 +12,10 @@ import (
 	"google.golang.org/grpc/metadata"
 	pb "modelaverage/v1"
 )
+
+// goesOn has the outcomes after which training goes on from the center that came.
+var goesOn = map[pb.Outcome]bool{pb.Outcome_OUTCOME_COMMITTED: true, pb.Outcome_OUTCOME_STALE: true,
+	pb.Outcome_OUTCOME_ALREADY_COUNTED: true}
 
 // A session is one worker's conversation with the server, one call at a time. Every method tries again what may be
 // tried again, and ends early with ctx.
@@ -153,7 +156,7 @@ func (s *session) push(ctx context.Context, values [][]byte) (outcome *pb.PushOu
 	s.pushID++
 	// The same header and bytes for all attempts: so the server knows that it is one push.
 	header := &pb.PushHeader{WorkerId: s.workerID, Incarnation: s.incarnation, PushId: s.pushID, IsChief: s.isChief,
-		BaseStep: s.baseStep, ManifestId: s.manifestID}
+		BaseStep: s.baseStep, ManifestId: s.manifestID, HalfDuplex: true}
 	fragments := cut(flatten(values), s.layout.manifest.FragmentSizeBytes)
 	err = retry(ctx, func() error {
 		outcome, center, err = s.pushOnce(ctx, header, fragments)
@@ -165,72 +168,43 @@ func (s *session) push(ctx context.Context, values [][]byte) (outcome *pb.PushOu
 	return outcome, center, err
 }
 
+// pushOnce is half-duplex: it writes all, half-closes, and reads all.
 func (s *session) pushOnce(ctx context.Context, header *pb.PushHeader, fragments []*pb.Fragment) (
 	outcome *pb.PushOutcome, center [][]byte, err error) {
 	ctx, cancel := context.WithCancel(ctx)
-	var sending sync.WaitGroup
-	defer sending.Wait()
-	defer cancel() // runs before the wait, and wakes a sender from whom the server takes nothing any more
+	defer cancel()
 	stream, err := s.server.PushAndAverage(ctx)
 	if err != nil {
 		return nil, nil, failed(err, nil)
 	}
-	if err := stream.Send(&pb.PushAndAverageRequest{Header: header}); err != nil && err != io.EOF {
-		return nil, nil, failed(err, nil)
+	err = stream.Send(&pb.PushAndAverageRequest{Header: header})
+	for i := 0; i < len(fragments) && err == nil; i++ {
+		err = stream.Send(&pb.PushAndAverageRequest{Fragment: fragments[i]})
 	}
+	stream.CloseSend() // a call that is over takes no more: Recv says why
 	received := &assembly{layout: s.layout}
-	for admitted := false; ; admitted = true {
+	for {
 		response, err := stream.Recv()
-		if err == io.EOF {
-			break
-		}
 		switch {
+		case err == io.EOF && outcome == nil:
+			return nil, nil, refuse("the stream ended without an outcome")
+		case err == io.EOF:
+			center, err = received.finish()
+			return outcome, center, err
 		case err != nil:
 			return nil, nil, failed(err, stream.Trailer())
-		case admitted == (response.Admission != nil):
-			return nil, nil, refuse("the admission did not come first, or came again")
 		case outcome != nil:
 			return nil, nil, refuse("a message came after the outcome")
-		}
-		if !admitted {
-			first := int(response.Admission.FirstNeededFragment)
-			if first > len(fragments) {
-				return nil, nil, refuse("the server asks for fragment %d of %d", first, len(fragments))
-			}
-			// A goroutine of its own: while these go up, the first fragments of the average come down.
-			sending.Add(1)
-			go func() {
-				defer sending.Done()
-				sendFragments(stream, fragments[first:])
-			}()
-		}
-		if response.Fragment != nil {
+		case response.Fragment != nil:
 			if err := received.add(response.Fragment); err != nil {
 				return nil, nil, err
 			}
-		}
-		outcome = response.Outcome // in the last message, which may have the last fragment, too
-	}
-	if outcome == nil {
-		return nil, nil, refuse("the stream ended without an outcome")
-	}
-	switch outcome.Outcome {
-	case pb.Outcome_OUTCOME_COMMITTED, pb.Outcome_OUTCOME_STALE, pb.Outcome_OUTCOME_ALREADY_COUNTED:
-		center, err = received.finish()
-		return outcome, center, err
-	default:
-		return nil, nil, refuse("the outcome %d is unknown to this client", outcome.Outcome)
-	}
-}
-
-// sendFragments stops at the first error: the receiver of the stream gets to know why it ended.
-func sendFragments(stream pb.ParameterServer_PushAndAverageClient, fragments []*pb.Fragment) {
-	for _, fragment := range fragments {
-		if stream.Send(&pb.PushAndAverageRequest{Fragment: fragment}) != nil {
-			return
+		case response.Outcome != nil:
+			if outcome = response.Outcome; !goesOn[outcome.Outcome] {
+				return nil, nil, refuse("the outcome %d is unknown to this client", outcome.Outcome)
+			}
 		}
 	}
-	stream.CloseSend()
 }
 
 // status tells what the server does.

@@ -57,7 +57,7 @@ func train(ctx context.Context, s *session, options trainOptions) error {
 			m.step(own)
 		}
 		outcome, center, err := s.push(ctx, m.bytes())
-		if hasName(err, "BASE_STEP_AHEAD", "MANIFEST_UNKNOWN") { // the server has another past: go on from its center
+		if actionOf(err) == "pull" { // the server has another past: go on from its center
 			if err := pullDigits(ctx, s, &m); err != nil {
 				return err
 			}

@@ -95,7 +95,7 @@ def conform(address: str, worker_id: str) -> None:
 
 def name_of(error: ModelAverageError) -> str:
     if isinstance(error, ServerUnavailableError):
-        return "UNAVAILABLE"
+        return error.status or "UNAVAILABLE"
     # What no server has called a conflict is one in what it sent.
     found_here = error.status is None and isinstance(error, ConflictError)
     if error.reason is not None and not found_here:

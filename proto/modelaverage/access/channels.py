@@ -16,7 +16,7 @@ from modelaverage.access.security import Security, Tls
 from modelaverage.access.tokens import bearer, read_tokens
 from modelaverage.access.watched_files import WatchedFiles
 from modelaverage.errors import SecurityError
-from modelaverage.runtime.logs import event
+from modelaverage.logs import event
 
 __all__ = ["Access"]
 

@@ -114,14 +114,14 @@ def _of_intermediate(address: str, tls: Tls) -> str:
 
 def _chain_of(address: str, tls: Tls) -> list[CertificateNames]:
     """What the server sends, its own certificate first; of an older Python only that one."""
-    host, _, port = address.rpartition(":")
     context = _context(tls)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE  # nothing is believed of what it says
     try:
+        where = parse(address)
         with (
-            socket.create_connection((host.strip("[]"), int(port)), _TIMEOUT_S) as connection,
-            context.wrap_socket(connection, server_hostname=tls.server_name or host.strip("[]")) as secure,
+            socket.create_connection((where.host, where.port), _TIMEOUT_S) as connection,
+            context.wrap_socket(connection, server_hostname=tls.server_name or where.host) as secure,
         ):
             if hasattr(secure, "get_unverified_chain"):  # Python 3.13
                 return [CertificateNames.of(der) for der in secure.get_unverified_chain()]

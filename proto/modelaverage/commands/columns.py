@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from modelaverage.names import MAX_NAMES
 
-__all__ = ["fitted", "listed_within", "padded", "shortened", "width"]
+__all__ = ["fitted", "listed_within", "padded", "shortened", "size", "width"]
 
 _ELLIPSIS = "…"
 
@@ -87,3 +87,11 @@ def _within(text: str, columns: int) -> str:
         if taken > columns:
             return text[:at]
     return text
+
+
+def size(size_bytes: int) -> str:
+    """A number of bytes for people, such as "1.5 MiB"."""
+    for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if size_bytes >= factor:
+            return f"{size_bytes / factor:.1f} {unit}"
+    return f"{size_bytes} bytes"

@@ -9,32 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ServeFlags", "add_serve_flags", "count", "seconds"]
+from modelaverage.commands.flag_types import count, or_auto, seconds
 
-_MAX_SECONDS = 1e9
-
-
-def count(text: str) -> int:
-    """A whole number from 1 on."""
-    value = int(text) if text.isascii() and text.isdigit() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
-    return value
-
-
-def seconds(text: str) -> float:
-    """A positive number of seconds."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < _MAX_SECONDS:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of seconds")
-    return value
-
-
-def _grace(text: str) -> float | str:
-    return text if text == "auto" else seconds(text)
+__all__ = ["ServeFlags", "add_serve_flags"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +33,7 @@ _FLAGS = {
     ),
     "max_workers": _Flag(count, "X", "with --min-workers: how many may stand in one round (N)"),
     "grace_s": _Flag(
-        _grace,
+        or_auto(seconds),
         "SECONDS",
         "with --min-workers: how long to wait for late workers; auto: the median of how late they have been, plus 4 x "
         "its median absolute deviation (auto)",

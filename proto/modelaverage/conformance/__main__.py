@@ -12,6 +12,7 @@ import sys
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 from modelaverage import __version__
+from modelaverage.commands.flag_types import count
 from modelaverage.conformance.cases import CASES
 from modelaverage.conformance.run import Result, run
 
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="print the names of the cases, and exit")
     parser.add_argument(
         "--jobs",
-        type=_count,
+        type=count,
         default=2 * (os.cpu_count() or 1),
         metavar="N",
         help="how many cases at the same time (twice the processors)",
@@ -90,13 +91,6 @@ def _table(results: list[Result]) -> list[str]:
             lines += [f"    expected: {result.miss.expected}", f"    came:     {result.miss.came}"]
     missed = sum(result.miss is not None for result in results)
     return [*lines, "", f"{len(results)} cases, {len(results) - missed} passed, {missed} missed"]
-
-
-def _count(text: str) -> int:
-    value = int(text) if text.isascii() and text.isdigit() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 on")
-    return value
 
 
 if __name__ == "__main__":

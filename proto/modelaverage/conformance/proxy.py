@@ -7,6 +7,8 @@ import socket
 import threading
 from collections.abc import Sequence
 
+from modelaverage.addresses import parse
+
 __all__ = ["Proxy"]
 
 _READ_BYTES = 1 << 16
@@ -20,8 +22,8 @@ class Proxy:
     """
 
     def __init__(self, target: str) -> None:
-        host, _, port = target.rpartition(":")
-        self._target = host, int(port)
+        where = parse(target)
+        self._target = where.host, where.port
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         """HOST:PORT for the client."""

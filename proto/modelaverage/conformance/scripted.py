@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import queue
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -13,7 +15,7 @@ import grpc
 from modelaverage import wire
 from modelaverage.conformance.lines import Arrays
 from modelaverage.conformance.models import fragments_of, manifest_of
-from modelaverage.errors import REASON_METADATA_KEY
+from modelaverage.errors import ACTION_METADATA_KEY, REASON_METADATA_KEY, Action
 from modelaverage.v1 import parameter_server_pb2 as pb
 from modelaverage.v1.parameter_server_pb2_grpc import ParameterServerServicer, add_ParameterServerServicer_to_server
 
@@ -34,6 +36,8 @@ MANIFEST_ID = "of-the-script"
 """What names the script's manifest, unless it says otherwise."""
 _WAIT_S = 20.0
 _THREADS = 8
+# A half-duplex client that sends nothing for so long waits for what never comes.
+_HALF_DUPLEX_PAUSE_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -42,13 +46,15 @@ class Refusal:
 
     Args:
         status: name of the gRPC status.
-        reason: what stands in the trailing metadata; None: nothing.
+        reason: its name in the trailing metadata; None: none there.
         message: for people.
+        action: the word in the trailing metadata; None: none there.
     """
 
     status: str
     reason: str | None = None
     message: str = "as the script wants it"
+    action: str | None = None
 
 
 @dataclass
@@ -67,9 +73,14 @@ class GotPush:
     indexes: list[int] = field(default_factory=list)
     half_closed: bool = False
 
+    @property
+    def follows(self) -> bool:
+        """Whether its fragments came without waiting for the admission: all of them, however often it is made."""
+        return self.header.fragments_follow or self.header.half_duplex
+
 
 READ = None
-"""In the script of a push: read until the client half-closes."""
+"""In the script of a push: read until the client half-closes. To a half-duplex client nothing is sent before that."""
 _PullScript = Sequence[pb.PullResponse | Refusal]
 _PushScript = Sequence["pb.PushAndAverageResponse | Refusal | None"]
 
@@ -78,7 +89,8 @@ class ScriptedServer(ParameterServerServicer):
     """Answers every pull and every push with the next script of `pulls` and `pushes`; a call more waits for another.
 
     Of the script of a pull, notices go only to a client that accepts them, and a client that goes on with a pull gets
-    no fragment a second time.
+    no fragment a second time. Of the script of a push, a half-duplex client gets messages only after its half-close,
+    but a refusal at once. Unless the client accepts combined messages, each thing in a message comes in one of its own.
 
     Attributes:
         address: HOST:PORT.
@@ -152,12 +164,10 @@ class ScriptedServer(ParameterServerServicer):
             for step in self.pushes.get(timeout=_WAIT_S):
                 if isinstance(step, Refusal):
                     _refuse(context, step)
-                elif step is READ:
-                    for message in request_iterator:
-                        _note(got, message)
-                    got.half_closed = True
-                else:
-                    yield step
+                if not got.half_closed and (step is READ or got.header.half_duplex):
+                    _read(got, request_iterator, context)
+                if step is not READ:
+                    yield from [step] if got.header.accepts_combined else _one_by_one(step)
         finally:
             self._got.put(got)
 
@@ -218,8 +228,40 @@ def _note(got: GotPush, message: pb.PushAndAverageRequest) -> None:
         got.data += message.fragment.data
 
 
+def _read(got: GotPush, messages: Iterator[pb.PushAndAverageRequest], context: Any) -> None:
+    """Notes what comes until the half-close. A half-duplex client that sends nothing for long is refused."""
+    came: queue.SimpleQueue[pb.PushAndAverageRequest | None] = queue.SimpleQueue()
+
+    def read() -> None:
+        with suppress(Exception):  # the call has ended
+            for message in messages:
+                came.put(message)
+        came.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    try:
+        while (message := came.get(timeout=_HALF_DUPLEX_PAUSE_S if got.header.half_duplex else None)) is not None:
+            _note(got, message)
+    except queue.Empty:
+        pause = f"nothing came for {_HALF_DUPLEX_PAUSE_S:g} s of a half-duplex client that has not half-closed"
+        _refuse(context, Refusal("FAILED_PRECONDITION", None, pause, Action.STOP.value))
+    got.half_closed = context.is_active()
+
+
+def _one_by_one(message: pb.PushAndAverageResponse) -> Iterator[pb.PushAndAverageResponse]:
+    """What a message has, each in a message of its own."""
+    names = [field.name for field, _ in message.ListFields()]
+    if len(names) < 2:
+        yield message
+        return
+    for name in sorted(names, key=["admission", "fragment", "shared", "waiting", "outcome"].index):
+        one = pb.PushAndAverageResponse()
+        getattr(one, name).CopyFrom(getattr(message, name))
+        yield one
+
+
 def _refuse(context: Any, refusal: Refusal) -> NoReturn:
-    if refusal.reason is not None:
-        context.set_trailing_metadata(((REASON_METADATA_KEY, refusal.reason),))
+    told = (REASON_METADATA_KEY, refusal.reason), (ACTION_METADATA_KEY, refusal.action)
+    context.set_trailing_metadata(tuple((key, value) for key, value in told if value is not None))
     context.abort(getattr(grpc.StatusCode, refusal.status), refusal.message)
     raise AssertionError("abort raises")

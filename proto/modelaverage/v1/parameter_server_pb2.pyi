@@ -183,30 +183,6 @@ class Fragment(_message.Message):
     data: bytes
     def __init__(self, index: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
 
-class SharedMemory(_message.Message):
-    __slots__ = ("path", "nonce")
-    PATH_FIELD_NUMBER: _ClassVar[int]
-    NONCE_FIELD_NUMBER: _ClassVar[int]
-    path: str
-    nonce: bytes
-    def __init__(self, path: _Optional[str] = ..., nonce: _Optional[bytes] = ...) -> None: ...
-
-class DataConnection(_message.Message):
-    __slots__ = ("port", "key")
-    PORT_FIELD_NUMBER: _ClassVar[int]
-    KEY_FIELD_NUMBER: _ClassVar[int]
-    port: int
-    key: bytes
-    def __init__(self, port: _Optional[int] = ..., key: _Optional[bytes] = ...) -> None: ...
-
-class SharedFragments(_message.Message):
-    __slots__ = ("first", "count")
-    FIRST_FIELD_NUMBER: _ClassVar[int]
-    COUNT_FIELD_NUMBER: _ClassVar[int]
-    first: int
-    count: int
-    def __init__(self, first: _Optional[int] = ..., count: _Optional[int] = ...) -> None: ...
-
 class InitializeRequest(_message.Message):
     __slots__ = ("header", "fragment")
     HEADER_FIELD_NUMBER: _ClassVar[int]
@@ -343,14 +319,6 @@ class PushHeader(_message.Message):
     codec: str
     def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[bytes] = ..., push_id: _Optional[int] = ..., is_chief: bool = ..., base_step: _Optional[int] = ..., local_step: _Optional[int] = ..., weight: _Optional[float] = ..., manifest_id: _Optional[str] = ..., untouched_variables: _Optional[_Iterable[int]] = ..., accepts_shared_memory: bool = ..., fragments_follow: bool = ..., accepts_runs: bool = ..., loss: _Optional[float] = ..., accepts_data_connection: bool = ..., uses_data_connection: bool = ..., interval_steps: _Optional[int] = ..., purpose: _Optional[_Union[Purpose, str]] = ..., half_duplex: bool = ..., accepts_combined: bool = ..., accepts_transports: _Optional[_Iterable[str]] = ..., uses_transport: _Optional[str] = ..., codec: _Optional[str] = ...) -> None: ...
 
-class TransportOffer(_message.Message):
-    __slots__ = ("transport", "details")
-    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
-    DETAILS_FIELD_NUMBER: _ClassVar[int]
-    transport: str
-    details: bytes
-    def __init__(self, transport: _Optional[str] = ..., details: _Optional[bytes] = ...) -> None: ...
-
 class PushAndAverageResponse(_message.Message):
     __slots__ = ("admission", "fragment", "outcome", "shared", "waiting")
     ADMISSION_FIELD_NUMBER: _ClassVar[int]
@@ -364,6 +332,20 @@ class PushAndAverageResponse(_message.Message):
     shared: SharedFragments
     waiting: WaitingNotice
     def __init__(self, admission: _Optional[_Union[PushAdmission, _Mapping]] = ..., fragment: _Optional[_Union[Fragment, _Mapping]] = ..., outcome: _Optional[_Union[PushOutcome, _Mapping]] = ..., shared: _Optional[_Union[SharedFragments, _Mapping]] = ..., waiting: _Optional[_Union[WaitingNotice, _Mapping]] = ...) -> None: ...
+
+class PushAdmission(_message.Message):
+    __slots__ = ("first_needed_fragment", "contribution", "average", "data_connection", "offers")
+    FIRST_NEEDED_FRAGMENT_FIELD_NUMBER: _ClassVar[int]
+    CONTRIBUTION_FIELD_NUMBER: _ClassVar[int]
+    AVERAGE_FIELD_NUMBER: _ClassVar[int]
+    DATA_CONNECTION_FIELD_NUMBER: _ClassVar[int]
+    OFFERS_FIELD_NUMBER: _ClassVar[int]
+    first_needed_fragment: int
+    contribution: SharedMemory
+    average: SharedMemory
+    data_connection: DataConnection
+    offers: _containers.RepeatedCompositeFieldContainer[TransportOffer]
+    def __init__(self, first_needed_fragment: _Optional[int] = ..., contribution: _Optional[_Union[SharedMemory, _Mapping]] = ..., average: _Optional[_Union[SharedMemory, _Mapping]] = ..., data_connection: _Optional[_Union[DataConnection, _Mapping]] = ..., offers: _Optional[_Iterable[_Union[TransportOffer, _Mapping]]] = ...) -> None: ...
 
 class WaitingNotice(_message.Message):
     __slots__ = ("waiting_for", "waiting_for_unknown", "round_age_s", "waiting_for_omitted", "missing", "finished", "finished_omitted", "workers_training")
@@ -392,20 +374,6 @@ class MissingWorker(_message.Message):
     has_left: bool
     last_seen_age_s: float
     def __init__(self, has_left: bool = ..., last_seen_age_s: _Optional[float] = ...) -> None: ...
-
-class PushAdmission(_message.Message):
-    __slots__ = ("first_needed_fragment", "contribution", "average", "data_connection", "offers")
-    FIRST_NEEDED_FRAGMENT_FIELD_NUMBER: _ClassVar[int]
-    CONTRIBUTION_FIELD_NUMBER: _ClassVar[int]
-    AVERAGE_FIELD_NUMBER: _ClassVar[int]
-    DATA_CONNECTION_FIELD_NUMBER: _ClassVar[int]
-    OFFERS_FIELD_NUMBER: _ClassVar[int]
-    first_needed_fragment: int
-    contribution: SharedMemory
-    average: SharedMemory
-    data_connection: DataConnection
-    offers: _containers.RepeatedCompositeFieldContainer[TransportOffer]
-    def __init__(self, first_needed_fragment: _Optional[int] = ..., contribution: _Optional[_Union[SharedMemory, _Mapping]] = ..., average: _Optional[_Union[SharedMemory, _Mapping]] = ..., data_connection: _Optional[_Union[DataConnection, _Mapping]] = ..., offers: _Optional[_Iterable[_Union[TransportOffer, _Mapping]]] = ...) -> None: ...
 
 class PushOutcome(_message.Message):
     __slots__ = ("outcome", "global_step", "contributors", "waited_s", "untouched_variables", "nonfinite_values")
@@ -460,40 +428,6 @@ class JoinResponse(_message.Message):
 class GetStatusRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
-
-class WorkerStatus(_message.Message):
-    __slots__ = ("worker_id", "is_chief", "local_step", "fragments_given", "waiting", "last_seen_age_s", "nonfinite_values", "pushes_counted", "lateness_s", "loss", "transport", "peer", "has_finished", "has_left", "interval_steps")
-    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
-    IS_CHIEF_FIELD_NUMBER: _ClassVar[int]
-    LOCAL_STEP_FIELD_NUMBER: _ClassVar[int]
-    FRAGMENTS_GIVEN_FIELD_NUMBER: _ClassVar[int]
-    WAITING_FIELD_NUMBER: _ClassVar[int]
-    LAST_SEEN_AGE_S_FIELD_NUMBER: _ClassVar[int]
-    NONFINITE_VALUES_FIELD_NUMBER: _ClassVar[int]
-    PUSHES_COUNTED_FIELD_NUMBER: _ClassVar[int]
-    LATENESS_S_FIELD_NUMBER: _ClassVar[int]
-    LOSS_FIELD_NUMBER: _ClassVar[int]
-    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
-    PEER_FIELD_NUMBER: _ClassVar[int]
-    HAS_FINISHED_FIELD_NUMBER: _ClassVar[int]
-    HAS_LEFT_FIELD_NUMBER: _ClassVar[int]
-    INTERVAL_STEPS_FIELD_NUMBER: _ClassVar[int]
-    worker_id: str
-    is_chief: bool
-    local_step: int
-    fragments_given: int
-    waiting: bool
-    last_seen_age_s: float
-    nonfinite_values: int
-    pushes_counted: int
-    lateness_s: float
-    loss: float
-    transport: Transport
-    peer: str
-    has_finished: bool
-    has_left: bool
-    interval_steps: int
-    def __init__(self, worker_id: _Optional[str] = ..., is_chief: bool = ..., local_step: _Optional[int] = ..., fragments_given: _Optional[int] = ..., waiting: bool = ..., last_seen_age_s: _Optional[float] = ..., nonfinite_values: _Optional[int] = ..., pushes_counted: _Optional[int] = ..., lateness_s: _Optional[float] = ..., loss: _Optional[float] = ..., transport: _Optional[_Union[Transport, str]] = ..., peer: _Optional[str] = ..., has_finished: bool = ..., has_left: bool = ..., interval_steps: _Optional[int] = ...) -> None: ...
 
 class GetStatusResponse(_message.Message):
     __slots__ = ("phase", "global_step", "num_workers", "waiting_for", "waiting_for_unknown", "round_age_s", "workers", "model_size_bytes", "manifest_id", "received_bytes", "sent_bytes", "uptime_s", "last_round_s", "rounds_restarted", "stale_pushes", "shared_bytes", "min_workers", "rounds_without_all", "checkpoint_step", "checkpoint_problem", "shard", "rounds_committed", "rounds_per_minute", "pushes_retried", "connected_workers", "checkpoint_age_s", "workers_omitted", "waiting_for_omitted", "checkpoint_writing_s", "workers_finished", "job_over")
@@ -560,3 +494,69 @@ class GetStatusResponse(_message.Message):
     workers_finished: int
     job_over: bool
     def __init__(self, phase: _Optional[_Union[Phase, str]] = ..., global_step: _Optional[int] = ..., num_workers: _Optional[int] = ..., waiting_for: _Optional[_Iterable[str]] = ..., waiting_for_unknown: _Optional[int] = ..., round_age_s: _Optional[float] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., model_size_bytes: _Optional[int] = ..., manifest_id: _Optional[str] = ..., received_bytes: _Optional[int] = ..., sent_bytes: _Optional[int] = ..., uptime_s: _Optional[float] = ..., last_round_s: _Optional[float] = ..., rounds_restarted: _Optional[int] = ..., stale_pushes: _Optional[int] = ..., shared_bytes: _Optional[int] = ..., min_workers: _Optional[int] = ..., rounds_without_all: _Optional[int] = ..., checkpoint_step: _Optional[int] = ..., checkpoint_problem: _Optional[str] = ..., shard: _Optional[_Union[Shard, _Mapping]] = ..., rounds_committed: _Optional[int] = ..., rounds_per_minute: _Optional[float] = ..., pushes_retried: _Optional[int] = ..., connected_workers: _Optional[int] = ..., checkpoint_age_s: _Optional[float] = ..., workers_omitted: _Optional[int] = ..., waiting_for_omitted: _Optional[int] = ..., checkpoint_writing_s: _Optional[float] = ..., workers_finished: _Optional[int] = ..., job_over: bool = ...) -> None: ...
+
+class WorkerStatus(_message.Message):
+    __slots__ = ("worker_id", "is_chief", "local_step", "fragments_given", "waiting", "last_seen_age_s", "nonfinite_values", "pushes_counted", "lateness_s", "loss", "transport", "peer", "has_finished", "has_left", "interval_steps")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    IS_CHIEF_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_STEP_FIELD_NUMBER: _ClassVar[int]
+    FRAGMENTS_GIVEN_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    LAST_SEEN_AGE_S_FIELD_NUMBER: _ClassVar[int]
+    NONFINITE_VALUES_FIELD_NUMBER: _ClassVar[int]
+    PUSHES_COUNTED_FIELD_NUMBER: _ClassVar[int]
+    LATENESS_S_FIELD_NUMBER: _ClassVar[int]
+    LOSS_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    HAS_FINISHED_FIELD_NUMBER: _ClassVar[int]
+    HAS_LEFT_FIELD_NUMBER: _ClassVar[int]
+    INTERVAL_STEPS_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    is_chief: bool
+    local_step: int
+    fragments_given: int
+    waiting: bool
+    last_seen_age_s: float
+    nonfinite_values: int
+    pushes_counted: int
+    lateness_s: float
+    loss: float
+    transport: Transport
+    peer: str
+    has_finished: bool
+    has_left: bool
+    interval_steps: int
+    def __init__(self, worker_id: _Optional[str] = ..., is_chief: bool = ..., local_step: _Optional[int] = ..., fragments_given: _Optional[int] = ..., waiting: bool = ..., last_seen_age_s: _Optional[float] = ..., nonfinite_values: _Optional[int] = ..., pushes_counted: _Optional[int] = ..., lateness_s: _Optional[float] = ..., loss: _Optional[float] = ..., transport: _Optional[_Union[Transport, str]] = ..., peer: _Optional[str] = ..., has_finished: bool = ..., has_left: bool = ..., interval_steps: _Optional[int] = ...) -> None: ...
+
+class SharedMemory(_message.Message):
+    __slots__ = ("path", "nonce")
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    path: str
+    nonce: bytes
+    def __init__(self, path: _Optional[str] = ..., nonce: _Optional[bytes] = ...) -> None: ...
+
+class SharedFragments(_message.Message):
+    __slots__ = ("first", "count")
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    first: int
+    count: int
+    def __init__(self, first: _Optional[int] = ..., count: _Optional[int] = ...) -> None: ...
+
+class DataConnection(_message.Message):
+    __slots__ = ("port", "key")
+    PORT_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    port: int
+    key: bytes
+    def __init__(self, port: _Optional[int] = ..., key: _Optional[bytes] = ...) -> None: ...
+
+class TransportOffer(_message.Message):
+    __slots__ = ("transport", "details")
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    DETAILS_FIELD_NUMBER: _ClassVar[int]
+    transport: str
+    details: bytes
+    def __init__(self, transport: _Optional[str] = ..., details: _Optional[bytes] = ...) -> None: ...

@@ -67,8 +67,7 @@ async function average(worker: Worker, model: Model, localStep: bigint): Promise
     return (await worker.push([bytesOf(model.weights), bytesOf(model.bias)], localStep)).center;
   } catch (error) {
     // The server came back with an older center, or with a new one: go on from what it has.
-    const isElsewhere = error instanceof Failure && ['BASE_STEP_AHEAD', 'MANIFEST_UNKNOWN'].includes(error.code);
-    if (!isElsewhere) throw error;
+    if (!(error instanceof Failure) || error.action !== 'pull') throw error;
     return worker.pull(true);
   }
 }

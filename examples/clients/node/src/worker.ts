@@ -89,13 +89,7 @@ export class Worker {
     const header = { workerId: this.workerId, manifest, globalStep: String(globalStep) };
     const response = await persist(() =>
       answerOf<InitializeResponse__Output>((callback) => {
-        const answered = new AbortController(); // maybe before all is sent: the center was set already, or is refused
-        const call = this.stub.initialize((error, value) => {
-          answered.abort();
-          callback(error, value);
-        });
-        call.write({ header });
-        void sendFragments(call, layout.fragments(flat), answered.signal);
+        void writeAll(this.stub.initialize(callback), { header }, layout.fragments(flat));
       }),
     );
     if (response.initialized) {
@@ -106,13 +100,12 @@ export class Worker {
 
   /** The center, to train from it; with `wait`, waits until the chief has set it. */
   async pull(wait: boolean): Promise<Center> {
-    return persist(async (answered) => {
+    return persist(async () => {
       const call = this.stub.pull({ workerId: this.workerId, waitInitialized: wait, willTrain: true });
       let base: Base | undefined;
       let assembly: Assembly | undefined;
       for await (const { header, fragment } of messagesOf<PullResponse__Output>(call)) {
         if (header?.manifest && !base) {
-          answered();
           const { manifest, manifestId, globalStep } = header;
           base = { manifest, layout: Layout.of(manifest), manifestId, globalStep: BigInt(globalStep) };
           assembly = base.layout.assemble();
@@ -142,40 +135,25 @@ export class Worker {
       baseStep: String(base.globalStep),
       localStep: String(localStep),
       manifestId: base.manifestId,
+      halfDuplex: true,
     };
     // However often it takes: the same header and the same bytes, so the server counts them once.
-    const { outcome, flat } = await persist((answered) => this.pushOnce(header, base.layout, local, answered));
+    const { outcome, flat } = await persist(() => this.pushOnce(header, base.layout, local));
     this.base = { ...base, globalStep: BigInt(outcome.globalStep) };
     const contributors = outcome.contributors;
     return { outcome: OUTCOMES[outcome.outcome]!, contributors, center: centerOf(this.base, flat) };
   }
 
-  private async pushOnce(header: PushHeader, layout: Layout, local: Buffer, answered: () => void) {
+  /** Half-duplex: writes all, half-closes, and reads all. A refusal may end it before. */
+  private async pushOnce(header: PushHeader, layout: Layout, local: Buffer) {
     const call = this.stub.pushAndAverage();
-    const ended = new AbortController();
     const assembly = layout.assemble();
-    let isAdmitted = false;
     let outcome: PushOutcome__Output | null = null;
-    call.write({ header });
-    try {
-      for await (const message of messagesOf<PushAndAverageResponse__Output>(call)) {
-        if (outcome) throw new Refusal('a message came after the outcome');
-        if (message.admission) {
-          if (isAdmitted) throw new Refusal('a second admission came');
-          isAdmitted = true;
-          answered();
-          // Not awaited: the average comes down while later fragments still go up.
-          void sendFragments(call, layout.fragments(local, message.admission.firstNeededFragment), ended.signal);
-        }
-        if (message.shared) throw new Refusal('shared memory came, which was not asked for');
-        if (message.fragment) {
-          if (!isAdmitted) throw new Refusal('a fragment came before the admission');
-          assembly.add(message.fragment.index, message.fragment.data);
-        }
-        outcome = message.outcome;
-      }
-    } finally {
-      ended.abort();
+    void writeAll(call, { header }, layout.fragments(local)); // nothing comes before it has half-closed
+    for await (const message of messagesOf<PushAndAverageResponse__Output>(call)) {
+      if (outcome) throw new Refusal('a message came after the outcome');
+      if (message.fragment) assembly.add(message.fragment.index, message.fragment.data);
+      outcome = message.outcome;
     }
     if (!outcome) throw new Refusal('the stream ended without an outcome');
     if (!OUTCOMES[outcome.outcome]) throw new Refusal(`the outcome ${outcome.outcome} is unknown`);
@@ -214,12 +192,15 @@ function centerOf({ manifest, layout, globalStep }: Base, flat: Buffer): Center 
   return { variables: manifest.variables, globalStep, values: layout.unpack(flat) };
 }
 
-/** Sends fragments no faster than the other side takes them, then half-closes. Stops when the call has ended. */
-async function sendFragments(call: Writable, fragments: Iterable<Fragment>, ended: AbortSignal): Promise<void> {
-  call.on('error', ignore); // who reads the answers has the reason
+/** Writes the opening and then fragments, no faster than the other side takes them, then half-closes. It stops when the
+ *  call ends: the code that reads the answer learns why. */
+async function writeAll(call: Writable, opening: object, fragments: Iterable<Fragment>): Promise<void> {
+  let isOver = false;
+  const over = once(call, 'status').catch(ignore).then(() => (isOver = true));
+  call.write(opening);
   for (const fragment of fragments) {
-    if (ended.aborted) return;
-    if (!call.write({ fragment })) await once(call, 'drain', { signal: ended }).catch(ignore);
+    if (isOver) return;
+    if (!call.write({ fragment })) await Promise.race([once(call, 'drain').catch(ignore), over]);
   }
   call.end();
 }

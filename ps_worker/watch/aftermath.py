@@ -1,4 +1,4 @@
-"""What `ma-launch` says of its workers' ends: who is missed by the others, and at the end what has happened."""
+"""What `ma-launch` says when workers end: that others wait for one of them, and at the end how the run went."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["missed", "what_happened"]
 
 
 def missed(statuses: Sequence[pb.GetStatusResponse], workers: Sequence[WorkerState]) -> Mapping[str, str]:
-    """Workers that have ended while others wait for them, by name, and what to say of each.
+    """Workers that have ended while others wait for them: by name, what to say about each.
 
     Args:
         statuses: of the servers.
@@ -55,7 +55,7 @@ def what_happened(
     """One line for the end of a run.
 
     Args:
-        statuses: of the servers, as far as they answer.
+        statuses: of the servers that answer.
         workers: all of them.
         elapsed_s: since the run's start.
         center_at: directories in which the servers keep the center; none: nowhere.
@@ -83,7 +83,7 @@ def _rounds(statuses: Sequence[pb.GetStatusResponse]) -> str:
 
 
 def _end(worker: WorkerState, has_finished: bool) -> tuple[str, str]:
-    """How it ended, in words for one and for several."""
+    """How a worker ended, in words: for one worker, and for several."""
     if worker.exit_code is None:
         return "was at work", "were at work"
     if worker.exit_code == 0:

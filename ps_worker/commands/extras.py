@@ -1,4 +1,4 @@
-"""Packages that only the built-in workload needs; without them there is one line, not a traceback."""
+"""Packages that only an extra installs: if one is missing, the command says so in one line instead of a traceback."""
 
 from __future__ import annotations
 

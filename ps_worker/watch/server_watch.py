@@ -1,18 +1,15 @@
-"""Asks parameter servers what they are doing, without holding up the event loop."""
+"""Asks parameter servers for their status without blocking the event loop."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 from ma_client import ParameterServerSession
 from modelaverage.errors import ModelAverageError
-from modelaverage.missing import Missing
 from modelaverage.v1 import parameter_server_pb2 as pb
-from ps_worker.events.parse import ServerEvent
 
 __all__ = ["ServerWatch"]
 
@@ -20,47 +17,32 @@ _TIMEOUT_S = 1.0
 
 
 class ServerWatch:
-    """Connections to parameter servers, used from one thread of their own."""
+    """Connections to parameter servers, used by a thread that only this object has."""
 
     def __init__(self) -> None:
         self._sessions: dict[str, ParameterServerSession] = {}
         self._thread = ThreadPoolExecutor(max_workers=1)
 
     async def status(self, address: str) -> pb.GetStatusResponse:
-        """What the server at ``address`` says. Raises ModelAverageError if it does not say so within a second."""
+        """The status of the server at ``address``. Raises ModelAverageError if it does not answer within a second."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._status, address)
 
     async def statuses(self, addresses: Iterable[str]) -> list[pb.GetStatusResponse]:
-        """What servers say, without those that say nothing."""
+        """The statuses of the servers that answer."""
         found = []
         for address in addresses:
             with contextlib.suppress(ModelAverageError):
                 found.append(await self.status(address))
         return found
 
-    async def sample(self, server: str, address: str) -> ServerEvent:
-        """What the server at ``address`` is doing. Raises as `status`."""
-        status = await self.status(address)
-        missing = Missing.told(status)
-        return ServerEvent(
-            server=server,
-            unix_time_s=time.time(),
-            phase=pb.Phase.Name(status.phase).removeprefix("PHASE_").lower(),
-            global_step=status.global_step,
-            received_bytes=status.received_bytes,
-            sent_bytes=status.sent_bytes,
-            waiting_for=missing.names,
-            waiting_for_omitted=missing.omitted,
-        )
-
     def close(self) -> None:
-        """Ends the connections, after the question that is being asked if there is one."""
+        """Closes the connections, once a call that is under way has ended."""
         self._thread.submit(self._close)
         self._thread.shutdown(wait=False)
 
     def _status(self, address: str) -> pb.GetStatusResponse:
         if address not in self._sessions:
-            # A server that is away ends the run in another way: nothing is to be said here, and tried again later.
+            # No retries and no messages: the caller asks again, and if the server has ended, its exit ends the run.
             self._sessions[address] = ParameterServerSession(
                 [address], worker_id="ma-launch", connect_timeout_s=_TIMEOUT_S, reconnect_timeout_s=0
             )

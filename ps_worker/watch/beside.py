@@ -1,4 +1,4 @@
-"""Endless work beside something that has an end."""
+"""Runs endless work while something else runs to its end."""
 
 from __future__ import annotations
 

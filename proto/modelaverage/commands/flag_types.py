@@ -1,40 +1,19 @@
-"""Types of flags that more than one command has."""
+"""Types of the commands' flags. Each takes the text of one flag, and raises argparse.ArgumentTypeError."""
 
 from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal, TypeVar
 
 from modelaverage.addresses import split
-from modelaverage.commands.serve_flags import count, seconds
 
-__all__ = [
-    "Parser",
-    "count",
-    "fraction",
-    "help_format",
-    "positive",
-    "ps_hosts",
-    "script",
-    "seconds",
-    "task_index",
-    "whole",
-]
+__all__ = ["count", "existing_file", "fraction", "or_auto", "positive", "ps_hosts", "seconds", "whole"]
 
-
-class Parser(argparse.ArgumentParser):
-    """Answers a mistake with one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Ends the process with exit code 2."""
-        self.exit(2, f"{self.prog}: {message} (see `{self.prog} --help`)\n")
-
-
-def help_format(prog: str) -> argparse.HelpFormatter:
-    """Leaves examples as they are written."""
-    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=28)
+_MAX_SECONDS = 1e9
+_T = TypeVar("_T")
 
 
 def whole(text: str) -> int:
@@ -42,14 +21,17 @@ def whole(text: str) -> int:
     return _whole_from(0, text)
 
 
-def task_index(text: str) -> int | Literal["auto"]:
-    """A whole number from 0 on, or "auto"."""
-    if text == "auto":
-        return "auto"
-    try:
-        return whole(text)
-    except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(f"{error}, and not 'auto'") from None
+def count(text: str) -> int:
+    """A whole number from 1 on."""
+    return _whole_from(1, text)
+
+
+def seconds(text: str) -> float:
+    """A positive number of seconds, below a billion."""
+    value = _number(text)
+    if not 0 < value < _MAX_SECONDS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of seconds")
+    return value
 
 
 def positive(text: str) -> float:
@@ -68,6 +50,20 @@ def fraction(text: str) -> float:
     return value
 
 
+def or_auto(kind: Callable[[str], _T]) -> Callable[[str], _T | Literal["auto"]]:
+    """The type ``kind``, or the word "auto"."""
+
+    def read(text: str) -> _T | Literal["auto"]:
+        if text == "auto":
+            return "auto"
+        try:
+            return kind(text)
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentTypeError(f"{error}, and not 'auto'") from None
+
+    return read
+
+
 def ps_hosts(text: str) -> tuple[str, ...]:
     """Addresses HOST:PORT, separated by commas."""
     try:
@@ -76,8 +72,8 @@ def ps_hosts(text: str) -> tuple[str, ...]:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def script(text: str) -> Path:
-    """A Python file that exists."""
+def existing_file(text: str) -> Path:
+    """A file that exists."""
     path = Path(text)
     if not path.is_file():
         raise argparse.ArgumentTypeError(f"there is no file {text!r}")
@@ -85,10 +81,7 @@ def script(text: str) -> Path:
 
 
 def _whole_from(least: int, text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = least - 1
+    value = int(text) if text.isascii() and text.isdigit() else -1
     if value < least:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} on")
     return value

@@ -12,7 +12,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
-    """Those that end a program here. A SIGHUP that is ignored (nohup) stays ignored."""
+    """The signals that end this program. A SIGHUP that is ignored (nohup) stays ignored."""
     is_immune = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return tuple(number for number in STOP_SIGNALS if not (is_immune and number is signal.SIGHUP))
 
@@ -23,7 +23,8 @@ def exit_code_for(number: int) -> int:
 
 
 def end_at_once_on_signals() -> None:
-    """While there is nothing to clean up: no traceback, even from the middle of an import."""
+    """Lets stop signals end the process without a traceback, even in the middle of an import. For use while there is
+    nothing to clean up."""
 
     def end(number: int, _: FrameType | None) -> None:
         os._exit(exit_code_for(number))
@@ -33,12 +34,12 @@ def end_at_once_on_signals() -> None:
 
 
 def end_cleanly_on_signals() -> None:
-    """SIGTERM and SIGHUP unwind this process: the session says goodbye. A container's first process would ignore the
-    first one otherwise."""
+    """SIGTERM and SIGHUP raise SystemExit, so that the session says goodbye. Without a handler, the first process of a
+    container would ignore SIGTERM."""
     numbers = [number for number in stop_signals() if number != signal.SIGINT]
 
     def end(number: int, _: FrameType | None) -> None:
-        for ignored in numbers:  # a second one must not break off the goodbye
+        for ignored in numbers:  # a second signal must not interrupt the goodbye
             signal.signal(ignored, signal.SIG_IGN)
         raise SystemExit(exit_code_for(number))
 

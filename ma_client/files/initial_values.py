@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from modelaverage.errors import InvalidRequestError
+from modelaverage.logs import event
 from modelaverage.manifest import DTYPES, dtype_name
-from modelaverage.runtime.logs import event
 
 __all__ = ["InitialValuesFile", "read_initial_values"]
 
@@ -143,7 +143,7 @@ def _opened(path: Path) -> Iterator[InitialValuesFile]:
 
 def _torch_file(path: Path) -> InitialValuesFile:
     try:
-        from ma_client.tensors.torch_file import TorchFile  # not above: torch is an extra, and takes seconds to import
+        from ma_client.files.torch_file import TorchFile  # not above: torch is an extra, and takes seconds to import
     except ModuleNotFoundError as error:
         raise _cannot(
             path, f"torch.save wrote it, and torch is needed to read it ({error}); install it, or save safetensors"

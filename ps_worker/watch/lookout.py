@@ -1,13 +1,13 @@
-"""Looks, while a job runs, whether some worker has ended for whom others wait, and says so."""
+"""Notices, while a job runs, when a worker ends that others wait for, and says so."""
 
 from __future__ import annotations
 
 import asyncio
 
-from ps_worker.aftermath import missed
 from ps_worker.engines.engine import Cluster
 from ps_worker.engines.processes import LineHandler
-from ps_worker.events.server_watch import ServerWatch
+from ps_worker.watch.aftermath import missed
+from ps_worker.watch.server_watch import ServerWatch
 
 __all__ = ["keep_looking"]
 
@@ -15,9 +15,9 @@ _INTERVAL_S = 1.0
 
 
 async def keep_looking(cluster: Cluster, watch: ServerWatch, say: LineHandler) -> None:
-    """Says it once of each such worker. Never ends.
+    """Says so once for each such worker. Never returns.
 
-    Asks the servers only while some workers have ended and some run.
+    The servers are asked only while some workers have ended and some are running.
     """
     before, said = set[str](), set[str]()
     while True:
@@ -26,7 +26,7 @@ async def keep_looking(cluster: Cluster, watch: ServerWatch, say: LineHandler) -
         if len({worker.exit_code is None for worker in workers}) < 2:
             continue
         found = missed(await watch.statuses(cluster.addresses), workers)
-        # Twice in a row: a round with a quorum may be about to go on without it.
+        # Only if it is missed twice in a row: a round with a quorum may be about to go on without it.
         for name in sorted((found.keys() & before) - said):
             said.add(name)
             say(f"ma-launch: {found[name]}")

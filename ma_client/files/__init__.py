@@ -1,0 +1,1 @@
+"""Initial values of the center from a file."""

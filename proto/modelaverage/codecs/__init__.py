@@ -1,0 +1,28 @@
+"""Codecs by name: how the elements of a fragment are written on the wire.
+
+To add one, write it in a file of its own (see `base.Codec`) and add a line to `CODECS`.
+"""
+
+from __future__ import annotations
+
+from modelaverage.codecs.base import Codec
+from modelaverage.codecs.raw import RAW
+from modelaverage.errors import Reason, refusal
+from modelaverage.names import listed
+
+__all__ = ["CODECS", "Codec", "RAW", "codec_named"]
+
+CODECS: dict[str, Codec] = {
+    RAW.name: RAW,
+}
+"""Every codec that this version knows."""
+
+
+def codec_named(name: str) -> Codec:
+    """The codec that a push header names; the empty name is `raw`. Raises InvalidRequestError (CODEC_UNKNOWN)."""
+    codec = CODECS.get(name or RAW.name)
+    if codec is None:
+        raise refusal(
+            Reason.CODEC_UNKNOWN, f"codec {name[:40]!r} is not known here, only {listed(list(CODECS))}; push raw"
+        )
+    return codec

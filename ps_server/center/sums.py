@@ -1,0 +1,168 @@
+"""The sums of a round: contributions are added as they come, or when all have come, and divided at the end.
+
+Sums of float32 and float64 variables are made in the buffer of the next center, so they take no memory; those of 16-bit
+variables are float32, beside it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from modelaverage.codecs import RAW, Codec
+from modelaverage.manifest import DTYPES, Manifest
+from ps_server.center.buffers import Buffer
+
+__all__ = ["Contribution", "Sums"]
+
+_Array = NDArray[np.generic]
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """A worker's bytes for one fragment.
+
+    Args:
+        worker_id: whose.
+        weight: to multiply the values by.
+        data: the coded fragment; of the right size, at any address.
+        codec: how it is coded.
+    """
+
+    worker_id: str
+    weight: float
+    data: memoryview
+    codec: Codec = RAW
+
+
+class Sums:
+    """The sums of one round, by fragment.
+
+    Args:
+        manifest: of the center.
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        # Contributions in shared memory to fragments whose sum has not begun.
+        self._deferred: dict[int, list[Contribution]] = {}
+        # Sums of 16-bit variables; None where the next buffer itself is precise enough.
+        self._wide: list[list[NDArray[np.float32] | None]] = [
+            [
+                np.zeros(piece.count, np.float32)
+                if DTYPES[manifest.variables[piece.variable].dtype].itemsize == 2
+                else None
+                for piece in pieces
+            ]
+            for pieces in manifest.pieces
+        ]
+
+    @staticmethod
+    def memory_bytes(manifest: Manifest) -> int:
+        """What sums take besides the next buffer."""
+        return sum(2 * v.size_bytes for v in manifest.variables if DTYPES[v.dtype].itemsize == 2)
+
+    def accumulate(self, into: Buffer, index: int, contribution: Contribution, first: bool) -> Counter[str]:
+        """Adds weight * values to the sum of fragment ``index``. The ``first`` contribution starts the sum: what was
+        added before, or waits to be added, is void.
+
+        Args:
+            into: the buffer of the next center.
+            index: which fragment.
+            contribution: what to add.
+            first: whether it starts the sum.
+
+        Returns:
+            By worker id, how many of the values that were added now were not finite. They are added as they are.
+        """
+        # Once bytes come that do not stay where they are, those that wait are added, too.
+        waiting = self._deferred.pop(index, [])
+        if first:
+            waiting = []
+        nonfinite = Counter[str]()
+        for position, each in enumerate([*waiting, contribution]):
+            starts = position == 0 if waiting else first
+            nonfinite[each.worker_id] += self._add(into, index, each, starts)
+        return nonfinite
+
+    def defer(self, into: Buffer, index: int, contribution: Contribution, first: bool) -> Counter[str]:
+        """As `accumulate`, for bytes that stay where they are until the round is over: while all contributions to a
+        fragment are such, they wait for `average`."""
+        if first:
+            self._deferred[index] = [contribution]
+        elif index in self._deferred:
+            self._deferred[index].append(contribution)
+        else:
+            return self.accumulate(into, index, contribution, first)
+        return Counter()
+
+    def clear(self) -> None:
+        """Contributions that wait are void; the next one to a fragment has to be its first."""
+        self._deferred.clear()
+
+    def of(self, into: Buffer, index: int) -> list[_Array]:
+        """The sum of each piece of fragment ``index``, or what `average` has made of it: float64, or float32 for all
+        other dtypes."""
+        return [part if wide is None else wide for part, wide in zip(into.parts[index], self._wide[index], strict=True)]
+
+    def average(self, into: Buffer, index: int, total_weight: float, but: Collection[int]) -> Counter[str]:
+        """Divides the sum of fragment ``index`` by ``total_weight``, but for these variables. Equal values of two or
+        four workers stay as they are; of other numbers they may move by a last bit (with a reciprocal, by more). Where
+        all contributions wait in shared memory they are summed now, in the order of worker ids.
+
+        Returns:
+            By worker id, how many of the values that are summed only now were not finite.
+        """
+        deferred = sorted(self._deferred.pop(index, []), key=lambda contribution: contribution.worker_id)
+        by_contribution = [self._values(index, contribution) for contribution in deferred]
+        weights = [contribution.weight for contribution in deferred]
+        nonfinite = Counter[str]()
+        for number, (piece, total) in enumerate(zip(self._manifest.pieces[index], self.of(into, index), strict=True)):
+            if piece.variable in but:
+                continue
+            values = [pieces[number] for pieces in by_contribution]
+            _sum(total, values, weights)
+            if total_weight != 1.0:
+                np.divide(total, total.dtype.type(total_weight), out=total)
+            if deferred and not np.isfinite(total).all():
+                nonfinite.update({c.worker_id: _count_nonfinite(v) for c, v in zip(deferred, values, strict=True)})
+        return nonfinite
+
+    def _add(self, into: Buffer, index: int, contribution: Contribution, first: bool) -> int:
+        nonfinite = 0
+        with np.errstate(all="ignore"):
+            for total, values in zip(self.of(into, index), self._values(index, contribution), strict=True):
+                _add_weighted(total, values, contribution.weight, first)
+                if not np.isfinite(values).all():
+                    nonfinite += _count_nonfinite(values)
+        return nonfinite
+
+    def _values(self, index: int, contribution: Contribution) -> Sequence[_Array]:
+        return contribution.codec.decode(self._manifest, index, contribution.data)
+
+
+def _sum(total: _Array, values: list[_Array], weights: list[float]) -> None:
+    """Starts a sum with all its summands, one pass fewer than one after the other; without any, leaves it alone."""
+    if len(values) > 1 and weights[0] == weights[1] == 1.0:
+        np.add(values[0], values[1], out=total, dtype=total.dtype)  # or 16 bits would be added in 16 bits
+        begun = 2
+    else:
+        begun = 0
+    for position in range(begun, len(values)):
+        _add_weighted(total, values[position], weights[position], first=position == 0)
+
+
+def _add_weighted(total: _Array, values: _Array, weight: float, first: bool) -> None:
+    weighted = values if weight == 1.0 else np.multiply(values, total.dtype.type(weight), dtype=total.dtype)
+    if first:
+        total[...] = weighted
+    else:
+        np.add(total, weighted, out=total)
+
+
+def _count_nonfinite(values: _Array) -> int:
+    return values.size - int(np.count_nonzero(np.isfinite(values)))

@@ -1,0 +1,248 @@
+"""How a server gets its center: from the chief, or from a checkpoint."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from modelaverage import wire
+from modelaverage.checks import check_global_step, check_worker_id
+from modelaverage.codecs import RAW
+from modelaverage.errors import Reason, refusal
+from modelaverage.logs import event
+from modelaverage.manifest import MAX_VARIABLES, Manifest, first_difference
+from modelaverage.v1 import parameter_server_pb2 as pb
+from ps_server.center.center import Center
+from ps_server.center.outer import AVERAGE, OuterOptimizer
+from ps_server.checkpoints.reading import Checkpoint
+from ps_server.flow.call import Call
+from ps_server.flow.job import Job, Surroundings
+from ps_server.flow.pulls import WaitForChief
+from ps_server.machine.helper_thread import HelperThread, no_collections
+from ps_server.machine.reserve import Reserve
+from ps_server.rules.fragments import check_fragment_order
+from ps_server.rules.policy import KeepingPolicy, RoundPolicy
+from ps_server.rules.round import Round
+
+__all__ = ["Initialization"]
+
+_log = logging.getLogger("ps_server")
+# A model with more variables, fragments or bytes is handled beside the event loop: on it, every other call would wait.
+_MANY_VARIABLES = 1000
+_MANY_FRAGMENTS = 8192
+_MANY_BYTES = 64 << 20
+_T = TypeVar("_T")
+
+
+class Initialization:
+    """Makes the job, once. Used on one running event loop.
+
+    Args:
+        policy: for whom a round waits.
+        max_model_bytes: a center that needs more than twice as much memory is refused.
+        shared_memory_from_bytes: centers of this size on lie in shared memory.
+        around: what the job finds.
+        waiting: those who wait for a center.
+        reserve: descriptors for the center's memory.
+        helper: for large models.
+
+    Attributes:
+        job: None until there is a center.
+        chiefs: calls that are sending one.
+    """
+
+    def __init__(
+        self,
+        policy: RoundPolicy,
+        max_model_bytes: int,
+        shared_memory_from_bytes: float,
+        around: Surroundings,
+        waiting: WaitForChief,
+        reserve: Reserve,
+        helper: HelperThread,
+    ) -> None:
+        self.job: Job | None = None
+        self.chiefs: set[Call] = set()
+        self._policy = policy
+        self._max_model_bytes = max_model_bytes
+        self._shared_memory_from_bytes = shared_memory_from_bytes
+        self._around = around
+        self._waiting = waiting
+        self._reserve = reserve
+        self._helper = helper
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Goes on from a checkpoint."""
+        manifest = checkpoint.manifest
+        center = self._empty_center(manifest, checkpoint.outer)
+        center.load_arrays(checkpoint.arrays, checkpoint.state)
+        round_ = Round(
+            self._policy,
+            manifest.fragment_count,
+            checkpoint.global_step,
+            checkpoint.contributors,
+            dict(checkpoint.counted or {}),
+            frozenset(checkpoint.finished),
+            self._keeping,
+        )
+        self._begin(center, wire.PullHeader(manifest), round_)
+
+    async def receive(self, call: Call) -> pb.InitializeResponse:
+        """Serves a call of the chief: takes the center that it sends, or says that there is one.
+
+        Raises:
+            ModelAverageError: what it sends is refused; there is no center then, or the one that there was.
+        """
+        header = await call.read_header(pb.InitializeRequest)
+        call.worker_id = header.worker_id
+        check_worker_id(header.worker_id)
+        check_global_step(header.global_step)
+        many = _MANY_VARIABLES < len(header.manifest.variables) <= MAX_VARIABLES
+        manifest, pull_header = await self._beside_the_loop(call, many, lambda: _read_manifest(header.manifest))
+        is_first = False
+        if self.job is None:
+            self.chiefs.add(call)
+            try:
+                values = await self._receive_values(call, manifest)
+            finally:
+                self.chiefs.discard(call)
+            center = await self._beside_the_loop(call, _is_large(manifest), lambda: self._new_center(manifest, values))
+            del values
+            if self.job is None and center is not None:  # another chief may have been faster
+                round_ = Round(self._policy, manifest.fragment_count, header.global_step, keeping=self._keeping)
+                self._begin(center, pull_header, round_)
+                is_first = True
+                _log_initialized(header, manifest, call.peer)
+        job = self.job
+        assert job is not None
+        if not is_first:
+            await self._check_same(call, manifest, job.manifest, many)
+        record = self._around.roster.heard_of(header.worker_id, self._around.clock())
+        record.is_chief = record.may_push = True
+        if is_first:
+            await job.keep()
+        return pb.InitializeResponse(
+            initialized=is_first,
+            global_step=job.round.global_step,
+            manifest_id=job.manifest.id,
+            num_workers=self._policy.num_workers,
+            shard=wire.shard_to_message(job.manifest.shard),
+        )
+
+    @property
+    def _keeping(self) -> KeepingPolicy | None:
+        """Which rounds are written before they are answered."""
+        keeper = self._around.keeper
+        return None if keeper is None else KeepingPolicy(keeper.every_rounds, keeper.timeout_s)
+
+    def _begin(self, center: Center, pull_header: wire.PullHeader, round_: Round) -> None:
+        self.job = Job(center, pull_header, round_, self._around)
+        self._waiting.end()
+
+    async def _check_same(self, call: Call, manifest: Manifest, in_force: Manifest, many: bool) -> None:
+        compare = partial(first_difference, manifest.variables, in_force.variables, "in the call", "on the server")
+        difference = await self._beside_the_loop(call, many, compare)
+        if difference is not None:
+            raise refusal(
+                Reason.MANIFEST_MISMATCH,
+                f"the center was initialized with another manifest: {difference}; give all workers the same model",
+            )
+
+    async def _beside_the_loop(self, call: Call, is_long: bool, work: Callable[[], _T]) -> _T:
+        """What ``work`` returns. If it takes long, all else goes on meanwhile, and the client is not to blame."""
+        if not is_long:
+            return work()
+        call.expecting = False
+        result = await self._helper.run(work)
+        call.expecting = True
+        return result
+
+    async def _receive_values(self, call: Call, manifest: Manifest) -> NDArray[np.uint8]:
+        """The flat buffer that the chief sends. A header alone costs nothing: memory is used as bytes come."""
+        memory_bytes = Center.memory_bytes(manifest)
+        if memory_bytes > 2 * self._max_model_bytes:
+            raise refusal(
+                Reason.MANIFEST_INVALID,
+                f"a model of {manifest.size_bytes} bytes needs {memory_bytes} bytes of memory, over twice the server's "
+                f"--max-model-bytes {self._max_model_bytes}",
+            )
+        values = np.zeros(manifest.buffer_size_bytes, np.uint8)
+        for expected in range(manifest.fragment_count):
+            fragment = await call.read_content()
+            if not isinstance(fragment, tuple):
+                raise refusal(
+                    Reason.FRAGMENT_MISSING,
+                    f"the stream ended after {expected} of {manifest.fragment_count} fragments; initialize again",
+                )
+            index, data = fragment
+            call.count(received_bytes=len(data))
+            check_fragment_order(index, expected, manifest.fragment_count)
+            RAW.check_size(manifest, index, data)
+            RAW.decode_run(manifest, values, index, data)
+        if await call.read() is not None:
+            raise refusal(
+                Reason.FRAGMENT_EXTRA, f"a message came after the last of {manifest.fragment_count} fragments"
+            )
+        return values
+
+    def _new_center(self, manifest: Manifest, values: NDArray[np.uint8]) -> Center | None:
+        """A center with these values, a flat buffer; None if there is a job already."""
+        if self.job is not None:
+            return None
+        with no_collections() if _is_large(manifest) else nullcontext():
+            center = self._empty_center(manifest)
+            for index in range(manifest.fragment_count):
+                start, end = manifest.fragment_bounds(index)
+                center.load(index, values[start:end].data)
+        return center
+
+    def _empty_center(self, manifest: Manifest, outer: OuterOptimizer = AVERAGE) -> Center:
+        if manifest.buffer_size_bytes >= self._shared_memory_from_bytes:
+            try:
+                return Center(manifest, True, self._reserve, outer)
+            except OSError as error:
+                _log.warning(
+                    "no shared memory for the center: %s; all bytes go inline",
+                    error,
+                    extra=event("no_shared_memory", worker=None),
+                )
+        return Center(manifest, outer=outer)
+
+
+def _log_initialized(header: pb.InitializeHeader, manifest: Manifest, peer: str) -> None:
+    _log.debug(
+        "center initialized by %r: %s%d variables, %d bytes, global_step %d",
+        header.worker_id,
+        "" if manifest.shard is None else f"{manifest.shard}, ",
+        len(manifest.variables),
+        manifest.size_bytes,
+        header.global_step,
+        extra=event(
+            "center_initialized",
+            worker=header.worker_id,
+            peer=peer,
+            round=header.global_step,
+            variables=len(manifest.variables),
+            size_bytes=manifest.size_bytes,
+        ),
+    )
+
+
+def _read_manifest(message: pb.Manifest) -> tuple[Manifest, wire.PullHeader]:
+    """Raises InvalidRequestError (MANIFEST_INVALID), also if no pull could be answered with it."""
+    manifest = wire.manifest_from_message(message)
+    return manifest, wire.PullHeader(manifest)
+
+
+def _is_large(manifest: Manifest) -> bool:
+    return (
+        len(manifest.variables) > _MANY_VARIABLES
+        or manifest.fragment_count > _MANY_FRAGMENTS
+        or manifest.buffer_size_bytes > _MANY_BYTES
+    )

@@ -1,0 +1,122 @@
+"""One push that is being answered."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from modelaverage.codecs import Codec
+from modelaverage.errors import Reason, refusal
+from modelaverage.manifest import Manifest
+from modelaverage.purpose import Purpose
+from modelaverage.v1 import parameter_server_pb2 as pb
+from ps_server.center.buffers import Reader
+from ps_server.flow.average import Average
+from ps_server.flow.call import Call
+from ps_server.rules.decisions import Push
+from ps_server.seen.observations import Sending
+from ps_server.transports.base import Lane
+
+__all__ = ["Manner", "OpenPush", "push_of"]
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How a client wants its push to be handled.
+
+    Args:
+        follows: its fragments come without waiting for the admission.
+        takes_runs: several fragments of the average may go in one message.
+        takes_combined: admission, fragments and outcome may share a message.
+        is_half_duplex: it reads nothing before it has half-closed.
+    """
+
+    follows: bool
+    takes_runs: bool
+    takes_combined: bool
+    is_half_duplex: bool
+
+    @classmethod
+    def of(cls, header: pb.PushHeader) -> Manner:
+        """What a header says."""
+        beside = header.uses_data_connection or bool(header.uses_transport)
+        return cls(
+            header.fragments_follow or header.half_duplex or beside,
+            header.accepts_runs,
+            header.accepts_combined,
+            header.half_duplex,
+        )
+
+
+@dataclass(eq=False)
+class OpenPush:
+    """One push that is being answered.
+
+    Attributes:
+        lane: where its fragments come, and the average goes.
+        codec: how they are coded.
+        average: what it waits for.
+        reader: reads the average.
+        outcome: set when its round has committed, and that may be known.
+        sending: the answers of that round.
+        is_held: whether it waits for the end of a round that it is not in.
+        notice: to be sent.
+        progress: set when there is something to send.
+    """
+
+    call: Call
+    worker_id: str
+    incarnation: bytes
+    manner: Manner
+    lane: Lane
+    codec: Codec
+    average: Average
+    reader: Reader
+    outcome: pb.PushOutcome | None = None
+    sending: Sending | None = None
+    is_held: bool = False
+    notice: pb.WaitingNotice | None = None
+    progress: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+def _purpose_of(header: pb.PushHeader) -> Purpose:
+    try:
+        return Purpose(header.purpose or pb.PURPOSE_CONTRIBUTE)
+    except ValueError:
+        known = ", ".join(f"{purpose.value} ({purpose.name})" for purpose in Purpose)
+        raise refusal(
+            Reason.MESSAGE_MALFORMED,
+            f"{header.worker_id[:128]!r} pushes with purpose {header.purpose}; the server knows {known}",
+        ) from None
+
+
+def push_of(header: pb.PushHeader, manifest: Manifest) -> Push:
+    """What a header says, checked against the manifest in force.
+
+    Raises:
+        InvalidRequestError: UNTOUCHED_INVALID, or as `Push`.
+        ConflictError: MANIFEST_UNKNOWN.
+    """
+    # One more than there can be is enough to see that they are too many: there may be millions.
+    untouched = tuple(header.untouched_variables[: len(manifest.variables) + 1])
+    push = Push(
+        header.worker_id,
+        header.incarnation,
+        header.push_id,
+        header.base_step,
+        header.weight if header.HasField("weight") else 1.0,
+        frozenset(untouched),
+        _purpose_of(header),
+    )
+    if header.manifest_id != manifest.id:
+        raise refusal(
+            Reason.MANIFEST_UNKNOWN,
+            f"{push.worker_id!r} pushes manifest {header.manifest_id[:40]!r}, but {manifest.id!r} is in force; "
+            "pull, and compare the variables",
+        )
+    if list(untouched) != sorted(push.untouched) or any(number >= len(manifest.variables) for number in untouched):
+        raise refusal(
+            Reason.UNTOUCHED_INVALID,
+            f"untouched variables are not ascending indexes below {len(manifest.variables)}: {untouched[:10]}",
+        )
+    return push

@@ -1,0 +1,129 @@
+"""Serves a push, from its header to its outcome: the one loop, whatever the transport."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from modelaverage.codecs import codec_named
+from modelaverage.outcome import Outcome
+from modelaverage.v1 import parameter_server_pb2 as pb
+from ps_server.center.buffers import Reader
+from ps_server.flow.answer import send_average, send_center
+from ps_server.flow.average import Coded
+from ps_server.flow.call import Call
+from ps_server.flow.job import Job
+from ps_server.flow.open_push import Manner, OpenPush, push_of
+from ps_server.machine.reserve import Reserve
+from ps_server.rules.decisions import Admit, CenterFollows, Hold
+from ps_server.transports.base import Lane, Opening, Transport
+
+__all__ = ["serve_push"]
+
+
+async def serve_push(
+    job: Job, call: Call, header: pb.PushHeader, transports: Sequence[Transport], reserve: Reserve
+) -> None:
+    """Answers a push.
+
+    Args:
+        job: whose round it is for.
+        call: has read the header and nothing else.
+        header: of the push.
+        transports: are asked in this order whether the push is theirs.
+        reserve: without descriptors nothing is offered.
+
+    Raises:
+        ModelAverageError: the push is refused, or ended.
+    """
+    wanted = push_of(header, job.manifest)
+    codec = codec_named(header.codec)
+    opening = Opening(header, call, job.manifest, codec)
+    lane = _lane(opening, transports)
+    push = OpenPush(
+        call,
+        wanted.worker_id,
+        wanted.incarnation,
+        Manner.of(header),
+        lane,
+        codec,
+        job.average,
+        Reader(job.clock(), call.fail),
+    )
+    try:
+        with job.attending(push):
+            match job.open(push, wanted, header):
+                case CenterFollows(outcome):
+                    await _pass_over_fragments(push)
+                    await _send_center(job, push, outcome)
+                case Hold():
+                    await _pass_over_fragments(push)
+                    await job.released(push)
+                    await _send_center(job, push, Outcome.STALE)
+                case Admit(first_needed):
+                    admission = pb.PushAdmission(first_needed_fragment=first_needed)
+                    if push.manner.is_half_duplex:
+                        await _exchange_in_turn(job, push, admission)
+                        return
+                    if not reserve.is_short:
+                        lane.admitted(admission, Coded(push.average, codec))
+                        for transport in transports:
+                            transport.offer(opening, admission)
+                    await _exchange(job, push, admission)
+    finally:
+        lane.close()
+
+
+def _lane(opening: Opening, transports: Sequence[Transport]) -> Lane:
+    for transport in transports:
+        lane = transport.open(opening)
+        if lane is not None:
+            return lane
+    raise AssertionError("messages take every push")
+
+
+async def _exchange(job: Job, push: OpenPush, admission: pb.PushAdmission) -> None:
+    """Fragments come up while the average goes down."""
+    first_needed = admission.first_needed_fragment
+    push.call.expecting = first_needed < job.manifest.fragment_count
+    receiving = _receive(job, push, first_needed if push.manner.follows else 0)
+    with job.center.reading(push.average.buffer, push.reader):
+        await push.call.run(send_average(push, admission, job.manifest, job.observations), beside=receiving)
+
+
+async def _exchange_in_turn(job: Job, push: OpenPush, admission: pb.PushAdmission) -> None:
+    """All fragments come up, then the average goes down.
+
+    Until then no center is kept for the push, so a client that writes slowly is no slow reader. If its round is over
+    by then and another one, too, the present center takes the place of the average."""
+    push.call.expecting = True
+    await _receive(job, push, admission.first_needed_fragment)
+    push.reader.since_s = job.clock()
+    if push.outcome is not None and push.outcome.global_step != job.round.global_step:
+        await _send_center(job, push, Outcome.ALREADY_COUNTED)
+        return
+    with job.center.reading(push.average.buffer, push.reader):
+        await send_average(push, admission, job.manifest, job.observations)
+
+
+async def _receive(job: Job, push: OpenPush, unneeded: int) -> None:
+    """Adds fragments to the average until the client has sent all; ignores those below ``unneeded``."""
+    while (run := await push.lane.receive()) is not None:
+        push.call.count(received_bytes=len(run.data), is_shared=run.stays)
+        job.take(push, run, unneeded)
+    push.call.expecting = False
+    job.round.check_complete(push.call.number)
+
+
+async def _pass_over_fragments(push: OpenPush) -> None:
+    """The push is not in the round. A half-duplex client is to read nothing before it has half-closed."""
+    if push.manner.is_half_duplex:
+        push.call.expecting = True
+        while (run := await push.lane.receive()) is not None:
+            push.call.count(received_bytes=len(run.data), is_shared=run.stays)
+    push.call.expecting = False
+
+
+async def _send_center(job: Job, push: OpenPush, outcome: Outcome) -> None:
+    """Answers a push that is not in the round: the present center, whole, and why."""
+    with job.reading_center(push, outcome) as (buffer, step, contributors):
+        await send_center(push, buffer, outcome, step, contributors, job.manifest.fragment_count)

@@ -1,0 +1,188 @@
+"""What a server knows at one moment, as GetStatus tells it; the metrics and the commands read the same message.
+
+Values are handed over, so nothing here knows who has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from modelaverage import wire
+from modelaverage.manifest import Manifest
+from modelaverage.missing import Missing
+from modelaverage.v1 import parameter_server_pb2 as pb
+from ps_server.seen.observations import Observations
+from ps_server.seen.roster import Roster
+from ps_server.seen.traffic import Traffic
+
+__all__ = ["CheckpointSeen", "JobSeen", "ServerSeen", "status_of"]
+
+# The most workers in a status; with the longest names they take a fifth of a message.
+_MAX_WORKERS_SHOWN = 2000
+
+
+@dataclass(frozen=True)
+class JobSeen:
+    """The round in progress and the rounds before it.
+
+    Args:
+        manifest: in force.
+        global_step: rounds completed.
+        last_round_s: how long the last committed round took.
+        rounds_restarted: since the server started, as the next two.
+        rounds_without_all: rounds that committed without a worker that they had waited for.
+        stale_pushes: pushes that were answered STALE.
+        workers_finished: how many workers have finished.
+        is_over: whether all have.
+        connected_workers: how many workers have a push open.
+        round_age_s: since the first push of the round in progress.
+        missing: whom that round waits for; None: none is under way.
+        complete: workers whose push in that round is whole.
+        given: how many fragments a worker has given to it.
+    """
+
+    manifest: Manifest
+    global_step: int
+    last_round_s: float
+    rounds_restarted: int
+    rounds_without_all: int
+    stale_pushes: int
+    workers_finished: int
+    is_over: bool
+    connected_workers: int
+    round_age_s: float
+    missing: Missing | None
+    complete: frozenset[str]
+    given: Callable[[str], int]
+
+
+@dataclass(frozen=True)
+class CheckpointSeen:
+    """The newest checkpoint, and the one that is being written.
+
+    Args:
+        problem: why there is none, or none newer; empty if all is well.
+        step: of the newest; None: none was written.
+        written_at_s: when that was, on the server's clock.
+        writing_since_s: since when one is being written; None: none is.
+    """
+
+    problem: str = ""
+    step: int | None = None
+    written_at_s: float | None = None
+    writing_since_s: float | None = None
+
+
+@dataclass(frozen=True)
+class ServerSeen:
+    """What a server knows besides its job.
+
+    Args:
+        num_workers: how many workers there are to be.
+        min_workers: how many a round needs at least.
+        started_at_s: on the server's clock.
+        is_stopping: whether it was told to stop.
+    """
+
+    num_workers: int
+    min_workers: int
+    started_at_s: float
+    is_stopping: bool = False
+
+
+def status_of(
+    server: ServerSeen,
+    job: JobSeen | None,
+    checkpoint: CheckpointSeen | None,
+    roster: Roster,
+    observations: Observations,
+    traffic: Traffic,
+    now_s: float,
+) -> pb.GetStatusResponse:
+    """The status.
+
+    Args:
+        server: what it is.
+        job: None before there is a center.
+        checkpoint: None where none are written.
+        roster: of workers.
+        observations: of rounds.
+        traffic: bytes of fragments.
+        now_s: the time, on the server's clock.
+    """
+    status = pb.GetStatusResponse(
+        phase=pb.PHASE_UNINITIALIZED,
+        num_workers=server.num_workers,
+        min_workers=server.min_workers,
+        received_bytes=traffic.received_bytes,
+        sent_bytes=traffic.sent_bytes,
+        shared_bytes=traffic.shared_bytes,
+        uptime_s=now_s - server.started_at_s,
+        rounds_committed=observations.rounds_committed,
+        rounds_per_minute=observations.rounds_per_minute(now_s),
+        pushes_retried=observations.pushes_retried,
+    )
+    if job is not None:
+        _add_job(status, job)
+    if checkpoint is not None:
+        _add_checkpoint(status, checkpoint, now_s)
+    if server.is_stopping:
+        status.phase = pb.PHASE_STOPPING
+    _add_workers(status, job, roster, now_s)
+    return status
+
+
+def _add_job(status: pb.GetStatusResponse, job: JobSeen) -> None:
+    status.global_step = job.global_step
+    status.model_size_bytes = job.manifest.size_bytes
+    status.manifest_id = job.manifest.id
+    shard = wire.shard_to_message(job.manifest.shard)
+    if shard is not None:
+        status.shard.CopyFrom(shard)
+    status.last_round_s = job.last_round_s
+    status.rounds_restarted = job.rounds_restarted
+    status.rounds_without_all = job.rounds_without_all
+    status.stale_pushes = job.stale_pushes
+    status.workers_finished = job.workers_finished
+    status.job_over = job.is_over
+    status.connected_workers = job.connected_workers
+    status.round_age_s = job.round_age_s
+    status.phase = pb.PHASE_IDLE if job.missing is None else pb.PHASE_AVERAGING
+    if job.missing is not None:
+        status.waiting_for.extend(job.missing.names)
+        status.waiting_for_omitted = job.missing.omitted
+        status.waiting_for_unknown = job.missing.unknown
+
+
+def _add_checkpoint(status: pb.GetStatusResponse, checkpoint: CheckpointSeen, now_s: float) -> None:
+    status.checkpoint_problem = checkpoint.problem
+    if checkpoint.step is not None:
+        status.checkpoint_step = checkpoint.step
+    if checkpoint.written_at_s is not None:
+        status.checkpoint_age_s = now_s - checkpoint.written_at_s
+    if checkpoint.writing_since_s is not None:
+        status.checkpoint_writing_s = now_s - checkpoint.writing_since_s
+
+
+def _add_workers(status: pb.GetStatusResponse, job: JobSeen | None, roster: Roster, now_s: float) -> None:
+    foremost = roster.foremost(_MAX_WORKERS_SHOWN)
+    status.workers_omitted = len(roster.records) - len(foremost)
+    for worker_id, record in foremost:
+        status.workers.add(
+            worker_id=worker_id,
+            is_chief=record.is_chief,
+            local_step=record.local_step,
+            fragments_given=0 if job is None else job.given(worker_id),
+            waiting=job is not None and worker_id in job.complete,
+            last_seen_age_s=now_s - record.last_seen_at_s,
+            nonfinite_values=record.nonfinite_values,
+            pushes_counted=record.pushes_counted,
+            lateness_s=record.lateness_s,
+            loss=record.loss,
+            transport=record.transport,
+            peer=record.peer,
+            has_finished=record.has_finished,
+            has_left=record.has_left,
+            interval_steps=record.interval_steps,
+        )

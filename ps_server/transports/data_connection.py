@@ -1,0 +1,154 @@
+"""One data connection: a socket beside gRPC for the bytes of a worker's pushes. I/O only; no rules of the round."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from modelaverage.errors import ModelAverageError, Reason, refusal
+from modelaverage.logs import event
+from modelaverage.runtime.data_sockets import Pace, use_short_queues, want
+
+__all__ = ["DataConnection", "lost"]
+
+_log = logging.getLogger("ps_server")
+
+
+class DataConnection:
+    """A connection to one worker's process.
+
+    Args:
+        connection: a socket that does not block; this object's from now on.
+        worker_id: of the worker, for the log.
+        notice_s: when nothing moves for so long, it is said; then again after 3 and 7 times as long, and so on.
+    """
+
+    def __init__(self, connection: socket.socket, worker_id: str, notice_s: float) -> None:
+        self._socket = connection
+        self._worker_id, self._notice_s = worker_id, notice_s
+        self._peer = "{}:{}".format(*connection.getpeername()[:2])
+        self._loop = asyncio.get_running_loop()
+        self._room = memoryview(b"")  # what is still to be filled
+        self._filled: asyncio.Future[None] | None = None
+        self._is_watched = False
+        self._pace = Pace(connection)
+        self.heard_at_s = self._loop.time()
+        """When bytes last came, on the loop's clock."""
+        self.taken_at_s = self.heard_at_s
+        """When bytes last went."""
+
+    def begin(self) -> None:
+        """A push begins."""
+        with contextlib.suppress(OSError):  # the next read or write says it
+            use_short_queues(self._socket)
+            self._pace.begin()
+
+    def stalled(self, why: str) -> ModelAverageError:
+        """What ends a push whose bytes stopped moving here: the client is to try another way."""
+        return lost(why)
+
+    async def receive(self, room: memoryview) -> None:
+        """Fills the room. Raises RetryPushError (DATA_CONNECTION_LOST)."""
+        self._room, self._filled = room, self._loop.create_future()
+        try:
+            want(self._socket, len(room))
+            if not self._is_watched:
+                self._loop.add_reader(self._socket, self._read)
+                self._is_watched = True
+            with self._noticing("sends nothing", lambda: self.heard_at_s):
+                await self._filled
+        except OSError as error:
+            raise lost(error) from None
+        finally:
+            self._filled = None
+
+    async def send(self, data: memoryview) -> None:
+        """All of the bytes, once the kernel has them. Raises RetryPushError (DATA_CONNECTION_LOST)."""
+        try:
+            with self._noticing("takes nothing of what is sent", lambda: self.taken_at_s):
+                while data:
+                    size_bytes = await self._sendable()
+                    await self._loop.sock_sendall(self._socket, data[:size_bytes])
+                    self.taken_at_s, data = self._loop.time(), data[size_bytes:]
+        except OSError as error:
+            raise lost(error) from None
+
+    async def _sendable(self) -> int:
+        """Waits until something may go; how many bytes. Raises OSError."""
+        while True:
+            before_bytes = self._pace.waiting_bytes
+            room_bytes = self._pace.room()
+            if self._pace.waiting_bytes < before_bytes:
+                self.taken_at_s = self._loop.time()
+            if room_bytes:
+                return room_bytes
+            await asyncio.sleep(self._pace.pause_s)
+
+    def close(self) -> None:
+        """Ends it."""
+        self._watch_no_longer()
+        self._socket.close()
+
+    @contextmanager
+    def _noticing(self, doing: str, moved_at_s: Callable[[], float]) -> Iterator[None]:
+        """If nothing moves for long, it is said."""
+        began_at_s, notice_s = self._loop.time(), self._notice_s
+        self._pace.moves()
+        timer: asyncio.TimerHandle
+
+        def look() -> None:
+            nonlocal timer, notice_s
+            if self._pace.moves():
+                self.taken_at_s = self._loop.time()
+            if self._is_watched:
+                self._read()  # on a slow link some may have come, and not enough to be woken up for
+            waited_s = self._loop.time() - max(began_at_s, moved_at_s())
+            if waited_s >= notice_s:
+                notice_s = 2 * notice_s + self._notice_s
+                worker, peer = self._worker_id, self._peer
+                what = event("data_connection_waits", worker=worker, peer=peer, waited_s=waited_s)
+                _log.warning("%r %s on its data connection for %.0f s", worker, doing, waited_s, extra=what)
+            timer = self._loop.call_later(notice_s - waited_s, look)
+
+        timer = self._loop.call_later(self._notice_s, look)
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _read(self) -> None:
+        """There is something to read. The socket stays watched from one fragment to the next, which saves calls."""
+        filled = self._filled
+        if filled is None or filled.done():
+            self._watch_no_longer()
+            return
+        try:
+            count = self._socket.recv_into(self._room)
+            if count == 0:
+                raise ConnectionResetError("the worker has closed it")
+            self._room = self._room[count:]
+            if self._room:
+                want(self._socket, len(self._room))
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._watch_no_longer()
+            filled.set_exception(error)
+            return
+        self.heard_at_s = self._loop.time()
+        if not self._room:
+            filled.set_result(None)
+
+    def _watch_no_longer(self) -> None:
+        if self._is_watched:
+            self._loop.remove_reader(self._socket)
+            self._is_watched = False
+
+
+def lost(why: object) -> ModelAverageError:
+    """DATA_CONNECTION_LOST, for this reason."""
+    return refusal(Reason.DATA_CONNECTION_LOST, f"the data connection is lost ({why}); push again without it")

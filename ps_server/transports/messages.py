@@ -1,0 +1,77 @@
+"""Fragments in the call's own messages: the transport that every client has."""
+
+from __future__ import annotations
+
+from modelaverage.errors import Reason, refusal
+from modelaverage.manifest import Manifest
+from modelaverage.v1 import parameter_server_pb2 as pb
+from ps_server.transports.base import Opening, PushCall, Run, Source
+from ps_server.transports.data_connection import lost
+
+__all__ = ["Messages", "MessagesLane"]
+
+
+class MessagesLane:
+    """A push in messages.
+
+    Args:
+        call: of the push.
+        manifest: of the model.
+    """
+
+    is_shared = False
+
+    def __init__(self, call: PushCall, manifest: Manifest) -> None:
+        self._call = call
+        self._longest_run = manifest.longest_run
+        self.kind = pb.TRANSPORT_UNIX if call.peer.startswith("unix") else pb.TRANSPORT_TCP
+
+    def admitted(self, admission: pb.PushAdmission, average: Source) -> None:
+        """There is nothing to add."""
+
+    async def receive(self) -> Run | None:
+        """The fragments of the next message. Raises ProtocolError."""
+        content = await self._call.read_content()
+        if content is None:
+            return None
+        if isinstance(content, tuple):
+            return Run(*content)
+        raise refusal(Reason.MESSAGE_OUT_OF_ORDER, "fragments are named, but no memory was lent to this push")
+
+    def end_of_range(self, first: int, finished: int, runs: bool) -> int:
+        """One fragment, or a run that ends at a multiple of the longest one: workers that keep pace are then sent the
+        same runs."""
+        return min(finished, (first // self._longest_run + 1) * self._longest_run) if runs else first + 1
+
+    async def send(self, average: Source, first: int, end: int) -> bytes:
+        """The fragments go in the next message."""
+        return average.message(first, end)
+
+    def answered(self, is_committed: bool) -> None:
+        """Nothing is kept for the next push."""
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+
+class Messages:
+    """Opens a lane for every push, so it has to be asked last."""
+
+    def open(self, opening: Opening) -> MessagesLane:
+        """A lane. Raises RetryPushError (DATA_CONNECTION_LOST) if the header names another transport."""
+        wanted = opening.header.uses_transport
+        if wanted:
+            raise lost(f"this server has no transport {wanted[:40]!r}")
+        return MessagesLane(opening.call, opening.manifest)
+
+    def offer(self, opening: Opening, admission: pb.PushAdmission) -> None:
+        """Every client has messages."""
+
+    def keep_only(self, worker_ids: frozenset[str]) -> None:
+        """Nothing is kept."""
+
+    def leave(self, worker_id: str, incarnation: bytes) -> None:
+        """Nothing is kept."""
+
+    def close(self) -> None:
+        """There is nothing to close."""
