@@ -9,11 +9,10 @@ __all__ = ["Deadline"]
 
 
 class Deadline:
-    """A time that is set once and left to run over several calls.
+    """A time limit for several calls together, which starts when it is made.
 
     Args:
-        timeout_s: how long everything together may take; None: as long as it takes.
-        clock: seconds, monotonic.
+        timeout_s: how long the calls may take in all; None: no limit.
     """
 
     def __init__(self, timeout_s: float | None, clock: Callable[[], float] = time.monotonic) -> None:
@@ -23,10 +22,10 @@ class Deadline:
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing is left of it."""
+        """Whether the time has passed."""
         return self._end_s is not None and self._clock() >= self._end_s
 
     @property
     def left_s(self) -> float | None:
-        """What is left of it; never zero, so that gRPC reports DEADLINE_EXCEEDED itself."""
+        """The time that is left; None: no limit. Never zero, so that gRPC itself reports DEADLINE_EXCEEDED."""
         return None if self._end_s is None else max(0.001, self._end_s - self._clock())
