@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import signal
 import threading
@@ -14,6 +15,7 @@ from ma_client import DataSettings, ParameterServerSession
 from ma_client.transports.timing import Timing
 from tests.faults import HANG_S, Model, RestartedServer, Training
 from tests.killed_server import BETWEEN_TWO_ANSWERS, MOMENTS
+from tests.long_plays import long_except
 from tests.pairs import FRAGMENT_SIZE_BYTES, MODEL, Pair
 from tests.raw_client import fragments_of
 
@@ -24,8 +26,13 @@ LARGE: Model = {"w": np.zeros(1 << 18, np.float32), "b": np.ones((7, 3), np.floa
 TIMES_A_ROUND = {"in the middle of the fragments": 10, "when a fragment is averaged": 5, BETWEEN_TWO_ANSWERS: 2}
 
 
-@pytest.mark.parametrize("on_data_connections", [False, True])
-@pytest.mark.parametrize("moment", [*MOMENTS, BETWEEN_TWO_ANSWERS])
+@pytest.mark.parametrize(
+    ("moment", "on_data_connections"),
+    long_except(
+        [("before the checkpoint", False), ("in the middle of the fragments", True), (BETWEEN_TWO_ANSWERS, False)],
+        itertools.product([*MOMENTS, BETWEEN_TWO_ANSWERS], [False, True]),
+    ),
+)
 def test_a_server_killed_at_any_moment_of_a_round_costs_a_retry_and_not_a_round(
     moment: str, on_data_connections: bool, tmp_path: Path
 ) -> None:
@@ -64,12 +71,12 @@ def test_after_a_server_was_killed_and_started_again_data_connections_come_back_
         pair.until_connected()
 
 
-@pytest.mark.parametrize("shared_memory", [True, False])
+@pytest.mark.parametrize("shared_memory", long_except([True], [True, False]))
 def test_a_server_killed_again_and_again_loses_no_round(shared_memory: bool, tmp_path: Path) -> None:
     kill_at_random_moments(tmp_path, kills=4, seed=shared_memory, shared_memory=shared_memory)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("seed", range(4))
 def test_a_hundred_kills_of_the_server_lose_no_round(seed: int, tmp_path: Path) -> None:
     kill_at_random_moments(tmp_path, kills=25, seed=seed, shared_memory=seed % 2 == 0)

@@ -28,6 +28,7 @@ from modelaverage.runtime.deadline import Deadline
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.flow import job as server_job
 from ps_server.rules.policy import RoundPolicy
+from tests.long_plays import long_except
 from tests.raw_client import RawClient, fragments_of, push_header
 from tests.shard_faults import FIRST_STEP, HANG_S, FaultyJob, Seat, answer_but_the_silent, soon
 
@@ -165,7 +166,10 @@ def is_reached(job: FaultyJob, state: State) -> bool:
     return True
 
 
-@pytest.mark.parametrize("state", some_states(seed=0, count=12), ids=str)
+STATES = some_states(seed=0, count=12)
+
+
+@pytest.mark.parametrize("state", long_except(STATES[:4], STATES), ids=str)
 def test_a_job_comes_out_of_whatever_state_it_was_left_in(state: State, make_job: MakeJob) -> None:
     policy = RoundPolicy.strict(state.num_workers)
     recover(make_job(len(state.restored), policy, shared=state.shared, copy=False), state)
@@ -261,17 +265,17 @@ def hold(seat: Seat, step: int) -> None:
     seat.goes_to = step
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", long_except([0], range(2)))
 def test_no_round_is_lost_and_none_is_counted_twice(seed: int, tmp_path: Path) -> None:
     perform(Play(seed, faults=6), tmp_path)
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", long_except([1], range(2)))
 def test_servers_that_forget_rounds_come_to_one_step_with_the_others(seed: int, tmp_path: Path) -> None:
     perform(Play(seed, forgets=True, faults=6), tmp_path)
 
 
-@pytest.mark.parametrize("forgets", [False, True])
+@pytest.mark.parametrize("forgets", long_except([False], [False, True]))
 def test_rounds_with_a_quorum_go_on_whatever_ends(forgets: bool, tmp_path: Path) -> None:
     perform(Play(0, forgets, quorum=True, faults=6), tmp_path)
 
