@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ma_client import DataSettings
-from ma_client.transports import data_connection
+from ma_client import DataSettings, ParameterServerSession
+from ma_client.transports.timing import Timing
 from tests.faults import HANG_S, Model, RestartedServer, Training
 from tests.killed_server import BETWEEN_TWO_ANSWERS, MOMENTS
 from tests.long_plays import long_except
@@ -46,18 +46,22 @@ def test_a_server_killed_at_any_moment_of_a_round_costs_a_retry_and_not_a_round(
         assert server.ends == [-signal.SIGKILL], f"the server never came to {moment!r}"
 
 
-@pytest.mark.parametrize("last_word_s", [1.0, 0.0])
+class Impatient(ParameterServerSession):
+    """Hears of the end of a call later than of that of the data connection, as on a machine that is very busy."""
+
+    _timing = Timing(last_word_s=0.0)
+
+
+@pytest.mark.parametrize("session_class", [ParameterServerSession, Impatient])
 def test_after_a_server_was_killed_and_started_again_data_connections_come_back_without_a_pause(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last_word_s: float
+    tmp_path: Path, session_class: type[ParameterServerSession]
 ) -> None:
-    # 0: the end of the call is heard of later than that of the connection, as on a machine that is very busy.
-    monkeypatch.setattr(data_connection, "_LAST_WORD_S", last_word_s)
     settings = DataSettings(least_bytes=0, pause_s=600.0)
     in_the_tenth_round = 10 * 2 * len(fragments_of(MODEL, FRAGMENT_SIZE_BYTES)) - 5
     deaths = (("in the middle of the fragments", in_the_tenth_round),)
     with (
         RestartedServer(tmp_path, "--num-workers", "2", deaths=deaths) as server,
-        Pair(server.address, settings, reconnect_timeout_s=HANG_S) as pair,
+        Pair(server.address, settings, reconnect_timeout_s=HANG_S, session_class=session_class) as pair,
     ):
         pair.until_connected()
         while not server.ends:
