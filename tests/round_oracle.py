@@ -323,7 +323,9 @@ class Records:
             verdicts[stream] = Verdict(outcome, now_s - self.whole_at_s[mine])
         names = tuple(sorted(name for name, push in whole.items() if push.purpose is not Purpose.ABSTAIN))
         round_s = now_s - self.started_at_s
-        return Commit(self.base_step + 1, names, self.untouched(), verdicts, tuple(self.held), round_s)
+        return Commit(
+            self.base_step + 1, names, frozenset(whole), self.untouched(), verdicts, tuple(self.held), round_s
+        )
 
     # What happened.
 

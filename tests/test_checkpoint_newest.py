@@ -130,7 +130,7 @@ def test_a_directory_without_checkpoints_has_none(tmp_path: Path, caplog: pytest
     assert caplog.messages == []
 
 
-def test_where_no_checkpoint_is_usable_a_server_refuses_to_begin_anew(tmp_path: Path) -> None:
+def test_where_no_checkpoint_is_usable_a_server_refuses_to_start_without_them(tmp_path: Path) -> None:
     damaged = durable(tmp_path)
     truncated(damaged)
     with pytest.raises(CheckpointError, match="none of its 1 checkpoints can be used"):
@@ -138,7 +138,7 @@ def test_where_no_checkpoint_is_usable_a_server_refuses_to_begin_anew(tmp_path: 
     with ServerProcess("--checkpoint-dir", str(tmp_path)) as server:
         code, out, err = server.end()
     assert (code, out) == (1, "")
-    assert "move them away to begin anew" in err
+    assert "move them away to start without them" in err
     assert damaged.exists()
 
 

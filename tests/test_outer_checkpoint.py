@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,7 @@ VELOCITY_OF_W = "outer/velocity/w"
         (["sgd", {}], {}, "outer optimizer 'sgd' is not known here, only average, toy"),
         (["toy", {"rate": 1.0}], {}, "outer optimizer toy has no such settings: 'rate=1.0'"),
         (["toy", {"lr": "1"}], {}, "damaged .*setting 'lr' is no number, true or false"),
+        (["toy", {"lr": math.inf}], {}, "damaged .*setting 'lr'|Infinity"),
         (["toy"], {}, "damaged .*outer is no name and settings"),
         (["average", {}], {}, "its list of variables is not that of its tensors"),
         (
@@ -206,7 +208,7 @@ def test_a_server_goes_on_with_the_optimizer_and_the_state_of_its_checkpoint(
         assert came == flat_bytes({name: array.astype(CENTER[name].dtype) for name, array in expected.items()})
 
 
-def test_a_server_refuses_to_begin_anew_where_it_does_not_know_the_outer_optimizer(
+def test_a_server_refuses_to_start_if_it_does_not_know_the_outer_optimizer_of_its_checkpoints(
     start_server: StartServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_fresh(tmp_path, with_state(small()))

@@ -1,1 +1,1 @@
-"""Who is who in a job: specifications, environments, task indexes."""
+"""The cluster: its servers and workers, the sources that describe it, and task indexes."""

@@ -8,23 +8,23 @@ from itertools import product
 
 __all__ = ["nodes"]
 
-# By single characters and whole brackets: longer pieces could be cut in exponentially many ways before they do not fit.
+# Single characters and whole brackets: with longer pieces, the match could backtrack exponentially before it fails.
 _NODE = r"(?:[^\[\],\s]|\[[^\[\]]*\])+"
 _LIST = re.compile(f"{_NODE}(?:,{_NODE})*")
 _PIECE = re.compile(r"\[(?P<ranges>[^\[\]]*)\]|[^\[\]]+")
 _RANGE = re.compile(r"(?P<first>[0-9]{1,9})(?:-(?P<last>[0-9]{1,9}))?")
-# Slurm's own limit; a typing error must not fill the memory.
+# Slurm's own limit; a typing error must not exhaust the memory.
 _MAX_RANGE = 65536
 
 
 def nodes(text: str) -> Iterator[str]:
-    """The names, in their order.
+    """The names, in order.
 
-    A name may have several brackets (all combinations, the last one changes fastest) and go on behind them. The first
-    number of a range says how wide all of its numbers are: [08-10] is 08, 09, 10.
+    A name may have several brackets (all combinations; the last one changes fastest) and text after them. The first
+    number of a range sets the width of its numbers: [08-10] is 08, 09, 10.
 
     Raises:
-        ValueError: it is no such list. Raised by the call, before the first name.
+        ValueError: the list is malformed. Raised by the call, before the first name.
     """
     if _LIST.fullmatch(text) is None:
         raise ValueError("it is not a list of nodes, such as node[01-03,07],gpu5")

@@ -1,4 +1,4 @@
-"""Where a worker learns who is who: from flags, then from what launchers put into the environment."""
+"""Reads the cluster from flags, then from the variables that launchers set."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _POSSIBILITIES = (
     "`ps-worker run --ps-hosts HOST:PORT --num-workers N --task-index I SCRIPT`, torchrun, srun or as a Kubernetes "
     "indexed job, or set TF_CONFIG (docs/cluster.md has an example of each)"
 )
-# The variable that tells it, the flag that does, and what it is.
+# By setting: its variable, its flag, and what it is.
 _FACTS = {
     "ps_hosts": (PS_HOSTS, "--ps-hosts HOST:PORT", "where the parameter servers are"),
     "num_workers": (NUM_WORKERS, "--num-workers N", "how many workers there are"),
@@ -35,7 +35,7 @@ _Environ = Mapping[str, str]
 
 
 def flag_settings(ps_hosts: tuple[str, ...] | None, num_workers: int | None, task_index: TaskIndex | None) -> Told:
-    """What flags tell; None: the flag was not given."""
+    """The settings from flags; None: the flag was not given."""
     return Told(
         None if ps_hosts is None else Setting(ps_hosts, f"--ps-hosts {','.join(ps_hosts)}"),
         None if num_workers is None else Setting(num_workers, f"--num-workers {num_workers}"),
@@ -44,7 +44,7 @@ def flag_settings(ps_hosts: tuple[str, ...] | None, num_workers: int | None, tas
 
 
 def is_fresh(environ: _Environ) -> bool:
-    """Whether MA_FRESH says that there must not be a center yet. Raises ClusterError for anything but 1 and 0."""
+    """Whether MA_FRESH requires that there is no center yet. Raises ClusterError for any value but 1 and 0."""
     text = _value(environ, FRESH)
     if text not in (None, "0", "1"):
         raise ClusterError(f"{FRESH}={text!r} is neither 1 nor 0; set it to 1, or unset it")
@@ -52,18 +52,18 @@ def is_fresh(environ: _Environ) -> bool:
 
 
 def resolve(flags: Told, environ: _Environ) -> tuple[Setting[tuple[str, ...]], Setting[int] | None, Setting[TaskIndex]]:
-    """Where the servers are, how many workers there are, and which of them this is. A server that says which of them
-    this is (AUTO) also says how many there are: then that may be None.
+    """The servers' addresses, the number of workers, and this worker's index. If the server assigns the index (AUTO),
+    it also tells the number of workers, which may be None then.
 
-    The sources are read in their order, each only while something is missing that it can tell. All that are read have
-    to agree. What is not read does not count: it is about a launcher that started the one which has told everything.
+    Sources are read in order, each only while a setting is missing that it can have. All that are read have to agree.
+    Later sources are not read: they belong to a launcher around the one that has set everything.
 
     Args:
-        flags: what explicit flags tell.
+        flags: the settings from explicit flags.
         environ: the environment.
 
     Raises:
-        ClusterError: naming what is missing, malformed, or contradicts what.
+        ClusterError: a setting is missing or malformed, or two sources contradict each other; the message names them.
     """
     told = flags
     for facts, read in _SOURCES:
@@ -76,7 +76,7 @@ def resolve(flags: Told, environ: _Environ) -> tuple[Setting[tuple[str, ...]], S
 
 
 def _from_ma(environ: _Environ) -> Told:
-    """What `ps-worker run` and `ma-launch` set, or a user."""
+    """The variables that `ps-worker run`, `ma-launch` or a user sets."""
     text = _value(environ, PS_HOSTS)
     try:
         hosts = None if text is None else Setting(split(text), f"{PS_HOSTS}={text!r}")
@@ -109,7 +109,7 @@ def _from_kubernetes(environ: _Environ) -> Told:
 
 
 def _from_slurm_nodes(environ: _Environ) -> Told:
-    """The first node of the job: the one on which its batch script runs."""
+    """The first node of the job, on which its batch script runs."""
     text = _value(environ, _SLURM_NODES)
     if text is None:
         return Told()
@@ -131,7 +131,8 @@ _SOURCES: tuple[tuple[frozenset[str], Callable[[_Environ], Told]], ...] = (
 
 
 def _value(environ: _Environ, name: str) -> str | None:
-    """None if it is not set, or empty: a shell has no better way to clear a variable for one command."""
+    """A variable's value; None if it is not set or empty, because a shell can clear a variable for one command only by
+    making it empty."""
     return environ.get(name, "").strip() or None
 
 
@@ -144,7 +145,7 @@ def _what_is_missing(told: Told) -> str:
     variables, flags, meanings = zip(*(row for fact, row in _FACTS.items() if fact in told.missing), strict=True)
     names = ", ".join(variables)
     sources = [setting.source for setting in (told.ps_hosts, told.num_workers, told.task_index) if setting is not None]
-    # Of the MA_ variables only those are named that have to be set.
+    # Names only those MA_ variables that have to be set.
     others = ", ".join(source for source in sources if not source.startswith("MA_"))
     if not others:
         return f"{names} not set; {_POSSIBILITIES}"

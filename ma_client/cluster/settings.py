@@ -1,4 +1,4 @@
-"""One fact about a cluster and where it stands: what flags and variables tell, and whether they agree."""
+"""Settings of a cluster with their sources, and whether several sources agree."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _T = TypeVar("_T")
 _T_co = TypeVar("_T_co", covariant=True)
 
 AUTO: Final = "auto"
-"""In place of a task index: the server hands one out."""
+"""In place of a task index: the server assigns one."""
 TaskIndex = int | Literal["auto"]
 
 
@@ -26,12 +26,12 @@ class ClusterError(ValueError):
 
 @dataclass(frozen=True)
 class Setting(Generic[_T_co]):
-    """One fact.
+    """One setting.
 
     Args:
-        value: what it says.
-        source: where it stands, as its author sees it: ``RANK='1'``.
-        agrees: ``agrees(earlier, value)``: whether it fits what an earlier source said.
+        value: its value.
+        source: where it was read, as its author sees it: ``RANK='1'``.
+        agrees: ``agrees(earlier, value)``: whether it is compatible with an earlier source's value.
     """
 
     value: _T_co
@@ -41,12 +41,12 @@ class Setting(Generic[_T_co]):
 
 @dataclass(frozen=True)
 class Told:
-    """What one source tells, or several together; None: nothing.
+    """The settings of one source, or of several together; None: not set.
 
     Args:
         ps_hosts: addresses of the parameter servers.
         num_workers: how many workers there are.
-        task_index: which of them this process is; AUTO: the server says it.
+        task_index: which of them this process is; AUTO: the server assigns it.
     """
 
     ps_hosts: Setting[tuple[str, ...]] | None = None
@@ -55,14 +55,14 @@ class Told:
 
     @property
     def missing(self) -> frozenset[str]:
-        """Names of what is not told."""
+        """Names of the settings that are not set."""
         return frozenset(field.name for field in fields(self) if getattr(self, field.name) is None)
 
     def and_then(self, later: Told) -> Told:
-        """Both together.
+        """Combines both.
 
         Raises:
-            ClusterError: they contradict each other; names both sources and both values.
+            ClusterError: they contradict each other; the message names both sources and both values.
         """
         return Told(
             _together("ps_hosts", self.ps_hosts, later.ps_hosts),
@@ -72,15 +72,15 @@ class Told:
 
 
 def whole(source: str, text: str, least: int) -> Setting[int]:
-    """A variable that has a whole number.
+    """Reads a variable that holds a whole number.
 
     Args:
         source: the variable's name.
         text: its value.
-        least: the least that is meant.
+        least: the smallest number allowed.
 
     Raises:
-        ClusterError: it has no such number.
+        ClusterError: the value is not such a number.
     """
     if _WHOLE.fullmatch(text) is None or int(text) < least:
         raise ClusterError(f"{source}={text!r} is not a whole number from {least} on")
@@ -88,10 +88,10 @@ def whole(source: str, text: str, least: int) -> Setting[int]:
 
 
 def index_of(value: object) -> int:
-    """The index of a task in JSON: a number or, as a key, a text.
+    """The index of a task in JSON: a number, or a string if it is a key.
 
     Raises:
-        ValueError: it is no whole number from 0 on.
+        ValueError: it is not a whole number from 0 on.
     """
     if _WHOLE.fullmatch(str(value)) is None:
         raise ValueError(f"index {value!r} is not a whole number from 0 on")

@@ -1,4 +1,4 @@
-"""Who is who in a job: which parameter servers, how many workers, which of them this process is."""
+"""The cluster of a job: its parameter servers, the number of workers, and which of them this process is."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _JOIN_TIMEOUT_S = 300.0
 class ClusterSpec:
     """The cluster as one worker sees it.
 
-    `tf.train.ClusterSpec`'s methods are there under their names, for the jobs "ps" and "worker". A worker's address is
-    None: nobody calls a worker, so nobody has to know it.
+    It has the methods of `tf.train.ClusterSpec`, for the jobs "ps" and "worker". A worker's address is None, because
+    no process connects to a worker.
 
     Args:
         ps_hosts: addresses of the parameter servers, HOST:PORT each.
@@ -68,14 +68,14 @@ class ClusterSpec:
         """Whether this worker initializes the center."""
         return self.task_index == 0
 
-    # Where it comes from, and how it is handed on.
+    # Reading it from the environment, and passing it on.
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> ClusterSpec:
         """The cluster that the environment describes: `resolve` without flags.
 
         Raises:
-            ClusterError: naming the variables that are missing, unusable or contradict each other.
+            ClusterError: variables are missing, unusable or contradict each other; the message names them.
         """
         return cls.resolve(environ)
 
@@ -97,24 +97,24 @@ class ClusterSpec:
         They are read in this order: the flags; MA_PS_HOSTS (separated by commas), MA_NUM_WORKERS and MA_TASK_INDEX;
         TF_CONFIG; torchrun's WORLD_SIZE and RANK; Slurm's SLURM_NTASKS and SLURM_PROCID; JOB_COMPLETION_INDEX of a
         Kubernetes indexed job; and for the servers at last the first node of SLURM_JOB_NODELIST, port 2222. Each is
-        read only while something is missing that it can tell, and all that are read have to agree. So whoever tells
-        everything is believed, whatever launcher is around it. docs/cluster.md has examples.
+        read only while a setting is missing that it can have, and all that are read have to agree. So a source that has
+        every setting prevails over the launchers around it. docs/cluster.md has examples.
 
         Args:
             environ: the environment. A variable that is empty counts as not set.
             ps_hosts: as the constructor's; None, here and below: to be found in the environment.
             num_workers: as the constructor's.
-            task_index: as the constructor's; "auto" (MA_TASK_INDEX=auto): the first server hands out the lowest that is
-                free, which this process then has until it ends. The server also says how many workers there are.
-            init_from: as the constructor's; None: MA_INIT_FROM, if it is there.
-            must_be_new: as the constructor's; False: MA_FRESH, if it is there.
-            join_timeout_s: with "auto", how long to wait for the server, and for an index that is free.
+            task_index: as the constructor's; "auto" (MA_TASK_INDEX=auto): the first server assigns the lowest free
+                index, which this process then keeps until it ends. The server also tells the number of workers.
+            init_from: as the constructor's; None: MA_INIT_FROM, if it is set.
+            must_be_new: as the constructor's; False: MA_FRESH, if it is set.
+            join_timeout_s: with "auto", how long to wait for the server and for a free index.
             security: with "auto", as `ParameterServerSession`'s.
 
         Raises:
-            ClusterError: naming the flags and variables that are missing, unusable or contradict each other, or the
-                server that has another number of workers.
-            DeadlineExceededError: there was no task index within ``join_timeout_s``; names what it waited for.
+            ClusterError: flags or variables are missing, unusable or contradict each other, or the server has another
+                number of workers; the message names them.
+            DeadlineExceededError: no task index was assigned within ``join_timeout_s``; the message says why.
             SecurityError: the server and this process do not trust each other, or a file is missing or unusable.
             ServerUnavailableError: no parameter server answers there in time.
         """
@@ -131,7 +131,9 @@ class ClusterSpec:
                     f"{place.num_workers}; leave it out here, or start the server with the same number"
                 )
             return cls(servers.value, place.num_workers, place.task_index, init_from, must_be_new)
-        assert workers is not None  # only a server that says which worker this is may say how many there are
+        assert (
+            workers is not None
+        )  # num_workers may be missing only if the server assigns the index, because it then tells the number
         try:
             return cls(servers.value, workers.value, task.value, init_from, must_be_new)
         except ClusterError as error:
@@ -149,10 +151,11 @@ class ClusterSpec:
         init_from: str | None = None,
         must_be_new: bool = False,
     ) -> dict[str, str]:
-        """The MA_* variables with which another process is what `resolve` describes; "auto" is left to that process.
+        """The MA_* variables that make another process the worker that `resolve` describes; "auto" is passed on as it
+        is.
 
         Args:
-            environ: as `resolve`'s, and so are the others.
+            environ: as for `resolve`; so are the others.
 
         Raises:
             ClusterError: as `resolve`.
@@ -172,10 +175,10 @@ class ClusterSpec:
         return _variables(servers.value, None if workers is None else workers.value, AUTO, init_from, must_be_new)
 
     def to_env(self) -> dict[str, str]:
-        """The MA_* variables that describe it; whatever else is in an environment with them, they win."""
+        """The MA_* variables that describe it; they prevail over all other variables of an environment."""
         return _variables(self.ps_hosts, self.num_workers, self.task_index, self.init_from, self.must_be_new)
 
-    # As tf.train.ClusterSpec has it.
+    # The methods of tf.train.ClusterSpec.
 
     @property
     def jobs(self) -> list[str]:

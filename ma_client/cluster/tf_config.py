@@ -1,4 +1,4 @@
-"""TF_CONFIG, in which TensorFlow's launchers describe a cluster to each of its processes."""
+"""Reads TF_CONFIG, in which TensorFlow's launchers describe a cluster to each of its processes."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ __all__ = ["read"]
 
 _WORKER = "worker"
 _PS = "ps"
-# The worker that initializes, where it is a job of its own; `master` is the older name.
+# Names of a separate job for the worker that initializes; `master` is the older one.
 _CHIEFS = ("chief", "master")
 _DEFAULT_PORT = "2222"
 
 
 @dataclass(frozen=True)
 class _Job:
-    """Addresses by task, in order. An object ("partial") has those that its author knew: there may be more."""
+    """Addresses by task, in order. Those of a JSON object ("partial") may be incomplete."""
 
     tasks: Mapping[int, str]
     partial: bool
@@ -36,15 +36,15 @@ _NOBODY = _Job({}, partial=False)
 
 
 def read(text: str) -> Told:
-    """What it tells; nothing if it has no ``cluster``.
+    """The settings in it; none if it has no ``cluster``.
 
-    As in TensorFlow 1.15, a chief that is a job of its own is worker 0, and the tasks of job ``worker`` follow it.
+    As in TensorFlow 1.15, a chief with a separate job is worker 0, and the tasks of job ``worker`` follow it.
 
     Args:
         text: the variable's value.
 
     Raises:
-        ClusterError: it is malformed, or says that this process is no worker; names what to run instead.
+        ClusterError: it is malformed, or this process is not a worker; the message says what to run instead.
     """
     try:
         return _read(json.loads(text))

@@ -1,4 +1,4 @@
-"""The chief's initial values from a file: a center that was exported, or a whole state dict of some training before."""
+"""The chief's initial values from a file: an exported center, or the state dict of an earlier training."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _NAMED = 4
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 _FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-# What torch's wrappers put before or into names. A file is read under the first of these views that has all variables.
+# Ways to undo what torch's wrappers add to names. The first one under which the file has all variables is used.
 _VIEWS: tuple[Callable[[Sequence[str]], Sequence[str]], ...] = (
     lambda segments: segments,
     lambda segments: [segment for segment in segments if segment != "_orig_mod"],
@@ -36,33 +36,34 @@ _VIEWS: tuple[Callable[[Sequence[str]], Sequence[str]], ...] = (
 
 
 class InitialValuesFile(Protocol):
-    """A file that has values by name."""
+    """A file of named values."""
 
     def names(self) -> Sequence[str]:
-        """Of all that it has."""
+        """The names of all its entries."""
 
     def what(self, name: str) -> tuple[str, tuple[int, ...]]:
-        """Element type, by a name of `DTYPES` if it is one of these, and shape."""
+        """Element type (a name in `DTYPES` if it is one of those) and shape."""
 
     def read(self, name: str) -> _Array:
-        """The values of one that has a type of `DTYPES`."""
+        """The values of an entry whose type is in `DTYPES`."""
 
 
 def read_initial_values(
     variables: Mapping[str, _Array], path: str | Path, other_names: Mapping[str, Sequence[str]]
 ) -> dict[str, _Array]:
-    """The same variables, with the values of a file in place of theirs; what else the file has is logged.
+    """Returns the variables with the values in a file. Entries of the file that are not used are logged.
 
-    Names may have what torch's wrappers add to them ("module.", "_orig_mod."), and float types may be others.
+    The file's names may have the additions of torch's wrappers ("module.", "_orig_mod."), and its float types may
+    differ from the center's.
 
     Args:
-        variables: of the center: names, element types and shapes count.
-        path: of a safetensors file, or of what `torch.save` wrote, if torch is there to read it.
-        other_names: further names, by variable, under which the file may have it (tied weights).
+        variables: of the center; only names, element types and shapes are used.
+        path: of a safetensors file or, if torch is installed, of one that `torch.save` wrote.
+        other_names: further names, by variable, that the file may use for it (tied weights).
 
     Raises:
-        InvalidRequestError: the file cannot be read; or it lacks a variable, or has it with another shape, as something
-            else than floating-point numbers, or with values that are too large for the center's type.
+        InvalidRequestError: the file cannot be read; or it lacks a variable, or has it with another shape, not as
+            floating-point numbers, or with values that are too large for the center's type.
     """
     with _opened(Path(path)) as file:
         found, used = _find(variables, file.names(), other_names)
@@ -157,7 +158,8 @@ def _torch_file(path: Path) -> InitialValuesFile:
 def _find(
     variables: Mapping[str, _Array], names: Sequence[str], other_names: Mapping[str, Sequence[str]]
 ) -> tuple[dict[str, str], set[str]]:
-    """What the file calls the variables, and all of its names that are taken; of the view that finds most."""
+    """The file's names of the variables, and all of its names that are used, under the view that finds most
+    variables."""
     best, taken = dict[str, str](), set[str]()
     for view in _VIEWS:
         there = dict[str, str]()

@@ -1,4 +1,4 @@
-"""A state dict that `torch.save` wrote, as a source of initial values. Nothing in such a file is run."""
+"""A state dict that `torch.save` wrote, as a source of initial values. No code in such a file is run."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ __all__ = ["TorchFile"]
 
 
 class TorchFile:
-    """Its tensors; what else is in it (numbers, extra state) is known by name only.
+    """Reads its tensors; of other entries (numbers, extra state) only the names are known.
 
     Raises:
-        ValueError: it cannot be read, is not safe to read, or is no state dict.
+        ValueError: the file cannot be read, is not safe to read, or is not a state dict.
     """
 
     def __init__(self, path: Path) -> None:
@@ -28,7 +28,7 @@ class TorchFile:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 content = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged file may raise anything
+        except Exception as error:  # a damaged file may raise any exception
             first_line = str(error).strip().split("\n", 1)[0]
             raise ValueError(
                 f"torch.load with weights_only=True cannot read it ({first_line}); save model.state_dict() alone"
@@ -41,7 +41,7 @@ class TorchFile:
         self._content: Mapping[str, Any] = content
 
     def names(self) -> Sequence[str]:
-        """Of all that it has."""
+        """The names of all its entries."""
         return list(self._content)
 
     def what(self, name: str) -> tuple[str, tuple[int, ...]]:
@@ -54,5 +54,5 @@ class TorchFile:
         return dtype_of(value), tuple(value.shape)
 
     def read(self, name: str) -> NDArray[Any]:
-        """The values of one that has a type of `DTYPES`."""
+        """The values of an entry whose type is in `DTYPES`."""
         return as_numpy(self._content[name].detach().contiguous())

@@ -1,1 +1,1 @@
-"""What a process allows: threads, forks, one thread at a time."""
+"""Guards around the process: forks, missing threads, and one thread at a time."""

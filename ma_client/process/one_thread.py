@@ -1,4 +1,4 @@
-"""A session is one thread's at a time: another one that uses it meanwhile hears so, instead of breaking it."""
+"""A session is for one thread at a time: a second thread gets an exception instead of breaking the session."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ _T = TypeVar("_T")
 
 
 class OneThread:
-    """Lets the calls of one thread in, nested ones too (a signal handler's), and refuses those of others meanwhile.
+    """Admits the calls of one thread, also nested ones (from a signal handler), and refuses those of other threads
+    meanwhile.
 
     Args:
-        owner: whose session it is, for the message.
+        owner: the session's worker id, for the message.
     """
 
     def __init__(self, owner: str) -> None:
         self._owner = owner
         self._lock = threading.RLock()
-        self._under_way = ("", "")  # by which thread, which call
+        self._under_way = ("", "")  # the thread and its call
 
     @contextmanager
     def doing(self, what: str) -> Iterator[None]:
@@ -47,7 +48,7 @@ class OneThread:
 
     @contextmanager
     def ending(self, timeout_s: float) -> Iterator[None]:
-        """For the end of the session: begins when what another thread has under way is over, or after this time."""
+        """For closing the session: begins when another thread's call is over, or after this time."""
         is_over = self._lock.acquire(timeout=timeout_s)
         try:
             yield
@@ -64,7 +65,7 @@ _S = TypeVar("_S", bound=_Guarded)
 
 
 def by_one_thread(method: Callable[Concatenate[_S, _P], _T]) -> Callable[Concatenate[_S, _P], _T]:
-    """The method, for one thread at a time; its object keeps a OneThread in ``_one_thread``."""
+    """Decorates a method for one thread at a time; its object has a OneThread in ``_one_thread``."""
 
     @functools.wraps(method)
     def guarded(self: _S, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:

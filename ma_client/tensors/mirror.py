@@ -1,4 +1,4 @@
-"""The local variables as numpy sees them: the tensors' own memory where possible, staging memory on the host else."""
+"""The local variables as numpy arrays: the tensors' own memory where possible, otherwise staging memory on the host."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["HostMirror", "as_numpy"]
 
 _Array = NDArray[np.generic]
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-# How numpy reads the memory; bfloat16, which it knows only by way of ml_dtypes, as something of its size.
+# How numpy reads the memory; bfloat16, which it knows only from ml_dtypes, as a type of the same size.
 _TYPES = {
     torch.float32: np.dtype(np.float32).str,
     torch.float64: np.dtype(np.float64).str,
@@ -67,7 +67,7 @@ class HostMirror:
 
     @torch.no_grad()
     def gather(self) -> dict[str, _Array]:
-        """The tensors' values now. Read-only by agreement: an array may be the tensor's own memory."""
+        """The tensors' present values. Do not write to them: an array may be the tensor's own memory."""
         host = {name: self._host_tensor(name, tensor) for name, tensor in self._tensors.items()}
         for name, tensor in self._tensors.items():
             if host[name] is not tensor:
@@ -77,7 +77,7 @@ class HostMirror:
 
     @torch.no_grad()
     def scatter(self, arrays: Mapping[str, _Array], skip: Collection[str] = ()) -> None:
-        """Writes ``arrays`` into the tensors of the same names, but for those in ``skip``."""
+        """Writes ``arrays`` into the tensors of the same names, except those in ``skip``."""
         for name, tensor in self._tensors.items():
             if name in skip:
                 continue
@@ -103,7 +103,7 @@ class HostMirror:
 
 
 class _Memory:
-    """A tensor's memory for numpy, which keeps the tensor as long as an array looks at it."""
+    """A tensor's memory for numpy; keeps the tensor alive as long as an array uses it."""
 
     __slots__ = ("__array_interface__", "_tensor")
 
@@ -118,11 +118,11 @@ class _Memory:
 
 
 def as_numpy(tensor: torch.Tensor) -> _Array:
-    """A contiguous tensor of the CPU as an array that shares its memory, until somebody resizes the tensor.
+    """A contiguous CPU tensor as an array that shares its memory, until the tensor is resized.
 
-    Not with ``Tensor.numpy()``: it makes the storage one that cannot be resized any more, and modules resize buffers.
+    Does not use ``Tensor.numpy()``, after which the storage could not be resized; modules resize buffers.
     """
-    if tensor.numel() == 0:  # there may be no memory
+    if tensor.numel() == 0:  # it may have no memory
         array: _Array = np.empty(tensor.shape, _TYPES[tensor.dtype])
     else:
         array = np.asarray(_Memory(tensor))
@@ -130,7 +130,7 @@ def as_numpy(tensor: torch.Tensor) -> _Array:
 
 
 def _check_memory(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Reading what has been taken from a tensor would end the process."""
+    """Raises if a tensor has lost its memory, which would crash the process when read."""
     for name, tensor in tensors.items():
         if tensor.numel() and tensor.untyped_storage().nbytes() == 0:
             raise ConflictError(

@@ -20,24 +20,24 @@ _UNSHARDED = "every worker averages a whole model of its own: give the getter th
 
 
 def dtype_of(tensor: torch.Tensor) -> str:
-    """The element type as messages and manifests name it."""
+    """The element type's name in messages and manifests."""
     return str(tensor.dtype).removeprefix("torch.")
 
 
 def kind_of(tensor: torch.Tensor) -> str:
-    """What a tensor is for people: its layout if that is not the dense one, else its element type."""
+    """A tensor's kind for messages: its layout if it is not dense, otherwise its element type."""
     if is_lazy(tensor) or (tensor.layout is torch.strided and not tensor.is_nested):
         return dtype_of(tensor)
     return "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
 
 
 def can_be_averaged(tensor: torch.Tensor) -> bool:
-    """Whether its element type and its layout are among those that are averaged."""
+    """Whether tensors of this element type and layout can be averaged."""
     return kind_of(tensor) in DTYPES
 
 
 def sharded_module(model: torch.nn.Module) -> str | None:
-    """What is wrong with a model that is sharded, or has a module that is; None: nothing."""
+    """Why a model cannot be used because it or one of its modules is sharded; None: it can."""
     kinds = tuple(getattr(sys.modules[home], kind) for home, kind in _SHARDING if hasattr(sys.modules.get(home), kind))
     for name, module in model.named_modules():
         if isinstance(module, kinds):
@@ -47,14 +47,14 @@ def sharded_module(model: torch.nn.Module) -> str | None:
 
 
 def why_refused(name: str, tensor: torch.Tensor) -> str | None:
-    """Why a variable cannot be averaged, whatever its element type, and what to do; None: it can."""
+    """Why a variable of any element type cannot be averaged, and what to do; None: it can."""
     kind = type(tensor)
     if is_lazy(tensor):
         return (
             f"variable {name!r} has no shape yet ({kind.__name__}): run a batch through the model before you give it "
             "to the getter"
         )
-    if getattr(tensor, "_fsdp_flattened", False):  # FSDP's own mark, also on original parameters that it has cut up
+    if getattr(tensor, "_fsdp_flattened", False):  # FSDP marks parameters so, including original ones that it has split
         return f"variable {name!r} is sharded by FSDP ({kind.__name__}): each rank has a part of it; {_UNSHARDED}"
     if kind.__name__ == "DTensor":
         return f"variable {name!r} is a DTensor, of which each rank has a part; {_UNSHARDED}"

@@ -1,1 +1,1 @@
-"""The optimizer, and what it has to know about torch."""
+"""The optimizer, and the parts of torch that it has to deal with."""

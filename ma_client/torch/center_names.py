@@ -1,8 +1,8 @@
 """What the tensors of a model are called in the center: their names in the model, without those of wrappers.
 
 `torch.compile`, DistributedDataParallel and the like put a module around another one, and a segment of their own into
-every name below. Whether and where a worker does that is its own business, so these segments are left out. A module is
-known as a wrapper by its class: a user's own submodule may be called "module", too.
+every name below. Workers may wrap their models differently, so these segments are left out. A wrapper is recognized by
+its class, because a user's own submodule may also be called "module".
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 
 __all__ = ["Tensors", "names_by_tensor", "tensors_of"]
 
-# Of a wrapper's class: its module, its name, and what it calls the module inside. What nobody has imported has no
-# instances, and importing some of these takes seconds.
+# A wrapper class: its module, its name, and its name for the module inside. Only modules that are imported already are
+# looked at: others have no instances, and importing some of these takes seconds.
 _WRAPPERS = (
     ("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),
     ("torch.nn.parallel.distributed", "DistributedDataParallel", "module"),
@@ -34,8 +34,8 @@ class Tensors:
     """A model's tensors by name, each once, in the model's order.
 
     Args:
-        parameters: all of them, whether they are trained or not.
-        buffers: all of them.
+        parameters: all parameters, trained or not.
+        buffers: all buffers.
         kept: names of the buffers that are part of the state dict.
     """
 
@@ -45,7 +45,7 @@ class Tensors:
 
 
 def tensors_of(model: torch.nn.Module) -> Tensors:
-    """What a model has.
+    """Collects a model's tensors.
 
     Raises:
         ValueError: without the wrappers' segments two parameters, or two buffers, have the same name.
@@ -64,7 +64,7 @@ def tensors_of(model: torch.nn.Module) -> Tensors:
 
 
 def names_by_tensor(model: torch.nn.Module) -> dict[int, list[str]]:
-    """By the id of each parameter and buffer all names that it has: several if it is tied."""
+    """All names of each parameter and buffer, by its id; a tied one has several."""
     names = dict[int, list[str]]()
     for _, prefix, module in _modules(model, shared=True):
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
@@ -74,9 +74,10 @@ def names_by_tensor(model: torch.nn.Module) -> dict[int, list[str]]:
 
 
 def _modules(model: torch.nn.Module, shared: bool) -> Iterator[tuple[str, str, torch.nn.Module]]:
-    """Every module: its path in the model, that path without wrappers, and itself; with ``shared`` at all its paths."""
+    """Every module: its path in the model, its path without wrappers, and itself. With ``shared``: at all of its
+    paths."""
     inside = _Inside()
-    seen = set[int]()  # if shared: those on the way here, so that a circle ends
+    seen = set[int]()  # if shared: the modules on the path here, so that a cycle ends
 
     def below(path: str, prefix: str, module: torch.nn.Module) -> Iterator[tuple[str, str, torch.nn.Module]]:
         if id(module) in seen:
@@ -95,7 +96,7 @@ def _modules(model: torch.nn.Module, shared: bool) -> Iterator[tuple[str, str, t
 
 
 class _Inside(dict[type, str | None]):
-    """By class, what it calls the module inside if it is a wrapper."""
+    """By wrapper class, its name for the module inside."""
 
     def __init__(self) -> None:
         self._wrappers = [

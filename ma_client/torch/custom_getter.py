@@ -1,4 +1,4 @@
-"""Which tensors of a model are center variables, and what they are called. After the original's custom getter."""
+"""Which tensors of a model are center variables, and their names. Modelled on TensorFlow 1.15's custom getter."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from modelaverage.manifest import DTYPES
 __all__ = ["GLOBAL_VARIABLE_NAME", "ModelAverageCustomGetter"]
 
 GLOBAL_VARIABLE_NAME = "global_center_variable"
-"""The scope of center variables in the original: local ``w`` averages into ``global_center_variable/w``."""
+"""The scope of center variables in TensorFlow 1.15: local ``w`` averages into ``global_center_variable/w``."""
 
 _log = logging.getLogger("ma_client")
 _NAMED = 4
@@ -85,7 +85,7 @@ class ModelAverageCustomGetter:
         if local:
             names = sorted(local)
             more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-            # Counters and masks are expected to stay; what has fractions is not.
+            # Users expect counters and masks to stay local, but not tensors with fractions.
             level = logging.WARNING if any(_has_fractions(tensor) for tensor in local.values()) else logging.INFO
             _log.log(
                 level,
@@ -112,20 +112,20 @@ class ModelAverageCustomGetter:
         return self._select(self.model)[0]
 
     def named_parameters(self) -> dict[str, torch.Tensor]:
-        """All parameters of the model, those that are not averaged too, by the names that they have here."""
+        """All parameters of the model, including those that are not averaged, by their names here."""
         return tensors_of(self.model).parameters
 
     def other_names(self) -> dict[str, list[str]]:
-        """By name of a center variable that is tied, the further names that its tensor has in the model."""
+        """By name of a tied center variable, the other names of its tensor in the model."""
         names = names_by_tensor(self.model)
         others = {name: [n for n in names.get(id(t), ()) if n != name] for name, t in self.variables().items()}
         return {name: other for name, other in others.items() if other}
 
     def tensors(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """The parameters and buffers of these names as the model has them now: a module may replace a buffer.
+        """The model's present parameters and buffers of these names: a module may have replaced a buffer.
 
         Raises:
-            ConflictError: MANIFEST_MISMATCH: one is no longer there, or has become one that cannot be averaged.
+            ConflictError: MANIFEST_MISMATCH: one no longer exists, or can no longer be averaged.
         """
         names = list(names)
         model = tensors_of(self.model)
@@ -144,11 +144,11 @@ class ModelAverageCustomGetter:
 
     @property
     def local_to_center(self) -> dict[str, str]:
-        """The original's name of the center variable for each local one."""
+        """TensorFlow 1.15's name of the center variable for each local one."""
         return {name: f"{GLOBAL_VARIABLE_NAME}/{name}" for name in self.variables()}
 
     def _select(self, model: torch.nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """The center variables, and the buffers that cannot be any. Raises ValueError."""
+        """The center variables, and the buffers that cannot be center variables. Raises ValueError."""
         sharded = sharded_module(model)
         if sharded is not None:
             raise ValueError(sharded)
@@ -175,7 +175,7 @@ class ModelAverageCustomGetter:
         return chosen, local
 
     def _check_values(self, model: torch.nn.Module) -> None:
-        """Raises ValueError for what cannot be moved to the worker's device, center variable or not."""
+        """Raises ValueError if a tensor, center variable or not, cannot be moved to the worker's device."""
         if self.worker_device.type == "meta":
             return
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -211,7 +211,7 @@ def _has_fractions(tensor: torch.Tensor) -> bool:
 def _what_is_gone(names: Sequence[str], there: Mapping[str, torch.Tensor]) -> str:
     gone = [name for name in names if name not in there]
     new = there.keys() - set(names)
-    # What prunes or parametrizes `0.weight` adds `0.weight_orig`, `0.parametrizations.weight.original`.
+    # Pruning `0.weight` adds `0.weight_orig`; parametrizing it adds `0.parametrizations.weight.original`.
     path, _, last = gone[0].rpartition(".")
     near = [name for name in there if name in new and name.startswith(path) and last in name[len(path) :]]
     now = f" (the model has {near[0]!r} now)" if near else ""

@@ -1,4 +1,4 @@
-"""The trap of trainers and torchrun: a wrapper averages gradients, and rounds have nothing left to average."""
+"""A trap of trainers and torchrun: if a wrapper averages gradients, rounds have nothing left to average."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ __all__ = ["warn_if_gradients_are_shared"]
 
 _log = logging.getLogger("ma_client")
 
-# By name, since not all of them are installed. torch.distributed's `replicate` makes the first of them, too.
+# By name, because not all of them are installed. torch.distributed's `replicate` also makes the first of them.
 _WRAPPERS = frozenset({"DistributedDataParallel", "DeepSpeedEngine", "FullyShardedDataParallel"})
 _warned: WeakSet[torch.nn.Module] = WeakSet()
 
 
 def warn_if_gradients_are_shared(model: torch.nn.Module) -> None:
-    """Logs one warning for each model whose gradients something averages over several processes at every step.
+    """Logs one warning for each model whose gradients are averaged over several processes at every step.
 
-    Costs nothing where torch.distributed is not initialized, otherwise a look at every object of the process (0.25 s
-    for a million): the model does not know who has wrapped it.
+    Free if torch.distributed is not initialized. Otherwise it looks at every object of the process (0.25 s for a
+    million), because a model does not know its wrapper.
     """
     if model in _warned or not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return
@@ -48,10 +48,10 @@ def warn_if_gradients_are_shared(model: torch.nn.Module) -> None:
 
 
 def _synchronizing() -> Iterator[tuple[torch.nn.Module, int]]:
-    """Wrappers that synchronize gradients now, and over how many processes."""
+    """Wrappers that synchronize gradients at present, and over how many processes."""
     is_wrapper: dict[type, bool] = {}
     for found in gc.get_objects():
-        kind = type(found)  # not isinstance, which asks proxies what they stand for
+        kind = type(found)  # isinstance would ask proxies for the class that they represent
         if kind not in is_wrapper:
             is_wrapper[kind] = not _WRAPPERS.isdisjoint(base.__name__ for base in kind.__mro__)
         if is_wrapper[kind] and isinstance(found, torch.nn.Module):

@@ -1,4 +1,4 @@
-"""What torch does to optimizers behind their backs: compiles around them, hooks into them, steps them to make state."""
+"""How torch treats optimizers: it compiles code that calls them, adds hooks, and steps them to create state."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 __all__ = ["for_torch_checkpointing", "not_compiled", "with_step_hooks"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
-# get_optimizer_state_dict and set_optimizer_state_dict are there.
+# The module of get_optimizer_state_dict and set_optimizer_state_dict.
 _CHECKPOINTING = "torch.distributed.checkpoint.state_dict"
-# Wrappers may stand in between: schedulers and trainers wrap `step`.
+# Other frames may lie in between: schedulers and trainers wrap `step`.
 _FRAMES = 16
 
 
 def not_compiled(function: _F) -> _F:
-    """The function as torch.compile leaves it: called as it is, at every call, by what is compiled around it."""
+    """Excludes the function from torch.compile: compiled code around it calls it as it is, every time."""
     disabled = torch.compiler.disable(function, reason="it averages the model with other workers")  # type: ignore[no-untyped-call]
     return cast("_F", disabled)
 
@@ -27,8 +27,8 @@ def not_compiled(function: _F) -> _F:
 def with_step_hooks(step: _F) -> _F:
     """An optimizer's ``step`` with the hooks that were registered with this optimizer.
 
-    Unlike torch's own `profile_hook_step`, which it stands for, it leaves the global hooks out: the local optimizer's
-    ``step`` runs those, once.
+    It replaces torch's `profile_hook_step`, but does not run the global hooks: the local optimizer's ``step`` runs
+    them, once.
     """
 
     @functools.wraps(step)
@@ -50,8 +50,8 @@ def with_step_hooks(step: _F) -> _F:
 
 
 def for_torch_checkpointing() -> bool:
-    """Whether ``torch.distributed.checkpoint.state_dict`` is the caller. To make an optimizer's state, it steps it with
-    gradients and learning rates of zero; and of a state dict it keeps nothing but state and groups."""
+    """Whether ``torch.distributed.checkpoint.state_dict`` is the caller. To create an optimizer's state, it calls
+    ``step`` with gradients and learning rates of zero; and it keeps only the state and the groups of a state dict."""
     if _CHECKPOINTING not in sys.modules:
         return False
     frame = sys._getframe(1)

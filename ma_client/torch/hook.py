@@ -1,5 +1,5 @@
-"""Start and end of training: the chief initializes the center, everyone pulls it; at the end what is left is averaged.
-After the original's hook."""
+"""Start and end of training: the chief initializes the center and every worker pulls it; at the end a last round
+averages what was trained since the one before. Modelled on TensorFlow 1.15's hook."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["ModelAverageHook"]
 
 
 class _Training(Protocol):
-    """What the hook begins and ends: a `ModelAverageOptimizer`."""
+    """What the hook controls: a `ModelAverageOptimizer`."""
 
     def begin(self) -> None: ...
 
@@ -38,22 +38,23 @@ class ModelAverageHook:
         self._has_begun = False
 
     def begin(self) -> None:
-        """Before training. Nothing is to be built."""
+        """Before training. Does nothing: there is no graph to build."""
 
     def after_create_session(self, session: object = None, coord: object = None) -> None:  # noqa: ARG002
-        """The chief initializes the center if nobody has; then everyone makes the local variables equal to it."""
+        """The chief initializes the center if it is not initialized; then every worker copies it to its local
+        variables."""
         self._optimizer.begin()
         self._has_begun = True
 
     def before_run(self, run_context: object = None) -> None:
-        """Before a step."""
+        """Before a step. Does nothing."""
 
     def after_run(self, run_context: object = None, run_values: object = None) -> None:
-        """After a step."""
+        """After a step. Does nothing."""
 
     def end(self, session: object = None) -> None:  # noqa: ARG002
-        """After training, if nothing failed: the last round; this worker has finished; the session is closed if the
-        optimizer made it. The second time nothing happens.
+        """After training, if nothing failed: makes the last round, tells the servers that this worker has finished, and
+        closes the session if the optimizer opened it. A second call does nothing.
 
         Raises:
             ModelAverageError: the last round failed, or a server could not be told: this worker has not finished.
@@ -73,7 +74,7 @@ class ModelAverageHook:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # An exit with code 0 says that the program has done its work.
+        # Exit code 0 means that the program has done its work.
         if error is None or (isinstance(error, SystemExit) and error.code in (None, 0)):
             self.end()
         else:

@@ -1,4 +1,4 @@
-"""What workers log of their steps: that they are in the center, or are not."""
+"""What workers log about their steps: whether they went into the center."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _WHY = {
 
 
 def say_discarded(session: ParameterServerSession, steps: int) -> None:
-    """The local variables were made equal to the center, with steps in them that no round had."""
+    """The center has replaced the local variables, and with them steps that were in no round."""
     _log.warning(
         "%s of %s since its last round: discarded, its local variables are those of the center now (global_step %d). "
         "Steps come into the center when the hook is left normally, or by `average`",
@@ -42,7 +42,7 @@ def say_not_used(session: ParameterServerSession, outcome: Outcome, steps: int) 
 
 
 def say_finished(session: ParameterServerSession, workers_training: int) -> None:
-    """This worker has finished, and others have not."""
+    """This worker has finished, and others are still training."""
     _log.info(
         "%s has finished at global_step %d; rounds go on with %s; its model stays that of its last round",
         session.worker_id,

@@ -1,4 +1,4 @@
-"""Arrays as the bytes that travel."""
+"""Arrays as bytes for the wire."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from modelaverage.manifest import DTYPES, dtype_name
 
 __all__ = ["bytes_of", "same_bytes"]
 
-# Larger arrays are compared in pieces of this size, so that the first one that differs ends it.
+# Larger arrays are compared in pieces of this size, so that the first difference ends the comparison.
 _PIECE_BYTES = 1 << 16
 
 
 def bytes_of(array: NDArray[Any]) -> memoryview:
-    """The raw little-endian bytes of an array; a view wherever its memory allows."""
+    """The raw little-endian bytes of an array; a view where its memory allows."""
     little = DTYPES[dtype_name(array.dtype)]
     return np.ascontiguousarray(array, little).reshape(-1).view(np.uint8).data
 

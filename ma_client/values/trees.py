@@ -1,4 +1,4 @@
-"""Nested dictionaries of arrays, as JAX and others keep a model, and the flat names that the center has for them."""
+"""Nested dictionaries of arrays, in which JAX and others keep a model, and their flat names in the center."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from modelaverage.errors import InvalidRequestError
 __all__ = ["Paths", "as_arrays", "nest", "paths_of"]
 
 Paths = Mapping[str, tuple[str, ...]]
-"""By name of a center variable, the keys that lead to it."""
+"""The keys that lead to a leaf, by its name in the center."""
 
 _SEPARATOR = "/"
 
 
 def paths_of(tree: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    """The leaves of a tree: its own names if it is flat, else their keys joined by "/".
+    """The paths of a tree's leaves. In a flat tree, a leaf has its own name; otherwise its keys, joined by "/".
 
     Raises:
-        InvalidRequestError: a key is no string, or two leaves have the same name.
+        InvalidRequestError: a key is not a string, or two leaves have the same name.
     """
     paths = dict[str, tuple[str, ...]]()
     for path in _paths(tree, ()):
@@ -34,17 +34,17 @@ def paths_of(tree: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
 
 
 def as_arrays(tree: Mapping[str, Any], paths: Paths) -> dict[str, NDArray[Any]]:
-    """The leaves as numpy arrays, by name; views wherever their memory allows.
+    """The leaves as numpy arrays, by name; views where their memory allows.
 
     Args:
-        tree: of whatever numpy can read: arrays, numbers, objects with the array interface or DLPack.
-        paths: its own, from `paths_of`.
+        tree: its leaves are what numpy can read: arrays, numbers, objects with the array interface or DLPack.
+        paths: the tree's, from `paths_of`.
     """
     return {name: _as_array(_at(tree, path)) for name, path in paths.items()}
 
 
 def nest(arrays: Mapping[str, NDArray[Any]], paths: Paths) -> Mapping[str, Any]:
-    """The arrays in the structure that the paths came from; flat ones as they are."""
+    """Puts arrays into the structure that the paths describe; returns flat ones as they are."""
     if all(len(path) == 1 for path in paths.values()):
         return arrays
     tree = dict[str, Any]()
@@ -73,7 +73,7 @@ def _at(tree: Any, path: tuple[str, ...]) -> Any:
 
 
 def _as_array(value: Any) -> NDArray[Any]:
-    # Who has both means the array interface to be used: DLPack knows fewer types.
+    # If an object has both, the array interface is used: DLPack has fewer types.
     if hasattr(value, "__dlpack__") and not hasattr(value, "__array__"):
         return np.from_dlpack(value)
     return np.asarray(value)

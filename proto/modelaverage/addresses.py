@@ -1,4 +1,4 @@
-"""Addresses of servers as people write them: HOST:PORT or unix:PATH. What is neither is refused, with what to write."""
+"""Addresses of servers as people write them: HOST:PORT or unix:PATH. Errors say what to write instead."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _EXAMPLE_PORT = 2222
 _SCHEME = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*:/+)(?P<rest>.*)")
 _BRACKETS = re.compile(r"\[(?P<host>[^\]]*)\](?::(?P<port>.*))?")
 _PORT = re.compile(r"[0-9]{1,5}")
-# Whatever the system's resolver may make of it; these have another meaning in addresses.
+# A resolver may accept these, but in addresses they have another meaning.
 _NOT_IN_HOSTS = re.compile(r"[@?#\\\[\]%,;\"']")
 
 
@@ -23,9 +23,9 @@ class Address:
     """One address.
 
     Args:
-        host: a name, or a number without brackets; empty if it is a path.
-        port: 0 if it is a path, or any free port.
-        path: of a Unix socket; empty if it is none.
+        host: a name or an IP address without brackets; empty for a Unix socket.
+        port: 0: any free port; also 0 for a Unix socket.
+        path: of a Unix socket; otherwise empty.
     """
 
     host: str = ""
@@ -33,18 +33,18 @@ class Address:
     path: str = ""
 
     def __str__(self) -> str:
-        """As gRPC takes it."""
+        """In the form that gRPC accepts."""
         if self.path:
             return f"unix:{self.path}"
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 def parse(text: str, to_listen: bool = False) -> Address:
-    """The address in a text.
+    """Reads an address.
 
     Args:
-        text: HOST:PORT or unix:PATH; an IPv6 number in brackets.
-        to_listen: port 0 is one: any that is free.
+        text: HOST:PORT or unix:PATH; an IPv6 address in brackets.
+        to_listen: whether port 0 (any free port) is allowed.
 
     Raises:
         ValueError: it is neither; one line that says why, and what to write.
@@ -71,7 +71,7 @@ def parse(text: str, to_listen: bool = False) -> Address:
 
 
 def split(text: str) -> tuple[str, ...]:
-    """Addresses separated by commas. Raises ValueError: one of them is none."""
+    """Splits addresses at commas. Raises ValueError if one is malformed."""
     found = tuple(address.strip() for address in text.split(","))
     if len(found) > 1 and "" in found:
         raise ValueError(f"{text!r} is not HOST:PORT[,HOST:PORT...]: there is nothing between two commas, or at an end")
@@ -80,7 +80,7 @@ def split(text: str) -> tuple[str, ...]:
 
 
 def check_all(addresses: Iterable[object]) -> None:
-    """Raises ValueError: one of them is none."""
+    """Raises ValueError if one is malformed."""
     for address in addresses:
         if not isinstance(address, str):
             raise ValueError(f"{address!r} is not HOST:PORT: it is no text")
@@ -129,7 +129,7 @@ def _is_ipv6(text: str) -> bool:
 
 
 def _like_it(better: str) -> str:
-    """What remains of an address without its scheme and path, with a port; empty if that is none either."""
+    """The address without its scheme and path, with a port added if need be; empty if that is malformed, too."""
     for text in (better, f"{better}:{_EXAMPLE_PORT}"):
         try:
             return str(_host_and_port(text, to_listen=False))
@@ -139,7 +139,7 @@ def _like_it(better: str) -> str:
 
 
 def _refusal(text: str, problem: str, better: str) -> ValueError:
-    # The example stands where nothing better is known.
+    # A general example, if there is no better proposal.
     example = f"; write {better}" if better else ""
     such_as = "" if better else ", such as 127.0.0.1:2222"
     return ValueError(f"{text!r} is not HOST:PORT{such_as}: {problem}{example}")

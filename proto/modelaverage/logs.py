@@ -1,6 +1,6 @@
-"""What server and workers log: every event with its fields, in one table, and the two ways to write a line.
+"""What server and workers log: every event with its fields, in one table, and the two formats of a line.
 
-A call names its event beside the words for people: ``log.warning("...", extra=event("round_restarted", round=7))``.
+A call names its event beside its message: ``log.warning("...", extra=event("round_restarted", round=7))``.
 With `--log-json` a line is one JSON object: time, level, program, event, message, and the event's fields.
 """
 
@@ -37,7 +37,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "worker_returned": ("worker", "training"),
     "job_over": ("round",),
     "intervals_differ": ("intervals",),
-    "values_not_finite": ("worker", "round", "values"),  # of a worker, too
+    "values_not_finite": ("worker", "round", "values"),  # also of a worker
     "center_awaited": ("waited_s", "workers"),
     "no_shared_memory": ("worker",),
     "no_data_port": ("cause",),
@@ -57,11 +57,11 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "no_descriptors": ("limit",),
     "descriptors_again": ("waited_s", "turned_away"),
     # of the server and of workers
-    "credentials_kept": ("cause",),  # a new file is unusable
+    "credentials_kept": ("cause",),  # because a new file is unusable
     "data_connection_waits": ("worker", "peer", "waited_s"),
     "round_waits": ("round", "waited_s", "waiting_for", "waiting_for_omitted", "waiting_for_unknown"),
     "output_lost": ("stream", "lines", "cause"),
-    "failed": ("cause",),  # a setting that cannot be used, a job that cannot go on: the last line
+    "failed": ("cause",),  # a setting that cannot be used, or a job that cannot continue: the last line
     "crashed": ("traceback",),  # a defect of this program
     "other": (),  # of a library
     # of a worker
@@ -88,7 +88,7 @@ _logs_json = False
 
 
 def event(name: str, **fields: Any) -> dict[str, Any]:
-    """The ``extra`` of a logging call: an event of the table, with all of its fields."""
+    """The ``extra`` of a logging call: an event of the table with all its fields."""
     return {_EVENT: name, _FIELDS: fields}
 
 
@@ -100,7 +100,7 @@ class _JsonLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         fields = {name: _short(value) for name, value in getattr(record, _FIELDS, {}).items()}
         name = getattr(record, _EVENT, "other")
-        if record.exc_info:  # nobody's mistake but this program's
+        if record.exc_info:  # a defect of this program
             name, fields = "crashed", {"traceback": "".join(traceback.format_exception(*record.exc_info))}
         time = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
         common = (time.replace("+00:00", "Z"), record.levelname.lower(), self._program, name)
@@ -109,7 +109,7 @@ class _JsonLines(logging.Formatter):
 
 
 def log_json(program: str) -> None:
-    """From now on every line that this process logs is JSON, the end by an exception and warnings included."""
+    """From now on, every line that this process logs is JSON, including warnings and the exception that ends it."""
     global _logs_json
     _logs_json = True
     handler = logging.StreamHandler()
@@ -128,8 +128,8 @@ def log_json(program: str) -> None:
 
 
 def keep_logging(program: str, on_loss: OnLoss = OnLoss.DROP) -> None:
-    """From now on no line that cannot be written ends this process, but for what ``on_loss`` says. Once lines can be
-    written again, one says how many were lost."""
+    """From now on, lines that cannot be written end this process only if ``on_loss`` says so. Once lines can be written
+    again, one says how many were lost."""
 
     def words(stream: str, lines: int, cause: str) -> str:
         what = f"standard {'output' if stream == 'stdout' else 'error'}"
@@ -144,7 +144,7 @@ def keep_logging(program: str, on_loss: OnLoss = OnLoss.DROP) -> None:
 
 
 def say(program: str, as_json: bool, message: str, extra: dict[str, Any]) -> None:
-    """Prints one line to standard output: for people, or as a logged one would be."""
+    """Prints one line to standard output: as plain text, or as JSON like a logged line."""
     if not as_json:
         print(f"{program}: {message}", flush=True)
         return
@@ -153,7 +153,7 @@ def say(program: str, as_json: bool, message: str, extra: dict[str, Any]) -> Non
 
 
 def _short(value: Any) -> Any:
-    # Words and names come from outside, and a line has an end. Numbers that JSON has not are words.
+    # Texts may come from clients, so they are cut to a length. Numbers that JSON lacks become words.
     if isinstance(value, str):
         return value if len(value) <= _LONGEST_VALUE else value[:_LONGEST_VALUE] + "..."
     if isinstance(value, float) and value - value != 0:

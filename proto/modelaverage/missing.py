@@ -1,4 +1,4 @@
-"""For whom a round waits, in a form that has an end: a few names, and how many there are besides."""
+"""The workers that a round waits for, in bounded form: a few names, and the number of the others."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from modelaverage.v1 import parameter_server_pb2 as pb
 __all__ = ["LastSeen", "Missing"]
 
 
-# Less is too little to be said.
+# A shorter silence is not mentioned.
 _SILENT_FROM_S = 5.0
-# The most names of finished workers that fit a notice beside the others.
+# How many names of finished workers fit into a notice beside the other names.
 _MAX_FINISHED = 4
 
 
@@ -22,8 +22,8 @@ class LastSeen:
     """What is known of a worker whose push is missing.
 
     Args:
-        has_left: whether its process has said that it goes, without having finished.
-        age_s: seconds since it was last heard of; None: it never was.
+        has_left: whether its process has said goodbye without having finished.
+        age_s: seconds since the server last heard from it; None: never.
     """
 
     has_left: bool = False
@@ -31,7 +31,7 @@ class LastSeen:
 
     @property
     def text(self) -> str:
-        """What is said of it behind its name; empty if there is nothing to say."""
+        """The remark that follows its name; empty if there is none."""
         if self.has_left:
             return "has left"
         return "" if self.age_s is None or self.age_s < _SILENT_FROM_S else f"last heard of {self.age_s:.0f} s ago"
@@ -43,9 +43,9 @@ class Missing:
 
     Args:
         names: of those that are known; `MAX_NAMES` at most.
-        omitted: how many names are left out.
-        unknown: how many more the round needs that were not heard of yet.
-        last_seen: what is known of each of the ``names``, in their order; empty: nothing.
+        omitted: how many more are known, whose names are left out.
+        unknown: how many more the round needs whose names the server does not know.
+        last_seen: what is known about each of ``names``, in their order; empty: nothing.
     """
 
     names: tuple[str, ...] = ()
@@ -55,12 +55,12 @@ class Missing:
 
     @classmethod
     def of(cls, names: Sequence[str], omitted: int = 0, unknown: int = 0) -> Missing:
-        """As the constructor, for any number of names: the first ones are kept."""
+        """Like the constructor, for any number of names: keeps the first ones."""
         return cls(tuple(names[:MAX_NAMES]), omitted + max(0, len(names) - MAX_NAMES), unknown)
 
     @classmethod
     def told(cls, message: pb.WaitingNotice | pb.GetStatusResponse) -> Missing:
-        """What a server says. One that is older than this limit says all names."""
+        """Reads what a server says. A server that is older than the limit may send more names."""
         found = cls.of(message.waiting_for, message.waiting_for_omitted, message.waiting_for_unknown)
         if isinstance(message, pb.WaitingNotice):
             seen = [LastSeen(m.has_left, _age_s(m)) for m in message.missing[: len(found.names)]]
@@ -74,21 +74,21 @@ class Missing:
 
     @property
     def count(self) -> int:
-        """How many there are altogether."""
+        """How many workers are missing."""
         return len(self.names) + self.omitted + self.unknown
 
     @property
     def unknown_text(self) -> str:
-        """How many the server has not heard of yet, in words; empty if there are none."""
+        """How many workers the server has not heard of yet, in words; empty if there are none."""
         return f"{self.unknown:,} not heard of yet" if self.unknown else ""
 
     def notice(self, round_age_s: float, finished: Sequence[str] = (), training: int = 0) -> pb.WaitingNotice:
-        """What a worker is told.
+        """The notice for a waiting worker.
 
         Args:
             round_age_s: how old the round is.
-            finished: workers that no round waits for.
-            training: with how many workers rounds go on.
+            finished: workers that have finished.
+            training: how many workers still train.
         """
         missing = [pb.MissingWorker(has_left=seen.has_left, last_seen_age_s=seen.age_s) for seen in self.last_seen]
         return pb.WaitingNotice(
@@ -108,7 +108,7 @@ class Missing:
         Args:
             show: how each name is written.
         """
-        said = {name: seen.text for name, seen in zip(self.names, self.last_seen)}  # noqa: B905 (there may be none)
+        said = {name: seen.text for name, seen in zip(self.names, self.last_seen)}  # noqa: B905 (last_seen may be empty)
         known = listed(
             self.names, self.omitted, lambda name: show(name) + (f" ({said[name]})" if said.get(name) else "")
         )

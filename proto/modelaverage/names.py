@@ -1,4 +1,4 @@
-"""Names of workers as text. They come from outside: any text of up to 128 bytes, and any number of them."""
+"""Names of workers as text. Clients choose them: any text of up to 128 bytes, and any number of names."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from collections.abc import Callable, Sequence
 __all__ = ["MAX_NAMES", "file_name", "listed", "printable", "quoted", "shown"]
 
 MAX_NAMES = 16
-"""How many names a message, a line of the log or a view carries at most; the rest is counted."""
-# Names may be long: once a list has this many characters, the rest is counted, too.
+"""The most names in a message, a line of the log or a view; the others are only counted."""
+# Names can be long: once a list has this many characters, the other names are only counted.
 _MAX_CHARACTERS = 1000
-# What can stand among other words without quotes: letters and digits of any script, and what host names and paths have.
+# Needs no quotes: letters and digits of any script, and the characters of host names and paths.
 _PLAIN = re.compile(r"[\w.:@/+~-]+")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}")
 _FILE_CHARACTERS = re.compile(r"[A-Za-z0-9_-]")
 
 
 def quoted(name: str) -> str:
-    """A name in quotes, on one line, with escapes for whatever cannot be printed."""
+    """A name in quotes, on one line, with escapes for unprintable characters."""
     return repr(name)
 
 
 def shown(name: str) -> str:
-    """A name as people like to read it: without quotes unless it needs them."""
+    """A name in quotes only if it needs them."""
     return name if _PLAIN.fullmatch(name) and name.isprintable() else quoted(name)
 
 
 def printable(text: str) -> str:
-    """Words from outside on one line, with escapes for whatever cannot be printed."""
+    """Untrusted text on one line, with escapes for unprintable characters."""
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def file_name(name: str) -> str:
-    """A name as that of a file: itself if it is plain; another for every other one, in any directory."""
+    """A file name for a worker's name: the name itself if it is plain, otherwise one that is unique to it."""
     if _FILE_NAME.fullmatch(name):
         return name
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:16]
@@ -45,8 +45,8 @@ def listed(names: Sequence[str], omitted: int = 0, show: Callable[[str], str] = 
     """The first names, and how many more there are: ``'a', 'b' and 11,984 more``; empty if there are none.
 
     Args:
-        names: as many as there are.
-        omitted: how many more there are besides.
+        names: any number of them.
+        omitted: how many more there are that are not in ``names``.
         show: how each is written.
     """
     words, characters = list[str](), 0

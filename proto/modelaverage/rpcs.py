@@ -1,4 +1,4 @@
-"""The name under which the server's calls stand: /SERVICE/Call."""
+"""The full name of the gRPC service; a call's path is /SERVICE/Method."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ __all__ = ["Buffer", "Reader"]
 
 @dataclass(eq=False)
 class Reader:
-    """Somebody who reads a buffer.
+    """One reader of a buffer.
 
     Args:
         since_s: when it could begin to read.
@@ -75,7 +75,7 @@ class Buffer:
 
     @property
     def in_use(self) -> bool:
-        """Whether somebody reads it."""
+        """Whether it has readers."""
         return bool(self.readers)
 
     def pace(self, now_s: float) -> float:

@@ -1,12 +1,13 @@
-"""What a checkpoint has besides the values of its variables, and how its file says so. Pure but for this boot's id.
+"""What a checkpoint holds besides the values, and how its file says so. Pure, but for reading this boot's id.
 
-What was written comes back; anything else is refused, however it came there.
+What was written is read back; anything else is refused, wherever it came from.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +38,7 @@ __all__ = ["Checkpoint", "CheckpointError", "Content", "boot_id", "content_of", 
 _FORMAT = "modelaverage.center.v1"
 _FIELDS = ("global_step", "variables", "fragment_size_bytes", "contributors", "counted", "boot_id")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-# As many as the round remembers, and as can be in one.
+# What the round remembers, and what can be in one round.
 _MAX_COUNTED, _MAX_CONTRIBUTORS = 10_000, 1 << 16
 _MAX_SETTINGS = 100
 _MAX_PUSH_ID, _MAX_PART_INDEX = 2**64 - 1, 2**32 - 1
@@ -91,7 +92,7 @@ def _state_prefix(variables: Collection[str]) -> str:
 
 
 def boot_id() -> str:
-    """What this boot of this machine is called; "unknown" where that is not told. Raises OSError: it cannot be read."""
+    """The id of this boot of this machine; "unknown" on systems without one. Raises OSError: it cannot be read."""
     return _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else "unknown"
 
 
@@ -176,7 +177,7 @@ def content_of(head: Head, step: int, is_fresh: bool) -> Content:
     if len(set(contributors)) != len(contributors):
         raise ValueError("contributors has a worker twice")
     counted = strict_json.map_of(strict_json.parse(about["counted"]), "counted", _MAX_COUNTED, _counted)
-    # Earlier versions did not know of it.
+    # Files of earlier versions do not have it.
     finished = strict_json.list_of(strict_json.parse(about.get("finished", "[]")), "finished", _MAX_COUNTED, _worker_id)
     manifest = Manifest(variables, fragment_size_bytes, shard)
     check_sendable(manifest)
@@ -199,7 +200,7 @@ def _outer_of(about: Mapping[str, str]) -> OuterOptimizer:
 
 
 def _setting(name: str, value: Any) -> Setting:
-    if not isinstance(value, bool | int | float):
+    if not isinstance(value, bool | int | float) or not math.isfinite(value):
         raise ValueError(f"setting {name!a} is no number, true or false")
     return value
 

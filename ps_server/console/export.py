@@ -1,4 +1,4 @@
-"""Takes the center out of directories of checkpoints or running servers, and writes it for others to read."""
+"""Reads the center from directories of checkpoints or from running servers, and writes it to a file."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from ps_server.checkpoints.safetensors_file import save
 
 __all__ = ["ExportError", "export"]
 
-_WORKER_ID = "ps-server export"  # a server wants to know who pulls
-# Shards of a running job are read at the same moment; now and then a round commits on some of them just then.
+_WORKER_ID = "ps-server export"  # a server requires the id of a worker that pulls
+# The shards of a running job are pulled at the same time; now and then a round commits on some of them in between.
 _MAX_TRIES = 20
 
 
 class ExportError(Exception):
-    """There is nothing to export, or nowhere to write it; one line that says why."""
+    """There is nothing to export, or the file cannot be written; one line that says why."""
 
 
 @dataclass(frozen=True)
 class _Center:
-    """What one source has."""
+    """The variables of one source."""
 
     manifest: Manifest
     arrays: Mapping[str, NDArray[Any]]
@@ -53,15 +53,15 @@ def export(
     access: Access,
     tell: Callable[[str], None] = lambda _: None,
 ) -> int:
-    """Writes the center variables as they are to a safetensors file, and their `global_step` to its metadata.
+    """Writes the center variables to a safetensors file, unconverted, and their `global_step` to its metadata.
 
     Args:
-        sources: directories of checkpoints, which servers may be using, or addresses of servers; of a job with several
+        sources: directories of checkpoints, which servers may be using, or addresses of servers; for a job with several
             servers all of them, in order.
-        out: written beside and renamed.
+        out: the file, written under another name and then renamed.
         timeout_s: how long a server may take until it begins to send.
-        access: the way to servers.
-        tell: is told, in a line each, which checkpoints are passed over, and why.
+        access: opens channels to servers.
+        tell: called with a line for each checkpoint that is skipped, which says why.
 
     Returns:
         The `global_step`.
@@ -89,7 +89,7 @@ def export(
 
 
 def _of_one_step(sources: Sequence[str], timeout_s: float, access: Access) -> list[_Center]:
-    """What all sources have, of one `global_step`: the newest that all of them have."""
+    """The variables of all sources at one `global_step`: the newest that all of them have."""
     at_most: int | None = None
     with ThreadPoolExecutor(len(sources)) as threads:
         for _ in range(_MAX_TRIES):
@@ -134,7 +134,7 @@ def _pull(address: str, timeout_s: float, access: Access) -> _Center:
         rpc = channel.unary_stream(f"/{wire.SERVICE}/Pull", _as_is, _as_is)
         request = pb.PullRequest(worker_id=_WORKER_ID).SerializeToString()
         call = rpc(request, wait_for_ready=True, metadata=access.metadata)
-        # No deadline: a model may take its time. Once a server has begun, keepalive tells whether it is still there.
+        # No deadline: a large model takes long. Once a server has begun, gRPC's keepalive notices if it vanishes.
         patience = threading.Timer(timeout_s, call.cancel)
         patience.start()
         try:

@@ -1,4 +1,4 @@
-"""Asks a running server for its status and shows it to people."""
+"""Asks a running server for its status and shows it."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ __all__ = [
     "workers_in_round",
 ]
 
-# From then on what the server says of a checkpoint that is being written is a problem.
+# A checkpoint that takes longer to write is shown as a problem.
 _HANGS_FROM_S = 5.0
 _TITLE_COLUMNS = 13
 _INDENT = "  "
-# Narrower than this nothing is made to fit.
+# Nothing is made narrower than this.
 _NARROWEST = 12
 _NAME_COLUMNS = 24
-# JSON has no such numbers; these are the words of protobuf's own JSON.
+# JSON lacks these numbers; protobuf's JSON uses these words.
 _NOT_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
 
 
@@ -53,13 +53,13 @@ class NoAnswerError(Exception):
 
 @dataclass(frozen=True)
 class Seen:
-    """What is known of one server.
+    """What is known about one server.
 
     Args:
-        address: where it is asked.
-        status: its last answer; None if it never gave one.
+        address: of the server.
+        status: its last answer; None: it has never answered.
         problem: why it does not answer now; empty if it does.
-        away_s: for how long it has not.
+        away_s: for how long it has not answered.
     """
 
     address: str
@@ -69,7 +69,7 @@ class Seen:
 
 
 def fetch(address: str, timeout_s: float, access: Access) -> pb.GetStatusResponse:
-    """The status of the server at ``address``. Raises NoAnswerError, naming it, soon after ``timeout_s`` at most."""
+    """The status of the server at ``address``. Raises NoAnswerError, at the latest shortly after ``timeout_s``."""
     with access.channel(address) as channel:
         call = channel.unary_unary(
             f"/{wire.SERVICE}/GetStatus",
@@ -96,13 +96,13 @@ def fetch(address: str, timeout_s: float, access: Access) -> pb.GetStatusRespons
 
 
 def as_json(statuses: Sequence[pb.GetStatusResponse]) -> str:
-    """Every field under its name in the protocol; numbers as numbers, bytes in hex. A list if there are several."""
+    """All fields by their names in the protocol; numbers as numbers, bytes in hex. A list if there are several."""
     found = [plain(status) for status in statuses]
     return json.dumps(found if len(found) > 1 else found[0], indent=2)
 
 
 def plain(message: Message) -> dict[str, Any]:
-    """A message as what JSON knows, under the protocol's names; a field that is absent is None."""
+    """A message as JSON types, by the protocol's names; an absent field is None."""
     found: dict[str, Any] = {}
     for field in message.DESCRIPTOR.fields:
         value = getattr(message, field.name)
@@ -125,8 +125,8 @@ def as_text(status: pb.GetStatusResponse, columns: int | None = None) -> str:
     """A few lines for people.
 
     Args:
-        status: what a server says.
-        columns: how wide they may be; None: as wide as it takes.
+        status: of a server.
+        columns: how wide they may be; None: any width.
     """
     room = None if columns is None else max(_NARROWEST, columns - _TITLE_COLUMNS)
     moved = f"{size(status.received_bytes)} received, {size(status.sent_bytes)} sent"
@@ -160,21 +160,21 @@ def as_text(status: pb.GetStatusResponse, columns: int | None = None) -> str:
 
 
 def phase_of(status: pb.GetStatusResponse) -> str:
-    """What the server is doing, in a word."""
+    """The server's phase, in a word."""
     return pb.Phase.Name(status.phase).removeprefix("PHASE_").lower()
 
 
 def trouble_of(status: pb.GetStatusResponse) -> str:
-    """What a problem with a checkpoint is, in a word: the disk does not answer, or it says no."""
+    """What is wrong with a checkpoint, in a word: the disk does not answer, or writing failed."""
     return "HANGS" if status.checkpoint_writing_s >= _HANGS_FROM_S else "FAILED"
 
 
 def missing_of(status: pb.GetStatusResponse, columns: int | None = None) -> str:
-    """For whom the round waits; empty if it waits for nobody.
+    """The workers that the round waits for; empty if there are none.
 
     Args:
-        status: what a server says.
-        columns: how wide it may be, with nothing but names then; None: as wide as it takes, with what is known of them.
+        status: of a server.
+        columns: how wide the text may be, which then has only names; None: any width, with what is known about each.
     """
     missing = Missing.told(status)
     if columns is None:
@@ -186,16 +186,16 @@ def missing_of(status: pb.GetStatusResponse, columns: int | None = None) -> str:
 
 
 def intervals_of(status: pb.GetStatusResponse, columns: int | None = None) -> str:
-    """Which worker makes how many local steps between two rounds, if they differ; otherwise empty.
+    """How many local steps each worker makes between two rounds, if the numbers differ; otherwise empty.
 
     Args:
-        status: what a server says.
-        columns: how wide it may be; None: as wide as it takes.
+        status: of a server.
+        columns: how wide the text may be; None: any width.
     """
     steps = {worker.worker_id: worker.interval_steps for worker in status.workers if worker.interval_steps}
     if len(set(steps.values())) < 2:
         return ""
-    # Those that differ from each other first: of many workers, some may be left out.
+    # One worker for each number comes first: if there are many, some are left out.
     firsts = {interval: name for name, interval in reversed(steps.items())}
     names = sorted(steps, key=lambda name: (firsts[steps[name]] != name, name))
     head = "interval_steps differ: "
@@ -208,7 +208,7 @@ def intervals_of(status: pb.GetStatusResponse, columns: int | None = None) -> st
 
 
 def workers_in_round(status: pb.GetStatusResponse) -> list[str]:
-    """How many there are, and with how many rounds go on."""
+    """How many workers there are, and how many of them rounds still need."""
     finished = status.workers_finished
     if status.job_over:
         return [f"all {status.num_workers} have finished", "the job is over", "a new one may begin with this center"]
@@ -225,13 +225,13 @@ def workers_in_round(status: pb.GetStatusResponse) -> list[str]:
 
 
 def shard_of(status: pb.GetStatusResponse) -> str:
-    """Which part of the model the server has; empty if it has the whole."""
+    """The server's shard; empty if it has the whole model."""
     if not status.HasField("shard"):
         return ""
     return f", shard {status.shard.index} of {status.shard.count} of job {status.shard.job_id.hex()[:8]}"
 
 
 def _wrapped(title: str, text: str, columns: int | None) -> list[str]:
-    """A sentence, on as many lines as it takes."""
+    """A sentence, wrapped to the width."""
     lines = [text] if columns is None else textwrap.wrap(text, columns, break_on_hyphens=False) or [""]
     return [f"{title if at == 0 else '':<{_TITLE_COLUMNS}}{line}" for at, line in enumerate(lines)]

@@ -24,14 +24,14 @@ _ALARM = "bold not dim red"
 _TITLE_COLUMNS = 12
 _FRAME_COLUMNS, _FRAME_ROWS = 4, 2
 _HEAD_ROWS = 1
-# However little room there is: what a server does, and for whom it waits.
+# Even in the smallest terminal: the server's phase, and the workers that it waits for.
 _LEAST_ROWS = 2
 _TABLE_ROWS = 3
 _NARROWEST = 8
 
 
 def show(samples: Iterable[Sequence[Seen]], console: Console | None = None) -> None:
-    """Draws each sample in place; on the way out, Ctrl-C included, the last one stays on the terminal."""
+    """Draws each sample in place. At the end, also after Ctrl-C, the last one stays on the terminal."""
     console = console or Console()
     servers, at = list[Seen](), ""
     try:
@@ -44,12 +44,12 @@ def show(samples: Iterable[Sequence[Seen]], console: Console | None = None) -> N
 
 
 def picture(servers: Sequence[Seen], at: str, height: int | None = None) -> RenderableType:
-    """All servers, one panel each, as wide as the terminal: what does not fit is left out or has a … in it.
+    """All servers, one panel each, as wide as the terminal. What does not fit is left out or shortened with a ….
 
     Args:
-        servers: what is known of each.
-        at: the time.
-        height: rows of the terminal, in which all panels have to fit; None: any number.
+        servers: what is known about each.
+        at: the time, as text.
+        height: rows of the terminal that all panels have to fit into; None: any number.
     """
     away = sum(bool(server.problem) for server in servers)
     head = Text.assemble(("modelaverage", "bold"), f"  {at}  {len(servers)} server{'s' * (len(servers) != 1)}")
@@ -81,7 +81,7 @@ class _ServerPanel:
         if status is not None:
             vital, rest = _summary(status, columns, console)
             room = None if self.rows is None else max(_LEAST_ROWS, self.rows - len(lines))
-            # Where there is little room, the workers say more than the rest.
+            # Where there is little room, the table of workers is worth more than the rest of the summary.
             summary = vital if room is not None and room < len(vital) + len(rest) + _TABLE_ROWS else vital + rest
             lines += summary
             left = None if room is None else max(0, room - len(summary))
@@ -98,7 +98,7 @@ class _ServerPanel:
 
 
 def _summary(status: pb.GetStatusResponse, columns: int, console: Console) -> tuple[list[Text], list[Text]]:
-    """A line for each thing: those that are needed however little room there is, and the rest."""
+    """The summary's lines: those that are always shown, and the rest."""
     room = max(_NARROWEST, columns - _TITLE_COLUMNS)
     lines = list[Text]()
 

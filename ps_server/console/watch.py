@@ -1,6 +1,6 @@
-"""`ps-server status --watch`: asks servers for their status again and again, and shows what has become of them.
+"""`ps-server status --watch`: asks servers for their status at an interval, and shows the answers.
 
-A picture in a terminal, where rich is installed; elsewhere a line for each change; with --json an object a line.
+Draws them in a terminal if rich is installed; otherwise prints a line for each change; with --json an object a line.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _Fetch = Callable[[str], pb.GetStatusResponse]
 
 
 def watch(addresses: Sequence[str], fetch: _Fetch, interval_s: float, as_json: bool) -> None:
-    """Shows the servers until Ctrl-C. ``fetch`` asks one, and may raise NoAnswerError."""
+    """Shows the servers until Ctrl-C. ``fetch`` asks one server, and may raise NoAnswerError."""
     samples = _samples(addresses, fetch, interval_s)
     try:
         if as_json:
@@ -46,7 +46,7 @@ def watch(addresses: Sequence[str], fetch: _Fetch, interval_s: float, as_json: b
 
 
 def _samples(addresses: Sequence[str], fetch: _Fetch, interval_s: float) -> Iterator[list[Seen]]:
-    """All servers, asked at once, every ``interval_s``."""
+    """Asks all servers at the same time, every ``interval_s``."""
     servers = [Seen(address) for address in addresses]
     heard_at_s = dict.fromkeys(addresses, time.monotonic())
 
@@ -77,7 +77,7 @@ def _print_changes(samples: Iterator[list[Seen]]) -> None:
 
 
 def _in_columns(text: str) -> str:
-    """In a terminal, broken between words, so that the terminal itself breaks no name."""
+    """In a terminal, wrapped between words, so that the terminal does not break names."""
     if not sys.stdout.isatty():
         return text
     columns = shutil.get_terminal_size().columns
@@ -85,7 +85,7 @@ def _in_columns(text: str) -> str:
 
 
 def _news(server: Seen) -> tuple[object, ...]:
-    """What has to differ for a new line to be worth it: not what grows with every second."""
+    """What has to change before a new line is printed; leaves out what grows every second."""
     if server.status is None or server.problem:
         return bool(server.problem), server.status is None
     now = server.status
@@ -131,7 +131,7 @@ def line(server: Seen) -> str:
 
 
 def json_line(servers: Sequence[Seen], unix_time_s: float) -> str:
-    """All servers as one JSON object; a status has the names of the protocol's fields, as without --watch."""
+    """All servers as one JSON object; a status has the protocol's field names, as without --watch."""
     plain = [
         {
             "address": server.address,

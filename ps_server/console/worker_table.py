@@ -1,4 +1,4 @@
-"""The workers of a status as a table of plain text, as wide as there is room: names stay, columns go."""
+"""The workers of a status as a table of plain text; a narrow one has fewer columns, but always the names."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Row:
 
     Args:
         text: the line.
-        is_missing: whether it is of a worker that the round waits for.
-        is_worker: whether it is of a worker at all.
+        is_missing: whether it shows a worker that the round waits for.
+        is_worker: whether it shows a worker at all.
     """
 
     text: str
@@ -34,12 +34,12 @@ class Row:
 
 
 def worker_table(status: pb.GetStatusResponse, columns: int | None = None, rows: int | None = None) -> list[Row]:
-    """A head, a line for each worker, and how many more there are; empty if there is no worker.
+    """A header, a line for each worker, and the number of workers left out; empty if there is no worker.
 
     Args:
-        status: what a server says.
-        columns: how wide it may be; None: any width. Of what does not fit whole columns are left out.
-        rows: how many lines there may be; None: any number. Whom the round waits for comes first then.
+        status: of a server.
+        columns: how wide the table may be; None: any width. Columns that do not fit are left out.
+        rows: how many lines it may have; None: any number. With a limit, workers that the round waits for come first.
     """
     workers, more = workers_of(status)
     missing = _missing(status)
@@ -73,20 +73,20 @@ def worker_table(status: pb.GetStatusResponse, columns: int | None = None, rows:
 
 
 def workers_of(status: pb.GetStatusResponse) -> tuple[list[pb.WorkerStatus], int]:
-    """The workers to be shown, by name, and how many more there are. Those that have only pulled come last, and of
-    these a few do: anybody who may read can make up any number of them."""
+    """The workers to show, sorted by name, and how many more there are. Those that have only pulled come last, and only
+    a few are shown: any client with read access can invent any number of them."""
     pushers = [worker for worker in status.workers if _has_pushed(worker)]
     readers = [worker for worker in status.workers if not _has_pushed(worker)]
     return pushers + readers[:MAX_NAMES], status.workers_omitted + len(readers[MAX_NAMES:])
 
 
 def state_of(worker: pb.WorkerStatus, missing: Collection[str] = ()) -> str:
-    """What a worker is doing, as far as the server can tell. Of one that a round waits for it cannot tell whether it
-    computes or is gone.
+    """What a worker is doing, as far as the server can tell. It cannot tell whether a worker that a round waits for is
+    computing or is gone.
 
     Args:
-        worker: what the server says of it.
-        missing: names of those that the round waits for.
+        worker: what the server says about it.
+        missing: names of the workers that the round waits for.
     """
     if worker.has_finished:
         return "finished"
@@ -110,7 +110,7 @@ def age(age_s: float) -> str:
 
 
 def _missing(status: pb.GetStatusResponse) -> frozenset[str]:
-    """Names of those that the round waits for, those included that the server leaves out of its list."""
+    """Names of the workers that the round waits for, including those that the server leaves out of its list."""
     named = frozenset(status.waiting_for)
     if not status.waiting_for_omitted:
         return named
@@ -131,7 +131,7 @@ def _widths(table: Collection[tuple[str, bool, list[str]]]) -> int:
 
 
 def _has_pushed(worker: pb.WorkerStatus) -> bool:
-    """Whether it has, or is the chief, which is about to."""
+    """Whether the worker has pushed, or is the chief, which will."""
     return bool(worker.peer or worker.local_step or worker.pushes_counted or worker.waiting or worker.is_chief)
 
 
@@ -143,7 +143,7 @@ def _transport(worker: pb.WorkerStatus, _: Collection[str]) -> str:
 
 @dataclass(frozen=True)
 class _Column:
-    """What stands in a column, given the worker and who is missing, and on which side."""
+    """A column's text for a worker, given who is missing, and its alignment."""
 
     cell: Callable[[pb.WorkerStatus, Collection[str]], str]
     right: bool = True

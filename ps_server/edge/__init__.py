@@ -1,1 +1,1 @@
-"""What stands between the network and the calls: roles, certificates, health, metrics."""
+"""The server's edge to the network: roles, certificates, health, metrics."""

@@ -23,7 +23,7 @@ _log = logging.getLogger("ps_server")
 
 
 def credentials_of(security: ServerSecurity) -> grpc.ServerCredentials | None:
-    """What to listen with; None: plain text. New connections get the certificate that is in the files at that moment.
+    """The credentials to listen with; None: plain text. Each new connection uses the files' present certificate.
 
     Raises:
         SecurityError: a file is missing or unusable.
@@ -49,7 +49,7 @@ def credentials_of(security: ServerSecurity) -> grpc.ServerCredentials | None:
     paths = [path for path in (cert_file, key_file, client_ca) if path is not None]
     files = WatchedFiles(paths, read, lambda error: _keep("certificate", error))
 
-    def news() -> grpc.ServerCertificateConfiguration | None:  # gRPC asks before every handshake
+    def news() -> grpc.ServerCertificateConfiguration | None:  # gRPC calls this before every handshake
         configuration = files.news()
         if configuration is not None:
             _log.warning(

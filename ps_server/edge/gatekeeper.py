@@ -1,4 +1,4 @@
-"""Looks at the token of every call before its handler does: a thin shell around authorization.py."""
+"""Checks the token of every call before its handler runs; authorization.py has the rules."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ else:
 
 
 class Gatekeeper(_Interceptor):
-    """Refuses calls whose token does not allow them. It stands at the beginning of a call only, not in its stream.
+    """Refuses calls whose token does not allow them. Runs at the beginning of a call, not for each message.
 
     Args:
-        tokens: the tokens that the server knows at the moment.
+        tokens: returns the tokens that the server knows at the moment.
     """
 
     def __init__(self, tokens: Callable[[], Tokens]) -> None:
@@ -55,7 +55,7 @@ class Gatekeeper(_Interceptor):
         if error is None:
             caller_role.set(tokens.role_of(sent[0]) if sent else None)
             return await continuation(handler_call_details)
-        # A stranger who tries a thousand tokens a second does not fill the disk.
+        # So that a stranger who tries a thousand tokens a second does not fill the disk with log lines.
         now_s = time.monotonic()
         is_news = now_s - self._warned_at_s >= _WARNING_INTERVAL_S
         if is_news:
@@ -64,7 +64,7 @@ class Gatekeeper(_Interceptor):
 
 
 def _refusing(method: str, error: ModelAverageError, level: int) -> _Handler:
-    """Answers any kind of call before anything of it is read."""
+    """A handler that refuses a call of any kind before reading from it."""
     assert error.reason is not None
     reason = error.reason
 

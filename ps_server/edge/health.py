@@ -1,7 +1,7 @@
 """gRPC's health service, https://grpc.io/docs/guides/health-checking: for orchestrators and load balancers.
 
-Not the servicer of grpcio-health-checking: there, when one of two clients that watch a service goes, the other hears
-nothing any more (1.81); and a client that watches would hold up the end of the server.
+It does not use the servicer of grpcio-health-checking (1.81): if one of two clients that watch a service leaves, the
+other gets no more updates; and a watching client delays the server's end.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _SERVICE_UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
 
 
 class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # the stubs have no such module
-    """What is served at the moment.
+    """Which services are serving.
 
     Args:
         serving: names that serve from the start.
-        not_yet: names that do not serve before `serve` says so.
+        not_yet: names that do not serve until `serve` is called with them.
     """
 
     def __init__(self, serving: tuple[str, ...], not_yet: tuple[str, ...]) -> None:
@@ -41,7 +41,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # the stubs
             self._wake()
 
     def stop(self) -> None:
-        """Nothing serves any more; whoever watches is told, and let go."""
+        """Nothing serves any more; clients that watch are told, and their calls end."""
         self._stopping = True
         self._statuses = dict.fromkeys(self._statuses, _NOT_SERVING)
         self._wake()

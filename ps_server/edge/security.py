@@ -1,4 +1,4 @@
-"""Who may come in, and over what: what `ps-server serve` is told about it, and whether that is enough."""
+"""The security flags of `ps-server serve`, and whether they are enough for the addresses that it listens on."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ __all__ = ["NO_SECURITY", "ServerSecurity", "add_server_security_flags", "check_
 
 @dataclass(frozen=True)
 class ServerSecurity:
-    """What a server wants of its clients, and shows them.
+    """How a server identifies itself, and what it requires of its clients.
 
     Args:
-        tls_cert: its certificate (PEM), with those between it and its authority; None: no TLS. Unix sockets have none.
+        tls_cert: its certificate (PEM), followed by any intermediate ones; None: no TLS. Unix sockets never use TLS.
         tls_key: the certificate's key.
-        tls_client_ca: authorities one of which has to have signed a client's certificate; None: clients need none.
+        tls_client_ca: authorities, one of which must have signed a client's certificate; None: clients need none.
         token_file: tokens of workers, one a line; None: calls need no token.
-        chief_token_file: tokens that may initialize, too; None: workers' may.
-        reader_token_file: tokens that may only pull and see the status; None: there are none.
-        insecure: whether strangers may be able to connect.
+        chief_token_file: tokens that may also initialize; None: workers' tokens may.
+        reader_token_file: tokens that may only pull and read the status; None: there are none.
+        insecure: whether to listen even where strangers can connect.
 
     Raises:
-        SecurityError: one of these needs another one, which is not there.
+        SecurityError: one of these needs another one that is not given.
     """
 
     tls_cert: Path | None = None
@@ -53,11 +53,11 @@ class ServerSecurity:
 
 
 NO_SECURITY = ServerSecurity()
-"""Enough for loopback and Unix sockets."""
+"""No TLS and no tokens; enough for loopback and Unix sockets."""
 
 
 def add_server_security_flags(command: argparse.ArgumentParser) -> None:
-    """Adds the flags that `ServerSecurity` has a field for."""
+    """Adds a flag for each field of `ServerSecurity`."""
     group = command.add_argument_group(
         "security",
         "All files are read again when they change. docs/security.md has a complete example.",
@@ -93,15 +93,15 @@ def add_server_security_flags(command: argparse.ArgumentParser) -> None:
 
 
 def check_exposure(host: str, bind: str, security: ServerSecurity) -> None:
-    """Refuses to listen where strangers may come, without anything that keeps them out, unless that is wanted.
+    """Refuses to listen where strangers can connect, unless TLS, tokens or ``insecure`` are set.
 
     Args:
         host: of a TCP address.
         bind: the address as it was given, for the message.
-        security: what keeps strangers out.
+        security: the server's settings.
 
     Raises:
-        SecurityError: nothing does.
+        SecurityError: nothing keeps strangers out.
     """
     if security.tls_cert is None and security.token_file is None and not security.insecure and not _is_loopback(host):
         raise SecurityError(
@@ -111,7 +111,7 @@ def check_exposure(host: str, bind: str, security: ServerSecurity) -> None:
 
 
 def warnings_of(host: str, bind: str, security: ServerSecurity) -> list[str]:
-    """What an operator should know of one TCP address."""
+    """Warnings for the operator about one TCP address."""
     if _is_loopback(host):
         return []
     if security.tls_cert is None and security.token_file is None:
@@ -127,7 +127,7 @@ def warnings_of(host: str, bind: str, security: ServerSecurity) -> list[str]:
 
 
 def _is_loopback(host: str) -> bool:
-    """Whether every address of the host is; a host without an address is none that strangers reach."""
+    """Whether every address of the host is on loopback; True for a host without an address."""
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):

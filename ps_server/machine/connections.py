@@ -1,7 +1,7 @@
-"""The end of a client's TCP connection, for clients that take nothing of a call that is over.
+"""Ends the TCP connections of clients that read nothing of a call that is over.
 
-gRPC keeps what such a client has not taken, two copies of a fragment, until it does or is gone. It offers no way to end
-the connection; the kernel does.
+gRPC keeps what such a client has not read, two copies of a fragment, until the client reads it or vanishes. gRPC cannot
+end the connection; the kernel can.
 """
 
 from __future__ import annotations
@@ -26,34 +26,34 @@ __all__ = ["Taking", "cut", "taking"]
 _DESCRIPTORS = Path("/proc/self/fd")
 _Place = tuple[ipaddress.IPv4Address | ipaddress.IPv6Address, int]
 _T = TypeVar("_T")
-# linux/tcp.h: struct tcp_info has the number of bytes that were acknowledged at this place.
+# The offset of the number of acknowledged bytes in struct tcp_info (linux/tcp.h).
 _TCP_INFO_BYTES, _BYTES_ACKED_AT = 256, 120
 
 
 @dataclass(frozen=True)
 class Taking:
-    """What a client has taken of its connection's bytes.
+    """How far a client has read its connection.
 
     Args:
         acknowledged_bytes: since the connection began.
-        waiting_bytes: what the kernel has still to send, or sends.
+        waiting_bytes: bytes that the kernel has not sent, or that are not acknowledged yet.
     """
 
     acknowledged_bytes: int
     waiting_bytes: int
 
     def goes_on_since(self, before: Taking | None) -> bool:
-        """Whether bytes are on their way: the link is slow, perhaps, but the client is not to blame."""
+        """Whether bytes are moving: then the link may be slow, but the client is reading."""
         return self.waiting_bytes > 0 and (before is None or self.acknowledged_bytes > before.acknowledged_bytes)
 
 
 def cut(peer: str) -> bool:
-    """Ends the connection to ``peer``, as gRPC names it (``ipv4:10.0.0.7:51234``); False: it finds none."""
+    """Ends the connection to ``peer``, as gRPC names it (``ipv4:10.0.0.7:51234``); False: there is none."""
     return _with_connection(peer, _cut) is not None
 
 
 def taking(peer: str) -> Taking | None:
-    """What ``peer`` takes; None: it finds no connection, or the kernel does not say."""
+    """How far ``peer`` has read; None: there is no connection, or the kernel does not say."""
     return _with_connection(peer, _taking)
 
 
@@ -89,7 +89,7 @@ def _with_connection(peer: str, use: Callable[[socket.socket], _T | None]) -> _T
 
 def _if_it_is(descriptor: int, wanted: _Place, use: Callable[[socket.socket], _T | None]) -> _T | None:
     try:
-        # One of our own: gRPC may close its descriptor at any time, and the number may become another file's.
+        # A duplicate, because gRPC may close its descriptor at any time, and the number may then be another file's.
         mine = os.dup(descriptor)
     except OSError:
         return None
@@ -99,11 +99,11 @@ def _if_it_is(descriptor: int, wanted: _Place, use: Callable[[socket.socket], _T
         with socket.socket(fileno=os.dup(mine)) as connection:
             host, port = connection.getpeername()[:2]
             address = ipaddress.ip_address(host.partition("%")[0])
-            # gRPC listens for IPv4 on an IPv6 socket, too.
+            # gRPC accepts IPv4 on its IPv6 sockets.
             if ((address.version == 6 and address.ipv4_mapped) or address, port) != wanted:
                 return None
             return use(connection)
-    except (OSError, ValueError):  # it is not connected, or not to an address
+    except (OSError, ValueError):  # it is not connected, or is not an IP socket
         return None
     finally:
         os.close(mine)

@@ -1,8 +1,8 @@
-"""Descriptors: as many as the system allows, compared with what the workers need; and a word when there are none.
+"""Descriptors: raises the limit, compares it with what the workers need, and says so when none are left.
 
-gRPC accepts connections itself. Without a descriptor it lets them wait, tries again every second, and says nothing.
-Clients give up and try again, and the queue fills with connections that are dead: with descriptors at hand again, gRPC
-would take these first, as many a second as it has descriptors, and be deaf to everybody else for minutes.
+gRPC accepts connections itself. Without a free descriptor it lets them wait, tries again every second, and logs
+nothing. Clients give up and try again, and the queue fills with dead connections. Once descriptors are free again, gRPC
+would accept the dead ones first, as many a second as it has descriptors, and answer no other client for minutes.
 """
 
 from __future__ import annotations
@@ -26,49 +26,51 @@ __all__ = ["DescriptorWatch", "check_limit", "raise_limit"]
 
 _log = logging.getLogger("ps_server")
 
-# More than the most workers need; where the hard limit is a billion, strangers shall not have as much.
+# More than the largest number of workers needs. Where the hard limit is a billion, strangers must not be able to use
+# it.
 _MOST = 1 << 16
-# A worker has one connection for its calls, and one for its bytes or a segment of shared memory, which is two: the
-# segment and its mapping.
+# A worker has a connection for its calls, and another for its bytes or a segment of shared memory. A segment takes two
+# descriptors: the segment and its mapping.
 _OF_CONNECTION, _OF_DATA_CONNECTION, _OF_SEGMENT = 1, 1, 2
-# Two buffers and two old ones, each as a segment.
+# Two buffers and two old buffers, each a segment.
 _OF_CENTER = 4 * _OF_SEGMENT
-# Who asks for the status or the metrics, connections of processes that were killed, files.
+# For clients that ask for status or metrics, connections of killed processes, and files.
 _SPARE = 16
 
 _LOOK_INTERVAL_S = 1.0
 _LOOK_INTERVAL_WITHOUT_S = 0.25
-# Connections that wait to be let in: gRPC lets in so few within a second; of more, so many are turned away in one look.
+# Connections that wait to be accepted: gRPC accepts this few within a second; of more, at most this many are turned
+# away in one look.
 _FEW_WAITING, _MOST_TURNED_AWAY = 8, 5000
-# An episode is over when there have been descriptors for so long.
+# A shortage is over when descriptors have been free for this long.
 _SETTLED_S = 5.0
-# Without descriptors, a connection that has said nothing for so long is cut off.
+# During a shortage, a connection on which nothing has arrived for this long is closed.
 _SILENCE_S = 2.0
-# Of Linux's struct tcp_info.
+# From Linux's struct tcp_info.
 _TCP_ESTABLISHED, _TCP_CLOSE_WAIT, _TCP_LISTEN = 1, 8, 10
 _WAITING_AT, _BYTES_RECEIVED_AT, _TCP_INFO_BYTES = 24, 128, 136
 
 
 def raise_limit() -> None:
-    """The soft limit on descriptors becomes the hard one, 65,536 at most; it is never lowered."""
+    """Raises the soft limit on descriptors to the hard one, but not above 65,536; never lowers it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _MOST if hard == resource.RLIM_INFINITY else min(hard, _MOST)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-        except (OSError, ValueError):  # macOS knows a lower limit than it says
+        except (OSError, ValueError):  # macOS has a lower limit than it reports
             return
 
 
 def check_limit(max_workers: int, has_shared_memory: bool, has_data_port: bool, open_now: int | None = None) -> int:
-    """How many descriptors a server needs that has opened all that it needs without workers; warns if the limit is
-    lower.
+    """How many descriptors a server needs with all its workers; warns if the limit is lower. Called when the server has
+    opened everything that it needs without workers.
 
     Args:
-        max_workers: how many may stand in a round.
-        has_shared_memory: whether it lends memory.
-        has_data_port: whether it takes data connections.
-        open_now: how many are open; None: it is counted, where that is possible.
+        max_workers: how many workers a round admits.
+        has_shared_memory: whether the server lends memory.
+        has_data_port: whether it accepts data connections.
+        open_now: how many are open; None: they are counted, where that is possible.
     """
     limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     each = _OF_CONNECTION + max(_OF_SEGMENT * has_shared_memory, _OF_DATA_CONNECTION * has_data_port)
@@ -92,14 +94,14 @@ def check_limit(max_workers: int, has_shared_memory: bool, has_data_port: bool, 
 
 
 class DescriptorWatch:
-    """Looks every second whether the process can have another descriptor; says when it cannot, and when it can again.
+    """Checks every second whether the process can open another descriptor, and logs the beginning and end of a
+    shortage.
 
-    While there are none, connections on which nothing has come yet are cut off, for they are nobody's. Once there are
-    some, those that have piled up meanwhile are turned away: most are dead, and the others' clients try again within a
-    second.
+    During a shortage, connections on which nothing has arrived yet are closed. Afterwards, connections that have queued
+    up are turned away: most are dead, and the clients of the others try again within a second.
 
     Args:
-        reserve: for the look itself.
+        reserve: lends the descriptor for the check itself.
     """
 
     def __init__(self, reserve: Reserve) -> None:
@@ -107,7 +109,7 @@ class DescriptorWatch:
         self._none_since_s: float | None = None
         self._some_since_s: float | None = None
         self._turned_away = 0
-        self._silent: dict[tuple[int, object], float] = {}  # by descriptor and peer: since when
+        self._silent: dict[tuple[int, object], float] = {}  # since when, by descriptor and peer
 
     async def run(self) -> None:
         """Never returns."""
@@ -117,7 +119,7 @@ class DescriptorWatch:
             self.look(clock())
 
     def look(self, now_s: float) -> None:
-        """One look, at this time."""
+        """Checks once, at this time."""
         if not _has_some():
             self._some_since_s = None
             if self._none_since_s is None:
@@ -166,14 +168,14 @@ class DescriptorWatch:
             with _borrowed(descriptor) as listener:
                 if listener is not None and _waiting(listener) > _FEW_WAITING and not os.get_blocking(descriptor):
                     for _ in range(_MOST_TURNED_AWAY):
-                        arrived, _ = listener.accept()  # OSError: no more wait, or there are no descriptors again
+                        arrived, _ = listener.accept()  # OSError: the queue is empty, or descriptors have run out again
                         arrived.close()
                         self._turned_away += 1
 
     def _descriptors(self) -> list[int]:
         try:
             return self._reserve.open(lambda: [int(name) for name in os.listdir("/proc/self/fd")])
-        except OSError:  # there are none for that, or it is no Linux
+        except OSError:  # no descriptor is free for that, or this is not Linux
             return []
 
 
@@ -194,8 +196,8 @@ def _has_some() -> bool:
 
 @contextmanager
 def _borrowed(descriptor: int) -> Iterator[socket.socket | None]:
-    """The socket behind a descriptor that is gRPC's: one of our own is not to be had. None: there is no stream socket.
-    Of the body's OSErrors nobody hears: gRPC may close it at any time."""
+    """The socket behind one of gRPC's descriptors, used directly because no descriptor is free for a duplicate. None:
+    it is not a stream socket. OSErrors of the body are suppressed, because gRPC may close the socket at any time."""
     borrowed: socket.socket | None = None
     with suppress(OSError):
         if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
@@ -210,13 +212,13 @@ def _borrowed(descriptor: int) -> Iterator[socket.socket | None]:
 
 
 def _waiting(listener: socket.socket) -> int:
-    """How many connections wait to be let in; 0 for what does not listen for TCP."""
+    """How many connections wait to be accepted; 0 for a socket that does not listen for TCP."""
     info = _tcp_info(listener)
     return int(struct.unpack_from("=I", info, _WAITING_AT)[0]) if info and info[0] == _TCP_LISTEN else 0
 
 
 def _peer_if_silent(connection: socket.socket) -> object | None:
-    """Who is connected over TCP but has not sent a byte."""
+    """The peer of a TCP connection on which no byte has arrived; None otherwise."""
     info = _tcp_info(connection)
     if not info or info[0] not in (_TCP_ESTABLISHED, _TCP_CLOSE_WAIT):
         return None
@@ -225,7 +227,7 @@ def _peer_if_silent(connection: socket.socket) -> object | None:
 
 
 def _tcp_info(connection: socket.socket) -> bytes:
-    """Linux's struct tcp_info; empty if there is none."""
+    """Linux's struct tcp_info; empty if the socket has none."""
     if connection.family not in (socket.AF_INET, socket.AF_INET6):
         return b""
     info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)

@@ -1,4 +1,4 @@
-"""Work that takes long, done beside the event loop: everything else goes on meanwhile."""
+"""Does long work outside the event loop, so that everything else goes on meanwhile."""
 
 from __future__ import annotations
 
@@ -17,26 +17,27 @@ _T = TypeVar("_T")
 
 
 class HelperThread:
-    """One thread that does what it is given, one thing after the other. Started in advance: when work comes, a machine
-    may have no thread to spare. Before `start` and after `stop`, work is done at once, on the event loop."""
+    """One thread that runs one piece of work after another. It is started in advance, because the machine may have no
+    thread to spare when work comes. Before `start` and after `stop`, work runs at once, on the event loop."""
 
     def __init__(self) -> None:
         self._work: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
         self._is_there = False
 
     def start(self) -> None:
-        """Raises RuntimeError if the machine has no thread for it."""
+        """Starts the thread. Raises RuntimeError if the machine has none to spare."""
         Thread(target=self._serve, name="helper", daemon=True).start()
         self._is_there = True
 
     def stop(self) -> None:
-        """The thread ends when its work is done; nobody has to wait for that."""
+        """Lets the thread end after its present work, without waiting for it."""
         if self._is_there:
             self._is_there = False
             self._work.put(None)
 
     async def run(self, work: Callable[[], _T]) -> _T:
-        """What ``work`` returns or raises. If this is cancelled before it has begun, it is not begun."""
+        """Runs ``work`` and returns or raises what it does. If this call is cancelled before ``work`` has begun,
+        ``work`` is not run."""
         if not self._is_there:
             return work()
         done: Future[_T] = Future()
@@ -46,13 +47,13 @@ class HelperThread:
     def _serve(self) -> None:
         while (item := self._work.get()) is not None:
             _do(*item)
-            del item  # what it returned may be as large as the model
+            del item  # its result may be as large as the model
 
 
 @contextmanager
 def no_collections() -> Iterator[None]:
-    """For making a million objects that stay. Python would look through all of them for garbage again and again, while
-    they are made and later, and every thread would wait for that, the event loop's too."""
+    """For creating a million long-lived objects. Otherwise Python would search all of them for garbage repeatedly,
+    while they are created and later, and every thread would wait for that, including the event loop's."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

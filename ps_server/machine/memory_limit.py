@@ -1,6 +1,6 @@
-"""How much memory this process may have: the machine's, or what its control groups allow.
+"""How much memory this process may use: the machine's, or what its control groups allow.
 
-In a container the machine's memory is not the container's: who takes more than its limit is killed.
+A container may have less memory than the machine; a process that exceeds the container's limit is killed.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class _Hierarchy:
 
     Args:
         kind: of the file system: cgroup2, or cgroup for version 1.
-        top: which group is mounted, as /proc/self/cgroup would name it.
-        folder: where.
+        top: the group that is mounted, as /proc/self/cgroup would name it.
+        folder: where it is mounted.
     """
 
     kind: str
@@ -32,11 +32,11 @@ class _Hierarchy:
 
 
 def memory_bytes(root: Path = Path("/"), machine_bytes: int | None = None) -> int:
-    """The least of the machine's memory and the limits of this process's control groups, versions 1 and 2, and of all
-    groups around them that can be seen.
+    """The smallest of the machine's memory and the limits of this process's control groups, versions 1 and 2, and of
+    all their visible parents.
 
     Args:
-        root: where proc and sys are, for tests.
+        root: the directory with proc and sys, for tests.
         machine_bytes: the machine's memory, for tests.
     """
     if machine_bytes is None:
@@ -58,12 +58,14 @@ def _limits(root: Path) -> Iterator[int]:
         name = _LIMIT_FILES[hierarchy.kind]
         for folder in _from_group_to_top(hierarchy, group):
             text = _read(folder / name).strip()
-            if text.isdigit() and int(text) > 0:  # "max" is no number; version 1 has one that is beyond all memory
+            if (
+                text.isdigit() and int(text) > 0
+            ):  # "max" is not a number; version 1 has a number beyond all memory instead
                 yield int(text)
 
 
 def _groups(root: Path) -> dict[str, PurePosixPath]:
-    """By kind of hierarchy, the group of this process there: lines are NUMBER:CONTROLLERS:PATH."""
+    """This process's group by kind of hierarchy; lines are NUMBER:CONTROLLERS:PATH."""
     found: dict[str, PurePosixPath] = {}
     for line in _read(root / "proc/self/cgroup").splitlines():
         number, _, rest = line.partition(":")
@@ -76,7 +78,7 @@ def _groups(root: Path) -> dict[str, PurePosixPath]:
 
 
 def _hierarchies(root: Path) -> list[_Hierarchy]:
-    """Those with the memory controller: what the table of mounts says, and where they usually are."""
+    """The hierarchies with the memory controller: those in the table of mounts, and the usual places."""
     found = []
     for line in _read(root / "proc/self/mountinfo").splitlines():
         # ID PARENT MAJOR:MINOR ROOT MOUNTPOINT OPTIONS [more ...] - KIND SOURCE OPTIONS
@@ -98,9 +100,9 @@ def _hierarchies(root: Path) -> list[_Hierarchy]:
 def _from_group_to_top(hierarchy: _Hierarchy, group: PurePosixPath) -> list[Path]:
     try:
         below = group.relative_to(hierarchy.top)
-    except ValueError:  # a container sees its own group mounted, under the name that it has outside
+    except ValueError:  # in a container, its own group is mounted, under the name that it has outside
         return [hierarchy.folder]
-    parts = () if ".." in below.parts else below.parts  # it was moved out of what can be seen
+    parts = () if ".." in below.parts else below.parts  # the process was moved to a group that is not visible here
     return [hierarchy.folder.joinpath(*parts[:depth]) for depth in range(len(parts), -1, -1)]
 
 

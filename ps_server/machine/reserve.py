@@ -1,4 +1,4 @@
-"""Descriptors that are held back for the server's own needs: its files and segments, never somebody's connection."""
+"""Descriptors that are reserved for the server's own files and segments, so that connections cannot take them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _EXHAUSTED = (errno.EMFILE, errno.ENFILE)
 
 
 class Reserve:
-    """Descriptors that point at nothing, until one is needed. For any thread.
+    """Holds unused descriptors until one is needed. Safe for any thread.
 
-    Connections come in without asking: strangers can take every descriptor that the process may have. These they cannot
-    take, and `open` gives one up for something that the server needs.
+    gRPC accepts any connection, so strangers can use up the process's descriptors. They cannot use these: `open` gives
+    one up for something that the server needs.
 
     Args:
         size: how many to hold; 0: none, for tests.
@@ -27,19 +27,19 @@ class Reserve:
     def __init__(self, size: int) -> None:
         self._size = size
         self._held: list[int] = []
-        self._lock = threading.RLock()  # large centers are not made on the event loop
+        self._lock = threading.RLock()  # large centers are created outside the event loop
         self.refill()
 
     @property
     def is_short(self) -> bool:
-        """Whether the system has no descriptors to fill it up again: calls that would need some had better wait."""
+        """Whether the system has no descriptors to refill it; calls that need some should wait."""
         return len(self._held) < self._size and not self.refill()
 
     def open(self, make: Callable[[], _T]) -> _T:
-        """What ``make`` returns, which needs a descriptor or two.
+        """Calls ``make``, which needs a descriptor or two, and returns its result.
 
         Raises:
-            OSError: EMFILE or ENFILE, if the reserve is used up, or whatever else ``make`` raises.
+            OSError: EMFILE or ENFILE if the reserve is used up, or what ``make`` raises.
         """
         with self._lock:
             while True:
@@ -54,7 +54,7 @@ class Reserve:
                     return made
 
     def refill(self) -> bool:
-        """Takes back what was given up, as far as there is any; whether it is full."""
+        """Refills the reserve as far as the system allows; returns whether it is full."""
         with self._lock:
             try:
                 while len(self._held) < self._size:
@@ -64,6 +64,6 @@ class Reserve:
             return True
 
     def close(self) -> None:
-        """Gives everything up."""
+        """Closes all descriptors."""
         while self._held:
             os.close(self._held.pop())

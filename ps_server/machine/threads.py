@@ -1,4 +1,4 @@
-"""Thread pools whose threads all run from the start, so that no later work fails for want of one."""
+"""Thread pools whose threads all run from the start, so that later work cannot fail because a thread is missing."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ __all__ = ["started_pool"]
 def started_pool(size: int, name: str) -> ThreadPoolExecutor:
     """A pool of ``size`` threads that are running.
 
-    By itself a pool starts a thread when work comes. If it cannot, it raises but keeps the work, and a later thread
-    does it when nobody expects it any more.
+    An ordinary pool starts threads when work comes. If it cannot, it raises an error but keeps the work, and a later
+    thread runs it unexpectedly.
 
     Raises:
         RuntimeError: the system has no more threads.

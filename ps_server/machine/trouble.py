@@ -1,4 +1,4 @@
-"""Failures that nobody planned for: what they are called, which a machine causes, and the end that beats serving on."""
+"""Unexpected failures: how they are described, whether the machine causes them, and the last resort of ending."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ _EXIT_CODE = 70
 
 
 def describe(error: BaseException) -> str:
-    """One line for people."""
+    """The failure in one line."""
     text = " ".join(str(error).split())
     name = type(error).__name__
     return text if text.startswith("[Errno") else f"{name}: {text}" if text else name
 
 
 def is_expected(error: BaseException) -> bool:
-    """Whether it is the machine that refuses something, such as memory or descriptors; else it is a defect, whose
-    traceback is worth its lines."""
+    """Whether the machine refused something, such as memory or descriptors; otherwise it is a defect, and its traceback
+    should be logged."""
     return isinstance(error, (OSError, MemoryError)) or "start new thread" in str(error)
 
 
 def end_process(why: str) -> None:
-    """Ends this process at once: nobody can tell any more that what it would answer is right.
+    """Ends this process at once, because its answers might be wrong from here on.
 
-    Checkpoints on the disk are whole: the server's supervisor starts it again from the last one.
+    Checkpoints on disk are intact; the server's supervisor restarts it from the last one.
     """
     try:
         _log.critical(

@@ -245,7 +245,8 @@ class Round:
             if entry.stream is not None:
                 outcome = Outcome.COMMITTED if entry.attached == entry.push else Outcome.ALREADY_COUNTED
                 verdicts[entry.stream] = Verdict(outcome, now_s - entry.whole_at_s)
-        commit = Commit(global_step, contributors, untouched, verdicts, tuple(self._held), self.age_s(now_s))
+        present = frozenset(self._entries)
+        commit = Commit(global_step, contributors, present, untouched, verdicts, tuple(self._held), self.age_s(now_s))
         fragments = Fragments(self.fragment_count)
         self._quorum.committed(late_s)
         self._begin(fragments)

@@ -1,1 +1,1 @@
-"""Who may speak to whom: channels, TLS, tokens, and what is wrong when the two sides do not trust each other."""
+"""How clients and servers trust each other: channels, TLS, tokens, and why trust fails."""

@@ -1,4 +1,4 @@
-"""Who a certificate is of, and who signed it: as much of X.509 as messages need. No decision of trust hangs on it."""
+"""Subject and issuer of a certificate: as much of X.509 as messages need. No decision about trust depends on it."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ _BEGIN, _END = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
 _VERSION_TAG = 0xA0
 # Serial number, algorithm, issuer, validity, subject.
 _FIELD_TAGS = (0x02, 0x30, 0x30, 0x30, 0x30)
-# commonName, organizationName: their OIDs' last byte, behind 2.5.4.
+# commonName, organizationName: the last byte of their OIDs, after 2.5.4.
 _NAMES = (3, 10)
 
 
 @dataclass(frozen=True)
 class CertificateNames:
-    """The names in a certificate, as the bytes that stand there.
+    """The names in a certificate, as encoded there.
 
     Args:
-        subject: whose it is.
-        issuer: who signed it.
+        subject: the certificate's owner.
+        issuer: the signer.
     """
 
     subject: bytes
@@ -30,7 +30,7 @@ class CertificateNames:
 
     @classmethod
     def of(cls, der: bytes) -> CertificateNames:
-        """Those of a certificate in DER form. Raises ValueError if it is none."""
+        """Reads a certificate in DER form. Raises ValueError if the bytes are not one."""
         try:
             _, begin, _ = _element(der, 0)  # the certificate
             _, at, _ = _element(der, begin)  # what is signed of it
@@ -49,7 +49,7 @@ class CertificateNames:
 
 
 def certificates_in(pem: str) -> list[CertificateNames]:
-    """Those of every certificate in a file, in order, as far as they can be read."""
+    """The names of every certificate in a file, in order, up to the first that cannot be read."""
     found = []
     for part in pem.split(_BEGIN)[1:]:
         try:
@@ -61,7 +61,7 @@ def certificates_in(pem: str) -> list[CertificateNames]:
 
 
 def broken_chain(chain: list[CertificateNames]) -> str | None:
-    """Where certificates do not follow one another, each signed by the next; None: they do."""
+    """Says where a certificate is not signed by the next one; None: each is."""
     for number, (one, following) in enumerate(itertools.pairwise(chain), start=1):
         if one.issuer != following.subject:
             return (
@@ -72,18 +72,18 @@ def broken_chain(chain: list[CertificateNames]) -> str | None:
 
 
 def shown_name(name: bytes) -> str:
-    """The common name in it, or the organization's, for people."""
+    """The common name, or otherwise the organization's, for people."""
     found = _texts(name)
     return next((repr(found[kind]) for kind in _NAMES if kind in found), "somebody without a name")
 
 
 def _texts(name: bytes) -> dict[int, str]:
-    """What stands in a name, by the last byte of its kind's OID."""
+    """The parts of a name, by the last byte of their OID."""
     found: dict[int, str] = {}
     try:
         _, at, end = _element(name, 0)
         while at < end:
-            _, begin, at = _element(name, at)  # a set of one, mostly
+            _, begin, at = _element(name, at)  # usually a set of one
             _, kind_at, _ = _element(name, begin)
             _, oid_begin, oid_end = _element(name, kind_at)
             _, text_begin, text_end = _element(name, oid_end)
@@ -95,7 +95,7 @@ def _texts(name: bytes) -> dict[int, str]:
 
 
 def _element(data: bytes, at: int) -> tuple[int, int, int]:
-    """An element of DER: its tag, and where its content begins and ends. Raises IndexError."""
+    """A DER element: its tag, and where its content begins and ends. Raises IndexError."""
     length, begin = data[at + 1], at + 2
     if length & 0x80:
         begin += length & 0x7F

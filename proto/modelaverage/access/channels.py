@@ -1,4 +1,4 @@
-"""The way to parameter servers: channels, the token in every call, and what is wrong when no channel comes about."""
+"""Channels to parameter servers, the token in every call, and why a channel fails."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _Metadata = tuple[tuple[str, str], ...]
 
 
 class Access:
-    """What opens channels to servers and signs calls. For any thread.
+    """Opens channels to servers and provides the metadata of calls. Safe for any thread.
 
     Args:
-        security: whom to trust and what to show. Its files are read here, and again when they change: later calls have
-            the new token, and go over a connection with the new certificates.
+        security: certificates and token. The files are read here, and again when they change: later calls carry the new
+            token and use a connection with the new certificates.
 
     Raises:
-        SecurityError: a file is missing or unusable; names it.
+        SecurityError: a file is missing or unusable; the message names it.
     """
 
     def __init__(self, security: Security) -> None:
@@ -47,8 +47,8 @@ class Access:
             )
 
     def channel(self, address: str, options: Sequence[tuple[str, Any]] = ()) -> grpc.Channel:
-        """A channel to a server, encrypted if `is_encrypted` says so; past all proxies, unless `proxies.USE_PROXY` says
-        otherwise."""
+        """A channel to a server, encrypted if `is_encrypted` says so. It uses no proxy unless `proxies.USE_PROXY` is
+        set."""
         options = [proxies.option(), *options]
         if self._credentials is None or self._tls is None or not self.is_encrypted(address):
             return grpc.insecure_channel(address, options=options)
@@ -57,18 +57,19 @@ class Access:
         return RenewedChannel(self._credentials.get, lambda now: grpc.secure_channel(address, now, options=options))
 
     def is_encrypted(self, address: str) -> bool:
-        """Whether channels to ``address`` are. Those over Unix sockets need not be: they do not leave the host."""
+        """Whether channels to ``address`` are encrypted. Those over Unix sockets, which stay on the host, are not."""
         return self._tls is not None and not address.startswith("unix:")
 
     @property
     def metadata(self) -> _Metadata:
-        """What the next call has to carry."""
+        """The metadata for the next call."""
         return self._metadata if self._token is None else self._token.get()
 
     def problem(self, address: str) -> str | None:
-        """Why a server at ``address`` and this client do not trust each other; None: that is not what is wrong.
+        """Why the server at ``address`` and this client do not trust each other; None: that is not the problem.
 
-        It asks the server, for a few seconds at most: gRPC takes a server that it does not trust for one that is away.
+        Connects to the server to find out, which takes a few seconds at most. gRPC itself only reports that the server
+        cannot be reached.
         """
         return handshake.problem(address, self._tls)
 

@@ -1,6 +1,6 @@
-"""Why a TLS handshake fails, in words that say what to do: gRPC takes such a server for one that is away.
+"""Why a TLS handshake fails, and what to do: gRPC itself only reports that the server cannot be reached.
 
-Nothing depends on this but messages: gRPC itself decides whom to trust.
+Only messages depend on this: gRPC itself decides whom to trust.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ __all__ = ["problem"]
 _TIMEOUT_S = 2.0
 # X509_V_ERR_UNABLE_TO_GET_ISSUER_CERT, ..._LOCALLY, X509_V_ERR_UNABLE_TO_VERIFY_LEAF_SIGNATURE
 _ISSUER_MISSING = (2, 20, 21)
-# A client's first words in HTTP/2, with empty settings: a server that takes them, takes the client's certificate, too.
+# HTTP/2's client preface with empty settings: a server that accepts it has accepted the client's certificate.
 _FIRST_WORDS = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
 
 
 def problem(address: str, tls: Tls | None) -> str | None:
-    """Why TLS with the server at ``address`` does not come about.
+    """Why a TLS handshake with the server at ``address`` fails.
 
     Returns:
-        One line; None if it does, and if nobody answers there at all.
+        One line; None if it succeeds, or if nothing answers there.
     """
     try:
         where = parse(address)
@@ -38,7 +38,11 @@ def problem(address: str, tls: Tls | None) -> str | None:
             if tls is None:
                 return _problem_in_plain_text(address, connection)
             return _problem(address, where.host, connection, tls)
-    except (OSError, OverflowError, UnicodeError):  # nobody there, or no address at all: gRPC's own error is better
+    except (
+        OSError,
+        OverflowError,
+        UnicodeError,
+    ):  # nothing listens there, or it is not an address: gRPC's own error is better
         return None
 
 
@@ -102,7 +106,7 @@ def _of_server_certificate(address: str, name: str, tls: Tls, error: ssl.SSLCert
 
 
 def _of_intermediate(address: str, tls: Tls) -> str:
-    """If a certificate between the server's and the authority's may be missing, its name, and where to put it."""
+    """If an intermediate certificate may be missing: its name, and where to put it."""
     chain = _chain_of(address, tls)
     if not chain or chain[-1].issuer == chain[-1].subject:
         return ""
@@ -113,10 +117,10 @@ def _of_intermediate(address: str, tls: Tls) -> str:
 
 
 def _chain_of(address: str, tls: Tls) -> list[CertificateNames]:
-    """What the server sends, its own certificate first; of an older Python only that one."""
+    """The certificates that the server sends, its own first; with an older Python only that one."""
     context = _context(tls)
     context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE  # nothing is believed of what it says
+    context.verify_mode = ssl.CERT_NONE  # the certificates are only read, not trusted
     try:
         where = parse(address)
         with (

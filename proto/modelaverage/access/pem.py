@@ -1,4 +1,4 @@
-"""Certificates and keys in PEM files: read, checked, and named when something is wrong with them."""
+"""Reads and checks certificates and keys in PEM files; errors name the file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _KEY = b"PRIVATE KEY-----"
 
 
 def read_authorities(ca_file: Path) -> bytes:
-    """The certificates of the authorities that are trusted.
+    """The certificates of trusted authorities.
 
     Raises:
         SecurityError: the file cannot be read, or has no certificate.
@@ -28,7 +28,7 @@ def read_authorities(ca_file: Path) -> bytes:
 
 
 def read_identity(cert_file: Path, key_file: Path) -> tuple[bytes, bytes]:
-    """Who one is: the certificate (with those that lie between it and its authority), and its key.
+    """A key and its certificate, which is followed by any intermediate ones.
 
     Raises:
         SecurityError: a file cannot be read or is no PEM, the key has a passphrase, or is another certificate's.
@@ -38,7 +38,7 @@ def read_identity(cert_file: Path, key_file: Path) -> tuple[bytes, bytes]:
     if _KEY not in key:
         raise SecurityError(f"{key_file} has no private key in PEM form (-----BEGIN PRIVATE KEY-----)")
     try:
-        # Without a password at hand OpenSSL would ask for one at the terminal.
+        # Without this password, OpenSSL would ask for one at the terminal.
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert_file, key_file, password=lambda: b"")
     except ssl.SSLError as error:
         if error.reason == "KEY_VALUES_MISMATCH":

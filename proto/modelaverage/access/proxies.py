@@ -1,7 +1,7 @@
-"""Whether channels go through a proxy. They do not unless they are told to.
+"""Whether channels use a proxy. By default they do not.
 
-gRPC by itself takes one from variables that whole machines have for their web browsers; where that proxy does not lead
-to the server, nobody answers, not even on loopback.
+gRPC itself would use the proxy that environment variables name for a machine's web browsers. Where that proxy does not
+lead to the server, no server can be reached, not even on loopback.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ __all__ = ["USE_PROXY", "in_the_way", "is_wanted", "option"]
 
 USE_PROXY = "MA_USE_PROXY"
 """Set to 1: channels use the proxy that gRPC finds in the environment."""
-# Where gRPC looks, in this order.
+# The variables that gRPC reads, in this order.
 _VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
 _NO = ("", "0", "no", "false", "off")
 
@@ -29,7 +29,7 @@ def option(environ: Mapping[str, str] = os.environ) -> tuple[str, int]:
 
 
 def in_the_way(address: str, environ: Mapping[str, str] = os.environ) -> str:
-    """What to add to an error when no server answers at ``address``: the variable whose proxy is used; or nothing."""
+    """What to append to an error when no server answers at ``address``: the variable that names a proxy, if any."""
     if not is_wanted(environ) or address.startswith("unix:"):
         return ""
     for name in _VARIABLES:

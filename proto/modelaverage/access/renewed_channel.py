@@ -1,6 +1,6 @@
-"""A channel whose credentials may be renewed: a call that is begun afterwards goes over a connection with the new ones.
+"""A channel whose credentials can be renewed: later calls use a connection with the new ones.
 
-A gRPC channel keeps its credentials for ever, also when it connects again.
+A gRPC channel itself never changes its credentials, not even when it reconnects.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ _Callable = Callable[..., Any]
 
 
 class RenewedChannel(grpc.Channel):
-    """A channel for any thread. Calls that are under way when the credentials change go on as they are.
+    """A channel for any thread. Calls that are under way when the credentials change are not affected.
 
     Args:
-        credentials: the credentials as they are now; the same object until they change.
-        connect: makes a channel with some.
+        credentials: returns the current credentials; the same object until they change.
+        connect: makes a channel with given credentials.
     """
 
     def __init__(
@@ -40,12 +40,12 @@ class RenewedChannel(grpc.Channel):
         with self._lock:
             credentials = self._current_credentials()
             if credentials is not self._credentials and not self._is_closed:
-                # The one before is not closed, which would end calls under way; it goes with the last of them.
+                # The earlier channel is not closed, which would end its calls; it is freed after the last of them.
                 self._channel, self._credentials = self._connect(credentials), credentials
             return self._channel
 
     def unary_unary(self, *args: Any, **options: Any) -> _Call:  # type: ignore[override]
-        """As gRPC's own; likewise the other three."""
+        """Like gRPC's; so are the other three."""
         return _Call(lambda: self._current().unary_unary(*args, **options))
 
     def unary_stream(self, *args: Any, **options: Any) -> _Call:  # type: ignore[override]
@@ -61,15 +61,15 @@ class RenewedChannel(grpc.Channel):
         return _Call(lambda: self._current().stream_stream(*args, **options))
 
     def subscribe(self, callback: Callable[[grpc.ChannelConnectivity], None], try_to_connect: bool = False) -> None:
-        """Of the connection as it is now."""
+        """Like gRPC's, for the newest connection."""
         self._current().subscribe(callback, try_to_connect)
 
     def unsubscribe(self, callback: Callable[[grpc.ChannelConnectivity], None]) -> None:
-        """Of the connection as it is now."""
+        """Like gRPC's, for the newest connection."""
         self._channel.unsubscribe(callback)
 
     def close(self) -> None:
-        """Ends the calls over the newest connection."""
+        """Closes the newest connection and ends its calls."""
         with self._lock:
             self._is_closed = True
         self._channel.close()
@@ -84,7 +84,7 @@ class RenewedChannel(grpc.Channel):
 
 
 class _Call:
-    """What makes calls of one kind."""
+    """Makes calls of one method."""
 
     def __init__(self, make: Callable[[], Any]) -> None:
         self._make = make
@@ -93,9 +93,9 @@ class _Call:
         return self._make()(*args, **options)
 
     def with_call(self, *args: Any, **options: Any) -> Any:
-        """As gRPC's own."""
+        """Like gRPC's."""
         return self._make().with_call(*args, **options)
 
     def future(self, *args: Any, **options: Any) -> Any:
-        """As gRPC's own."""
+        """Like gRPC's."""
         return self._make().future(*args, **options)

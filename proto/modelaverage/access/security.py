@@ -1,4 +1,4 @@
-"""Whom a client trusts and what it shows of itself: what a user says, and the environment variables that say it."""
+"""A client's security settings, and the environment variables for them."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class Tls:
     """TLS to the parameter servers. All files are PEM.
 
     Args:
-        ca_file: certificates of the authorities that may have signed the servers'; None: the public ones that gRPC has.
-        cert_file: this client's own certificate, for servers with --tls-client-ca.
+        ca_file: certificates of the authorities that sign the servers' certificates; None: gRPC's public authorities.
+        cert_file: this client's certificate, for servers with --tls-client-ca.
         key_file: its key.
-        server_name: the name that the servers' certificates have, if it is not the one in their addresses.
+        server_name: the name in the servers' certificates, if it differs from the one in their addresses.
 
     Raises:
-        SecurityError: one of ``cert_file`` and ``key_file`` is there without the other.
+        SecurityError: only one of ``cert_file`` and ``key_file`` is given.
     """
 
     ca_file: _Path | None = None
@@ -51,15 +51,15 @@ class Tls:
 
 @dataclass(frozen=True)
 class Security:
-    """How a client and the parameter servers make sure of each other.
+    """How a client and the parameter servers authenticate each other.
 
     Args:
-        tls: TLS with the servers, except over Unix sockets; None: everything goes in plain text.
-        token: what the servers know this client by; None: that of ``token_file``.
-        token_file: a file whose first line is the token; read again when it changes. None: no token.
+        tls: TLS with the servers, except over Unix sockets; None: plain text.
+        token: the secret that identifies this client to the servers; None: the one in ``token_file``.
+        token_file: a file whose first line is the token; read again when it changes. None: no file.
 
     Raises:
-        SecurityError: ``token`` is none, or there is a ``token_file``, too.
+        SecurityError: ``token`` is malformed, or ``token_file`` is given as well.
     """
 
     tls: Tls | None = None
@@ -74,9 +74,9 @@ class Security:
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> Security:
-        """What MA_TLS_CA, MA_TLS_CERT, MA_TLS_KEY, MA_TLS_SERVER_NAME and MA_TOKEN_FILE say.
+        """Reads MA_TLS_CA, MA_TLS_CERT, MA_TLS_KEY, MA_TLS_SERVER_NAME and MA_TOKEN_FILE.
 
-        There is TLS if one of the first four is set. A variable that is empty counts as not set.
+        TLS is on if one of the first four is set. An empty variable counts as not set.
 
         Raises:
             SecurityError: a certificate without its key, or a key without its certificate.
@@ -88,10 +88,10 @@ class Security:
         return cls(tls, token_file=token_file)
 
     def to_env(self) -> dict[str, str]:
-        """The variables that say it to other processes, whose working directory may be another one.
+        """The variables that pass these settings to other processes, with absolute paths.
 
         Raises:
-            SecurityError: there is a token that stands in no file: an environment is no place for it.
+            SecurityError: the token is not in a file: an environment is no place for it.
         """
         if self.token is not None:
             raise SecurityError("a token for other processes has to stand in a file; give a token_file")

@@ -1,4 +1,4 @@
-"""Tokens: shared secrets that calls carry in their metadata, and the files that they stand in."""
+"""Tokens: shared secrets that calls carry in their metadata, and the files that hold them."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ __all__ = ["METADATA_KEY", "bearer", "check_token", "read_tokens", "token_of"]
 
 METADATA_KEY = "authorization"
 _SCHEME = "Bearer "
-# RFC 6750's characters. Sixteen of them are few enough for tests; `openssl rand -hex 32` makes 64.
+# RFC 6750's characters. The minimum of 16 is short enough for tests; `openssl rand -hex 32` makes 64.
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/-]{16,512}={0,2}")
 _RULE = "16 to 512 letters, digits and ._~+/- (`openssl rand -hex 32` makes one)"
 
 
 def check_token(token: str, where: str) -> str:
-    """The token itself. Raises SecurityError, naming ``where`` it stands and never the token, unless it is one."""
+    """Returns the token. Raises SecurityError if it is malformed; the message names ``where`` it is, not the token."""
     if _TOKEN.fullmatch(token) is None:
         raise SecurityError(f"{where} is no token: {_RULE}")
     return token
 
 
 def read_tokens(path: Path) -> tuple[str, ...]:
-    """The tokens in a file, one a line; empty lines and those that begin with # do not count.
+    """The tokens in a file, one a line; empty lines and lines that begin with # are skipped.
 
     Raises:
-        SecurityError: it cannot be read, has none, or has a line that is no token.
+        SecurityError: the file cannot be read, has no token, or has a line that is not a token.
     """
     try:
         text = read_file(path).decode("ascii")
@@ -44,12 +44,12 @@ def read_tokens(path: Path) -> tuple[str, ...]:
 
 
 def bearer(token: str) -> tuple[tuple[str, str], ...]:
-    """The metadata of a call that carries the token."""
+    """The metadata that carries the token."""
     return ((METADATA_KEY, _SCHEME + token),)
 
 
 def token_of(value: str | bytes) -> str | None:
-    """The token in the value of the metadata; None if it is of another kind."""
+    """The token in a metadata value; None if the value uses another scheme."""
     text = value if isinstance(value, str) else value.decode("latin-1")
     # The scheme's name is not case-sensitive (RFC 9110).
     return text[len(_SCHEME) :] if text[: len(_SCHEME)].lower() == _SCHEME.lower() else None

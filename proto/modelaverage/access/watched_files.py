@@ -1,4 +1,4 @@
-"""What files say, read again when they change: certificates and tokens are renewed while a process runs."""
+"""Reads files again when they change, so that certificates and tokens can be renewed while a process runs."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from modelaverage.errors import SecurityError
 __all__ = ["WatchedFiles"]
 
 _T = TypeVar("_T")
-# The coarsest clock of a file system in use. A file that changed more recently may change again and look the same.
+# The coarsest clock of a file system in use. A file that changed more recently may change again with the same time.
 _CLOCK_TICK_NS = 2_000_000_000
 
 
 class WatchedFiles(Generic[_T]):
-    """What some files say together. For any thread.
+    """The content of a group of files. Safe for any thread.
 
     Args:
-        paths: the files; links are followed, so that a mounted secret that is exchanged counts as changed.
+        paths: the files; links are followed, so that replacing a mounted secret counts as a change.
         read: reads them; raises SecurityError if they are unusable.
-        on_problem: gets the error when changed files are unusable, once for each change; what they said before stays.
+        on_problem: called with the error when changed files are unusable, once for each change; the last usable content
+            stays in force.
 
     Raises:
-        SecurityError: they are unusable from the start.
+        SecurityError: the files are unusable at the start.
     """
 
     def __init__(
@@ -42,14 +43,14 @@ class WatchedFiles(Generic[_T]):
         self._value = read()
 
     def get(self) -> _T:
-        """What they say now."""
+        """The current content."""
         self.news()
         return self._value
 
     def news(self) -> _T | None:
-        """What they say now if that has changed since the last look; None if it has not."""
+        """The current content if it has changed since the last look, otherwise None."""
         with self._lock:
-            # Before they are read: what is written to them afterwards is seen at the next look.
+            # Taken before the files are read, so that the next look notices what is written to them meanwhile.
             looks = [_Look.at(path, before) for path, before in zip(self._paths, self._seen, strict=True)]
             seen, self._seen = self._seen, looks
             if [look.content for look in looks] == [look.content for look in seen]:
@@ -64,12 +65,12 @@ class WatchedFiles(Generic[_T]):
 
 @dataclass(frozen=True)
 class _Look:
-    """What a file looked like.
+    """The state of a file at one moment.
 
     Args:
-        stamp: what changes with the file; empty if there is none.
+        stamp: changes with the file; empty if there is no file.
         is_settled: whether every later change gives another stamp.
-        content: stands for its bytes; empty if they cannot be read.
+        content: a digest of its bytes; empty if they cannot be read.
     """
 
     stamp: tuple[int, ...]
@@ -78,12 +79,12 @@ class _Look:
 
     @classmethod
     def at(cls, path: Path, before: _Look | None = None) -> _Look:
-        """The file as it is now; its bytes are read only if they may be others than before."""
+        """The file's present state; its bytes are read only if they may have changed."""
         try:
             status = os.stat(path)
         except OSError:
             return cls((), False, b"")
-        # The time of the last change is the system's own: nobody can put it back, as the time of the last write can be.
+        # The system sets the time of the last status change; unlike that of the last write, no program can set it back.
         stamp = status.st_dev, status.st_ino, status.st_ctime_ns, status.st_mtime_ns, status.st_size
         if before is not None and before.is_settled and stamp == before.stamp:
             return before

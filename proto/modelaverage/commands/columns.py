@@ -1,4 +1,4 @@
-"""Text for a terminal of a given width: how many columns it takes, and what is left out where there is no room."""
+"""Text for a terminal of a given width: how many columns it takes, and what is left out to make it fit."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _ELLIPSIS = "…"
 
 
 def width(text: str) -> int:
-    """How many columns printable ``text`` takes: letters of some scripts take two, accents of their own none."""
+    """How many columns printable ``text`` takes: some letters take two, combining accents none."""
     if text.isascii():
         return len(text)
     return sum(_columns(character) for character in text)
 
 
 def shortened(text: str, columns: int) -> str:
-    """``text``, at most ``columns`` wide. Where it is longer, … stands for its middle: names differ at the end."""
+    """``text``, at most ``columns`` wide. If it is longer, … replaces its middle: names often differ at the end."""
     if width(text) <= columns:
         return text
     room = max(0, columns - 1)
@@ -30,13 +30,13 @@ def shortened(text: str, columns: int) -> str:
 
 
 def padded(text: str, columns: int, right: bool = False) -> str:
-    """``text``, filled to ``columns`` with spaces behind it (``right``: before it)."""
+    """``text``, padded to ``columns`` with spaces after it (``right``: before it)."""
     spaces = " " * (columns - width(text))
     return spaces + text if right else text + spaces
 
 
 def fitted(parts: Sequence[str], columns: int | None, separator: str = ", ") -> str:
-    """As many of the first ``parts`` as fit, at least the first one, which is shortened if need be; None: all."""
+    """The first ``parts`` that fit; at least the first one, shortened if need be. With ``columns`` None: all."""
     if columns is None:
         return separator.join(parts)
     text = shortened(parts[0], columns)
@@ -54,10 +54,10 @@ def listed_within(
     """The first names that fit, and how many more there are: ``a, b and 12 more``; empty if there are none.
 
     Args:
-        names: as many as there are.
-        omitted: how many more there are besides.
+        names: any number of them.
+        omitted: how many more there are that are not in ``names``.
         show: how each is written.
-        columns: for all of it; None: any number.
+        columns: for the whole text; None: any number.
         widest: columns of one name; None: any number.
     """
     words = [show(name) for name in names[:MAX_NAMES]]
@@ -69,7 +69,7 @@ def listed_within(
         text = ", ".join(words[:count]) + rest
         if columns is None or width(text) <= columns:
             return text
-        if count == 1:  # one name at least, with as much of it as there is room for
+        if count == 1:  # at least one name, shortened to the room that there is
             return shortened(words[0], max(1, columns - len(rest))) + rest
     return f"{omitted:,} more" if omitted else ""
 

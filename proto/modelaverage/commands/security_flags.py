@@ -1,4 +1,4 @@
-"""The flags with which commands are told about TLS and tokens; what is not given stands in the environment."""
+"""The flags for TLS and tokens; the environment has the values of those that are not given."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def add_security_flags(command: argparse.ArgumentParser) -> None:
 
 
 def security_of(arguments: argparse.Namespace) -> Security:
-    """What the flags say, and for what they do not say the environment.
+    """The settings from the flags; for flags that are not given, from the environment.
 
     Raises:
         SecurityError: a certificate without its key, or a key without its certificate.

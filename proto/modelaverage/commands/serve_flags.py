@@ -1,5 +1,4 @@
-"""The flags of `ps-server serve` that say how rounds go and where the center is kept: one table for all commands that
-start a server."""
+"""The flags of `ps-server serve` about rounds and checkpoints: one table for all commands that start a server."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ class _Flag:
     help: str
 
 
-# None of them has a default here: a flag that is not given is left to the server.
+# No flag has a default here: the server chooses the value of a flag that is not given.
 _FLAGS = {
     "min_workers": _Flag(
         count,
@@ -62,15 +61,15 @@ _FLAGS = {
 
 @dataclass(frozen=True)
 class ServeFlags:
-    """What these flags say; None: nothing.
+    """The values of these flags; None: not given.
 
     Args:
         min_workers: how many workers a round needs at least.
-        max_workers: how many may stand in one round.
+        max_workers: how many workers one round admits.
         grace_s: how long a round waits for late workers, or "auto".
         round_timeout_s: after how long a waiting worker is told who is missing.
-        checkpoint_dir: where the center is kept.
-        checkpoint_every_rounds: which rounds are followed by a checkpoint.
+        checkpoint_dir: the directory of the checkpoints.
+        checkpoint_every_rounds: the number of rounds from one checkpoint to the next.
         checkpoint_timeout_s: how long a round waits for its checkpoint.
     """
 
@@ -84,18 +83,18 @@ class ServeFlags:
 
     @classmethod
     def from_arguments(cls, arguments: argparse.Namespace) -> ServeFlags:
-        """From what `add_serve_flags` added."""
+        """Reads the flags that `add_serve_flags` added."""
         return cls(**{name: getattr(arguments, name, None) for name in _FLAGS})
 
     def check_workers(self, num_workers: int, num_workers_flag: str = "--num-workers") -> None:
-        """Looks whether the numbers of workers fit together.
+        """Checks that the numbers of workers fit together.
 
         Args:
             num_workers: how many workers the job has.
-            num_workers_flag: what says so, for the message.
+            num_workers_flag: the flag that sets it, for the message.
 
         Raises:
-            ValueError: naming the flags.
+            ValueError: they do not; the message names the flags.
         """
         min_workers = num_workers if self.min_workers is None else self.min_workers
         max_workers = num_workers if self.max_workers is None else self.max_workers
@@ -109,13 +108,13 @@ class ServeFlags:
                 raise ValueError(f"{_flag(name)} needs a --min-workers below {num_workers_flag} {num_workers}")
 
     def check_checkpoints(self) -> None:
-        """Looks whether what is said of checkpoints has an effect. Raises ValueError, naming the flags."""
+        """Raises ValueError, naming the flags, if a flag about checkpoints is given without a directory."""
         for name in ("checkpoint_every_rounds", "checkpoint_timeout_s"):
             if self.checkpoint_dir is None and getattr(self, name) is not None:
                 raise ValueError(f"{_flag(name)} needs a --checkpoint-dir")
 
     def to_argv(self) -> list[str]:
-        """The flags that say the same."""
+        """The flags with these values."""
         told = {name: getattr(self, name) for name in _FLAGS}
         return [f"{_flag(name)}={value}" for name, value in told.items() if value is not None]
 

@@ -1,1 +1,1 @@
-"""What a process needs besides the contract: allocator and channel settings, shared memory, sockets, logs."""
+"""What a process needs from the machine: allocator and channel settings, shared memory, sockets, logs, deadlines."""

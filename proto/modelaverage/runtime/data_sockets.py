@@ -1,4 +1,4 @@
-"""What both ends of a data connection know: its greeting, and how its socket is set up. The .proto says what it is for.
+"""What both ends of a data connection share: its greeting and the settings of its socket. The .proto explains its use.
 
 A call costs gRPC about one processor second for 300 MB; the bytes alone, on a socket, cost a third of that
 (docs/decisions/0017).
@@ -26,12 +26,13 @@ __all__ = [
 
 HALF_KEY_BYTES = 16
 NUMBER = struct.Struct("<Q")
-"""The number of a push, which comes before its bytes."""
+"""The encoding of a push's number, which precedes its bytes."""
 
 NOTICES_IN_SILENCE = 4
-"""After this part of the longest silence it is said, and again after 3 such parts. On a slow link 8 s may pass."""
+"""A silence is logged after this fraction of the longest one allowed, and again after 3 times as much. On a slow link,
+8 s of silence are normal."""
 
-# Between two pushes the way stays open, and a peer that is gone is noticed: probes from 5 s on, until the limit above.
+# Keeps the connection usable between two pushes and notices a dead peer: probes after 5 s, up to the limit above.
 _OPTIONS = (
     (socket.IPPROTO_TCP, "TCP_NODELAY", 1),
     (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
@@ -41,19 +42,19 @@ _OPTIONS = (
 )
 # Both measured with `python -m bench.links` at 1 Gbit.
 _WAKE_UP_BYTES = 256 << 10
-_SHORT_QUEUE_BYTES = 64 << 10  # the kernel takes it twice, for its own accounts
+_SHORT_QUEUE_BYTES = 64 << 10  # the kernel doubles it for its own bookkeeping
 _SHORT_WAY_US = 1000
-# linux/tcp.h: struct tcp_info has these at these places. In microseconds, bytes a second.
+# Offsets in struct tcp_info (linux/tcp.h). Units are microseconds, bytes, and bytes per second.
 _BYTES_ACKED_AT = 120
 _MIN_RTT_AT = 148
 _DELIVERY_RATE_AT = 160
 _TCP_INFO_BYTES = 256
-# No more is on its way than the link takes in this time, but so much always.
+# At most what the link takes in this time is in flight, but always this many bytes.
 _QUEUE_S = 1.0
 _LEAST_QUEUE_BYTES = 64 << 10
 _LEAST_PIECE_BYTES = 16 << 10
 _LONGEST_PAUSE_S, _SHORTEST_PAUSE_S = 0.25, 0.002
-# At once, so that a sender that waits for the kernel to take them is not silent for long. At 0.5 Mbit/s that takes 4 s.
+# The most bytes handed over at once, so that a waiting sender is never silent for long. At 0.5 Mbit/s that takes 4 s.
 _MOST_PIECE_BYTES = 256 << 10
 
 
@@ -63,36 +64,36 @@ def new_key() -> bytes:
 
 
 def halves(key: bytes) -> tuple[bytes, bytes]:
-    """What the client says first, and what the server answers. Raises ValueError: it is no key."""
+    """The client's greeting and the server's answer. Raises ValueError if ``key`` has another length."""
     if len(key) != 2 * HALF_KEY_BYTES:
         raise ValueError(f"a key has {2 * HALF_KEY_BYTES} bytes, not {len(key)}")
     return key[:HALF_KEY_BYTES], key[HALF_KEY_BYTES:]
 
 
 def prepare(connection: socket.socket, silence_timeout_s: float) -> None:
-    """Sets options that hold for as long as the connection is there.
+    """Sets the options of a new connection.
 
-    Bytes that get no acknowledgement for ``silence_timeout_s`` end it. On Linux (6.18, measured) so do those that the
-    peer has no room for, although its kernel answers every probe. So a push that is held until a round with a quorum
-    is over, and is not read before, loses its connection and waits on in messages.
+    The connection ends if bytes are not acknowledged for ``silence_timeout_s``. On Linux (6.18, measured) it also ends
+    if the peer has no room for them in that time, although its kernel answers every probe. So a push that a quorum's
+    round holds back unread loses its data connection, and continues in messages.
     """
     options = (*_OPTIONS, (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", round(silence_timeout_s * 1000)))
     for level, name, value in options:
-        if hasattr(socket, name):  # not every system has all of them
+        if hasattr(socket, name):  # not every system has every option
             connection.setsockopt(level, getattr(socket, name), value)
 
 
 def want(connection: socket.socket, size_bytes: int) -> None:
-    """So many bytes are awaited: whoever waits for them is not woken up for every packet."""
+    """Wakes a waiting reader only once this many bytes have arrived, not for every packet."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, min(size_bytes, _WAKE_UP_BYTES))
 
 
 def use_short_queues(connection: socket.socket) -> None:
-    """On a short way (a round trip below 1 ms) keeps no more on its way than it needs.
+    """On a short path (a round trip below 1 ms), limits the bytes in flight to what the path needs.
 
-    TCP sends faster and faster until a switch's queue is full and packets are lost, and where several workers send to
-    one server at once, that is all the time. 128 KiB fill a link of 1 Gbit/s at 1 ms, of 10 at 0.1. On longer ways more
-    has to be on its way, and it is left to the kernel how much.
+    TCP speeds up until a switch's queue is full and packets are lost; with several workers that send to one server,
+    that happens all the time. 128 KiB fill a link of 1 Gbit/s at 1 ms, or of 10 Gbit/s at 0.1 ms. Longer paths need
+    more, and the kernel decides how much.
     """
     if not sys.platform.startswith("linux") or connection.getsockname()[0] == connection.getpeername()[0]:
         return
@@ -102,18 +103,18 @@ def use_short_queues(connection: socket.socket) -> None:
 
 
 class Pace:
-    """How much may be handed to the kernel: no more than the link takes in a second is to be on its way.
+    """Limits the bytes in flight to what the link takes in a second.
 
-    The kernel would take some MB, and the queue before a slow link as much again: at 0.5 Mbit/s all else that uses this
-    link, the calls beside this connection and their pings first of all, would wait a minute behind that. What the link
-    takes, the kernel knows (TCP_INFO). On a fast one this never says no.
+    Otherwise the kernel would take several MB, and the queue before a slow link as much again. At 0.5 Mbit/s,
+    everything else on that link would wait a minute behind them, above all this push's call and its pings.
+    The kernel measures the link's speed (TCP_INFO). On a fast link the limit never matters.
 
     Args:
-        connection: the socket on which bytes go.
+        connection: the socket that sends the bytes.
 
     Attributes:
         pause_s: how long to wait when there is no room.
-        waiting_bytes: what the peer had not acknowledged when `room` looked last.
+        waiting_bytes: what the peer had not acknowledged at the last call of `room`.
     """
 
     def __init__(self, connection: socket.socket) -> None:
@@ -125,13 +126,13 @@ class Pace:
         self.pause_s = _SHORTEST_PAUSE_S
 
     def begin(self) -> None:
-        """A push begins: what the link takes now is yet to be measured."""
+        """Begins a push: the link's speed is measured again."""
         measured = self._look()
         if measured is not None:
             self._measured_from_bytes = measured.acknowledged_bytes + _LEAST_QUEUE_BYTES // 2
 
     def room(self) -> int:
-        """How many bytes may go now; 0: none, look again after `pause_s`. Raises OSError: the connection is closed."""
+        """How many bytes may be sent now; 0: call again after `pause_s`. Raises OSError if the connection is closed."""
         measured = self._look()
         if measured is None:
             return _MOST_PIECE_BYTES
@@ -148,7 +149,7 @@ class Pace:
         return 0
 
     def moves(self) -> bool:
-        """Whether the peer has acknowledged bytes since this was asked last; False where nobody knows."""
+        """Whether the peer has acknowledged bytes since the last call; False if the kernel does not say."""
         try:
             measured = self._look()
         except OSError:  # it is closed
@@ -165,8 +166,8 @@ class Pace:
 
 
 class _Measured(NamedTuple):
-    """What the kernel knows of a way: the least round trip so far, how many bytes the peer has acknowledged, and how
-    many it takes a second; 0 before that is known."""
+    """What the kernel measures on a connection: the shortest round trip so far, the bytes that the peer has
+    acknowledged, and the bytes per second that it takes (0: not known yet)."""
 
     min_rtt_us: int
     acknowledged_bytes: int
@@ -187,7 +188,7 @@ def _measured(connection: socket.socket) -> _Measured | None:
 
 def _unacknowledged_bytes(connection: socket.socket) -> int:
     """How many bytes the kernel has taken and the peer has not acknowledged."""
-    import fcntl  # not above: not every system has them
+    import fcntl  # imported here because not every system has them
     import termios
 
     answer = fcntl.ioctl(connection, termios.TIOCOUTQ, struct.pack("=i", 0))

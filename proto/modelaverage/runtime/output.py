@@ -1,7 +1,7 @@
-"""Standard output and error that never end a program: what cannot be written is dropped, and that is said once.
+"""Standard output and error that never end a program: what cannot be written is dropped, which is reported once.
 
-A disk is full, a pipe's reader has gone, a terminal was closed, or there is no such descriptor: a server and a training
-go on. A command whose output is its purpose ends instead, in one line or quietly.
+If a disk is full, a pipe's reader has gone, a terminal was closed, or the descriptor does not exist, servers and
+training go on. A command whose purpose is its output ends instead: with one line, or silently.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ from typing import Any
 __all__ = ["CLOSED_PIPE_EXIT_CODE", "OnLoss", "OutputLostError", "keep_output", "wait_while_read"]
 
 CLOSED_PIPE_EXIT_CODE = 128 + signal.SIGPIPE
-"""As shells have it for a program that a closed pipe has ended."""
-# A descriptor that another program has made non-blocking is waited for like any other, but not for ever.
+"""The code that shells use for a program that a closed pipe has ended."""
+# How long to wait for a descriptor that another program has made non-blocking.
 _ROOM_TIMEOUT_MS = 1000
 _NAMES = ("stdout", "stderr")
 
 _Words = Callable[[str, int, str], str]
-"""Makes one line of: the stream's name, how many lines of it are lost (0: not known yet), and why."""
+"""Makes a line from the stream's name, how many of its lines are lost (0: not known yet), and why."""
 
 
 class OutputLostError(OSError):
-    """Standard output takes no more, and it is what the program is for. Raised once; later output is dropped."""
+    """Standard output, the purpose of this program, cannot be written. Raised once; later output is dropped."""
 
     @property
     def is_closed_pipe(self) -> bool:
-        """Whether its reader has gone: no mistake of anybody's."""
+        """Whether its reader has gone, which is not an error."""
         return self.errno == errno.EPIPE
 
 
 class OnLoss(Enum):
-    """What happens when standard output takes no more. Standard error is always dropped.
+    """What happens when standard output cannot be written. Standard error is always dropped.
 
     Attributes:
-        DROP: nothing.
-        GO_ON: it is said on standard error, and the program goes on.
-        END_WITH_PIPE: OutputLostError if the reader has gone, else as GO_ON.
+        DROP: the program goes on.
+        GO_ON: the program goes on, and standard error says so.
+        END_WITH_PIPE: OutputLostError if the reader has gone, otherwise as GO_ON.
         END: OutputLostError.
     """
 
@@ -102,7 +102,9 @@ class _Lossy(io.RawIOBase):
             self._has_ended = True
             raise OutputLostError(error.errno, self._cause)
         if is_news and _on_loss is not OnLoss.DROP and sys.stderr is not None:
-            with suppress(OSError, ValueError, RuntimeError):  # RuntimeError: from a signal handler, in mid-write
+            with suppress(
+                OSError, ValueError, RuntimeError
+            ):  # RuntimeError: a signal handler writes while a write is under way
                 sys.stderr.write(f"{self._words(self.name, 0, self._cause)}\n")
                 sys.stderr.flush()
 
@@ -124,11 +126,11 @@ class _Lossy(io.RawIOBase):
 
 
 def keep_output(words: _Words, on_loss: OnLoss = OnLoss.DROP) -> None:
-    """From now on nothing that is printed or logged ends this process, but for what ``on_loss`` says; may be called
-    again to say something else. Streams that somebody else has put into ``sys`` stay.
+    """From now on, output that cannot be written ends this process only if ``on_loss`` says so. May be called again
+    with another value. Streams that another program has put into ``sys`` stay.
 
-    Descriptors 0 to 2 that are closed lead to the null device: a file or a connection must not get their numbers, and
-    then what a library prints.
+    Descriptors 0 to 2 that are closed are opened on the null device. Otherwise a file or a connection would get such a
+    number, and with it what libraries print.
     """
     global _on_loss
     _on_loss = on_loss
@@ -148,7 +150,7 @@ def keep_output(words: _Words, on_loss: OnLoss = OnLoss.DROP) -> None:
 
 
 def wait_while_read(timeout_s: float) -> None:
-    """Waits, but not longer than somebody reads standard output.
+    """Sleeps, but no longer than standard output has a reader.
 
     Raises:
         OutputLostError: it is a pipe, a socket or a terminal whose other end has gone.
@@ -156,7 +158,7 @@ def wait_while_read(timeout_s: float) -> None:
     try:
         descriptor = sys.stdout.fileno()
         mode = os.fstat(descriptor).st_mode
-    except (AttributeError, OSError, ValueError):  # there is none, or it is no file
+    except (AttributeError, OSError, ValueError):  # there is no such stream, or it has no descriptor
         descriptor, mode = -1, 0
     if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or stat.S_ISCHR(mode)):
         threading.Event().wait(timeout_s)
@@ -168,7 +170,7 @@ def wait_while_read(timeout_s: float) -> None:
 
 
 class _Buffer(io.BufferedWriter):
-    """Tells a stream that was made here."""
+    """Marks the streams that this module has made."""
 
 
 def _stream(like: Any, raw: _Lossy) -> io.TextIOWrapper:

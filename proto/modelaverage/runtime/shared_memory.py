@@ -1,9 +1,9 @@
-"""Memory that the server lends to workers on its own host. It is only where bytes lie; the protocol stays the same.
+"""Memory that the server lends to workers on its host. It changes only where bytes lie, not the protocol.
 
-The server makes every segment: anonymous (a memfd, so nothing is left behind however the server ends) and sealed
-against shrinking (so nobody who has it mapped can be made to crash). It tells a client the segment's path under /proc
-and a random nonce that stands at its beginning. A client that cannot open the path (another user, another host, another
-container) or finds another nonce there sends its bytes inline instead.
+The server creates every segment: anonymous (a memfd, which vanishes with the server, however it ends) and sealed
+against shrinking (so that no process that maps it can be made to crash). It tells a client the segment's path under
+/proc and the random nonce at its beginning. A client that cannot open the path (another user, host or container), or
+that finds another nonce there, sends its bytes inline.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 __all__ = ["BODY_AT_BYTES", "NONCE_BYTES", "Segment", "SegmentAddress"]
 
 NONCE_BYTES = 16
-# nonce, generation, and room up to a page so that what follows is aligned.
+# Nonce, generation, and padding to a page, so that the body is aligned.
 BODY_AT_BYTES = 4096
 _GENERATION_AT = NONCE_BYTES
 _F_SEAL_FUTURE_WRITE = 0x10  # Linux 5.1; the fcntl module does not name it
@@ -32,8 +32,8 @@ class SegmentAddress:
     """How a client finds a segment.
 
     Args:
-        path: where to open it, under /proc.
-        nonce: what has to stand at its beginning.
+        path: under /proc.
+        nonce: the bytes at its beginning.
     """
 
     path: str
@@ -62,18 +62,18 @@ class Segment:
         """A new segment of zeros.
 
         Raises:
-            OSError: the system has no such memory, or not so much of it.
+            OSError: the system has no such memory, or not enough of it.
         """
         if sys.platform != "linux":
             raise OSError("shared memory needs Linux's memfd")
-        # The name is for people who read /proc/PID/smaps: these pages show up in every process that has them mapped.
+        # The name is for readers of /proc/PID/smaps, where these pages show up for every process that maps them.
         name = "modelaverage-contribution" if for_clients_to_write else "modelaverage-center"
         descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(descriptor, BODY_AT_BYTES + size_bytes)
             segment = cls(descriptor, size_bytes, writable=True)
             seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
-            # Our own mapping stays writable; with this seal nobody can make another one that is.
+            # The existing mapping stays writable; this seal prevents further writable ones.
             seals |= 0 if for_clients_to_write else _F_SEAL_FUTURE_WRITE
             fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals | fcntl.F_SEAL_SEAL)
         except BaseException:
@@ -85,7 +85,7 @@ class Segment:
 
     @classmethod
     def open(cls, address: SegmentAddress, size_bytes: int, writable: bool) -> Segment | None:
-        """The server's segment at ``address``; None if there is none that can be used."""
+        """Opens the server's segment at ``address``; None if that is not possible."""
         if sys.platform != "linux" or not address.path.startswith("/proc/"):
             return None
         try:
@@ -105,24 +105,24 @@ class Segment:
 
     @property
     def address(self) -> SegmentAddress:
-        """How clients find it; for the process that created it."""
+        """How clients find it. Only in the process that created it."""
         return SegmentAddress(f"/proc/{os.getpid()}/fd/{self._descriptor}", self._nonce.tobytes())
 
     @property
     def descriptor(self) -> int:
-        """The file behind it, whose `body` begins at `BODY_AT_BYTES`; for the process that created it."""
+        """The file that holds it, with `body` at `BODY_AT_BYTES`. Only in the process that created it."""
         return self._descriptor
 
     @property
     def generation(self) -> int:
-        """Changes when what the body holds stops being what it was."""
+        """A number that changes when the body's content is about to change."""
         return int(self._generation[0])
 
     def retire(self) -> None:
-        """Tells readers that what the body holds is about to change."""
+        """Tells readers that the body's content is about to change."""
         self._generation[0] += 1
 
     def __del__(self) -> None:
-        # The mapping lives as long as arrays into it do; the descriptor is only there to be opened by others.
+        # The mapping lives as long as arrays in it; the descriptor exists only for other processes to open.
         if getattr(self, "_descriptor", -1) >= 0:
             os.close(self._descriptor)

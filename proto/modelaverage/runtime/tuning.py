@@ -12,15 +12,15 @@ import sys
 __all__ = ["CHANNEL_OPTIONS", "GONE_AFTER_S", "SILENCE_TIMEOUT_S", "connecting_for", "keep_freed_memory"]
 
 SILENCE_TIMEOUT_S = 50.0
-"""A peer of which nothing comes for longer, though something should, is lost; whatever it sends is a sign of life.
+"""A peer that should send something and sends nothing for longer is lost; anything it sends is a sign of life.
 
-On a link of 0.5 Mbit/s a ping waits 17 s behind a queue of 1 MiB, and its answer as long again behind that of the other
-way.
+On a link of 0.5 Mbit/s, a ping waits 17 s behind a queue of 1 MiB, and its answer as long behind a queue in the other
+direction.
 """
 _KEEPALIVE_S = 5.0
 GONE_AFTER_S = _KEEPALIVE_S + SILENCE_TIMEOUT_S
-"""A peer that is gone without a word (power, cable, a stopped process) is noticed in this time; only one that stands
-still while it owes the answer to a ping, and has sent something else since, in twice that."""
+"""A peer that vanishes silently (power, cable, a stopped process) is noticed in this time; in twice that if it stops
+after it has sent something else while it owes the answer to a ping."""
 
 CHANNEL_OPTIONS = [
     # A ping after 5 s of silence; then gRPC waits for any byte, not for the answer. It sets TCP_USER_TIMEOUT to the
@@ -31,10 +31,10 @@ CHANNEL_OPTIONS = [
     # before it and before its answer may have 6 MB (measured: at 0.5 Mbit/s with 1 MiB of queue, 50 s broke pushes).
     ("grpc.http2.ping_timeout_ms", 110_000),
     ("grpc.http2.max_pings_without_data", 0),
-    # A server that was killed and started again is found within a second, not with gRPC's backoff of up to two minutes.
+    # A restarted server is found within a second, instead of after gRPC's backoff of up to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
-    # One that has another address by then as well: gRPC would look its name up twice a minute at most.
+    # So is one that has a new address: by default gRPC resolves its name at most twice a minute.
     ("grpc.dns_min_time_between_resolutions_ms", 500),
 ]
 
@@ -44,7 +44,7 @@ def connecting_for(timeout_s: float) -> tuple[str, int]:
     return "grpc.min_reconnect_backoff_ms", round(timeout_s * 1000)
 
 
-# glibc's names and numbers of them (malloc.h).
+# Names and numbers of glibc's malloc.h.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _M_ARENA_MAX = -8
@@ -54,16 +54,16 @@ _TRIM_THRESHOLD_BYTES = 32 << 20
 
 
 def keep_freed_memory(one_arena: bool = False) -> None:
-    """Lets this process's allocator keep the memory of a message that is done for the next one.
+    """Makes this process's allocator reuse the memory of one message for the next.
 
-    By default glibc maps every large block anew and gives it back when it is freed, and the kernel clears each page
-    again; with these thresholds it keeps up to 32 MiB. A round of 2 x 40 MB over TCP went from 3.9 to 3.3 times gloo's
-    time. Elsewhere than with glibc, nothing happens.
+    By default glibc maps each large block and unmaps it when it is freed, and the kernel clears its pages every time.
+    With these thresholds glibc keeps up to 32 MiB. A round of 2 x 40 MB over TCP went from 3.9 to 3.3 times gloo's
+    time. Without glibc, this does nothing.
 
     Args:
-        one_arena: all threads share one heap, instead of keeping so much in one of their own each. For the server,
-            whose threads take turns anyway; a worker's other threads may not. With 16 workers it took the server's peak
-            from 500 to 340 MB, at the same speed.
+        one_arena: all threads share one heap, instead of keeping that much memory each. For the server, whose threads
+            take turns anyway; a worker's other threads may not. With 16 workers, the server's peak went from 500 to
+            340 MB, at the same speed.
     """
     if not sys.platform.startswith("linux"):
         return
