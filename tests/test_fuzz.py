@@ -57,6 +57,8 @@ def test_sequences_meet_commits_and_most_refusals() -> None:
     endings = played("sequences", 120).endings
     assert endings["(rounds committed)"] > 20
     assert endings["OUTCOME_STALE"] > 10
+    assert endings["(centers given back)"] > 3
+    assert endings["(rounds with abstentions)"] > 2
     assert len([name for name in endings if name.isupper()]) > 20
 
 
