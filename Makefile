@@ -7,7 +7,12 @@ GENERATE = $(BIN)/python -m grpc_tools.protoc -I proto $(PROTO) --python_out=$(1
 
 CLIENTS := python node cpp go
 
-.PHONY: help demo bench chaos conformance docs fuzz test lint types proto proto-check unit
+# Tests run in this many processes: one for each core, and at least two, since many tests wait. 1: in pytest itself.
+CORES := $(shell getconf _NPROCESSORS_ONLN)
+JOBS := $(or $(filter-out 1,$(CORES)),2)
+PYTEST = $(BIN)/pytest --numprocesses $(patsubst 1,0,$(JOBS)) --dist worksteal
+
+.PHONY: help demo bench chaos conformance docs fuzz test test-long lint types proto proto-check unit
 
 help: ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -46,7 +51,10 @@ docs: $(VENV)/dev.stamp ## build the pages of docs/ and the API reference as a s
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "build/site/index.html"
 
-test: lint types proto-check unit ## run everything that CI runs
+test: lint types proto-check unit ## check and test everything that a change may break; JOBS=1 for one process
+
+test-long: $(VENV)/dev.stamp ## the tests that `make test` leaves out: many kills, Ray, trainers, clients in Node.js, C++ and Go
+	$(PYTEST) -m long
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
@@ -58,7 +66,7 @@ types: $(VENV)/dev.stamp
 	$(BIN)/mypy
 
 unit: $(VENV)/dev.stamp
-	$(BIN)/pytest
+	$(PYTEST)
 
 proto: $(VENV)/dev.stamp ## regenerate the protobuf code
 	$(call GENERATE,proto)

@@ -17,7 +17,7 @@ from torch import nn
 
 from chaos.log import Values, WorkerLog, flat
 from ma_client import ClusterSpec, ModelAverageCustomGetter, ModelAverageOptimizer, ParameterServerSession, PushResult
-from ma_client.transports.data_connection import DATA_SETTINGS, DataSettings
+from ma_client.transports.data_settings import DATA_SETTINGS, DataSettings
 from ps_worker.demo.digits import DigitsData, DigitsNet, Images, accuracy
 from ps_worker.demo.digits_config import DigitsConfig
 

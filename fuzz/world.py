@@ -33,24 +33,24 @@ _MAX_MODEL_BYTES = 32 << 10
 # What may be longer than it was when all calls have ended: what workers are known by, and what is left of their pushes.
 _MAY_GROW = frozenset(
     {
-        "_roster.records",
-        "_roster._nonfinite",
-        "_transports[1]._lent",
         "_joining._indexes._holders",
-        "_job.center._deferred",
-        "_job.round._barred",
-        "_job.round._expected",
-        "_job.round._lateness._recent_s",
-        "_observations._committed_at_s",
-        "_observations._lateness_s",
+        "_transports[1]._lent",
         "data_port._connections",
         "data_port._offered",
         "data_port._offers",
-        "_job.round._kept",
-        "_job.round._members",
-        "_job.round.counted",
-        "_job.round.finished",
-        "_job._remarks._intervals",
+        "_initialization._around.observations._committed_at_s",
+        "_initialization._around.observations._lateness_s",
+        "_initialization._around.roster._nonfinite",
+        "_initialization._around.roster.records",
+        "_initialization.job._remarks._intervals",
+        "_initialization.job.center._sums._deferred",
+        "_initialization.job.round._entries",
+        "_initialization.job.round._fragments._restoring",
+        "_initialization.job.round._quorum._barred",
+        "_initialization.job.round._quorum._expected",
+        "_initialization.job.round._quorum._lateness._recent_s",
+        "_initialization.job.round._quorum.finished",
+        "_initialization.job.round.counted",
     }
 )
 _RPCS = ("Initialize", "Pull", "PushAndAverage", "Leave", "GetStatus", "Join")

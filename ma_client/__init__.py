@@ -10,7 +10,7 @@ from ma_client.process import forking as _forking  # noqa: F401
 # isort: split
 from ma_client.cluster.spec import ClusterError, ClusterSpec
 from ma_client.session import InitializeResult, ParameterServerSession, PushResult
-from ma_client.transports.data_connection import DataSettings
+from ma_client.transports.data_settings import DataSettings
 from modelaverage import __version__ as __version__
 from modelaverage.access.security import Security, Tls
 from modelaverage.errors import (

@@ -15,13 +15,15 @@ from numpy.typing import NDArray
 from ma_client.cluster.spec import ClusterSpec
 from ma_client.files.initial_values import read_initial_values
 from ma_client.job.absence import connect
-from ma_client.job.all_servers import Members
+from ma_client.job.all_servers import AllServers
 from ma_client.job.assembly import Assembly
 from ma_client.job.farewell import wait_until_all_have_finished
 from ma_client.job.initialization import Proposal, initialize
-from ma_client.job.one_server import Contribution, Worker
+from ma_client.job.one_server import LocalPart, WorkerIdentity
 from ma_client.process.one_thread import OneThread, by_one_thread
-from ma_client.transports.data_connection import DATA_SETTINGS, DataSettings
+from ma_client.transports.data_settings import DATA_SETTINGS, DataSettings
+from ma_client.transports.timing import TIMING
+from ma_client.transports.ways import WaySettings
 from ma_client.values.raw import bytes_of, same_bytes
 from ma_client.values.trees import Paths, as_arrays, nest, paths_of
 from modelaverage import wire
@@ -122,6 +124,8 @@ class ParameterServerSession:
         ...     result = session.push_and_average({"w": w})
     """
 
+    _timing = TIMING  # tests have sessions with shorter times
+
     def __init__(
         self,
         ps_hosts: Sequence[str],
@@ -161,13 +165,14 @@ class ParameterServerSession:
         self._has_finished = self._was_nonfinite = False
         self._paths: Paths = {}
         self._one_thread = OneThread(worker_id)
-        worker = Worker(worker_id, uuid.uuid4().bytes, is_chief, shared_memory)
+        worker = WorkerIdentity(worker_id, uuid.uuid4().bytes, is_chief)
         access = Access(Security.from_env() if security is None else security)
-        self._members = Members(self.ps_hosts, worker, reconnect_timeout_s, access, data_connections)
+        settings = WaySettings(shared_memory, data_connections, self._timing)
+        self._servers = AllServers(self.ps_hosts, worker, reconnect_timeout_s, access, settings)
         try:
-            self._members.each(lambda _, member: connect(member.shard, connect_timeout_s))
+            self._servers.each(lambda _, server: connect(server.connection, connect_timeout_s))
         except BaseException:
-            self._members.close()
+            self._servers.close()
             raise
 
     @classmethod
@@ -203,9 +208,9 @@ class ParameterServerSession:
 
         From any thread, and from a signal handler: a call that is under way ends with an error.
         """
-        self._members.stop()
+        self._servers.stop()
         with self._one_thread.ending(_END_S):
-            self._members.close()
+            self._servers.close()
 
     @by_one_thread
     def finish(self, timeout_s: float | None = 60.0) -> int:
@@ -224,7 +229,7 @@ class ParameterServerSession:
             DeadlineExceededError, ServerUnavailableError: a server could not be told; it goes on waiting.
         """
         deadline = Deadline(timeout_s)
-        responses = self._members.each(lambda _, member: member.finish(deadline))
+        responses = self._servers.each(lambda _, server: server.finish(deadline))
         self._has_finished = True
         return max(response.workers_training for response in responses)
 
@@ -288,7 +293,7 @@ class ParameterServerSession:
         proposal = Proposal(
             self.worker_id, whole, values, global_step, self._placement, self._fragment_size_bytes, must_be_new
         )
-        done = initialize(self._members, self.ps_hosts, proposal, deadline)
+        done = initialize(self._servers, self.ps_hosts, proposal, deadline)
         self._has_initialized = True
         self.num_workers = done.num_workers
         if done.assembly is not None:
@@ -338,16 +343,16 @@ class ParameterServerSession:
         deadline = Deadline(timeout_s)
         shape = None if expected is None else self._flat(expected)
         will_train = catch_up and not self._has_finished
-        if len(self._members) == 1:
-            self._members.each(
-                lambda _, member: member.pull(
+        if len(self._servers) == 1:
+            self._servers.each(
+                lambda _, server: server.pull(
                     wait_initialized, deadline, lambda header: self._adopt([header], shape), will_train
                 )
             )
         else:
-            headers = self._members.each(lambda _, member: member.center_header(wait_initialized, deadline))
+            headers = self._servers.each(lambda _, server: server.center_header(wait_initialized, deadline))
             self._adopt(headers, shape)
-            self._members.pull(wait_initialized, will_train, deadline)
+            self._servers.pull(wait_initialized, will_train, deadline)
         return self._center(copy), self._common_step()
 
     @by_one_thread
@@ -403,12 +408,12 @@ class ParameterServerSession:
         if unknown:
             raise InvalidRequestError(f"untouched names {min(unknown)!r}, which is no center variable")
         untouched_numbers = assembly.cut_numbers({numbers[name] for name in untouched})
-        contributions = [
-            Contribution(part, numbers_there, weight, local_step, loss, min(interval_steps, _LARGEST_INTERVAL))
+        parts = [
+            LocalPart(part, numbers_there, weight, local_step, loss, min(interval_steps, _LARGEST_INTERVAL))
             for part, numbers_there in zip(assembly.cut(values), untouched_numbers, strict=True)
         ]
         self._has_finished = False
-        outcomes = self._members.push(self.base_step, contributions, copy, deadline)
+        outcomes = self._servers.push(self.base_step, parts, copy, deadline)
         self._note_nonfinite(sum(outcome.nonfinite_values for outcome in outcomes))
         everywhere = frozenset.intersection(*(frozenset(outcome.contributors) for outcome in outcomes))
         kept = assembly.join_numbers([outcome.untouched_variables for outcome in outcomes])
@@ -428,8 +433,8 @@ class ParameterServerSession:
         Raises:
             RetryPushError: rounds that went on without this worker have written over them meanwhile; pull the center.
         """
-        for member in self._members:
-            member.check_intact()
+        for server in self._servers:
+            server.check_intact()
 
     @by_one_thread
     def unchanged(self, variables: Mapping[str, Any]) -> frozenset[str]:
@@ -443,14 +448,14 @@ class ParameterServerSession:
             failed on its way back, or when rounds with a quorum went on without this worker.
         """
         assembly = self._assembly
-        if not variables or assembly is None or any(step != self.base_step for step in self._members.steps):
+        if not variables or assembly is None or any(step != self.base_step for step in self._servers.steps):
             return frozenset()
-        if not all(member.holds_center for member in self._members):
+        if not all(server.holds_center for server in self._servers):
             return frozenset()
         arrays = as_arrays(variables, paths_of(variables))
-        center = assembly.join([member.lent_center for member in self._members])
+        center = assembly.join([server.lent_center for server in self._servers])
         same = frozenset(name for name, array in arrays.items() if name in center and same_bytes(array, center[name]))
-        return same if all(member.holds_center for member in self._members) else frozenset()
+        return same if all(server.holds_center for server in self._servers) else frozenset()
 
     def status(self, timeout_s: float = 5.0) -> pb.GetStatusResponse:
         """What the first server is doing; the protocol's own message."""
@@ -459,7 +464,7 @@ class ParameterServerSession:
     @by_one_thread
     def statuses(self, timeout_s: float = 5.0) -> list[pb.GetStatusResponse]:
         """What each server is doing."""
-        return self._members.each(lambda _, member: member.shard.status(Deadline(timeout_s)))
+        return self._servers.each(lambda _, server: server.connection.status(Deadline(timeout_s)))
 
     # How it is done.
 
@@ -487,8 +492,8 @@ class ParameterServerSession:
                     f"the parameter server at {address} was started with --num-workers {header.num_workers}, that at "
                     f"{self.ps_hosts[0]} with {headers[0].num_workers}"
                 )
-        for member, staging, header in zip(self._members, assembly.stagings, headers, strict=True):
-            member.adopt(staging, header.manifest_id)
+        for server, staging, header in zip(self._servers, assembly.stagings, headers, strict=True):
+            server.adopt(staging, header.manifest_id)
         self._assembly, self.num_workers = assembly, headers[0].num_workers
 
     def _flat(self, tree: Mapping[str, Any]) -> dict[str, _Array]:
@@ -500,14 +505,14 @@ class ParameterServerSession:
         """The center that has come, by name."""
         assembly = self._assembly
         assert assembly is not None
-        arrays = assembly.join([member.elsewhere for member in self._members])
+        arrays = assembly.join([server.elsewhere for server in self._servers])
         if copy:
             arrays = {name: array.copy() if assembly.overlaps(array) else array for name, array in arrays.items()}
         return nest(arrays, self._paths) if self._paths.keys() == arrays.keys() else arrays
 
     def _common_step(self) -> int:
         """The step of the center that has come; the base step from now on."""
-        (step,) = set(self._members.steps)
+        (step,) = set(self._servers.steps)
         assert step is not None
         self.base_step = step
         return step

@@ -8,14 +8,15 @@ from typing import Any
 
 from examples.clients.python import client
 from ma_client import ParameterServerSession
-from ma_client.transports.connection import Answer, Shard
+from ma_client.transports.connection import Connection
+from ma_client.transports.pushing import Answer
 from ma_client.transports.staging import Staging
 from modelaverage import errors, wire
 from modelaverage.errors import ModelAverageError, ProtocolError, ServerUnavailableError
 from modelaverage.manifest import Manifest
 from modelaverage.v1 import parameter_server_pb2 as pb
 
-push_and_average = Shard.push_and_average
+push_and_average = Connection.push_and_average
 session_push = ParameterServerSession.push_and_average
 
 
@@ -30,21 +31,21 @@ def does_not_try_again() -> None:
 def makes_every_attempt_a_new_push() -> None:
     numbers = itertools.count(1)
 
-    def push(self: Shard, header: pb.PushHeader, *arguments: Any) -> Answer:
+    def push(self: Connection, header: pb.PushHeader, *arguments: Any) -> Answer:
         header.push_id = next(numbers)
         return push_and_average(self, header, *arguments)
 
-    replace(Shard, "push_and_average", push)
+    replace(Connection, "push_and_average", push)
 
 
 def takes_an_average_without_an_outcome() -> None:
-    def push(self: Shard, header: pb.PushHeader, *arguments: Any) -> Answer:
+    def push(self: Connection, header: pb.PushHeader, *arguments: Any) -> Answer:
         try:
             return push_and_average(self, header, *arguments)
         except ProtocolError:
             return Answer(pb.PushOutcome(outcome=pb.OUTCOME_COMMITTED, global_step=header.base_step + 1), None)
 
-    replace(Shard, "push_and_average", push)
+    replace(Connection, "push_and_average", push)
 
 
 def keeps_its_base_step() -> None:

@@ -89,7 +89,7 @@ def write_file(path: Path, arrays: Mapping[str, NDArray[Any]], about: Mapping[st
 
 def write_fresh(directory: Path, written: Checkpoint) -> Path:
     """Its path."""
-    return write_file(directory / files.fresh_name(written.global_step), written.arrays, fields_of(written, boot_id()))
+    return write_file(directory / files.fresh_name(written.global_step), written.tensors, fields_of(written, boot_id()))
 
 
 def make_durable(fresh: Path) -> Path:
@@ -129,8 +129,9 @@ def header_of(path: Path) -> dict[str, Any]:
 
 def content(found: Checkpoint) -> object:
     """Something to compare."""
-    arrays = [(name, a.dtype, a.shape, a.tobytes()) for name, a in found.arrays.items()]
-    return found.manifest, arrays, found.global_step, found.contributors, found.counted
+    arrays = [(name, a.dtype, a.shape, a.tobytes()) for name, a in found.tensors.items()]
+    outer = found.outer.name, dict(found.outer.settings)
+    return found.manifest, arrays, found.global_step, found.contributors, found.counted, outer
 
 
 def steps(directory: Path) -> list[int]:

@@ -85,6 +85,7 @@ def start_server() -> Iterator[StartServer]:
         rejoin_timeout_s: float = 0.5,
         security: ServerSecurity = NO_SECURITY,
         metrics_bind: str | None = None,
+        first_notice_s: float = 5.0,
     ) -> RunningServer:
         round_policy = RoundPolicy.strict(policy) if isinstance(policy, int) else policy
         shared_memory_from_bytes = 0 if shared else math.inf
@@ -97,6 +98,7 @@ def start_server() -> Iterator[StartServer]:
                     shared_memory_from_bytes,
                     checkpoints,
                     rejoin_timeout_s,
+                    first_notice_s,
                 ),
                 security,
                 metrics_bind,

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ma_client import DataSettings, Outcome, ParameterServerSession, PushResult
-from ma_client.transports.data_connection import DATA_SETTINGS
+from ma_client.transports.data_settings import DATA_SETTINGS
 
 __all__ = ["HANG_S", "Model", "RestartedServer", "Training", "trained"]
 

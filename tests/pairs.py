@@ -29,6 +29,7 @@ class Pair:
         model: their center's initial values.
         reconnect_timeout_s: 0: the server is always there.
         security: None: there is none.
+        session_class: of the workers.
     """
 
     def __init__(
@@ -38,10 +39,11 @@ class Pair:
         model: Arrays = MODEL,
         reconnect_timeout_s: float = 0.0,
         security: Security | None = None,
+        session_class: type[ParameterServerSession] = ParameterServerSession,
     ) -> None:
         self._model = model
         self.sessions = [
-            ParameterServerSession(
+            session_class(
                 [address],
                 worker_id=f"worker-{rank}",
                 is_chief=rank == 0,

@@ -23,10 +23,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ma_client import Outcome, ParameterServerSession
+from ma_client.transports.timing import Timing
 from modelaverage.errors import ModelAverageError
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.checkpoints.keeper import CheckpointPolicy
-from ps_server.flow import job as server_job
+from ps_server.flow import outcomes
 from ps_server.flow.service import ServicePolicy
 from ps_server.rules.policy import RoundPolicy
 from ps_server.server import ServerConfig, serve
@@ -148,13 +149,13 @@ def _step_of(checkpoint: Path) -> int:
 
 # The server whose task this is.
 _this_shard: ContextVar[FaultyShard] = ContextVar("_this_shard")
-_answer = server_job._answer
+_tell = outcomes.tell
 
 
 def answer_but_the_silent(outcomes: Mapping[Any, pb.PushOutcome], held: list[Any], sending: Any) -> None:
     """Takes the place of the server's function that answers those whose round has committed."""
     silent = _this_shard.get().silent
-    _answer({part: outcome for part, outcome in outcomes.items() if part.worker_id not in silent}, held, sending)
+    _tell({part: outcome for part, outcome in outcomes.items() if part.worker_id not in silent}, held, sending)
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ class Seat:
     def steps(self) -> list[int | None]:
         """By shard, the step of the center that its session has from there."""
         session = self.lives[-1].session
-        return [] if session is None else session._members.steps
+        return [] if session is None else session._servers.steps
 
     def begin(self) -> None:
         """A process of its own, as it were."""
@@ -231,8 +232,8 @@ class _Life:
         """Cuts its connections."""
         self._over.set()
         if self.session is not None:
-            for member in self.session._members:
-                member.shard.close()
+            for member in self.session._servers:
+                member.connection.close()
 
     def _live(self) -> None:
         try:
@@ -269,6 +270,12 @@ def _values_of(center: Mapping[str, NDArray[Any]]) -> tuple[float, ...]:
     return tuple(float(center[f"v{index}"][0]) for index in range(len(center)))
 
 
+class Watchful(ParameterServerSession):
+    """Looks soon whether a server has fallen back."""
+
+    _timing = Timing(fall_back_interval_s=0.1)
+
+
 class FaultyJob:
     """Shards and seats, and what they have to come to.
 
@@ -279,6 +286,7 @@ class FaultyJob:
         every_rounds: by shard, how often it writes a checkpoint; 1 where nothing is said.
         shared: whether all bytes go by shared memory.
         copy: whether workers copy the centers that they get. With a quorum they have to: rounds do not wait for them.
+        session_class: of the workers.
     """
 
     def __init__(
@@ -289,8 +297,10 @@ class FaultyJob:
         every_rounds: Sequence[int] = (),
         shared: bool = False,
         copy: bool = True,
+        session_class: type[ParameterServerSession] = Watchful,
     ) -> None:
         self.shared, self.copy = shared, copy
+        self.session_class = session_class
         self._lock = threading.Lock()
         self._pushed_from, self._until = FIRST_STEP, math.inf
         self._loop = _Loop()
@@ -319,7 +329,7 @@ class FaultyJob:
 
     def session(self, worker_id: str) -> ParameterServerSession:
         """A session with all servers; who is not of a seat has it closed at the end."""
-        session = ParameterServerSession(
+        session = self.session_class(
             [shard.address for shard in self.shards],
             worker_id=worker_id,
             is_chief=worker_id == "worker-0",

@@ -18,7 +18,9 @@ from typing import Any
 import numpy as np
 
 from ma_client import ParameterServerSession
-from ma_client.transports.connection import Answer, FragmentSource, Shard
+from ma_client.transports.connection import Connection
+from ma_client.transports.pushing import Answer
+from ma_client.transports.staging import FragmentSource
 from tests.faults import HANG_S, Model, trained
 from tests.worker_process import START_TIMEOUT_S, Process
 
@@ -63,9 +65,9 @@ class ShardWorker(Process):
 
 def _hold(address: str, count: int, base_step: int) -> None:
     """Fragments from ``count`` on never leave for this server."""
-    original = Shard.push_and_average
+    original = Connection.push_and_average
 
-    def push_and_average(self: Shard, header: Any, fragments: FragmentSource, *others: Any) -> Answer:
+    def push_and_average(self: Connection, header: Any, fragments: FragmentSource, *others: Any) -> Answer:
         def source(index: int) -> Any:
             if self.address == address and header.base_step == base_step and index >= count:
                 threading.Event().wait()
@@ -73,7 +75,7 @@ def _hold(address: str, count: int, base_step: int) -> None:
 
         return original(self, header, source, *others)
 
-    Shard.push_and_average = push_and_average  # type: ignore[assignment, method-assign]
+    Connection.push_and_average = push_and_average  # type: ignore[assignment, method-assign]
 
 
 def _work(worker: int, addresses: Sequence[str], rounds: int) -> None:

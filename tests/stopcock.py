@@ -11,7 +11,7 @@ from types import TracebackType
 import pytest
 
 from ma_client import DataSettings
-from ma_client.transports.data_connection import DataConnection
+from ma_client.transports.data_socket import DataSocket
 from modelaverage.v1 import parameter_server_pb2 as pb
 
 __all__ = ["Stopcock", "data_through"]
@@ -94,10 +94,10 @@ class Stopcock:
 
 def data_through(stopcock: Stopcock, monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on all data connections are opened through it."""
-    open_directly = DataConnection.open
+    open_directly = DataSocket.open
 
-    def opened(host: str, offer: pb.DataConnection, settings: DataSettings) -> DataConnection:
+    def opened(host: str, offer: pb.DataConnection, settings: DataSettings) -> DataSocket:
         stopcock.target_port = offer.port
         return open_directly(host, pb.DataConnection(port=stopcock.port, key=offer.key), settings)
 
-    monkeypatch.setattr(DataConnection, "open", opened)
+    monkeypatch.setattr(DataSocket, "open", opened)

@@ -1,40 +1,17 @@
-"""What the property tests draw from: settings, plans of a round, manifests."""
+"""What the property tests draw from: settings, manifests."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from modelaverage.manifest import DTYPES, Manifest, Variable
-from tests.round_oracle import EVENTS, Event, Play
 
-__all__ = ["Plan", "fast", "manifests", "plans", "thorough"]
+__all__ = ["fast", "manifests", "thorough"]
 
 # Derandomized: a test that passes passes again, on every machine.
 fast = settings(derandomize=True, deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
 thorough = settings(fast, max_examples=300)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A job, and what happens to it."""
-
-    num_workers: int
-    fragment_count: int
-    events: tuple[Event, ...]
-
-    def play(self) -> Play:
-        play = Play(self.num_workers, self.fragment_count)
-        for event in self.events:
-            play.happen(event)
-        return play
-
-
-def plans() -> st.SearchStrategy[Plan]:
-    events = st.lists(st.sampled_from(EVENTS), min_size=20, max_size=80).map(tuple)
-    return st.builds(Plan, st.integers(1, 4), st.integers(0, 5), events)
 
 
 def manifests(min_elements: int = 0) -> st.SearchStrategy[Manifest]:

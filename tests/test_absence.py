@@ -10,9 +10,9 @@ import threading
 import pytest
 
 from ma_client import ParameterServerSession
-from ma_client.cluster.spec import ClusterSpec
-from ma_client.job import absence
-from ma_client.job.absence import Pace
+from ma_client.cluster.joining import join
+from ma_client.job.absence import NoticePace
+from ma_client.transports.timing import Timing
 from modelaverage.errors import DeadlineExceededError, ServerUnavailableError
 from tests.conftest import StartServer
 
@@ -21,24 +21,26 @@ SOON_S = 0.05
 QUIET = f"{NOWHERE} yet; trying for up to"
 
 
-@pytest.fixture
-def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is said after seconds is said at once."""
-    monkeypatch.setattr(absence, "_FIRST_NOTICE_S", SOON_S)
+SOON = Timing(first_notice_s=SOON_S)
+
+
+class TalkativeSession(ParameterServerSession):
+    """Says at once what others say after seconds."""
+
+    _timing = SOON
 
 
 def test_a_wait_is_said_after_5_s_and_at_growing_gaps() -> None:
-    pace, due_s = Pace(), []
+    pace, due_s = NoticePace(), []
     for _ in range(4):
         due_s.append(pace.due_s)
         pace.said()
     assert due_s == [5.0, 15.0, 35.0, 75.0]
 
 
-@pytest.mark.usefixtures("soon")
 def test_a_session_without_a_server_says_where_it_waits_and_for_how_long(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(ServerUnavailableError, match=f"no parameter server answers at {NOWHERE}"):
-        ParameterServerSession([NOWHERE], worker_id="worker-0", connect_timeout_s=0.4)
+        TalkativeSession([NOWHERE], worker_id="worker-0", connect_timeout_s=0.4)
     said = [record for record in caplog.records if QUIET in record.getMessage()]
     # At 0.05, 0.15 and 0.35 s; a machine that is busy may miss some.
     assert 1 <= len(said) <= 3
@@ -46,25 +48,22 @@ def test_a_session_without_a_server_says_where_it_waits_and_for_how_long(caplog:
     assert {record.levelno for record in said} == {logging.WARNING}
 
 
-@pytest.mark.usefixtures("soon")
 def test_every_one_of_several_servers_is_named(caplog: pytest.LogCaptureFixture, start_server: StartServer) -> None:
     there, others = start_server(1).address, ["127.0.0.1:1", "127.0.0.1:2"]
     with pytest.raises(ServerUnavailableError):
-        ParameterServerSession([others[0], there, others[1]], worker_id="worker-0", connect_timeout_s=0.4)
+        TalkativeSession([others[0], there, others[1]], worker_id="worker-0", connect_timeout_s=0.4)
     said = " ".join(record.getMessage() for record in caplog.records)
     assert all(f"{address} yet" in said for address in others)
     assert there not in said
 
 
-@pytest.mark.usefixtures("soon")
 def test_nothing_is_said_once_the_server_is_there(caplog: pytest.LogCaptureFixture, start_server: StartServer) -> None:
-    with ParameterServerSession([start_server(1).address], worker_id="worker-0"):
+    with TalkativeSession([start_server(1).address], worker_id="worker-0"):
         pass
     assert not [thread for thread in threading.enumerate() if thread.name == "ma_client-absence"]
     assert " yet" not in " ".join(record.getMessage() for record in caplog.records if "absence" in record.pathname)
 
 
-@pytest.mark.usefixtures("soon")
 def test_without_threads_a_session_waits_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(thread: threading.Thread) -> None:
         if thread.name == "ma_client-absence":
@@ -74,17 +73,15 @@ def test_without_threads_a_session_waits_in_silence(monkeypatch: pytest.MonkeyPa
     start = threading.Thread.start
     monkeypatch.setattr(threading.Thread, "start", refused)
     with pytest.raises(ServerUnavailableError, match=f"no parameter server answers at {NOWHERE}"):
-        ParameterServerSession([NOWHERE], worker_id="worker-0", connect_timeout_s=0.2)
+        TalkativeSession([NOWHERE], worker_id="worker-0", connect_timeout_s=0.2)
 
 
-@pytest.mark.usefixtures("soon")
 def test_a_process_that_waits_for_a_server_to_give_it_an_index_says_so(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(ServerUnavailableError):
-        ClusterSpec.resolve({}, ps_hosts=(NOWHERE,), task_index="auto", join_timeout_s=0.4)
+        join(NOWHERE, 0.4, timing=SOON)
     assert any(QUIET in record.getMessage() for record in caplog.records)
 
 
-@pytest.mark.usefixtures("soon")
 def test_a_process_that_waits_for_a_free_index_says_so_again(
     caplog: pytest.LogCaptureFixture, start_server: StartServer
 ) -> None:
@@ -96,7 +93,7 @@ def test_a_process_that_waits_for_a_free_index_says_so_again(
         assert other.stdout is not None
         other.stdout.readline()  # it has the only index
         with pytest.raises(DeadlineExceededError, match=f"all 1 of {address} are taken"):
-            ClusterSpec.resolve({}, ps_hosts=(address,), task_index="auto", join_timeout_s=0.5)
+            join(address, 0.5, timing=SOON)
         other.communicate("\n", timeout=60)
     said = [record.getMessage() for record in caplog.records]
     assert any(text.startswith("has waited 0 s for a task index: ") for text in said)
@@ -104,8 +101,9 @@ def test_a_process_that_waits_for_a_free_index_says_so_again(
 
 def test_a_script_that_has_never_heard_of_logging_shows_it() -> None:
     code = (
-        "from ma_client import ParameterServerSession, absence\n"
-        f"absence._FIRST_NOTICE_S = {SOON_S}\n"
+        "from ma_client import ParameterServerSession\n"
+        "from ma_client.transports.timing import Timing\n"
+        f"ParameterServerSession._timing = Timing(first_notice_s={SOON_S})\n"
         f"ParameterServerSession([{NOWHERE!r}], worker_id='worker-0', connect_timeout_s=0.3)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)

@@ -124,6 +124,20 @@ def test_the_sum_of_16_bit_values_does_not_overflow(dtype: str) -> None:
     assert read(center)["v"].tobytes() == largest.tobytes()
 
 
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("workers", [2, 3])
+def test_16_bit_values_are_summed_in_float32_wherever_they_lie(shared: bool, workers: int) -> None:
+    manifest = Manifest((Variable("f", "float16", (2,)), Variable("b", "bfloat16", (2,))), 16)
+    values: Arrays = {"f": np.full(2, 65504, np.float16), "b": np.array([1, 1.0078125]).astype(DTYPES["bfloat16"])}
+    center = Center(manifest)
+    order = arrivals(workers, manifest.fragment_count, np.random.default_rng(0))
+    average(center, [Pushed(values)] * workers, order, [shared] * workers)
+    commit(center)
+    assert {name: array.tobytes() for name, array in read(center).items()} == {
+        name: array.tobytes() for name, array in values.items()
+    }
+
+
 def test_the_sum_of_16_bit_values_is_rounded_once() -> None:
     # 1 + 2**-11 rounds to 1 in float16: summed there, both small ones would be lost.
     manifest = Manifest((Variable("v", "float16", ()),), 8)

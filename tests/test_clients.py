@@ -63,6 +63,7 @@ def tables() -> Mapping[str, Future[subprocess.CompletedProcess[str]]]:
         return {language: pool.submit(conformance, language) for language in INSTALLED}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("language", TOOLS)
 def test_a_client_passes_every_case(
     language: str, tables: Mapping[str, Future[subprocess.CompletedProcess[str]]]
@@ -159,6 +160,7 @@ def test_two_python_workers_end_with_the_center_of_a_simulation(digits: Path) ->
     assert_one_barrier([("python", PYTHON_CLIENT)] * 2, digits)
 
 
+@pytest.mark.long
 def test_workers_in_four_languages_stand_in_one_barrier(digits: Path) -> None:
     if not INSTALLED:
         pytest.skip("; ".join(missing(language) for language in TOOLS))

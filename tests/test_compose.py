@@ -13,7 +13,7 @@ from safetensors.numpy import load
 
 from tests.compose import BUILD_TIMEOUT_S, FOLDER, Compose, crash, docker, no_engine, until
 
-pytestmark = pytest.mark.skipif(bool(no_engine()), reason=no_engine())
+pytestmark = [pytest.mark.long, pytest.mark.skipif(bool(no_engine()), reason=no_engine())]
 
 MB = 1_000_000
 LAYERS = ["conv1.weight", "conv1.bias", "conv2.weight", "conv2.bias", "classify.weight", "classify.bias"]

@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 
 from ma_client import DataSettings, Outcome, Security
-from ma_client.transports.connection import Shard
-from ma_client.transports.data_connection import DataConnection, Transfer
+from ma_client.transports.connection import Connection
 from ma_client.transports.data_link import DataLink, host_of
+from ma_client.transports.data_socket import DataSocket, Transfer
 from ma_client.transports.staging import Memory, Staging
+from ma_client.transports.ways import WaySettings
 from modelaverage import wire
 from modelaverage.access.channels import Access
 from modelaverage.manifest import Manifest, Variable
@@ -267,9 +268,9 @@ def test_a_session_whose_connection_breaks_anywhere_loses_nothing(
 ) -> None:
     pair.until_connected()
     left = {"bytes": after_bytes}
-    send, receive = DataConnection.send, DataConnection.receive
+    send, receive = DataSocket.send, DataSocket.receive
 
-    def cut_send(self: DataConnection, parts: Iterable[bytes | memoryview]) -> None:
+    def cut_send(self: DataSocket, parts: Iterable[bytes | memoryview]) -> None:
         data = b"".join(parts)
         if len(data) > left["bytes"]:
             send(self, [data[: left["bytes"]]])
@@ -277,7 +278,7 @@ def test_a_session_whose_connection_breaks_anywhere_loses_nothing(
         left["bytes"] -= len(data)
         send(self, [data])
 
-    def cut_receive(self: DataConnection, room: memoryview) -> None:
+    def cut_receive(self: DataSocket, room: memoryview) -> None:
         if len(room) > left["bytes"]:
             receive(self, room[: left["bytes"]])
             self.break_off()
@@ -285,7 +286,7 @@ def test_a_session_whose_connection_breaks_anywhere_loses_nothing(
         receive(self, room)
 
     with monkeypatch.context() as patch:
-        patch.setattr(DataConnection, direction, cut_send if direction == "send" else cut_receive)
+        patch.setattr(DataSocket, direction, cut_send if direction == "send" else cut_receive)
         outcomes = {result.outcome for result in pair.round()}
     assert outcomes <= {Outcome.COMMITTED, Outcome.ALREADY_COUNTED}
     pair.until_connected()
@@ -295,14 +296,14 @@ def test_a_connection_that_breaks_at_the_barrier_is_not_taken_for_a_server_that_
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pair.until_connected()
-    used: dict[str, DataConnection] = {}
-    begin_push = DataConnection.begin
+    used: dict[str, DataSocket] = {}
+    begin_push = DataSocket.begin
 
-    def begin_noted(self: DataConnection) -> None:
+    def begin_noted(self: DataSocket) -> None:
         used["last"] = self
         begin_push(self)
 
-    monkeypatch.setattr(DataConnection, "begin", begin_noted)
+    monkeypatch.setattr(DataSocket, "begin", begin_noted)
     with ThreadPoolExecutor(1) as thread, RawClient(pair.sessions[0].ps_hosts[0]) as client:
         alone = thread.submit(pair.sessions[0].push_and_average, MODEL)
         until(lambda: client.worker("worker-0").waiting, "it waits at the barrier")
@@ -313,12 +314,12 @@ def test_a_connection_that_breaks_at_the_barrier_is_not_taken_for_a_server_that_
 
 
 def test_a_center_is_whole_until_the_next_one_begins_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(DataConnection, "begin", lambda _: None)  # a pair of sockets has no way
+    monkeypatch.setattr(DataSocket, "begin", lambda _: None)  # a pair of sockets has no way
     ours, theirs = socket.socketpair()
     manifest = Manifest((Variable("w", "float32", (4,)),), 8)
     staging = Staging(manifest, Memory(manifest.buffer_size_bytes))
     with theirs:
-        transfer = Transfer(DataConnection(ours), 1, lambda _: [memoryview(bytes(8))], staging)
+        transfer = Transfer(DataSocket(ours), 1, lambda _: [memoryview(bytes(8))], staging)
         transfer.start()
         assert len(theirs.recv(24, socket.MSG_WAITALL)) == 24
         assert not staging.is_torn
@@ -333,11 +334,11 @@ def test_a_session_that_cannot_reach_the_port_goes_on_in_messages_and_does_not_a
 ) -> None:
     tried = []
 
-    def unreachable(host: str, offer: pb.DataConnection, _: DataSettings) -> DataConnection:
+    def unreachable(host: str, offer: pb.DataConnection, _: DataSettings) -> DataSocket:
         tried.append((host, offer.port))
         raise TimeoutError
 
-    monkeypatch.setattr(DataConnection, "open", unreachable)
+    monkeypatch.setattr(DataSocket, "open", unreachable)
     with Pair(start_server(2).address, DataSettings(least_bytes=0)) as pair:
         for _ in range(4):
             pair.round()
@@ -380,10 +381,11 @@ def test_a_data_connection_that_was_not_asked_for_is_not_opened(least_bytes: int
         port = server.add_insecure_port("127.0.0.1:0")
         server.start()
         before = set(threading.enumerate())
-        shard = Shard(f"127.0.0.1:{port}", Access(Security()), DataSettings(least_bytes=least_bytes))
+        ways = WaySettings(data=DataSettings(least_bytes=least_bytes))
+        connection = Connection(f"127.0.0.1:{port}", Access(Security()), ways)
         staging = Staging(manifest, Memory(manifest.buffer_size_bytes))
         header = pb.PushHeader(push_id=1)
-        shard.push_and_average(header, lambda _: [memoryview(b"2 floats")], staging, Deadline(TIMEOUT_S))
+        connection.push_and_average(header, lambda _: [memoryview(b"2 floats")], staging, Deadline(TIMEOUT_S))
         assert [header.accepts_data_connection for header in offering.headers] == [asks]
         opening = [
             thread for thread in threading.enumerate() if thread not in before and thread.name == "data-connection"
@@ -391,7 +393,7 @@ def test_a_data_connection_that_was_not_asked_for_is_not_opened(least_bytes: int
         assert bool(opening) == asks
         if asks:
             listener.accept()[0].close()
-        shard.close()
+        connection.close()
         server.stop(None).wait(TIMEOUT_S)
 
 
@@ -399,11 +401,11 @@ def test_a_data_connection_that_was_not_asked_for_is_not_opened(least_bytes: int
 def test_an_offer_is_taken_once_and_never_beside_tls(monkeypatch: pytest.MonkeyPatch, offered: int) -> None:
     opened = queue.SimpleQueue[int]()
 
-    def noted(_: str, offer: pb.DataConnection, __: DataSettings) -> DataConnection:
+    def noted(_: str, offer: pb.DataConnection, __: DataSettings) -> DataSocket:
         opened.put(offer.port)
-        return DataConnection(socket.socket())
+        return DataSocket(socket.socket())
 
-    monkeypatch.setattr(DataConnection, "open", noted)
+    monkeypatch.setattr(DataSocket, "open", noted)
     encrypted, plain = (DataLink("127.0.0.1:1", is_encrypted, SETTINGS) for is_encrypted in (True, False))
     assert not encrypted.wants(1 << 30)
     assert plain.wants(1 << 30)

@@ -19,7 +19,7 @@ import pytest
 
 from ma_client import DataSettings, ParameterServerSession
 from ma_client.cluster.joining import join
-from ma_client.transports.data_connection import DataConnection, Transfer
+from ma_client.transports.data_socket import DataSocket, Transfer
 from ma_client.transports.staging import Memory, Staging
 from modelaverage.errors import DeadlineExceededError, Reason, RetryPushError, ServerUnavailableError
 from modelaverage.manifest import Manifest, Variable
@@ -142,11 +142,11 @@ def connected_pair() -> tuple[socket.socket, socket.socket]:
     return ours, theirs
 
 
-def connection_of(silence_timeout_s: float) -> tuple[DataConnection, socket.socket]:
+def connection_of(silence_timeout_s: float) -> tuple[DataSocket, socket.socket]:
     """A client's end that is limited so, and the other one."""
     ours, theirs = connected_pair()
     prepare(ours, silence_timeout_s)
-    return DataConnection(ours, silence_timeout_s), theirs
+    return DataSocket(ours, silence_timeout_s), theirs
 
 
 def staging_of(fragments: int) -> Staging:
@@ -178,7 +178,7 @@ def test_the_wait_for_the_rest_of_a_center_ends_when_nothing_comes_and_says_so(c
         assert not transfer.wait(lambda: True)
         transfer.end()
     assert str(transfer.problem) == "nothing came for 0.2 s"
-    assert not staging.is_complete
+    assert not transfer.is_whole
 
 
 def test_while_a_worker_sends_nothing_the_server_says_so_and_waits_on(caplog: pytest.LogCaptureFixture) -> None:
@@ -210,7 +210,7 @@ def test_the_server_gives_up_a_connection_whose_client_does_not_read_and_says_be
         port.listen(["127.0.0.1"], 0)
         offer = port.offer_to(Place("a", b"a process"))
         assert offer is not None
-        client = await asyncio.to_thread(DataConnection.open, "127.0.0.1", offer, SETTINGS)
+        client = await asyncio.to_thread(DataSocket.open, "127.0.0.1", offer, SETTINGS)
         connection = port.take(Place("a", b"a process"))
         with pytest.raises(RetryPushError, match="the data connection is lost") as lost:
             await asyncio.wait_for(connection.send(memoryview(bytes(32 << 20))), TIMEOUT_S)

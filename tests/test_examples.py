@@ -14,6 +14,7 @@ import pytest
 from ma_client import ClusterSpec
 from tests.conftest import StartServer
 from tests.launched import Launched
+from tests.long_plays import long_except
 from tests.recorded import kubernetes, slurm, tf_config, without_a_cluster
 from tests.test_server_process import ServerProcess
 
@@ -66,13 +67,15 @@ def assert_trained(first: Sequence[str], second: Sequence[str]) -> None:
     assert second[-1] == first[-1]
 
 
-@pytest.mark.parametrize("environ_of", LAUNCHERS.values(), ids=LAUNCHERS.keys())
-def test_train_ends_with_one_good_center_for_all_workers(environ_of: Callable[[int, str], Mapping[str, str]]) -> None:
+@pytest.mark.parametrize("launcher", long_except(["TF_CONFIG"], LAUNCHERS))
+def test_train_ends_with_one_good_center_for_all_workers(launcher: str) -> None:
+    environ_of = LAUNCHERS[launcher]
     with ServerProcess(num_workers=WORKERS) as server:
         printed = run_workers([environ_of(index, server.address) for index in range(WORKERS)], "examples/train.py")
     assert_trained(*(text.splitlines() for text in printed))
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for orphans in /proc")
 def test_train_runs_under_torchrun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in os.environ.keys() - without_a_cluster(os.environ).keys():
@@ -100,6 +103,7 @@ def test_numpy_only_finds_the_line_without_torch(start_server: StartServer) -> N
         assert (w1, w2, b) == pytest.approx((2.0, -3.0, 0.5), abs=0.01)
 
 
+@pytest.mark.long
 def test_a_keras_model_ends_with_one_good_center_for_all_workers(start_server: StartServer) -> None:
     address = start_server(WORKERS).address
     environs = [ClusterSpec((address,), WORKERS, index).to_env() for index in range(WORKERS)]

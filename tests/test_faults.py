@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import signal
 import threading
@@ -10,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ma_client import DataSettings
-from ma_client.transports import data_connection
+from ma_client import DataSettings, ParameterServerSession
+from ma_client.transports.timing import Timing
 from tests.faults import HANG_S, Model, RestartedServer, Training
 from tests.killed_server import BETWEEN_TWO_ANSWERS, MOMENTS
+from tests.long_plays import long_except
 from tests.pairs import FRAGMENT_SIZE_BYTES, MODEL, Pair
 from tests.raw_client import fragments_of
 
@@ -24,8 +26,13 @@ LARGE: Model = {"w": np.zeros(1 << 18, np.float32), "b": np.ones((7, 3), np.floa
 TIMES_A_ROUND = {"in the middle of the fragments": 10, "when a fragment is averaged": 5, BETWEEN_TWO_ANSWERS: 2}
 
 
-@pytest.mark.parametrize("on_data_connections", [False, True])
-@pytest.mark.parametrize("moment", [*MOMENTS, BETWEEN_TWO_ANSWERS])
+@pytest.mark.parametrize(
+    ("moment", "on_data_connections"),
+    long_except(
+        [("before the checkpoint", False), ("in the middle of the fragments", True), (BETWEEN_TWO_ANSWERS, False)],
+        itertools.product([*MOMENTS, BETWEEN_TWO_ANSWERS], [False, True]),
+    ),
+)
 def test_a_server_killed_at_any_moment_of_a_round_costs_a_retry_and_not_a_round(
     moment: str, on_data_connections: bool, tmp_path: Path
 ) -> None:
@@ -39,18 +46,22 @@ def test_a_server_killed_at_any_moment_of_a_round_costs_a_retry_and_not_a_round(
         assert server.ends == [-signal.SIGKILL], f"the server never came to {moment!r}"
 
 
-@pytest.mark.parametrize("last_word_s", [1.0, 0.0])
+class Impatient(ParameterServerSession):
+    """Hears of the end of a call later than of that of the data connection, as on a machine that is very busy."""
+
+    _timing = Timing(last_word_s=0.0)
+
+
+@pytest.mark.parametrize("session_class", [ParameterServerSession, Impatient])
 def test_after_a_server_was_killed_and_started_again_data_connections_come_back_without_a_pause(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last_word_s: float
+    tmp_path: Path, session_class: type[ParameterServerSession]
 ) -> None:
-    # 0: the end of the call is heard of later than that of the connection, as on a machine that is very busy.
-    monkeypatch.setattr(data_connection, "_LAST_WORD_S", last_word_s)
     settings = DataSettings(least_bytes=0, pause_s=600.0)
     in_the_tenth_round = 10 * 2 * len(fragments_of(MODEL, FRAGMENT_SIZE_BYTES)) - 5
     deaths = (("in the middle of the fragments", in_the_tenth_round),)
     with (
         RestartedServer(tmp_path, "--num-workers", "2", deaths=deaths) as server,
-        Pair(server.address, settings, reconnect_timeout_s=HANG_S) as pair,
+        Pair(server.address, settings, reconnect_timeout_s=HANG_S, session_class=session_class) as pair,
     ):
         pair.until_connected()
         while not server.ends:
@@ -60,12 +71,12 @@ def test_after_a_server_was_killed_and_started_again_data_connections_come_back_
         pair.until_connected()
 
 
-@pytest.mark.parametrize("shared_memory", [True, False])
+@pytest.mark.parametrize("shared_memory", long_except([True], [True, False]))
 def test_a_server_killed_again_and_again_loses_no_round(shared_memory: bool, tmp_path: Path) -> None:
     kill_at_random_moments(tmp_path, kills=4, seed=shared_memory, shared_memory=shared_memory)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("seed", range(4))
 def test_a_hundred_kills_of_the_server_lose_no_round(seed: int, tmp_path: Path) -> None:
     kill_at_random_moments(tmp_path, kills=25, seed=seed, shared_memory=seed % 2 == 0)

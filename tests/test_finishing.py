@@ -15,8 +15,6 @@ import pytest
 from ma_client import ParameterServerSession
 from ma_client.session import PushResult
 from modelaverage.v1 import parameter_server_pb2 as pb
-from ps_server.flow import job as job_module
-from ps_server.flow import service
 from ps_server.rules.policy import RoundPolicy
 from tests.conftest import StartServer
 from tests.jobs import CENTER, STEP, Job, of, running
@@ -197,10 +195,9 @@ def leave(job: Job, worker_id: str, finished: bool = False) -> pb.LeaveResponse:
 
 
 def test_a_strict_round_says_of_those_it_waits_for_that_they_have_left_or_when_they_were_heard_of(
-    start_server: StartServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    start_server: StartServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(job_module, "_FIRST_NOTICE_S", 0.05)
-    with running(start_server, 4) as job:
+    with running(start_server, 4, first_notice_s=0.05) as job:
         for name in "abcd":
             job.push(name, of(1))
         until(lambda: job.client.status().global_step == STEP + 1, "the round commits")
@@ -217,10 +214,9 @@ def test_a_strict_round_says_of_those_it_waits_for_that_they_have_left_or_when_t
 
 
 def test_the_server_says_that_it_waits_for_the_chief(
-    start_server: StartServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    start_server: StartServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(service, "_FIRST_CHIEF_WARNING_S", 0.1)
-    with RawClient(start_server(2).address) as client:
+    with RawClient(start_server(2, first_notice_s=0.1).address) as client:
         stream = client.open_pull()
         stream.send(pb.PullRequest(worker_id="worker-1", wait_initialized=True))
         until(lambda: sum("there is no center yet" in line for line in caplog.messages) >= 3, "it is said")
@@ -235,10 +231,9 @@ def test_the_server_says_that_it_waits_for_the_chief(
 
 
 def test_a_pull_that_waits_for_the_chief_is_sent_something_if_it_wants_to(
-    start_server: StartServer, monkeypatch: pytest.MonkeyPatch
+    start_server: StartServer,
 ) -> None:
-    monkeypatch.setattr(service, "_CHIEF_NOTICE_S", 0.05)
-    with RawClient(start_server(2).address) as client:
+    with RawClient(start_server(2, first_notice_s=0.05).address) as client:
         told, untold = client.open_pull(), client.open_pull()
         told.send(pb.PullRequest(worker_id="a", wait_initialized=True, accepts_notices=True))
         untold.send(pb.PullRequest(worker_id="b", wait_initialized=True))

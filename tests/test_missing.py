@@ -216,10 +216,9 @@ def test_a_status_of_any_number_of_workers_fits_a_message() -> None:
 def test_a_missing_worker_is_named_to_everybody_though_many_pull_and_a_notice_is_short(
     start_server: StartServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("ps_server.flow.job._FIRST_NOTICE_S", 0.05)
     monkeypatch.setattr(rosters, "_MAX_RECORDS", 50)
     caplog.set_level(logging.DEBUG, "ps_server")
-    with RawClient(start_server(RoundPolicy.strict(2, round_timeout_s=1.0)).address) as client:
+    with RawClient(start_server(RoundPolicy.strict(2, round_timeout_s=1.0), first_notice_s=0.05).address) as client:
         job = Job(client, "")
         for stream in [job.push(name, of(1)) for name in ("worker-0", "worker-1")]:
             stream.answer()
@@ -249,12 +248,11 @@ def test_a_missing_worker_is_named_to_everybody_though_many_pull_and_a_notice_is
 
 
 def test_names_of_a_large_job_are_few_in_every_message_and_the_rest_is_counted(
-    start_server: StartServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    start_server: StartServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("ps_server.flow.job._FIRST_NOTICE_S", 0.05)
     caplog.set_level(logging.DEBUG, "ps_server")
     names = [f"w{number:02d}".ljust(128, "x") for number in range(30)]
-    with RawClient(start_server(30).address) as client:
+    with RawClient(start_server(30, first_notice_s=0.05).address) as client:
         job = Job(client, "")
         last, _ = job.admitted(names[-1])
         streams = [*(job.push(name, of(1)) for name in names[:-1]), last]
@@ -323,16 +321,15 @@ def test_whose_token_is_a_readers_is_never_waited_for(start_server: StartServer,
 def test_a_server_that_goes_on_from_a_checkpoint_knows_the_names_it_waits_for(
     start_server: StartServer,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("ps_server.flow.job._FIRST_NOTICE_S", 0.05)
     server = start_server(2, checkpoints=CheckpointPolicy(tmp_path))
     with RawClient(server.address) as client:
         job = Job(client, "")
         for stream in [job.push(name, of(1)) for name in ("worker-0", "worker-1")]:
             stream.answer()
     server.stop()
-    with RawClient(start_server(2, checkpoints=CheckpointPolicy(tmp_path)).address) as client:
+    second = start_server(2, checkpoints=CheckpointPolicy(tmp_path), first_notice_s=0.05)
+    with RawClient(second.address) as client:
         stream = client.open_push()
         stream.push(job.header("worker-0", base_step=STEP + 1, push_id=2), of(2))
         until(lambda: client.worker("worker-0").waiting, "its push is whole")

@@ -110,15 +110,15 @@ class AnswerLost(ParameterServerSession):
     step = 0
 
     def initialize(self, *args: Any, **options: Any) -> Any:
-        (member,) = self._members
-        attempt = member.initialize
+        (server,) = self._servers
+        attempt = server.initialize
 
         def second_attempt(*there: Any) -> pb.InitializeResponse:
             with chief(*self.ps_hosts) as other:
                 other.initialize(self.before, global_step=self.step)
             return attempt(*there)
 
-        member.initialize = second_attempt  # type: ignore[assignment, method-assign]
+        server.initialize = second_attempt  # type: ignore[assignment, method-assign]
         return super().initialize(*args, **options)
 
 

@@ -126,12 +126,11 @@ def test_a_half_duplex_client_that_waits_at_the_barrier_is_not_stalled(start_ser
         assert a.answer()[0].outcome == pb.OUTCOME_COMMITTED
 
 
-def test_no_shared_memory_is_offered_to_a_half_duplex_client(start_server: StartServer) -> None:
+def test_a_half_duplex_client_is_offered_nothing(start_server: StartServer) -> None:
     with running(start_server, 1, shared=True) as job:
-        a = written(job, job.client, "a", accepts_shared_memory=True)
+        a = written(job, job.client, "a", accepts_shared_memory=True, accepts_data_connection=True)
         a.half_close()
-        admission = a.receive().admission
-        assert not admission.HasField("contribution")
+        assert a.receive().admission == pb.PushAdmission()
 
 
 # Combined messages.
@@ -176,7 +175,6 @@ def test_a_push_by_a_codec_that_the_server_does_not_know_is_refused(job: Job) ->
     refusal = stream.refusal()
     assert (refusal.code, refusal.reason) == (StatusCode.INVALID_ARGUMENT, "CODEC_UNKNOWN")
     assert "'of-the-future'" in refusal.message
-    assert "'a'" in refusal.message
     assert job.client.status().connected_workers == 0
 
 

@@ -8,15 +8,16 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
-import ma_client.transports.reach
 from ma_client import ParameterServerSession
+from ma_client.transports.grpc_calls import GrpcCalls
 from ma_client.transports.reach import Reach
+from ma_client.transports.timing import Timing
 from modelaverage.conformance.scripted import Refusal, ScriptedServer, center
 from modelaverage.v1 import parameter_server_pb2 as pb
 from tests.raw_client import until
@@ -32,11 +33,17 @@ class Server(ScriptedServer):
     def __init__(self) -> None:
         self.asked: list[pb.PullRequest] = []
         self.uptime_s = 1000.0
+        self.on_initialize = list[Callable[[], None]]()
         super().__init__()
 
     def Pull(self, request: pb.PullRequest, context: Any) -> Iterator[pb.PullResponse]:  # noqa: N802
         self.asked.append(request)
         return super().Pull(request, context)
+
+    def Initialize(self, requests: Any, context: Any) -> pb.InitializeResponse:  # noqa: N802
+        if self.on_initialize:
+            self.on_initialize.pop()()
+        return super().Initialize(requests, context)
 
     def GetStatus(self, _: pb.GetStatusRequest, __: Any) -> pb.GetStatusResponse:  # noqa: N802
         return pb.GetStatusResponse(uptime_s=self.uptime_s, global_step=7)
@@ -138,20 +145,18 @@ def test_attempts_that_get_no_answer_are_made_longer_until_the_server_answers() 
     assert reach.attempt_s == first_s
 
 
+HURRIED = Timing(lasting_s=0.01, reach_interval_s=0.01)
+
+
 @pytest.mark.parametrize("answers", [True, False])
-def test_a_call_to_a_server_that_is_there_again_is_made_another_way(
-    monkeypatch: pytest.MonkeyPatch, answers: bool
-) -> None:
+def test_a_call_to_a_server_that_is_there_again_is_made_another_way(answers: bool) -> None:
     looks = threading.Semaphore(0)
 
     def look(_: object) -> bool:
         looks.release()
         return answers
 
-    monkeypatch.setattr(ma_client.transports.reach, "_LASTING_S", 0.01)
-    monkeypatch.setattr(ma_client.transports.reach, "_LOOK_INTERVAL_S", 0.01)
-    monkeypatch.setattr(ma_client.transports.reach, "_answers", look)
-    reach, another_way = Reach("127.0.0.1:1"), threading.Event()
+    reach, another_way = Reach("127.0.0.1:1", HURRIED, look), threading.Event()
     reach.failed(0.0)
     with reach.looking(another_way.set, lambda: False):
         assert looks.acquire(timeout=10)
@@ -162,37 +167,31 @@ def test_a_call_to_a_server_that_is_there_again_is_made_another_way(
     assert another_way.is_set() is answers
 
 
-def test_a_call_that_is_connected_is_left_alone_however_long_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_that_is_connected_is_left_alone_however_long_it_takes() -> None:
     another_way = threading.Event()
-    monkeypatch.setattr(ma_client.transports.reach, "_LASTING_S", 0.01)
-    monkeypatch.setattr(ma_client.transports.reach, "_answers", lambda _: True)
-    reach = Reach("127.0.0.1:1")
+    reach = Reach("127.0.0.1:1", HURRIED, lambda _: True)
     reach.failed(0.0)
     with reach.looking(another_way.set, lambda: True):
         assert not another_way.wait(0.2)
 
 
+def calls_of(session: ParameterServerSession) -> GrpcCalls:
+    calls = next(iter(session._servers)).connection.calls
+    assert isinstance(calls, GrpcCalls)
+    return calls
+
+
 def test_a_session_knows_whether_it_is_connected(server: Server) -> None:
     with ParameterServerSession([server.address], worker_id="a") as session:
-        shard = next(iter(session._members)).shard
-        assert shard._is_connected()
+        calls = calls_of(session)
+        assert calls.is_connected
         server.end()
-        until(lambda: not shard._is_connected(), "it is not any more")
+        until(lambda: not calls.is_connected, "it is not any more")
 
 
-def test_an_initialization_that_is_given_up_for_another_way_is_made_again(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_initialization_that_is_given_up_for_another_way_is_made_again(server: Server) -> None:
     with ParameterServerSession([server.address], worker_id="a", is_chief=True) as session:
-        shard = next(iter(session._members)).shard
-        begin = shard._begin
-
-        def begun(call: Any) -> None:
-            begin(call)
-            monkeypatch.undo()
-            shard._another_way()
-
-        monkeypatch.setattr(shard, "_begin", begun)
+        server.on_initialize.append(calls_of(session).go_another_way)
         server.initializations.put(None)
         server.initializations.put(None)
         assert session.initialize(ARRAYS, timeout_s=20).initialized

@@ -29,6 +29,14 @@ def check(found: dict[str, Any]) -> None:
     assert found["refused"] > 0.9 * found["plays"], "plays depend a little on time"
 
 
+def test_each_sixth_call_that_is_refused_once_in_one_way_leaves_committed_rounds_right() -> None:
+    found = refuse("--play", "data connections")
+    assert found["wrong"] == []
+    assert found["longest_s"] < LONGEST_S
+    assert found["refused"] > 80
+
+
+@pytest.mark.long
 def test_every_call_that_is_refused_once_in_one_way_leaves_committed_rounds_right() -> None:
     check(refuse())
 

@@ -1,14 +1,12 @@
-"""The round: the seven rules of the design over random interleavings, then each rule by an example."""
+"""The round in strict mode: each rule by an example."""
 
 from __future__ import annotations
 
-import random
 import re
 
 import pytest
-from hypothesis import given
 
-from modelaverage.errors import ConflictError, InvalidRequestError, ModelAverageError, ProtocolError, Reason
+from modelaverage.errors import ConflictError, InvalidRequestError, ProtocolError, Reason
 from modelaverage.outcome import Outcome
 from ps_server.rules.decisions import (
     Accumulate,
@@ -16,190 +14,12 @@ from ps_server.rules.decisions import (
     Admit,
     CenterFollows,
     Commit,
-    Dismiss,
     FinishFragment,
     Push,
     Restart,
     Verdict,
 )
-from ps_server.rules.policy import RoundPolicy
-from tests.committing import CommittingRound as Round
-from tests.committing import Decided
-from tests.round_oracle import EVENTS, Play, value_of
-from tests.strategies import Plan, plans, thorough
-
-# Rules over random interleavings.
-
-
-@thorough
-@given(plans())
-def test_everything_happens_as_the_oracle_expects(plan: Plan) -> None:
-    assert plan.play().surprises == []
-
-
-@thorough
-@given(plans())
-def test_rule_1_a_worker_is_counted_at_most_once_per_round(plan: Plan) -> None:
-    counted: list[Push] = []
-    for committed in plan.play().commits:
-        assert len(set(committed.commit.contributors)) == len(committed.commit.contributors)
-        for fragment in committed.center:
-            assert fragment is not None
-            workers = [given.push.worker_id for given in fragment.contents]
-            assert len(set(workers)) == len(workers)
-        counted += committed.whole
-    assert len(set(counted)) == len(counted), "one push was counted in two rounds"
-
-
-@thorough
-@given(plans())
-def test_rule_2_a_committed_round_averages_exactly_one_whole_push_of_each_contributor(plan: Plan) -> None:
-    for committed in plan.play().commits:
-        whole = frozenset(committed.whole)
-        assert committed.commit.contributors == tuple(sorted(push.worker_id for push in whole))
-        for index, fragment in enumerate(committed.center):
-            assert fragment is not None
-            assert fragment.pushes == whole
-            weighted = [push.weight * value_of(push, index) for push in whole]
-            assert fragment.average == sum(weighted) / sum(push.weight for push in whole)
-            assert fragment.untouched == committed.commit.untouched
-
-
-@thorough
-@given(plans())
-def test_rule_3_global_step_grows_by_one_with_every_commit_and_never_otherwise(plan: Plan) -> None:
-    play = plan.play()
-    reached = play.steps[0]
-    for committed in play.commits:
-        # All may agree on a step that the server, restored from an old checkpoint, has forgotten.
-        (base_step,) = {push.base_step for push in committed.whole}
-        assert base_step >= reached
-        assert committed.commit.global_step == base_step + 1
-        reached = base_step + 1
-    assert sorted(play.steps) == play.steps
-    assert set(play.steps) == {play.steps[0], *(committed.commit.global_step for committed in play.commits)}
-
-
-@thorough
-@given(plans())
-def test_rule_4_no_reader_sees_a_center_that_mixes_two_rounds(plan: Plan) -> None:
-    play = plan.play()
-    made = [committed.center for committed in play.commits]
-    for center in play.centers:
-        assert len({fragment and fragment.pushes for fragment in center}) <= 1
-        assert center in made or set(center) <= {None}
-
-
-@thorough
-@given(plans())
-def test_rule_5_neither_a_stale_push_nor_a_rejected_message_changes_anything(plan: Plan) -> None:
-    play = plan.play()
-    assert play.stale_admissions == []
-    assert [what for what, unchanged in play.left_unchanged if not unchanged] == []
-
-
-@thorough
-@given(plans())
-def test_rule_6_a_round_commits_if_and_only_if_all_workers_have_contributed(plan: Plan) -> None:
-    play = plan.play()
-    for committed in play.commits:
-        assert len(committed.commit.contributors) == plan.num_workers
-    assert all(whole < plan.num_workers for whole in play.whole_pushes)
-
-
-@thorough
-@given(plans())
-def test_rule_7_every_admitted_stream_is_told_how_it_ended_once_unless_it_left_first(plan: Plan) -> None:
-    play = plan.play()
-    drive_to_a_commit(play)
-    told = [stream for stream, _ in play.last_words]
-    assert len(set(told)) == len(told)
-    assert play.closed.union(told).issuperset(play.admitted), "a stream was forgotten"
-
-
-@thorough
-@given(plans())
-def test_rule_7_a_round_can_always_be_driven_to_a_commit_by_its_live_workers(plan: Plan) -> None:
-    play = plan.play()
-    commits = len(play.commits)
-    drive_to_a_commit(play)
-    assert len(play.commits) > commits
-
-
-def drive_to_a_commit(play: Play) -> None:
-    """The first processes of num_workers ids live and try again; all others are gone, and the server notices it.
-
-    Each of them has to come four times at most: to learn that it is stale, to start the round over, to give its all.
-    """
-    live, dead = play.processes[: play.round.policy.num_workers], play.processes[play.round.policy.num_workers :]
-    for process in dead:
-        play.break_off(process)
-    play.notice(live[0])
-    commits = len(play.commits)
-    for process in live * 4:
-        if len(play.commits) == commits:
-            play.whole(process)
-
-
-def test_the_random_interleavings_reach_every_decision_and_every_refusal() -> None:
-    chance = random.Random(0)
-    seen: set[object] = set()
-    for number in range(240):
-        play = Plan(1 + number % 4, number % 6, tuple(chance.choices(EVENTS, k=80))).play()
-        seen.update(type(decision) for decision in play.decisions)
-        seen.update(what for what, _ in play.left_unchanged)
-        seen.update(word for _, word in play.last_words)
-    assert seen == {
-        *(Accumulate, Admit, Dismiss, Restart, FinishFragment, Commit),
-        *(Outcome.COMMITTED, Outcome.STALE, Outcome.ALREADY_COUNTED),
-        *(Reason.BASE_STEP_AHEAD, Reason.WORKER_ID_IN_USE, Reason.ROUND_FULL),
-        *(Reason.ROUND_RESTARTED, Reason.PUSH_SUPERSEDED),
-        *(Reason.FRAGMENT_EXTRA, Reason.FRAGMENT_REPEATED, Reason.FRAGMENT_MISPLACED, Reason.FRAGMENT_MISSING),
-    }
-
-
-# Rules by example. Workers a, b, c; a push is `push("a", process=1, number=1)`.
-
-
-def push(
-    worker_id: str,
-    process: int = 1,
-    number: int = 1,
-    step: int = 0,
-    weight: float = 1.0,
-    untouched: tuple[int, ...] = (),
-) -> Push:
-    return Push(worker_id, process.to_bytes(16, "big"), number, step, weight, frozenset(untouched))
-
-
-def strict(num_workers: int, fragment_count: int, global_step: int = 0) -> Round:
-    return Round(RoundPolicy.strict(num_workers), fragment_count, global_step)
-
-
-def give(round_: Round, stream: int, *indexes: int, now_s: float = 0.0) -> list[Decided]:
-    decisions: list[Decided] = []
-    for index in indexes:
-        decisions += round_.take_fragments(stream, index, index + 1, now_s)
-    return [decision for decision in decisions if not isinstance(decision, Accumulate)]
-
-
-def take(round_: Round, stream: int, index: int) -> Accumulate:
-    """Gives one fragment; what it leads to is another test's."""
-    accumulate = round_.take_fragments(stream, index, index + 1, 0.0)[0]
-    assert isinstance(accumulate, Accumulate)
-    return accumulate
-
-
-def commit_of(decisions: list[Decided]) -> Commit:
-    return next(decision for decision in decisions if isinstance(decision, Commit))
-
-
-def dismissals(decisions: list[Decided]) -> dict[int, Reason | None]:
-    return {decision.stream: decision.error.reason for decision in decisions if isinstance(decision, Dismiss)}
-
-
-def refused(error: pytest.ExceptionInfo[ModelAverageError]) -> Reason | None:
-    return error.value.reason
+from tests.rounds import commit_of, dismissals, give, push, refused, strict, take
 
 
 def test_a_round_of_two_finishes_each_fragment_and_commits_with_the_last() -> None:

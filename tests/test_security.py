@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from ma_client import Outcome, ParameterServerSession, Security, SecurityError, Tls
-from ma_client.transports.data_connection import DataConnection
+from ma_client.transports.data_socket import DataSocket
 from modelaverage.access.channels import Access
 from modelaverage.access.handshake import problem
 from modelaverage.errors import Reason, refusal_metadata
@@ -359,7 +359,7 @@ def test_behind_a_proxy_that_ends_tls_nothing_goes_beside_the_calls(
 ) -> None:
     beside = list[str]()
     monkeypatch.setattr(DataPort, "offer", lambda _, worker_id, __: beside.append(f"asked for by {worker_id}"))
-    monkeypatch.setattr(DataConnection, "open", lambda *_: beside.append("opened"))
+    monkeypatch.setattr(DataSocket, "open", lambda *_: beside.append("opened"))
     client = files.tls() if is_mutual else Tls(files.authority.ca)
     # A server that would offer some: it has no TLS itself.
     target = start_server(2, security=ServerSecurity(token_file=files.token(Role.WORKER))).address

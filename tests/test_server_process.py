@@ -18,9 +18,8 @@ from grpc import StatusCode
 
 import ps_server.server
 from ma_client import ParameterServerSession
-from ma_client.transports import connection as shard
+from ma_client.transports.timing import Timing
 from modelaverage.errors import ConflictError, DeadlineExceededError, Reason, ServerUnavailableError
-from modelaverage.runtime.tuning import CHANNEL_OPTIONS
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.__main__ import main
 from tests.conftest import StartServer
@@ -292,11 +291,17 @@ def test_no_arguments_give_the_usage_as_a_process_too() -> None:
 IMPATIENT = {"grpc.keepalive_timeout_ms": 1000, "grpc.http2.ping_timeout_ms": 1000}
 
 
-def test_a_server_that_no_longer_answers_is_noticed_by_who_waits_at_the_barrier(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(shard, "CHANNEL_OPTIONS", [*{**dict(CHANNEL_OPTIONS), **IMPATIENT}.items()])
-    with ServerProcess(num_workers=2) as server, worker(server.address, "chief", reconnect_timeout_s=0) as session:
+class Impatient(ParameterServerSession):
+    """Takes a server for gone that is silent for a second."""
+
+    _timing = Timing(peer_silence_s=1.0)
+
+
+def test_a_server_that_no_longer_answers_is_noticed_by_who_waits_at_the_barrier() -> None:
+    with (
+        ServerProcess(num_workers=2) as server,
+        Impatient([server.address], worker_id="chief", is_chief=True, reconnect_timeout_s=0) as session,
+    ):
         session.initialize(CENTER)
         with ThreadPoolExecutor(1) as pool, RawClient(server.address) as client:
             push = pool.submit(session.push_and_average, of(1))

@@ -16,6 +16,7 @@ from ma_client import Outcome, ParameterServerSession
 from modelaverage.v1 import parameter_server_pb2 as pb
 from tests.faults import HANG_S, Model, RestartedServer, Training, trained, undisturbed
 from tests.killed_server import BETWEEN_TWO_ANSWERS, MOMENTS
+from tests.long_plays import long_except
 from tests.raw_client import RawClient
 from tests.shard_faults import soon
 from tests.shard_worker import START, ShardWorker
@@ -115,7 +116,10 @@ def check_that_a_killed_shard_costs_nothing(
     assert steps(servers) == [ROUNDS] * num_shards
 
 
-@pytest.mark.parametrize(("moment", "victim"), [(moment, number % 2) for number, moment in enumerate(TELLING)])
+@pytest.mark.parametrize(
+    ("moment", "victim"),
+    long_except([(BETWEEN_TWO_ANSWERS, 0)], [(moment, number % 2) for number, moment in enumerate(TELLING)]),
+)
 def test_a_shard_killed_in_the_middle_of_fifty_rounds_costs_none_of_them(
     start_servers: StartServers, moment: str, victim: int
 ) -> None:
@@ -131,7 +135,7 @@ def test_any_of_three_shards_killed_at_any_moment_costs_no_round(
     check_that_a_killed_shard_costs_nothing(start_servers, moment, victim, num_shards=3)
 
 
-@pytest.mark.parametrize("late", [0, 1])
+@pytest.mark.parametrize("late", long_except([1], [0, 1]))
 def test_a_shard_killed_between_the_others_commits_and_its_own_commits_the_same_round(
     start_servers: StartServers, late: int
 ) -> None:
@@ -212,6 +216,7 @@ def test_shards_whose_checkpoints_differ_by_a_step_go_on_from_the_later_one(
     assert all(np.array_equal(center[name], expected[name]) for name in START)
 
 
+@pytest.mark.long
 def test_shards_whose_checkpoints_differ_by_many_steps_go_on_from_the_latest(
     start_servers: StartServers, start_worker: StartWorker
 ) -> None:
@@ -235,7 +240,7 @@ def test_shards_whose_checkpoints_differ_by_many_steps_go_on_from_the_latest(
 # A worker dies.
 
 
-@pytest.mark.parametrize("given", [0, 1])
+@pytest.mark.parametrize("given", long_except([1], [0, 1]))
 def test_a_worker_killed_when_one_shard_has_its_push_and_the_other_has_not_comes_back_to_even_shards(
     start_servers: StartServers, start_worker: StartWorker, given: int
 ) -> None:
@@ -288,6 +293,7 @@ def test_ctrl_c_ends_a_worker_that_waits_at_the_barrier(start_servers: StartServ
     check_that_ctrl_c_ends(worker)
 
 
+@pytest.mark.long
 def test_ctrl_c_ends_a_worker_while_a_server_is_away(start_servers: StartServers, start_worker: StartWorker) -> None:
     servers = start_servers({}, {})
     worker = start_worker(0, addresses_of(servers), 10)
@@ -297,6 +303,7 @@ def test_ctrl_c_ends_a_worker_while_a_server_is_away(start_servers: StartServers
     check_that_ctrl_c_ends(worker)
 
 
+@pytest.mark.long
 def test_ctrl_c_ends_a_worker_that_waits_for_a_late_shard(
     start_servers: StartServers, start_worker: StartWorker
 ) -> None:

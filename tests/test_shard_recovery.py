@@ -18,9 +18,9 @@ import pytest
 from numpy.typing import NDArray
 
 from ma_client import Outcome, ParameterServerSession, PushResult
-from ma_client.job import all_servers as members
-from ma_client.job import one_server as member
-from ma_client.transports.connection import Shard
+from ma_client.job.all_servers import AllServers
+from ma_client.job.one_server import OneServer, WorkerIdentity
+from ma_client.transports.timing import Timing
 from modelaverage.access.channels import Access
 from modelaverage.access.security import Security
 from modelaverage.errors import ConflictError, DeadlineExceededError, ModelAverageError
@@ -28,6 +28,7 @@ from modelaverage.runtime.deadline import Deadline
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.flow import job as server_job
 from ps_server.rules.policy import RoundPolicy
+from tests.long_plays import long_except
 from tests.raw_client import RawClient, fragments_of, push_header
 from tests.shard_faults import FIRST_STEP, HANG_S, FaultyJob, Seat, answer_but_the_silent, soon
 
@@ -36,10 +37,9 @@ MakeJob = Callable[..., FaultyJob]
 
 
 @pytest.fixture(autouse=True)
-def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Servers can be silent, and workers look soon whether one has fallen back."""
-    monkeypatch.setattr(server_job, "_answer", answer_but_the_silent)
-    monkeypatch.setattr(members, "_LOOK_INTERVAL_S", 0.1)
+def servers_can_be_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers can be silent."""
+    monkeypatch.setattr(server_job, "tell", answer_but_the_silent)
 
 
 @pytest.fixture
@@ -166,7 +166,10 @@ def is_reached(job: FaultyJob, state: State) -> bool:
     return True
 
 
-@pytest.mark.parametrize("state", some_states(seed=0, count=12), ids=str)
+STATES = some_states(seed=0, count=12)
+
+
+@pytest.mark.parametrize("state", long_except(STATES[:4], STATES), ids=str)
 def test_a_job_comes_out_of_whatever_state_it_was_left_in(state: State, make_job: MakeJob) -> None:
     policy = RoundPolicy.strict(state.num_workers)
     recover(make_job(len(state.restored), policy, shared=state.shared, copy=False), state)
@@ -262,17 +265,17 @@ def hold(seat: Seat, step: int) -> None:
     seat.goes_to = step
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", long_except([0], range(2)))
 def test_no_round_is_lost_and_none_is_counted_twice(seed: int, tmp_path: Path) -> None:
     perform(Play(seed, faults=6), tmp_path)
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", long_except([1], range(2)))
 def test_servers_that_forget_rounds_come_to_one_step_with_the_others(seed: int, tmp_path: Path) -> None:
     perform(Play(seed, forgets=True, faults=6), tmp_path)
 
 
-@pytest.mark.parametrize("forgets", [False, True])
+@pytest.mark.parametrize("forgets", long_except([False], [False, True]))
 def test_rounds_with_a_quorum_go_on_whatever_ends(forgets: bool, tmp_path: Path) -> None:
     perform(Play(0, forgets, quorum=True, faults=6), tmp_path)
 
@@ -361,18 +364,21 @@ def test_who_only_reads_waits_for_workers_to_bring_a_shard_up(make_job: MakeJob)
     assert all(result.contributors == ("worker-0", "worker-1") for result in results)
 
 
-def test_a_shard_that_takes_a_reader_for_the_missing_worker_is_brought_up(
-    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(member, "_LONG_S", 0.2)
-    job = make_job(2, STRICT)
+class Impatient(ParameterServerSession):
+    """Pushes soon, asked or not."""
+
+    _timing = Timing(fall_back_interval_s=0.1, long_wait_s=0.2)
+
+
+def test_a_shard_that_takes_a_reader_for_the_missing_worker_is_brought_up(make_job: MakeJob) -> None:
+    job = make_job(2, STRICT, session_class=Impatient)
     ahead, behind = joined(job, 2)
     pushed([ahead, behind], [of(job, 2, 2), of(job, 4, 4)])
     job.shards[1].silent.add("worker-1")
     with ThreadPoolExecutor(2) as threads:
         late = threads.submit(behind.push_and_average, of(job, 6, 6))
         ahead.push_and_average(of(job, 8, 8))
-        assert soon(lambda: behind._members.steps == [FIRST_STEP + 2, FIRST_STEP + 1])
+        assert soon(lambda: behind._servers.steps == [FIRST_STEP + 2, FIRST_STEP + 1])
         made_uneven(job)
         with RawClient(job.shards[1].address) as reader:
             reader.pull()  # the only name that the shard knows besides that of the one who waits
@@ -397,7 +403,7 @@ def test_a_center_that_is_lost_while_a_worker_has_it_and_waits_for_another_shard
             threads.submit(one.push_and_average, of(job, 5, 5)),
             threads.submit(other.push_and_average, of(job, 8, 8)),
         ]
-        assert soon(lambda: one._members.steps == [FIRST_STEP + 1, FIRST_STEP + 2])
+        assert soon(lambda: one._servers.steps == [FIRST_STEP + 1, FIRST_STEP + 2])
         made_uneven(job)
         assert soon(lambda: job.shards[1].status.global_step == FIRST_STEP + 2), job.picture()
         may_arrive.set()
@@ -422,9 +428,14 @@ def test_variables_are_not_untouched_from_a_center_that_is_lost(make_job: MakeJo
         assert following.result(HANG_S).outcome is Outcome.COMMITTED
 
 
+class Hasty(ParameterServerSession):
+    """Pushes at once, asked or not."""
+
+    _timing = Timing(long_wait_s=0.0)
+
+
 def test_who_finds_a_round_full_waits_for_its_end(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(member, "_LONG_S", 0.0)
-    refused, push = threading.Event(), member.Member.push
+    refused, push = threading.Event(), OneServer.push
 
     def refusable(*arguments: Any) -> pb.PushOutcome:
         try:
@@ -433,8 +444,8 @@ def test_who_finds_a_round_full_waits_for_its_end(make_job: MakeJob, monkeypatch
             refused.set()
             raise
 
-    monkeypatch.setattr(member.Member, "push", refusable)
-    job = make_job(2, STRICT)
+    monkeypatch.setattr(OneServer, "push", refusable)
+    job = make_job(2, STRICT, session_class=Hasty)
     pushed(joined(job, 2), [of(job, 2, 2), of(job, 4, 4)])
     made_uneven(job)
     with RawClient(job.shards[1].address) as client, ThreadPoolExecutor(1) as thread:
@@ -461,33 +472,32 @@ def test_a_reader_gets_a_whole_center_while_rounds_go_on(make_job: MakeJob) -> N
     job.end(rounds=1)
 
 
-class RunningOn:
-    """The place at a shard that comes to the next step whenever something is read from another shard alone."""
+def test_shards_that_run_on_while_they_are_read_are_read_all_at_once() -> None:
+    worker = WorkerIdentity("reader", bytes(16), is_chief=False)
+    servers = AllServers(["127.0.0.1:1", "127.0.0.1:2"], worker, 0.0, Access(Security()))
+    first, second = servers
 
-    def __init__(self, shard: Shard, *_: object) -> None:
-        self.shard = shard
-        self.step: int | None = None
+    def pull_of(server: OneServer, *steps: int) -> Callable[..., None]:
+        following = iter(steps)
 
-    def pull(self, *_: object, will_train: bool = False) -> None:
-        assert not will_train
-        self.step = 10 if self.step is not None else int(self.shard.address[-1])
+        def pull(*_: object, will_train: bool = False) -> None:
+            assert not will_train
+            server.step = next(following)
 
-    def bring_to(self, step: int, *_: object) -> None:
-        if self.step is None or self.step < step:
-            self.step = step + 1
+        return pull
 
-    def nothing_new(self) -> None:
-        raise AssertionError("who only reads does not push")
+    # Whenever one of them is read alone, it has come to a later step than the other.
+    first.pull = pull_of(first, 1, 3, 10)  # type: ignore[method-assign]
+    second.pull = pull_of(second, 2, 10)  # type: ignore[method-assign]
 
+    def status(_: Deadline) -> pb.GetStatusResponse:
+        return pb.GetStatusResponse(phase=pb.PHASE_IDLE, global_step=3)
 
-def test_shards_that_run_on_while_they_are_read_are_read_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(members, "Member", RunningOn)
-    worker = member.Worker("reader", bytes(16), is_chief=False, accepts_shared_memory=False)
-    shards = members.Members(["127.0.0.1:1", "127.0.0.1:2"], worker, 0.0, Access(Security()))
-    shards.pull(wait_initialized=False, may_push=False, deadline=Deadline(HANG_S))
-    assert shards.steps == [10, 10]
-    for one in shards:
-        one.shard.close()
+    first.status = status  # type: ignore[assignment, method-assign]
+    servers.pull(wait_initialized=False, may_push=False, deadline=Deadline(HANG_S))
+    assert servers.steps == [10, 10]
+    for one in servers:
+        one.connection.close()
 
 
 def test_with_a_quorum_who_is_late_on_one_shard_is_stale_and_goes_on_with_the_others(make_job: MakeJob) -> None:
@@ -528,7 +538,7 @@ def test_with_a_quorum_who_is_late_by_rounds_on_one_shard_comes_to_the_common_st
 
 def hold_push(session: ParameterServerSession, index: int, until: threading.Event) -> None:
     """The session's next push to this shard leaves when the event is set."""
-    shard = list(session._members)[index].shard
+    shard = list(session._servers)[index].connection
     push = shard.push_and_average
 
     def late(*arguments: Any) -> Any:

@@ -42,7 +42,7 @@ def of(value: float) -> Arrays:
 class Cluster:
     """Sessions of one server that have the center; some of them in shared memory, some inline."""
 
-    def __init__(self, address: str, shared: list[bool]) -> None:
+    def __init__(self, address: str, shared: list[bool], center: Arrays = CENTER) -> None:
         self.address = address
         self.workers = [
             ParameterServerSession(
@@ -50,7 +50,7 @@ class Cluster:
             )
             for i, use in enumerate(shared)
         ]
-        self.workers[0].initialize(CENTER)
+        self.workers[0].initialize(center)
         for session in self.workers:
             session.pull()
         self._pool = ThreadPoolExecutor(len(shared))
@@ -105,6 +105,16 @@ def test_bytes_in_shared_memory_are_accounted_as_inline_ones_are(start_server: S
         assert (status.shared_bytes > 0) == shared[0]
         cluster.close()
     assert totals[0] == totals[1]
+
+
+def test_one_message_may_name_more_fragments_than_one_could_carry(start_server: StartServer) -> None:
+    many: Arrays = {"w": np.arange(3000, dtype=np.float32)}  # 188 fragments; a message carries 64
+    cluster = Cluster(start_server(2, shared=True).address, [True, True], many)
+    for turn in (1, 2):  # the second time all of them are filled before the admission comes
+        for result in cluster.round([{"w": many["w"] + turn}, {"w": many["w"] - turn}]):
+            assert result.outcome is Outcome.COMMITTED
+            assert result.center["w"].tobytes() == many["w"].tobytes()
+    cluster.close()
 
 
 def test_a_variable_that_all_left_untouched_keeps_the_centers_bytes(start_server: StartServer) -> None:

@@ -16,7 +16,7 @@ import pytest
 import modelaverage.runtime.data_sockets
 from bench.hosts import Network, unavailable_because
 from bench.processes import listening_at, serve_command
-from ma_client.transports.data_connection import DataConnection
+from ma_client.transports.data_socket import DataSocket
 from modelaverage.runtime.data_sockets import Pace
 from modelaverage.runtime.tuning import CHANNEL_OPTIONS, GONE_AFTER_S, SILENCE_TIMEOUT_S
 from ps_server.flow.serving import while_taken
@@ -101,7 +101,7 @@ def test_what_a_link_took_in_an_earlier_push_does_not_count(monkeypatch: pytest.
 def test_a_sender_that_has_to_wait_ends_when_it_is_broken_off(monkeypatch: pytest.MonkeyPatch) -> None:
     link_takes(monkeypatch, 1)
     with connected() as (ours, _), ThreadPoolExecutor(1) as thread:
-        connection = DataConnection(ours)
+        connection = DataSocket(ours)
         sending = thread.submit(connection.send, [bytes(1 << 22)])
         until(lambda: connection._pace.room() == 0, "it waits for room")
         connection.break_off()

@@ -37,6 +37,7 @@ def example(package: str) -> str:
     return f"examples/trainers/with_{package}.py"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("package", [pytest.param(name, marks=without(name)) for name in EXAMPLES])
 def test_a_trainer_ends_with_one_good_center_for_all_workers(package: str) -> None:
     command = ["-m", "ps_worker.launch", "--workers", str(WORKERS), "--", example(package)]
@@ -50,6 +51,7 @@ def test_a_trainer_ends_with_one_good_center_for_all_workers(package: str) -> No
     assert "averages the gradients" not in launched.printed()
 
 
+@pytest.mark.long
 @without("accelerate")
 def test_a_trainer_that_averages_gradients_under_torchrun_is_warned_about(tmp_path: Path) -> None:
     command = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]

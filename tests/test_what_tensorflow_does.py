@@ -500,7 +500,7 @@ def test_a_server_that_lost_its_center_is_an_error_and_never_a_start_from_initia
 def refused_as_ahead(worker: WorkerProcess) -> str:
     """The server's words to a worker whose push is from the future."""
     with pytest.raises(
-        WorkerError, match="restored from an older checkpoint or initialized anew; pull the center"
+        WorkerError, match="restored from an older checkpoint or initialized again; pull the center"
     ) as refused:
         worker.pushed()
     assert (refused.value.kind, refused.value.reason) == ("ConflictError", "BASE_STEP_AHEAD")

@@ -13,9 +13,11 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYetError
 from dataclasses import dataclass
 
-from ma_client.job.absence import Pace, connect
+from ma_client.job.absence import NoticePace, connect
 from ma_client.process.threads import without_thread
-from ma_client.transports.connection import Shard
+from ma_client.transports.connection import Connection
+from ma_client.transports.timing import TIMING, Timing
+from ma_client.transports.ways import WaySettings
 from modelaverage.access.channels import Access
 from modelaverage.access.security import Security
 from modelaverage.errors import DeadlineExceededError, ModelAverageError, ServerUnavailableError
@@ -46,26 +48,26 @@ class Place:
 class _HeldPlace:
     """Holds the place that a server gives: comes back for it when the connection breaks, says goodbye at the end."""
 
-    def __init__(self, address: str, access: Access, timeout_s: float) -> None:
+    def __init__(self, address: str, access: Access, timeout_s: float, timing: Timing) -> None:
         self._address = address
-        self._shard = Shard(address, access)
+        self._connection = Connection(address, access, WaySettings(timing=timing))
         self._incarnation = uuid.uuid4().bytes
         self._place = Future[Place]()
         self._trouble = f"{address} does not say one"
         self._thread = threading.Thread(target=self._hold, name="ma_client-join", daemon=True)
         try:
-            connect(self._shard, timeout_s)
+            connect(self._connection, timeout_s)
             self._thread.start()
         except RuntimeError as error:
-            self._shard.close()
+            self._connection.close()
             raise without_thread(f"no task index can be held at {address}", error) from None
         except BaseException:
-            self._shard.close()
+            self._connection.close()
             raise
 
     def place(self, deadline: Deadline) -> Place:
         """Waits for it."""
-        began_at_s, pace = time.monotonic(), Pace()
+        began_at_s, pace = time.monotonic(), NoticePace(self._connection.timing)
         while True:
             due_in_s = max(0.0, began_at_s + pace.due_s - time.monotonic())
             left_s = deadline.left_s
@@ -89,15 +91,15 @@ class _HeldPlace:
         if self._place.done() and self._place.exception() is None:
             worker_id = f"worker-{self._place.result().task_index}"
             with contextlib.suppress(ModelAverageError):
-                self._shard.leave(
+                self._connection.leave(
                     pb.LeaveRequest(worker_id=worker_id, incarnation=self._incarnation), Deadline(_GOODBYE_TIMEOUT_S)
                 )
-        self._shard.stop()
+        self._connection.stop()
         self._thread.join(_GOODBYE_TIMEOUT_S)
-        self._shard.close()
+        self._connection.close()
 
     def _hold(self) -> None:
-        while not self._shard.stopped.is_set():
+        while not self._connection.stopped.is_set():
             try:
                 self._stay()
             except ServerUnavailableError as error:
@@ -106,16 +108,16 @@ class _HeldPlace:
                     "task index: %s", error, extra=event("task_index_waits", peer=self._address, cause=str(error))
                 )
             except ModelAverageError as error:
-                if not self._shard.stopped.is_set():
+                if not self._connection.stopped.is_set():
                     self._fail(error)
                 return
-            self._shard.stopped.wait(_PAUSE_S)
+            self._connection.stopped.wait(_PAUSE_S)
 
     def _stay(self) -> None:
         request = pb.JoinRequest(incarnation=self._incarnation)
         if self._place.done():
             request.task_index = self._place.result().task_index
-        for response in self._shard.join(request):
+        for response in self._connection.join(request):
             if not response.HasField("task_index"):
                 self._trouble = (
                     f"all {response.num_workers} of {self._address} are taken; start no more workers than its "
@@ -144,7 +146,7 @@ _holders: dict[tuple[int, str], _HeldPlace] = {}
 _lock = threading.Lock()
 
 
-def join(address: str, timeout_s: float, security: Security | None = None) -> Place:
+def join(address: str, timeout_s: float, security: Security | None = None, timing: Timing = TIMING) -> Place:
     """The place of this process in the job of a server, the same whenever it asks.
 
     The place is another process's again soon after this one has ended: at once after a normal end, after some seconds
@@ -154,6 +156,7 @@ def join(address: str, timeout_s: float, security: Security | None = None) -> Pl
         address: of the parameter server; of the first one if there are several.
         timeout_s: how long to wait for the server, and for an index that is free.
         security: as a session's; None: what the environment says.
+        timing: how soon a wait is said.
 
     Raises:
         SecurityError: a file is missing or unusable, or the server does not let this process in.
@@ -166,7 +169,7 @@ def join(address: str, timeout_s: float, security: Security | None = None) -> Pl
         holder = _holders.get(key)
         if holder is None:
             access = Access(Security.from_env() if security is None else security)
-            holder = _holders[key] = _HeldPlace(address, access, timeout_s)
+            holder = _holders[key] = _HeldPlace(address, access, timeout_s, timing)
             atexit.register(_end, key)
     try:
         return holder.place(deadline)

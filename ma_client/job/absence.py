@@ -8,40 +8,47 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ma_client.transports.connection import Shard
+from ma_client.transports.connection import Connection
+from ma_client.transports.timing import TIMING, Timing
 from modelaverage.logs import event
 
-__all__ = ["Pace", "connect"]
+__all__ = ["NoticePace", "connect"]
 
 _log = logging.getLogger("ma_client")
-_FIRST_NOTICE_S = 5.0
 
 
-class Pace:
-    """When a wait is to be said: after 5 s, 15 s, 35 s, ..."""
+class NoticePace:
+    """When a wait is to be said: after 5 s, 15 s, 35 s, ...
 
-    def __init__(self) -> None:
-        self.due_s = _FIRST_NOTICE_S
-        """So long after the wait's beginning it is to be said again."""
+    Args:
+        timing: says after how long first.
+    """
+
+    def __init__(self, timing: Timing = TIMING) -> None:
+        self._timing = timing
+        self.due_s = timing.first_notice_s
+        """How long after its beginning the wait is to be said next."""
 
     def said(self) -> None:
         """It was."""
-        self.due_s = 2 * self.due_s + _FIRST_NOTICE_S
+        self.due_s = self._timing.notice_after_s(self.due_s)
 
 
-def connect(shard: Shard, timeout_s: float) -> None:
-    """As `Shard.connect`, and not in silence."""
-    if timeout_s <= _FIRST_NOTICE_S:
-        shard.connect(timeout_s)
+def connect(connection: Connection, timeout_s: float) -> None:
+    """As `Connection.connect`, and not in silence."""
+    if timeout_s <= connection.timing.first_notice_s:
+        connection.connect(timeout_s)
         return
-    with _saying_so(shard.address, timeout_s):
-        shard.connect(timeout_s)
+    with _saying_so(connection.address, timeout_s, connection.timing):
+        connection.connect(timeout_s)
 
 
 @contextmanager
-def _saying_so(address: str, timeout_s: float) -> Iterator[None]:
+def _saying_so(address: str, timeout_s: float, timing: Timing) -> Iterator[None]:
     over = threading.Event()
-    thread = threading.Thread(target=_say, args=(over, address, timeout_s), name="ma_client-absence", daemon=True)
+    thread = threading.Thread(
+        target=_say, args=(over, address, timeout_s, timing), name="ma_client-absence", daemon=True
+    )
     try:
         thread.start()
     except RuntimeError:  # no threads are left: in silence, then
@@ -54,8 +61,8 @@ def _saying_so(address: str, timeout_s: float) -> Iterator[None]:
         thread.join()
 
 
-def _say(over: threading.Event, address: str, timeout_s: float) -> None:
-    began_at_s, pace = time.monotonic(), Pace()
+def _say(over: threading.Event, address: str, timeout_s: float, timing: Timing) -> None:
+    began_at_s, pace = time.monotonic(), NoticePace(timing)
     while pace.due_s < timeout_s and not over.wait(began_at_s + pace.due_s - time.monotonic()):
         what = event(
             "server_away", peer=address, cause="no parameter server answers yet", patience_s=timeout_s - pace.due_s

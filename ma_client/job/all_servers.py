@@ -1,4 +1,4 @@
-"""This worker at all shards of a job at once, and how they come to one step after a failure."""
+"""All servers of a job at once, for one worker, and how they come to one step after a failure."""
 
 from __future__ import annotations
 
@@ -6,39 +6,39 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import replace
 from typing import Any, TypeVar
 
-from ma_client.job.one_server import Contribution, Member, Worker
+from ma_client.job.catching_up import catch_up, has_fallen_back, push_again
+from ma_client.job.meeting import Meeting
+from ma_client.job.one_server import LocalPart, OneServer, WorkerIdentity
+from ma_client.job.recovery import Goal, common_step
 from ma_client.process.forking import OwnProcess
 from ma_client.process.threads import without_thread
-from ma_client.transports.connection import Shard
-from ma_client.transports.data_connection import DATA_SETTINGS, DataSettings
+from ma_client.transports.connection import Connection
+from ma_client.transports.ways import WaySettings
 from modelaverage.access.channels import Access
-from modelaverage.errors import ConflictError, ModelAverageError, Reason
+from modelaverage.errors import ConflictError, ModelAverageError
 from modelaverage.runtime.deadline import Deadline
 from modelaverage.v1 import parameter_server_pb2 as pb
 
-__all__ = ["Members"]
+__all__ = ["AllServers"]
 
 _T = TypeVar("_T")
-# How often a shard that is done is looked at while others are not: it may have fallen back meanwhile.
-_LOOK_INTERVAL_S = 2.0
-# Shards that run on while this worker fetches from the others are another kind of trouble than a failure.
+# Servers that run on while this worker fetches from the others are another kind of trouble than a failure.
 _MAX_TRIES = 100
 # Calls that were cancelled end soon.
 _END_S = 5.0
 
 
-class Members:
-    """The places of one worker at the shards of a job, in the order of the servers.
+class AllServers:
+    """All servers of a job, for one worker; in their order.
 
     Args:
         addresses: of the parameter servers.
-        worker: who takes the places.
+        worker: who pushes there.
         reconnect_timeout_s: how long to try again when a server is away.
         access: the way to servers.
-        data: when to use data connections.
+        settings: which ways a push's bytes may go, and how long to wait for what.
 
     Raises:
         ServerUnavailableError: there are not enough threads for all servers.
@@ -47,33 +47,35 @@ class Members:
     def __init__(
         self,
         addresses: Sequence[str],
-        worker: Worker,
+        worker: WorkerIdentity,
         reconnect_timeout_s: float,
         access: Access,
-        data: DataSettings = DATA_SETTINGS,
+        settings: WaySettings = WaySettings(),  # noqa: B008
     ) -> None:
         self._process = OwnProcess()
         self._threads = _threads(len(addresses))
-        self._members = [Member(Shard(address, access, data), worker, reconnect_timeout_s) for address in addresses]
+        self._servers = [
+            OneServer(Connection(address, access, settings), worker, reconnect_timeout_s) for address in addresses
+        ]
         self._is_closed = False
         self._under_way = list[Future[Any]]()
 
     def __len__(self) -> int:
-        return len(self._members)
+        return len(self._servers)
 
-    def __iter__(self) -> Iterator[Member]:
-        return iter(self._members)
+    def __iter__(self) -> Iterator[OneServer]:
+        return iter(self._servers)
 
     @property
     def steps(self) -> list[int | None]:
-        """By shard, the step of the center that this worker has."""
-        return [member.step for member in self._members]
+        """By server, the step of the center that this worker has from it."""
+        return [server.step for server in self._servers]
 
-    def each(self, call: Callable[[int, Member], _T], on_failure: Callable[[], None] | None = None) -> list[_T]:
-        """What ``call`` returns for every shard, called for all at once; the first failure ends the others.
+    def each(self, call: Callable[[int, OneServer], _T], on_failure: Callable[[], None] | None = None) -> list[_T]:
+        """What ``call`` returns for every server, called for all at once; the first failure ends the others.
 
         Args:
-            call: gets the shard's index and the worker's place there.
+            call: gets the server's index and the server.
             on_failure: called when one has failed, to end waits that are not the servers'.
 
         Raises:
@@ -82,44 +84,42 @@ class Members:
         self._process.check()
         if self._is_closed:
             raise ModelAverageError("the session is closed; open another one")
-        if len(self._members) == 1:
-            return [call(0, self._members[0])]
+        if len(self._servers) == 1:
+            return [call(0, self._servers[0])]
         futures = list[Future[_T]]()
         self._under_way = futures
         try:
-            for index, member in enumerate(self._members):
-                futures.append(self._threads.submit(call, index, member))
+            for index, server in enumerate(self._servers):
+                futures.append(self._threads.submit(call, index, server))
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
             return _results(futures, done)
         except BaseException:
-            for member in self._members:
-                member.shard.stop()
+            for server in self._servers:
+                server.connection.stop()
             if on_failure is not None:
                 on_failure()
             wait(futures)  # their calls have been cancelled
             raise
         finally:
-            for member in self._members:
-                member.shard.stopped.clear()
+            for server in self._servers:
+                server.connection.stopped.clear()
 
     def pull(self, wait_initialized: bool, may_push: bool, deadline: Deadline) -> None:
-        """Reads the centers of all shards; afterwards all are of one step."""
-        self.each(lambda _, member: member.pull(wait_initialized, deadline, will_train=may_push))
+        """Reads the centers of all servers; afterwards all are of one step."""
+        self.each(lambda _, server: server.pull(wait_initialized, deadline, will_train=may_push))
         # Copied, so that it is the caller's own: what comes by a push may lie in the server's memory.
         self.settle(True, deadline, may_push)
 
-    def push(
-        self, base_step: int, contributions: Sequence[Contribution], copy: bool, deadline: Deadline
-    ) -> list[pb.PushOutcome]:
-        """One round: pushes to all shards, and returns when it is over on all of them and they are at one step."""
+    def push(self, base_step: int, parts: Sequence[LocalPart], copy: bool, deadline: Deadline) -> list[pb.PushOutcome]:
+        """One round: pushes to all servers, and returns when it is over on all of them and they are at one step."""
         self._process.check()
-        if len(self._members) == 1:
-            return [self._members[0].push(base_step, contributions[0], copy, deadline)]
-        meeting = _Meeting(len(self._members))
+        if len(self._servers) == 1:
+            return [self._servers[0].push(base_step, parts[0], copy, deadline)]
+        meeting = Meeting(len(self._servers))
 
-        def take_part(index: int, member: Member) -> pb.PushOutcome:
-            outcome = self._push(member, base_step, contributions[index], copy, deadline)
-            self._keep_up(index, member, meeting, copy, deadline)
+        def take_part(index: int, server: OneServer) -> pb.PushOutcome:
+            outcome = push_again(server, base_step, parts[index], copy, deadline)
+            self._keep_up(index, server, meeting, copy, deadline)
             return outcome
 
         outcomes = self.each(take_part, meeting.end)
@@ -127,100 +127,54 @@ class Members:
         return outcomes
 
     def settle(self, copy: bool, deadline: Deadline, may_push: bool = True) -> None:
-        """Brings all shards to the latest step that this worker has seen on one of them."""
+        """Brings all servers to the latest step that this worker has seen on one of them."""
         for _ in range(_MAX_TRIES):
-            target = max(step for step in self.steps if step is not None)
-            if self.steps == [target] * len(self._members):
+            target = common_step(self.steps)
+            if target is None:
                 return
-            meeting = _Meeting(len(self._members))
+            goal, meeting = Goal(target, may_push), Meeting(len(self._servers))
 
-            def bring(index: int, member: Member, target: int = target, meeting: _Meeting = meeting) -> None:
-                member.bring_to(target, member.nothing_new, copy, deadline, may_push)
+            def bring(index: int, server: OneServer, goal: Goal = goal, meeting: Meeting = meeting) -> None:
+                catch_up(server, goal, copy, deadline, is_private=True)
                 if may_push:
-                    self._keep_up(index, member, meeting, copy, deadline)
+                    self._keep_up(index, server, meeting, copy, deadline)
 
             self.each(bring, meeting.end)
-            if self.steps != [target] * len(self._members):
+            if any(step != target for step in self.steps):
                 # They run on without this worker. To follow them one by one could take for ever: all at once.
-                self.each(lambda _, member: member.pull(False, deadline))
+                self.each(lambda _, server: server.pull(False, deadline))
         raise ConflictError(f"the parameter servers do not come to one step; they are at {self.steps}")
 
     def stop(self) -> None:
         """Ends what is under way, from any thread: the calls of the thread that waits for it, and those of the pool."""
-        for member in self._members:
-            member.shard.stop()
+        for server in self._servers:
+            server.connection.stop()
         wait(list(self._under_way), _END_S)
 
     def close(self) -> None:
-        """Leaves all shards, and closes the connections. Does nothing the second time, nor in a forked process."""
+        """Leaves all servers, and closes the connections. Does nothing the second time, nor in a forked process."""
         if self._is_closed or not self._process.is_this:
             return
-        for member in self._members:
-            member.shard.stopped.clear()
+        for server in self._servers:
+            server.connection.stopped.clear()
 
-        def leave(_: int, member: Member) -> None:
+        def leave(_: int, server: OneServer) -> None:
             with contextlib.suppress(ModelAverageError):  # nobody has to hear it
-                member.leave()
-            member.shard.close()
+                server.leave()
+            server.connection.close()
 
         self.each(leave)
         self._is_closed = True
         self._threads.shutdown()
 
-    def _push(
-        self, member: Member, base_step: int, contribution: Contribution, copy: bool, deadline: Deadline
-    ) -> pb.PushOutcome:
-        give = contribution
-        while True:
-            try:
-                return member.push(base_step, give, copy, deadline)
-            except ConflictError as error:
-                if error.reason is not Reason.BASE_STEP_AHEAD:
-                    raise
-            # The shard has lost rounds that this worker has seen, and others do not agree to leave them out. It gets
-            # the center again from which this worker started. If that is gone, too, what it made of it has to do:
-            # nothing of that is untouched.
-            center = member.center_again()
-            if center is None:
-                give = replace(contribution, untouched=())
-            member.bring_up(base_step, center or give, copy, deadline)
-
-    def _keep_up(self, index: int, member: Member, meeting: _Meeting, copy: bool, deadline: Deadline) -> None:
-        """Waits for this worker's other places. A shard that falls back meanwhile is brought up again: another worker
-        may wait for that, and this one for it."""
-        while not meeting.join(index, _LOOK_INTERVAL_S):
-            if member.has_fallen_back():
+    def _keep_up(self, index: int, server: OneServer, meeting: Meeting, copy: bool, deadline: Deadline) -> None:
+        """Waits for the other servers. If this one falls back meanwhile, it gets its center again: another worker may
+        wait for that, and this worker for the other."""
+        while not meeting.join(index, server.connection.timing.fall_back_interval_s):
+            if has_fallen_back(server):
                 meeting.leave(index)
-                member.bring_back(copy, deadline)
-
-
-class _Meeting:
-    """Where the threads of all shards wait for each other."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._present: set[int] = set()
-        self._condition = threading.Condition()
-        self._over = False
-
-    def join(self, index: int, timeout_s: float) -> bool:
-        """Whether all are there, or it is over, within this time."""
-        with self._condition:
-            self._present.add(index)
-            if len(self._present) == self._size:
-                self.end()
-            return self._condition.wait_for(lambda: self._over, timeout_s)
-
-    def leave(self, index: int) -> None:
-        """Not there any more."""
-        with self._condition:
-            self._present.discard(index)
-
-    def end(self) -> None:
-        """Nobody waits any longer."""
-        with self._condition:
-            self._over = True
-            self._condition.notify_all()
+                assert server.step is not None
+                catch_up(server, Goal(server.step), copy, deadline, is_lost=True, is_private=True)
 
 
 def _threads(count: int) -> ThreadPoolExecutor:

@@ -6,9 +6,9 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ma_client.job.all_servers import Members
+from ma_client.job.all_servers import AllServers
 from ma_client.job.assembly import Assembly
-from ma_client.job.one_server import Member
+from ma_client.job.one_server import OneServer
 from ma_client.transports.staging import Staging
 from ma_client.values.raw import bytes_of
 from modelaverage import wire
@@ -18,7 +18,7 @@ from modelaverage.placement import default_fragment_size_bytes, place
 from modelaverage.runtime.deadline import Deadline
 from modelaverage.v1 import parameter_server_pb2 as pb
 
-__all__ = ["Initialized", "Proposal", "initialize"]
+__all__ = ["CenterSet", "Proposal", "initialize"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Proposal:
 
 
 @dataclass(frozen=True)
-class Initialized:
+class CenterSet:
     """How it ended.
 
     Args:
@@ -68,7 +68,7 @@ class Initialized:
     assembly: Assembly | None
 
 
-def initialize(members: Members, addresses: Sequence[str], proposal: Proposal, deadline: Deadline) -> Initialized:
+def initialize(servers: AllServers, addresses: Sequence[str], proposal: Proposal, deadline: Deadline) -> CenterSet:
     """Sets the center on all servers, or completes what an earlier call could not; changes nothing if it is set.
 
     Raises:
@@ -77,15 +77,15 @@ def initialize(members: Members, addresses: Sequence[str], proposal: Proposal, d
             a center, and it must be new.
         NotInitializedError: a server has lost its part of a center that has been averaged already.
     """
-    there = _centers_there(members, deadline) if len(members) > 1 or proposal.must_be_new else [None]
+    there = _centers_there(servers, deadline) if len(servers) > 1 or proposal.must_be_new else [None]
     headers = [header for header in there if header is not None]
     if headers and proposal.must_be_new:
         steps = {address: header.global_step for address, header in zip(addresses, there, strict=True) if header}
         raise _not_new(*steps.popitem())
-    if len(headers) == len(members):
+    if len(headers) == len(servers):
         manifests = [wire.manifest_from_message(header.manifest) for header in headers]
         _check_variables(proposal.variables, Assembly(manifests, addresses).manifest.variables)
-        return Initialized(False, max(header.global_step for header in headers), headers[0].num_workers, None)
+        return CenterSet(False, max(header.global_step for header in headers), headers[0].num_workers, None)
     if any(header.global_step != proposal.global_step for header in headers):
         lost = next(address for address, header in zip(addresses, there, strict=True) if header is None)
         raise NotInitializedError(
@@ -99,24 +99,24 @@ def initialize(members: Members, addresses: Sequence[str], proposal: Proposal, d
     assembly = Assembly(shards, addresses)
     values = assembly.cut(proposal.values)
 
-    def set_one(index: int, member: Member) -> pb.InitializeResponse:
+    def set_one(index: int, server: OneServer) -> pb.InitializeResponse:
         header = pb.InitializeHeader(
             worker_id=proposal.worker_id,
             manifest=messages[index],
             global_step=proposal.global_step,
         )
-        response = member.initialize(header, values[index], assembly.stagings[index], deadline)
+        response = server.initialize(header, values[index], assembly.stagings[index], deadline)
         _check_shard(response, shards[index].shard, addresses[index])
         return response
 
     # The first server comes first: whoever set it has chosen the job's id.
-    first = set_one(0, next(iter(members)))
+    first = set_one(0, next(iter(servers)))
     # Shards know their job by an id that this call has drawn; a single server's center has none.
-    if proposal.must_be_new and len(members) == 1 and not first.initialized:
-        _check_ours(proposal, first, next(iter(members)), assembly.stagings[0], addresses[0], deadline)
-    rest = members.each(lambda index, member: set_one(index, member) if index > 0 else first)
+    if proposal.must_be_new and len(servers) == 1 and not first.initialized:
+        _check_ours(proposal, first, next(iter(servers)), assembly.stagings[0], addresses[0], deadline)
+    rest = servers.each(lambda index, server: set_one(index, server) if index > 0 else first)
     all_set = not headers and all(response.initialized for response in rest)
-    return Initialized(
+    return CenterSet(
         proposal.must_be_new or any(response.initialized for response in rest),
         first.global_step,
         first.num_workers,
@@ -127,15 +127,15 @@ def initialize(members: Members, addresses: Sequence[str], proposal: Proposal, d
 def _check_ours(
     proposal: Proposal,
     answer: pb.InitializeResponse,
-    member: Member,
+    server: OneServer,
     staging: Staging,
     address: str,
     deadline: Deadline,
 ) -> None:
     """There was no center a moment ago: this one is of this call, whose answer was lost. Or else: ConflictError."""
     if answer.global_step == proposal.global_step:
-        member.adopt(staging, answer.manifest_id)
-        member.pull(False, deadline)
+        server.adopt(staging, answer.manifest_id)
+        server.pull(False, deadline)
         if all(bytes_of(a) == value for a, value in zip(staging.arrays.values(), proposal.values, strict=True)):
             return
     raise _not_new(address, answer.global_step)
@@ -150,16 +150,16 @@ def _not_new(address: str, global_step: int) -> ConflictError:
     )
 
 
-def _centers_there(members: Members, deadline: Deadline) -> list[pb.CenterHeader | None]:
+def _centers_there(servers: AllServers, deadline: Deadline) -> list[pb.CenterHeader | None]:
     """By server, what center it has."""
 
-    def header(_: int, member: Member) -> pb.CenterHeader | None:
+    def header(_: int, server: OneServer) -> pb.CenterHeader | None:
         try:
-            return member.center_header(False, deadline)
+            return server.center_header(False, deadline)
         except NotInitializedError:
             return None
 
-    return members.each(header)
+    return servers.each(header)
 
 
 def _place(proposal: Proposal, addresses: Sequence[str], there: Sequence[pb.CenterHeader | None]) -> Sequence[Manifest]:
@@ -176,7 +176,7 @@ def _place(proposal: Proposal, addresses: Sequence[str], there: Sequence[pb.Cent
             raise ConflictError(
                 f"the parameter server at {address} was initialized for another job: it is {here.shard or 'no shard'}, "
                 f"{difference or 'cut in another way'}; give the addresses of one job in order, or start the servers "
-                "anew",
+                "again",
                 Reason.MANIFEST_MISMATCH,
             )
     return placed

@@ -35,6 +35,8 @@ class Patience:
         stopped: ends a pause between two tries; what is tried then is expected to fail at once.
         peer: the server's address, for the log.
         progressed_at_s: when bytes of a model last moved, on that clock: a failure after that begins a new stretch.
+        clock: seconds, monotonic.
+        pause: waits for this time between two tries; None: until then, or until ``stopped``.
     """
 
     def __init__(
@@ -44,12 +46,15 @@ class Patience:
         stopped: threading.Event | None = None,
         peer: str = "",
         progressed_at_s: Callable[[], float] = lambda: -math.inf,
+        clock: Callable[[], float] = time.monotonic,
+        pause: Callable[[float], object] | None = None,
     ) -> None:
         self._peer = peer
         self._timeout_s = timeout_s
         self._answered_at_s = answered_at_s
         self._progressed_at_s = progressed_at_s
-        self._pause = time.sleep if stopped is None else stopped.wait
+        self._clock = clock
+        self._pause = pause or (time.sleep if stopped is None else stopped.wait)
 
     def call(self, function: Callable[[], _T], deadline: Deadline) -> _T:
         """What ``function`` returns, called as often as needed before the deadline.
@@ -57,20 +62,20 @@ class Patience:
         Raises:
             ServerUnavailableError: the server stayed away for too long.
             DeadlineExceededError: it stayed away until the deadline.
-            ModelAverageError: whatever else ``function`` raised that trying again does not mend.
+            ModelAverageError: what ``function`` raised, if trying again does not help.
         """
         away_since_s: float | None = None
         notice_s = _FIRST_NOTICE_S
         sleep_s, was_in_use = _FIRST_SLEEP_S, False
         while True:
-            began_at_s = time.monotonic()
+            began_at_s = self._clock()
             try:
                 return function()
             except ModelAverageError as error:
                 timeout_s = self._worth_trying_for_s(error)
                 if timeout_s is None:
                     raise
-                now_s = time.monotonic()
+                now_s = self._clock()
                 answered = self._answered_at_s() > began_at_s and isinstance(error, ServerUnavailableError)
                 answered = answered or self._progressed_at_s() > began_at_s
                 in_use = error.reason is Reason.WORKER_ID_IN_USE

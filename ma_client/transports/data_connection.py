@@ -1,291 +1,116 @@
-"""The bytes of a push on a socket of their own, beside its call. The .proto says how; nothing here knows gRPC."""
+"""Fragments on a data connection beside the call: the way of large models to servers on other hosts."""
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import select
-import socket
-import threading
-import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
-from ma_client.transports.staging import Staging
-from modelaverage.logs import event
-from modelaverage.runtime.data_sockets import (
-    NOTICES_IN_SILENCE,
-    NUMBER,
-    Pace,
-    halves,
-    prepare,
-    use_short_queues,
-    want,
+from ma_client.process.threads import without_thread
+from ma_client.transports.data_link import DataLink
+from ma_client.transports.data_socket import Transfer
+from ma_client.transports.timing import Timing
+from ma_client.transports.way import Ending, Opening, Trip, Way
+from modelaverage.errors import (
+    DeadlineExceededError,
+    ModelAverageError,
+    Reason,
+    RetryPushError,
+    ServerUnavailableError,
 )
-from modelaverage.runtime.tuning import SILENCE_TIMEOUT_S
 from modelaverage.v1 import parameter_server_pb2 as pb
 
-__all__ = ["DATA_SETTINGS", "DataConnection", "DataSettings", "Transfer"]
+__all__ = ["DataTrip", "DataWay"]
 
-_log = logging.getLogger("ma_client")
-# When the connection breaks, the server's own word on the push comes so soon after it.
-_LAST_WORD_S = 1.0
-_MOST_PARTS = 64
-_LOOK_S = 0.1
-# A reader is woken up for whole fragments; on a slow link it has to look meanwhile whether anything comes.
-_LOOKS_IN_SILENCE = 8
+# A push whose bytes got stuck beside it ends for one of these reasons; others are the round's, or the server's.
+_STUCK = (None, Reason.DATA_CONNECTION_LOST, Reason.STREAM_STALLED)
 
 
-@dataclass(frozen=True)
-class DataSettings:
-    """When a session uses data connections, and how long it waits for them.
+class DataWay(Way):
+    """The data connections of one server.
 
     Args:
-        least_bytes: a smaller model is one message, or a few, and travels so.
-        connect_timeout_s: to connect, and to be answered; nobody waits for it. A slow link is full at that time.
-        silence_timeout_s: a connection on which nothing moves for so long, though something should, is lost.
-        pause_s: after one was lost, or was not to be had, pushes go in messages for so long: what stands between may
-            let gRPC's port pass and no other, or small packets and no large ones.
+        link: has the connection.
+        timing: how long to wait for what.
     """
 
-    least_bytes: int = 1 << 20
-    connect_timeout_s: float = SILENCE_TIMEOUT_S
-    silence_timeout_s: float = SILENCE_TIMEOUT_S
-    pause_s: float = 60.0
+    def __init__(self, link: DataLink, timing: Timing) -> None:
+        self._link = link
+        self._timing = timing
+        self._asked = False
 
-
-DATA_SETTINGS = DataSettings()
-"""The usual ones."""
-
-
-class DataConnection:
-    """A connection that the server has answered. Either direction is for one thread at a time, `break_off` for any.
-
-    Args:
-        connection: the socket; this object's from now on.
-        silence_timeout_s: it is lost when it is silent for longer, though something should move.
-        peer: what it is connected to, for the log.
-    """
-
-    def __init__(self, connection: socket.socket, silence_timeout_s: float = SILENCE_TIMEOUT_S, peer: str = "") -> None:
-        self._socket = connection
-        self.silence_timeout_s = silence_timeout_s
-        self.peer = peer
-        self.moved_at_s = time.monotonic()
-        """When bytes last went or came, on the monotonic clock."""
-        self._pace = Pace(connection)
-        self._is_over = threading.Event()
-        connection.settimeout(None)
-
-    @classmethod
-    def open(cls, host: str, offer: pb.DataConnection, settings: DataSettings) -> DataConnection:
-        """Connects. Raises OSError: nobody is there, or somebody else; ValueError, OverflowError: that is no offer."""
-        hello, answer = halves(offer.key)
-        connection = socket.create_connection((host, offer.port), settings.connect_timeout_s)
-        end_s = time.monotonic() + settings.connect_timeout_s
+    def begin(self, opening: Opening) -> Trip | None:
+        """As `Way` says. Bytes go before the call: the server finds them when it has read the header."""
+        connection = self._link.take() if opening.may_follow else None
+        if connection is None:
+            return None
+        transfer = Transfer(connection, opening.push_id, opening.fragments, opening.staging, self._timing)
         try:
-            prepare(connection, settings.silence_timeout_s)
-            connection.sendall(hello)
-            came = b""
-            while len(came) < len(answer) and (more := connection.recv(len(answer) - len(came))):
-                came += more
-                connection.settimeout(max(0.001, end_s - time.monotonic()))
-            if came != answer:
-                raise OSError("what listens there does not know the key")
+            transfer.start()
+        except RuntimeError as error:
+            transfer.end()
+            self._link.give_up(without_thread(f"nothing moves on the data connection to {self._link.address}", error))
+            return None
         except BaseException:
-            connection.close()
+            transfer.end()
             raise
-        return cls(connection, settings.silence_timeout_s, f"{host}:{offer.port}")
+        return DataTrip(transfer, self._link)
 
-    @property
-    def is_open(self) -> bool:
-        """Whether it seems to be usable: between two pushes nothing comes, but an end."""
-        return not self._poll(0)
+    def announce(self, header: pb.PushHeader, opening: Opening, is_free: bool) -> None:
+        """As `Way` says."""
+        self._asked = is_free and self._link.wants(opening.manifest.buffer_size_bytes)
+        header.accepts_data_connection = self._asked
 
-    def begin(self) -> None:
-        """A push begins."""
-        self.moved_at_s = time.monotonic()
-        use_short_queues(self._socket)
-        self._pace.begin()
+    def admitted(self, admission: pb.PushAdmission, is_free: bool) -> Trip | None:
+        """As `Way` says: an offer is for later pushes."""
+        if admission.HasField("data_connection") and self._asked and is_free:
+            self._link.open(admission.data_connection)
+        return None
 
-    def send(self, parts: Iterable[bytes | memoryview]) -> None:
-        """All of the parts, one behind the other. Raises OSError."""
-        left = [memoryview(part) for part in parts if len(part)]
-        if len(left) > _MOST_PARTS:
-            left = [memoryview(b"".join(left))]
-        while left:
-            sent = self._socket.sendmsg(_first(left, self._room()))
-            self.moved_at_s = time.monotonic()
-            while left and sent >= len(left[0]):
-                sent -= len(left.pop(0))
-            if sent:
-                left[0] = left[0][sent:]
-
-    def _room(self) -> int:
-        """Waits until something may go; how many bytes. Raises OSError."""
-        while True:
-            before_bytes = self._pace.waiting_bytes
-            room_bytes = self._pace.room()
-            if self._pace.waiting_bytes < before_bytes:
-                self.moved_at_s = time.monotonic()
-            if room_bytes:
-                return room_bytes
-            if self._is_over.wait(self._pace.pause_s):
-                raise OSError("it was broken off")
-
-    def receive(
-        self, room: memoryview, heard: Callable[[], None] = lambda: None, unheard: Callable[[], None] = lambda: None
-    ) -> None:
-        """Fills the room. ``heard`` is called when something of it has come, ``unheard`` now and then while nothing
-        comes. Raises OSError."""
-        while room:
-            # A blocking recv would do, but for Linux: once it has taken some, the rest wakes it up only if that alone
-            # is as much as is wanted.
-            want(self._socket, len(room))
-            self._poll(self.silence_timeout_s / _LOOKS_IN_SILENCE)
-            try:
-                count = self._socket.recv_into(room, flags=socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                unheard()
-                continue
-            if count == 0:
-                raise OSError("the server has closed it")
-            self.moved_at_s = time.monotonic()
-            heard()
-            room = room[count:]
-
-    def look(self) -> None:
-        """Notes whether bytes that the kernel has taken are on their way."""
-        if self._pace.moves():
-            self.moved_at_s = time.monotonic()
-
-    def break_off(self) -> None:
-        """Ends whoever sends or receives."""
-        self._is_over.set()
-        with contextlib.suppress(OSError):  # the other end was faster
-            self._socket.shutdown(socket.SHUT_RDWR)
+    def failed(self, fault: ModelAverageError) -> None:
+        """As `Way` says."""
+        if isinstance(fault, ServerUnavailableError) and fault.reason is None:
+            self._link.server_was_away()
 
     def close(self) -> None:
-        """Ends it. Nobody sends or receives."""
-        self._socket.close()
-
-    def _poll(self, timeout_s: float) -> bool:
-        """Waits for something to read."""
-        poll = select.poll()
-        poll.register(self._socket, select.POLLIN)
-        return bool(poll.poll(timeout_s * 1000))
+        """As `Way` says."""
+        self._link.close()
 
 
-def _first(parts: Sequence[memoryview], size_bytes: int) -> list[memoryview]:
-    """So much of them from the first on, or all if they have less."""
-    found = []
-    for part in parts:
-        if size_bytes <= 0:
-            break
-        found.append(part[:size_bytes])
-        size_bytes -= len(part)
-    return found
-
-
-class Transfer:
-    """The bytes of one push, up and down at the same time.
+class DataTrip(Trip):
+    """One push on a data connection.
 
     Args:
-        connection: where; this object's until `end`.
-        number: of the push.
-        fragments: the bytes of every fragment, as parts.
-        staging: where the center arrives.
-
-    Attributes:
-        connection: the same.
-        give_up: ends the push's call; to be set once there is one.
-        gave_up: whether that was done.
-        problem: why bytes did not go or come.
-        is_whole: whether everything has gone and come.
+        transfer: of its bytes; under way.
+        link: takes the connection back.
     """
 
-    def __init__(
-        self,
-        connection: DataConnection,
-        number: int,
-        fragments: Callable[[int], Iterable[memoryview]],
-        staging: Staging,
-    ) -> None:
-        self.connection = connection
-        self._staging = staging
-        self._over = threading.Event()
-        self.give_up: Callable[[], object] = lambda: None
-        self.gave_up = self.is_whole = False
-        self.problem: Exception | None = None
-        self._due_since_s: float | None = None  # since when bytes have to come; those that go up have to from the start
-        self._notice_s = self._first_notice_s = connection.silence_timeout_s / NOTICES_IN_SILENCE
-        room = staging.room()
+    at_once = is_beside = True
 
-        def send() -> None:
-            connection.begin()
-            connection.send([NUMBER.pack(number)])
-            for index in range(staging.manifest.fragment_count):
-                connection.send(fragments(index))
+    def __init__(self, transfer: Transfer, link: DataLink) -> None:
+        self._transfer = transfer
+        self._link = link
 
-        def receive() -> None:
-            connection.receive(room, staging.begin_to_fill, self._notice)
+    def announce(self, header: pb.PushHeader) -> None:
+        """As `Trip` says."""
+        header.uses_data_connection = True
 
-        self._threads = [
-            threading.Thread(target=self._run, args=(work,), name="data-transfer", daemon=True)
-            for work in (send, receive)
-        ]
+    def begun(self, give_up: Callable[[], object]) -> None:
+        """As `Trip` says."""
+        self._transfer.give_up = give_up
 
-    def start(self) -> None:
-        """Begins. Whatever it raises, `end` has to be called. Raises RuntimeError: there are no threads left."""
-        for thread in self._threads:
-            thread.start()
+    def rest(self, goes_on: Callable[[], bool]) -> object | None:
+        """As `Trip` says."""
+        return None if self._transfer.wait(goes_on) else self._transfer.problem or "it was not waited for"
 
-    def wait(self, goes_on: Callable[[], bool]) -> bool:
-        """Waits for the rest of the bytes as long as they move and ``goes_on``; `is_whole`."""
-        self._due_since_s, limit_s = time.monotonic(), self.connection.silence_timeout_s
-        for thread in self._threads:
-            while thread.is_alive() and self.problem is None and goes_on():
-                self.connection.look()
-                if self._silent_s > limit_s:
-                    self.problem = TimeoutError(f"nothing came for {limit_s:g} s")
-                thread.join(_LOOK_S)
-        self.is_whole = self.problem is None and not any(thread.is_alive() for thread in self._threads)
-        if self.is_whole:
-            self._staging.filled()
-        return self.is_whole
-
-    def end(self) -> None:
-        """The push has ended. Unless it `is_whole`, nobody knows what is still in the connection: it is closed."""
-        self._over.set()
-        if not self.is_whole:
-            self.connection.break_off()
-        for thread in self._threads:
-            if thread.ident is not None:  # it was started
-                thread.join()
-        if not self.is_whole:
-            self.connection.close()
-
-    @property
-    def _silent_s(self) -> float:
-        """For how long nothing has moved that should have; 0 if nothing has to."""
-        if self._due_since_s is None and not self._threads[0].is_alive():
-            return 0.0
-        return time.monotonic() - max(self._due_since_s or 0.0, self.connection.moved_at_s)
-
-    def _notice(self) -> None:
-        self.connection.look()
-        silent_s = self._silent_s
-        if silent_s < self._notice_s:
-            return
-        peer, self._notice_s = self.connection.peer, 2 * self._notice_s + self._first_notice_s
-        what = event("data_connection_waits", worker=None, peer=peer, waited_s=silent_s)
-        _log.warning("nothing has moved on the data connection to %s for %.0f s", peer, silent_s, extra=what)
-
-    def _run(self, work: Callable[[], None]) -> None:
-        try:
-            work()
-        except Exception as error:
-            self.problem = self.problem or error
-            if not self._over.wait(_LAST_WORD_S):
-                self.gave_up = True
-                self.give_up()
+    def end(self, ending: Ending) -> ModelAverageError | None:
+        """As `Trip` says: a connection on which a push got stuck is not used for a while."""
+        transfer, fault, instead = self._transfer, ending.fault, None
+        stuck = fault if isinstance(fault, RetryPushError | DeadlineExceededError) and not ending.is_stopped else None
+        if isinstance(fault, ServerUnavailableError) and transfer.gave_up:
+            # The server is there, but not on this way.
+            stuck = instead = RetryPushError(f"the data connection to {self._link.address} broke: {transfer.problem}")
+        transfer.end()
+        if transfer.is_whole:
+            self._link.put(transfer.connection)
+        elif stuck is not None and stuck.reason in _STUCK:
+            self._link.give_up(stuck)
+        return instead

@@ -7,7 +7,8 @@ import logging
 import threading
 import time
 
-from ma_client.transports.data_connection import DataConnection, DataSettings
+from ma_client.transports.data_settings import DataSettings
+from ma_client.transports.data_socket import DataSocket
 from modelaverage.addresses import parse
 from modelaverage.logs import event
 from modelaverage.v1 import parameter_server_pb2 as pb
@@ -34,11 +35,11 @@ class DataLink:
     """
 
     def __init__(self, address: str, is_encrypted: bool, settings: DataSettings) -> None:
-        self._address = address
+        self.address = address
         self._host = None if is_encrypted else host_of(address)
         self._settings = settings
         self._lock = threading.Lock()
-        self._connection: DataConnection | None = None
+        self._connection: DataSocket | None = None
         self._opening = self._closed = False
         self._not_before_s = 0.0
 
@@ -59,7 +60,7 @@ class DataLink:
             self._opening = False
             self._not_opened(error)
 
-    def take(self) -> DataConnection | None:
+    def take(self) -> DataSocket | None:
         """The connection, for a push, if there is one; `put` gives it back."""
         with self._lock:
             connection, self._connection = self._connection, None
@@ -68,7 +69,7 @@ class DataLink:
             return None
         return connection
 
-    def put(self, connection: DataConnection) -> None:
+    def put(self, connection: DataSocket) -> None:
         """A connection is ready for the next push."""
         with self._lock:
             if not self._closed:
@@ -77,13 +78,14 @@ class DataLink:
         connection.close()
 
     def give_up(self, cause: object) -> None:
-        """A push on the connection got stuck, or that broke though the server is there: there is none for a while."""
+        """A push on the connection got stuck, or the connection broke though the server is there: there is none for a
+        while."""
         pause_s = self._pause()
-        what = event("data_connection_given_up", peer=self._address, cause=str(cause), pause_s=pause_s)
+        what = event("data_connection_given_up", peer=self.address, cause=str(cause), pause_s=pause_s)
         _log.warning(
             "%s; pushes to %s go in messages for %g s, not on a data connection",
             cause,
-            self._address,
+            self.address,
             pause_s,
             extra=what,
         )
@@ -116,7 +118,7 @@ class DataLink:
     def _open(self, offer: pb.DataConnection) -> None:
         assert self._host is not None
         try:
-            self.put(DataConnection.open(self._host, offer, self._settings))
+            self.put(DataSocket.open(self._host, offer, self._settings))
         except (OSError, ValueError, OverflowError) as error:  # not there, or no host, or no port
             self._not_opened(error)
         finally:
@@ -124,5 +126,5 @@ class DataLink:
 
     def _not_opened(self, error: Exception) -> None:
         pause_s = self._pause()
-        what = event("data_connection_given_up", peer=self._address, cause=str(error), pause_s=pause_s)
-        _log.info("no data connection to %s (%s); pushes go in messages", self._address, error, extra=what)
+        what = event("data_connection_given_up", peer=self.address, cause=str(error), pause_s=pause_s)
+        _log.info("no data connection to %s (%s); pushes go in messages", self.address, error, extra=what)

@@ -8,17 +8,26 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from ma_client.transports.timing import TIMING, Timing
 from modelaverage.addresses import Address, parse
 
 __all__ = ["Reach"]
 
-# An attempt that gets no answer is given up after so long, the next after twice as long: the server may have another
+# An attempt that gets no answer is given up after this time, the next after twice as long: the server may have another
 # address by then, but on a slow link with a full queue before it an attempt takes half a minute.
 _FIRST_ATTEMPT_S, _LONGEST_ATTEMPT_S = 2.0, 60.0
-# If a server takes a connection in this time, an attempt that has lasted for so long is made to an address that it had
-# before, or has not heard yet that it is there again.
-_LOOK_TIMEOUT_S, _LASTING_S = 0.5, 3.0
-_LOOK_INTERVAL_S = 1.0
+# If a server takes a connection in this time, an attempt that has lasted for `Timing.lasting_s` is made to an address
+# that the server had before, or has not heard yet that the server is there again.
+_LOOK_TIMEOUT_S = 0.5
+
+
+def takes_connections(where: Address) -> bool:
+    """Whether there is a server at an address."""
+    try:
+        socket.create_connection((where.host, where.port), _LOOK_TIMEOUT_S).close()
+    except (OSError, UnicodeError):
+        return False
+    return True
 
 
 class Reach:
@@ -26,13 +35,22 @@ class Reach:
 
     Args:
         address: of the server.
+        timing: how long attempts may last.
+        looks: finds out whether there is a server at an address.
 
     Attributes:
         attempt_s: how long an attempt to connect may take.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(
+        self,
+        address: str,
+        timing: Timing = TIMING,
+        looks: Callable[[Address], bool] = takes_connections,
+    ) -> None:
         self.attempt_s = _FIRST_ATTEMPT_S
+        self._timing = timing
+        self._looks = looks
         self._where = _parsed(address)
         self._is_away = False
 
@@ -72,12 +90,12 @@ class Reach:
 
     def _look(self, over: threading.Event, another_way: Callable[[], None], is_connected: Callable[[], bool]) -> None:
         assert self._where is not None
-        pause_s = _LASTING_S
+        pause_s = self._timing.lasting_s
         while not over.wait(pause_s) and self._is_away and not is_connected():
-            if _answers(self._where) and self._is_away and not is_connected() and not over.is_set():
+            if self._looks(self._where) and self._is_away and not is_connected() and not over.is_set():
                 another_way()
                 return
-            pause_s = _LOOK_INTERVAL_S
+            pause_s = self._timing.reach_interval_s
 
 
 def _parsed(address: str) -> Address | None:
@@ -86,11 +104,3 @@ def _parsed(address: str) -> Address | None:
     except ValueError:
         return None
     return None if where.path else where
-
-
-def _answers(where: Address) -> bool:
-    try:
-        socket.create_connection((where.host, where.port), _LOOK_TIMEOUT_S).close()
-    except (OSError, UnicodeError):
-        return False
-    return True

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from modelaverage.codecs import RAW, Codec
 from modelaverage.errors import ProtocolError
 from modelaverage.manifest import Manifest
 
-__all__ = ["Memory", "Staging", "read_only"]
+__all__ = ["FragmentSource", "Memory", "Staging", "read_only"]
+
+FragmentSource = Callable[[int], Iterable[memoryview]]
+"""The bytes of a fragment that goes up, by its index, as parts to be joined."""
 
 
 class Memory:
@@ -59,7 +63,7 @@ class Staging:
     def __init__(self, manifest: Manifest, memory: Memory, start: int = 0) -> None:
         self.manifest = manifest
         self._memory = memory
-        self._start = start
+        self._start, self._end = start, start + manifest.buffer_size_bytes
         self.is_torn = False
         self._has_come = False
         self._received = 0
@@ -72,8 +76,7 @@ class Staging:
     @property
     def arrays(self) -> Mapping[str, NDArray[Any]]:
         """The variables in it, by name; views that cannot be written to."""
-        end = self._start + self.manifest.buffer_size_bytes
-        return read_only(self.manifest.arrays(self._memory.bytes[self._start : end]))
+        return read_only(self.manifest.arrays(self._memory.bytes[self._start : self._end]))
 
     def begin(self) -> None:
         """A new center begins to arrive."""
@@ -93,32 +96,38 @@ class Staging:
         size."""
         if index != self._received or index >= self.manifest.fragment_count:
             raise ProtocolError(f"the server sent fragment {index} where {self._received} belongs")
-        end = self.manifest.run_end(index, len(data))
-        start, stop = self.manifest.fragment_bounds(index)
+        count = self.count(index, data)
+        self.put(index, data)
+        self._received = index + count
+
+    def count(self, index: int, data: memoryview, codec: Codec = RAW) -> int:
+        """How many fragments, from this one on, these bytes are. Raises ProtocolError if they are no whole ones."""
+        end = codec.run_end(self.manifest, index, len(data)) if index < self.manifest.fragment_count else None
         if end is None:
-            raise ProtocolError(f"the server sent {len(data)} bytes for fragment {index}, which has {stop - start}")
-        start += self._start
+            where = "the model has no such fragment"
+            if index < self.manifest.fragment_count:
+                where = f"which has {codec.size_bytes(self.manifest, index)}"
+            raise ProtocolError(f"the server sent {len(data)} bytes for fragment {index}, {where}")
+        return end - index
+
+    def put(self, index: int, data: memoryview, codec: Codec = RAW) -> None:
+        """Writes fragments that are whole to where they belong."""
         self.is_torn = True
-        self._memory.bytes[start : start + len(data)] = np.frombuffer(data, np.uint8)
-        self._received = end
+        codec.decode_run(self.manifest, self._memory.bytes[self._start : self._end], index, data)
 
     def room(self) -> memoryview:
         """Where all of the next center may be written; `begin_to_fill` when that begins, `filled` when it is done."""
-        return self._memory.bytes[self._start : self._start + self.manifest.buffer_size_bytes].data
+        return self._memory.bytes[self._start : self._end].data
 
     def begin_to_fill(self) -> None:
         """What was in the room is no longer whole."""
         self.is_torn = True
 
-    def filled(self) -> None:
-        """All of the center is in its room."""
+    def is_filled(self) -> None:
+        """All of the center has come, here or to where it is used instead."""
         self._received = self.manifest.fragment_count
-
-    def receive_elsewhere(self, first: int, count: int) -> None:
-        """The next ``count`` fragments lie in shared memory. Raises ProtocolError if others come next."""
-        if first != self._received or not 0 < count <= self.manifest.fragment_count - first:
-            raise ProtocolError(f"the server sent {count} fragments from {first} on where {self._received} belongs")
-        self._received += count
+        self.is_torn = False
+        self._has_come = True
 
     @property
     def is_complete(self) -> bool:
@@ -129,8 +138,7 @@ class Staging:
         """Raises ProtocolError unless every fragment has come."""
         if not self.is_complete:
             raise ProtocolError(f"the server sent {self._received} of {self.manifest.fragment_count} fragments")
-        self.is_torn = False
-        self._has_come = True
+        self.is_filled()
 
 
 def read_only(arrays: Mapping[str, NDArray[Any]]) -> Mapping[str, NDArray[Any]]:

@@ -14,14 +14,14 @@ from modelaverage.errors import ModelAverageError
 from modelaverage.manifest import Manifest
 from modelaverage.runtime.shared_memory import Segment
 from ps_server.center.outer import AVERAGE, OuterOptimizer
-from ps_server.center.state import State
+from ps_server.center.state import OuterState
 
 __all__ = ["Buffer", "Reader"]
 
 
 @dataclass(eq=False)
 class Reader:
-    """Somebody who reads a buffer.
+    """One reader of a buffer.
 
     Args:
         since_s: when it could begin to read.
@@ -67,7 +67,7 @@ class Buffer:
             [variables[piece.variable][piece.start : piece.start + piece.count] for piece in pieces]
             for pieces in manifest.pieces
         ]
-        self.state = State(manifest, outer)
+        self.state = OuterState(manifest, outer)
 
     def encoded(self, codec: Codec, first: int, end: int) -> Sequence[memoryview]:
         """Consecutive fragments, up to but not with ``end``, as the codec writes them: bytes to be joined."""
@@ -75,7 +75,7 @@ class Buffer:
 
     @property
     def in_use(self) -> bool:
-        """Whether somebody reads it."""
+        """Whether it has readers."""
         return bool(self.readers)
 
     def pace(self, now_s: float) -> float:

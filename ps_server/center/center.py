@@ -3,7 +3,7 @@
 Readers see the current center. The round in progress makes its sums in the other buffer, divides them there, lets the
 outer optimizer make the next center of them, and a commit swaps the two. So no reader meets a half-made center, nothing
 has changed if a round starts over, and memory is twice the model (and the optimizer's state) however many workers there
-are. A buffer that somebody still reads is left to them, and a fresh one takes its place; only two old ones are kept,
+are. A buffer that still has readers is left to them, and a fresh one takes its place; at most two old ones are kept,
 then the slowest readers are ended.
 """
 
@@ -29,7 +29,7 @@ from modelaverage.runtime.shared_memory import Segment
 from ps_server.center.buffers import Buffer, Reader
 from ps_server.center.outer import AVERAGE, OuterOptimizer
 from ps_server.center.outer.base import MASTER, Values, summed_in
-from ps_server.center.state import State
+from ps_server.center.state import OuterState
 from ps_server.center.sums import Contribution, Sums
 from ps_server.machine.reserve import Reserve
 from ps_server.machine.threads import started_pool
@@ -39,7 +39,7 @@ __all__ = ["Center", "Finish", "MAX_OLD_BUFFERS"]
 _T = TypeVar("_T")
 _THREADS = min(4, os.cpu_count() or 1)
 MAX_OLD_BUFFERS = 2
-"""How many centers that are no longer in force are kept for those who still read them."""
+"""How many old centers are kept for their readers."""
 
 
 @dataclass(frozen=True)
@@ -86,14 +86,14 @@ class Center:
         self._reserve = Reserve(0) if reserve is None else reserve
         self.current = self._new_buffer()
         self.next = self._new_buffer()
-        self._old: list[Buffer] = []  # those that somebody still reads
+        self._old: list[Buffer] = []  # those that still have readers
         self._sums = Sums(manifest)
         self._threads: ThreadPoolExecutor | None = None
 
     @staticmethod
     def memory_bytes(manifest: Manifest, outer: OuterOptimizer = AVERAGE) -> int:
         """What a center of this manifest needs: two buffers, the outer optimizer's state of both, and the sums."""
-        buffer_bytes = manifest.buffer_size_bytes + State.memory_bytes(manifest, outer)
+        buffer_bytes = manifest.buffer_size_bytes + OuterState.memory_bytes(manifest, outer)
         return 2 * buffer_bytes + Sums.memory_bytes(manifest)
 
     # A center that is given.
@@ -113,7 +113,7 @@ class Center:
         arrays: Mapping[str, NDArray[np.generic]],
         state: Mapping[str, Mapping[str, NDArray[np.generic]]],
     ) -> None:
-        """Sets the current center and its state, both by name and of the right shapes and dtypes; see `State`."""
+        """Sets the current center and its state, both by name and of the right shapes and dtypes; see `OuterState`."""
         for name, array in self.current.arrays.items():
             array[...] = arrays[name]
         self.current.state.load(state)
@@ -174,11 +174,11 @@ class Center:
                 self._old = [old for old in self._old if old is not buffer]
 
     def room(self, now_s: float) -> Buffer:
-        """A buffer for the round after the next commit. It changes nothing but this: readers that are in the way, the
-        slowest, are ended with READER_TOO_SLOW.
+        """A buffer for the round after the next commit. Changes nothing, except that the slowest readers are ended with
+        READER_TOO_SLOW if there are too many old buffers.
 
         Raises:
-            OSError, MemoryError: there is none to be had, and who reads those that there are cannot be ended.
+            OSError, MemoryError: the system has none, and the readers of the old ones cannot be ended.
         """
         if not self.current.in_use:
             return self.current
@@ -204,7 +204,7 @@ class Center:
         return slowest
 
     def commit(self, room: Buffer, then: Callable[[], _T]) -> _T:
-        """The next buffer, whose fragments are all finished, becomes the center; whatever ``then`` returns.
+        """The next buffer, whose fragments are all finished, becomes the center. Returns what ``then`` returns.
 
         Args:
             room: what `room` has returned: where the round after this one adds.
@@ -277,7 +277,7 @@ def _store(into: Mapping[str, Values], slots: Mapping[str, Values], exact: Value
 
 
 def _wait_for(working: Sequence[Future[Any]]) -> None:
-    """Returns when nobody writes into the average any more: even a wait that failed has to be made again."""
+    """Returns when no thread writes into the average any more; a wait that fails is made again."""
     while True:
         try:
             wait(working)

@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 from modelaverage.manifest import DTYPES, Manifest
 from ps_server.center.outer.base import OuterOptimizer, Slots, Values, slots_of, summed_in
 
-__all__ = ["State"]
+__all__ = ["OuterState"]
 
 _NOTHING: Slots = {}
 
 
-class State:
+class OuterState:
     """The state that belongs to one center. All is zero at first.
 
     Args:

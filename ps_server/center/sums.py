@@ -148,7 +148,7 @@ class Sums:
 def _sum(total: _Array, values: list[_Array], weights: list[float]) -> None:
     """Starts a sum with all its summands, one pass fewer than one after the other; without any, leaves it alone."""
     if len(values) > 1 and weights[0] == weights[1] == 1.0:
-        np.add(values[0], values[1], out=total)
+        np.add(values[0], values[1], out=total, dtype=total.dtype)  # or 16 bits would be added in 16 bits
         begun = 2
     else:
         begun = 0

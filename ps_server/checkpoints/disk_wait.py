@@ -1,4 +1,4 @@
-"""One wait for the disk that keeps checkpoints: what is said of it when it takes long."""
+"""One wait for the disk that keeps checkpoints, and what the log says if it takes long."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _log = logging.getLogger("ps_server")
 
 
 class DiskWait:
-    """From its making to its `end`. Says in the log that it lasts, after a while, then after twice as long, and so on,
-    and when it is over after all. Made on a running event loop.
+    """One wait, from its making to its `end`. Logs that it lasts after ``patience_s``, then after twice as long, and so
+    on, and logs when it is over after all. Needs a running event loop.
 
     Args:
-        what: what is to come to the disk, such as "checkpoint".
+        what: what is being written, such as "checkpoint".
         global_step: of the center.
-        directory: where to.
+        directory: where it is written.
         patience_s: how long that may take before anything is said.
-        meanwhile: what becomes of those who wait, for the log.
+        meanwhile: what happens to rounds in the meantime, for the log.
         clock: seconds, monotonic.
 
     Attributes:
@@ -67,7 +67,7 @@ class DiskWait:
             _log.warning("%s is written in %s after %.0f s", self._what, path, waited_s, extra=what)
 
     def give_up(self) -> None:
-        """It is over for who waits: the server ends."""
+        """The server ends and does not wait any longer."""
         self._timer.cancel()
         path, step = str(self._directory), self._global_step
         what = event("checkpoint_given_up", path=path, round=step, waited_s=self._waited_s)

@@ -1,11 +1,13 @@
-"""What a checkpoint has besides the values of its variables, and how its file says so. Pure but for this boot's id.
+"""What a checkpoint holds besides the values, and how its file says so. Pure, but for reading this boot's id.
 
-What was written comes back; anything else is refused, however it came there.
+What was written is read back; anything else is refused, wherever it came from.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,18 +33,15 @@ from ps_server.center.outer.base import Setting, slots_of, summed_in
 from ps_server.checkpoints import strict_json
 from ps_server.checkpoints.safetensors_file import Head, Tensor
 
-__all__ = ["Checkpoint", "CheckpointError", "Content", "State", "boot_id", "content_of", "fields_of"]
+__all__ = ["Checkpoint", "CheckpointError", "Content", "boot_id", "content_of", "fields_of"]
 
 _FORMAT = "modelaverage.center.v1"
 _FIELDS = ("global_step", "variables", "fragment_size_bytes", "contributors", "counted", "boot_id")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-# As many as the round remembers, and as can be in one.
+# What the round remembers, and what can be in one round.
 _MAX_COUNTED, _MAX_CONTRIBUTORS = 10_000, 1 << 16
 _MAX_SETTINGS = 100
 _MAX_PUSH_ID, _MAX_PART_INDEX = 2**64 - 1, 2**32 - 1
-
-# By slot of the outer optimizer, then by variable.
-State = Mapping[str, Mapping[str, NDArray[Any]]]
 
 
 class CheckpointError(Exception):
@@ -62,7 +61,7 @@ class Checkpoint:
         finished: workers that no round waits for, in any order.
         segment: the shared memory whose body is the flat buffer with the arrays, if they lie in such.
         outer: the outer optimizer that makes the next centers.
-        state: what that one keeps for this center, by slot and variable; see `ps_server.center.state.State`.
+        state: what that one keeps for this center, by slot and variable; see `ps_server.center.state.OuterState`.
     """
 
     manifest: Manifest
@@ -73,7 +72,7 @@ class Checkpoint:
     finished: Collection[str] = ()
     segment: Segment | None = None
     outer: OuterOptimizer = AVERAGE
-    state: State = field(default_factory=dict)
+    state: Mapping[str, Mapping[str, NDArray[Any]]] = field(default_factory=dict)
 
     @property
     def tensors(self) -> dict[str, NDArray[Any]]:
@@ -88,14 +87,12 @@ class Checkpoint:
 
 def _state_prefix(variables: Collection[str]) -> str:
     """How the names of state in a file begin, and no variable's does."""
-    prefix = "outer/"
-    while any(name.startswith(prefix) for name in variables):
-        prefix = f"_{prefix}"
-    return prefix
+    taken = {len(name) - len(rest) for name in variables if (rest := name.lstrip("_")).startswith("outer/")}
+    return "_" * next(count for count in itertools.count() if count not in taken) + "outer/"
 
 
 def boot_id() -> str:
-    """What this boot of this machine is called; "unknown" where that is not told. Raises OSError: it cannot be read."""
+    """The id of this boot of this machine; "unknown" on systems without one. Raises OSError: it cannot be read."""
     return _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else "unknown"
 
 
@@ -180,7 +177,7 @@ def content_of(head: Head, step: int, is_fresh: bool) -> Content:
     if len(set(contributors)) != len(contributors):
         raise ValueError("contributors has a worker twice")
     counted = strict_json.map_of(strict_json.parse(about["counted"]), "counted", _MAX_COUNTED, _counted)
-    # Earlier versions did not know of it.
+    # Files of earlier versions do not have it.
     finished = strict_json.list_of(strict_json.parse(about.get("finished", "[]")), "finished", _MAX_COUNTED, _worker_id)
     manifest = Manifest(variables, fragment_size_bytes, shard)
     check_sendable(manifest)
@@ -195,14 +192,15 @@ def _outer_of(about: Mapping[str, str]) -> OuterOptimizer:
     if len(fields) != 2:
         raise ValueError("outer is no name and settings")
     name = strict_json.text(fields[0], "outer optimizer")
+    settings = strict_json.map_of(fields[1], "settings", _MAX_SETTINGS, _setting)
     try:
-        return outer_optimizer(name, strict_json.map_of(fields[1], "settings", _MAX_SETTINGS, _setting))
+        return outer_optimizer(name, settings)
     except ValueError as error:
         raise CheckpointError(str(error)) from None
 
 
 def _setting(name: str, value: Any) -> Setting:
-    if not isinstance(value, bool | int | float):
+    if not isinstance(value, bool | int | float) or not math.isfinite(value):
         raise ValueError(f"setting {name!a} is no number, true or false")
     return value
 

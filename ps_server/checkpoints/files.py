@@ -1,8 +1,7 @@
-"""Files of checkpoints, by name in an open directory: written, made durable, removed. What is in them is
-checkpoint.py's.
+"""Checkpoint files by name in an open directory: written, made durable, removed. fields.py defines their content.
 
-The checkpoint writer (writer.py) does most of this, in a process of its own: nothing here needs more than
-the standard library, nor much of that. Every function may raise OSError, and may hang with the disk.
+Most of this runs in the checkpoint writer (writer.py), a small process, so it imports only a few modules of the
+standard library. Every function may raise OSError, and may hang with the disk.
 
     center-00000000000000000012.fresh.safetensors       written in this boot of this machine
     center-00000000000000000012.5f3a9c1b.safetensors    on the disk, whose CRC-32 is 5f3a9c1b
@@ -74,8 +73,8 @@ def parse_name(name: str) -> tuple[int, str] | None:
 
 
 def newest_first(directory: int) -> list[str]:
-    """The names of all checkpoints, of whatever kind of file, latest first: of the same step the fresh one was written
-    later, when a worker had finished between two rounds."""
+    """The names of all checkpoints, whatever kind of file has them, latest first. Of the same step the fresh one comes
+    first: it was written later, when a worker finished between two rounds."""
     found = [(parsed, name) for name in os.listdir(directory) if (parsed := parse_name(name)) is not None]
     return [name for _, name in sorted(found, key=lambda one: (-one[0][0], one[0][1] != FRESH, one[1]))]
 
@@ -151,7 +150,7 @@ def find_again(path: bytes, held: int) -> tuple[int, int] | None:
 
 def open_regular(directory: int, name: str) -> int:
     """A descriptor to read a regular file with. Nothing else is opened, and nothing is waited for."""
-    # Looked at first: to open a device may already do something.
+    # Checked before it is opened: opening a device can have an effect.
     _check_regular(os.stat(name, dir_fd=directory, follow_symlinks=False), "it")
     descriptor = os.open(name, os.O_RDONLY | _SAFELY, dir_fd=directory)
     try:
@@ -164,7 +163,7 @@ def open_regular(directory: int, name: str) -> int:
 
 def write(directory: int, name: str, chunks: Iterable[bytes | memoryview]) -> None:
     """Writes a file beside the others, for this user alone, and puts it in place when it is whole."""
-    # A name that nobody can have prepared for.
+    # A name that cannot be guessed, so no file can be waiting under it.
     beside = f"{name.rpartition('.')[0]}.{os.urandom(8).hex()}{_UNFINISHED}"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     descriptor = os.open(beside, flags, 0o600, dir_fd=directory)
@@ -218,8 +217,8 @@ def _is_durable(directory: int, fresh: str) -> bool:
 
 @contextlib.contextmanager
 def _naming_alone(directory: int) -> Iterator[None]:
-    """Of the processes that write and flush here, only one at a time gives a name to a file: between a look at who has
-    a name and its change nobody takes it."""
+    """Only one process at a time gives names to files here, so a name cannot change hands between a check and the
+    rename."""
     lock = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -230,7 +229,8 @@ def _naming_alone(directory: int) -> Iterator[None]:
 
 def prune(directory: int, newest: str, keep: int) -> None:
     """Removes what ``newest``, just made durable, leaves behind: fresh ones before it, and durable ones but for the
-    ``keep`` - 1 before it. Those of later steps stay and do not count: who wrote ``newest`` had passed over them.
+    ``keep`` - 1 before it. Those of later steps stay and do not count: the server that wrote ``newest`` had passed over
+    them.
     """
     parsed = parse_name(newest)
     assert parsed is not None

@@ -1,4 +1,4 @@
-"""The directory that a server keeps its center in: found or made, and no other server's while this one runs."""
+"""The directory that a server keeps its center in: found or made, and held against other servers."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ __all__ = ["CheckpointHome"]
 class CheckpointHome:
     """An open directory, its lock, and a guard.
 
-    The lock is in the directory, so it goes with it. The guard is a socket's name that the kernel gives to one process
-    of this machine (of its network namespace, to be exact), and takes back when that ends: while the server runs,
-    nobody else gets a directory of this name, though it was removed.
+    The lock is a file in the directory, so it is lost with the directory. The guard is the name of a socket, which the
+    kernel gives to one process of this machine (of its network namespace, to be exact) and takes back when that process
+    ends: while the server runs, no other server gets a directory of this name, even if it was removed.
 
     Args:
         directory: made if it does not exist, for this user alone.
@@ -31,7 +31,7 @@ class CheckpointHome:
 
     Attributes:
         directory: as it was given.
-        path: the same wherever one stands, as the system calls it.
+        path: absolute, in the system's encoding.
         descriptor: of the open directory; it stays the same number when the directory is made again.
     """
 
@@ -39,13 +39,13 @@ class CheckpointHome:
         self.directory = directory
         absolute = Path(os.path.abspath(directory))
         self.path = os.fsencode(absolute)
-        exists = os.path.isdir(absolute)  # a disk that hangs would hold who makes what there is already
+        exists = os.path.isdir(absolute)  # making a directory that exists may hang with its disk
         if not exists:
             absolute.parent.mkdir(parents=True, exist_ok=True)
         self._guard = _guard_of(absolute)
         try:
             if not exists:
-                with suppress(FileExistsError):  # what it is shows when it is opened
+                with suppress(FileExistsError):  # opening it tells what it is
                     os.mkdir(absolute, 0o700)
             self.descriptor = files.open_directory(absolute)
             try:
@@ -58,8 +58,8 @@ class CheckpointHome:
             raise
 
     def move(self, directory: int, lock: int) -> None:
-        """It was removed, and made again: these descriptors of it and its lock take the place of the old ones, under
-        their numbers."""
+        """The directory was removed and made again: these descriptors of it and of its lock replace the old ones, under
+        the same numbers."""
         try:
             os.dup2(directory, self.descriptor, inheritable=False)
             os.dup2(lock, self._lock, inheritable=False)
@@ -68,7 +68,7 @@ class CheckpointHome:
             os.close(lock)
 
     def close(self) -> None:
-        """Another server may have it."""
+        """Gives the directory up."""
         os.close(self._lock)
         os.close(self.descriptor)
         self._close_guard()
@@ -79,12 +79,12 @@ class CheckpointHome:
 
 
 def _guard_of(path: Path) -> socket.socket | None:
-    """Keeps others out until it is closed; None where there is no such thing. Raises BlockingIOError."""
+    """Keeps other servers out until it is closed; None on systems without such names. Raises BlockingIOError."""
     if sys.platform != "linux":
         return None
     real = Path(os.path.realpath(path))
     parent = os.stat(real.parent)
-    # The name itself can be read by everybody on the machine: it tells nothing of the path.
+    # Every user of the machine can read the name, so it reveals nothing of the path.
     name = hashlib.sha256(b"%d %d " % (parent.st_dev, parent.st_ino) + os.fsencode(real.name)).hexdigest()
     guard = socket.socket(socket.AF_UNIX)
     try:
@@ -93,5 +93,5 @@ def _guard_of(path: Path) -> socket.socket | None:
         guard.close()
         if error.errno == errno.EADDRINUSE:
             raise BlockingIOError(errno.EWOULDBLOCK, os.strerror(errno.EWOULDBLOCK)) from None
-        return None  # a system that lets nobody have such names; the lock is there
+        return None  # not possible on this system; the lock remains
     return guard

@@ -1,9 +1,9 @@
-"""Keeps the center on disk: when a checkpoint is written, and what is said if it is not. Who writes is
-writer_process.py's.
+"""Keeps the center on disk: decides when a checkpoint is written, and reports those that fail. The writing is done by
+the processes of writer_process.py.
 
-A round that is due for a checkpoint is answered only when its center would outlive a kill of the server; flushing to
-the disk goes on behind it. A disk that fails costs durability, never a round: the server says so and serves on. A disk
-that hangs holds the processes that write for the server, never the server itself.
+A round that is due for a checkpoint is answered only when its center would survive a kill of the server; the flush to
+the disk follows in the background. A disk that fails costs durability, never a round: the server reports it and goes
+on. A disk that hangs blocks the processes that write for the server, never the server itself.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from ps_server.seen.snapshot import CheckpointSeen
 __all__ = ["CheckpointPolicy", "Keeper"]
 
 _log = logging.getLogger("ps_server")
-# A writer that takes longer to start is waited for when there is something to write.
+# After this time the server stops waiting for a writer to start; its first checkpoint then waits for it.
 _START_TIMEOUT_S = 2.0
 _LOOK_AGAIN_S = 1.0
-# Rounds wait for a fresh checkpoint, and a disk takes a while for a large one: patience before it is said to hang.
+# How long a disk may take before the log says that it hangs. Rounds wait for a fresh checkpoint.
 _WRITE_PATIENCE_S, _FLUSH_PATIENCE_S = 5.0, 30.0
 
 
@@ -50,8 +50,8 @@ class CheckpointPolicy:
 
     Args:
         directory: where checkpoints lie; made if it does not exist.
-        every_rounds: one after so many rounds.
-        keep: how many stay.
+        every_rounds: rounds from one checkpoint to the next.
+        keep: how many durable ones stay.
         timeout_s: how long a round waits for its checkpoint; then it is answered without, and there are no more until
             the disk has taken this one. None: it waits.
     """
@@ -101,7 +101,7 @@ class Keeper:
         self._fresh: tuple[str, int] | None = None  # the newest and its step, while it waits to be made durable
         self._removing: Future[Reply] | None = None
         self._flush_task: asyncio.Task[None] | None = None
-        # Two: writing the next one never waits for the disk to take the last one.
+        # Two processes: writing a checkpoint never waits for the flush of the one before.
         self._writer = WriterProcess("checkpoint-write")
         try:
             self._flusher = WriterProcess("checkpoint-flush")
@@ -116,10 +116,6 @@ class Keeper:
         except BaseException:
             self.close()
             raise
-
-    def is_due(self, global_step: int) -> bool:
-        """Whether the center of this step gets a checkpoint: not while an earlier one is being written."""
-        return global_step % self._policy.every_rounds == 0 and not self._turn.locked()
 
     @property
     def every_rounds(self) -> int:
@@ -138,8 +134,7 @@ class Keeper:
 
     @property
     def problem(self) -> str:
-        """For whom the disk keeps waiting, or why the last attempt to write, or to make durable, failed; empty if all
-        is well."""
+        """What waits for the disk, or why the last attempt to write or to flush failed; empty if all is well."""
         writing = "" if self._writing is None else self._writing.problem
         flushing = "" if self._flushing is None else self._flushing.problem
         return writing or self._write_problem or flushing or self._flush_problem
@@ -151,7 +146,7 @@ class Keeper:
     async def write(self, checkpoint: Checkpoint) -> bool:
         """Whether the checkpoint outlives this process; if not, `problem` says why.
 
-        That may take for ever. Until then the arrays have to stay as they are, whether or not somebody waits.
+        This may never return. Until it does, the arrays must not change, even if the caller no longer waits.
         """
         try:
             async with self._turn:
@@ -162,10 +157,10 @@ class Keeper:
         return True
 
     async def finish(self, timeout_s: float) -> None:
-        """Waits until what was written is durable, for so long at most. Says in the log what is not."""
+        """Waits for up to ``timeout_s`` until all that was written is durable. Logs what is not."""
         try:
             await asyncio.wait_for(self._settled(), timeout_s)
-        except Exception:  # the time is over, or the machine refuses to wait
+        except Exception:  # out of time, or out of memory for the wait
             self._give_up()
 
     def _give_up(self) -> None:
@@ -174,10 +169,11 @@ class Keeper:
             if wait is not None:
                 wait.give_up()
         except Exception:
-            return  # it refuses even to say so
+            return  # not even the log works
 
     def close(self) -> None:
-        """Ends the processes that write, whatever they are at; the disk may keep them, but nobody who waits."""
+        """Ends the processes that write, whatever they are doing. A hanging disk may keep the processes, but no caller
+        waits any longer."""
         self._closed = True
         for process in (self._writer, self._flusher):
             process.close()
@@ -300,13 +296,13 @@ class Keeper:
 
 async def _done(command: Future[Reply]) -> Reply:
     """What a writer's thread returns or raises."""
-    # The thread wakes this task up; should it find no memory even for that, the task looks by itself.
+    # The thread wakes this task up. If it has no memory for that, the task finds out on its own.
     waking = asyncio.wrap_future(command)
     try:
         while not waking.done() and not command.done():
             await asyncio.wait((waking,), timeout=_LOOK_AGAIN_S)
     except asyncio.CancelledError:
-        waking.cancel()  # the loop ends, and is not to be woken up any more
+        waking.cancel()  # the loop ends and must not be woken up
         raise
     return waking.result() if waking.done() else command.result()
 

@@ -1,11 +1,11 @@
-"""The center on disk: safetensors files that outlive the server. When they are written is keeper.py's; by whom, and
-under which names, writer.py's and files.py's.
+"""Reading the center from disk: safetensors files that outlive the server. keeper.py decides when they are written,
+writer.py writes them, files.py names them.
 
-A checkpoint is first *fresh*: whole, but perhaps only in the kernel's memory. That is enough for a server that is
-killed, and it costs no wait for the disk; after a reboot fresh files are not trusted. Then it is made *durable*:
-flushed to the disk and renamed to a name that carries a checksum of its bytes.
+A checkpoint is first *fresh*: whole, but perhaps only in the kernel's memory. That is enough if the server is killed,
+and it costs no wait for the disk; after a reboot fresh files are not trusted. Then it is made *durable*: flushed to the
+disk and renamed to a name that carries a checksum of its bytes.
 
-Who reads one trusts nothing in it: a file that is wrong in any way is passed over.
+A reader trusts nothing in a file: one that is wrong in any way is passed over.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = ["Checkpoint", "CheckpointError", "find_latest", "load_latest", "read"
 
 _log = logging.getLogger("ps_server")
 _BLOCK_BYTES = 1 << 20
-# While somebody looks, a server may rename what was found; nobody does that for ever but a joker.
+# A server may rename a file between the listing and the read. It does so only a few times.
 _MAX_LOOKS = 100
 _LONGEST_REASON = 300
 
@@ -40,7 +40,7 @@ def load_latest(directory: Path, max_model_bytes: int | None = None) -> Checkpoi
     """The newest usable checkpoint; None if there are none at all. Says in the log which it passed over, and why.
 
     Raises:
-        CheckpointError: there are some, and none can be used: to begin anew is not for a server to decide.
+        CheckpointError: there are some, but none can be used. A server must not decide to start without them.
         OSError: the directory cannot be read.
     """
     found, passed_over = find_latest(directory, max_model_bytes=max_model_bytes)
@@ -50,7 +50,7 @@ def load_latest(directory: Path, max_model_bytes: int | None = None) -> Checkpoi
     if found is None:
         if passed_over:
             raise CheckpointError(
-                f"none of its {len(passed_over)} checkpoints can be used; move them away to begin anew"
+                f"none of its {len(passed_over)} checkpoints can be used; move them away to start without them"
             )
         return None
     path, checkpoint = found
@@ -63,8 +63,8 @@ def load_latest(directory: Path, max_model_bytes: int | None = None) -> Checkpoi
 def find_latest(
     directory: Path, at_most: int | None = None, max_model_bytes: int | None = None
 ) -> tuple[tuple[Path, Checkpoint] | None, list[tuple[Path, Exception]]]:
-    """The newest usable checkpoint, and which newer ones are not, and why. Changes nothing: a server may be at work
-    there.
+    """The newest usable checkpoint, and the newer ones that are not usable, with the reason. Changes nothing, because a
+    server may be at work there.
 
     Args:
         directory: where checkpoints lie.
@@ -118,7 +118,7 @@ def read(directory: int, name: str, max_model_bytes: int | None = None) -> Check
         raise
     except MemoryError:
         raise CheckpointError("there is not enough memory to read it") from None
-    except Exception as error:  # whatever it is: an older one may do
+    except Exception as error:  # whatever is wrong with it, an older one may be usable
         raise CheckpointError(f"it is damaged ({_in_a_line(error)})") from None
     finally:
         os.close(descriptor)

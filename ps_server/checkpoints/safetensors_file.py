@@ -1,8 +1,8 @@
-"""Files in the safetensors format: how one is laid out, and what the head of one says. No policy of checkpoints here.
+"""Files in the safetensors format: laying one out, and reading the head of one. No policy of checkpoints here.
 
-Both by hand. The library's writer makes a nameless file of its own, which stays behind when it is killed, lets nobody
-else read what it wrote, whatever the umask, and hides the number of an error; its reader maps the file, so that the
-process ends if somebody cuts it off meanwhile, and panics at some that nobody wrote in good faith.
+Both are written by hand. The library's writer uses a temporary file of its own, which stays behind if the process is
+killed, ignores the umask, and hides the number of an error. Its reader maps the file, so the process dies if the file
+is truncated meanwhile, and it panics on some malicious files.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ps_server.checkpoints import strict_json
 __all__ = ["Head", "Layout", "MAX_HEAD_BYTES", "Tensor", "bytes_of", "lay_out", "read_head", "save"]
 
 MAX_HEAD_BYTES = 64 << 20
-"""Before the tensors. The longest manifest that a message can carry takes less, whatever its names are."""
+"""The bound of all that precedes the tensors. The longest manifest that a message can carry takes less."""
 _LENGTH_BYTES = 8
 _ENTRIES_AT_ONCE = 1000
 _METADATA = "__metadata__"
@@ -69,7 +69,7 @@ def lay_out(arrays: Mapping[str, NDArray[Any]], about: Mapping[str, str]) -> Lay
 
 
 def _json_of(header: Mapping[str, Any]) -> bytes:
-    # Piece by piece: while Python makes one text of 65,536 variables, no other thread runs for a quarter of a second.
+    # In pieces: json.dumps of 65,536 variables at once would block all other threads for a quarter of a second.
     entries = list(header.items())
     pieces = [
         json.dumps(dict(entries[start : start + _ENTRIES_AT_ONCE]))[1:-1]
@@ -148,7 +148,7 @@ def read_head(descriptor: int, file_size_bytes: int) -> Head:
         if not block:
             raise ValueError("it ends in the middle of its head")
         text += block
-    # A head can say nothing that is larger than the file, so what follows takes memory in proportion to it.
+    # The head is no larger than the file, so the memory used below is in proportion to the file.
     header = strict_json.map_of(strict_json.parse(text.decode()), "its head", len(text), lambda _, value: value)
     about = strict_json.map_of(header.pop(_METADATA, {}), "its metadata", _MAX_FIELDS, _field)
     tensors = {strict_json.text(name, "the name"): _tensor(name, value) for name, value in header.items()}

@@ -1,6 +1,6 @@
-"""JSON from hostile hands: what it says is bounded, and exactly of the types that are asked for. Pure: no I/O.
+"""JSON from hostile sources: values are bounded, and of exactly the types that are asked for. Pure: no I/O.
 
-Every function raises ValueError with words for people, and nothing else, whatever the text says.
+Whatever the text says, every function raises ValueError, with a readable message, and nothing else.
 """
 
 from __future__ import annotations

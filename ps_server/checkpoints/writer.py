@@ -1,11 +1,11 @@
-"""The checkpoint writer: the process that does what may hang with the disk, for the server that has started it.
+"""The checkpoint writer: a process that does for its server whatever may hang with the disk.
 
-Who waits for a disk that does not answer cannot be ended, not even by SIGKILL; a server with such a thread could not
-end either. So its files are written here. One command at a time comes over a socket, and its answer goes back. Nothing
-is kept in between: a command brings the directory, as a descriptor, and a center in shared memory, too. No lock is
-held.
+A thread that waits for a disk that does not answer cannot be ended, not even by SIGKILL, and its process cannot end
+either. So the server's files are written here. One command at a time comes over a socket, and its answer goes back. No
+state and no lock is kept in between: a command brings a descriptor of the directory, and one of the center if that lies
+in shared memory.
 
-Both ends are the same Python, so marshal will do, which is small and quick, as all of this has to be.
+Both ends are the same Python, so marshal is enough; it is small and quick, as the whole process has to be.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from ps_server.checkpoints import files
 __all__ = ["Answer", "STREAMED", "main", "receive", "send"]
 
 Answer = tuple[Any, tuple[int, str] | None, bool]
-"""The result; the number and words of the error if there was one; whether two descriptors come along: the directory,
-which was made again, and its lock."""
+"""The result; number and text of the error if there was one; whether two descriptors come along: of the directory,
+which was made again, and of its lock."""
 _LENGTH_BYTES = 8
 _MAX_DESCRIPTORS = 2
 _STREAM_BYTES = 1 << 18
 _PR_SET_PDEATHSIG = 1
 STREAMED = -1
-"""Instead of the beginning of a range: its bytes come on the channel."""
+"""Stands for the beginning of a range whose bytes come on the channel."""
 
 
 # Messages: their length, with the descriptors, then their bytes.
@@ -108,7 +108,7 @@ def _chunks(
     yield head
     view = memoryview(b"")
     if memory is not None and any(begin != STREAMED for begin, _ in ranges):
-        # Mapped at once: a page fault for every few pages would take as long as the copy.
+        # All pages at once: faults for a few pages at a time would take as long as the copy.
         flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
         view = memoryview(mmap.mmap(memory, 0, flags, mmap.PROT_READ))
     for begin, end in ranges:
@@ -119,7 +119,7 @@ def _chunks(
 
 
 class _Stream:
-    """Bytes that follow on the channel; all have to be taken, used or not."""
+    """Bytes that follow on the channel. All have to be taken, whether they are used or not."""
 
     def __init__(self, channel: socket.socket, size_bytes: int) -> None:
         self._channel = channel
@@ -155,7 +155,7 @@ def _flush(directory: int, name: str, keep: int) -> str | None:
 
 def main() -> None:
     """Serves the channel on standard input until its other end is gone."""
-    # The server decides when its writer ends; a Ctrl-C or a SIGTERM to all processes is its business.
+    # The server decides when its writer ends, so a Ctrl-C or a SIGTERM to the whole group is ignored here.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     _end_with(int(sys.argv[1]))
@@ -212,6 +212,6 @@ def _end_with(parent: int) -> None:
 
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         except (ImportError, OSError, AttributeError):
-            pass  # then it ends when it has done what it does
+            pass  # then it ends after its present command
     if os.getppid() != parent:
         sys.exit()

@@ -1,7 +1,7 @@
-"""The server's end of a checkpoint writer (writer.py): a thread that talks to the process, and starts it.
+"""The server's end of a checkpoint writer (writer.py): a thread that starts the process and talks to it.
 
-The thread runs from the start, so that no later work fails for want of one, and work waits for nothing but work before
-it. It may wait for the disk without end; nobody waits for it when the server ends.
+The thread exists from the start, so no later work can fail because the system has no thread for it. Work waits only for
+earlier work. The thread may wait for the disk forever; the server does not wait for it when it ends.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["Reply", "WriterProcess", "command"]
 
 _log = logging.getLogger("ps_server")
 _ROOT = Path(__file__).parents[2]
-# How long a process may take to be gone once it was killed; longer only if the disk has it.
+# How long a killed process may take to end. Only one that waits for the disk takes longer.
 _END_TIMEOUT_S = 0.2
 _THE_END = "the server ends"
 
@@ -41,8 +41,8 @@ class Reply:
     Args:
         result: what it returns.
         error: what it raised; None if it did not.
-        made: descriptors of the directory and of its lock, if the directory had been removed and was made again. Who
-            has the reply closes them.
+        made: descriptors of the directory and of its lock, if the directory had been removed and was made again. The
+            caller closes them.
     """
 
     result: Any
@@ -51,13 +51,14 @@ class Reply:
 
 
 def command(parent: int) -> list[str]:
-    """What starts a checkpoint writer for this process. It sees neither the environment's nor the user's modules."""
+    """The command that starts a checkpoint writer for this process. The writer sees neither the environment's nor the
+    user's modules."""
     run = "import sys; sys.path.append(sys.argv.pop()); from ps_server.checkpoints.writer import main; main()"
     return [sys.executable, "-I", "-S", "-B", "-c", run, str(parent), str(_ROOT)]
 
 
 class WriterProcess:
-    """A process that does one command after the other.
+    """A process that carries out one command at a time.
 
     Args:
         name: of the thread.
@@ -75,7 +76,7 @@ class WriterProcess:
         Thread(target=self._run, name=name, daemon=True).start()
 
     def submit(self, work: Callable[[], Reply]) -> Future[Reply]:
-        """Has the thread do this; it calls `ask`. Work that is cancelled before it has begun is not done.
+        """Runs ``work``, which calls `ask`, in the thread. Work that is cancelled before it has begun is not done.
 
         Raises:
             OSError: it is closed.
@@ -106,7 +107,7 @@ class WriterProcess:
             (result, error, is_made), made = program.receive(channel)
         except BaseException as failure:
             is_gone = isinstance(failure, (EOFError, ConnectionError))
-            why = self._end(is_gone)  # who knows what it has received
+            why = self._end(is_gone)  # how much of the request it has received is unknown
             if is_gone:
                 raise OSError(errno.EPIPE, f"the checkpoint writer {why}; the next checkpoint starts another") from None
             raise
@@ -117,7 +118,7 @@ class WriterProcess:
         return Reply(result, None if error is None else OSError(*error), (made[0], made[1]) if is_made else None)
 
     def close(self) -> None:
-        """Ends the process and the thread, and waits for neither: the disk may keep the process."""
+        """Ends the process and the thread without waiting for them: a hanging disk may keep the process."""
         with self._lock:
             self._closed = True
             self._work.put(None)
@@ -126,7 +127,7 @@ class WriterProcess:
                 process.kill()
             if self._channel is not None:
                 with suppress(OSError):
-                    self._channel.shutdown(socket.SHUT_RDWR)  # wakes the thread up, though the process may not go
+                    self._channel.shutdown(socket.SHUT_RDWR)  # wakes the thread up even if the process stays
         if process is not None:
             _reap(process)
 
@@ -141,14 +142,14 @@ class WriterProcess:
                     break
                 done, work = item
                 _do(done, work)
-            except BaseException as error:  # nothing may end this thread: somebody waits for it
+            except BaseException as error:  # nothing may end this thread: work waits for it
                 if done is not None and not done.done():
                     done.set_exception(error)
-            done = item = work = None  # type: ignore[assignment]  # they may hold on to a center
+            done = item = work = None  # type: ignore[assignment]  # they may keep a center in memory
         self._end()
 
     def _connected(self) -> socket.socket:
-        """The connection to a process that lives, as far as one can know."""
+        """The connection to the process; starts one if there is none or it has ended."""
         if self._process is not None and self._process.poll() is not None:
             why = self._end(gone=True)
             _log.warning(
@@ -172,7 +173,7 @@ class WriterProcess:
                 process = subprocess.Popen(
                     command(os.getpid()),
                     stdin=theirs.fileno(),
-                    # A reader of the server's output must not wait for a process that the disk keeps.
+                    # A reader of the server's output must not wait for a process that hangs with the disk.
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
                     cwd="/",
@@ -188,7 +189,7 @@ class WriterProcess:
             raise OSError(errno.ESHUTDOWN, _THE_END)
 
     def _end(self, gone: bool = False) -> str:
-        """Ends the process; in what way it has ended, for people.
+        """Ends the process; says how it ended, for the log.
 
         Args:
             gone: whether it has ended already, or is about to.
@@ -220,10 +221,10 @@ def _do(done: Future[Reply], work: Callable[[], Reply]) -> None:
 
 
 def _reap(process: subprocess.Popen[bytes]) -> int | None:
-    """How the process ended; None, and it is killed, if it does not end now."""
+    """The exit code; None, and the process is killed, if it does not end now."""
     try:
         return process.wait(_END_TIMEOUT_S)
     except subprocess.TimeoutExpired:
         process.kill()
-        process.returncode = -signal.SIGKILL  # it ends when the disk lets it go; nobody has to wait for that
+        process.returncode = -signal.SIGKILL  # it ends when the disk lets it go; Popen must not wait for that
         return None

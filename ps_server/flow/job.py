@@ -1,7 +1,7 @@
 """One job: the round and the center that belong together, and what a pushing or pulling call does with them.
 
-Everything runs on one event loop, so between two awaits nothing else happens: no locks. What to do is decided in
-round.py; how values are stored and averaged is center.py's; what goes down is sender.py's.
+Everything runs on one event loop, so between two awaits nothing else happens: no locks. The round decides what to do,
+the center stores and averages values, and this carries out the one on the other.
 
 All or nothing: whatever a commit needs is there before anything changes, and an event of the round that fails in the
 middle starts the round over. If even that fails, the process ends.
@@ -17,22 +17,22 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from modelaverage import wire
-from modelaverage.codecs import RAW
+from modelaverage.codecs import RAW, Codec
 from modelaverage.errors import ModelAverageError, Reason, refusal
 from modelaverage.logs import event
 from modelaverage.manifest import Manifest
 from modelaverage.missing import Missing
-from modelaverage.names import MAX_NAMES, listed, shown
 from modelaverage.outcome import Outcome
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.center.buffers import Buffer, Reader
 from ps_server.center.center import Center, Finish
 from ps_server.center.sums import Contribution
 from ps_server.checkpoints.keeper import Keeper
-from ps_server.checkpoints.reading import Checkpoint
 from ps_server.flow.average import Average
 from ps_server.flow.open_push import OpenPush
+from ps_server.flow.outcomes import log_commit, outcomes_of, tell
 from ps_server.flow.timers import RoundTimers, log_wait
+from ps_server.flow.writes import Writes
 from ps_server.machine.trouble import describe, end_process, is_expected
 from ps_server.rules.decisions import (
     Accumulate,
@@ -60,9 +60,6 @@ from ps_server.transports.base import Run, Transport
 __all__ = ["Job", "Surroundings"]
 
 _log = logging.getLogger("ps_server")
-_Counted = Mapping[str, tuple[bytes, int]]
-# Global step, contributors, and by worker the push that was counted last.
-_State = tuple[int, tuple[str, ...], _Counted]
 
 
 @dataclass(frozen=True)
@@ -105,19 +102,14 @@ class Job:
         self.average = Average(center.next)
         self.observations = around.observations
         self.clock = around.clock
-        self.rounds_restarted = self.rounds_without_all = 0
-        self.stale_pushes = 0
-        self.last_round_s = 0.0
         self._pushes: dict[int, OpenPush] = {}  # by the number of the call, as the round names its streams
         self._roster = around.roster
-        self._keeper = around.keeper
         self._transports = around.transports
         self._die = around.die
         self._remarks = Remarks(around.roster)
-        self._keeping = asyncio.Lock()
-        self._kept_finished: frozenset[str] | None = None  # what the newest checkpoint says
-        self._round_over = asyncio.Event()
-        self._writing: asyncio.Task[None] | None = None  # a checkpoint on its way to the disk
+        self._writes: Writes | None = None
+        if around.keeper is not None:
+            self._writes = Writes(around.keeper, center, round_, around.clock, self._kept)
         self._timers = RoundTimers(self.clock, self._expire, self._say_who_is_missing, around.first_notice_s)
 
     @property
@@ -135,18 +127,8 @@ class Job:
         """Writes a checkpoint of the center as it is, and of who has finished, unless there is one.
 
         Returns when it outlives the process, or cannot be written."""
-        keeper = self._keeper
-        if keeper is None:
-            return
-        async with self._keeping:  # who waits here finds that the checkpoint before has it
-            round_ = self.round
-            while round_.prepared:
-                self._round_over.clear()
-                await self._round_over.wait()
-            if (keeper.step, self._kept_finished) == (round_.global_step, round_.finished):
-                return
-            state = round_.global_step, round_.contributors, round_.counted
-            await asyncio.wait((self._write(round_.begin_keeping(), self.center.current, lambda: state),))
+        if self._writes is not None:
+            await self._writes.keep()
 
     def leave(self, worker_id: str, incarnation: bytes) -> None:
         """A worker's process goes."""
@@ -164,9 +146,9 @@ class Job:
             if worker_id in self.round.finished:
                 record = self._roster.heard_of(worker_id, self.clock())
                 self._remarks.finished(worker_id, record, self.round.global_step, self.round.training)
-        if self._keeper is not None:
-            keeping = asyncio.ensure_future(self.keep())
-            await asyncio.wait((keeping,), timeout=self._keeper.timeout_s)
+        if self._writes is not None:
+            keeping = asyncio.ensure_future(self._writes.keep())
+            await asyncio.wait((keeping,), timeout=self._writes.timeout_s)
 
     def come_back(self, worker_id: str) -> None:
         """A worker is going to push."""
@@ -180,11 +162,6 @@ class Job:
         if had_finished:
             self._remarks.came_back(worker_id, self.round.training)
 
-    @property
-    def connected_workers(self) -> int:
-        """How many workers have a push open."""
-        return len({push.worker_id for push in self._pushes.values()})
-
     def missing(self) -> Missing:
         """Whom the round waits for."""
         named, unnamed = self.round.waits_for
@@ -197,13 +174,9 @@ class Job:
         return JobSeen(
             manifest=self.manifest,
             global_step=round_.global_step,
-            last_round_s=self.last_round_s,
-            rounds_restarted=self.rounds_restarted,
-            rounds_without_all=self.rounds_without_all,
-            stale_pushes=self.stale_pushes,
             workers_finished=len(round_.finished),
             is_over=round_.job_is_over,
-            connected_workers=self.connected_workers,
+            connected_workers=len({push.worker_id for push in self._pushes.values()}),
             round_age_s=round_.age_s(self.clock()),
             missing=self.missing() if round_.under_way else None,
             complete=round_.complete,
@@ -222,7 +195,7 @@ class Job:
     @contextmanager
     def reading_center(self, push: OpenPush, outcome: Outcome) -> Iterator[tuple[Buffer, int, tuple[str, ...]]]:
         """The present center, its step, and who is in it, for a push that is not in the round."""
-        self.stale_pushes += outcome is Outcome.STALE
+        self.observations.stale_pushes += outcome is Outcome.STALE
         contributors = self.round.contributors
         with self.reading(push.reader) as (buffer, step):
             yield buffer, step, contributors
@@ -271,9 +244,8 @@ class Job:
         """
         with self._as_a_whole():
             codec = RAW if run.stays else push.codec
-            split = _split_in_place if run.stays else codec.split_run
-            coded = dict(split(self.manifest, run.first, run.data))
-            first, end = max(run.first, unneeded), run.first + len(coded)
+            coded = _split(self.manifest, codec, run)
+            first, end = max(run.first, unneeded), run.first + max(1, len(coded))
             if first >= end:
                 return
             now_s = self.clock()
@@ -335,7 +307,7 @@ class Job:
             self.center.restart()
             self._roster.take_nonfinite()
             self.average = Average(self.center.next)
-            self._round_over.set()
+            self._round_is_over()
             told = refusal(Reason.SERVER_OVERLOADED, f"round {step} starts over, because the server failed: {cause}")
             for push in list(self._pushes.values()):
                 if push.outcome is None:
@@ -346,7 +318,6 @@ class Job:
         except BaseException as second:
             self._die(f"round {step} failed ({cause}), and could not be started over ({describe(second)})")
             raise
-        self.rounds_restarted += 1
         self.observations.started_over()
         why = event("round_restarted", round=step, cause=cause)
         trace = None if is_expected(error) else error
@@ -393,7 +364,6 @@ class Job:
                     self.center.restart()
                     self._roster.take_nonfinite()
                     self.average = Average(self.center.next)
-                    self.rounds_restarted += 1
                     self.observations.started_over()
                     step = self.round.global_step
                     why = event("round_restarted", round=step, cause=cause)
@@ -403,7 +373,8 @@ class Job:
                 case KeepFirst(token):
                     self._finish(finished)
                     finished = []
-                    self._write(token, self.center.next, self.round.as_committed)
+                    assert self._writes is not None
+                    self._writes.begin(token, self.center.next, self.round.as_committed)
                 case Prepare():
                     self._finish(finished)
                     finished = []
@@ -419,38 +390,10 @@ class Job:
             self.average.finished = finishes[-1].index + 1
             self._wake(self.average)
 
-    def _write(self, token: int, buffer: Buffer, state: Callable[[], _State]) -> asyncio.Task[None]:
-        """Begins to write a checkpoint, during which the buffer stays as it is, and tells the round when that has
-        ended. The task never fails."""
-
-        async def write(keeper: Keeper, step: int, contributors: tuple[str, ...], counted: _Counted) -> None:
-            is_written = False
-            with suppress(Exception), self.center.reading(buffer, Reader(self.clock())):
-                finished = self.round.finished
-                checkpoint = Checkpoint(
-                    self.manifest,
-                    buffer.arrays,
-                    step,
-                    contributors,
-                    dict(counted),
-                    finished,
-                    buffer.segment,
-                    self.center.outer,
-                    buffer.state.arrays,
-                )
-                is_written = await keeper.write(checkpoint)
-                if is_written:
-                    self._kept_finished = finished
-            with suppress(ModelAverageError), self._as_a_whole():  # it is said
-                self._apply(self.round.kept(token, is_written, self.clock()))
-
-        try:
-            assert self._keeper is not None
-            self._writing = asyncio.ensure_future(write(self._keeper, *state()))
-        except BaseException:
-            self.round.kept(token, False, self.clock())  # the round starts over: no matter what would follow
-            raise
-        return self._writing
+    def _kept(self, token: int, is_written: bool) -> None:
+        """A write has ended."""
+        with suppress(ModelAverageError), self._as_a_whole():  # it is said
+            self._apply(self.round.kept(token, is_written, self.clock()))
 
     def _commit(self) -> None:
         """A prepared round is over."""
@@ -459,42 +402,18 @@ class Job:
         commit = self.center.commit(room, lambda: self.round.commit(now_s))
         nonfinite = self._roster.take_nonfinite()
         self.average = Average(self.center.next)
-        common = pb.PushOutcome(
-            global_step=commit.global_step,
-            contributors=commit.contributors,
-            untouched_variables=sorted(commit.untouched),
-        )
-        outcomes = dict[OpenPush, pb.PushOutcome]()
-        sending = Sending(set(commit.verdicts), now_s)
-        for stream, verdict in commit.verdicts.items():
-            outcome = pb.PushOutcome(outcome=pb.Outcome.Name(verdict.outcome.value), waited_s=verdict.waited_s)
-            outcome.MergeFrom(common)
-            push = self._pushes[stream]
-            outcome.nonfinite_values = nonfinite.get(push.worker_id, 0)
-            outcomes[push] = outcome
+        outcomes = outcomes_of(commit, self._pushes, nonfinite)
         held = [self._pushes[stream] for stream in commit.held]
-        present = frozenset(commit.contributors)
         for transport in self._transports:
-            transport.keep_only(present)
-        self._roster.count(self.observations.committed(commit.contributors, now_s))
-        self.last_round_s = commit.round_s
-        others = len(self.round.finished.difference(commit.contributors))
-        self.rounds_without_all += len(commit.contributors) + others < self.round.policy.num_workers
+            transport.keep_only(commit.present)
+        self._roster.count(self.observations.committed(commit.present, now_s))
+        self.observations.last_round_s = commit.round_s
+        others = len(self.round.finished - commit.present)
+        self.observations.rounds_without_all += len(commit.present) + others < self.round.policy.num_workers
         self._remarks.nonfinite(nonfinite, commit.contributors, commit.global_step)
-        _log.debug(
-            "global_step %d: averaged %s",
-            commit.global_step,
-            listed(commit.contributors, show=shown),
-            extra=event(
-                "round_committed",
-                round=commit.global_step - 1,
-                workers=commit.contributors[:MAX_NAMES],
-                workers_omitted=max(0, len(commit.contributors) - MAX_NAMES),
-                round_s=commit.round_s,
-            ),
-        )
-        _answer(outcomes, held, sending)
-        self._round_over.set()
+        log_commit(commit)
+        tell(outcomes, held, Sending(set(commit.verdicts), now_s))
+        self._round_is_over()
 
     # Time.
 
@@ -532,26 +451,22 @@ class Job:
             if push.average is average:
                 push.progress.set()
 
+    def _round_is_over(self) -> None:
+        if self._writes is not None:
+            self._writes.round_is_over()
+
     def _leave_transports(self, worker_id: str, incarnation: bytes) -> None:
         for transport in self._transports:
             transport.leave(worker_id, incarnation)
 
 
-def _split_in_place(manifest: Manifest, first: int, data: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Index and bytes of every fragment of a stretch of the flat buffer, which may be longer than a message."""
-    index, begin = first, manifest.fragment_bounds(first)[0]
-    at = 0
-    while at < len(data):
-        start, stop = manifest.fragment_bounds(index)
-        yield index, data[start - begin : stop - begin]
-        index, at = index + 1, stop - begin
+def _split(manifest: Manifest, codec: Codec, run: Run) -> Mapping[int, memoryview]:
+    """By index the bytes of every fragment of a run; none if the first does not exist.
 
-
-def _answer(outcomes: dict[OpenPush, pb.PushOutcome], held: list[OpenPush], sending: Sending) -> None:
-    """The commit may be known."""
-    for push, outcome in outcomes.items():
-        push.outcome, push.sending, push.reader.since_s = outcome, sending, sending.since_s
-        push.progress.set()
-    for push in held:
-        push.is_held = False
-        push.progress.set()
+    Raises:
+        ProtocolError: FRAGMENT_SIZE_WRONG.
+    """
+    if run.first >= manifest.fragment_count:
+        return {}
+    split = codec.split_range if run.stays else codec.split_run  # a range of shared memory may be longer than a message
+    return dict(split(manifest, run.first, run.data))

@@ -18,9 +18,6 @@ from ps_server.flow.job import Job
 __all__ = ["WaitForChief", "send_pulled"]
 
 _log = logging.getLogger("ps_server")
-# Proxies end calls on which nothing is sent for a minute or less.
-_NOTICE_S = 5.0
-_FIRST_WARNING_S = 5.0
 
 
 async def send_pulled(job: Job, call: Call, request: pb.PullRequest) -> None:
@@ -38,14 +35,17 @@ class WaitForChief:
 
     Args:
         clock: seconds, monotonic.
+        notice_s: how often a pull is told that it waits (proxies end calls on which nothing is sent for a minute or
+            less), and when the log first says that there is no center.
 
     Attributes:
         calls: pulls that wait.
     """
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, clock: Callable[[], float], notice_s: float) -> None:
         self.calls: set[Call] = set()
         self._clock = clock
+        self._notice_s = notice_s
         self._started_at_s = clock()
         self._is_over = asyncio.Event()
 
@@ -63,7 +63,7 @@ class WaitForChief:
                 notice = pb.ChiefNotice(waited_s=self._clock() - since_s)
                 await call.write(pb.PullResponse(waiting=notice).SerializeToString())
                 with suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(self._is_over.wait(), _NOTICE_S)
+                    await asyncio.wait_for(self._is_over.wait(), self._notice_s)
             await self._is_over.wait()
         finally:
             self.calls.discard(call)
@@ -74,7 +74,7 @@ class WaitForChief:
         Args:
             chiefs: the workers that are sending one at the moment.
         """
-        gap_s = _FIRST_WARNING_S
+        gap_s = self._notice_s
         while not self._is_over.is_set():
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._is_over.wait(), gap_s)

@@ -118,8 +118,8 @@ async def _pass_over_fragments(push: OpenPush) -> None:
     """The push is not in the round. A half-duplex client is to read nothing before it has half-closed."""
     if push.manner.is_half_duplex:
         push.call.expecting = True
-        while await push.lane.receive() is not None:
-            pass
+        while (run := await push.lane.receive()) is not None:
+            push.call.count(received_bytes=len(run.data), is_shared=run.stays)
     push.call.expecting = False
 
 

@@ -59,7 +59,8 @@ class ServicePolicy:
             one or a few messages, to which shared memory would only add. Infinite: none.
         checkpoints: where to keep the center; None: nowhere.
         rejoin_timeout_s: how long a task index is kept for a process whose connection broke.
-        first_notice_s: a round that waits says so after this time, then after twice as long, and so on.
+        first_notice_s: when a wait for workers, or for the chief, is said first; then after twice as long, and so on.
+            Also how often a pull that waits for the chief is told so.
     """
 
     round: RoundPolicy
@@ -101,7 +102,7 @@ class ParameterServerService:
         self._started_at_s = clock()
         self._roster, self._observations, self._traffic = Roster(), Observations(), Traffic()
         self._serving = Serving(self._traffic, self._observations, policy.stall_timeout_s)
-        self._waiting = WaitForChief(clock)
+        self._waiting = WaitForChief(clock, policy.first_notice_s)
         # Workers of a server that goes on from a checkpoint have indexes already.
         closed_until_s = -math.inf if restored is None else self._started_at_s + policy.rejoin_timeout_s
         indexes = TaskIndexes(policy.round.num_workers, policy.rejoin_timeout_s, closed_until_s)

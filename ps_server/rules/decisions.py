@@ -182,6 +182,7 @@ class Commit:
     Args:
         global_step: the step reached.
         contributors: sorted ids of the workers whose pushes made the center: all that did not abstain.
+        present: ids of all workers that took part, those that abstained included.
         untouched: variables that none of them had changed.
         verdicts: by stream, for all that are attached, those that abstained included.
         held: streams that were held; they get this center as STALE.
@@ -190,6 +191,7 @@ class Commit:
 
     global_step: int
     contributors: tuple[str, ...]
+    present: frozenset[str]
     untouched: frozenset[int]
     verdicts: dict[int, Verdict]
     held: tuple[int, ...]

@@ -245,7 +245,8 @@ class Round:
             if entry.stream is not None:
                 outcome = Outcome.COMMITTED if entry.attached == entry.push else Outcome.ALREADY_COUNTED
                 verdicts[entry.stream] = Verdict(outcome, now_s - entry.whole_at_s)
-        commit = Commit(global_step, contributors, untouched, verdicts, tuple(self._held), self.age_s(now_s))
+        present = frozenset(self._entries)
+        commit = Commit(global_step, contributors, present, untouched, verdicts, tuple(self._held), self.age_s(now_s))
         fragments = Fragments(self.fragment_count)
         self._quorum.committed(late_s)
         self._begin(fragments)
@@ -365,11 +366,11 @@ class Round:
 
     def _open_again(self, entry: Entry, stream: int, push: Push, now_s: float) -> list[Decision]:
         """A header of a worker that is in the round: a retry, or another push than the one it began with."""
-        self._show_up(push)
         decisions = self._detach(entry)
         if entry.push != push and entry.state is EntryState.PARTIAL:
             cause = f"{push.worker_id!r} makes another push; its earlier one never came whole"
             decisions += self._restart(cause)
+        self._show_up(push)
         return decisions + self._admit(stream, push, now_s)
 
     def _admit(self, stream: int, push: Push, now_s: float) -> list[Decision]:

@@ -62,7 +62,11 @@ class Observations:
         round_s: of committed rounds, from the first push header to the commit.
         checkpoint_s: of checkpoints, until they would outlive the process.
         rounds_committed: since the server started, as all that follow.
+        rounds_restarted: that were started over.
+        rounds_without_all: that committed without a worker that they had waited for.
+        last_round_s: how long the last one took that committed.
         pushes_retried: headers of a push that was heard of before.
+        stale_pushes: pushes that were answered STALE.
         fragments_received: that came into an average.
         fragments_sent: of averages, counted once for each worker.
         refused: calls, by reason.
@@ -73,13 +77,15 @@ class Observations:
         self.round_s = Histogram()
         self.checkpoint_s = Histogram()
         self.checkpoint_failures = 0
-        self.rounds_committed = self.pushes_retried = 0
+        self.rounds_committed = self.rounds_restarted = self.rounds_without_all = 0
+        self.pushes_retried = self.stale_pushes = 0
+        self.last_round_s = 0.0
         self.fragments_received = self.fragments_sent = 0
         self.refused = {reason.name: 0 for reason in Reason}
         self._committed_at_s = deque[float](maxlen=_RECENT_ROUNDS)
-        self._begin_anew()
+        self._begin_round()
 
-    def _begin_anew(self) -> None:
+    def _begin_round(self) -> None:
         self._since_s: float | None = None  # the first header's time; None: no round is under way
         self._marked_s = 0.0  # up to then, all time is in `_spent_s`
         self._spent_s = dict.fromkeys(PHASES, 0.0)
@@ -118,11 +124,12 @@ class Observations:
             self._mark(now_s)
             self._incoming.discard(stream)
             if not under_way:
-                self._begin_anew()
+                self._begin_round()
 
     def started_over(self) -> None:
         """The round's pushes are void, and so is the time that they took."""
-        self._begin_anew()
+        self.rounds_restarted += 1
+        self._begin_round()
 
     def committed(self, contributors: Iterable[str], now_s: float) -> dict[str, float]:
         """The round is over. By how many seconds each contributor's push was whole after the first one."""
@@ -134,7 +141,7 @@ class Observations:
             self.round_s.observe(now_s - self._since_s)
         self.rounds_committed += 1
         self._committed_at_s.append(now_s)
-        self._begin_anew()
+        self._begin_round()
         return lateness_s
 
     def _mark(self, now_s: float) -> None:

@@ -29,10 +29,6 @@ class JobSeen:
     Args:
         manifest: in force.
         global_step: rounds completed.
-        last_round_s: how long the last committed round took.
-        rounds_restarted: since the server started, as the next two.
-        rounds_without_all: rounds that committed without a worker that they had waited for.
-        stale_pushes: pushes that were answered STALE.
         workers_finished: how many workers have finished.
         is_over: whether all have.
         connected_workers: how many workers have a push open.
@@ -44,10 +40,6 @@ class JobSeen:
 
     manifest: Manifest
     global_step: int
-    last_round_s: float
-    rounds_restarted: int
-    rounds_without_all: int
-    stale_pushes: int
     workers_finished: int
     is_over: bool
     connected_workers: int
@@ -122,6 +114,10 @@ def status_of(
         rounds_committed=observations.rounds_committed,
         rounds_per_minute=observations.rounds_per_minute(now_s),
         pushes_retried=observations.pushes_retried,
+        last_round_s=observations.last_round_s,
+        rounds_restarted=observations.rounds_restarted,
+        rounds_without_all=observations.rounds_without_all,
+        stale_pushes=observations.stale_pushes,
     )
     if job is not None:
         _add_job(status, job)
@@ -140,10 +136,6 @@ def _add_job(status: pb.GetStatusResponse, job: JobSeen) -> None:
     shard = wire.shard_to_message(job.manifest.shard)
     if shard is not None:
         status.shard.CopyFrom(shard)
-    status.last_round_s = job.last_round_s
-    status.rounds_restarted = job.rounds_restarted
-    status.rounds_without_all = job.rounds_without_all
-    status.stale_pushes = job.stale_pushes
     status.workers_finished = job.workers_finished
     status.job_over = job.is_over
     status.connected_workers = job.connected_workers

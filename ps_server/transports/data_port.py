@@ -101,9 +101,7 @@ class DataLane:
     async def _begin(self) -> None:
         assert self._connection is not None
         self._connection.begin()
-        # A coded fragment may be larger than the raw one, but never twice as large.
-        size_bytes = self._manifest.fragment_size_bytes * (1 if self._codec.in_place else 2)
-        self._room = memoryview(bytearray(max(size_bytes, NUMBER.size)))
+        self._room = memoryview(bytearray(max(self._codec.max_size_bytes(self._manifest), NUMBER.size)))
         number = self._room[: NUMBER.size]
         await self._read(number)
         if NUMBER.unpack(number) != (self._push_id,):

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ma_client import ModelAverageOptimizer
-from ma_client.transports.connection import Shard
+from ma_client.transports.connection import Connection
 from modelaverage.errors import NotInitializedError
 from modelaverage.v1 import parameter_server_pb2 as pb
 from tests.conftest import StartServer
@@ -249,13 +249,13 @@ def test_servers_hear_of_the_interval(
     interval_steps: int, told: int, start_server: StartServer, join: Join, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     headers = list[pb.PushHeader]()
-    push = Shard.push_and_average
+    push = Connection.push_and_average
 
-    def watched(self: Shard, header: pb.PushHeader, *args: Any) -> Any:
+    def watched(self: Connection, header: pb.PushHeader, *args: Any) -> Any:
         headers.append(header)
         return push(self, header, *args)
 
-    monkeypatch.setattr(Shard, "push_and_average", watched)
+    monkeypatch.setattr(Connection, "push_and_average", watched)
     worker = join(start_server(1), interval_steps=interval_steps)
     worker.start()
     worker.opt.average()

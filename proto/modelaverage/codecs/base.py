@@ -94,6 +94,10 @@ class Codec(ABC):
 
     # Sizes.
 
+    def max_size_bytes(self, manifest: Manifest) -> int:
+        """No coded fragment is larger."""
+        return 2 * manifest.fragment_size_bytes
+
     def run_size_bytes(self, manifest: Manifest, first: int, end: int) -> int:
         """The size of consecutive coded fragments, up to but not with ``end``."""
         return sum(self.size_bytes(manifest, index) for index in range(first, end))
@@ -121,11 +125,14 @@ class Codec(ABC):
     def split_run(self, manifest: Manifest, first: int, data: memoryview) -> Iterator[tuple[int, memoryview]]:
         """Index and bytes of every coded fragment in a message. Raises ProtocolError (FRAGMENT_SIZE_WRONG), before the
         first, unless they are whole fragments."""
-        end = self.run_end(manifest, first, len(data))
-        if end is None:
+        if self.run_end(manifest, first, len(data)) is None:
             self.check_size(manifest, first, data)
-            end = first + 1
+        yield from self.split_range(manifest, first, data)
+
+    def split_range(self, manifest: Manifest, first: int, data: memoryview) -> Iterator[tuple[int, memoryview]]:
+        """Index and bytes of whole coded fragments, however many, that lie in memory one behind the other."""
         at = 0
-        for index in range(first, end):
-            begin, at = at, at + self.size_bytes(manifest, index)
-            yield index, data[begin:at]
+        while at < len(data):
+            begin, at = at, at + self.size_bytes(manifest, first)
+            yield first, data[begin:at]
+            first += 1

@@ -55,6 +55,10 @@ class Raw(Codec):
         flat[start : start + len(data)] = np.frombuffer(data, np.uint8)
         return end
 
+    def max_size_bytes(self, manifest: Manifest) -> int:
+        """The size of all fragments but the last."""
+        return manifest.fragment_size_bytes
+
     def run_size_bytes(self, manifest: Manifest, first: int, end: int) -> int:
         """From the first fragment's first byte to the last one's end."""
         return manifest.fragment_bounds(end - 1)[1] - manifest.fragment_bounds(first)[0] if first < end else 0

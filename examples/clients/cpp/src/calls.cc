@@ -7,8 +7,6 @@
 #include <cctype>
 #include <iostream>
 #include <optional>
-#include <thread>
-#include <utility>
 
 #include "failure.h"
 #include "modelaverage/v1/parameter_server.grpc.pb.h"
@@ -26,43 +24,61 @@ std::string StatusName(grpc::StatusCode code) {
   return index < kNames.size() ? kNames[index] : "UNKNOWN";
 }
 
-/// The server's reason without its prefix, if there is one that this client knows.
-std::string Reason(const grpc::ClientContext& context) {
+/// A value of the trailing metadata; empty if it is not there.
+std::string Trailer(const grpc::ClientContext& context, const char* key) {
   const auto& trailing = context.GetServerTrailingMetadata();
-  const auto found = trailing.find("modelaverage-reason");
-  if (found == trailing.end()) return "";
-  const std::string reason(found->second.data(), found->second.size());
-  v1::ErrorReason known;
-  if (!v1::ErrorReason_Parse(reason, &known)) return "";
-  return reason.substr(std::string_view("ERROR_REASON_").size());
+  const auto found = trailing.find(key);
+  return found == trailing.end() ? "" : std::string(found->second.data(), found->second.size());
 }
 
 void ThrowUnlessOk(const grpc::Status& status, const grpc::ClientContext& context) {
   if (status.ok()) return;
-  const std::string reason = Reason(context);
   std::string message = status.error_message();
   std::ranges::replace_if(message, [](unsigned char letter) { return std::iscntrl(letter); }, ' ');
   const auto says = [&message](const char* words) { return message.find(words) != std::string::npos; };
   const grpc::StatusCode code = status.error_code();
+  const std::string action = Trailer(context, "modelaverage-action");
   // gRPC's ways to say that the connection broke under a stream.
-  const bool broken = code == grpc::UNAVAILABLE || (code == grpc::INTERNAL && says("RST_STREAM")) ||
-                      (code == grpc::UNKNOWN && says("Stream removed"));
-  throw Failure(reason.empty() ? StatusName(code) : reason, message,
-                broken && (reason.empty() || code == grpc::UNAVAILABLE));
+  if (action.empty() && (code == grpc::UNAVAILABLE || (code == grpc::INTERNAL && says("RST_STREAM")) ||
+                         (code == grpc::UNKNOWN && says("Stream removed")))) {
+    throw Failure("UNAVAILABLE", message, "later");
+  }
+  const std::string reason = Trailer(context, "modelaverage-reason");
+  v1::ErrorReason known;
+  const bool is_known = v1::ErrorReason_Parse(reason, &known);
+  throw Failure(is_known ? reason.substr(std::string_view("ERROR_REASON_").size()) : StatusName(code), message, action);
 }
 
-/// Writes fragments from `first` on, then the half-close. A write fails only when the call is over: its status tells
-/// why.
+/// Writes the opening, all fragments, and the half-close. A write fails only when the call is over: its status tells why.
 template <typename Request>
-void SendFragments(auto& stream, const Layout& layout, std::string_view flat, std::uint32_t first) {
+void WriteAll(auto& stream, const Request& opening, const Layout* layout, std::string_view flat) {
+  if (!stream.Write(opening)) return;
   Request request;
-  for (std::uint32_t index = first; index < layout.num_fragments(); ++index) {
-    const Range range = layout.fragment(index);
+  for (std::uint32_t index = 0; layout != nullptr && index < layout->num_fragments(); ++index) {
+    const Range range = layout->fragment(index);
     request.mutable_fragment()->set_index(index);
     request.mutable_fragment()->set_data(flat.data() + range.offset, range.size);
     if (!stream.Write(request)) return;
   }
   stream.WritesDone();
+}
+
+/// Gives every message to `take` until the stream ends. If `take` throws Failure, the call ends with it.
+template <typename Response>
+void ReadAll(auto& stream, grpc::ClientContext& context, auto take) {
+  std::optional<Failure> refused;
+  Response response;
+  while (!refused && stream.Read(&response)) {
+    try {
+      take(response);
+    } catch (const Failure& failure) {
+      refused = failure;
+      context.TryCancel();
+    }
+  }
+  const grpc::Status status = stream.Finish();
+  if (refused) throw *refused;
+  ThrowUnlessOk(status, context);
 }
 
 /// A flat buffer that comes in fragments.
@@ -115,47 +131,6 @@ void Log(const v1::WaitingNotice& notice) {
   std::cerr << line + "\n";
 }
 
-/// What comes down in a push, message by message. Fields that are not known are ignored, empty messages, too.
-class PushAnswer {
- public:
-  PushAnswer(const Layout& layout, std::string& center)
-      : num_fragments_(layout.num_fragments()), arrival_(layout, center) {}
-
-  /// Returns where to start sending, when the message has the admission.
-  std::optional<std::uint32_t> Take(const v1::PushAndAverageResponse& response) {
-    std::optional<std::uint32_t> first_needed;
-    if (response.has_waiting()) Log(response.waiting());
-    if (response.has_admission()) {
-      first_needed = response.admission().first_needed_fragment();
-      if (std::exchange(admitted_, true)) throw Refusal("a second admission came");
-      if (*first_needed > num_fragments_) throw Refusal("a fragment that does not exist is needed");
-    }
-    if (response.has_shared()) throw Refusal("shared memory came unasked");
-    if (response.has_fragment() || response.has_outcome()) {
-      if (!admitted_) throw Refusal("an answer came before the admission");
-      if (outcome_) throw Refusal("something came after the outcome");
-    }
-    if (response.has_fragment()) arrival_.Take(response.fragment());
-    if (response.has_outcome()) outcome_ = response.outcome();
-    return first_needed;
-  }
-
-  v1::PushOutcome Outcome() const {
-    if (!outcome_) throw Refusal("the stream ended without an outcome");
-    arrival_.RequireWhole();
-    if (outcome_->outcome() < v1::OUTCOME_COMMITTED || outcome_->outcome() > v1::OUTCOME_ALREADY_COUNTED) {
-      throw Refusal("unknown outcome " + std::to_string(outcome_->outcome()));
-    }
-    return *outcome_;
-  }
-
- private:
-  std::uint32_t num_fragments_;
-  Arrival arrival_;
-  bool admitted_ = false;
-  std::optional<v1::PushOutcome> outcome_;
-};
-
 }  // namespace
 
 Calls::Calls(const std::string& address) {
@@ -182,12 +157,7 @@ v1::InitializeResponse Calls::Initialize(const v1::InitializeHeader& header, con
   const auto stream = stub->Initialize(&context, &response);
   v1::InitializeRequest opening;
   *opening.mutable_header() = header;
-  stream->Write(opening);
-  if (layout != nullptr) {
-    SendFragments<v1::InitializeRequest>(*stream, *layout, flat, 0);
-  } else {
-    stream->WritesDone();
-  }
+  WriteAll(*stream, opening, layout, flat);
   ThrowUnlessOk(stream->Finish(), context);
   return response;
 }
@@ -198,27 +168,17 @@ Center Calls::Pull(const v1::PullRequest& request) {
   const auto stream = stub->Pull(&context, request);
   Center center;
   std::optional<Arrival> arrival;
-  std::optional<Failure> refused;
-  v1::PullResponse response;
-  while (!refused && stream->Read(&response)) {
-    try {
-      if (response.has_header()) {
-        if (arrival) throw Refusal("a second header came");
-        center.header = response.header();
-        center.layout = Layout(center.header.manifest());
-        arrival.emplace(center.layout, center.flat);
-      } else if (response.has_fragment()) {
-        if (!arrival) throw Refusal("a fragment came before the header");
-        arrival->Take(response.fragment());
-      }
-    } catch (const Failure& failure) {
-      refused = failure;
-      context.TryCancel();
+  ReadAll<v1::PullResponse>(*stream, context, [&](const v1::PullResponse& response) {
+    if (response.has_header()) {
+      if (arrival) throw Refusal("a second header came");
+      center.header = response.header();
+      center.layout = Layout(center.header.manifest());
+      arrival.emplace(center.layout, center.flat);
+    } else if (response.has_fragment()) {
+      if (!arrival) throw Refusal("a fragment came before the header");
+      arrival->Take(response.fragment());
     }
-  }
-  const grpc::Status status = stream->Finish();
-  if (refused) throw *refused;
-  ThrowUnlessOk(status, context);
+  });
   if (!arrival) throw Refusal("the stream ended without a header");
   arrival->RequireWhole();
   return center;
@@ -231,31 +191,22 @@ v1::PushOutcome Calls::PushAndAverage(const v1::PushHeader& header, const Layout
   const auto stream = stub->PushAndAverage(&context);
   v1::PushAndAverageRequest opening;
   *opening.mutable_header() = header;
-  stream->Write(opening);
+  WriteAll(*stream, opening, &layout, flat);
 
-  // The average comes down while fragments go up: this thread reads, another one writes. It never outlives the call,
-  // because a write to a call that is over fails.
-  std::thread sender;
-  PushAnswer answer(layout, center);
-  std::optional<Failure> refused;
-  v1::PushAndAverageResponse response;
-  while (!refused && stream->Read(&response)) {
-    try {
-      if (const auto first_needed = answer.Take(response)) {
-        sender = std::thread([&stream, &layout, flat, first = *first_needed] {
-          SendFragments<v1::PushAndAverageRequest>(*stream, layout, flat, first);
-        });
-      }
-    } catch (const Failure& failure) {
-      refused = failure;
-      context.TryCancel();
-    }
+  Arrival arrival(layout, center);
+  std::optional<v1::PushOutcome> outcome;
+  ReadAll<v1::PushAndAverageResponse>(*stream, context, [&](const v1::PushAndAverageResponse& response) {
+    if (outcome) throw Refusal("something came after the outcome");
+    if (response.has_waiting()) Log(response.waiting());
+    if (response.has_fragment()) arrival.Take(response.fragment());
+    if (response.has_outcome()) outcome = response.outcome();
+  });
+  if (!outcome) throw Refusal("the stream ended without an outcome");
+  arrival.RequireWhole();
+  if (outcome->outcome() < v1::OUTCOME_COMMITTED || outcome->outcome() > v1::OUTCOME_ALREADY_COUNTED) {
+    throw Refusal("unknown outcome " + std::to_string(outcome->outcome()));
   }
-  if (sender.joinable()) sender.join();
-  const grpc::Status status = stream->Finish();
-  if (refused) throw *refused;
-  ThrowUnlessOk(status, context);
-  return answer.Outcome();
+  return *outcome;
 }
 
 v1::GetStatusResponse Calls::GetStatus() {

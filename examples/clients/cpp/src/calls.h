@@ -34,8 +34,8 @@ class Calls {
 
   Center Pull(const v1::PullRequest& request);
 
-  /// Sends what the server still needs of `flat`, and puts the center that comes down into `center`; it means nothing
-  /// unless the call returns.
+  /// Half-duplex, which the header has to say: writes all of `flat`, half-closes, and reads the new center into `center`,
+  /// which means nothing unless the call returns.
   v1::PushOutcome PushAndAverage(const v1::PushHeader& header, const Layout& layout, std::string_view flat,
                                  std::string& center);
 

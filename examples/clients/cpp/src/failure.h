@@ -11,16 +11,16 @@ namespace client {
 class Failure : public std::runtime_error {
  public:
   /// `name`: the server's reason without ERROR_REASON_, or the name of the gRPC status.
-  /// `away`: the server cannot be reached, or went in the middle of the call; it may come back.
-  Failure(std::string name, const std::string& message, bool away = false)
-      : std::runtime_error(message), name_(std::move(name)), away_(away) {}
+  /// `action`: what to do: "again", "later" or "pull"; anything else means stop.
+  Failure(std::string name, const std::string& message, std::string action = "stop")
+      : std::runtime_error(message), name_(std::move(name)), action_(std::move(action)) {}
 
   const std::string& name() const { return name_; }
-  bool away() const { return away_; }
+  const std::string& action() const { return action_; }
 
  private:
   std::string name_;
-  bool away_;
+  std::string action_;
 };
 
 /// The client refuses what it was given, or what the server sent.

@@ -129,6 +129,14 @@ std::string Report(const Worker& worker, const Model& model, const std::vector<R
   return "global_step " + std::to_string(worker.global_step()) + ", accuracy " + accuracy.data();
 }
 
+/// The center to go on from: the one that came, whatever the outcome, or the server's, if that has another past.
+std::string Average(Worker& worker, std::string_view flat) try {
+  return worker.PushAndAverage(flat).center;
+} catch (const Failure& failure) {
+  if (failure.action() != "pull") throw;
+  return worker.Pull(/*wait=*/true);
+}
+
 }  // namespace
 
 std::string Train(Worker& worker, const TrainOptions& options) {
@@ -148,8 +156,7 @@ std::string Train(Worker& worker, const TrainOptions& options) {
   std::uint64_t rounds = 0;
   while (worker.global_step() < options.rounds) {
     for (int step = 0; step < kStepsPerRound; ++step) Step(model, part);
-    // Whatever the outcome: the center that came is what to go on from.
-    model = AsModel(worker.PushAndAverage(AsBytes(model)).center);
+    model = AsModel(Average(worker, AsBytes(model)));
     if (++rounds % kRoundsPerReport == 0) std::cerr << worker.worker_id() + ": " + Report(worker, model, rows) + "\n";
   }
   worker.Finish();

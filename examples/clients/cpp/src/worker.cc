@@ -37,25 +37,25 @@ void Pause(int attempt) {
   std::this_thread::sleep_for(std::chrono::duration<double>(pause_s(random)));
 }
 
-/// Makes a call until it returns, or fails in a way that another attempt does not mend.
+/// Makes a call as often as its failures ask for it: "again" at once, "later" for `kPatience`.
 template <typename Call>
-auto Persist(Calls& calls, Call call, bool is_push = false) {
+auto Persist(Calls& calls, Call call) {
   std::optional<Clock::time_point> give_up;
   for (int attempt = 0;; ++attempt) {
     const auto started = Clock::now();
     try {
       return call();
     } catch (const Failure& failure) {
-      if (is_push && (failure.name() == "ROUND_RESTARTED" || failure.name() == "STREAM_STALLED")) continue;
-      if (!failure.away() && !(is_push && failure.name() == "WORKER_ID_IN_USE")) throw;
-      // An attempt that lasted, at the barrier for instance, had found the server again: its end is a new trouble.
+      if (failure.action() == "again") continue;
+      if (failure.action() != "later") throw;
+      // An attempt that lasted, at the barrier for instance, had found the server again: its end is a new failure.
       const auto now = Clock::now();
       if (!give_up || now - started > kPatience) {
         give_up = now + kPatience;
         attempt = 0;
         std::cerr << std::string("trying again for 20 s: ") + failure.what() + "\n";
       }
-      if (now >= *give_up) throw failure.away() ? Failure("UNAVAILABLE", failure.what()) : failure;
+      if (now >= *give_up) throw;
       Pause(attempt);
       calls.AwaitConnection(kConnectTimeout);
     }
@@ -115,8 +115,9 @@ PushResult Worker::PushAndAverage(std::string_view flat) {
   header.set_is_chief(is_chief_);
   header.set_base_step(global_step_);
   header.set_manifest_id(manifest_id_);
+  header.set_half_duplex(true);
   PushResult result;
-  result.outcome = Persist(calls_, [&] { return calls_.PushAndAverage(header, layout_, flat, result.center); }, true);
+  result.outcome = Persist(calls_, [&] { return calls_.PushAndAverage(header, layout_, flat, result.center); });
   global_step_ = result.outcome.global_step();
   return result;
 }

@@ -1,0 +1,178 @@
+"""The rules of one push, from its header to its end. Pure: events in, decisions out; no I/O, no clock, no threads.
+
+A push is OPENED when its header goes, ADMITTED when the server has said what it still needs, CLOSING when the outcome
+has come before the last bytes that travel beside the call, and then DONE or FAILED. What the server may not do fails
+the push with ProtocolError, and nothing of the center that came is used.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from modelaverage.errors import ModelAverageError, ProtocolError, Reason, RetryPushError, ServerUnavailableError
+from modelaverage.outcome import Outcome
+
+__all__ = ["AwaitRest", "Decide", "Done", "Failed", "Keep", "Push", "Retry", "Send", "State", "retry_after"]
+
+
+class State(enum.Enum):
+    """How far a push has come."""
+
+    OPENED = "the header has gone"
+    ADMITTED = "fragments go and come"
+    CLOSING = "the outcome has come, and the last bytes beside the call have not"
+    DONE = "the center is whole, and may be installed"
+    FAILED = "nothing of what came may be used"
+
+
+class Retry(enum.Enum):
+    """Whether the same push may be made again."""
+
+    AT_ONCE = "the server is there; the push did not come into the round, or its answer was lost"
+    LATER = "when the server is back"
+    NO = "it would fail again"
+
+
+@dataclass(frozen=True)
+class Send:
+    """The fragments from this one on are to go."""
+
+    first: int
+
+
+@dataclass(frozen=True)
+class Keep:
+    """These fragments of the center are the next ones, and count if the push is done."""
+
+    first: int
+    count: int
+
+
+@dataclass(frozen=True)
+class AwaitRest:
+    """The bytes beside the call are to be waited for; `Push.rest_ended` tells how that went."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """The center is whole.
+
+    Args:
+        outcome: how the push ended.
+        may_follow: whether the server will ask for all of the next push, so that its fragments need not wait for that.
+    """
+
+    outcome: Outcome
+    may_follow: bool
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The push is over, without a center."""
+
+    error: ModelAverageError
+
+    @property
+    def retry(self) -> Retry:
+        """Whether the same push may be made again."""
+        return retry_after(self.error)
+
+
+Decide = Send | Keep | AwaitRest | Done | Failed
+
+
+class Push:
+    """One push to one server.
+
+    Args:
+        peer: the server's address, for messages.
+        fragment_count: of the center.
+        beside: whether fragments go and the center comes beside the call.
+    """
+
+    def __init__(self, peer: str, fragment_count: int, beside: bool = False) -> None:
+        self.state = State.OPENED
+        self.received = 0
+        """How many fragments of the center have come, in order."""
+        self._peer = peer
+        self._fragment_count = fragment_count
+        self._beside = beside
+        self._outcome: Outcome | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it is DONE or FAILED; no event changes anything then."""
+        return self.state in (State.DONE, State.FAILED)
+
+    def admitted(self, first_needed: int) -> Decide:
+        """The server needs the fragments from this one on."""
+        if self.state is not State.OPENED:
+            return self._broken("admitted a push twice")
+        if first_needed > self._fragment_count:
+            return self._broken(f"asked for fragment {first_needed} of {self._fragment_count}")
+        self.state = State.ADMITTED
+        return Send(first_needed)
+
+    def came(self, first: int, count: int) -> Decide:
+        """The server has sent these fragments of the center, in the call or in memory that it has lent."""
+        if self.state is not State.ADMITTED:
+            return self._broken(f"sent fragment {first} before the admission")
+        if first != self.received or not 0 < count <= self._fragment_count - first:
+            return self._broken(f"sent {count} fragments from {first} on where {self.received} belongs")
+        self.received += count
+        return Keep(first, count)
+
+    def told(self, outcome: int) -> Decide:
+        """The server's last word, as the number on the wire."""
+        if self.state is not State.ADMITTED:
+            return self._broken("sent an outcome before the admission")
+        known = {one.value: one for one in Outcome}
+        if outcome not in known:
+            return self._broken("sent an outcome that this client does not know")
+        self._outcome = known[outcome]
+        if self.received == self._fragment_count:
+            return self._done()
+        if not self._beside:
+            return self._broken(f"sent {self.received} of {self._fragment_count} fragments")
+        if self._outcome is not Outcome.COMMITTED:
+            return self.failed(RetryPushError(f"the center did not come from {self._peer}"))
+        self.state = State.CLOSING
+        return AwaitRest()
+
+    def rest_ended(self, problem: object | None) -> Decide:
+        """All bytes beside the call have come, or why not."""
+        if self.state is not State.CLOSING:
+            return self._broken("was waited for when nothing was to come")
+        if problem is not None:
+            return self.failed(RetryPushError(f"the center did not come from {self._peer}: {problem}"))
+        self.received = self._fragment_count
+        return self._done()
+
+    def ended(self) -> Decide:
+        """The server's stream has ended."""
+        if self.is_over:
+            return self._broken("was heard after the end")
+        return self._broken("ended a push without an outcome; is it a parameter server?")
+
+    def failed(self, error: ModelAverageError) -> Decide:
+        """The call, or the way of the bytes, broke. What comes after the end changes nothing."""
+        if not self.is_over:
+            self.state = State.FAILED
+        return Failed(error)
+
+    def _done(self) -> Decide:
+        assert self._outcome is not None
+        self.state = State.DONE
+        return Done(self._outcome, self._outcome is Outcome.COMMITTED)
+
+    def _broken(self, what: str) -> Decide:
+        return self.failed(ProtocolError(f"{self._peer} {what}"))
+
+
+def retry_after(error: ModelAverageError) -> Retry:
+    """Whether the push that failed so may be made again."""
+    if isinstance(error, RetryPushError):
+        return Retry.AT_ONCE
+    waits = (Reason.STREAM_STALLED, Reason.WORKER_ID_IN_USE)
+    return Retry.LATER if isinstance(error, ServerUnavailableError) or error.reason in waits else Retry.NO

@@ -1,0 +1,266 @@
+"""The push loop: carries out what the rules of `push.py` decide, on whichever way the bytes go."""
+
+from __future__ import annotations
+
+import logging
+import queue
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from numpy.typing import NDArray
+
+from ma_client.transports.calls import Calls
+from ma_client.transports.lent_memory import Loan
+from ma_client.transports.messages import MessageTrip
+from ma_client.transports.push import AwaitRest, Decide, Done, Failed, Push
+from ma_client.transports.staging import FragmentSource, Staging
+from ma_client.transports.way import Ending, Opening, Trip, Way
+from modelaverage import wire
+from modelaverage.codecs import codec_named
+from modelaverage.errors import ModelAverageError
+from modelaverage.logs import event
+from modelaverage.missing import Missing
+from modelaverage.names import listed
+from modelaverage.runtime.deadline import Deadline
+from modelaverage.v1 import parameter_server_pb2 as pb
+
+__all__ = ["Answer", "Pushing"]
+
+_log = logging.getLogger("ma_client")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How a push ended, and where the center lies that came with it.
+
+    Args:
+        outcome: the server's last word.
+        loan: the shared memory that the center lies in; None: it lies in the staging buffer.
+    """
+
+    outcome: pb.PushOutcome
+    loan: Loan | None
+
+    def elsewhere(self, copy: bool) -> Mapping[str, NDArray[Any]] | None:
+        """The center variables by name if they did not arrive in the staging buffer; read-only and only until the next
+        push unless they are copied.
+
+        Raises:
+            RetryPushError: a later round has written over them while they were copied.
+        """
+        if self.loan is None or not copy:
+            return None if self.loan is None else self.loan.arrays
+        copies = {name: array.copy() for name, array in self.loan.arrays.items()}
+        self.loan.check_intact()
+        return copies
+
+
+class Pushing:
+    """Makes the pushes to one server, one after another.
+
+    Args:
+        calls: of the server.
+        ways: for the bytes besides messages, in the order in which a push tries them.
+    """
+
+    def __init__(self, calls: Calls, ways: Sequence[Way]) -> None:
+        self._calls = calls
+        self._ways = ways
+        self._may_follow = False  # whether the next push's fragments may go before its admission comes
+
+    def push(self, header: pb.PushHeader, fragments: FragmentSource, staging: Staging, deadline: Deadline) -> Answer:
+        """One push: what the server asks for goes up while what is finished comes down.
+
+        The staging buffer holds the new center only if this returns, unless the answer has a loan.
+
+        Args:
+            header: of the push, without how its bytes go.
+            fragments: what to give.
+            staging: where the center is to arrive.
+            deadline: for all of it.
+        """
+        # A copy: when the push is made again, its bytes may go elsewhere.
+        header = pb.PushHeader.FromString(header.SerializeToString())
+        has_fragments = header.purpose != pb.PURPOSE_ABSTAIN
+        # After a push that ended well nothing of this worker is in the round: what the server will ask for is known.
+        may_follow, self._may_follow = self._may_follow and has_fragments, False
+        opening = Opening(header.push_id, fragments, staging, codec_named(header.codec), has_fragments, may_follow)
+        staging.begin()
+        with self._travelling(opening) as journey:
+            late = f"the round did not commit (base step {header.base_step})"
+            self._announce(journey, header)
+            requests = _Requests(header, journey.trip)
+            push = Push(self._calls.address, staging.manifest.fragment_count, journey.trip.is_beside)
+            with self._calls.exchange("PushAndAverage", requests.messages(), deadline, late) as call:
+                try:
+                    journey.trip.begun(call.cancel)
+                    for data in call:
+                        outcome = self._take(data, push, journey, requests, deadline)
+                        if outcome is not None:
+                            staging.is_filled()
+                            journey.is_done = True
+                            return Answer(outcome, journey.trip.loan)
+                    _carried_out(push.ended())
+                finally:
+                    call.cancel()
+                    requests.end()
+        raise AssertionError("a push ends with an outcome or an exception")
+
+    def close(self) -> None:
+        """There will be no other push."""
+        for way in self._ways:
+            way.close()
+
+    def _announce(self, journey: _Journey, header: pb.PushHeader) -> None:
+        is_free = isinstance(journey.trip, MessageTrip)
+        for way in self._ways:
+            way.announce(header, journey.opening, is_free)
+        journey.trip.announce(header)
+
+    @contextmanager
+    def _travelling(self, opening: Opening) -> Iterator[_Journey]:
+        """The first way on which the push may begin, or messages. The trip ends with this context."""
+        trips = (way.begin(opening) for way in self._ways)
+        journey = _Journey(opening, next((trip for trip in trips if trip is not None), None))
+        try:
+            yield journey
+        except ModelAverageError as fault:
+            instead = journey.end(fault, self._calls.stopped.is_set())
+            if instead is not None:
+                raise instead from None
+            for way in self._ways:
+                way.failed(fault)
+            raise
+        finally:
+            journey.end(None, self._calls.stopped.is_set())
+
+    def _take(
+        self, data: bytes, push: Push, journey: _Journey, requests: _Requests, deadline: Deadline
+    ) -> pb.PushOutcome | None:
+        """One message of the server; the outcome if the push is done."""
+        message = wire.read_fragment(pb.PushAndAverageResponse, data)
+        if isinstance(message, tuple):
+            self._keep(push, journey.opening, *message)
+            return None
+        if message.HasField("admission"):
+            _carried_out(push.admitted(message.admission.first_needed_fragment))
+            self._admit(message.admission, journey)
+            requests.admit(message.admission.first_needed_fragment, journey.trip)
+        if message.HasField("fragment"):
+            self._keep(push, journey.opening, message.fragment.index, memoryview(message.fragment.data))
+        elsewhere = journey.trip.down(message)
+        if elsewhere is not None:
+            _carried_out(push.came(*elsewhere))
+        if message.HasField("waiting"):
+            _log_waiting(message.waiting, requests.base_step)
+        if not message.HasField("outcome"):
+            return None
+        decided = _carried_out(push.told(message.outcome.outcome))
+        if isinstance(decided, AwaitRest):
+            problem = journey.trip.rest(lambda: not deadline.is_over and not self._calls.stopped.is_set())
+            decided = _carried_out(push.rest_ended(problem))
+        assert isinstance(decided, Done)
+        self._may_follow = decided.may_follow
+        return message.outcome
+
+    def _admit(self, admission: pb.PushAdmission, journey: _Journey) -> None:
+        """Tells the ways what is offered. One of them may take the fragments if they are not on their way yet."""
+        is_free = True
+        for way in self._ways:
+            trip = way.admitted(admission, is_free)
+            if trip is not None and is_free:
+                is_free = False
+                journey.change_to(trip)
+        if is_free:
+            journey.change_to(None)
+
+    @staticmethod
+    def _keep(push: Push, opening: Opening, index: int, data: memoryview) -> None:
+        _carried_out(push.came(index, opening.staging.count(index, data, opening.codec)))
+        opening.staging.put(index, data, opening.codec)
+
+
+class _Journey:
+    """The trips of one push: that on which it began, and that on which its fragments go."""
+
+    def __init__(self, opening: Opening, begun: Trip | None) -> None:
+        self.opening = opening
+        self.is_done = False
+        self._messages = MessageTrip(opening)
+        self.trip: Trip = self._messages if begun is None else begun
+        self._trips = [self.trip]
+
+    def change_to(self, trip: Trip | None) -> None:
+        """The admission says that the fragments go there; None: in messages."""
+        if not self.trip.at_once:
+            self.trip = self._messages if trip is None else trip
+        if trip is not None and trip not in self._trips:
+            self._trips.append(trip)
+
+    def end(self, fault: ModelAverageError | None, is_stopped: bool) -> ModelAverageError | None:
+        """Ends all of them; what to raise instead of the fault, if one of them knows better."""
+        trips, self._trips = self._trips, []
+        instead = [trip.end(Ending(fault, self.is_done, is_stopped)) for trip in trips]
+        return next((error for error in instead if error is not None), None)
+
+
+class _Requests:
+    """What goes up in the call; made on the thread that sends it."""
+
+    def __init__(self, header: pb.PushHeader, trip: Trip) -> None:
+        self.base_step = header.base_step
+        self._opening = pb.PushAndAverageRequest(header=header).SerializeToString()
+        self._trip = trip
+        self._admitted: queue.SimpleQueue[tuple[int, Trip] | None] = queue.SimpleQueue()
+
+    def messages(self) -> Iterator[bytes]:
+        """The header, then the fragments."""
+        trip = self._trip
+        if trip.at_once:
+            # Messages that stand one after the other are read as one.
+            messages = trip.up(0)
+            yield self._opening + next(messages, b"")
+            yield from messages
+            return
+        yield self._opening
+        while self._admitted.empty() and trip.prepare():
+            pass
+        admitted = self._admitted.get()
+        if admitted is not None:
+            first, trip = admitted
+            yield from trip.up(first)
+
+    def admit(self, first: int, trip: Trip) -> None:
+        """The fragments from this one on go on this trip."""
+        self._admitted.put((first, trip))
+
+    def end(self) -> None:
+        """Nothing more is needed."""
+        self._admitted.put(None)
+
+
+def _carried_out(decided: Decide) -> Decide:
+    """The same, unless it is to fail."""
+    if isinstance(decided, Failed):
+        raise decided.error
+    return decided
+
+
+def _log_waiting(waiting: pb.WaitingNotice, step: int) -> None:
+    missing = Missing.told(waiting)
+    what = event(
+        "round_waits",
+        round=step,
+        waited_s=waiting.round_age_s,
+        waiting_for=missing.names,
+        waiting_for_omitted=missing.omitted,
+        waiting_for_unknown=missing.unknown,
+    )
+    whom = missing.text() if missing else "the server: all pushes are there, and its checkpoint is being written"
+    if waiting.finished:
+        gone = listed(waiting.finished, waiting.finished_omitted)
+        have = "has" if len(waiting.finished) + waiting.finished_omitted == 1 else "have"
+        whom += f"; {gone} {have} finished, rounds go on with {waiting.workers_training}"
+    _log.warning("the round has waited %.0f s for %s", waiting.round_age_s, whom, extra=what)

@@ -1,0 +1,111 @@
+"""Fragments in memory that a server on this host lends: they are copied there, and named in the call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from ma_client.transports.lent_memory import Copying, LentMemory, Loan
+from ma_client.transports.way import Ending, Opening, Trip, Way
+from modelaverage.errors import ModelAverageError
+from modelaverage.runtime.shared_memory import Segment
+from modelaverage.v1 import parameter_server_pb2 as pb
+
+__all__ = ["MemoryTrip", "SharedMemory"]
+
+
+class SharedMemory(Way):
+    """The memory that one server lends.
+
+    Args:
+        is_wanted: whether the server may lend some.
+    """
+
+    def __init__(self, is_wanted: bool) -> None:
+        self._is_wanted = is_wanted
+        self._lent = LentMemory()
+        self._next: Segment | None = None  # what the next push may fill at once
+        self._trip: MemoryTrip | None = None
+
+    def begin(self, opening: Opening) -> Trip | None:
+        """As `Way` says: after a push that ended well its memory is filled again while the next admission is
+        awaited."""
+        ready, self._next = self._next, None
+        self._trip = MemoryTrip(opening, ready, self._keep) if opening.has_fragments else None
+        return None if ready is None else self._trip
+
+    def announce(self, header: pb.PushHeader, opening: Opening, is_free: bool) -> None:  # noqa: ARG002
+        """As `Way` says."""
+        header.accepts_shared_memory = self._is_wanted and opening.has_fragments
+
+    def admitted(self, admission: pb.PushAdmission, is_free: bool) -> Trip | None:  # noqa: ARG002
+        """As `Way` says."""
+        trip = self._trip
+        if trip is None:
+            return None
+        trip.loan_offered = self._lent.accept(admission, trip.opening.manifest)
+        return None if trip.loan_offered is None else trip
+
+    def _keep(self, segment: Segment) -> None:
+        self._next = segment
+
+
+class MemoryTrip(Trip):
+    """One push in lent memory.
+
+    Args:
+        opening: what is known of it.
+        ready: memory that may be filled before the admission.
+        keep: takes the memory that the next push may fill.
+
+    Attributes:
+        loan_offered: what the admission lends.
+    """
+
+    def __init__(self, opening: Opening, ready: Segment | None, keep: Callable[[Segment], None]) -> None:
+        self.opening = opening
+        self.loan_offered: Loan | None = None
+        self._keep = keep
+        self._ready = ready
+        self._filled = 0
+        self._is_used = False
+        self._copying = Copying(opening.manifest, opening.fragments)
+
+    @property
+    def loan(self) -> Loan | None:
+        """As `Trip` says."""
+        return self.loan_offered if self._is_used else None
+
+    def prepare(self) -> bool:
+        """As `Trip` says."""
+        if self._ready is None or self._filled >= self.opening.manifest.fragment_count or self._copying.over:
+            return False
+        self._filled = self._copying.fill(self._ready, self._filled)
+        return True
+
+    def up(self, first: int) -> Iterator[bytes]:
+        """As `Trip` says."""
+        assert self.loan_offered is not None
+        contribution = self.loan_offered.contribution
+        filled = self._filled if contribution is self._ready else first
+        while first < self.opening.manifest.fragment_count:
+            if filled <= first:
+                filled = self._copying.fill(contribution, first)
+            if self._copying.over:
+                return
+            put = pb.SharedFragments(first=first, count=filled - first)
+            yield pb.PushAndAverageRequest(shared=put).SerializeToString()
+            first = filled
+
+    def down(self, message: pb.PushAndAverageResponse) -> tuple[int, int] | None:
+        """As `Trip` says."""
+        if not message.HasField("shared") or self.loan_offered is None:
+            return None
+        self._is_used = True
+        return message.shared.first, message.shared.count
+
+    def end(self, ending: Ending) -> ModelAverageError | None:
+        """As `Trip` says; waits for a copy that is under way."""
+        self._copying.end()
+        if ending.is_done and self.loan_offered is not None:
+            self._keep(self.loan_offered.contribution)
+        return None
