@@ -20,6 +20,7 @@ from chaos.limits import DescriptorLimit, Limit, ThreadLimit, limit_with_spare
 from chaos.log import Push, Received, Values, WorkerLog, newest_checkpoint, read
 from chaos.replay import replay
 from chaos.seats import Seat
+from tests.long_plays import long_except
 
 ROOT = Path(__file__).parents[1]
 ROUNDS = 3
@@ -427,16 +428,18 @@ def test_the_newest_checkpoint_is_the_one_of_the_largest_step(tmp_path: Path) ->
 # A run.
 
 
-def test_a_short_run_loses_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("rounds", "faults_every_s"), long_except([(5, 0.3)], [(5, 0.3), (30, 0.6)]))
+def test_a_short_run_loses_nothing(rounds: int, faults_every_s: float, tmp_path: Path) -> None:
     """The accuracy of so short a run says nothing."""
     report = tmp_path / "chaos.json"
-    command = ["-m", "chaos", "--workers", "2", "--rounds", "30", "--seed", "90", "--faults-every-s", "0.6"]
+    command = ["-m", "chaos", "--workers", "2", "--rounds", str(rounds), "--seed", "90"]
+    command += ["--faults-every-s", str(faults_every_s)]
     command += ["--accuracy-points", "100", "--json", str(report)]
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
     assert "nothing was lost, nothing counted twice" in done.stdout
     found = json.loads(report.read_text())
-    assert (found["global_step"], found["rounds_explained"], found["problems"]) == (30, 30, [])
+    assert (found["global_step"], found["rounds_explained"], found["problems"]) == (rounds, rounds, [])
     assert found["faults"]
     assert report.with_suffix(".png").stat().st_size > 10_000

@@ -363,7 +363,7 @@ def test_a_line_of_json_is_one_object_with_stable_names() -> None:
 
 
 def test_where_it_cannot_draw_it_prints_a_line_for_each_change_until_ctrl_c(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def answers() -> Iterator[pb.GetStatusResponse | Exception]:
         yield waiting()
@@ -383,8 +383,7 @@ def test_where_it_cannot_draw_it_prints_a_line_for_each_change_until_ctrl_c(
             raise answer
         return answer
 
-    monkeypatch.setattr("ps_server.console.watch.time.sleep", lambda _: None)
-    watch(["ps:2222"], fetch, 1.0, as_json=False)
+    watch(["ps:2222"], fetch, interval_s=0.001, as_json=False)
     out, err = capsys.readouterr()
     printed = [text.split("  ", 1)[1] for text in out.splitlines()]
     assert [("AWAY" in text, "waits for worker-1" in text) for text in printed] == [
@@ -497,8 +496,7 @@ def test_without_rich_a_terminal_gets_lines_and_is_told_what_to_install(
     fetch_again: list[str] = []
     monkeypatch.setattr(watching, "find_spec", lambda _: None)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    monkeypatch.setattr("ps_server.console.watch.time.sleep", lambda _: None)
-    watch(["ps:2222"], fetch, 1.0, as_json=False)
+    watch(["ps:2222"], fetch, interval_s=0.001, as_json=False)
     out, err = capsys.readouterr()
     assert "waits for worker-1" in out
     assert err == "for a live picture: pip install 'torch-model-average[watch]'\n"

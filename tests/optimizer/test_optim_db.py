@@ -179,6 +179,7 @@ def compare(info: Any, kwargs: dict[str, Any], session: Any) -> tuple[Any, Any]:
     return outcome_of(alone), outcome_of(averaged)
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 def test_every_variant_of_every_optimizer_of_torch_makes_the_same_bits_as_alone() -> None:
     optimizers, count = torchs_list()
