@@ -25,10 +25,12 @@ class RunningServer(Protocol):
     Attributes:
         address: where sessions find it.
         metrics_address: where its metrics are; empty if it has none.
+        loop: on which it runs.
     """
 
     address: str
     metrics_address: str
+    loop: asyncio.AbstractEventLoop
 
     def stop(self) -> None:
         """Stops it as SIGTERM would, and raises what it raised."""
@@ -58,7 +60,7 @@ class _GrpcServer:
             self._ready.set()
 
     async def _main(self) -> None:
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
 
         def ready(addresses: list[str]) -> None:
@@ -75,7 +77,7 @@ class _GrpcServer:
     def stop(self) -> None:
         """Stops it as SIGTERM would, and raises what it raised."""
         if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._stop.set)
+            self.loop.call_soon_threadsafe(self._stop.set)
         self._thread.join(timeout=20)
         assert not self._thread.is_alive(), "the server did not stop"
         if self._failure is not None:
@@ -89,12 +91,13 @@ StartServer = Callable[..., RunningServer]
 def start_server(request: pytest.FixtureRequest) -> Iterator[StartServer]:
     """start_server(num_workers or a RoundPolicy, ...) -> a running server; it is stopped at the end.
 
-    In tests that are marked with `in_memory`, sessions reach it without gRPC and sockets.
+    In tests that are marked with `in_memory`, and not with `in_memory(False)`, sessions reach it without gRPC and sockets.
 
     ``shared``: whether it offers shared memory, however small the model.
     """
     servers: list[RunningServer] = []
-    is_in_memory = request.node.get_closest_marker("in_memory") is not None
+    mark = request.node.get_closest_marker("in_memory")
+    is_in_memory = mark is not None and mark.args != (False,)
 
     def start(
         policy: int | RoundPolicy,
