@@ -59,6 +59,7 @@ class ServerInMemory:
         if not _shared:
             _shared.append(_Loop())
         self._loop = _shared[0]
+        self.loop = self._loop.loop
         self.service: ParameterServerService = self._loop.do(lambda: ParameterServerService(policy))
         self.service.helper.start()
         handler = self.service.handler()
