@@ -91,9 +91,9 @@ StartServer = Callable[..., RunningServer]
 def start_server(request: pytest.FixtureRequest) -> Iterator[StartServer]:
     """start_server(num_workers or a RoundPolicy, ...) -> a running server; it is stopped at the end.
 
-    In tests marked with `in_memory`, and not with `in_memory(False)`, sessions reach it without gRPC and sockets.
+    In tests that are marked with `in_memory`, and not with `in_memory(False)`, sessions reach it without gRPC.
 
-    ``shared``: whether it offers shared memory, however small the model.
+        ``shared``: whether it offers shared memory, however small the model.
     """
     servers: list[RunningServer] = []
     mark = request.node.get_closest_marker("in_memory")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ma_client.job.recovery import Goal, Move, Push, View, common_step, decide, goes_on_after, is_behind
+from ma_client.job.recovery import Goal, MakePush, Move, ServerView, common_step, decide, goes_on_after, is_behind
 from modelaverage.errors import Reason, refusal
 from modelaverage.purpose import Purpose
 
@@ -21,49 +21,49 @@ ASKED = {"is_asked": True}
 
 
 def test_a_server_that_has_not_been_asked_is_asked_unless_its_center_is_here() -> None:
-    assert decide(View(held=7), Goal(7), LONG_S) is Move.DONE
-    assert decide(View(held=7), Goal(8), LONG_S) is Move.ASK
-    assert decide(View(held=7, is_lost=True), Goal(7), LONG_S) is Move.ASK
+    assert decide(ServerView(held=7), Goal(7), LONG_S) is Move.DONE
+    assert decide(ServerView(held=7), Goal(8), LONG_S) is Move.ASK
+    assert decide(ServerView(held=7, is_lost=True), Goal(7), LONG_S) is Move.ASK
 
 
 def test_a_server_that_is_there_is_read_whatever_this_worker_holds() -> None:
     for held in (None, 6, 7):
-        assert decide(View(held, is_lost=True, step=7), Goal(7), LONG_S) is Move.PULL
+        assert decide(ServerView(held, is_lost=True, step=7), Goal(7), LONG_S) is Move.PULL
 
 
 def test_a_server_without_a_center_is_lost() -> None:
-    assert decide(View(held=7, is_lost=True, step=0, has_center=False), Goal(7), LONG_S) is Move.LOST
+    assert decide(ServerView(held=7, is_lost=True, step=0, has_center=False), Goal(7), LONG_S) is Move.LOST
 
 
 @pytest.mark.parametrize(
     ("view", "goal"),
     [
-        (View(6, step=6), Goal(7)),
-        (View(6, step=6, is_asked=True), Goal(7, may_push=False)),
-        (View(6, step=6, waited_s=LONG_S), Goal(7)),
+        (ServerView(6, step=6), Goal(7)),
+        (ServerView(6, step=6, is_asked=True), Goal(7, may_push=False)),
+        (ServerView(6, step=6, waited_s=LONG_S), Goal(7)),
     ],
 )
-def test_who_is_not_asked_or_only_reads_waits(view: View, goal: Goal) -> None:
+def test_who_is_not_asked_or_only_reads_waits(view: ServerView, goal: Goal) -> None:
     assert decide(view, goal, LONG_S) is Move.WAIT
 
 
 def test_who_has_waited_for_long_pushes_unasked() -> None:
-    assert decide(View(6, step=6, waited_s=LONG_S + 0.1), Goal(7), LONG_S) == Push(Purpose.ABSTAIN, 6)
+    assert decide(ServerView(6, step=6, waited_s=LONG_S + 0.1), Goal(7), LONG_S) == MakePush(Purpose.ABSTAIN, 6)
 
 
 def test_a_worker_that_has_the_lost_center_gives_it_back() -> None:
-    assert decide(View(7, is_lost=True, step=5, is_asked=True), Goal(7), LONG_S) == Push(Purpose.RESTORE, 6)
+    assert decide(ServerView(7, is_lost=True, step=5, is_asked=True), Goal(7), LONG_S) == MakePush(Purpose.RESTORE, 6)
 
 
 def test_a_worker_whose_center_is_gone_gives_what_it_made_of_it() -> None:
-    view = View(7, is_intact=False, is_lost=True, step=5, is_asked=True)
-    assert decide(view, Goal(7, has_local=True), LONG_S) == Push(Purpose.CONTRIBUTE, 6)
-    assert decide(view, Goal(7), LONG_S) == Push(Purpose.ABSTAIN, 6)
+    view = ServerView(7, is_intact=False, is_lost=True, step=5, is_asked=True)
+    assert decide(view, Goal(7, has_local=True), LONG_S) == MakePush(Purpose.CONTRIBUTE, 6)
+    assert decide(view, Goal(7), LONG_S) == MakePush(Purpose.ABSTAIN, 6)
 
 
 def test_a_worker_that_others_do_not_follow_makes_one_round_at_a_time_with_them() -> None:
-    view = View(7, is_lost=True, step=4, is_asked=True, is_alone=True)
-    assert decide(view, Goal(7), LONG_S) == Push(Purpose.RESTORE, 4)
+    view = ServerView(7, is_lost=True, step=4, is_asked=True, is_alone=True)
+    assert decide(view, Goal(7), LONG_S) == MakePush(Purpose.RESTORE, 4)
 
 
 @pytest.mark.parametrize("reason", Reason)
@@ -87,9 +87,9 @@ class Server:
 
     step: int
     center: str
-    pushes: dict[int, tuple[Push, str]] = field(default_factory=dict)
+    pushes: dict[int, tuple[MakePush, str]] = field(default_factory=dict)
 
-    def take(self, worker: int, push: Push, gives: str) -> None:
+    def take(self, worker: int, push: MakePush, gives: str) -> None:
         self.pushes[worker] = push, gives
 
     def round(self, workers: int) -> tuple[dict[int, bool], bool]:
@@ -119,7 +119,7 @@ class Worker:
     held: list[int]
     centers: list[str]
     intact: list[bool]
-    views: dict[int, View] = field(default_factory=dict)
+    views: dict[int, ServerView] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -179,14 +179,14 @@ def move(workers: list[Worker], number: int, server: Server, index: int, target:
     """One decision of one worker at one server, carried out."""
     worker = workers[number]
     is_lost = is_behind(worker.held[index], server.step)
-    view = worker.views.get(index) or View(worker.held[index], worker.intact[index], is_lost)
+    view = worker.views.get(index) or ServerView(worker.held[index], worker.intact[index], is_lost)
     decided = decide(view, Goal(target), LONG_S)
     match decided:
         case Move.ASK:
             worker.views[index] = replace(view, step=server.step, is_asked=True)
         case Move.PULL:
             take_center(worker, server, index)
-        case Push():
+        case MakePush():
             assert decided.base_step >= server.step or view.step != server.step
             if decided.base_step < server.step:  # stale: it gets the center
                 take_center(worker, server, index)
