@@ -22,6 +22,7 @@ from fuzz.joins import PROCESSES, Joins
 from fuzz.loop import EndlessError
 from fuzz.witness import Given, Key, Witness
 from fuzz.world import LONG_ENOUGH_S, STALL_TIMEOUT_S, World
+from modelaverage.purpose import Purpose
 from modelaverage.runtime.shared_memory import Segment, SegmentAddress
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.flow.call import FIRST_WRITE_TIMEOUT_S
@@ -43,6 +44,8 @@ _POLICIES = (
 Event = tuple[Callable[[], None], float]
 """Something that may happen, and how often it does."""
 _STOP_TIMEOUT_S = 3.0
+# What a push is for, by a draw of 16; all others contribute.
+_PURPOSES = {0: Purpose.ABSTAIN, 1: Purpose.ABSTAIN, 2: Purpose.RESTORE, 3: Purpose.RESTORE}
 STEP = 5
 _OTHER_MESSAGES = (
     b"",
@@ -187,6 +190,7 @@ class Sequence:
             push_id=push_id,
             weight=given.weight,
             untouched_variables=sorted(given.untouched),
+            purpose=pb.Purpose.Value(f"PURPOSE_{given.purpose.name}"),
             accepts_shared_memory=rng.random() < 0.5,
             fragments_follow=rng.random() < 0.3,
             half_duplex=rng.random() < 0.15,
@@ -232,7 +236,8 @@ class Sequence:
         number = zlib.crc32(repr(key).encode())
         variables = range(len(self._model.manifest.variables))
         untouched = frozenset(v for v in variables if number >> 16 + v & 1) if number % 3 == 0 else frozenset[int]()
-        return Given(float(1 + number % 50), (1.0, 1.0, 2.0, 0.5)[number >> 8 & 3], untouched)
+        purpose = _PURPOSES.get(number >> 10 & 15, Purpose.CONTRIBUTE)
+        return Given(float(1 + number % 50), (1.0, 1.0, 2.0, 0.5)[number >> 8 & 3], untouched, purpose)
 
     def _spoil(self, header: pb.PushHeader) -> None:
         rng = self._rng

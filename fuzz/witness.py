@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,6 +14,7 @@ from fuzz.corpus import MODELS, Model
 from fuzz.finishing import Finishing
 from fuzz.world import Center, World
 from modelaverage.outcome import Outcome
+from modelaverage.purpose import Purpose
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.rules.policy import RoundPolicy
 
@@ -34,6 +36,7 @@ class Given:
     value: float
     weight: float
     untouched: frozenset[int]
+    purpose: Purpose = Purpose.CONTRIBUTE
     indexes: set[int] = field(default_factory=set)
 
 
@@ -57,6 +60,7 @@ class Witness:
         self._finishing = finishing
         self._endings = endings
         self._centers: dict[int, bytes] = {}
+        self._counted: dict[str, tuple[bytes, int]] = {}  # as it was last seen
 
     def center_of(self, step: int) -> bytes | None:
         """The center of a step; None if it was never seen."""
@@ -90,19 +94,40 @@ class Witness:
     def _check_average(self, before: Center, after: Center) -> None:
         job, policy = self._world.job, self._policy
         assert job is not None
-        names = job.round.contributors
-        if len(set(names)) != len(names) or not self._finishing.least(names) <= len(names) <= policy.max_workers:
+        fragments = set(range(job.manifest.fragment_count))
+        counted, self._counted = self._counted, dict(job.round.counted)
+        names = tuple(name for name, key in sorted(self._counted.items()) if counted.get(name) != key)
+        if not self._finishing.least(names) <= len(names) <= policy.max_workers:
             raise Failure(f"a round of {names} committed with {policy}")
-        pushes = list[Given]()
+        pushes = dict[str, Given]()
         for worker_id in names:
             key = (worker_id, *job.round.counted[worker_id])
             given = self.given.get(key)
-            if given is None or given.indexes != set(range(job.manifest.fragment_count)):
+            if given is None or not (given.purpose is Purpose.ABSTAIN or given.indexes == fragments):
                 raise Failure(f"a round committed with {key}, which never came whole")
-            pushes.append(given)
-        mean = sum(given.weight * given.value for given in pushes) / sum(given.weight for given in pushes)
-        untouched = frozenset.intersection(*(given.untouched for given in pushes))
-        if after.step != before.step + 1:
+            if given.purpose is not Purpose.ABSTAIN:
+                pushes[worker_id] = given
+        if job.round.contributors != tuple(pushes):
+            raise Failure(f"a round of {tuple(pushes)} is said to be one of {job.round.contributors}")
+        self._endings["(rounds with abstentions)"] += len(pushes) < len(names)
+        if not pushes:
+            if after.flat != before.flat:
+                raise Failure("all pushes abstain, and the center has changed")
+            return
+        self._check_values(before, after, pushes)
+
+    def _check_values(self, before: Center, after: Center, pushes: Mapping[str, Given]) -> None:
+        job, names = self._world.job, tuple(pushes)
+        assert job is not None
+        restoring = [given for given in pushes.values() if given.purpose is Purpose.RESTORE]
+        self._endings["(centers given back)"] += bool(restoring)
+        if restoring:
+            mean = restoring[0].value
+        else:
+            total_weight = sum(given.weight for given in pushes.values())
+            mean = sum(given.weight * given.value for given in pushes.values()) / total_weight
+        untouched = frozenset.intersection(*(given.untouched for given in pushes.values()))
+        if restoring or after.step != before.step + 1:
             untouched = frozenset()
         arrays = job.center.current.arrays.values()
         for number, (variable, array) in enumerate(zip(job.manifest.variables, arrays, strict=True)):

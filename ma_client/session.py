@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 from ma_client.cluster.spec import ClusterSpec
 from ma_client.files.initial_values import read_initial_values
-from ma_client.job.absence import connect
 from ma_client.job.all_servers import AllServers
 from ma_client.job.assembly import Assembly
 from ma_client.job.farewell import wait_until_all_have_finished
 from ma_client.job.initialization import Proposal, initialize
 from ma_client.job.one_server import LocalPart, WorkerIdentity
 from ma_client.process.one_thread import OneThread, by_one_thread
+from ma_client.transports.absence import connect
 from ma_client.transports.data_settings import DATA_SETTINGS, DataSettings
 from ma_client.transports.timing import TIMING
 from ma_client.transports.ways import WaySettings

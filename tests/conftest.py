@@ -6,6 +6,7 @@ import asyncio
 import math
 import threading
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import pytest
 
@@ -14,11 +15,29 @@ from ps_server.edge.security import NO_SECURITY, ServerSecurity
 from ps_server.flow.service import ServicePolicy
 from ps_server.rules.policy import RoundPolicy
 from ps_server.server import ServerConfig, serve
+from tests.in_memory import ServerInMemory
 from tests.jobs import Job, running
 
 
-class RunningServer:
-    """A parameter server on a free port of loopback."""
+class RunningServer(Protocol):
+    """A parameter server.
+
+    Attributes:
+        address: where sessions find it.
+        metrics_address: where its metrics are; empty if it has none.
+        loop: on which it runs.
+    """
+
+    address: str
+    metrics_address: str
+    loop: asyncio.AbstractEventLoop
+
+    def stop(self) -> None:
+        """Stops it as SIGTERM would, and raises what it raised."""
+
+
+class _GrpcServer:
+    """One on a free port of loopback."""
 
     def __init__(self, policy: ServicePolicy, security: ServerSecurity, metrics_bind: str | None) -> None:
         self.address = self.metrics_address = ""
@@ -41,7 +60,7 @@ class RunningServer:
             self._ready.set()
 
     async def _main(self) -> None:
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
 
         def ready(addresses: list[str]) -> None:
@@ -58,7 +77,7 @@ class RunningServer:
     def stop(self) -> None:
         """Stops it as SIGTERM would, and raises what it raised."""
         if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._stop.set)
+            self.loop.call_soon_threadsafe(self._stop.set)
         self._thread.join(timeout=20)
         assert not self._thread.is_alive(), "the server did not stop"
         if self._failure is not None:
@@ -69,12 +88,16 @@ StartServer = Callable[..., RunningServer]
 
 
 @pytest.fixture
-def start_server() -> Iterator[StartServer]:
+def start_server(request: pytest.FixtureRequest) -> Iterator[StartServer]:
     """start_server(num_workers or a RoundPolicy, ...) -> a running server; it is stopped at the end.
 
-    ``shared``: whether it offers shared memory, however small the model.
+    In tests that are marked with `in_memory`, and not with `in_memory(False)`, sessions reach it without gRPC.
+
+        ``shared``: whether it offers shared memory, however small the model.
     """
     servers: list[RunningServer] = []
+    mark = request.node.get_closest_marker("in_memory")
+    is_in_memory = mark is not None and mark.args != (False,)
 
     def start(
         policy: int | RoundPolicy,
@@ -89,21 +112,20 @@ def start_server() -> Iterator[StartServer]:
     ) -> RunningServer:
         round_policy = RoundPolicy.strict(policy) if isinstance(policy, int) else policy
         shared_memory_from_bytes = 0 if shared else math.inf
-        servers.append(
-            RunningServer(
-                ServicePolicy(
-                    round_policy,
-                    max_model_bytes,
-                    stall_timeout_s,
-                    shared_memory_from_bytes,
-                    checkpoints,
-                    rejoin_timeout_s,
-                    first_notice_s,
-                ),
-                security,
-                metrics_bind,
-            )
+        service_policy = ServicePolicy(
+            round_policy,
+            max_model_bytes,
+            stall_timeout_s,
+            shared_memory_from_bytes,
+            checkpoints,
+            rejoin_timeout_s,
+            first_notice_s,
         )
+        needs_more = checkpoints is not None or security is not NO_SECURITY or metrics_bind is not None
+        if is_in_memory and not needs_more:
+            servers.append(ServerInMemory(service_policy))
+        else:
+            servers.append(_GrpcServer(service_policy, security, metrics_bind))
         return servers[-1]
 
     yield start

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -24,26 +25,6 @@ _UNARY = ("Initialize", "Leave", "GetStatus")
 _ONE_REQUEST = ("Pull", "Leave", "GetStatus", "Join")
 
 
-class _Loop:
-    """One event loop on a thread, for all servers of a process; what it costs to start is paid once."""
-
-    def __init__(self) -> None:
-        self.loop = asyncio.new_event_loop()
-        threading.Thread(target=self.loop.run_forever, name="servers-in-memory", daemon=True).start()
-
-    def do(self, function: Callable[[], Any]) -> Any:
-        """What the function returns, called on the loop."""
-
-        async def call() -> Any:
-            result = function()
-            return await result if asyncio.iscoroutine(result) else result
-
-        return asyncio.run_coroutine_threadsafe(call(), self.loop).result(_TIMEOUT_S)
-
-
-_shared: list[_Loop] = []
-
-
 class ServerInMemory:
     """A server.
 
@@ -56,10 +37,10 @@ class ServerInMemory:
         self.address = f"{SCHEME}:{next(_ports)}"
         self.metrics_address = ""
         self._grace_s = grace_s
-        if not _shared:
-            _shared.append(_Loop())
-        self._loop = _shared[0]
-        self.service: ParameterServerService = self._loop.do(lambda: ParameterServerService(policy))
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, name="server-in-memory", daemon=True)
+        self._thread.start()
+        self.service: ParameterServerService = self._do(lambda: ParameterServerService(policy))
         self.service.helper.start()
         handler = self.service.handler()
         self._handlers = {rpc: _handler_of(handler, rpc) for rpc in (*_UNARY, "Pull", "PushAndAverage", "Join")}
@@ -68,16 +49,29 @@ class ServerInMemory:
 
     def begin(self, call: MemoryCall) -> None:
         """As `ServerSide` says."""
-        self._loop.loop.call_soon_threadsafe(self._begin, call)
+        with suppress(RuntimeError):  # it has just stopped
+            self.loop.call_soon_threadsafe(self._begin, call)
 
     def stop(self) -> None:
         """Stops it as SIGTERM would."""
         if SERVERS.pop(self.address, None) is not None:
-            self._loop.do(self._stop)
+            self._do(self._stop)
+            self.loop.call_soon_threadsafe(self.loop.stop)
+            self._thread.join(_TIMEOUT_S)
+            self.loop.close()
+
+    def _do(self, function: Callable[[], Any]) -> Any:
+        """What the function returns, called on the loop."""
+
+        async def call() -> Any:
+            result = function()
+            return await result if asyncio.iscoroutine(result) else result
+
+        return asyncio.run_coroutine_threadsafe(call(), self.loop).result(_TIMEOUT_S)
 
     def _begin(self, call: MemoryCall) -> None:
-        context = _Context(call, self._loop.loop)
-        task = self._loop.loop.create_task(self._serve(call, context))
+        context = _Context(call, self.loop)
+        task = self.loop.create_task(self._serve(call, context))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         context.serve(task)
@@ -121,7 +115,8 @@ class _Context:
                 task.cancel()
 
         def on_change() -> None:
-            self._loop.call_soon_threadsafe(changed)
+            with suppress(RuntimeError):  # the server has stopped
+                self._loop.call_soon_threadsafe(changed)
 
         self._call.on_change = on_change
         changed()

@@ -11,7 +11,7 @@ import pytest
 
 from ma_client import ParameterServerSession
 from ma_client.cluster.joining import join
-from ma_client.job.absence import NoticePace
+from ma_client.transports.absence import NoticePace
 from ma_client.transports.timing import Timing
 from modelaverage.errors import DeadlineExceededError, ServerUnavailableError
 from tests.conftest import StartServer

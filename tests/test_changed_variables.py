@@ -14,6 +14,8 @@ from modelaverage.errors import ConflictError, Reason
 from tests.optimizer.conftest import alone, join
 from tests.optimizer.workers import Join, Net, Worker
 
+pytestmark = pytest.mark.in_memory
+
 __all__ = ["alone", "join"]
 
 Change = Callable[[torch.nn.Sequential], object]

@@ -58,6 +58,8 @@ def test_sequences_meet_commits_most_refusals_ends_of_jobs_notices_and_pulls_tha
     endings = played("sequences", 120).endings
     assert endings["(rounds committed)"] > 20
     assert endings["OUTCOME_STALE"] > 10
+    assert endings["(centers given back)"] > 3
+    assert endings["(rounds with abstentions)"] > 2
     assert len([name for name in endings if name.isupper()]) > 20
     assert endings["(job over)"] > 5
     assert endings["(notices)"] > 3

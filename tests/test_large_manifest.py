@@ -53,11 +53,11 @@ def beating(server: RunningServer) -> Iterator[Heart]:
             heart.work_s = max(heart.work_s, time.thread_time() - worked_s)
             heart.pause_s = max(heart.pause_s, time.perf_counter() - at_s - BEAT_S)
 
-    future = asyncio.run_coroutine_threadsafe(beat(), server._loop)
+    future = asyncio.run_coroutine_threadsafe(beat(), server.loop)
     try:
         yield heart
         # The last beat may be overdue.
-        asyncio.run_coroutine_threadsafe(asyncio.sleep(2 * BEAT_S), server._loop).result(DEADLINE_S)
+        asyncio.run_coroutine_threadsafe(asyncio.sleep(2 * BEAT_S), server.loop).result(DEADLINE_S)
     finally:
         future.cancel()
 

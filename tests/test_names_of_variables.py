@@ -16,6 +16,8 @@ from tests.conftest import StartServer
 from tests.optimizer.conftest import alone, join
 from tests.optimizer.workers import Join, start_all, together
 
+pytestmark = pytest.mark.in_memory
+
 __all__ = ["alone", "join"]
 
 Wrap = Callable[[torch.nn.Module], torch.nn.Module]

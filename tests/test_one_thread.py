@@ -16,6 +16,8 @@ from modelaverage.errors import ModelAverageError, SessionInUseError
 from tests.conftest import RunningServer, StartServer
 from tests.optimizer.workers import TIMEOUT_S, Running, wait_for_status
 
+pytestmark = pytest.mark.in_memory
+
 CENTER = {"w": np.zeros(3, np.float32)}
 CALLS: dict[str, Callable[[ParameterServerSession], Any]] = {
     "push_and_average": lambda session: session.push_and_average(CENTER),

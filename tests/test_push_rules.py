@@ -8,7 +8,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ma_client.transports.push import AwaitRest, Decide, Done, Failed, Keep, Push, Retry, Send, State, retry_after
+from ma_client.transports.push import (
+    AwaitRest,
+    ClientPush,
+    Decide,
+    Done,
+    Keep,
+    PushFailed,
+    Retry,
+    Send,
+    State,
+    retry_after,
+)
 from modelaverage.errors import (
     ModelAverageError,
     ProtocolError,
@@ -140,7 +151,7 @@ class Oracle:
         return "goes on" if event.outcome == Outcome.COMMITTED.value else "again"
 
 
-def tell(push: Push, event: Event) -> Decide:
+def tell(push: ClientPush, event: Event) -> Decide:
     match event:
         case Admitted(first):
             return push.admitted(first)
@@ -160,11 +171,11 @@ def meant_by(decided: Decide) -> str:
     match decided:
         case Done():
             return "done"
-        case Failed(ProtocolError()):
+        case PushFailed(ProtocolError()):
             return "protocol"
-        case Failed(RetryPushError(reason=None)):
+        case PushFailed(RetryPushError(reason=None)):
             return "again"
-        case Failed():
+        case PushFailed():
             return "fault"
         case _:
             return "goes on"
@@ -173,7 +184,7 @@ def meant_by(decided: Decide) -> str:
 @given(st.booleans().flatmap(lambda beside: st.tuples(st.just(beside), hostile(beside))))
 def test_a_push_is_done_exactly_when_a_whole_center_came_in_order(play: tuple[bool, list[Event]]) -> None:
     beside, events = play
-    push, oracle = Push(PEER, COUNT, beside), Oracle(beside)
+    push, oracle = ClientPush(PEER, COUNT, beside), Oracle(beside)
     for event in events:
         decided = tell(push, event)
         verdict = oracle.verdict(event)
@@ -189,10 +200,10 @@ def test_a_push_is_done_exactly_when_a_whole_center_came_in_order(play: tuple[bo
 @given(st.booleans(), st.data())
 def test_a_server_that_keeps_to_the_protocol_never_fails_a_push(beside: bool, data: st.DataObject) -> None:
     events = data.draw(honest(beside))
-    push = Push(PEER, COUNT, beside)
+    push = ClientPush(PEER, COUNT, beside)
     *_, last = [tell(push, event) for event in events]
     if events[-1] == RestEnded("it broke"):
-        assert isinstance(last, Failed)
+        assert isinstance(last, PushFailed)
         assert last.retry is Retry.AT_ONCE
     else:
         outcome = next(event.outcome for event in events if isinstance(event, Told))
@@ -201,25 +212,25 @@ def test_a_server_that_keeps_to_the_protocol_never_fails_a_push(beside: bool, da
 
 @given(st.booleans(), st.lists(EVENTS, max_size=6), st.lists(EVENTS, min_size=1, max_size=4))
 def test_nothing_changes_a_push_that_is_over(beside: bool, before: list[Event], after: list[Event]) -> None:
-    push = Push(PEER, COUNT, beside)
+    push = ClientPush(PEER, COUNT, beside)
     for event in [*before, Ended()]:
         tell(push, event)
     state, received = push.state, push.received
     assert push.is_over
     for event in after:
-        assert isinstance(tell(push, event), Failed)
+        assert isinstance(tell(push, event), PushFailed)
         assert (push.state, push.received) == (state, received)
 
 
 def test_the_admission_says_from_where_on_to_send() -> None:
-    push = Push(PEER, COUNT)
+    push = ClientPush(PEER, COUNT)
     assert push.state is State.OPENED
     assert push.admitted(2) == Send(2)
     assert State.ADMITTED in (push.state,)
 
 
 def test_bytes_beside_the_call_are_waited_for_after_the_outcome() -> None:
-    push = Push(PEER, COUNT, beside=True)
+    push = ClientPush(PEER, COUNT, beside=True)
     push.admitted(0)
     assert push.told(Outcome.COMMITTED.value) == AwaitRest()
     assert push.state is State.CLOSING
@@ -241,4 +252,4 @@ def test_bytes_beside_the_call_are_waited_for_after_the_outcome() -> None:
 )
 def test_what_broke_says_whether_the_same_push_may_be_made_again(error: ModelAverageError, retry: Retry) -> None:
     assert retry_after(error) is retry
-    assert Failed(error).retry is retry
+    assert PushFailed(error).retry is retry

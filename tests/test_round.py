@@ -161,7 +161,7 @@ def test_the_round_starts_over_when_a_half_made_push_is_abandoned() -> None:
     assert round_.open(4, push("b"), 0.0) == [Admit(0)]
 
 
-def test_a_process_that_pushes_anew_before_its_push_was_whole_starts_the_round_over() -> None:
+def test_a_process_that_makes_another_push_before_the_first_was_whole_starts_the_round_over() -> None:
     round_ = strict(2, 2)
     round_.open(1, push("a", number=1), 0.0)
     give(round_, 1, 0)

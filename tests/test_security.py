@@ -668,4 +668,6 @@ def test_a_script_finds_in_its_environment_what_the_command_was_told(files: File
 
 def test_a_server_that_strangers_can_reach_says_so() -> None:
     with Launched(["-m", "ps_server", "serve", "--num-workers", "1", "--bind", "0.0.0.0:0", "--insecure"]) as server:
-        server.wait_for("listening on", "0.0.0.0:0 is --insecure: whoever can reach it can read and replace the model")
+        server.wait_for(
+            "listening on", "0.0.0.0:0 is --insecure: anyone who can reach it can read and replace the model"
+        )

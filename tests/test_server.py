@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
 from grpc import StatusCode
 
 from ma_client import Outcome
+from modelaverage.errors import Reason, refusal
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.__main__ import main
 from ps_server.center.center import MAX_OLD_BUFFERS, Center
@@ -58,6 +60,24 @@ def test_a_round_gives_the_average_of_all_workers(start_server: StartServer, num
 
 def test_a_weight_is_a_share_of_the_average(job: Job) -> None:
     streams = [job.push("a", of(1), weight=3.0), job.push("b", of(5))]  # an absent weight is 1
+    assert [stream.answer()[1] for stream in streams] == [flat_bytes(of(2))] * 2
+
+
+def test_a_fragment_that_cannot_be_added_starts_the_round_over_whatever_the_reason(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accumulate, failures = Center.accumulate, [refusal(Reason.FRAGMENT_SIZE_WRONG, "too late to refuse it")]
+
+    def broken(self: Center, *arguments: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return accumulate(self, *arguments)
+
+    monkeypatch.setattr(Center, "accumulate", broken)
+    stream, _ = job.admitted("a")
+    stream.give(fragments_of(of(9)))
+    assert stream.refusal().reason == "SERVER_OVERLOADED"
+    streams = [job.push("a", of(1)), job.push("b", of(3))]
     assert [stream.answer()[1] for stream in streams] == [flat_bytes(of(2))] * 2
 
 

@@ -33,6 +33,8 @@ from tests.conftest import StartServer
 from tests.raw_client import RawClient, push_header, until
 from tests.recorded import without_a_cluster
 
+pytestmark = pytest.mark.in_memory
+
 Array = NDArray[Any]
 CENTER = {"w": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.array([0.5, -0.5])}
 A = {name: value + 1 for name, value in CENTER.items()}
@@ -240,6 +242,7 @@ def test_a_center_that_is_not_copied_cannot_be_written_to(pair: Pair) -> None:
             center["w"][...] = 0
 
 
+@pytest.mark.in_memory(False)
 def test_a_center_that_is_not_copied_is_pushed_whole_when_the_round_starts_over(pair: Pair) -> None:
     # Fragments of the void average come down before the restart; they must not become part of what is pushed again.
     center, _ = pair.a.pull(copy=False)
@@ -399,6 +402,7 @@ with ParameterServerSession([sys.argv[1]], worker_id="c") as session:
 """
 
 
+@pytest.mark.in_memory(False)
 def test_ctrl_c_ends_a_push_that_waits_at_the_barrier(pair: Pair) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", WAITING_WORKER, pair.address],

@@ -340,7 +340,7 @@ def test_a_chief_that_would_place_a_half_made_center_otherwise_is_refused(
     addresses = start(start_server, 2)
     raw_initialize(addresses[0], CENTER, 0, 2, b"sixteen bytes...")
     chief = workers.add(session(addresses, "worker-0", fragment_size_bytes=64, placement="round_robin"))
-    with pytest.raises(ConflictError, match="anew") as refused:
+    with pytest.raises(ConflictError, match="again") as refused:
         chief.initialize(CENTER, global_step=STEP)
     assert addresses[0] in str(refused.value)
 

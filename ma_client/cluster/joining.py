@@ -13,8 +13,8 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYetError
 from dataclasses import dataclass
 
-from ma_client.job.absence import NoticePace, connect
 from ma_client.process.threads import without_thread
+from ma_client.transports.absence import NoticePace, connect
 from ma_client.transports.connection import Connection
 from ma_client.transports.timing import TIMING, Timing
 from ma_client.transports.ways import WaySettings
@@ -25,7 +25,7 @@ from modelaverage.logs import event
 from modelaverage.runtime.deadline import Deadline
 from modelaverage.v1 import parameter_server_pb2 as pb
 
-__all__ = ["Place", "join"]
+__all__ = ["TaskPlace", "join"]
 
 _log = logging.getLogger("ma_client")
 _PAUSE_S = 0.5
@@ -33,7 +33,7 @@ _GOODBYE_TIMEOUT_S = 1.0
 
 
 @dataclass(frozen=True)
-class Place:
+class TaskPlace:
     """What a server has given to this process.
 
     Args:
@@ -52,7 +52,7 @@ class _HeldPlace:
         self._address = address
         self._connection = Connection(address, access, WaySettings(timing=timing))
         self._incarnation = uuid.uuid4().bytes
-        self._place = Future[Place]()
+        self._place = Future[TaskPlace]()
         self._trouble = f"{address} does not say one"
         self._thread = threading.Thread(target=self._hold, name="ma_client-join", daemon=True)
         try:
@@ -65,7 +65,7 @@ class _HeldPlace:
             self._connection.close()
             raise
 
-    def place(self, deadline: Deadline) -> Place:
+    def place(self, deadline: Deadline) -> TaskPlace:
         """Waits for it."""
         began_at_s, pace = time.monotonic(), NoticePace(self._connection.timing)
         while True:
@@ -129,7 +129,7 @@ class _HeldPlace:
                     extra=event("task_index_waits", peer=self._address, cause=self._trouble),
                 )
             elif not self._place.done():
-                self._place.set_result(Place(response.task_index, response.num_workers))
+                self._place.set_result(TaskPlace(response.task_index, response.num_workers))
 
     def _fail(self, error: ModelAverageError) -> None:
         if self._place.done():
@@ -146,7 +146,7 @@ _holders: dict[tuple[int, str], _HeldPlace] = {}
 _lock = threading.Lock()
 
 
-def join(address: str, timeout_s: float, security: Security | None = None, timing: Timing = TIMING) -> Place:
+def join(address: str, timeout_s: float, security: Security | None = None, timing: Timing = TIMING) -> TaskPlace:
     """The place of this process in the job of a server, the same whenever it asks.
 
     The place is another process's again soon after this one has ended: at once after a normal end, after some seconds

@@ -7,7 +7,7 @@ import time
 from dataclasses import replace
 
 from ma_client.job.one_server import LocalPart, OneServer
-from ma_client.job.recovery import Goal, Move, Push, View, decide, goes_on_after, is_behind
+from ma_client.job.recovery import Goal, MakePush, Move, ServerView, decide, goes_on_after, is_behind
 from modelaverage.errors import (
     ConflictError,
     DeadlineExceededError,
@@ -76,7 +76,7 @@ def catch_up(
     wait = _Wait(server, goal, deadline)
     status = pb.GetStatusResponse()
     center: LocalPart | None = None  # what this worker gives back; read once, since a push that breaks writes over it
-    view = View(server.step, server.has_center(is_private), is_lost)
+    view = ServerView(server.step, server.has_center(is_private), is_lost)
     while True:
         match decide(view, goal, server.connection.timing.long_wait_s):
             case Move.DONE:
@@ -88,11 +88,11 @@ def catch_up(
                 raise server.lost("it has none")
             case Move.PULL:
                 server.pull(False, deadline)
-                view, center = View(server.step), None
+                view, center = ServerView(server.step), None
             case Move.WAIT:
                 wait.go_on(status)
                 view = replace(view, step=None)
-            case Push(purpose, base_step):
+            case MakePush(purpose, base_step):
                 if purpose is Purpose.RESTORE and center is None:
                     center = server.center_again(is_private)
                 if purpose is Purpose.RESTORE and center is None:  # written over just now
@@ -112,7 +112,7 @@ def catch_up(
                     if is_behind(view.held, server.step or 0):  # one step of several is made
                         view = replace(view, step=None, is_lost=True, is_alone=False)
                     else:
-                        view, center = View(server.step), None
+                        view, center = ServerView(server.step), None
 
 
 class _Wait:
@@ -149,7 +149,7 @@ class _Wait:
         self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
 
 
-def _seen(view: View, status: pb.GetStatusResponse, worker_id: str, waited_s: float) -> View:
+def _seen(view: ServerView, status: pb.GetStatusResponse, worker_id: str, waited_s: float) -> ServerView:
     """The view, with what the server has said."""
     at_rest = status.phase == pb.PHASE_IDLE
     perhaps = status.waiting_for_unknown > 0 or status.waiting_for_omitted > 0

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from modelaverage.errors import ConflictError, ModelAverageError, Reason
 from modelaverage.purpose import Purpose
 
-__all__ = ["Goal", "Move", "Push", "View", "common_step", "decide", "goes_on_after", "is_behind"]
+__all__ = ["Goal", "MakePush", "Move", "ServerView", "common_step", "decide", "goes_on_after", "is_behind"]
 
 
 class Move(enum.Enum):
@@ -30,7 +30,7 @@ class Move(enum.Enum):
 
 
 @dataclass(frozen=True)
-class Push:
+class MakePush:
     """A push to it is made.
 
     Args:
@@ -58,7 +58,7 @@ class Goal:
 
 
 @dataclass(frozen=True)
-class View:
+class ServerView:
     """What a worker knows of a server.
 
     Args:
@@ -82,7 +82,7 @@ class View:
     is_alone: bool = False
 
 
-def decide(view: View, goal: Goal, long_wait_s: float) -> Move | Push:
+def decide(view: ServerView, goal: Goal, long_wait_s: float) -> Move | MakePush:
     """What a worker does next.
 
     Args:
@@ -127,7 +127,7 @@ def goes_on_after(error: ModelAverageError) -> Reason | None:
     return error.reason if isinstance(error, ConflictError) and error.reason in news else None
 
 
-def _push(purpose: Purpose, base_step: int, view: View) -> Push:
+def _push(purpose: Purpose, base_step: int, view: ServerView) -> MakePush:
     """Makes all missing rounds at once, unless others push from an earlier step: then one by one, with them."""
     assert view.step is not None
-    return Push(purpose, view.step if view.is_alone else base_step)
+    return MakePush(purpose, view.step if view.is_alone else base_step)

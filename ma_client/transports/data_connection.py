@@ -8,7 +8,7 @@ from ma_client.process.threads import without_thread
 from ma_client.transports.data_link import DataLink
 from ma_client.transports.data_socket import Transfer
 from ma_client.transports.timing import Timing
-from ma_client.transports.way import Ending, Opening, Trip, Way
+from ma_client.transports.way import Ending, OutgoingPush, Trip, Way
 from modelaverage.errors import (
     DeadlineExceededError,
     ModelAverageError,
@@ -37,7 +37,7 @@ class DataWay(Way):
         self._timing = timing
         self._asked = False
 
-    def begin(self, opening: Opening) -> Trip | None:
+    def begin(self, opening: OutgoingPush) -> Trip | None:
         """As `Way` says. Bytes go before the call: the server finds them when it has read the header."""
         connection = self._link.take() if opening.may_follow else None
         if connection is None:
@@ -54,7 +54,7 @@ class DataWay(Way):
             raise
         return DataTrip(transfer, self._link)
 
-    def announce(self, header: pb.PushHeader, opening: Opening, is_free: bool) -> None:
+    def announce(self, header: pb.PushHeader, opening: OutgoingPush, is_free: bool) -> None:
         """As `Way` says."""
         self._asked = is_free and self._link.wants(opening.manifest.buffer_size_bytes)
         header.accepts_data_connection = self._asked

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ma_client.transports.way import Opening, Trip
+from ma_client.transports.way import OutgoingPush, Trip
 from modelaverage import wire
 from modelaverage.v1 import parameter_server_pb2 as pb
 
@@ -18,7 +18,7 @@ class MessageTrip(Trip):
         opening: what is known of it.
     """
 
-    def __init__(self, opening: Opening) -> None:
+    def __init__(self, opening: OutgoingPush) -> None:
         self.at_once = opening.may_follow
         self._opening = opening
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from modelaverage.errors import ModelAverageError, ProtocolError, Reason, RetryPushError, ServerUnavailableError
 from modelaverage.outcome import Outcome
 
-__all__ = ["AwaitRest", "Decide", "Done", "Failed", "Keep", "Push", "Retry", "Send", "State", "retry_after"]
+__all__ = ["AwaitRest", "ClientPush", "Decide", "Done", "Keep", "PushFailed", "Retry", "Send", "State", "retry_after"]
 
 
 class State(enum.Enum):
@@ -51,7 +51,7 @@ class Keep:
 
 @dataclass(frozen=True)
 class AwaitRest:
-    """The bytes beside the call are to be waited for; `Push.rest_ended` tells how that went."""
+    """The bytes beside the call are to be waited for; `ClientPush.rest_ended` tells how that went."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Done:
 
 
 @dataclass(frozen=True)
-class Failed:
+class PushFailed:
     """The push is over, without a center."""
 
     error: ModelAverageError
@@ -79,10 +79,10 @@ class Failed:
         return retry_after(self.error)
 
 
-Decide = Send | Keep | AwaitRest | Done | Failed
+Decide = Send | Keep | AwaitRest | Done | PushFailed
 
 
-class Push:
+class ClientPush:
     """One push to one server.
 
     Args:
@@ -159,7 +159,7 @@ class Push:
         """The call, or the way of the bytes, broke. What comes after the end changes nothing."""
         if not self.is_over:
             self.state = State.FAILED
-        return Failed(error)
+        return PushFailed(error)
 
     def _done(self) -> Decide:
         assert self._outcome is not None

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from ma_client.transports.calls import Calls
 from ma_client.transports.lent_memory import Loan
 from ma_client.transports.messages import MessageTrip
-from ma_client.transports.push import AwaitRest, Decide, Done, Failed, Push
+from ma_client.transports.push import AwaitRest, ClientPush, Decide, Done, PushFailed
 from ma_client.transports.staging import FragmentSource, Staging
-from ma_client.transports.way import Ending, Opening, Trip, Way
+from ma_client.transports.way import Ending, OutgoingPush, Trip, Way
 from modelaverage import wire
 from modelaverage.codecs import codec_named
 from modelaverage.errors import ModelAverageError
@@ -86,13 +86,13 @@ class Pushing:
         has_fragments = header.purpose != pb.PURPOSE_ABSTAIN
         # After a push that ended well nothing of this worker is in the round: what the server will ask for is known.
         may_follow, self._may_follow = self._may_follow and has_fragments, False
-        opening = Opening(header.push_id, fragments, staging, codec_named(header.codec), has_fragments, may_follow)
+        opening = OutgoingPush(header.push_id, fragments, staging, codec_named(header.codec), has_fragments, may_follow)
         staging.begin()
         with self._travelling(opening) as journey:
             late = f"the round did not commit (base step {header.base_step})"
             self._announce(journey, header)
             requests = _Requests(header, journey.trip)
-            push = Push(self._calls.address, staging.manifest.fragment_count, journey.trip.is_beside)
+            push = ClientPush(self._calls.address, staging.manifest.fragment_count, journey.trip.is_beside)
             with self._calls.exchange("PushAndAverage", requests.messages(), deadline, late) as call:
                 try:
                     journey.trip.begun(call.cancel)
@@ -120,7 +120,7 @@ class Pushing:
         journey.trip.announce(header)
 
     @contextmanager
-    def _travelling(self, opening: Opening) -> Iterator[_Journey]:
+    def _travelling(self, opening: OutgoingPush) -> Iterator[_Journey]:
         """The first way on which the push may begin, or messages. The trip ends with this context."""
         trips = (way.begin(opening) for way in self._ways)
         journey = _Journey(opening, next((trip for trip in trips if trip is not None), None))
@@ -137,7 +137,7 @@ class Pushing:
             journey.end(None, self._calls.stopped.is_set())
 
     def _take(
-        self, data: bytes, push: Push, journey: _Journey, requests: _Requests, deadline: Deadline
+        self, data: bytes, push: ClientPush, journey: _Journey, requests: _Requests, deadline: Deadline
     ) -> pb.PushOutcome | None:
         """One message of the server; the outcome if the push is done."""
         message = wire.read_fragment(pb.PushAndAverageResponse, data)
@@ -177,7 +177,7 @@ class Pushing:
             journey.change_to(None)
 
     @staticmethod
-    def _keep(push: Push, opening: Opening, index: int, data: memoryview) -> None:
+    def _keep(push: ClientPush, opening: OutgoingPush, index: int, data: memoryview) -> None:
         _carried_out(push.came(index, opening.staging.count(index, data, opening.codec)))
         opening.staging.put(index, data, opening.codec)
 
@@ -185,7 +185,7 @@ class Pushing:
 class _Journey:
     """The trips of one push: that on which it began, and that on which its fragments go."""
 
-    def __init__(self, opening: Opening, begun: Trip | None) -> None:
+    def __init__(self, opening: OutgoingPush, begun: Trip | None) -> None:
         self.opening = opening
         self.is_done = False
         self._messages = MessageTrip(opening)
@@ -243,7 +243,7 @@ class _Requests:
 
 def _carried_out(decided: Decide) -> Decide:
     """The same, unless it is to fail."""
-    if isinstance(decided, Failed):
+    if isinstance(decided, PushFailed):
         raise decided.error
     return decided
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from ma_client.transports.timing import TIMING, Timing
 from modelaverage.addresses import Address, parse
 
-__all__ = ["Reach"]
+__all__ = ["Reach", "takes_connections"]
 
 # An attempt that gets no answer is given up after this time, the next after twice as long: the server may have another
 # address by then, but on a slow link with a full queue before it an attempt takes half a minute.

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from ma_client.transports.lent_memory import Copying, LentMemory, Loan
-from ma_client.transports.way import Ending, Opening, Trip, Way
+from ma_client.transports.way import Ending, OutgoingPush, Trip, Way
 from modelaverage.errors import ModelAverageError
 from modelaverage.runtime.shared_memory import Segment
 from modelaverage.v1 import parameter_server_pb2 as pb
 
-__all__ = ["MemoryTrip", "SharedMemory"]
+__all__ = ["MemoryTrip", "SharedMemoryWay"]
 
 
-class SharedMemory(Way):
+class SharedMemoryWay(Way):
     """The memory that one server lends.
 
     Args:
@@ -26,14 +26,14 @@ class SharedMemory(Way):
         self._next: Segment | None = None  # what the next push may fill at once
         self._trip: MemoryTrip | None = None
 
-    def begin(self, opening: Opening) -> Trip | None:
+    def begin(self, opening: OutgoingPush) -> Trip | None:
         """As `Way` says: after a push that ended well its memory is filled again while the next admission is
         awaited."""
         ready, self._next = self._next, None
         self._trip = MemoryTrip(opening, ready, self._keep) if opening.has_fragments else None
         return None if ready is None else self._trip
 
-    def announce(self, header: pb.PushHeader, opening: Opening, is_free: bool) -> None:  # noqa: ARG002
+    def announce(self, header: pb.PushHeader, opening: OutgoingPush, is_free: bool) -> None:  # noqa: ARG002
         """As `Way` says."""
         header.accepts_shared_memory = self._is_wanted and opening.has_fragments
 
@@ -61,7 +61,7 @@ class MemoryTrip(Trip):
         loan_offered: what the admission lends.
     """
 
-    def __init__(self, opening: Opening, ready: Segment | None, keep: Callable[[Segment], None]) -> None:
+    def __init__(self, opening: OutgoingPush, ready: Segment | None, keep: Callable[[Segment], None]) -> None:
         self.opening = opening
         self.loan_offered: Loan | None = None
         self._keep = keep

@@ -17,11 +17,11 @@ from modelaverage.errors import ModelAverageError
 from modelaverage.manifest import Manifest
 from modelaverage.v1 import parameter_server_pb2 as pb
 
-__all__ = ["Ending", "Opening", "Trip", "Way"]
+__all__ = ["Ending", "OutgoingPush", "Trip", "Way"]
 
 
 @dataclass(frozen=True)
-class Opening:
+class OutgoingPush:
     """What is known of a push before its header goes.
 
     Args:
@@ -104,10 +104,10 @@ class Ending:
 class Way:
     """One way for the bytes of pushes to one server. A member overrides what it has a part in."""
 
-    def begin(self, opening: Opening) -> Trip | None:
+    def begin(self, opening: OutgoingPush) -> Trip | None:
         """A push begins; its trip, if it may go this way before the server has said anything."""
 
-    def announce(self, header: pb.PushHeader, opening: Opening, is_free: bool) -> None:
+    def announce(self, header: pb.PushHeader, opening: OutgoingPush, is_free: bool) -> None:
         """Says in the header that this way could be used. ``is_free``: the push itself goes in messages."""
 
     def admitted(self, admission: pb.PushAdmission, is_free: bool) -> Trip | None:

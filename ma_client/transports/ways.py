@@ -9,7 +9,7 @@ from ma_client.transports.calls import Calls
 from ma_client.transports.data_connection import DataWay
 from ma_client.transports.data_link import DataLink
 from ma_client.transports.data_settings import DATA_SETTINGS, DataSettings
-from ma_client.transports.shared_memory import SharedMemory
+from ma_client.transports.shared_memory import SharedMemoryWay
 from ma_client.transports.timing import TIMING, Timing
 from ma_client.transports.way import Way
 
@@ -32,7 +32,7 @@ class WaySettings:
 
 
 WAYS: list[Callable[[Calls, WaySettings], Way]] = [
-    lambda _, settings: SharedMemory(settings.shared_memory),
+    lambda _, settings: SharedMemoryWay(settings.shared_memory),
     lambda calls, settings: DataWay(DataLink(calls.address, calls.is_encrypted, settings.data), settings.timing),
 ]
 """Makes each way to a server, in the order in which a push tries them. Messages come last, and need no line."""

@@ -115,13 +115,13 @@ def warnings_of(host: str, bind: str, security: ServerSecurity) -> list[str]:
     if _is_loopback(host):
         return []
     if security.tls_cert is None and security.token_file is None:
-        return [f"{bind} is --insecure: whoever can reach it can read and replace the model"]
+        return [f"{bind} is --insecure: anyone who can reach it can read and replace the model"]
     if security.tls_cert is None:
-        return [f"{bind} has no TLS: whoever can read the network's traffic can read the token and the model"]
+        return [f"{bind} has no TLS: anyone who can read the network's traffic can read the token and the model"]
     if security.token_file is None and security.tls_client_ca is None:
         return [
-            f"{bind} has TLS but neither --token-file nor --tls-client-ca: whoever can reach it can read and replace "
-            "the model"
+            f"{bind} has TLS but neither --token-file nor --tls-client-ca: anyone who can reach it can read and "
+            "replace the model"
         ]
     return []
 

@@ -262,7 +262,10 @@ class Job:
                 given = Contribution(push.worker_id, decision.weight, coded[decision.index], codec)
                 to_sum = self.center.defer if run.stays else self.center.accumulate
                 with self._averaging():
-                    found = to_sum(decision.index, given, decision.how is Addition.START)
+                    try:
+                        found = to_sum(decision.index, given, decision.how is Addition.START)
+                    except ModelAverageError as error:  # too late for a refusal: the ledger has the fragment
+                        raise RuntimeError(f"fragment {decision.index} could not be added: {error}") from error
                     self._roster.note_nonfinite(found)
 
             self._apply(decisions, push, add)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 from ps_server.center.buffers import Buffer, Reader
 from ps_server.center.center import Center
@@ -51,11 +51,15 @@ class Writes:
 
     def begin(self, token: int, buffer: Buffer, state: Callable[[], RoundState]) -> asyncio.Task[None]:
         """Begins to write a buffer, with what ``state`` returns. The task never fails."""
-        try:
-            self._writing = asyncio.ensure_future(self._write(token, buffer, *state()))
-        except BaseException:
-            self._ended(token, False)
-            raise
+        with ExitStack() as reading:
+            try:
+                # From now on: a round that starts over before the task has begun must not write into the buffer.
+                reading.enter_context(self._center.reading(buffer, Reader(self._clock())))
+                told = state()
+                self._writing = asyncio.ensure_future(self._write(token, buffer, reading.pop_all(), *told))
+            except BaseException:
+                self._ended(token, False)
+                raise
         return self._writing
 
     async def keep(self) -> None:
@@ -80,12 +84,13 @@ class Writes:
         self,
         token: int,
         buffer: Buffer,
+        reading: ExitStack,
         global_step: int,
         contributors: tuple[str, ...],
         counted: Mapping[str, tuple[bytes, int]],
     ) -> None:
         is_written = False
-        with suppress(Exception), self._center.reading(buffer, Reader(self._clock())):
+        with suppress(Exception), reading:
             finished = self._round.finished
             checkpoint = Checkpoint(
                 self._center.manifest,

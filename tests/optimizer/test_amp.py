@@ -12,6 +12,8 @@ from ma_client import ModelAverageOptimizer
 from tests.conftest import StartServer
 from tests.optimizer.workers import Join, Net, Worker, start_all, together
 
+pytestmark = pytest.mark.in_memory
+
 Local = Callable[[Iterator[torch.nn.Parameter]], torch.optim.Optimizer]
 LOCALS: dict[str, Local] = {
     "SGD": lambda own: torch.optim.SGD(own, lr=0.1, momentum=0.9),

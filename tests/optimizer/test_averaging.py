@@ -31,6 +31,8 @@ from tests.optimizer.workers import (
     wait_for_status,
 )
 
+pytestmark = pytest.mark.in_memory
+
 # Locking.
 
 

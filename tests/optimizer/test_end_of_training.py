@@ -30,6 +30,8 @@ from tests.optimizer.workers import (
     wait_for_status,
 )
 
+pytestmark = pytest.mark.in_memory
+
 
 class Watched(ParameterServerSession):
     """Remembers what it was told to do, in order, and says how many workers still train as the test wants it."""

@@ -9,6 +9,8 @@ import torch
 
 from tests.optimizer.workers import Join, Worker
 
+pytestmark = pytest.mark.in_memory
+
 
 def loss_in_status(worker: Worker) -> float | None:
     (found,) = worker.session.status().workers

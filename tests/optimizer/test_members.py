@@ -25,6 +25,8 @@ from tests.optimizer.workers import (
 )
 from tests.recorded import without_a_cluster
 
+pytestmark = pytest.mark.in_memory
+
 # The constructor.
 
 

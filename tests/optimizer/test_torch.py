@@ -13,6 +13,8 @@ from modelaverage.errors import NotInitializedError
 from tests.conftest import StartServer
 from tests.optimizer.workers import TIMEOUT_S, Join, Net, Worker, center_of, momentum, outcome, start_all, together
 
+pytestmark = pytest.mark.in_memory
+
 
 def test_it_is_a_torch_optimizer_that_shares_all_state_with_the_local_one(alone: Join) -> None:
     worker = alone(local=momentum)

@@ -26,6 +26,8 @@ from modelaverage.v1 import parameter_server_pb2 as pb
 from tests.conftest import StartServer
 from tests.optimizer.workers import Join, Net, momentum
 
+pytestmark = pytest.mark.in_memory
+
 
 def adam(parameters: Iterator[torch.nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, lr=0.1)

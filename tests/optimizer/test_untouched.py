@@ -20,6 +20,8 @@ from ps_server.rules.policy import RoundPolicy
 from tests.conftest import StartServer
 from tests.optimizer.workers import QUIET_S, TIMEOUT_S, Join, Net, Worker, sgd, start_all, together
 
+pytestmark = pytest.mark.in_memory
+
 
 class Telling(ParameterServerSession):
     """Remembers which variables every push called untouched."""

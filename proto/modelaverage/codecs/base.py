@@ -132,7 +132,7 @@ class Codec(ABC):
     def split_range(self, manifest: Manifest, first: int, data: memoryview) -> Iterator[tuple[int, memoryview]]:
         """Index and bytes of whole coded fragments, however many, that lie in memory one behind the other."""
         at = 0
-        while at < len(data):
+        while at < len(data) and first < manifest.fragment_count:
             begin, at = at, at + self.size_bytes(manifest, first)
             yield first, data[begin:at]
             first += 1
