@@ -147,6 +147,7 @@ def test_a_server_serves_wherever_its_log_goes(redirection: str, tmp_path: Path)
             assert len(lost) == 1, "it is said once"
 
 
+@pytest.mark.long
 def test_a_training_goes_on_when_nobody_reads_its_lines() -> None:
     code, errors = into_a_closed_pipe(("ps_worker", "digits", "--alone", "--steps", "5", "--interval-steps", "5"), 0)
     assert code == 0, errors
