@@ -9,7 +9,7 @@ from typing import Any
 from examples.clients.python import client
 from ma_client import ParameterServerSession
 from ma_client.transports.connection import Connection
-from ma_client.transports.push import Keep
+from ma_client.transports.push import ClientPush, Keep
 from ma_client.transports.pushing import Answer
 from modelaverage import errors, wire
 from modelaverage.errors import ModelAverageError, ProtocolError, ServerUnavailableError

@@ -19,7 +19,7 @@ from modelaverage.errors import ModelAverageError
 from modelaverage.manifest import Manifest
 from modelaverage.v1 import parameter_server_pb2 as pb
 
-__all__ = ["Ending", "OutgoingPush", "ClientLane", "ClientTransport"]
+__all__ = ["ClientLane", "ClientTransport", "Ending", "OutgoingPush"]
 
 
 @dataclass(frozen=True)
