@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -46,8 +47,10 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def built(language: str) -> list[str]:
-    """The client's command, once it is built."""
-    done = run(str(CLIENTS / language / "build"))
+    """The client's command, once it is built, by one process at a time."""
+    with (CLIENTS / language / "build").open() as script:
+        fcntl.flock(script, fcntl.LOCK_EX)
+        done = run(str(CLIENTS / language / "build"))
     assert done.returncode == 0, done.stdout + done.stderr
     return [str(CLIENTS / language / "client")]
 
