@@ -22,8 +22,8 @@ from ma_client.job.one_server import LocalPart, WorkerIdentity
 from ma_client.process.one_thread import OneThread, by_one_thread
 from ma_client.transports.absence import connect
 from ma_client.transports.data_settings import DATA_SETTINGS, DataSettings
+from ma_client.transports.registry import TransportSettings
 from ma_client.transports.timing import TIMING
-from ma_client.transports.ways import WaySettings
 from ma_client.values.raw import bytes_of, same_bytes
 from ma_client.values.trees import Paths, as_arrays, nest, paths_of
 from modelaverage import wire
@@ -167,7 +167,7 @@ class ParameterServerSession:
         self._one_thread = OneThread(worker_id)
         worker = WorkerIdentity(worker_id, uuid.uuid4().bytes, is_chief)
         access = Access(Security.from_env() if security is None else security)
-        settings = WaySettings(shared_memory, data_connections, self._timing)
+        settings = TransportSettings(shared_memory, data_connections, self._timing)
         self._servers = AllServers(self.ps_hosts, worker, reconnect_timeout_s, access, settings)
         try:
             self._servers.each(lambda _, server: connect(server.connection, connect_timeout_s))

@@ -9,7 +9,7 @@ from typing import Any
 from examples.clients.python import client
 from ma_client import ParameterServerSession
 from ma_client.transports.connection import Connection
-from ma_client.transports.push import Keep, Push
+from ma_client.transports.push import ClientPush, Keep
 from ma_client.transports.pushing import Answer
 from modelaverage import errors, wire
 from modelaverage.errors import ModelAverageError, ProtocolError, ServerUnavailableError
@@ -66,11 +66,11 @@ def knows_no_padding() -> None:
 
 
 def does_not_look_for_missing_fragments() -> None:
-    def came(self: Push, first: int, count: int) -> Keep:
+    def came(self: ClientPush, first: int, count: int) -> Keep:
         self.received = self._fragment_count
         return Keep(first, count)
 
-    replace(Push, "came", came)
+    replace(ClientPush, "came", came)
 
 
 def mixes_up_types_of_16_bits() -> None:

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from ma_client import ParameterServerSession
-from ma_client.transports import ways
+from ma_client.transports import registry as client_registry
+from ma_client.transports.base import ClientLane, ClientTransport, Ending, OutgoingPush
 from ma_client.transports.connection import Connection
 from ma_client.transports.staging import Memory, Staging
-from ma_client.transports.way import Ending, OutgoingPush, Trip, Way
 from modelaverage import codecs
 from modelaverage.access.channels import Access
 from modelaverage.access.security import Security
@@ -104,7 +104,7 @@ class PigeonLane:
     def close(self) -> None: ...
 
 
-class PigeonWay(Way):
+class ClientPigeonPost(ClientTransport):
     """The client's end."""
 
     pushes = 0
@@ -112,20 +112,20 @@ class PigeonWay(Way):
     def __init__(self) -> None:
         self._key: bytes | None = None
 
-    def begin(self, opening: OutgoingPush) -> Trip | None:
-        return PigeonTrip(LOFTS[self._key], opening) if self._key is not None and opening.may_follow else None
+    def begin(self, opening: OutgoingPush) -> ClientLane | None:
+        return ClientPigeonLane(LOFTS[self._key], opening) if self._key is not None and opening.may_follow else None
 
     def announce(self, header: pb.PushHeader, opening: OutgoingPush, is_free: bool) -> None:  # noqa: ARG002
         header.accepts_transports.append("pigeons")
 
-    def admitted(self, admission: pb.PushAdmission, is_free: bool) -> Trip | None:  # noqa: ARG002
+    def admitted(self, admission: pb.PushAdmission, is_free: bool) -> ClientLane | None:  # noqa: ARG002
         for offer in admission.offers:
             if offer.transport == "pigeons":
                 self._key = offer.details
         return None
 
 
-class PigeonTrip(Trip):
+class ClientPigeonLane(ClientLane):
     """The client's end of one push."""
 
     at_once = is_beside = True
@@ -138,7 +138,7 @@ class PigeonTrip(Trip):
 
     def announce(self, header: pb.PushHeader) -> None:
         header.uses_transport = "pigeons"
-        PigeonWay.pushes += 1
+        ClientPigeonPost.pushes += 1
 
     def rest(self, goes_on: Callable[[], bool]) -> object | None:  # noqa: ARG002
         self._staging.begin_to_fill()
@@ -153,8 +153,9 @@ class PigeonTrip(Trip):
 @pytest.fixture
 def pigeons(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setitem(registry.TRANSPORTS, "pigeons", lambda _: PigeonPost())  # the server's line
-    monkeypatch.setattr(ways, "WAYS", [lambda _, __: PigeonWay(), *ways.WAYS])  # the client's line
-    monkeypatch.setattr(PigeonWay, "pushes", 0)
+    here = [lambda _, __: ClientPigeonPost(), *client_registry.TRANSPORTS]  # the client's line
+    monkeypatch.setattr(client_registry, "TRANSPORTS", here)
+    monkeypatch.setattr(ClientPigeonPost, "pushes", 0)
     yield
     LOFTS.clear()
 
@@ -170,7 +171,7 @@ def test_a_transport_is_a_file_and_a_line_on_either_side(start_server: StartServ
             result = session.push_and_average(pushed)
             np.testing.assert_array_equal(result.center["w"], pushed["w"])
         assert session.base_step == 3
-    assert PigeonWay.pushes == 2  # all but the first, whose admission made the offer
+    assert ClientPigeonPost.pushes == 2  # all but the first, whose admission made the offer
 
 
 # An outer optimizer.

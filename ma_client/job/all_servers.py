@@ -15,7 +15,7 @@ from ma_client.job.recovery import Goal, common_step
 from ma_client.process.forking import OwnProcess
 from ma_client.process.threads import without_thread
 from ma_client.transports.connection import Connection
-from ma_client.transports.ways import WaySettings
+from ma_client.transports.registry import TransportSettings
 from modelaverage.access.channels import Access
 from modelaverage.errors import ConflictError, ModelAverageError
 from modelaverage.runtime.deadline import Deadline
@@ -38,7 +38,7 @@ class AllServers:
         worker: who pushes there.
         reconnect_timeout_s: how long to try again when a server is away.
         access: the way to servers.
-        settings: which ways a push's bytes may go, and how long to wait for what.
+        settings: which transports a push may use, and how long to wait for what.
 
     Raises:
         ServerUnavailableError: there are not enough threads for all servers.
@@ -50,7 +50,7 @@ class AllServers:
         worker: WorkerIdentity,
         reconnect_timeout_s: float,
         access: Access,
-        settings: WaySettings = WaySettings(),  # noqa: B008
+        settings: TransportSettings = TransportSettings(),  # noqa: B008
     ) -> None:
         self._process = OwnProcess()
         self._threads = _threads(len(addresses))

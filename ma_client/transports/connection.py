@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from ma_client.transports.calls import Calls
 from ma_client.transports.carriers import calls_to
 from ma_client.transports.pushing import Answer, Pushing
+from ma_client.transports.registry import TransportSettings, transports_to
 from ma_client.transports.staging import FragmentSource, Staging
-from ma_client.transports.ways import WaySettings, ways_to
 from modelaverage import wire
 from modelaverage.access.channels import Access
 from modelaverage.errors import ProtocolError
@@ -33,20 +33,20 @@ class Connection:
     Args:
         address: HOST:PORT or unix:PATH.
         access: the way to servers.
-        settings: which ways a push's bytes may go, and how long to wait for what.
+        settings: which transports a push may use, and how long to wait for what.
 
     Attributes:
         calls: what carries the calls.
     """
 
-    def __init__(self, address: str, access: Access, settings: WaySettings = WaySettings()) -> None:  # noqa: B008
+    def __init__(self, address: str, access: Access, settings: TransportSettings = TransportSettings()) -> None:  # noqa: B008
         self.address = address
         self.timing = settings.timing
         """How long to wait for what."""
         self.calls: Calls = calls_to(address, access, settings.timing)
         self.progressed_at_s = self.calls.answered_at_s - 1.0
         """When bytes of a model last came, or went so far that the server must have taken some."""
-        self._pushing = Pushing(self.calls, ways_to(self.calls, settings))
+        self._pushing = Pushing(self.calls, transports_to(self.calls, settings))
 
     @property
     def answered_at_s(self) -> float:

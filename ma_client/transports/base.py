@@ -1,8 +1,10 @@
-"""What a way for a push's bytes looks like to the push loop. Each way is one file, and one line in `ways.WAYS`.
+"""What a transport is for the push loop: a way for the bytes of pushes. One file each, and one line in
+`registry.TRANSPORTS`; the mirror image of the server's transports.
 
-A `Way` lasts as long as the connection to its server and remembers what the next push may use. It gives each push that
-goes this way a `Trip`. A way without header fields of its own goes by name: it adds its name to `accepts_transports`,
-finds its `TransportOffer` in an admission, and names itself in `uses_transport` of later pushes.
+A `ClientTransport` lasts as long as the connection to its server, and remembers what the next push may use. Each push
+that uses it gets a `ClientLane`. A transport without header fields of its own announces itself by name: it adds its
+name to `accepts_transports`, finds its `TransportOffer` in an admission, and names itself in `uses_transport` of later
+pushes.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from modelaverage.errors import ModelAverageError
 from modelaverage.manifest import Manifest
 from modelaverage.v1 import parameter_server_pb2 as pb
 
-__all__ = ["Ending", "OutgoingPush", "Trip", "Way"]
+__all__ = ["ClientLane", "ClientTransport", "Ending", "OutgoingPush"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class OutgoingPush:
     Args:
         push_id: its number.
         fragments: the bytes of every fragment, as parts.
-        staging: where the center arrives, unless a way has another place for it.
+        staging: where the center arrives, unless a transport has another place for it.
         codec: how fragments in messages are coded.
         has_fragments: False: the push has nothing to give; only the center comes.
         may_follow: the server will ask for all fragments, so they may go before it does.
@@ -46,8 +48,8 @@ class OutgoingPush:
         return self.staging.manifest
 
 
-class Trip:
-    """One push on its way. A member overrides what is not so for it.
+class ClientLane:
+    """A transport's end of one push. A member overrides what is not so for it.
 
     Attributes:
         at_once: whether the fragments go without waiting for the admission.
@@ -74,7 +76,7 @@ class Trip:
         return iter(())
 
     def down(self, message: pb.PushAndAverageResponse) -> tuple[int, int] | None:
-        """Which fragments of the center, as (first, count), a message says have come this way."""
+        """Which fragments of the center, as (first, count), a message says have come on this lane."""
 
     def begun(self, give_up: Callable[[], object]) -> None:
         """The call is under way; ``give_up`` ends it."""
@@ -83,7 +85,7 @@ class Trip:
         """Waits for bytes beside the call while they move and ``goes_on``; why they did not come, None if they did."""
 
     def end(self, ending: Ending) -> ModelAverageError | None:
-        """The push is over. Returns the exception to raise instead of the fault, if this way knows better."""
+        """The push is over. Returns the exception to raise instead of the fault, if this transport knows better."""
 
 
 @dataclass(frozen=True)
@@ -101,21 +103,21 @@ class Ending:
     is_stopped: bool
 
 
-class Way:
-    """One way for the bytes of pushes to one server. A member overrides what it has a part in."""
+class ClientTransport:
+    """A way for the bytes of pushes to one server. A member overrides what it has a part in."""
 
-    def begin(self, opening: OutgoingPush) -> Trip | None:
-        """A push begins; its trip, if it may go this way before the server has said anything."""
+    def begin(self, opening: OutgoingPush) -> ClientLane | None:
+        """A push begins; its lane, if it may use this transport before the server has said anything."""
 
     def announce(self, header: pb.PushHeader, opening: OutgoingPush, is_free: bool) -> None:
-        """Says in the header that this way could be used. ``is_free``: the push itself goes in messages."""
+        """Says in the header that this transport could be used. ``is_free``: the push itself goes in messages."""
 
-    def admitted(self, admission: pb.PushAdmission, is_free: bool) -> Trip | None:
-        """Takes what an admission offers: for this push, then its trip is returned, or for later ones. ``is_free``: no
-        other way has taken this push's offer."""
+    def admitted(self, admission: pb.PushAdmission, is_free: bool) -> ClientLane | None:
+        """Takes what an admission offers: for this push, then its lane is returned, or for later ones. ``is_free``: no
+        other transport has taken this push's offer."""
 
     def failed(self, fault: ModelAverageError) -> None:
-        """A push failed so, by whichever way it went."""
+        """A push failed so, on whichever transport."""
 
     def close(self) -> None:
         """There will be no other push."""
