@@ -21,6 +21,7 @@ import torch
 
 from modelaverage.v1 import parameter_server_pb2 as pb
 from tests.long_plays import long_except
+from tests.ports import lasting_port
 from tests.raw_client import RawClient, until
 from tests.worker_process import (
     START_TIMEOUT_S,
@@ -63,7 +64,7 @@ def name_of(index: int) -> str:
 class ServerProcess(Process):
     """`ps-server serve`, which listens."""
 
-    def __init__(self, *arguments: str, bind: str = "127.0.0.1:0") -> None:
+    def __init__(self, *arguments: str, bind: str) -> None:
         super().__init__("-m", "ps_server", "serve", "--bind", bind, *arguments)
         self.arguments = arguments
         self.address = self.line(START_TIMEOUT_S).split()[-1]
@@ -109,7 +110,7 @@ class Cluster:
 
     def serve(self, num_workers: int, *arguments: str) -> None:
         """Starts the server."""
-        self._listens(ServerProcess("--num-workers", str(num_workers), *arguments))
+        self._listens(ServerProcess("--num-workers", str(num_workers), *arguments, bind=f"127.0.0.1:{lasting_port()}"))
 
     def serve_again(self) -> None:
         """Starts the server again, where it was, after it was killed."""
