@@ -9,7 +9,8 @@ from ma_client.process import forking as _forking  # noqa: F401
 
 # isort: split
 from ma_client.cluster.spec import ClusterError, ClusterSpec
-from ma_client.session import InitializeResult, ParameterServerSession, PushResult
+from ma_client.job.results import InitializeResult, PushResult
+from ma_client.session import ParameterServerSession
 from ma_client.transports.data_settings import DataSettings
 from modelaverage import __version__ as __version__
 from modelaverage.access.security import Security, Tls
@@ -29,8 +30,9 @@ from modelaverage.errors import (
 from modelaverage.outcome import Outcome
 
 if TYPE_CHECKING:
+    from ma_client.torch.custom_getter import GLOBAL_VARIABLE_NAME, ModelAverageCustomGetter
     from ma_client.torch.hook import ModelAverageHook
-    from ma_client.torch.optimizer import GLOBAL_VARIABLE_NAME, ModelAverageCustomGetter, ModelAverageOptimizer
+    from ma_client.torch.optimizer import ModelAverageOptimizer
 
 __all__ = [
     "ClusterError",
@@ -60,8 +62,8 @@ __all__ = [
 ]
 # torch takes seconds to import and is an extra: only those who use the optimizer need it.
 _WITH_TORCH = {
-    "GLOBAL_VARIABLE_NAME": "optimizer",
-    "ModelAverageCustomGetter": "optimizer",
+    "GLOBAL_VARIABLE_NAME": "custom_getter",
+    "ModelAverageCustomGetter": "custom_getter",
     "ModelAverageHook": "hook",
     "ModelAverageOptimizer": "optimizer",
 }

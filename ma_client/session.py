@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import uuid
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any
@@ -15,71 +13,30 @@ from numpy.typing import NDArray
 from ma_client.cluster.spec import ClusterSpec
 from ma_client.files.initial_values import read_initial_values
 from ma_client.job.all_servers import AllServers
-from ma_client.job.assembly import Assembly
+from ma_client.job.center_arrays import CenterArrays, variables_of
 from ma_client.job.farewell import wait_until_all_have_finished
 from ma_client.job.initialization import Proposal, initialize
 from ma_client.job.one_server import LocalPart, WorkerIdentity
+from ma_client.job.remarks import NonfiniteRemark, say_center_goes_on
+from ma_client.job.results import InitializeResult, PushResult, push_result
+from ma_client.job.session_settings import SessionSettings
 from ma_client.process.one_thread import OneThread, by_one_thread
 from ma_client.transports.absence import connect
 from ma_client.transports.data_settings import DATA_SETTINGS, DataSettings
 from ma_client.transports.registry import TransportSettings
-from ma_client.transports.timing import TIMING
-from ma_client.values.raw import bytes_of, same_bytes
-from ma_client.values.trees import Paths, as_arrays, nest, paths_of
-from modelaverage import wire
+from ma_client.transports.timing import TIMING, Timing
+from ma_client.values.raw import bytes_of
 from modelaverage.access.channels import Access
 from modelaverage.access.security import Security
-from modelaverage.addresses import check_all
-from modelaverage.checks import check_global_step, check_weight, check_worker_id
-from modelaverage.errors import ConflictError, InvalidRequestError, NotInitializedError, Reason
-from modelaverage.logs import event
-from modelaverage.manifest import MAX_SHARDS, Manifest, Variable, dtype_name, first_difference
-from modelaverage.outcome import Outcome
-from modelaverage.placement import PLACEMENTS
+from modelaverage.checks import check_global_step, check_weight
+from modelaverage.errors import InvalidRequestError, NotInitializedError, Reason
 from modelaverage.runtime.deadline import Deadline
 from modelaverage.v1 import parameter_server_pb2 as pb
 
-__all__ = ["InitializeResult", "ParameterServerSession", "PushResult"]
+__all__ = ["ParameterServerSession"]
 
-_Array = NDArray[Any]
-_log = logging.getLogger("ma_client")
 _END_S = 5.0  # how long a call that is to end may take for that
 _LARGEST_INTERVAL = 2**32 - 1  # of the header
-
-
-@dataclass(frozen=True)
-class InitializeResult:
-    """Whose values the center holds.
-
-    Args:
-        initialized: True if this call set the center, False if it was set before and nothing was changed.
-        global_step: rounds completed.
-    """
-
-    initialized: bool
-    global_step: int
-
-
-@dataclass(frozen=True)
-class PushResult:
-    """How a push ended. Whatever the outcome, the worker goes on from ``center``.
-
-    Args:
-        center: the center variables by name, nested as those that were pushed.
-        global_step: rounds completed; the base step of what is trained from this center.
-        outcome: COMMITTED, STALE (this push was not used) or ALREADY_COUNTED (an earlier one was). Of several servers:
-            STALE if any did without it.
-        contributors: ids of the workers in this center's average, on all servers, sorted.
-        waited_s: seconds from this push being complete to the round's commit, on the last server.
-        untouched: variables that no contributor had changed; the center's values were kept.
-    """
-
-    center: Mapping[str, Any]
-    global_step: int
-    outcome: Outcome
-    contributors: tuple[str, ...]
-    waited_s: float
-    untouched: frozenset[str]
 
 
 class ParameterServerSession:
@@ -143,34 +100,37 @@ class ParameterServerSession:
         security: Security | None = None,
         data_connections: DataSettings = DATA_SETTINGS,
     ) -> None:
-        _check_ps_hosts(ps_hosts)
-        check_worker_id(worker_id)
-        if placement not in PLACEMENTS:
-            raise InvalidRequestError(f"there is no placement {placement!r}; choose one of {', '.join(PLACEMENTS)}")
+        settings = SessionSettings(
+            ps_hosts=ps_hosts,
+            worker_id=worker_id,
+            is_chief=is_chief,
+            connect_timeout_s=connect_timeout_s,
+            fragment_size_bytes=fragment_size_bytes,
+            shared_memory=shared_memory,
+            reconnect_timeout_s=reconnect_timeout_s,
+            init_from=init_from,
+            must_be_new=must_be_new,
+            round_timeout_s=round_timeout_s,
+            placement=placement,
+            security=security,
+            data_connections=data_connections,
+        )
         self.worker_id = worker_id
         self.is_chief = is_chief
         self.base_step: int | None = None
         """The `global_step` of the center that this worker has; None before the first pull or push."""
         self.num_workers: int | None = None
         """How many workers a round of the servers waits for; None before the first initialize or pull."""
-        self.ps_hosts = tuple(ps_hosts)
+        self.ps_hosts = tuple(settings.ps_hosts)
         """Addresses of the parameter servers."""
-        self._fragment_size_bytes = fragment_size_bytes
-        self._placement = placement
-        self._round_timeout_s = round_timeout_s
-        self._init_from = init_from
-        self._must_be_new = must_be_new
-        self._has_initialized = False
-        self._assembly: Assembly | None = None
-        self._has_finished = self._was_nonfinite = False
-        self._paths: Paths = {}
+        self._settings = settings
+        self._has_initialized = self._has_finished = False
         self._one_thread = OneThread(worker_id)
-        worker = WorkerIdentity(worker_id, uuid.uuid4().bytes, is_chief)
-        access = Access(Security.from_env() if security is None else security)
-        settings = TransportSettings(shared_memory, data_connections, self._timing)
-        self._servers = AllServers(self.ps_hosts, worker, reconnect_timeout_s, access, settings)
+        self._nonfinite = NonfiniteRemark(worker_id)
+        self._servers = _servers_of(settings, self._timing)
+        self._center = CenterArrays(self._servers, self.ps_hosts)
         try:
-            self._servers.each(lambda _, server: connect(server.connection, connect_timeout_s))
+            self._servers.each(lambda _, server: connect(server.connection, settings.connect_timeout_s))
         except BaseException:
             self._servers.close()
             raise
@@ -281,33 +241,31 @@ class ParameterServerSession:
         if not self.is_chief:
             raise InvalidRequestError(f"{self.worker_id!r} is not the chief: only the chief initializes the center")
         check_global_step(global_step)
-        arrays = self._flat(variables)
-        if self._init_from is not None:
-            arrays = read_initial_values(arrays, self._init_from, other_names)
+        arrays = self._center.flat(variables)
+        settings = self._settings
+        if settings.init_from is not None:
+            arrays = read_initial_values(arrays, settings.init_from, other_names)
         first = not self._has_initialized
         if must_be_new is None:
-            must_be_new = self._must_be_new and first
+            must_be_new = settings.must_be_new and first
         deadline = Deadline(timeout_s)
-        whole = _variables_of(arrays)
-        values = [bytes_of(array) for array in arrays.values()]
         proposal = Proposal(
-            self.worker_id, whole, values, global_step, self._placement, self._fragment_size_bytes, must_be_new
+            self.worker_id,
+            variables_of(arrays),
+            [bytes_of(array) for array in arrays.values()],
+            global_step,
+            settings.placement,
+            settings.fragment_size_bytes,
+            must_be_new,
         )
         done = initialize(self._servers, self.ps_hosts, proposal, deadline)
         self._has_initialized = True
         self.num_workers = done.num_workers
         if done.assembly is not None:
-            self._assembly = done.assembly
+            self._center.take(done.assembly)
             self.base_step = done.global_step
         elif not done.by_this_call and first:
-            whose = "its own initial values are" if self._init_from is None else f"the values of {self._init_from} are"
-            _log.warning(
-                "%s goes on from global_step %d of the center that is there; %s not used (--fresh refuses instead)",
-                self.worker_id,
-                done.global_step,
-                whose,
-                extra=event("center_goes_on", worker=self.worker_id, round=done.global_step),
-            )
+            say_center_goes_on(self.worker_id, done.global_step, settings.init_from)
         return InitializeResult(done.by_this_call, done.global_step)
 
     @by_one_thread
@@ -341,7 +299,7 @@ class ParameterServerSession:
                 that does not belong to the others.
         """
         deadline = Deadline(timeout_s)
-        shape = None if expected is None else self._flat(expected)
+        shape = None if expected is None else self._center.flat(expected)
         will_train = catch_up and not self._has_finished
         if len(self._servers) == 1:
             self._servers.each(
@@ -353,7 +311,7 @@ class ParameterServerSession:
             headers = self._servers.each(lambda _, server: server.center_header(wait_initialized, deadline))
             self._adopt(headers, shape)
             self._servers.pull(wait_initialized, will_train, deadline)
-        return self._center(copy), self._common_step()
+        return self._center.read(copy), self._common_step()
 
     @by_one_thread
     def push_and_average(
@@ -379,7 +337,7 @@ class ParameterServerSession:
             loss: the loss that this worker has reached; shown in the server's status. None: it is not shown.
             interval_steps: how many local steps this worker makes between two rounds; shown in the server's log and
                 status. 0: it is not said.
-            untouched: names of variables that are as they came from the center, for want of a gradient
+            untouched: names of variables that are as they came from the center, because they saw no gradient
                 (`unchanged` tells). What all workers left untouched keeps the center's bytes.
             timeout_s: how long to wait for the other workers; None: the session's ``round_timeout_s``.
             copy: False: the result's arrays are read-only and valid until the session's next call; with a quorum,
@@ -395,36 +353,18 @@ class ParameterServerSession:
             ServerUnavailableError: the server stayed away for ``reconnect_timeout_s``.
         """
         check_weight(weight)
-        deadline = Deadline(self._round_timeout_s if timeout_s is None else timeout_s)
-        assembly = self._assembly
-        if self.base_step is None or assembly is None:
+        deadline = Deadline(self._settings.round_timeout_s if timeout_s is None else timeout_s)
+        if self.base_step is None:
             raise NotInitializedError("pull the center (or initialize it) before the push", Reason.NOT_INITIALIZED)
-        manifest = assembly.manifest
-        arrays = _in_order(self._flat(variables), manifest)
-        # An array from a result that was not copied lies where the average is about to arrive.
-        values = [bytes_of(array.copy() if assembly.overlaps(array) else array) for array in arrays.values()]
-        numbers = {variable.name: number for number, variable in enumerate(manifest.variables)}
-        unknown = set(untouched) - numbers.keys()
-        if unknown:
-            raise InvalidRequestError(f"untouched names {min(unknown)!r}, which is no center variable")
-        untouched_numbers = assembly.cut_numbers({numbers[name] for name in untouched})
         parts = [
-            LocalPart(part, numbers_there, weight, local_step, loss, min(interval_steps, _LARGEST_INTERVAL))
-            for part, numbers_there in zip(assembly.cut(values), untouched_numbers, strict=True)
+            LocalPart(values, untouched_here, weight, local_step, loss, min(interval_steps, _LARGEST_INTERVAL))
+            for values, untouched_here in self._center.cut(variables, untouched)
         ]
         self._has_finished = False
         outcomes = self._servers.push(self.base_step, parts, copy, deadline)
-        self._note_nonfinite(sum(outcome.nonfinite_values for outcome in outcomes))
-        everywhere = frozenset.intersection(*(frozenset(outcome.contributors) for outcome in outcomes))
-        kept = assembly.join_numbers([outcome.untouched_variables for outcome in outcomes])
-        return PushResult(
-            self._center(copy),
-            self._common_step(),
-            _outcome_of(outcomes),
-            tuple(sorted(everywhere)),
-            max(outcome.waited_s for outcome in outcomes),
-            frozenset(manifest.variables[number].name for number in kept),
-        )
+        self._nonfinite.note(sum(outcome.nonfinite_values for outcome in outcomes), self.base_step)
+        kept = self._center.untouched_by_all(outcomes)
+        return push_result(outcomes, self._center.read(copy), self._common_step(), kept)
 
     @by_one_thread
     def check_intact(self) -> None:
@@ -447,15 +387,7 @@ class ParameterServerSession:
             Their names. None of them if the center that came last is no longer here to compare with: after a push that
             failed on its way back, or when rounds with a quorum went on without this worker.
         """
-        assembly = self._assembly
-        if not variables or assembly is None or any(step != self.base_step for step in self._servers.steps):
-            return frozenset()
-        if not all(server.holds_center for server in self._servers):
-            return frozenset()
-        arrays = as_arrays(variables, paths_of(variables))
-        center = assembly.join([server.lent_center for server in self._servers])
-        same = frozenset(name for name, array in arrays.items() if name in center and same_bytes(array, center[name]))
-        return same if all(server.holds_center for server in self._servers) else frozenset()
+        return self._center.unchanged(variables, self.base_step)
 
     def status(self, timeout_s: float = 5.0) -> pb.GetStatusResponse:
         """What the first server is doing; the protocol's own message."""
@@ -466,50 +398,6 @@ class ParameterServerSession:
         """What each server is doing."""
         return self._servers.each(lambda _, server: server.connection.status(Deadline(timeout_s)))
 
-    # How it is done.
-
-    def _note_nonfinite(self, values: int) -> None:
-        """This many values of the last push were not finite: said once, until they are finite again."""
-        if values and not self._was_nonfinite:
-            _log.warning(
-                "%d values of the last push are not finite (NaN, infinite); the average is not either",
-                values,
-                extra=event("values_not_finite", worker=self.worker_id, round=self.base_step, values=values),
-            )
-        self._was_nonfinite = values > 0
-
-    def _adopt(self, headers: Sequence[pb.CenterHeader], expected: Mapping[str, _Array] | None) -> None:
-        """These are the centers of the servers, from now on. Raises ConflictError unless they belong together."""
-        manifests = [wire.manifest_from_message(header.manifest) for header in headers]
-        assembly = self._assembly
-        if assembly is None or list(assembly.shards) != manifests:
-            assembly = Assembly(manifests, self.ps_hosts)
-        if expected is not None:
-            _in_order(expected, assembly.manifest)
-        for header, address in zip(headers, self.ps_hosts, strict=True):
-            if header.num_workers != headers[0].num_workers:
-                raise ConflictError(
-                    f"the parameter server at {address} was started with --num-workers {header.num_workers}, that at "
-                    f"{self.ps_hosts[0]} with {headers[0].num_workers}"
-                )
-        for server, staging, header in zip(self._servers, assembly.stagings, headers, strict=True):
-            server.adopt(staging, header.manifest_id)
-        self._assembly, self.num_workers = assembly, headers[0].num_workers
-
-    def _flat(self, tree: Mapping[str, Any]) -> dict[str, _Array]:
-        """The arrays by the center's names; what comes back will be nested as they are."""
-        self._paths = paths_of(tree)
-        return as_arrays(tree, self._paths)
-
-    def _center(self, copy: bool) -> Mapping[str, Any]:
-        """The center that has come, by name."""
-        assembly = self._assembly
-        assert assembly is not None
-        arrays = assembly.join([server.elsewhere for server in self._servers])
-        if copy:
-            arrays = {name: array.copy() if assembly.overlaps(array) else array for name, array in arrays.items()}
-        return nest(arrays, self._paths) if self._paths.keys() == arrays.keys() else arrays
-
     def _common_step(self) -> int:
         """The step of the center that has come; the base step from now on."""
         (step,) = set(self._servers.steps)
@@ -517,37 +405,14 @@ class ParameterServerSession:
         self.base_step = step
         return step
 
-
-def _check_ps_hosts(ps_hosts: Sequence[str]) -> None:
-    if isinstance(ps_hosts, str) or not ps_hosts:
-        raise InvalidRequestError(f"ps_hosts is {ps_hosts!r}; give a list of the parameter servers' addresses")
-    if len(ps_hosts) > MAX_SHARDS:
-        raise InvalidRequestError(f"ps_hosts has {len(ps_hosts)} addresses; at most {MAX_SHARDS} are possible")
-    try:
-        check_all(ps_hosts)
-    except ValueError as error:
-        raise InvalidRequestError(f"ps_hosts: {error}") from None
-    twice = [host for position, host in enumerate(ps_hosts) if host in ps_hosts[:position]]
-    if twice:
-        raise InvalidRequestError(f"ps_hosts has {twice[0]!r} twice; give every parameter server once")
+    def _adopt(self, headers: Sequence[pb.CenterHeader], expected: Mapping[str, NDArray[Any]] | None) -> None:
+        """These are the centers of the servers, from now on. Raises ConflictError unless they belong together."""
+        self.num_workers = self._center.adopt(headers, expected)
 
 
-def _outcome_of(outcomes: Sequence[pb.PushOutcome]) -> Outcome:
-    """How a push to several servers ended: as it did on that where it ended worst."""
-    ended = {Outcome(outcome.outcome) for outcome in outcomes}
-    return next(outcome for outcome in (Outcome.STALE, Outcome.ALREADY_COUNTED, Outcome.COMMITTED) if outcome in ended)
-
-
-def _variables_of(arrays: Mapping[str, _Array]) -> tuple[Variable, ...]:
-    return tuple(Variable(name, dtype_name(array.dtype), array.shape) for name, array in arrays.items())
-
-
-def _in_order(arrays: Mapping[str, _Array], manifest: Manifest) -> dict[str, _Array]:
-    """The arrays in manifest order. Raises ConflictError, naming the first variable that does not fit."""
-    known = {variable.name: variable for variable in manifest.variables}
-    ordered = {name: arrays[name] for name in known if name in arrays}
-    ordered.update(arrays)
-    difference = first_difference(_variables_of(ordered), manifest.variables, "here", "in the center")
-    if difference is not None:
-        raise ConflictError(f"{difference}; give all workers the same model", Reason.MANIFEST_MISMATCH)
-    return ordered
+def _servers_of(settings: SessionSettings, timing: Timing) -> AllServers:
+    """The servers; nothing is sent yet."""
+    worker = WorkerIdentity(settings.worker_id, uuid.uuid4().bytes, settings.is_chief)
+    access = Access(Security.from_env() if settings.security is None else settings.security)
+    transports = TransportSettings(settings.shared_memory, settings.data_connections, timing)
+    return AllServers(settings.ps_hosts, worker, settings.reconnect_timeout_s, access, transports)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from ma_client import ParameterServerSession
-from ma_client.session import PushResult
+from ma_client.job.results import PushResult
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.rules.policy import RoundPolicy
 from tests.conftest import StartServer

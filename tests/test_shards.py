@@ -13,7 +13,7 @@ import pytest
 
 from ma_client import ParameterServerSession
 from ma_client.job.assembly import Assembly
-from ma_client.session import PushResult
+from ma_client.job.results import PushResult
 from ma_client.values.raw import bytes_of
 from modelaverage import wire
 from modelaverage.errors import ConflictError, DeadlineExceededError, InvalidRequestError, NotInitializedError, Reason

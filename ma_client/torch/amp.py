@@ -3,19 +3,44 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-__all__ = ["has_finite_gradients", "lent_scaling", "scales_itself"]
+__all__ = ["step_if_finite"]
 
 # The attributes that GradScaler sets on an optimizer during its `step`.
 _SCALING = ("grad_scale", "found_inf")
 
 
-def scales_itself(optimizer: torch.optim.Optimizer) -> bool:
+def step_if_finite(
+    told: torch.optim.Optimizer, local: torch.optim.Optimizer, closure: Callable[[], float] | None
+) -> tuple[float | None, bool]:
+    """One step of the local optimizer, unless ``GradScaler`` found infinite gradients.
+
+    Args:
+        told: the optimizer that ``GradScaler`` was given.
+        local: the local optimizer, with the same parameters.
+        closure: for the local optimizer's ``step``.
+
+    Returns:
+        What the closure returned, and whether the step was made. (A local optimizer that scales by itself may still
+        skip its update; that counts as made.)
+
+    Raises:
+        ValueError: a gradient is float16, which GradScaler does not unscale.
+    """
+    if _scales_itself(local):
+        with _lent_scaling(told, local):
+            return local.step(closure), True
+    if not _has_finite_gradients(told):
+        return None, False
+    return local.step(closure), True
+
+
+def _scales_itself(optimizer: torch.optim.Optimizer) -> bool:
     """Whether the optimizer itself unscales gradients and skips updates, controlled by these two attributes. (The
     scaler itself, which some ask for, is not available here.)"""
     supports = getattr(optimizer, "_step_supports_amp_scaling", False)
@@ -23,7 +48,7 @@ def scales_itself(optimizer: torch.optim.Optimizer) -> bool:
 
 
 @contextmanager
-def lent_scaling(told: torch.optim.Optimizer, local: torch.optim.Optimizer) -> Iterator[None]:
+def _lent_scaling(told: torch.optim.Optimizer, local: torch.optim.Optimizer) -> Iterator[None]:
     """Sets GradScaler's attributes of one optimizer on the other during this context."""
     set_here = {name: told.__dict__[name] for name in _SCALING if name in told.__dict__}
     before = {name: local.__dict__[name] for name in set_here if name in local.__dict__}
@@ -36,7 +61,7 @@ def lent_scaling(told: torch.optim.Optimizer, local: torch.optim.Optimizer) -> I
         local.__dict__.update(before)
 
 
-def has_finite_gradients(told: torch.optim.Optimizer) -> bool:
+def _has_finite_gradients(told: torch.optim.Optimizer) -> bool:
     """Whether the gradients allow an update. If GradScaler left unscaling to ``told``, they are unscaled as GradScaler
     would have done. Without GradScaler: True, and nothing is changed.
 

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from ma_client import ModelAverageOptimizer
+from ma_client import ModelAverageCustomGetter, ModelAverageOptimizer
 from ma_client.transports.connection import Connection
 from modelaverage.errors import NotInitializedError
 from modelaverage.v1 import parameter_server_pb2 as pb
@@ -292,7 +292,9 @@ class Loud(ModelAverageOptimizer):
 
 def test_step_hooks_run_once_in_a_subclass_too(alone: Join) -> None:
     plain = alone()
-    loud = Loud(plain.local, 1, True, plain.opt._getter, 1, session=plain.session)
+    getter = ModelAverageCustomGetter("cpu")
+    getter(plain.model)
+    loud = Loud(plain.local, 1, True, getter, 1, session=plain.session)
     seen = list[str]()
     loud.register_step_post_hook(lambda *_: seen.append("here"))
     handle = register_optimizer_step_post_hook(lambda *_: seen.append("everywhere"))

@@ -1,0 +1,131 @@
+"""The parts of a round: collect the contribution, push it, install the average. A schedule says when each is done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ma_client.job.results import PushResult
+from ma_client.torch.gradient_sync import warn_if_gradients_are_shared
+from ma_client.torch.replica import Replica
+from ma_client.torch.steps_said import say_not_used
+from modelaverage.errors import RetryPushError
+from modelaverage.outcome import Outcome
+
+__all__ = ["OwnContribution", "Rounds"]
+
+
+@dataclass(frozen=True)
+class OwnContribution:
+    """What a worker gives to one round.
+
+    Args:
+        values: the local variables by name; they may be the tensors' own memory, as `LocalVariables.gather` says.
+        untouched: names of those that hold the bytes of the center from which they started.
+        base_step: the `global_step` of that center.
+        steps: how many local steps since the last round the values have in them.
+        steps_pushed_before: how many of these an earlier push had, the first since that round; None: there was none.
+        local_step: this worker's count of steps.
+        loss: to be shown in the servers' status; None: nothing.
+    """
+
+    values: Mapping[str, NDArray[np.generic]]
+    untouched: frozenset[str]
+    base_step: int | None
+    steps: int
+    steps_pushed_before: int | None
+    local_step: int
+    loss: float | None
+
+
+class Rounds:
+    """Makes the parts of rounds, for one worker.
+
+    Args:
+        replica: the local variables and their session.
+        interval_steps: told to the servers, which show it.
+
+    Attributes:
+        loss: what the next contribution says of the loss.
+        last: how the last push ended; None: there was none.
+    """
+
+    def __init__(self, replica: Replica, interval_steps: int) -> None:
+        self._replica = replica
+        self._interval_steps = interval_steps
+        self.loss: float | None = None
+        self.last: PushResult | None = None
+
+    def note_loss(self, loss: float | torch.Tensor | None) -> None:
+        """Takes the loss that a closure returned. A tensor is read, which waits for its device. None: nothing new."""
+        if loss is not None:
+            self.loss = float(loss.detach() if isinstance(loss, torch.Tensor) else loss)
+
+    def gather(self) -> OwnContribution:
+        """What this worker has for a round now, and is about to push.
+
+        Raises:
+            ValueError: a parameter is trained that was frozen when the center was made.
+            ConflictError: MANIFEST_MISMATCH: the model has changed and no longer fits the center.
+        """
+        variables, progress = self._replica.variables, self._replica.progress
+        if self.last is None:  # again, because trainers wrap the model after the hook has begun
+            warn_if_gradients_are_shared(variables.getter.model)
+        values = variables.gather()
+        late = progress.touched - values.keys()
+        if late:
+            raise ValueError(
+                f"{min(late)!r} is trained, but was frozen when the center was made and is no center variable; "
+                "leave it trainable until the hook has begun, and freeze it then"
+            )
+        untouched = self._replica.untouched(values)
+        base_step = self._replica.session.base_step
+        before = progress.count_push()
+        return OwnContribution(
+            values, untouched, base_step, progress.steps_since_round, before, progress.local_step, self.loss
+        )
+
+    def push(self, contribution: OwnContribution) -> PushResult:
+        """Gives it to the average and waits for the round. The local variables are not changed.
+
+        Raises:
+            ModelAverageError: the round failed; see `ParameterServerSession.push_and_average`.
+        """
+        return self._replica.session.push_and_average(
+            contribution.values,
+            local_step=contribution.local_step,
+            loss=contribution.loss,
+            interval_steps=self._interval_steps,
+            untouched=contribution.untouched,
+            copy=False,
+        )
+
+    def install(self, result: PushResult, contribution: OwnContribution) -> None:
+        """Replaces the local variables by the center that came back; warns of steps that are lost by that."""
+        if result.outcome is Outcome.COMMITTED:
+            kept = result.untouched & contribution.untouched
+        else:  # what was pushed was not used, and says nothing about this center
+            kept = frozenset()
+            self._say_what_is_lost(result, contribution)
+        self._replica.install(result.center, kept)
+        try:
+            self._replica.session.check_intact()
+        except RetryPushError:  # a quorum went on, and wrote over the average while it was read
+            self._replica.pull()
+        self.last = result
+
+    def _say_what_is_lost(self, result: PushResult, contribution: OwnContribution) -> None:
+        """This push was not used. An earlier one from the same base step, which failed here, may be in the center: then
+        only the steps after it are lost."""
+        session, base_step = self._replica.session, contribution.base_step
+        is_next = base_step is not None and result.global_step == base_step + 1
+        was_counted = (is_next and session.worker_id in result.contributors) or (
+            result.outcome is Outcome.ALREADY_COUNTED
+        )
+        counted = contribution.steps_pushed_before if was_counted else None
+        if counted is None or contribution.steps > counted:
+            say_not_used(session, result.outcome, contribution.steps - (counted or 0))

@@ -1,0 +1,61 @@
+"""What the constructor of `ModelAverageOptimizer` is told, checked, with gaps filled from the environment."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from dataclasses import dataclass
+
+import numpy as np
+
+from ma_client.cluster.spec import ClusterSpec
+from ma_client.session import ParameterServerSession
+
+__all__ = ["OptimizerSettings", "settings_of"]
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """The settings of a `ModelAverageOptimizer`; its docstring explains them."""
+
+    num_worker: int
+    is_chief: bool
+    interval_steps: int
+    use_locking: bool
+    name: str
+
+
+def settings_of(
+    num_worker: object,
+    is_chief: object,
+    interval_steps: object,
+    use_locking: bool,
+    name: str,
+    session: ParameterServerSession | None,
+) -> OptimizerSettings:
+    """Checks the arguments; takes ``num_worker`` and ``is_chief`` from the environment where they are None.
+
+    Raises:
+        ValueError: a number is not a whole number from 1 on, or the session was made with another ``is_chief``.
+        ClusterError: the environment does not describe the cluster.
+    """
+    interval_steps = _whole("interval_steps", interval_steps)
+    if num_worker is None or is_chief is None:
+        cluster = ClusterSpec.from_env()
+        num_worker = cluster.num_workers if num_worker is None else num_worker
+        is_chief = cluster.is_chief if is_chief is None else is_chief
+    num_worker = _whole("num_worker", num_worker)
+    if session is not None and session.is_chief != is_chief:
+        raise ValueError(f"is_chief is {is_chief}, but the session was made with is_chief={session.is_chief}")
+    return OptimizerSettings(num_worker, bool(is_chief), interval_steps, use_locking, name)
+
+
+def _whole(name: str, value: object) -> int:
+    """A number from 1 on, of any integer type. Raises ValueError."""
+    number: int | None = None
+    if not isinstance(value, (bool, np.bool_)):
+        with contextlib.suppress(TypeError):
+            number = operator.index(value)  # type: ignore[arg-type]
+    if number is None or number < 1:
+        raise ValueError(f"{name} {value} is not a whole number from 1 on")
+    return number
