@@ -332,7 +332,9 @@ def test_only_the_first_process_of_a_worker_is_told_that_the_center_must_be_new(
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (LEAVING, "worker-1 ended (exit code 0) while worker-0 waits for it at the barrier"),
+        pytest.param(
+            LEAVING, "worker-1 ended (exit code 0) while worker-0 waits for it at the barrier", marks=pytest.mark.long
+        ),
         (NEVER_COMES, "worker-1 ended (exit code 0) while worker-0 waits for it at the barrier"),
         (CHIEF_LEAVES, "worker-0 ended (exit code 0) without having initialized the center; worker-1 waits for that"),
     ],
