@@ -141,8 +141,8 @@ def _parser() -> argparse.ArgumentParser:
         type=flag_types.seconds,
         default=120.0,
         metavar="SECONDS",
-        help="drop a stream whose client neither sends nor reads for so long; waiting at the barrier does not count. "
-        "A link has to carry a fragment (1 MiB) in that time (%(default)s)",
+        help="drop a stream whose client neither sends nor reads for this long; waiting at the barrier does not count. "
+        "A link must carry a fragment (1 MiB) in that time (%(default)s)",
     )
     command.add_argument(
         "--max-model-bytes",
@@ -160,8 +160,8 @@ def _parser() -> argparse.ArgumentParser:
         type=_data_port,
         default=0,
         metavar="PORT",
-        help="where workers may open a second connection for the bytes of large models, on every host of --bind; 0: "
-        "any free one; off: nowhere, as with TLS. A worker that cannot reach it sends bytes in messages (%(default)s)",
+        help="port of a second connection for the bytes of large models, on every host of --bind; 0: "
+        "any free one; off: none, as with TLS. A worker that cannot reach it sends bytes in messages (%(default)s)",
     )
     command.add_argument(
         "--metrics-bind",
@@ -178,8 +178,8 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser(
         "status",
-        help="show what servers are doing and for whom they wait",
-        description="Shows phase, global_step, whom the round waits for, and every worker; one server after the other.",
+        help="show what servers are doing and which workers they wait for",
+        description="Shows phase, global_step, the workers that the round waits for, and every worker, by server.",
         epilog=_STATUS_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -209,7 +209,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         const=1.0,
         metavar="SECONDS",
-        help="look again every so often (1), until Ctrl-C: a picture in a terminal, elsewhere a line for each change",
+        help="refresh at this interval (1) until Ctrl-C: a live view in a terminal, otherwise a line for each change",
     )
     command.set_defaults(run=_status, on_loss=OnLoss.END)
 

@@ -1,5 +1,4 @@
-"""The contents of a checkpoint besides the values, and their encoding in the file. Pure, except for reading the boot
-id.
+"""The contents of a checkpoint besides the values, and their encoding in the file. Pure, except for the boot id.
 
 A reader accepts exactly what a server writes and refuses everything else.
 """

@@ -1,5 +1,4 @@
-"""The interface of a transport, which carries the bytes of pushes. One file each; the code that serves a push knows
-none.
+"""The interface of a transport, which carries the bytes of pushes. One file each; the push loop knows none of them.
 
 A *transport* lives as long as the server. It reads the header of each push. If the push uses it, it opens a *lane*, its
 side of that one push. The lane delivers ascending runs of encoded fragments and sends finished ranges of the average.
