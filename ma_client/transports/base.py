@@ -1,10 +1,9 @@
-"""What a transport is for the push loop: a way for the bytes of pushes. One file each, and one line in
-`registry.TRANSPORTS`; the mirror image of the server's transports.
+"""The interface of a transport, which carries the bytes of pushes; the counterpart of the server's transports. One file
+each, and one line in `registry.TRANSPORTS`.
 
 A `ClientTransport` lasts as long as the connection to its server, and remembers what the next push may use. Each push
-that uses it gets a `ClientLane`. A transport without header fields of its own announces itself by name: it adds its
-name to `accepts_transports`, finds its `TransportOffer` in an admission, and names itself in `uses_transport` of later
-pushes.
+that uses it gets a `ClientLane`. A transport without header fields of its own is announced by name: it adds its name to
+`accepts_transports`, finds its `TransportOffer` in an admission, and sets `uses_transport` in later pushes.
 """
 
 from __future__ import annotations
@@ -24,15 +23,15 @@ __all__ = ["ClientLane", "ClientTransport", "Ending", "OutgoingPush"]
 
 @dataclass(frozen=True)
 class OutgoingPush:
-    """What is known of a push before its header goes.
+    """What is known of a push before its header is sent.
 
     Args:
         push_id: its number.
         fragments: the bytes of every fragment, as parts.
-        staging: where the center arrives, unless a transport has another place for it.
-        codec: how fragments in messages are coded.
-        has_fragments: False: the push has nothing to give; only the center comes.
-        may_follow: the server will ask for all fragments, so they may go before it does.
+        staging: receives the center, unless a transport puts it elsewhere.
+        codec: encodes fragments in messages.
+        has_fragments: False: the push sends no fragments; only the center is received.
+        may_follow: the server is known to need all fragments, so they may be sent before it asks.
     """
 
     push_id: int
@@ -44,16 +43,16 @@ class OutgoingPush:
 
     @property
     def manifest(self) -> Manifest:
-        """Of the model."""
+        """The manifest of the model."""
         return self.staging.manifest
 
 
 class ClientLane:
-    """A transport's end of one push. A member overrides what is not so for it.
+    """A transport's side of one push. Subclasses override the methods that differ.
 
     Attributes:
-        at_once: whether the fragments go without waiting for the admission.
-        is_beside: whether they go, and the center comes, beside the call.
+        at_once: whether the fragments are sent without waiting for the admission.
+        is_beside: whether fragments and center travel outside the call's stream.
     """
 
     at_once: bool = False
@@ -61,14 +60,14 @@ class ClientLane:
 
     @property
     def loan(self) -> Loan | None:
-        """The memory that the center lies in; None: it lies in the staging."""
+        """The lent memory that holds the center; None: the center is in the staging buffer."""
         return None
 
     def announce(self, header: pb.PushHeader) -> None:
-        """Says in the header how the fragments come."""
+        """Sets in the header how the fragments travel."""
 
     def prepare(self) -> bool:
-        """Does a part of what can be done before the admission; False: nothing is left. On the sending thread."""
+        """Does part of the work possible before the admission; False: none is left. On the sending thread."""
         return False
 
     def up(self, first: int) -> Iterator[bytes]:  # noqa: ARG002
@@ -76,16 +75,17 @@ class ClientLane:
         return iter(())
 
     def down(self, message: pb.PushAndAverageResponse) -> tuple[int, int] | None:
-        """Which fragments of the center, as (first, count), a message says have come on this lane."""
+        """The fragments of the center that a message reports on this lane, as (first, count)."""
 
     def begun(self, give_up: Callable[[], object]) -> None:
-        """The call is under way; ``give_up`` ends it."""
+        """The call has begun; ``give_up`` ends it."""
 
     def rest(self, goes_on: Callable[[], bool]) -> object | None:
-        """Waits for bytes beside the call while they move and ``goes_on``; why they did not come, None if they did."""
+        """Waits for bytes outside the call while they move and ``goes_on``. Returns why they did not arrive, or
+        None."""
 
     def end(self, ending: Ending) -> ModelAverageError | None:
-        """The push is over. Returns the exception to raise instead of the fault, if this transport knows better."""
+        """Ends the push. Returns a more precise exception to raise instead of the fault, if there is one."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,9 @@ class Ending:
     """How a push ended.
 
     Args:
-        fault: what is raised; None: nothing, or no fault of the table's.
-        is_done: whether the center is whole.
-        is_stopped: whether the session has ended it.
+        fault: the error to be raised; None: no error, or none with a reason.
+        is_done: whether the center has arrived completely.
+        is_stopped: whether the session ended the push.
     """
 
     fault: ModelAverageError | None
@@ -104,20 +104,20 @@ class Ending:
 
 
 class ClientTransport:
-    """A way for the bytes of pushes to one server. A member overrides what it has a part in."""
+    """Carries the bytes of pushes to one server. Subclasses override the methods that they need."""
 
     def begin(self, opening: OutgoingPush) -> ClientLane | None:
-        """A push begins; its lane, if it may use this transport before the server has said anything."""
+        """A push begins. Returns its lane if it may use this transport before the server has answered."""
 
     def announce(self, header: pb.PushHeader, opening: OutgoingPush, is_free: bool) -> None:
-        """Says in the header that this transport could be used. ``is_free``: the push itself goes in messages."""
+        """Announces this transport in the header. ``is_free``: the push itself begins in messages."""
 
     def admitted(self, admission: pb.PushAdmission, is_free: bool) -> ClientLane | None:
-        """Takes what an admission offers: for this push, then its lane is returned, or for later ones. ``is_free``: no
-        other transport has taken this push's offer."""
+        """Takes an offer from an admission: for this push, whose lane is returned, or for later ones. ``is_free``: no
+        other transport has taken this push."""
 
     def failed(self, fault: ModelAverageError) -> None:
-        """A push failed so, on whichever transport."""
+        """A push failed with this error, on any transport."""
 
     def close(self) -> None:
-        """There will be no other push."""
+        """Closes the transport; no push follows."""

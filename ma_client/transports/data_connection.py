@@ -1,4 +1,4 @@
-"""Fragments on a data connection beside the call: the way of large models to servers on other hosts."""
+"""Fragments on a data connection outside the call: for large models and servers on other hosts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from modelaverage.v1 import parameter_server_pb2 as pb
 
 __all__ = ["ClientDataLane", "ClientDataTransport"]
 
-# A push whose bytes got stuck beside it ends for one of these reasons; others are the round's, or the server's.
+# A push whose data connection got stuck ends with one of these reasons; others concern the round or the server.
 _STUCK = (None, Reason.DATA_CONNECTION_LOST, Reason.STREAM_STALLED)
 
 
@@ -28,8 +28,8 @@ class ClientDataTransport(ClientTransport):
     """The data connections of one server.
 
     Args:
-        link: has the connection.
-        timing: how long to wait for what.
+        link: holds the connection.
+        timing: timeouts.
     """
 
     def __init__(self, link: DataLink, timing: Timing) -> None:
@@ -38,7 +38,7 @@ class ClientDataTransport(ClientTransport):
         self._asked = False
 
     def begin(self, opening: OutgoingPush) -> ClientLane | None:
-        """As `ClientTransport` says. Bytes go before the call: the server finds them when it has read the header."""
+        """See `ClientTransport`. Sends bytes before the call begins; the server reads them after the header."""
         connection = self._link.take() if opening.may_follow else None
         if connection is None:
             return None
@@ -55,23 +55,23 @@ class ClientDataTransport(ClientTransport):
         return ClientDataLane(transfer, self._link)
 
     def announce(self, header: pb.PushHeader, opening: OutgoingPush, is_free: bool) -> None:
-        """As `ClientTransport` says."""
+        """See `ClientTransport`."""
         self._asked = is_free and self._link.wants(opening.manifest.buffer_size_bytes)
         header.accepts_data_connection = self._asked
 
     def admitted(self, admission: pb.PushAdmission, is_free: bool) -> ClientLane | None:
-        """As `ClientTransport` says: an offer is for later pushes."""
+        """See `ClientTransport`. An offer is for later pushes."""
         if admission.HasField("data_connection") and self._asked and is_free:
             self._link.open(admission.data_connection)
         return None
 
     def failed(self, fault: ModelAverageError) -> None:
-        """As `ClientTransport` says."""
+        """See `ClientTransport`."""
         if isinstance(fault, ServerUnavailableError) and fault.reason is None:
             self._link.server_was_away()
 
     def close(self) -> None:
-        """As `ClientTransport` says."""
+        """See `ClientTransport`."""
         self._link.close()
 
 
@@ -79,7 +79,7 @@ class ClientDataLane(ClientLane):
     """One push on a data connection.
 
     Args:
-        transfer: of its bytes; under way.
+        transfer: the transfer of its bytes, already running.
         link: takes the connection back.
     """
 
@@ -90,23 +90,23 @@ class ClientDataLane(ClientLane):
         self._link = link
 
     def announce(self, header: pb.PushHeader) -> None:
-        """As `ClientLane` says."""
+        """See `ClientLane`."""
         header.uses_data_connection = True
 
     def begun(self, give_up: Callable[[], object]) -> None:
-        """As `ClientLane` says."""
+        """See `ClientLane`."""
         self._transfer.give_up = give_up
 
     def rest(self, goes_on: Callable[[], bool]) -> object | None:
-        """As `ClientLane` says."""
+        """See `ClientLane`."""
         return None if self._transfer.wait(goes_on) else self._transfer.problem or "it was not waited for"
 
     def end(self, ending: Ending) -> ModelAverageError | None:
-        """As `ClientLane` says: a connection on which a push got stuck is not used for a while."""
+        """See `ClientLane`. A connection on which a push got stuck is not used for a while."""
         transfer, fault, instead = self._transfer, ending.fault, None
         stuck = fault if isinstance(fault, RetryPushError | DeadlineExceededError) and not ending.is_stopped else None
         if isinstance(fault, ServerUnavailableError) and transfer.gave_up:
-            # The server is there, but not on this transport.
+            # The server is reachable, but not on this transport.
             stuck = instead = RetryPushError(f"the data connection to {self._link.address} broke: {transfer.problem}")
         transfer.end()
         if transfer.is_whole:

@@ -1,4 +1,4 @@
-"""The push loop: carries out what the rules of `push.py` decide, on whichever transport the bytes go."""
+"""The push loop: carries out the decisions of `push.py`, over any transport."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ _log = logging.getLogger("ma_client")
 
 @dataclass(frozen=True)
 class Answer:
-    """How a push ended, and where the center lies that came with it.
+    """The outcome of a push, and the location of the center that it returned.
 
     Args:
-        outcome: the server's last word.
-        loan: the shared memory that the center lies in; None: it lies in the staging buffer.
+        outcome: the outcome from the server.
+        loan: the shared memory that holds the center; None: it is in the staging buffer.
     """
 
     outcome: pb.PushOutcome
     loan: Loan | None
 
     def elsewhere(self, copy: bool) -> Mapping[str, NDArray[Any]] | None:
-        """The center variables by name if they did not arrive in the staging buffer; read-only and only until the next
-        push unless they are copied.
+        """The center variables by name, if they did not arrive in the staging buffer. Without copying, they are
+        read-only and valid until the next push.
 
         Raises:
-            RetryPushError: a later round has written over them while they were copied.
+            RetryPushError: a later round overwrote them during the copy.
         """
         if self.loan is None or not copy:
             return None if self.loan is None else self.loan.arrays
@@ -61,30 +61,30 @@ class Pushing:
     """Makes the pushes to one server, one after another.
 
     Args:
-        calls: of the server.
-        transports: for the bytes besides messages, in the order in which a push tries them.
+        calls: the carrier of calls to the server.
+        transports: the transports besides messages, in the order in which a push tries them.
     """
 
     def __init__(self, calls: Calls, transports: Sequence[ClientTransport]) -> None:
         self._calls = calls
         self._transports = transports
-        self._may_follow = False  # whether the next push's fragments may go before its admission comes
+        self._may_follow = False  # whether the next push may send fragments before its admission
 
     def push(self, header: pb.PushHeader, fragments: FragmentSource, staging: Staging, deadline: Deadline) -> Answer:
-        """One push: what the server asks for goes up while what is finished comes down.
+        """Makes one push: sends the requested fragments while receiving the finished ones.
 
         The staging buffer holds the new center only if this returns, unless the answer has a loan.
 
         Args:
-            header: of the push, without how its bytes go.
-            fragments: what to give.
-            staging: where the center is to arrive.
-            deadline: for all of it.
+            header: the push header, without the fields of transports.
+            fragments: the bytes to send.
+            staging: receives the center.
+            deadline: for the whole push.
         """
-        # A copy: when the push is made again, its bytes may go elsewhere.
+        # A copy, because a retry may use another transport.
         header = pb.PushHeader.FromString(header.SerializeToString())
         has_fragments = header.purpose != pb.PURPOSE_ABSTAIN
-        # After a push that ended well nothing of this worker is in the round: what the server will ask for is known.
+        # After a successful push, the round has nothing of this worker, so the server will need all fragments.
         may_follow, self._may_follow = self._may_follow and has_fragments, False
         opening = OutgoingPush(header.push_id, fragments, staging, codec_named(header.codec), has_fragments, may_follow)
         staging.begin()
@@ -109,7 +109,7 @@ class Pushing:
         raise AssertionError("a push ends with an outcome or an exception")
 
     def close(self) -> None:
-        """There will be no other push."""
+        """Closes the transports; no push follows."""
         for transport in self._transports:
             transport.close()
 
@@ -121,7 +121,7 @@ class Pushing:
 
     @contextmanager
     def _opened_lanes(self, opening: OutgoingPush) -> Iterator[_PushLanes]:
-        """The first transport on which the push may begin, or messages. The lane ends with this context."""
+        """Opens a lane on the first transport that accepts the push, or in messages. It ends with the context."""
         begun = (transport.begin(opening) for transport in self._transports)
         lanes = _PushLanes(opening, next((lane for lane in begun if lane is not None), None))
         try:
@@ -139,7 +139,7 @@ class Pushing:
     def _take(
         self, data: bytes, push: ClientPush, lanes: _PushLanes, requests: _Requests, deadline: Deadline
     ) -> pb.PushOutcome | None:
-        """One message of the server; the outcome if the push is done."""
+        """Handles one message of the server; returns the outcome if the push is done."""
         message = wire.read_fragment(pb.PushAndAverageResponse, data)
         if isinstance(message, tuple):
             self._keep(push, lanes.opening, *message)
@@ -166,7 +166,7 @@ class Pushing:
         return message.outcome
 
     def _admit(self, admission: pb.PushAdmission, lanes: _PushLanes) -> None:
-        """Tells the transports what is offered. One of them may take the fragments if they are not on their way yet."""
+        """Passes the offers to the transports. One may take over the fragments if none have been sent."""
         is_free = True
         for transport in self._transports:
             lane = transport.admitted(admission, is_free)
@@ -183,7 +183,7 @@ class Pushing:
 
 
 class _PushLanes:
-    """The lanes of one push: that on which it began, and that on which its fragments go."""
+    """The lanes of one push: the one on which it began and the one that carries its fragments."""
 
     def __init__(self, opening: OutgoingPush, begun: ClientLane | None) -> None:
         self.opening = opening
@@ -193,21 +193,21 @@ class _PushLanes:
         self._lanes = [self.lane]
 
     def change_to(self, lane: ClientLane | None) -> None:
-        """The admission says that the fragments go there; None: in messages."""
+        """Switches the fragments to a lane chosen by the admission; None: to messages."""
         if not self.lane.at_once:
             self.lane = self._messages if lane is None else lane
         if lane is not None and lane not in self._lanes:
             self._lanes.append(lane)
 
     def end(self, fault: ModelAverageError | None, is_stopped: bool) -> ModelAverageError | None:
-        """Ends all of them; what to raise instead of the fault, if one of them knows better."""
+        """Ends all lanes. Returns a more precise exception to raise instead of the fault, if a lane has one."""
         lanes, self._lanes = self._lanes, []
         instead = [lane.end(Ending(fault, self.is_done, is_stopped)) for lane in lanes]
         return next((error for error in instead if error is not None), None)
 
 
 class _Requests:
-    """What goes up in the call; made on the thread that sends it."""
+    """The messages that the call sends; created on the sending thread."""
 
     def __init__(self, header: pb.PushHeader, lane: ClientLane) -> None:
         self.base_step = header.base_step
@@ -219,7 +219,7 @@ class _Requests:
         """The header, then the fragments."""
         lane = self._lane
         if lane.at_once:
-            # Messages that stand one after the other are read as one.
+            # Concatenated protobuf messages parse as one merged message.
             messages = lane.up(0)
             yield self._opening + next(messages, b"")
             yield from messages
@@ -233,16 +233,16 @@ class _Requests:
             yield from lane.up(first)
 
     def admit(self, first: int, lane: ClientLane) -> None:
-        """The fragments from this one on go on this lane."""
+        """Sends the fragments from this one on over this lane."""
         self._admitted.put((first, lane))
 
     def end(self) -> None:
-        """Nothing more is needed."""
+        """Ends the requests: nothing more is needed."""
         self._admitted.put(None)
 
 
 def _carried_out(decided: Decide) -> Decide:
-    """The same, unless it is to fail."""
+    """Returns the decision, or raises if it is a failure."""
     if isinstance(decided, PushFailed):
         raise decided.error
     return decided

@@ -1,4 +1,4 @@
-"""Which transports for a push's bytes there are. A new one is a file, and a line here."""
+"""The transports for a push's bytes. A new transport takes one file and one line here."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ __all__ = ["TRANSPORTS", "TransportSettings", "transports_to"]
 
 @dataclass(frozen=True)
 class TransportSettings:
-    """What a session says about the transports.
+    """The settings of a session for its transports.
 
     Args:
-        shared_memory: whether servers on this host may lend some.
+        shared_memory: whether servers on this host may lend shared memory.
         data: when to use data connections.
-        timing: how long to wait for what.
+        timing: timeouts.
     """
 
     shared_memory: bool = True
@@ -37,7 +37,7 @@ TRANSPORTS: list[Callable[[Calls, TransportSettings], ClientTransport]] = [
         DataLink(calls.address, calls.is_encrypted, settings.data), settings.timing
     ),
 ]
-"""Makes each transport to a server, in the order in which a push tries them. Messages come last, and need no line."""
+"""Creates the transports to a server, in the order in which a push tries them. Messages come last without a line."""
 
 
 def transports_to(calls: Calls, settings: TransportSettings) -> list[ClientTransport]:

@@ -1,4 +1,4 @@
-"""Fragments in memory that a server on this host lends: they are copied there, and named in the call."""
+"""Fragments in memory that a server on this host lends: they are copied there, and the call refers to them."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ __all__ = ["ClientMemoryLane", "ClientSharedMemory"]
 
 
 class ClientSharedMemory(ClientTransport):
-    """The memory that one server lends.
+    """Uses the memory that one server lends.
 
     Args:
-        is_wanted: whether the server may lend some.
+        is_wanted: whether the server may lend memory.
     """
 
     def __init__(self, is_wanted: bool) -> None:
         self._is_wanted = is_wanted
         self._lent = LentMemory()
-        self._next: Segment | None = None  # what the next push may fill at once
+        self._next: Segment | None = None  # memory that the next push may fill at once
         self._lane: ClientMemoryLane | None = None
 
     def begin(self, opening: OutgoingPush) -> ClientLane | None:
-        """As `ClientTransport` says: after a push that ended well, its memory is filled again before the admission."""
+        """See `ClientTransport`. After a successful push, its memory may be filled again before the admission."""
         ready, self._next = self._next, None
         self._lane = ClientMemoryLane(opening, ready, self._keep) if opening.has_fragments else None
         return None if ready is None else self._lane
 
     def announce(self, header: pb.PushHeader, opening: OutgoingPush, is_free: bool) -> None:  # noqa: ARG002
-        """As `ClientTransport` says."""
+        """See `ClientTransport`."""
         header.accepts_shared_memory = self._is_wanted and opening.has_fragments
 
     def admitted(self, admission: pb.PushAdmission, is_free: bool) -> ClientLane | None:  # noqa: ARG002
-        """As `ClientTransport` says."""
+        """See `ClientTransport`."""
         lane = self._lane
         if lane is None:
             return None
@@ -52,12 +52,12 @@ class ClientMemoryLane(ClientLane):
     """One push in lent memory.
 
     Args:
-        opening: what is known of it.
+        opening: the push.
         ready: memory that may be filled before the admission.
-        keep: takes the memory that the next push may fill.
+        keep: called with the memory that the next push may fill.
 
     Attributes:
-        loan_offered: what the admission lends.
+        loan_offered: the memory that the admission lends.
     """
 
     def __init__(self, opening: OutgoingPush, ready: Segment | None, keep: Callable[[Segment], None]) -> None:
@@ -71,18 +71,18 @@ class ClientMemoryLane(ClientLane):
 
     @property
     def loan(self) -> Loan | None:
-        """As `ClientLane` says."""
+        """See `ClientLane`."""
         return self.loan_offered if self._is_used else None
 
     def prepare(self) -> bool:
-        """As `ClientLane` says."""
+        """See `ClientLane`."""
         if self._ready is None or self._filled >= self.opening.manifest.fragment_count or self._copying.over:
             return False
         self._filled = self._copying.fill(self._ready, self._filled)
         return True
 
     def up(self, first: int) -> Iterator[bytes]:
-        """As `ClientLane` says."""
+        """See `ClientLane`."""
         assert self.loan_offered is not None
         contribution = self.loan_offered.contribution
         filled = self._filled if contribution is self._ready else first
@@ -96,14 +96,14 @@ class ClientMemoryLane(ClientLane):
             first = filled
 
     def down(self, message: pb.PushAndAverageResponse) -> tuple[int, int] | None:
-        """As `ClientLane` says."""
+        """See `ClientLane`."""
         if not message.HasField("shared") or self.loan_offered is None:
             return None
         self._is_used = True
         return message.shared.first, message.shared.count
 
     def end(self, ending: Ending) -> ModelAverageError | None:
-        """As `ClientLane` says; waits for a copy that is under way."""
+        """See `ClientLane`. Waits for a copy in progress."""
         self._copying.end()
         if ending.is_done and self.loan_offered is not None:
             self._keep(self.loan_offered.contribution)
