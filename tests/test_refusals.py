@@ -33,7 +33,8 @@ def test_each_sixth_call_that_is_refused_once_in_one_way_leaves_committed_rounds
     found = refuse("--play", "data connections")
     assert found["wrong"] == []
     assert found["longest_s"] < LONGEST_S
-    assert found["refused"] > 80
+    assert found["plays"] > 60
+    assert found["refused"] > 0.8 * found["plays"], "plays depend a little on time"
 
 
 @pytest.mark.long
