@@ -1,4 +1,4 @@
-"""What the client needs of whatever carries its calls to a server. gRPC is one member, memory of this process another.
+"""What the client needs of a carrier of its calls to a server. gRPC is one carrier, this process's memory another.
 
 Messages are bytes here; faults are the exceptions of `modelaverage.errors`.
 """

@@ -47,7 +47,7 @@ class OutgoingPush:
 
 
 class Trip:
-    """One push on its way. A member overrides what is not so for it.
+    """One push on its way. A way's own trip overrides what differs there.
 
     Attributes:
         at_once: whether the fragments go without waiting for the admission.
@@ -102,7 +102,7 @@ class Ending:
 
 
 class Way:
-    """One way for the bytes of pushes to one server. A member overrides what it has a part in."""
+    """One way for the bytes of pushes to one server. Each way overrides the moments that concern it."""
 
     def begin(self, opening: OutgoingPush) -> Trip | None:
         """A push begins; its trip, if it may go this way before the server has said anything."""
