@@ -286,9 +286,9 @@ class ParameterServerSession:
             timeout_s: how long to wait altogether; None: as long as it takes.
             expected: arrays whose names, dtypes and shapes the center has to have.
             copy: False: the arrays are read-only and valid until the session's next call.
-            catch_up: whether to help if one of several servers is behind the others, because something died in the middle
-                of a round, and waits for this worker: the session then pushes there, to abstain or to give back the
-                center that the server has lost. False, for a process that only watches: wait until others have helped.
+            catch_up: whether to help if one of several servers is behind the others, because something died in the
+                middle of a round, and waits for this worker: the session then pushes there, to abstain or to give back
+                the center that the server has lost. False, for a process that only watches: wait until others helped.
 
         Returns:
             The center variables by name, and `global_step`. The variables are nested as those that this session was
