@@ -10,7 +10,7 @@ CLIENTS := python node cpp go
 # Tests run in this many processes: one for each core, and at least two, since many tests wait. 1: in pytest itself.
 CORES := $(shell getconf _NPROCESSORS_ONLN)
 JOBS := $(or $(filter-out 1,$(CORES)),2)
-PYTEST = $(BIN)/pytest --numprocesses $(patsubst 1,0,$(JOBS)) --dist worksteal
+PYTEST = $(BIN)/pytest --numprocesses $(patsubst 1,0,$(JOBS))
 
 .PHONY: help demo bench chaos conformance docs fuzz test test-long lint types proto proto-check unit
 
@@ -54,7 +54,7 @@ docs: $(VENV)/dev.stamp ## build the pages of docs/ and the API reference as a s
 test: lint types proto-check unit ## check and test everything that a change may break; JOBS=1 for one process
 
 test-long: $(VENV)/dev.stamp ## the tests that `make test` leaves out: many kills, Ray, trainers, clients in Node.js, C++ and Go
-	$(PYTEST) -m long
+	$(PYTEST) --dist loadfile -m long
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
@@ -66,7 +66,7 @@ types: $(VENV)/dev.stamp
 	$(BIN)/mypy
 
 unit: $(VENV)/dev.stamp
-	$(PYTEST)
+	$(PYTEST) --dist worksteal
 
 proto: $(VENV)/dev.stamp ## regenerate the protobuf code
 	$(call GENERATE,proto)

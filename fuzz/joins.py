@@ -13,7 +13,7 @@ from ps_server.rules.task_indexes import DEFAULT_REJOIN_TIMEOUT_S
 __all__ = ["PROCESSES", "Joins"]
 
 PROCESSES = (*INCARNATIONS, b"\x01" * 16, b"\x02" * 16)
-# So near to the end of the time of grace either may be.
+# So near to the end of the grace period either may be.
 _ABOUT_S = 0.01
 
 

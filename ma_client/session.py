@@ -23,8 +23,8 @@ from ma_client.job.session_settings import SessionSettings
 from ma_client.process.one_thread import OneThread, by_one_thread
 from ma_client.transports.absence import connect
 from ma_client.transports.data_settings import DATA_SETTINGS, DataSettings
+from ma_client.transports.registry import TransportSettings
 from ma_client.transports.timing import TIMING, Timing
-from ma_client.transports.ways import WaySettings
 from ma_client.values.raw import bytes_of
 from modelaverage.access.channels import Access
 from modelaverage.access.security import Security
@@ -417,5 +417,5 @@ def _servers_of(settings: SessionSettings, timing: Timing) -> AllServers:
     """The servers; nothing is sent yet."""
     worker = WorkerIdentity(settings.worker_id, uuid.uuid4().bytes, settings.is_chief)
     access = Access(Security.from_env() if settings.security is None else settings.security)
-    ways = WaySettings(settings.shared_memory, settings.data_connections, timing)
-    return AllServers(settings.ps_hosts, worker, settings.reconnect_timeout_s, access, ways)
+    transports = TransportSettings(settings.shared_memory, settings.data_connections, timing)
+    return AllServers(settings.ps_hosts, worker, settings.reconnect_timeout_s, access, transports)

@@ -13,7 +13,7 @@ from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
-# gRPC's own log would answer a taken port with a page of C++; set before it is imported.
+# gRPC's own log prints a page of C++ for a port in use. Must be set before gRPC is imported.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 from modelaverage import __version__
@@ -44,10 +44,10 @@ _SERVE_EXAMPLES = """\
 examples:
   ps-server serve --num-workers 2                       on loopback, for workers on this machine
   ps-server serve --bind 0.0.0.0:2222 --num-workers 8 --tls-cert ps.pem --tls-key ps.key --token-file token   anywhere
-  ps-server serve --bind 0.0.0.0:2222 --num-workers 8 --insecure   anywhere on a network that you trust: no encryption
+  ps-server serve --bind 0.0.0.0:2222 --num-workers 8 --insecure   on a network that you trust: no encryption
   ps-server serve --bind unix:/tmp/ps.sock --bind 127.0.0.1:2222 --num-workers 4   both: a socket is faster on one host
-  ps-server serve --num-workers 4 --checkpoint-dir center/   killed or stopped, it goes on from there
-  ps-server serve --num-workers 8 --min-workers 6 --grace-s 10   goes on without workers that are 10 s late
+  ps-server serve --num-workers 4 --checkpoint-dir center/   after a kill or a stop, continues from there
+  ps-server serve --num-workers 8 --min-workers 6 --grace-s 10   continues without workers that are 10 s late
   ps-server serve --bind 127.0.0.1:0 --num-workers 2 --ready-file ready.json   on a free port, for scripts
 """
 _STATUS_EXAMPLES = """\
@@ -61,7 +61,7 @@ examples:
 _EXPORT_EXAMPLES = """\
 examples:
   ps-server export center/ model.safetensors           the newest usable checkpoint; a server may be using the directory
-  ps-server export 127.0.0.1:2222 model.safetensors    what a server has now
+  ps-server export 127.0.0.1:2222 model.safetensors    a server's current center
   ps-server export ps0:2222 ps1:2222 model.safetensors   the whole model of a job with two servers, in their order
 """
 
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _spelled_out(argv: list[str]) -> list[str]:
-    """So that `status --watch ADDRESS` does not take the address for the interval."""
+    """Rewrites `status --watch ADDRESS`, so that the address is not parsed as the interval."""
     return [
         "--watch=1" if word == "--watch" and not _is_number(after) else word
         for word, after in zip_longest(argv, argv[1:], fillvalue="")
@@ -141,8 +141,8 @@ def _parser() -> argparse.ArgumentParser:
         type=flag_types.seconds,
         default=120.0,
         metavar="SECONDS",
-        help="drop a stream whose client neither sends nor reads for so long; waiting at the barrier does not count. "
-        "A link has to carry a fragment (1 MiB) in that time (%(default)s)",
+        help="drop a stream whose client neither sends nor reads for this long; waiting at the barrier does not count. "
+        "A link must carry a fragment (1 MiB) in that time (%(default)s)",
     )
     command.add_argument(
         "--max-model-bytes",
@@ -160,8 +160,8 @@ def _parser() -> argparse.ArgumentParser:
         type=_data_port,
         default=0,
         metavar="PORT",
-        help="where workers may open a second connection for the bytes of large models, on every host of --bind; 0: "
-        "any free one; off: nowhere, as with TLS. A worker that cannot reach it sends bytes in messages (%(default)s)",
+        help="port of a second connection for the bytes of large models, on every host of --bind; 0: "
+        "any free one; off: none, as with TLS. A worker that cannot reach it sends bytes in messages (%(default)s)",
     )
     command.add_argument(
         "--metrics-bind",
@@ -178,8 +178,8 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser(
         "status",
-        help="show what servers are doing and for whom they wait",
-        description="Shows phase, global_step, whom the round waits for, and every worker; one server after the other.",
+        help="show what servers are doing and which workers they wait for",
+        description="Shows phase, global_step, the workers that the round waits for, and every worker, by server.",
         epilog=_STATUS_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -209,7 +209,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         const=1.0,
         metavar="SECONDS",
-        help="look again every so often (1), until Ctrl-C: a picture in a terminal, elsewhere a line for each change",
+        help="refresh at this interval (1) until Ctrl-C: a live view in a terminal, otherwise a line for each change",
     )
     command.set_defaults(run=_status, on_loss=OnLoss.END)
 
@@ -236,7 +236,7 @@ def _parser() -> argparse.ArgumentParser:
         help="how long to wait for a server to begin to send (%(default)s)",
     )
     add_security_flags(command)
-    command.set_defaults(run=_export, on_loss=OnLoss.DROP)  # what it is for is the file
+    command.set_defaults(run=_export, on_loss=OnLoss.DROP)  # the command's result is the file
     return parser
 
 
@@ -322,7 +322,7 @@ def _status(arguments: argparse.Namespace) -> int:
         raise UnusableSettingError(str(error)) from None
     fetch = partial(status.fetch, timeout_s=arguments.timeout_s, access=Access(security_of(arguments)))
     if arguments.watch is not None:
-        # One server that is away must not keep the others from being shown.
+        # One unreachable server must not keep the others from being shown.
         timeout_s = min(arguments.timeout_s, max(1.0, arguments.watch))
         watch(arguments.addresses, partial(fetch, timeout_s=timeout_s), arguments.watch, arguments.json)
         return 0

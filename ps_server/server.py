@@ -44,43 +44,43 @@ __all__ = ["ServerConfig", "UnusableSettingError", "serve", "stop_on_signals"]
 _log = logging.getLogger("ps_server")
 
 _OPTIONS = [
-    # Two servers must not share a port: without this, the second one would start and take half of the calls.
+    # Otherwise a second server on the same port would start and take half of the calls.
     ("grpc.so_reuseport", 0),
     *CHANNEL_OPTIONS,
     # A worker has one call open, or two for a moment; a connection may not hold thousands.
     ("grpc.max_concurrent_streams", 100),
-    # The client's keepalive comes every 5 s: do not take it for an attack.
+    # Clients send a keepalive ping every 5 s: do not treat it as an attack.
     ("grpc.http2.min_ping_interval_without_data_ms", 4_000),
-    # Also where no call is open, between two rounds: who is gone without a word must not keep its descriptor for ever.
+    # Also without an open call, between two rounds: a client that vanished must not keep its descriptor forever.
     ("grpc.keepalive_permit_without_calls", 1),
-    # Who connects and says nothing is let go after so long, not after gRPC's two minutes. Over the slowest links that
-    # work, with full queues, the first words take 16 s.
+    # A connection that stays silent is closed after this time, not after gRPC's two minutes. Over the slowest supported
+    # links, with full queues, the first bytes take 16 s.
     ("grpc.server_handshake_timeout_ms", 30_000),
 ]
 
 
-# What health says of the center, besides the service's own name.
+# The health service's name for the center, besides the service's own name.
 _CENTER = "modelaverage.center"
 
 
 class UnusableSettingError(Exception):
-    """The server cannot do what a flag says: listen there, write that file."""
+    """The server cannot do what a flag asks, such as listen on an address or write a file."""
 
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """Everything that `ps-server serve` can be told.
+    """All settings of `ps-server serve`.
 
     Args:
-        binds: where to listen, HOST:PORT (port 0 takes a free one) or unix:PATH each.
-        policy: what the service does.
+        binds: addresses to listen on, each HOST:PORT (port 0: a free one) or unix:PATH.
+        policy: the settings of the service.
         ready_file: where to write ``{"address": ..., "addresses": [...], "pid": ..., "data_port": ...}`` once it
-            listens, without ``data_port`` if it offers no data connections; None: nowhere.
-        stop_timeout_s: how long calls that are under way may take to finish after SIGTERM.
-        security: who may come in, and over what.
-        metrics_bind: where to serve metrics for Prometheus, HOST:PORT (port 0 takes a free one); None: nowhere.
-        data_port: where workers may open data connections, on every host of ``binds``; 0 takes a free one, None:
-            nowhere. Without TLS only: they are not encrypted.
+            listens; without ``data_port`` if it offers no data connections; None: nowhere.
+        stop_timeout_s: how long active calls may take to finish after SIGTERM.
+        security: which clients may connect, and how connections are protected.
+        metrics_bind: where to serve metrics for Prometheus, HOST:PORT (port 0: a free one); None: nowhere.
+        data_port: the port for data connections on every host of ``binds``; 0: a free one, None: no data connections.
+            Only without TLS: data connections are not encrypted.
     """
 
     binds: tuple[str, ...]
@@ -99,12 +99,12 @@ async def serve(
     metrics_ready: Callable[[str], None] = lambda _: None,
     data_port_ready: Callable[[list[str]], None] = lambda _: None,
 ) -> None:
-    """Serves until ``stop`` is set; calls ``ready`` with the real addresses once it listens, then ``data_port_ready``
-    with those of data connections, if there are any, and ``metrics_ready``.
+    """Serves until ``stop`` is set. Once it listens, calls ``ready`` with the real addresses, then ``data_port_ready``
+    with those of data connections, if any, and ``metrics_ready``.
 
     Raises:
-        UnusableSettingError: an address is malformed, not of this machine, or taken; the file cannot be written; the
-            directory for checkpoints cannot be used; a certificate or token file cannot be used.
+        UnusableSettingError: an address is malformed, not of this machine, or in use; the ready file cannot be written;
+            the directory for checkpoints cannot be used; a certificate or token file cannot be used.
     """
     keep_freed_memory(one_arena=True)
     reserve = Reserve(_reserve_size())
@@ -157,10 +157,10 @@ async def _serve(
 
 
 def _assembled(config: ServerConfig, service: ParameterServerService) -> tuple[grpc.aio.Server, list[str]]:
-    """A server that listens where it should, and for whom, once it is started; and its addresses."""
+    """A gRPC server that listens on all addresses, with its security, once it is started; and its addresses."""
     try:
         tokens = tokens_of(config.security)
-        # Each address needs its own: gRPC listens with such credentials once.
+        # Each address needs its own credentials object: gRPC uses one only once.
         credentials = [credentials_of(config.security) for _ in config.binds]
     except SecurityError as error:
         raise UnusableSettingError(str(error)) from None
@@ -175,7 +175,7 @@ def _assembled(config: ServerConfig, service: ParameterServerService) -> tuple[g
 
 @asynccontextmanager
 async def _metrics(bind: str | None, service: ParameterServerService) -> AsyncIterator[str]:
-    """Metrics are served meanwhile; their real address, empty if there is none."""
+    """Serves metrics inside the context. Yields their real address; empty if there is none."""
     if bind is None:
         yield ""
         return
@@ -203,7 +203,7 @@ def _start_helper(service: ParameterServerService) -> None:
 
 
 def _open_data_port(config: ServerConfig, data_port: DataPort) -> list[str]:
-    """Where it listens for data connections: HOST:PORT each, all with the same port."""
+    """The addresses for data connections: HOST:PORT each, all with the same port."""
     hosts = list(dict.fromkeys(where.host for where in map(_parsed, config.binds) if where.host))
     if config.data_port is None or config.security.tls_cert is not None or not hosts:
         return []
@@ -220,7 +220,7 @@ def _open_data_port(config: ServerConfig, data_port: DataPort) -> list[str]:
 
 @contextmanager
 def _opened_home(policy: CheckpointPolicy | None) -> Iterator[CheckpointHome | None]:
-    """The directory for checkpoints; meanwhile other servers are kept out of it."""
+    """The directory for checkpoints, locked against other servers inside the context."""
     if policy is None:
         yield None
         return
@@ -237,8 +237,8 @@ def _opened_home(policy: CheckpointPolicy | None) -> Iterator[CheckpointHome | N
 
 
 def _service(policy: ServicePolicy, home: CheckpointHome | None, reserve: Reserve) -> ParameterServerService:
-    """The service, from where the newest checkpoint left off. Nothing else holds on to that: it is as large as the
-    model."""
+    """The service, restored from the newest checkpoint. No other reference to the checkpoint may remain: it is as large
+    as the model."""
     if policy.checkpoints is None:
         return ParameterServerService(policy, reserve=reserve)
     try:
@@ -254,22 +254,22 @@ def _unusable_home(policy: CheckpointPolicy, error: Exception) -> UnusableSettin
 
 
 def _reserve_size() -> int:
-    """Room for two more buffers, and for memory that is lent to workers; less where there are few descriptors."""
+    """Descriptors for two more buffers and for memory lent to workers; fewer if the limit is low."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return max(4, min(16, limit // 16))
 
 
 def stop_on_signals(stop: asyncio.Event) -> None:
-    """SIGTERM, SIGINT and SIGHUP set ``stop``; a second one of the first two has its usual effect. A SIGHUP that is
-    ignored already (nohup) stays ignored."""
+    """SIGTERM, SIGINT and SIGHUP set ``stop``; a second SIGTERM or SIGINT has its default effect. A SIGHUP that is
+    already ignored (nohup) stays ignored."""
     loop = asyncio.get_running_loop()
 
     def request_stop(number: int) -> None:
         stop.set()
-        if number == signal.SIGHUP:  # a terminal that closes sends it twice: the kernel does, and the shell
+        if number == signal.SIGHUP:  # a closing terminal sends it twice: from the kernel and from the shell
             return
         loop.remove_signal_handler(number)
-        signal.signal(number, signal.SIG_DFL)  # asyncio would put back the handler that prints a traceback
+        signal.signal(number, signal.SIG_DFL)  # asyncio would restore the handler that prints a traceback
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
@@ -341,7 +341,7 @@ def _remove_stale_socket(bind: str) -> None:
 
 
 def _write_ready_file(path: Path, addresses: list[str], data_addresses: list[str]) -> None:
-    # Written beside and renamed, so that who waits for the file never reads half of it.
+    # Written under another name and renamed, so that a reader never sees half of the file.
     beside = path.with_name(f"{path.name}.{os.getpid()}")
     content: dict[str, Any] = {"address": addresses[0], "addresses": addresses, "pid": os.getpid()}
     if data_addresses:

@@ -9,8 +9,8 @@ from typing import Any
 from examples.clients.python import client
 from ma_client import ParameterServerSession
 from ma_client.transports.connection import Connection
+from ma_client.transports.push import ClientPush, Keep
 from ma_client.transports.pushing import Answer
-from ma_client.transports.staging import Staging
 from modelaverage import errors, wire
 from modelaverage.errors import ModelAverageError, ProtocolError, ServerUnavailableError
 from modelaverage.manifest import Manifest
@@ -66,12 +66,11 @@ def knows_no_padding() -> None:
 
 
 def does_not_look_for_missing_fragments() -> None:
-    def receive(self: Staging, index: int, data: memoryview) -> None:
-        start, _ = self.manifest.fragment_bounds(index)
-        self._memory.bytes[start : start + len(data)] = memoryview(data)
+    def came(self: ClientPush, first: int, count: int) -> Keep:
+        self.received = self._fragment_count
+        return Keep(first, count)
 
-    replace(Staging, "receive", receive)
-    replace(Staging, "check_complete", lambda _: None)
+    replace(ClientPush, "came", came)
 
 
 def mixes_up_types_of_16_bits() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Protocol
 
 import pytest
@@ -17,6 +17,14 @@ from ps_server.rules.policy import RoundPolicy
 from ps_server.server import ServerConfig, serve
 from tests.in_memory import ServerInMemory
 from tests.jobs import Job, running
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Logs may name files whose names are no text; a report crosses a process boundary as UTF-8."""
+    report = yield
+    report.sections = [(name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections]
+    return report
 
 
 class RunningServer(Protocol):

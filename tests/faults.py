@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from ma_client import DataSettings, Outcome, ParameterServerSession, PushResult
 from ma_client.transports.data_settings import DATA_SETTINGS
+from tests.ports import lasting_port
 
 __all__ = ["HANG_S", "Model", "RestartedServer", "Training", "trained"]
 
@@ -63,9 +63,7 @@ class RestartedServer:
         deaths: tuple[tuple[str, int], ...] = (),
         stop: tuple[str, int] | None = None,
     ) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.address = f"127.0.0.1:{probe.getsockname()[1]}"
+        self.address = f"127.0.0.1:{lasting_port()}"
         self._arguments = ["serve", "--bind", self.address, "--checkpoint-dir", str(directory), *arguments]
         self._signals = [("SIGKILL", *death) for death in deaths] if stop is None else [("SIGSTOP", *stop)]
         self._stopping = False

@@ -24,6 +24,7 @@ from ps_server.checkpoints import files as checkpoint_files
 from ps_server.checkpoints import writer_process
 from ps_server.flow import job
 from ps_server.flow.call import Call
+from ps_server.flow.writes import Writes
 from ps_server.rules.round import Round
 from tests.checkpoints import faulty_writer
 
@@ -36,10 +37,10 @@ MOMENTS: dict[str, tuple[Any, str, bool]] = {
     "in the middle of the fragments": (Round, "take_fragments", True),
     "when a fragment is averaged": (Center, "finish", True),
     "before the commit": (Center, "commit", False),
-    "before the checkpoint": (job.Job, "_write", False),
+    "before the checkpoint": (Writes, "begin", False),
     "in the middle of a checkpoint": (checkpoint_files, "put_in_place", False),
-    "after the checkpoint, before the answer": (job, "_answer", False),
-    "after the answer": (job, "_answer", True),
+    "after the checkpoint, before the answer": (job, "tell", False),
+    "after the answer": (job, "tell", True),
     "while the checkpoint goes to the disk": (checkpoint_files, "make_durable", False),
     "after the checkpoint is on the disk": (checkpoint_files, "make_durable", True),
 }

@@ -394,7 +394,7 @@ class Records:
                 self.waited_for.pop(name, None)
 
     def settle(self, now_s: float) -> None:
-        """Closes the round, and starts the time of grace."""
+        """Closes the round, and starts the grace period."""
         present = self.present()
         all_there = self.waited_for.keys() - self.missed <= present or len(present) >= self.policy.max_workers
         self.closed = self.closed or (len(present) >= self.needed and all_there)

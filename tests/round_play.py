@@ -117,7 +117,7 @@ class Play:
         self.steps = [global_step]
         self.surprises: list[tuple[str, object, object]] = []  # what, expected, happened
         self.changed: list[object] = []  # what should have changed nothing, and did
-        self.early: list[Commit] = []  # committed without somebody, before the time of grace was over
+        self.early: list[Commit] = []  # committed without somebody, before the grace period was over
         self.idle_expiries: list[float] = []  # nothing happened although it was due, or it is due again at once
         self.seen: set[object] = set()
         self.words: list[str] = []  # causes of restarts, and what the dismissed were told

@@ -31,6 +31,7 @@ from ps_server.flow import outcomes
 from ps_server.flow.service import ServicePolicy
 from ps_server.rules.policy import RoundPolicy
 from ps_server.server import ServerConfig, serve
+from tests.ports import lasting_port
 from tests.raw_client import RawClient
 
 __all__ = ["FIRST_STEP", "HANG_S", "FaultyJob", "FaultyShard", "Round", "Seat", "answer_but_the_silent", "soon"]
@@ -87,7 +88,7 @@ class FaultyShard:
 
     def __init__(self, loop: _Loop, directory: Path, policy: RoundPolicy, every_rounds: int, shared: bool) -> None:
         self.silent = set[str]()
-        self.address = "127.0.0.1:0"
+        self.address = f"127.0.0.1:{lasting_port()}"
         self._loop, self._directory = loop, directory
         checkpoints = CheckpointPolicy(directory, every_rounds, keep=1_000_000)
         self._policy = ServicePolicy(policy, 1 << 30, 30.0, 0 if shared else math.inf, checkpoints)

@@ -116,8 +116,9 @@ def test_an_export_is_written_whoever_reads_what_it_says(tmp_path: Path) -> None
         assert out.exists()
 
 
-@pytest.mark.parametrize("redirection", REDIRECTIONS.values(), ids=REDIRECTIONS.keys())
-def test_a_server_serves_wherever_its_log_goes(redirection: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", long_except(["full", "all closed"], REDIRECTIONS))
+def test_a_server_serves_wherever_its_log_goes(name: str, tmp_path: Path) -> None:
+    redirection = REDIRECTIONS[name]
     ready = tmp_path / "ready.json"
     os.mkfifo(ready.with_suffix(".fifo"))
     command = [sys.executable, "-m", "ps_server", "serve", "--bind", "127.0.0.1:0", "--num-workers", "1", "--verbose"]
@@ -147,6 +148,7 @@ def test_a_server_serves_wherever_its_log_goes(redirection: str, tmp_path: Path)
             assert len(lost) == 1, "it is said once"
 
 
+@pytest.mark.long
 def test_a_training_goes_on_when_nobody_reads_its_lines() -> None:
     code, errors = into_a_closed_pipe(("ps_worker", "digits", "--alone", "--steps", "5", "--interval-steps", "5"), 0)
     assert code == 0, errors

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from ma_client import ClusterError, ClusterSpec
 from ma_client.cluster.nodelist import nodes
 from tests.recorded import PS_HOSTS, kubernetes, slurm, tf_config, torchrun, without_a_cluster
-from tests.strategies import fast, thorough
+from tests.strategies import fast
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "cluster.md"
 SECOND_OF_TWO = ClusterSpec((PS_HOSTS,), num_workers=2, task_index=1)
@@ -233,7 +233,7 @@ def test_every_cluster_survives_the_way_through_any_environment(cluster: Cluster
 
 
 @given(specs(), st.data())
-@thorough
+@fast
 def test_whoever_tells_what_of_the_truth_gives_the_same_cluster(cluster: ClusterSpec, data: st.DataObject) -> None:
     hosts, count, index = cluster.ps_hosts, cluster.num_workers, cluster.task_index
     tellers: dict[str, dict[str, Any]] = {
@@ -476,14 +476,14 @@ def node_lists() -> st.SearchStrategy[str]:
 
 
 @given(node_lists())
-@thorough
+@fast
 def test_nodes_are_those_of_a_dumb_oracle(text: str) -> None:
     few = list(itertools.islice(nodes(text), 500))
     assert few == list(itertools.islice(slow_nodes(text), 500))
 
 
 @given(st.text("n01-,[] ", max_size=12))
-@thorough
+@fast
 def test_what_is_no_list_of_nodes_is_refused_at_once(text: str) -> None:
     brackets = re.sub(r"[^\[\]]", "", text)
     fits = bool(text) and " " not in text and not brackets.replace("[]", "")

@@ -18,8 +18,8 @@ from ma_client import DataSettings, Outcome, Security
 from ma_client.transports.connection import Connection
 from ma_client.transports.data_link import DataLink, host_of
 from ma_client.transports.data_socket import DataSocket, Transfer
+from ma_client.transports.registry import TransportSettings
 from ma_client.transports.staging import Memory, Staging
-from ma_client.transports.ways import WaySettings
 from modelaverage import wire
 from modelaverage.access.channels import Access
 from modelaverage.manifest import Manifest, Variable
@@ -381,7 +381,7 @@ def test_a_data_connection_that_was_not_asked_for_is_not_opened(least_bytes: int
         port = server.add_insecure_port("127.0.0.1:0")
         server.start()
         before = set(threading.enumerate())
-        ways = WaySettings(data=DataSettings(least_bytes=least_bytes))
+        ways = TransportSettings(data=DataSettings(least_bytes=least_bytes))
         connection = Connection(f"127.0.0.1:{port}", Access(Security()), ways)
         staging = Staging(manifest, Memory(manifest.buffer_size_bytes))
         header = pb.PushHeader(push_id=1)

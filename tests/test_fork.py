@@ -144,6 +144,7 @@ def test_a_forked_process_prints_nothing_and_harms_nothing(script: str, kind: st
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+@pytest.mark.long
 def test_the_workers_of_a_data_loader_print_nothing() -> None:
     with ServerProcess(num_workers=1) as server:
         done = plain(BUSY + LOADING, server.address, "shared")

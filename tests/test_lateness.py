@@ -1,4 +1,4 @@
-"""How long a round waits: the time of grace adapts to how late pushes have been."""
+"""How long a round waits: the grace period adapts to how late pushes have been."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ import pytest
 from ps_worker.engines.engine import EngineError
 from ps_worker.engines.local_cluster import automatic_servers, center_directories, started_again, usable_cores
 from tests.launched import Launched, all_gone
+from tests.long_plays import long_except
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for orphans in /proc")
 
@@ -195,7 +196,7 @@ def test_a_number_of_servers_that_makes_no_sense_is_refused(launch: Launch, ps: 
     ]
 
 
-@pytest.mark.parametrize("ps", ["1", "2"])
+@pytest.mark.parametrize("ps", long_except(["2"], ["1", "2"]))
 def test_workers_of_a_script_average_through_the_servers(launch: Launch, ps: str) -> None:
     launched = launch(AVERAGE, ps=ps)
     assert launched.ended() == 0, launched.printed()
@@ -331,7 +332,9 @@ def test_only_the_first_process_of_a_worker_is_told_that_the_center_must_be_new(
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (LEAVING, "worker-1 ended (exit code 0) while worker-0 waits for it at the barrier"),
+        pytest.param(
+            LEAVING, "worker-1 ended (exit code 0) while worker-0 waits for it at the barrier", marks=pytest.mark.long
+        ),
         (NEVER_COMES, "worker-1 ended (exit code 0) while worker-0 waits for it at the barrier"),
         (CHIEF_LEAVES, "worker-0 ended (exit code 0) without having initialized the center; worker-1 waits for that"),
     ],

@@ -300,10 +300,10 @@ sys.exit(main(sys.argv[1:]))
 def test_a_failure_of_one_call_is_that_calls_only(tmp_path: Path) -> None:
     broken = """
 import sys
-from ps_server.flow.sender import Sender
-async def broken(self, *_):
+from ps_server.flow import pulls
+async def broken(*_):
     raise MemoryError
-Sender.send_buffer = broken
+pulls.send_buffer = broken
 from ps_server.__main__ import main
 sys.exit(main(sys.argv[1:]))
 """

@@ -82,7 +82,7 @@ def test_every_line_of_a_run_with_faults_is_json(tmp_path: Path) -> None:
             stream, first = job.restarted("a\n{}")
             stream.give(fragments_of(of(2)), first)
             stream.half_close()
-            stream.answer()  # alone: the round waits for the time of grace
+            stream.answer()  # alone: the round waits for the grace period
             assert refusal_of(client, b"\xff\xff") == "MESSAGE_MALFORMED"
             assert refusal_of(client, job.header("x" * 3000)) == "WORKER_ID_INVALID"
         server.signal(signal.SIGTERM)

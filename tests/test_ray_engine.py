@@ -153,6 +153,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 # What it survives.
 
 
+@pytest.mark.long
 def test_digits_end_right_when_a_workers_node_is_removed_in_mid_run(
     nodes: Nodes, ray_environ: dict[str, str], tmp_path: Path
 ) -> None:
@@ -181,6 +182,7 @@ def test_digits_end_right_when_a_workers_node_is_removed_in_mid_run(
     assert_nothing_left(nodes)
 
 
+@pytest.mark.long
 def test_what_is_killed_comes_back_where_it_was_and_no_round_is_lost_or_doubled(
     launch: RayLaunch, nodes: Nodes, tmp_path: Path
 ) -> None:
@@ -198,6 +200,7 @@ def test_what_is_killed_comes_back_where_it_was_and_no_round_is_lost_or_doubled(
     assert_nothing_left(nodes)
 
 
+@pytest.mark.long
 def test_a_server_that_moves_takes_its_center_and_its_workers_along(
     launch: RayLaunch, nodes: Nodes, tmp_path: Path
 ) -> None:
@@ -217,6 +220,7 @@ def test_a_server_that_moves_takes_its_center_and_its_workers_along(
 # What ends it.
 
 
+@pytest.mark.long
 def test_a_failing_script_ends_the_run_with_its_message(launch: RayLaunch, nodes: Nodes) -> None:
     launched = launch("print('x' * 200000)\nraise ValueError('the disk is full of cats')")
     assert launched.ended(LAUNCH_TIMEOUT_S) == 1
@@ -226,6 +230,7 @@ def test_a_failing_script_ends_the_run_with_its_message(launch: RayLaunch, nodes
     assert_nothing_left(nodes)
 
 
+@pytest.mark.long
 def test_a_worker_that_is_killed_too_often_ends_the_run(launch: RayLaunch) -> None:
     launched = launch(DYING, options=(*ONE_OF_EACH, "--max-restarts", "1"))
     assert launched.ended(LAUNCH_TIMEOUT_S) == 1
@@ -236,6 +241,7 @@ def test_a_worker_that_is_killed_too_often_ends_the_run(launch: RayLaunch) -> No
     assert last == "ma-launch: worker-0 was ended by SIGKILL (--max-restarts 1)"
 
 
+@pytest.mark.long
 def test_a_dead_server_without_checkpoints_ends_the_run(launch: RayLaunch, nodes: Nodes) -> None:
     launched = launch(WAITING)
     launched.wait_for("[worker-0] waiting")
@@ -251,6 +257,7 @@ def test_a_dead_server_without_checkpoints_ends_the_run(launch: RayLaunch, nodes
     assert_nothing_left(nodes)
 
 
+@pytest.mark.long
 def test_ctrl_c_leaves_nothing_on_the_cluster(launch: RayLaunch, nodes: Nodes) -> None:
     launched = launch(WAITING)
     launched.wait_for("[worker-0] waiting")
@@ -262,6 +269,7 @@ def test_ctrl_c_leaves_nothing_on_the_cluster(launch: RayLaunch, nodes: Nodes) -
     assert_nothing_left(nodes)
 
 
+@pytest.mark.long
 def test_ctrl_c_ends_the_wait_for_room(launch: RayLaunch) -> None:
     launched = launch(WAITING, options=("--ps", "1", "--workers", "9"))
     launched.wait_for("waiting until Ray has room")
@@ -273,6 +281,7 @@ def test_ctrl_c_ends_the_wait_for_room(launch: RayLaunch) -> None:
     ]
 
 
+@pytest.mark.long
 def test_a_killed_launcher_leaves_nothing_on_the_cluster(launch: RayLaunch, nodes: Nodes) -> None:
     launched = launch("import signal\nprint('waiting')\nsignal.pause()")
     launched.wait_for("[worker-0] waiting")
@@ -285,6 +294,7 @@ def test_a_killed_launcher_leaves_nothing_on_the_cluster(launch: RayLaunch, node
 # Where scripts come from.
 
 
+@pytest.mark.long
 def test_a_working_dir_is_copied_to_the_nodes(launch: RayLaunch, tmp_path: Path) -> None:
     (tmp_path / "helper.py").write_text("NAME = 'helper'\n")
     text = "import os, sys\nfrom helper import NAME\nprint(sys.argv, NAME, os.getcwd())"

@@ -118,7 +118,7 @@ def test_what_was_enough_is_not_once_one_has_come_back() -> None:
     play.come_back(b)
     play.until_due()
     assert len(play.commits) == 1
-    play.whole(b)  # now there are two, and d has its time of grace
+    play.whole(b)  # now there are two, and d has its grace period
     assert len(play.commits) == 1
     play.until_due()
     assert contributors(play) == ["abc", "ab"]

@@ -243,7 +243,7 @@ def test_when_all_have_finished_nobody_waits_and_the_job_is_over() -> None:
         play.notice(play.processes[0])
         for process in play.processes:
             play.finish(process)
-        for _ in range(10):  # what is whole stays, and waits for the time of grace at most
+        for _ in range(10):  # what is whole stays, and waits for the grace period at most
             play.until_due()
         assert play.round.waits_for[0] == set()
         assert (play.round.job_is_over, play.round.training) == (True, 0)

@@ -21,7 +21,7 @@ from tests.raw_client import RawClient
 from tests.shard_faults import soon
 from tests.shard_worker import START, ShardWorker
 
-WORKERS, ROUNDS, MIDDLE = 2, 50, 25
+WORKERS, ROUNDS, MIDDLE = 2, 20, 10
 # 3 fragments of 256 bytes for each of two servers.
 SMALL: Model = {"w": np.zeros(380, np.float32), "b": np.ones((), np.float32), "c": np.ones(3, np.float32)}
 # How often a moment comes in a round, at least.
@@ -120,7 +120,7 @@ def check_that_a_killed_shard_costs_nothing(
     ("moment", "victim"),
     long_except([(BETWEEN_TWO_ANSWERS, 0)], [(moment, number % 2) for number, moment in enumerate(TELLING)]),
 )
-def test_a_shard_killed_in_the_middle_of_fifty_rounds_costs_none_of_them(
+def test_a_shard_killed_in_the_middle_of_twenty_rounds_costs_none_of_them(
     start_servers: StartServers, moment: str, victim: int
 ) -> None:
     check_that_a_killed_shard_costs_nothing(start_servers, moment, victim, num_shards=2)

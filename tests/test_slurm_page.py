@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 from safetensors.numpy import load_file
 
 from tests.raw_client import until
@@ -63,6 +64,7 @@ def job(tmp_path: Path, code: int) -> Iterator[subprocess.Popen[bytes]]:
             process.wait()
 
 
+@pytest.mark.long
 def test_the_script_trains_to_the_end_and_leaves_the_center(tmp_path: Path) -> None:
     with job(tmp_path, 0) as process:
         assert process.wait(TIMEOUT_S) == 0
@@ -80,6 +82,7 @@ def test_shortly_before_its_time_is_over_the_job_asks_to_be_requeued_and_trains_
     assert (tmp_path / "requeued").read_text() == f"requeue {os.getpid()}\n"
 
 
+@pytest.mark.long
 def test_the_script_fails_when_a_worker_does(tmp_path: Path) -> None:
     with job(tmp_path, 7) as process:
         assert process.wait(TIMEOUT_S) == 7

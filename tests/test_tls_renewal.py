@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import socket
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from modelaverage.access.channels import Access
 from modelaverage.access.security import Security, Tls
 from modelaverage.errors import SecurityError
 from tests.certificates import Authority, Identity
+from tests.ports import lasting_port
 from tests.test_server_process import ServerProcess
 
 CENTER = {"w": np.zeros(4, np.float32)}
@@ -32,19 +32,13 @@ def flags_of(identity: Identity, authority: Authority, checkpoints: Path, port: 
     return [str(flag) for flag in flags]
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
-
-
 def test_a_worker_comes_back_with_a_renewed_authority_and_certificate(tmp_path: Path) -> None:
     old, new = Authority(tmp_path, "old"), Authority(tmp_path, "new")
     ca = replaced(tmp_path / "ca.pem", old.ca.read_bytes())
     first, second = old.sign("worker-before"), new.sign("worker-after")
     cert = replaced(tmp_path / "worker.pem", first.cert.read_bytes())
     key = replaced(tmp_path / "worker.key", first.key.read_bytes())
-    port = free_port()
+    port = lasting_port()
     with ServerProcess(*flags_of(old.sign("server-before"), old, tmp_path / "c", port), num_workers=1) as server:
         session = ParameterServerSession(
             [f"127.0.0.1:{port}"],
@@ -66,7 +60,7 @@ def test_a_worker_comes_back_with_a_renewed_authority_and_certificate(tmp_path: 
 def test_files_that_cannot_be_used_change_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     authority = Authority(tmp_path)
     ca = replaced(tmp_path / "ca.pem", authority.ca.read_bytes())
-    port = free_port()
+    port = lasting_port()
     with ServerProcess(
         *flags_of(authority.sign("s"), authority, tmp_path / "c", port)[:4], "--bind", f"localhost:{port}"
     ):
@@ -81,7 +75,7 @@ def test_files_that_cannot_be_used_change_nothing(tmp_path: Path, caplog: pytest
 
 
 def problem_of(cert: Identity, authority: Authority) -> str:
-    port = free_port()
+    port = lasting_port()
     flags = [str(flag) for flag in ("--tls-cert", cert.cert, "--tls-key", cert.key, "--bind", f"127.0.0.1:{port}")]
     with (
         ServerProcess(*flags),
@@ -102,7 +96,7 @@ def test_an_intermediate_certificate_that_is_missing_is_named(tmp_path: Path) ->
     assert "'the one between'" in message
     assert "put it behind the server's own, into the file of its --tls-cert" in message
     server.cert.write_bytes(server.cert.read_bytes() + between.ca.read_bytes())
-    port = free_port()
+    port = lasting_port()
     with (
         ServerProcess("--tls-cert", str(server.cert), "--tls-key", str(server.key), "--bind", f"127.0.0.1:{port}"),
         ParameterServerSession([f"127.0.0.1:{port}"], worker_id="w", security=Security(Tls(root.ca))) as session,

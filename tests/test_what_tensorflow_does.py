@@ -20,6 +20,8 @@ import pytest
 import torch
 
 from modelaverage.v1 import parameter_server_pb2 as pb
+from tests.long_plays import long_except
+from tests.ports import lasting_port
 from tests.raw_client import RawClient, until
 from tests.worker_process import (
     START_TIMEOUT_S,
@@ -62,7 +64,7 @@ def name_of(index: int) -> str:
 class ServerProcess(Process):
     """`ps-server serve`, which listens."""
 
-    def __init__(self, *arguments: str, bind: str = "127.0.0.1:0") -> None:
+    def __init__(self, *arguments: str, bind: str) -> None:
         super().__init__("-m", "ps_server", "serve", "--bind", bind, *arguments)
         self.arguments = arguments
         self.address = self.line(START_TIMEOUT_S).split()[-1]
@@ -108,7 +110,7 @@ class Cluster:
 
     def serve(self, num_workers: int, *arguments: str) -> None:
         """Starts the server."""
-        self._listens(ServerProcess("--num-workers", str(num_workers), *arguments))
+        self._listens(ServerProcess("--num-workers", str(num_workers), *arguments, bind=f"127.0.0.1:{lasting_port()}"))
 
     def serve_again(self) -> None:
         """Starts the server again, where it was, after it was killed."""
@@ -262,7 +264,7 @@ def test_a_worker_killed_before_the_barrier_is_waited_for_by_name_until_it_comes
 GRACE_S = 1.5
 
 
-@pytest.mark.parametrize("fragments", [0, 20])
+@pytest.mark.parametrize("fragments", long_except([20], [0, 20]))
 def test_with_a_quorum_a_killed_worker_costs_one_time_of_grace(cluster: Cluster, fragments: int) -> None:
     cluster.serve(3, "--min-workers", "2", "--grace-s", str(GRACE_S))
     workers = cluster.start(3)
@@ -422,7 +424,7 @@ def test_a_worker_that_died_after_its_push_joins_the_round_in_progress(cluster: 
 # The chief is killed.
 
 
-@pytest.mark.parametrize("is_chief", [True, False])
+@pytest.mark.parametrize("is_chief", long_except([True], [True, False]))
 def test_a_killed_chief_joins_again_like_any_worker(cluster: Cluster, is_chief: bool) -> None:
     cluster.serve(2)
     workers = cluster.start(2, initial_step=5)
@@ -578,7 +580,7 @@ def test_pushes_from_the_future_are_adopted_when_all_agree(cluster: Cluster, tmp
     assert round_of(workers) == (37 + OF_0_AND_1, 5)
 
 
-@pytest.mark.parametrize("comes_first", [True, False])
+@pytest.mark.parametrize("comes_first", long_except([True], [True, False]))
 def test_a_lone_push_from_the_future_is_refused(cluster: Cluster, tmp_path: Path, comes_first: bool) -> None:
     ahead, other = restored_from_an_older_checkpoint(cluster, tmp_path)
     other.kill()

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from ma_client.process.threads import without_thread
 from ma_client.transports.absence import NoticePace, connect
 from ma_client.transports.connection import Connection
+from ma_client.transports.registry import TransportSettings
 from ma_client.transports.timing import TIMING, Timing
-from ma_client.transports.ways import WaySettings
 from modelaverage.access.channels import Access
 from modelaverage.access.security import Security
 from modelaverage.errors import DeadlineExceededError, ModelAverageError, ServerUnavailableError
@@ -50,7 +50,7 @@ class _HeldPlace:
 
     def __init__(self, address: str, access: Access, timeout_s: float, timing: Timing) -> None:
         self._address = address
-        self._connection = Connection(address, access, WaySettings(timing=timing))
+        self._connection = Connection(address, access, TransportSettings(timing=timing))
         self._incarnation = uuid.uuid4().bytes
         self._place = Future[TaskPlace]()
         self._trouble = f"{address} does not say one"

@@ -25,7 +25,8 @@ _NAMED = 4
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 _FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-# Ways to undo what torch's wrappers add to names. The first one under which the file has all variables is used.
+# Functions that remove the prefixes that torch's wrappers add to names. The first one under which the file has all
+# variables is used.
 _VIEWS: tuple[Callable[[Sequence[str]], Sequence[str]], ...] = (
     lambda segments: segments,
     lambda segments: [segment for segment in segments if segment != "_orig_mod"],
@@ -57,13 +58,13 @@ def read_initial_values(
     differ from the center's.
 
     Args:
-        variables: of the center; only names, element types and shapes are used.
-        path: of a safetensors file or, if torch is installed, of one that `torch.save` wrote.
-        other_names: further names, by variable, that the file may use for it (tied weights).
+        variables: the variables of the center; only names, element types and shapes are used.
+        path: path of a safetensors file or, if torch is installed, of a file written by `torch.save`.
+        other_names: by variable, further names that the file may use for it (tied weights).
 
     Raises:
-        InvalidRequestError: the file cannot be read; or it lacks a variable, or has it with another shape, not as
-            floating-point numbers, or with values that are too large for the center's type.
+        InvalidRequestError: the file cannot be read, or lacks a variable, or has it with another shape, not as
+            floating-point numbers, or with values too large for the center's type.
     """
     with _opened(Path(path)) as file:
         found, used = _find(variables, file.names(), other_names)
@@ -158,7 +159,7 @@ def _torch_file(path: Path) -> InitialValuesFile:
 def _find(
     variables: Mapping[str, _Array], names: Sequence[str], other_names: Mapping[str, Sequence[str]]
 ) -> tuple[dict[str, str], set[str]]:
-    """The file's names of the variables, and all of its names that are used, under the view that finds most
+    """The file's names of the variables, and all of its names in use, for the name function that finds most
     variables."""
     best, taken = dict[str, str](), set[str]()
     for view in _VIEWS:

@@ -17,7 +17,7 @@ __all__ = ["TorchFile"]
 
 
 class TorchFile:
-    """Reads its tensors; of other entries (numbers, extra state) only the names are known.
+    """Reads the tensors of a state dict; only the names of other entries (numbers, extra state) are known.
 
     Raises:
         ValueError: the file cannot be read, is not safe to read, or is not a state dict.

@@ -1,1 +1,1 @@
-"""This worker at the servers of its job: one server, all servers, initialization, recovery."""
+"""A worker's use of the servers of its job: one server, all servers, initialization, recovery."""

@@ -1,4 +1,4 @@
-"""All servers of a job at once, for one worker, and how they come to one step after a failure."""
+"""All servers of a job at once, for one worker, and how they return to a common step after a failure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ma_client.job.recovery import Goal, common_step
 from ma_client.process.forking import OwnProcess
 from ma_client.process.threads import without_thread
 from ma_client.transports.connection import Connection
-from ma_client.transports.ways import WaySettings
+from ma_client.transports.registry import TransportSettings
 from modelaverage.access.channels import Access
 from modelaverage.errors import ConflictError, ModelAverageError
 from modelaverage.runtime.deadline import Deadline
@@ -24,21 +24,21 @@ from modelaverage.v1 import parameter_server_pb2 as pb
 __all__ = ["AllServers"]
 
 _T = TypeVar("_T")
-# Servers that run on while this worker fetches from the others are another kind of trouble than a failure.
+# Limits attempts: if servers keep advancing while this worker reads the others, retries do not help.
 _MAX_TRIES = 100
-# Calls that were cancelled end soon.
+# Cancelled calls end soon.
 _END_S = 5.0
 
 
 class AllServers:
-    """All servers of a job, for one worker; in their order.
+    """All servers of a job, in order, for one worker.
 
     Args:
-        addresses: of the parameter servers.
-        worker: who pushes there.
+        addresses: the addresses of the parameter servers.
+        worker: the identity of this worker.
         reconnect_timeout_s: how long to try again when a server is away.
-        access: the way to servers.
-        settings: which ways a push's bytes may go, and how long to wait for what.
+        access: how to connect to servers.
+        settings: which transports a push may use, and timeouts.
 
     Raises:
         ServerUnavailableError: there are not enough threads for all servers.
@@ -50,7 +50,7 @@ class AllServers:
         worker: WorkerIdentity,
         reconnect_timeout_s: float,
         access: Access,
-        settings: WaySettings = WaySettings(),  # noqa: B008
+        settings: TransportSettings = TransportSettings(),  # noqa: B008
     ) -> None:
         self._process = OwnProcess()
         self._threads = _threads(len(addresses))
@@ -68,18 +68,18 @@ class AllServers:
 
     @property
     def steps(self) -> list[int | None]:
-        """By server, the step of the center that this worker has from it."""
+        """For each server, the step of the center that this worker has from it."""
         return [server.step for server in self._servers]
 
     def each(self, call: Callable[[int, OneServer], _T], on_failure: Callable[[], None] | None = None) -> list[_T]:
-        """What ``call`` returns for every server, called for all at once; the first failure ends the others.
+        """Calls ``call`` for all servers at once, and returns the results. The first failure ends the others.
 
         Args:
             call: gets the server's index and the server.
-            on_failure: called when one has failed, to end waits that are not the servers'.
+            on_failure: called after a failure, to end waits that are not calls to servers.
 
         Raises:
-            ModelAverageError: the session is closed, or another process's.
+            ModelAverageError: the session is closed, or belongs to another process.
         """
         self._process.check()
         if self._is_closed:
@@ -105,13 +105,13 @@ class AllServers:
                 server.connection.stopped.clear()
 
     def pull(self, wait_initialized: bool, may_push: bool, deadline: Deadline) -> None:
-        """Reads the centers of all servers; afterwards all are of one step."""
+        """Reads the centers of all servers; afterwards all have the same step."""
         self.each(lambda _, server: server.pull(wait_initialized, deadline, will_train=may_push))
-        # Copied, so that it is the caller's own: what comes by a push may lie in the server's memory.
+        # Copied, so that the caller owns it: a center from a push may lie in the server's memory.
         self.settle(True, deadline, may_push)
 
     def push(self, base_step: int, parts: Sequence[LocalPart], copy: bool, deadline: Deadline) -> list[pb.PushOutcome]:
-        """One round: pushes to all servers, and returns when it is over on all of them and they are at one step."""
+        """Makes one round: pushes to all servers, and returns when all have committed it and are at one step."""
         self._process.check()
         if len(self._servers) == 1:
             return [self._servers[0].push(base_step, parts[0], copy, deadline)]
@@ -141,25 +141,25 @@ class AllServers:
 
             self.each(bring, meeting.end)
             if any(step != target for step in self.steps):
-                # They run on without this worker. To follow them one by one could take for ever: all at once.
+                # The servers advance without this worker. Following one by one could take forever: read all at once.
                 self.each(lambda _, server: server.pull(False, deadline))
         raise ConflictError(f"the parameter servers do not come to one step; they are at {self.steps}")
 
     def stop(self) -> None:
-        """Ends what is under way, from any thread: the calls of the thread that waits for it, and those of the pool."""
+        """Ends all calls in progress, in the calling thread and in the pool. From any thread."""
         for server in self._servers:
             server.connection.stop()
         wait(list(self._under_way), _END_S)
 
     def close(self) -> None:
-        """Leaves all servers, and closes the connections. Does nothing the second time, nor in a forked process."""
+        """Leaves all servers and closes the connections. Does nothing the second time, or in a forked process."""
         if self._is_closed or not self._process.is_this:
             return
         for server in self._servers:
             server.connection.stopped.clear()
 
         def leave(_: int, server: OneServer) -> None:
-            with contextlib.suppress(ModelAverageError):  # nobody has to hear it
+            with contextlib.suppress(ModelAverageError):  # the goodbye is optional
                 server.leave()
             server.connection.close()
 
@@ -168,8 +168,8 @@ class AllServers:
         self._threads.shutdown()
 
     def _keep_up(self, index: int, server: OneServer, meeting: Meeting, copy: bool, deadline: Deadline) -> None:
-        """Waits for the other servers. If this one falls back meanwhile, it gets its center again: another worker may
-        wait for that, and this worker for the other."""
+        """Waits for the other servers. If this server falls back meanwhile, restores its center: another worker may
+        wait for that center, and this worker for the other worker."""
         while not meeting.join(index, server.connection.timing.fall_back_interval_s):
             if has_fallen_back(server):
                 meeting.leave(index)
@@ -178,12 +178,12 @@ class AllServers:
 
 
 def _threads(count: int) -> ThreadPoolExecutor:
-    """A pool whose threads run already, if it is to have several.
+    """A thread pool. If it has several threads, they are already running.
 
-    One that gets no thread later keeps the work that it refused, and does it when nobody expects that any more.
+    Otherwise a pool that fails to start a thread later would keep the refused work and run it unexpectedly.
     """
     threads, all_run = ThreadPoolExecutor(count, "ma_client"), threading.Barrier(count + 1)
-    if count == 1:  # its work is done by who asks for it
+    if count == 1:  # the calling thread does the work itself
         return threads
     try:
         for _ in range(count):
@@ -201,5 +201,5 @@ def _threads(count: int) -> ThreadPoolExecutor:
 def _results(futures: Sequence[Future[_T]], done: set[Future[_T]]) -> list[_T]:
     for future in futures:
         if future in done:
-            future.result()  # raises what it raised
+            future.result()  # raises its error
     return [future.result() for future in futures]

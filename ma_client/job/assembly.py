@@ -1,4 +1,4 @@
-"""One model and its shards: local variables are cut for the servers, centers are put together again."""
+"""One model and its shards: splits local variables for the servers, and joins their centers."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ class Assembly:
     """The shards of one model.
 
     Args:
-        manifests: of every shard, in the order of the servers.
-        addresses: of the servers, to name them in errors.
+        manifests: the manifest of every shard, in the order of the servers.
+        addresses: the addresses of the servers, for error messages.
 
     Attributes:
-        manifest: of the whole model.
+        manifest: the manifest of the whole model.
         shards: the shards' manifests.
-        stagings: where each shard's center arrives; one behind the other, so that most variables are whole there.
+        stagings: receive the shards' centers; adjacent in memory, so that most variables are contiguous there.
 
     Raises:
-        ConflictError: MANIFEST_MISMATCH: they do not belong together.
+        ConflictError: MANIFEST_MISMATCH: the shards do not belong together.
     """
 
     def __init__(self, manifests: Sequence[Manifest], addresses: Sequence[str]) -> None:
@@ -51,7 +51,7 @@ class Assembly:
         self._extents = [extents[number] for number in range(len(extents))]
 
     def cut(self, values: Sequence[memoryview]) -> list[list[memoryview]]:
-        """For every shard the bytes of its variables; views.
+        """The bytes of the variables of each shard; views.
 
         Args:
             values: the bytes of the whole variables, in manifest order.
@@ -67,14 +67,14 @@ class Assembly:
         ]
 
     def cut_numbers(self, numbers: Collection[int]) -> list[list[int]]:
-        """For every shard, which of its variables belong to these whole ones; ascending."""
+        """For each shard, the numbers of its variables that belong to these whole variables; ascending."""
         return [
             [number for number, variable in enumerate(manifest.variables) if _number(number, variable) in numbers]
             for manifest in self.shards
         ]
 
     def join_numbers(self, by_shard: Sequence[Collection[int]]) -> frozenset[int]:
-        """The whole variables whose every part is among these variables of the shards."""
+        """The whole variables all of whose parts are among these variables of the shards."""
         missing = {
             _number(number, variable)
             for manifest, numbers in zip(self.shards, map(frozenset, by_shard), strict=True)  # a list is slow to search
@@ -84,10 +84,10 @@ class Assembly:
         return frozenset(range(len(self.manifest.variables))) - missing
 
     def join(self, elsewhere: Sequence[_Arrays | None]) -> _Arrays:
-        """The whole variables by name; read-only views wherever their parts lie side by side.
+        """The whole variables by name; read-only views where their parts are adjacent in memory.
 
         Args:
-            elsewhere: by shard, its variables by name if they did not arrive in its staging.
+            elsewhere: for each shard, its variables by name if they did not arrive in its staging.
         """
         if self._all_side_by_side and all(arrays is None for arrays in elsewhere):
             return self._staged
@@ -99,17 +99,17 @@ class Assembly:
         return gather(self.manifest, shards)
 
     def overlaps(self, array: NDArray[Any]) -> bool:
-        """Whether an array may lie where a center is about to arrive."""
+        """Whether an array may overlap memory that the next center will overwrite."""
         return self._memory.overlaps(array)
 
     def release(self) -> None:
-        """Gives the memory of the stagings back until a center arrives there again."""
+        """Frees the memory of the stagings until a center arrives there again."""
         self.__dict__.pop("_staged", None)
         self._memory.release()
 
     @cached_property
     def _all_side_by_side(self) -> bool:
-        """Whether the parts of every variable lie one behind the other where centers arrive."""
+        """Whether the parts of every variable are adjacent in the stagings."""
         sizes = [end - start for start, end in self._extents]
         return sizes == [variable.size_bytes for variable in self.manifest.variables]
 
@@ -124,7 +124,7 @@ class Assembly:
 
 
 def _number(number: int, variable: Variable) -> int:
-    """Of a shard's variable: which whole one it belongs to."""
+    """The number of the whole variable that a shard's variable belongs to."""
     return number if variable.part is None else variable.part.variable
 
 

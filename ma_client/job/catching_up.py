@@ -1,4 +1,4 @@
-"""Brings one server to a step: a loop around the decisions of `recovery.py`."""
+"""Brings one server to a step: a loop that carries out the decisions of `recovery.py`."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ _LOOK_TIMEOUT_S = 2.0
 
 
 def push_again(server: OneServer, base_step: int, local: LocalPart, copy: bool, deadline: Deadline) -> pb.PushOutcome:
-    """One round of a server, again and again if it has lost rounds that this worker has seen and others do not agree to
-    leave them out: it gets the center again from which this worker started. If that is gone, too, what this worker made
-    of it has to do, and nothing of that is untouched."""
+    """Pushes one round to a server, and repeats if the server has lost rounds that this worker has seen. Unless all
+    workers agree to drop those rounds, the server first gets back the center from which this worker started. If that
+    center is gone, too, the local variables made from it take its place, and none of them counts as untouched."""
     while True:
         try:
             return server.push(base_step, local, copy, deadline)
@@ -45,11 +45,11 @@ def push_again(server: OneServer, base_step: int, local: LocalPart, copy: bool, 
 
 
 def has_fallen_back(server: OneServer) -> bool:
-    """Whether the server is at an earlier step than the center that this worker has from it."""
+    """Whether the server's step is earlier than that of the center that this worker has from it."""
     try:
         status = server.connection.status(Deadline(_LOOK_TIMEOUT_S))
     except (ServerUnavailableError, DeadlineExceededError):
-        return False  # nobody knows; there will be another look
+        return False  # unknown; the caller asks again later
     return is_behind(server.step, status.global_step)
 
 
@@ -62,20 +62,20 @@ def catch_up(
     is_lost: bool = False,
     is_private: bool = False,
 ) -> None:
-    """Returns with a center of the goal's step or later, when the server has one.
+    """Returns once this worker has a center of the goal's step or later from the server.
 
     Args:
-        server: to bring there.
-        goal: where.
+        server: the server.
+        goal: the step to reach.
         copy: whether a center in shared memory is copied at once.
-        deadline: for all of it.
+        deadline: for the whole call.
         local: local variables that were made from the center of the goal's step.
-        is_lost: the server has lost the center that this worker has from it.
-        is_private: nobody else was given that center so far, so that copies of it are as they came.
+        is_lost: whether the server has lost the center that this worker has from it.
+        is_private: whether no other code holds that center, so that copies of it are unchanged.
     """
     wait = _Wait(server, goal, deadline)
     status = pb.GetStatusResponse()
-    center: LocalPart | None = None  # what this worker gives back; read once, since a push that breaks writes over it
+    center: LocalPart | None = None  # the center to restore; read once, because a failed push overwrites it
     view = ServerView(server.step, server.has_center(is_private), is_lost)
     while True:
         match decide(view, goal, server.connection.timing.long_wait_s):
@@ -95,7 +95,7 @@ def catch_up(
             case MakePush(purpose, base_step):
                 if purpose is Purpose.RESTORE and center is None:
                     center = server.center_again(is_private)
-                if purpose is Purpose.RESTORE and center is None:  # written over just now
+                if purpose is Purpose.RESTORE and center is None:  # overwritten meanwhile
                     view = replace(view, is_intact=False)
                     continue
                 gives = {Purpose.RESTORE: center, Purpose.CONTRIBUTE: local, Purpose.ABSTAIN: None}[purpose]
@@ -109,14 +109,14 @@ def catch_up(
                     if reason is Reason.ROUND_FULL:
                         wait.go_on(status)
                 else:
-                    if is_behind(view.held, server.step or 0):  # one step of several is made
+                    if is_behind(view.held, server.step or 0):  # one of several steps is done
                         view = replace(view, step=None, is_lost=True, is_alone=False)
                     else:
                         view, center = ServerView(server.step), None
 
 
 class _Wait:
-    """For others to bring a server to a step; not in silence."""
+    """Waits, with log lines, until other workers bring a server to a step."""
 
     def __init__(self, server: OneServer, goal: Goal, deadline: Deadline) -> None:
         self._server, self._goal, self._deadline = server, goal, deadline
@@ -125,15 +125,15 @@ class _Wait:
 
     @property
     def lasted_s(self) -> float:
-        """How long it has lasted."""
+        """How long the wait has lasted."""
         return time.monotonic() - self._since_s
 
     def go_on(self, status: pb.GetStatusResponse) -> None:
-        """Waits a little; the server said this last.
+        """Waits a little; ``status`` is the server's latest status.
 
         Raises:
-            DeadlineExceededError: for too long.
-            ModelAverageError: it was ended.
+            DeadlineExceededError: the wait took too long.
+            ModelAverageError: the session ended the wait.
         """
         connection = self._server.connection
         if self.lasted_s >= self._notice_s:
@@ -150,7 +150,7 @@ class _Wait:
 
 
 def _seen(view: ServerView, status: pb.GetStatusResponse, worker_id: str, waited_s: float) -> ServerView:
-    """The view, with what the server has said."""
+    """The view, updated from the server's status."""
     at_rest = status.phase == pb.PHASE_IDLE
     perhaps = status.waiting_for_unknown > 0 or status.waiting_for_omitted > 0
     return replace(

@@ -1,4 +1,4 @@
-"""The wait of a worker that has finished for those that still train."""
+"""A finished worker's wait for those that still train."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _FIRST_NOTICE_S = 5.0
 def wait_until_all_have_finished(
     statuses: Callable[[], Sequence[pb.GetStatusResponse]], worker_id: str, timeout_s: float
 ) -> bool:
-    """Asks the servers again and again; says in the log for whom it waits, after 5 s and at growing gaps.
+    """Polls the servers; logs which workers it waits for, after 5 s and at growing intervals.
 
     Args:
-        statuses: what each server is doing.
-        worker_id: who waits. A server that no longer knows that it has finished has begun another run.
-        timeout_s: how long, at most.
+        statuses: returns the status of each server.
+        worker_id: this worker. A server that no longer counts it as finished has begun another run.
+        timeout_s: the longest wait.
 
     Returns:
-        Whether all workers have finished. False: the time is over, or a server does not answer.
+        Whether all workers have finished. False: the wait timed out, or a server does not answer.
     """
     began_at_s = time.monotonic()
     pause_s, notice_s = _FIRST_PAUSE_S, _FIRST_NOTICE_S

@@ -1,4 +1,4 @@
-"""How the chief sets the center: on one server, or on all shards of a job so that they belong together."""
+"""How the chief initializes the center: on one server, or consistently on all shards of a job."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ __all__ = ["CenterSet", "Proposal", "initialize"]
 
 @dataclass(frozen=True)
 class Proposal:
-    """What the chief wants the center to be.
+    """The center that the chief wants to set.
 
     Args:
-        worker_id: of the chief.
-        variables: of the whole model.
+        worker_id: the chief's worker id.
+        variables: the variables of the whole model.
         values: their bytes.
-        global_step: where to start counting rounds.
-        placement: what goes to which of several servers.
+        global_step: the step at which to start counting rounds.
+        placement: assigns parts of the model to servers.
         fragment_size_bytes: None: chosen by the size of the model and the number of servers.
-        must_be_new: whether a center that is there already is an error.
+        must_be_new: whether an existing center is an error.
     """
 
     worker_id: str
@@ -44,7 +44,7 @@ class Proposal:
     must_be_new: bool
 
     def manifest(self, num_shards: int) -> Manifest:
-        """Of the whole model."""
+        """The manifest of the whole model."""
         if self.fragment_size_bytes is not None:
             return Manifest(self.variables, self.fragment_size_bytes)
         buffer_size_bytes = Manifest(self.variables).buffer_size_bytes
@@ -53,11 +53,11 @@ class Proposal:
 
 @dataclass(frozen=True)
 class CenterSet:
-    """How it ended.
+    """The result of an initialization.
 
     Args:
-        by_this_call: whether the center was not set before.
-        global_step: rounds completed.
+        by_this_call: whether this call set the center.
+        global_step: the number of completed rounds.
         num_workers: how many workers a round waits for.
         assembly: the shards, if this call set all of them.
     """
@@ -69,13 +69,13 @@ class CenterSet:
 
 
 def initialize(servers: AllServers, addresses: Sequence[str], proposal: Proposal, deadline: Deadline) -> CenterSet:
-    """Sets the center on all servers, or completes what an earlier call could not; changes nothing if it is set.
+    """Sets the center on all servers, or completes an interrupted initialization. Changes nothing if it is set.
 
     Raises:
         InvalidRequestError: MANIFEST_INVALID: a manifest is too long for a message; nothing was sent.
-        ConflictError: MANIFEST_MISMATCH: another model is in force, or the servers do not belong together. Or there is
-            a center, and it must be new.
-        NotInitializedError: a server has lost its part of a center that has been averaged already.
+        ConflictError: MANIFEST_MISMATCH: another model is in force, or the servers do not belong together; or the
+            center exists but must be new.
+        NotInitializedError: a server has lost its part of a center that has already been averaged.
     """
     there = _centers_there(servers, deadline) if len(servers) > 1 or proposal.must_be_new else [None]
     headers = [header for header in there if header is not None]
@@ -94,7 +94,7 @@ def initialize(servers: AllServers, addresses: Sequence[str], proposal: Proposal
             Reason.NOT_INITIALIZED,
         )
     shards = _place(proposal, addresses, there)
-    # All of them, before the first is sent.
+    # Checks all manifests before the first is sent.
     messages = [pb.Manifest.FromString(wire.encode_manifest(shard)) for shard in shards]
     assembly = Assembly(shards, addresses)
     values = assembly.cut(proposal.values)
@@ -109,9 +109,9 @@ def initialize(servers: AllServers, addresses: Sequence[str], proposal: Proposal
         _check_shard(response, shards[index].shard, addresses[index])
         return response
 
-    # The first server comes first: whoever set it has chosen the job's id.
+    # The first server goes first: its center determines the job's id.
     first = set_one(0, next(iter(servers)))
-    # Shards know their job by an id that this call has drawn; a single server's center has none.
+    # Shards are tied to their job by a random id from this call; a single server's center has none.
     if proposal.must_be_new and len(servers) == 1 and not first.initialized:
         _check_ours(proposal, first, next(iter(servers)), assembly.stagings[0], addresses[0], deadline)
     rest = servers.each(lambda index, server: set_one(index, server) if index > 0 else first)
@@ -132,7 +132,7 @@ def _check_ours(
     address: str,
     deadline: Deadline,
 ) -> None:
-    """There was no center a moment ago: this one is of this call, whose answer was lost. Or else: ConflictError."""
+    """Checks that a center which appeared during this call is its own (the answer was lost). Raises ConflictError."""
     if answer.global_step == proposal.global_step:
         server.adopt(staging, answer.manifest_id)
         server.pull(False, deadline)
@@ -151,7 +151,7 @@ def _not_new(address: str, global_step: int) -> ConflictError:
 
 
 def _centers_there(servers: AllServers, deadline: Deadline) -> list[pb.CenterHeader | None]:
-    """By server, what center it has."""
+    """The header of each server's center; None: it has none."""
 
     def header(_: int, server: OneServer) -> pb.CenterHeader | None:
         try:
@@ -163,7 +163,7 @@ def _centers_there(servers: AllServers, deadline: Deadline) -> list[pb.CenterHea
 
 
 def _place(proposal: Proposal, addresses: Sequence[str], there: Sequence[pb.CenterHeader | None]) -> Sequence[Manifest]:
-    """The shards' manifests; those that are there already, of an initialization that was not completed, stay."""
+    """The shards' manifests. Shards set by an interrupted initialization keep theirs."""
     job_id = uuid.uuid4().bytes
     manifests = [None if header is None else wire.manifest_from_message(header.manifest) for header in there]
     for manifest in manifests:

@@ -1,4 +1,4 @@
-"""Where the threads of all servers wait for each other."""
+"""A barrier at which the threads of all servers wait for each other."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ __all__ = ["Meeting"]
 
 
 class Meeting:
-    """Over when all are present at the same time.
+    """A barrier that opens when all threads are present at the same time.
 
     Args:
-        size: how many there are.
+        size: the number of threads.
     """
 
     def __init__(self, size: int) -> None:
@@ -21,7 +21,7 @@ class Meeting:
         self._over = False
 
     def join(self, index: int, timeout_s: float) -> bool:
-        """Whether all are there, or it is over, within this time."""
+        """Waits up to this time. Returns whether the barrier has opened or ended."""
         with self._condition:
             self._present.add(index)
             if len(self._present) == self._size:
@@ -29,12 +29,12 @@ class Meeting:
             return self._condition.wait_for(lambda: self._over, timeout_s)
 
     def leave(self, index: int) -> None:
-        """Not there any more."""
+        """Marks a thread as absent."""
         with self._condition:
             self._present.discard(index)
 
     def end(self) -> None:
-        """Nobody waits any longer."""
+        """Ends all waits."""
         with self._condition:
             self._over = True
             self._condition.notify_all()

@@ -1,4 +1,4 @@
-"""One server of the job, for one worker: pulls and pushes there, tried again as long as that may help."""
+"""One server of the job, for one worker: pulls and pushes, retried as long as that may help."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ from modelaverage.v1 import parameter_server_pb2 as pb
 
 __all__ = ["LocalPart", "OneServer", "WorkerIdentity"]
 
-# Each restart of a round has a cause of its own, a worker that died; this many in a row are another kind of trouble.
+# A round restarts when a worker dies. This many restarts in a row have another cause, and retries do not help.
 _MAX_ROUND_RESTARTS = 100
 _LEAVE_TIMEOUT_S = 1.0
 
 
 @dataclass(frozen=True)
 class WorkerIdentity:
-    """Who pushes.
+    """The identity of a worker.
 
     Args:
         worker_id: its name in the job.
         incarnation: 16 random bytes of this process.
-        is_chief: for the servers' status.
+        is_chief: whether it is the chief; for the servers' status.
     """
 
     worker_id: str
@@ -51,15 +51,15 @@ class WorkerIdentity:
 
 @dataclass(frozen=True)
 class LocalPart:
-    """The local variables that a worker gives to one server.
+    """The local variables that a worker pushes to one server.
 
     Args:
-        values: the bytes of the variables there, in manifest order.
-        untouched: indexes of those that are as they came from the center, ascending.
+        values: the bytes of the server's variables, in manifest order.
+        untouched: indexes of the variables that are unchanged since the last center, ascending.
         weight: share in the average.
         local_step: for the server's status.
-        loss: for the server's status; None: it is not said.
-        interval_steps: local steps between two rounds, for the server's log and status; 0: it is not said.
+        loss: for the server's status; None: not reported.
+        interval_steps: local steps between two rounds, for the server's log and status; 0: not reported.
     """
 
     values: Sequence[memoryview]
@@ -71,15 +71,15 @@ class LocalPart:
 
 
 class OneServer:
-    """One server of a job, for one worker. For one thread at a time.
+    """One server of a job, for one worker. Used by one thread at a time.
 
     Args:
-        connection: to it.
-        worker: who pushes there.
+        connection: the connection to the server.
+        worker: the identity of this worker.
         reconnect_timeout_s: how long to try again when the server is away.
 
     Attributes:
-        step: the `global_step` of the server's center that this worker has; None before the first.
+        step: the `global_step` of the center that this worker has from the server; None before the first.
         elsewhere: that center's variables by name, if it did not arrive in ``staging``.
     """
 
@@ -96,19 +96,19 @@ class OneServer:
             lambda: connection.progressed_at_s,
         )
         self._push_id = 0
-        self._loan: Loan | None = None  # the shared memory that the center came in, if it did
-        self._is_copied = True  # whether whoever was given the center no longer needs it
+        self._loan: Loan | None = None  # shared memory that holds the center, if any
+        self._is_copied = True  # whether callers no longer read the center in place
         self._staging: Staging | None = None
         self._manifest_id = ""
 
     def adopt(self, staging: Staging, manifest_id: str) -> None:
-        """From now on the center has this manifest, and arrives there."""
+        """Sets the manifest of the center, and the staging that receives it."""
         self._staging, self._manifest_id = staging, manifest_id
 
     def initialize(
         self, header: pb.InitializeHeader, values: Sequence[memoryview], staging: Staging, deadline: Deadline
     ) -> pb.InitializeResponse:
-        """Offers the center that the server is to have; ``staging`` has its manifest."""
+        """Sends an initial center to the server; ``staging`` has its manifest."""
         manifest = staging.manifest
         response = self._patience.call(
             lambda: self.connection.initialize(
@@ -122,7 +122,7 @@ class OneServer:
         return response
 
     def center_header(self, wait_initialized: bool, deadline: Deadline) -> pb.CenterHeader:
-        """What the center is, without its values."""
+        """The header of the center, without its values."""
         request = self._pull_request(wait_initialized)
         request.header_only = True
         return self._patience.call(lambda: self.connection.center_header(request, deadline), deadline)
@@ -134,14 +134,14 @@ class OneServer:
         heard: Callable[[pb.CenterHeader], None] | None = None,
         will_train: bool = False,
     ) -> None:
-        """Reads the center into the staging buffer. ``heard`` may adopt another one when it hears the header.
+        """Reads the center into the staging buffer. ``heard`` may adopt another staging when it gets the header.
         ``will_train``: rounds wait for this worker, even if it had finished.
 
         Raises:
-            ConflictError: MANIFEST_MISMATCH: nobody adopted the center that came.
+            ConflictError: MANIFEST_MISMATCH: the center that arrived was not adopted.
         """
         step, began_at_s = 0, time.monotonic()
-        arriving: Staging | None = None  # what this pull has begun to fill
+        arriving: Staging | None = None  # the staging that this pull has begun to fill
         request = self._pull_request(wait_initialized)
         request.will_train = will_train
 
@@ -175,20 +175,20 @@ class OneServer:
         self.step, self.elsewhere, self._loan = step, None, None
 
     def _first_to_pull(self, arriving: Staging, began_at_s: float, deadline: Deadline) -> int:
-        """Which fragment a pull that began at ``began_at_s`` and broke goes on with; 0: it starts over."""
+        """The fragment at which a broken pull that began at ``began_at_s`` resumes; 0: it starts over."""
         if arriving.received == 0 or arriving.is_complete:
             return 0
-        # Only at the same process: another one may have made another center of the same step.
+        # Only from the same server process: another one may have a different center of the same step.
         uptime_s = self.connection.status(deadline).uptime_s
         return arriving.received if uptime_s >= time.monotonic() - began_at_s else 0
 
     def check_intact(self) -> None:
-        """Raises RetryPushError if a later round has written over the center that was not copied."""
+        """Raises RetryPushError if a later round has overwritten a center that was not copied."""
         if self._loan is not None and not self._is_copied:
             self._loan.check_intact()
 
     def status(self, deadline: Deadline) -> pb.GetStatusResponse:
-        """What the server is doing."""
+        """The status of the server."""
         return self._patience.call(lambda: self.connection.status(deadline), deadline)
 
     def push(
@@ -199,14 +199,14 @@ class OneServer:
         deadline: Deadline,
         purpose: Purpose = Purpose.CONTRIBUTE,
     ) -> pb.PushOutcome:
-        """One round of this server; afterwards `step` and the center are the new ones.
+        """Makes one round on this server; afterwards `step` and the center are the new ones.
 
         Args:
-            base_step: what the local variables started from.
-            local: what to give; None: nothing, to ABSTAIN.
+            base_step: the step from which the local variables started.
+            local: the values to push; None: abstain.
             copy: whether a center in shared memory is copied at once.
-            deadline: for all of it.
-            purpose: of the push.
+            deadline: for the whole call.
+            purpose: the purpose of the push.
         """
         staging = self._staging
         assert staging is not None
@@ -226,7 +226,7 @@ class OneServer:
             except NotInitializedError as error:
                 raise self.lost(error) from None
             except ModelAverageError as error:
-                # The round was started over for another worker's sake; the same push is as good as before.
+                # Another worker caused the restart; the same push is still valid.
                 restarts += 1
                 if retry_after(error) is not Retry.AT_ONCE or restarts > _MAX_ROUND_RESTARTS:
                     raise
@@ -236,40 +236,40 @@ class OneServer:
                 return answer.outcome
 
     def has_center(self, is_private: bool) -> bool:
-        """Whether `center_again` has it. ``is_private``: copies of it were not given to anybody."""
+        """Whether `center_again` has the center. ``is_private``: no caller got a copy of it."""
         return self.holds_center or (is_private and self._is_copied and self.elsewhere is not None)
 
     def center_again(self, is_private: bool) -> LocalPart | None:
-        """The center as it came from the server, which has lost it; None if it was written over meanwhile."""
+        """The center as received from the server, which has lost it; None if it was overwritten meanwhile."""
         if self._loan is None:
             values = _copied(self._staging.arrays) if self._staging is not None and self.holds_center else None
         else:
             values = self._loan.intact_bytes()
-            # Whoever was given copies may have changed them.
+            # Callers may have changed their copies.
             if values is None and is_private and self._is_copied and self.elsewhere is not None:
                 values = _copied(self.elsewhere)
         return None if values is None else LocalPart(values, (), 1.0)
 
     @property
     def holds_center(self) -> bool:
-        """Whether the center of `step` is still where it came. Shared memory may be written over at any time: ask again
-        when it has been read."""
+        """Whether the center of `step` is still unchanged in its memory. Shared memory may be overwritten at any time:
+        check again after reading it."""
         if self._loan is not None:
             return self._loan.is_intact
         return self._staging is not None and self._staging.is_whole
 
     @property
     def worker_id(self) -> str:
-        """Who this worker is."""
+        """The id of this worker."""
         return self._worker.worker_id
 
     @property
     def lent_center(self) -> Mapping[str, NDArray[Any]] | None:
-        """The center of `step` by name, in shared memory; None if it came in the staging buffer."""
+        """The center of `step` by name, in shared memory; None if it arrived in the staging buffer."""
         return None if self._loan is None else self._loan.arrays
 
     def lost(self, why: object) -> NotInitializedError:
-        """The exception that says that the server has no center any more."""
+        """The exception for a server that has lost its center."""
         return NotInitializedError(
             f"the parameter server at {self.connection.address} has lost the center variables ({why}); was it started "
             "again without its --checkpoint-dir? Local variables are untouched",
@@ -277,12 +277,12 @@ class OneServer:
         )
 
     def finish(self, deadline: Deadline) -> pb.LeaveResponse:
-        """Says that this worker has finished its training: no round waits for it any longer."""
+        """Reports that this worker has finished its training; rounds no longer wait for it."""
         request = pb.LeaveRequest(worker_id=self._worker.worker_id, incarnation=self._worker.incarnation, finished=True)
         return self._patience.call(lambda: self.connection.leave(request, deadline), deadline)
 
     def leave(self) -> None:
-        """Says that this process goes, if it ever pushed."""
+        """Says goodbye for this process, if it ever pushed."""
         if self._push_id:
             request = pb.LeaveRequest(worker_id=self._worker.worker_id, incarnation=self._worker.incarnation)
             self.connection.leave(request, Deadline(_LEAVE_TIMEOUT_S))
@@ -293,7 +293,7 @@ class OneServer:
         )
 
     def _push_header(self, base_step: int, local: LocalPart | None, purpose: Purpose) -> pb.PushHeader:
-        """Of a new push."""
+        """The header of a new push."""
         self._push_id += 1
         header = pb.PushHeader(
             worker_id=self._worker.worker_id,

@@ -1,4 +1,4 @@
-"""How long a session goes on trying when the server is away, and how long it sleeps between two tries."""
+"""Retry policy: how long a session retries while the server is away, and how long it pauses between tries."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ _T = TypeVar("_T")
 _FIRST_SLEEP_S = 0.05
 _LONGEST_SLEEP_S = 1.0
 _FIRST_NOTICE_S = 5.0
-# A process whose host is gone holds its worker id until the server's keepalive notices.
+# A process whose host has failed holds its worker id until the server's keepalive notices.
 _ID_IN_USE_TIMEOUT_S = GONE_AFTER_S + 5.0
 
 
 class Patience:
-    """Calls again what a server that is away, restarting or slow may answer later.
+    """Retries calls that a server which is away, restarting or slow may answer later.
 
     Args:
-        timeout_s: how long a server may be away in one stretch.
-        answered_at_s: when it was last heard of, on the clock of `time.monotonic`.
-        stopped: ends a pause between two tries; what is tried then is expected to fail at once.
+        timeout_s: how long the server may be away in one stretch.
+        answered_at_s: when it last showed a sign of life, on the clock of `time.monotonic`.
+        stopped: ends a pause between two tries; the next try is expected to fail at once.
         peer: the server's address, for the log.
-        progressed_at_s: when bytes of a model last moved, on that clock: a failure after that begins a new stretch.
+        progressed_at_s: when bytes of a model last moved, on that clock; a failure after that begins a new stretch.
         clock: seconds, monotonic.
-        pause: waits for this time between two tries; None: until then, or until ``stopped``.
+        pause: waits for this time between two tries; None: waits on ``stopped``.
     """
 
     def __init__(
@@ -57,12 +57,12 @@ class Patience:
         self._pause = pause or (time.sleep if stopped is None else stopped.wait)
 
     def call(self, function: Callable[[], _T], deadline: Deadline) -> _T:
-        """What ``function`` returns, called as often as needed before the deadline.
+        """Calls ``function`` until it succeeds, or until the deadline, and returns its result.
 
         Raises:
             ServerUnavailableError: the server stayed away for too long.
             DeadlineExceededError: it stayed away until the deadline.
-            ModelAverageError: what ``function`` raised, if trying again does not help.
+            ModelAverageError: the error of ``function``, if retries do not help.
         """
         away_since_s: float | None = None
         notice_s = _FIRST_NOTICE_S
@@ -94,10 +94,10 @@ class Patience:
                     raise type(error)(message, error.reason, error.status) from None
                 if deadline.is_over:
                     raise DeadlineExceededError(f"{error} (waited {deadline.timeout_s:g} s)", error.reason) from None
-                # Half of it is chance, so that workers that lost the server together do not come back together.
+                # Half of the pause is random, so that workers that lost the server together do not return together.
                 pause_s, left_s = sleep_s * random.uniform(0.5, 1.0), deadline.left_s
                 if in_use and left_s is not None and left_s <= pause_s:
-                    raise  # one more try would only run into the deadline, which does not say why
+                    raise  # another try would only hit the deadline and hide the cause
                 self._pause(pause_s if left_s is None else min(pause_s, left_s))
                 sleep_s = min(2 * sleep_s, _LONGEST_SLEEP_S)
 

@@ -1,10 +1,9 @@
-"""How a server that has fallen behind comes to the step of the others: one worker's decisions. Pure: no calls, no
-clock.
+"""How a server that has fallen behind reaches the step of the others: one worker's decisions. Pure: no calls, no clock.
 
-A server falls behind when it, or a worker, dies in the middle of a round: it lacks rounds that others know of, and
-pushes make them again. A worker that has the center that the server has lost gives it back with RESTORE. One that has
-nothing to give meets the barrier with ABSTAIN. One whose center is gone, and that has local variables made from it,
-gives those with CONTRIBUTE, one step earlier than they were made for.
+A server falls behind when it or a worker dies in the middle of a round. It then lacks rounds that other servers have,
+and pushes repeat them. A worker that has the lost center restores it with RESTORE. A worker that has nothing to
+contribute meets the barrier with ABSTAIN. A worker whose copy of the center is gone, but which has local variables made
+from it, pushes those with CONTRIBUTE, one step earlier than they were made for.
 """
 
 from __future__ import annotations
@@ -20,22 +19,22 @@ __all__ = ["Goal", "MakePush", "Move", "ServerView", "common_step", "decide", "g
 
 
 class Move(enum.Enum):
-    """What a worker does next at a server that is to come to a step."""
+    """What a worker does next to bring a server to a step."""
 
-    DONE = "it is there, and this worker has its center"
-    ASK = "its status has to be known"
-    LOST = "it has no center at all"
-    PULL = "it is there; its center is read"
-    WAIT = "others bring it there"
+    DONE = "the server has reached the step, and this worker has its center"
+    ASK = "ask the server for its status"
+    LOST = "the server has no center"
+    PULL = "the server has reached the step; read its center"
+    WAIT = "wait until other workers bring it there"
 
 
 @dataclass(frozen=True)
 class MakePush:
-    """A push to it is made.
+    """Make a push to the server.
 
     Args:
-        purpose: of the push.
-        base_step: of the push.
+        purpose: the purpose of the push.
+        base_step: the base step of the push.
     """
 
     purpose: Purpose
@@ -44,12 +43,12 @@ class MakePush:
 
 @dataclass(frozen=True)
 class Goal:
-    """Where a server has to come to.
+    """The step that a server must reach.
 
     Args:
-        step: at least.
+        step: the least step.
         may_push: False: this worker only waits.
-        has_local: whether this worker has local variables that it made from the center of ``step``.
+        has_local: whether this worker has local variables made from the center of ``step``.
     """
 
     step: int
@@ -63,13 +62,13 @@ class ServerView:
 
     Args:
         held: the step of the center that this worker has from it; None: it has none.
-        is_intact: whether the bytes of that center are still as they came.
-        is_lost: whether the server has lost that center, as far as is known.
-        step: the server's `global_step`; None: it was not asked yet.
-        has_center: whether the server has one.
-        is_asked: whether its round seems to wait for this worker.
-        waited_s: how long this worker has waited for it.
-        is_alone: whether the last push was refused because others push from an earlier step.
+        is_intact: whether the bytes of that center are unchanged.
+        is_lost: whether the server is known to have lost that center.
+        step: the server's `global_step`; None: not asked yet.
+        has_center: whether the server has a center.
+        is_asked: whether the server's round seems to wait for this worker.
+        waited_s: how long this worker has waited for the server.
+        is_alone: whether the last push was refused because other workers push from an earlier step.
     """
 
     held: int | None
@@ -83,13 +82,13 @@ class ServerView:
 
 
 def decide(view: ServerView, goal: Goal, long_wait_s: float) -> Move | MakePush:
-    """What a worker does next.
+    """Decides what a worker does next.
 
     Args:
-        view: what it knows.
-        goal: what it wants.
-        long_wait_s: after this time it pushes, asked or not: the server may take somebody who only reads for the worker
-            that it waits for, and a push too many does no harm.
+        view: what the worker knows of the server.
+        goal: what it wants to reach.
+        long_wait_s: after this time the worker pushes even if the round does not seem to wait for it: the server may
+            name a reader in its place, and a needless push does no harm.
     """
     if view.held is not None and view.held >= goal.step and not view.is_lost:
         return Move.DONE
@@ -115,19 +114,19 @@ def is_behind(held: int | None, step: int) -> bool:
 
 
 def common_step(held: Sequence[int | None]) -> int | None:
-    """The step that all servers have to come to, by the centers that a worker has from them; None: all have it."""
+    """The step that all servers must reach, given the worker's centers from them; None: all have reached it."""
     target = max(step for step in held if step is not None)
     return None if all(step == target for step in held) else target
 
 
 def goes_on_after(error: ModelAverageError) -> Reason | None:
-    """The reason of a refusal that ends nothing: BASE_STEP_AHEAD, others push from an earlier step; ROUND_FULL, others
-    make this round. None: any other fault."""
+    """The reason of a refusal after which the worker continues: BASE_STEP_AHEAD (others push from an earlier step) or
+    ROUND_FULL (others make this round). None: any other error."""
     news = (Reason.BASE_STEP_AHEAD, Reason.ROUND_FULL)
     return error.reason if isinstance(error, ConflictError) and error.reason in news else None
 
 
 def _push(purpose: Purpose, base_step: int, view: ServerView) -> MakePush:
-    """Makes all missing rounds at once, unless others push from an earlier step: then one by one, with them."""
+    """Repeats all missing rounds at once, unless others push from an earlier step: then one by one with them."""
     assert view.step is not None
     return MakePush(purpose, view.step if view.is_alone else base_step)

@@ -17,7 +17,7 @@ __all__ = ["HostMirror", "as_numpy"]
 
 _Array = NDArray[np.generic]
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-# How numpy reads the memory; bfloat16, which it knows only from ml_dtypes, as a type of the same size.
+# The numpy type for each torch type. numpy knows bfloat16 only from ml_dtypes, so it uses a type of the same size.
 _TYPES = {
     torch.float32: np.dtype(np.float32).str,
     torch.float64: np.dtype(np.float64).str,
@@ -32,7 +32,7 @@ class HostMirror:
     A contiguous tensor on the CPU needs no copy. Others get a staging tensor that lives as long as the mirror, pinned
     if the tensor is on a GPU, so that copies run at the bus's speed.
 
-    Shapes and element types are fixed, as the center's are.
+    Shapes and element types are fixed, like those of the center.
 
     Args:
         tensors: by name; float32, float64, float16 or bfloat16, of any shape, layout and device.
@@ -53,10 +53,10 @@ class HostMirror:
         return list(self._tensors)
 
     def follow(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """From now on these tensors, of the same names, are mirrored.
+        """Mirrors these tensors, of the same names, from now on.
 
         Raises:
-            ConflictError: MANIFEST_MISMATCH: one has another shape or element type than before, or no memory.
+            ConflictError: MANIFEST_MISMATCH: a tensor has a different shape or element type than before, or no memory.
         """
         for name, tensor in tensors.items():
             shape, dtype = self._fixed[name]
@@ -67,7 +67,7 @@ class HostMirror:
 
     @torch.no_grad()
     def gather(self) -> dict[str, _Array]:
-        """The tensors' present values. Do not write to them: an array may be the tensor's own memory."""
+        """The tensors' current values. Do not write to them: an array may be the tensor's own memory."""
         host = {name: self._host_tensor(name, tensor) for name, tensor in self._tensors.items()}
         for name, tensor in self._tensors.items():
             if host[name] is not tensor:
@@ -122,7 +122,7 @@ def as_numpy(tensor: torch.Tensor) -> _Array:
 
     Does not use ``Tensor.numpy()``, after which the storage could not be resized; modules resize buffers.
     """
-    if tensor.numel() == 0:  # it may have no memory
+    if tensor.numel() == 0:  # an empty tensor may have no memory
         array: _Array = np.empty(tensor.shape, _TYPES[tensor.dtype])
     else:
         array = np.asarray(_Memory(tensor))

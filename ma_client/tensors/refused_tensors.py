@@ -54,7 +54,7 @@ def why_refused(name: str, tensor: torch.Tensor) -> str | None:
             f"variable {name!r} has no shape yet ({kind.__name__}): run a batch through the model before you give it "
             "to the getter"
         )
-    if getattr(tensor, "_fsdp_flattened", False):  # FSDP marks parameters so, including original ones that it has split
+    if getattr(tensor, "_fsdp_flattened", False):  # FSDP's mark, also on original parameters that it has split
         return f"variable {name!r} is sharded by FSDP ({kind.__name__}): each rank has a part of it; {_UNSHARDED}"
     if kind.__name__ == "DTensor":
         return f"variable {name!r} is a DTensor, of which each rank has a part; {_UNSHARDED}"

@@ -1,1 +1,1 @@
-"""The connection to one server, and the ways for a push's bytes."""
+"""The connection to one server, and the transports for a push's bytes."""

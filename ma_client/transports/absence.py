@@ -1,4 +1,4 @@
-"""A server that is not there yet: said while a worker waits for it at its start, after 5 s and at growing gaps."""
+"""Logs that a server is not there yet, while a starting worker waits for it: after 5 s and at growing intervals."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _log = logging.getLogger("ma_client")
 
 
 class NoticePace:
-    """When a wait is to be said: after 5 s, 15 s, 35 s, ...
+    """When to log a wait: after 5 s, 15 s, 35 s, ...
 
     Args:
-        timing: says after how long first.
+        timing: has the time of the first line.
     """
 
     def __init__(self, timing: Timing = TIMING) -> None:
         self._timing = timing
         self.due_s = timing.first_notice_s
-        """How long after its beginning the wait is to be said next."""
+        """The next log line is due this long after the wait began."""
 
     def said(self) -> None:
         """It was."""
@@ -35,7 +35,7 @@ class NoticePace:
 
 
 def connect(connection: Connection, timeout_s: float) -> None:
-    """As `Connection.connect`, and not in silence."""
+    """Like `Connection.connect`, with log lines about the wait."""
     if timeout_s <= connection.timing.first_notice_s:
         connection.connect(timeout_s)
         return
@@ -51,7 +51,7 @@ def _saying_so(address: str, timeout_s: float, timing: Timing) -> Iterator[None]
     )
     try:
         thread.start()
-    except RuntimeError:  # no threads are left: in silence, then
+    except RuntimeError:  # no threads are left: wait without log lines
         yield
         return
     try:

@@ -1,6 +1,6 @@
-"""What the client needs of a carrier of its calls to a server. gRPC is one carrier, this process's memory another.
+"""The interface of a carrier of calls to a server. One carries them over gRPC, another within this process.
 
-Messages are bytes here; faults are the exceptions of `modelaverage.errors`.
+Messages are bytes; errors are the exceptions of `modelaverage.errors`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from modelaverage.runtime.deadline import Deadline
 __all__ = ["Calls", "Exchange", "Requests"]
 
 Requests = bytes | Iterator[bytes]
-"""What goes up: one message, or a stream, which is read on a thread of its own."""
+"""The request: one message, or a stream that a separate thread reads."""
 
 
 class Exchange(Protocol):
-    """A call that is under way, as an iterator over the server's messages."""
+    """A call in progress, as an iterator over the server's messages."""
 
     def __iter__(self) -> Iterator[bytes]: ...
 
@@ -30,15 +30,15 @@ class Exchange(Protocol):
 
 
 class Calls(Protocol):
-    """The calls of one server. One at a time, by one thread; `stop` from any.
+    """The calls of one server. One call at a time, from one thread; `stop` from any thread.
 
-    Every message that comes, and every fault but the server's absence, is a sign of life.
+    Every message received, and every error except the server's absence, counts as a sign of life.
 
     Attributes:
-        address: of the server.
-        stopped: set while whatever is under way has to end.
-        is_encrypted: whether nobody on the way can read what goes.
-        answered_at_s: when the server was last heard of, on the monotonic clock.
+        address: the address of the server.
+        stopped: set while any call must end.
+        is_encrypted: whether the connection is encrypted.
+        answered_at_s: when the server last showed a sign of life, on the monotonic clock.
     """
 
     address: str
@@ -47,34 +47,34 @@ class Calls(Protocol):
     answered_at_s: float
 
     def connect(self, timeout_s: float) -> None:
-        """Waits for the server to be there.
+        """Waits until the server answers.
 
         Raises:
-            ServerUnavailableError: nobody answers in that time.
-            SecurityError: somebody does, but server and client do not trust each other.
+            ServerUnavailableError: no server answers in that time.
+            SecurityError: a server answers, but server and client do not trust each other.
         """
 
     def ask(self, rpc: str, requests: Requests, deadline: Deadline, late: str) -> bytes:
-        """The answer of a call that has one.
+        """Makes a call with a single answer, and returns it.
 
         Args:
             rpc: its name.
-            requests: what goes up.
-            deadline: when it has to be over.
-            late: what did not happen if it is not over by then, for the message.
+            requests: the request, or a stream of requests.
+            deadline: when the call must be over.
+            late: what did not happen by then, for the error message.
 
         Raises:
-            ModelAverageError: the server's refusal; DeadlineExceededError; ServerUnavailableError: it is not there.
+            ModelAverageError: the server's refusal; DeadlineExceededError; ServerUnavailableError: no server answers.
         """
 
     def exchange(self, rpc: str, requests: Requests, deadline: Deadline, late: str) -> AbstractContextManager[Exchange]:
-        """A call whose answer is a stream. It ends with the context, in which faults are raised as `ask` does."""
+        """Makes a call whose answer is a stream. It ends with the context, which raises the same errors as `ask`."""
 
     def heard(self) -> None:
-        """There is a sign of life that is no message: the server has taken what went up."""
+        """Records a sign of life other than a message: the server has read data."""
 
     def stop(self) -> None:
-        """Ends the call that is under way, and those that are begun until `stopped` is cleared. From any thread."""
+        """Ends the current call, and calls begun before `stopped` is cleared. From any thread."""
 
     def close(self) -> None:
-        """Ends whatever is under way, for good."""
+        """Ends the current call and closes the carrier."""

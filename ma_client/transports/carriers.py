@@ -1,4 +1,4 @@
-"""What carries calls, by the address of the server. A new carrier is a file, and a line here."""
+"""Carriers of calls, by the server's address. A new carrier takes one file and one line here."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ __all__ = ["CARRIERS", "calls_to"]
 CARRIERS: dict[str, Callable[[str, Access, Timing], Calls]] = {
     SCHEME: lambda address, _, __: MemoryCalls(address),
 }
-"""By the host in an address; gRPC carries all others."""
+"""By the host in an address; gRPC carries calls to all other hosts."""
 
 
 def calls_to(address: str, access: Access, timing: Timing) -> Calls:
-    """The calls of the server at an address."""
+    """The carrier of calls to the server at an address."""
     return CARRIERS.get(address.partition(":")[0], GrpcCalls)(address, access, timing)

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from ma_client.transports.calls import Calls
 from ma_client.transports.carriers import calls_to
 from ma_client.transports.pushing import Answer, Pushing
+from ma_client.transports.registry import TransportSettings, transports_to
 from ma_client.transports.staging import FragmentSource, Staging
-from ma_client.transports.ways import WaySettings, ways_to
 from modelaverage import wire
 from modelaverage.access.channels import Access
 from modelaverage.errors import ProtocolError
@@ -23,63 +23,63 @@ from modelaverage.v1 import parameter_server_pb2 as pb
 __all__ = ["Connection"]
 
 _log = logging.getLogger("ma_client")
-# A connection takes this much before the server has to read any of it.
+# A connection buffers this many bytes before the server must read any of them.
 _TAKEN_UNSEEN_BYTES = 1 << 20
 
 
 class Connection:
-    """A connection to one parameter server. For one thread at a time, except for `stop`.
+    """A connection to one parameter server. Used by one thread at a time, except for `stop`.
 
     Args:
         address: HOST:PORT or unix:PATH.
-        access: the way to servers.
-        settings: which ways a push's bytes may go, and how long to wait for what.
+        access: how to connect to servers.
+        settings: which transports a push may use, and timeouts.
 
     Attributes:
-        calls: what carries the calls.
+        calls: the carrier of the calls.
     """
 
-    def __init__(self, address: str, access: Access, settings: WaySettings = WaySettings()) -> None:  # noqa: B008
+    def __init__(self, address: str, access: Access, settings: TransportSettings = TransportSettings()) -> None:  # noqa: B008
         self.address = address
         self.timing = settings.timing
-        """How long to wait for what."""
+        """Timeouts."""
         self.calls: Calls = calls_to(address, access, settings.timing)
         self.progressed_at_s = self.calls.answered_at_s - 1.0
-        """When bytes of a model last came, or went so far that the server must have taken some."""
-        self._pushing = Pushing(self.calls, ways_to(self.calls, settings))
+        """When bytes of a model last arrived, or when enough were sent that the server must have read some."""
+        self._pushing = Pushing(self.calls, transports_to(self.calls, settings))
 
     @property
     def answered_at_s(self) -> float:
-        """When the server was last heard of, on the monotonic clock."""
+        """When the server last showed a sign of life, on the monotonic clock."""
         return self.calls.answered_at_s
 
     @property
     def stopped(self) -> threading.Event:
-        """Set while whatever is under way has to end."""
+        """Set while any call must end."""
         return self.calls.stopped
 
     def connect(self, timeout_s: float) -> None:
-        """Waits for the server to be there.
+        """Waits until the server answers.
 
         Raises:
-            ServerUnavailableError: nobody answers in that time.
-            SecurityError: somebody does, but server and client do not trust each other.
+            ServerUnavailableError: no server answers in that time.
+            SecurityError: a server answers, but server and client do not trust each other.
         """
         self.calls.connect(timeout_s)
 
     def stop(self) -> None:
-        """Ends the call that is under way, and those that are begun until `stopped` is cleared. From any thread."""
+        """Ends the current call, and calls begun before `stopped` is cleared. From any thread."""
         self.calls.stop()
 
     def close(self) -> None:
-        """Ends whatever is under way."""
+        """Ends the current call and closes the connection."""
         self.calls.close()
         self._pushing.close()
 
     def initialize(
         self, header: pb.InitializeHeader, fragments: FragmentSource, fragment_count: int, deadline: Deadline
     ) -> pb.InitializeResponse:
-        """Offers initial values; the server may answer before it has taken any."""
+        """Sends initial values; the server may answer before it has read any."""
 
         def requests() -> Iterator[bytes]:
             yield pb.InitializeRequest(header=header).SerializeToString()
@@ -97,8 +97,8 @@ class Connection:
     def pull(
         self, request: pb.PullRequest, staging_for: Callable[[pb.CenterHeader], Staging], deadline: Deadline
     ) -> None:
-        """Reads the center into the staging buffer that ``staging_for`` gives for its header; the rest of it, if the
-        request goes on with a pull that broke."""
+        """Reads the center into the staging buffer that ``staging_for`` returns for its header. If the request resumes
+        a broken pull, reads only the rest."""
         with self._pulling(request, deadline) as messages:
             staging = staging_for(self._center_header(messages))
             is_first = True
@@ -106,14 +106,14 @@ class Connection:
                 fragment = wire.read_fragment(pb.PullResponse, data)
                 if isinstance(fragment, tuple):
                     self._progressed()
-                    if is_first and fragment[0] == 0:  # a server of before pulls went on sends all of it again
+                    if is_first and fragment[0] == 0:  # an older server cannot resume a pull and sends everything again
                         staging.begin()
                     staging.receive(*fragment)
                     is_first = False
         staging.check_complete()
 
     def center_header(self, request: pb.PullRequest, deadline: Deadline) -> pb.CenterHeader:
-        """What the center is, without its values."""
+        """The header of the center, without its values."""
         with self._pulling(request, deadline) as messages:
             return self._center_header(messages)
 
@@ -143,23 +143,23 @@ class Connection:
     def push_and_average(
         self, header: pb.PushHeader, fragments: FragmentSource, staging: Staging, deadline: Deadline
     ) -> Answer:
-        """One push, as `Pushing.push`."""
+        """Makes one push; see `Pushing.push`."""
         return self._pushing.push(header, fragments, staging, deadline)
 
     def join(self, request: pb.JoinRequest) -> Iterator[pb.JoinResponse]:
-        """What the server says of this process's task index; open until `stop` or a fault."""
+        """The server's messages about this process's task index; open until `stop` or an error."""
         no_deadline = Deadline(None)
         with self.calls.exchange("Join", request.SerializeToString(), no_deadline, "no task index came") as messages:
             for data in messages:
                 yield wire.parse(pb.JoinResponse, data)
 
     def leave(self, request: pb.LeaveRequest, deadline: Deadline) -> pb.LeaveResponse:
-        """Says that this process goes, and whether it has finished."""
+        """Says goodbye for this process, and whether it has finished."""
         late = "the server does not know that this worker goes"
         return wire.parse(pb.LeaveResponse, self.calls.ask("Leave", request.SerializeToString(), deadline, late))
 
     def status(self, deadline: Deadline) -> pb.GetStatusResponse:
-        """What the server is doing."""
+        """The status of the server."""
         request = pb.GetStatusRequest().SerializeToString()
         return wire.parse(pb.GetStatusResponse, self.calls.ask("GetStatus", request, deadline, "no status came"))
 

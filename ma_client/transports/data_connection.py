@@ -1,14 +1,14 @@
-"""Fragments on a data connection beside the call: the way of large models to servers on other hosts."""
+"""Fragments on a data connection outside the call: for large models and servers on other hosts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from ma_client.process.threads import without_thread
+from ma_client.transports.base import ClientLane, ClientTransport, Ending, OutgoingPush
 from ma_client.transports.data_link import DataLink
 from ma_client.transports.data_socket import Transfer
 from ma_client.transports.timing import Timing
-from ma_client.transports.way import Ending, OutgoingPush, Trip, Way
 from modelaverage.errors import (
     DeadlineExceededError,
     ModelAverageError,
@@ -18,18 +18,18 @@ from modelaverage.errors import (
 )
 from modelaverage.v1 import parameter_server_pb2 as pb
 
-__all__ = ["DataTrip", "DataWay"]
+__all__ = ["ClientDataLane", "ClientDataTransport"]
 
-# A push whose bytes got stuck beside it ends for one of these reasons; others are the round's, or the server's.
+# A push whose data connection got stuck ends with one of these reasons; others concern the round or the server.
 _STUCK = (None, Reason.DATA_CONNECTION_LOST, Reason.STREAM_STALLED)
 
 
-class DataWay(Way):
+class ClientDataTransport(ClientTransport):
     """The data connections of one server.
 
     Args:
-        link: has the connection.
-        timing: how long to wait for what.
+        link: holds the connection.
+        timing: timeouts.
     """
 
     def __init__(self, link: DataLink, timing: Timing) -> None:
@@ -37,8 +37,8 @@ class DataWay(Way):
         self._timing = timing
         self._asked = False
 
-    def begin(self, opening: OutgoingPush) -> Trip | None:
-        """As `Way` says. Bytes go before the call: the server finds them when it has read the header."""
+    def begin(self, opening: OutgoingPush) -> ClientLane | None:
+        """See `ClientTransport`. Sends bytes before the call begins; the server reads them after the header."""
         connection = self._link.take() if opening.may_follow else None
         if connection is None:
             return None
@@ -52,34 +52,34 @@ class DataWay(Way):
         except BaseException:
             transfer.end()
             raise
-        return DataTrip(transfer, self._link)
+        return ClientDataLane(transfer, self._link)
 
     def announce(self, header: pb.PushHeader, opening: OutgoingPush, is_free: bool) -> None:
-        """As `Way` says."""
+        """See `ClientTransport`."""
         self._asked = is_free and self._link.wants(opening.manifest.buffer_size_bytes)
         header.accepts_data_connection = self._asked
 
-    def admitted(self, admission: pb.PushAdmission, is_free: bool) -> Trip | None:
-        """As `Way` says: an offer is for later pushes."""
+    def admitted(self, admission: pb.PushAdmission, is_free: bool) -> ClientLane | None:
+        """See `ClientTransport`. An offer is for later pushes."""
         if admission.HasField("data_connection") and self._asked and is_free:
             self._link.open(admission.data_connection)
         return None
 
     def failed(self, fault: ModelAverageError) -> None:
-        """As `Way` says."""
+        """See `ClientTransport`."""
         if isinstance(fault, ServerUnavailableError) and fault.reason is None:
             self._link.server_was_away()
 
     def close(self) -> None:
-        """As `Way` says."""
+        """See `ClientTransport`."""
         self._link.close()
 
 
-class DataTrip(Trip):
+class ClientDataLane(ClientLane):
     """One push on a data connection.
 
     Args:
-        transfer: of its bytes; under way.
+        transfer: the transfer of its bytes, already running.
         link: takes the connection back.
     """
 
@@ -90,23 +90,23 @@ class DataTrip(Trip):
         self._link = link
 
     def announce(self, header: pb.PushHeader) -> None:
-        """As `Trip` says."""
+        """See `ClientLane`."""
         header.uses_data_connection = True
 
     def begun(self, give_up: Callable[[], object]) -> None:
-        """As `Trip` says."""
+        """See `ClientLane`."""
         self._transfer.give_up = give_up
 
     def rest(self, goes_on: Callable[[], bool]) -> object | None:
-        """As `Trip` says."""
+        """See `ClientLane`."""
         return None if self._transfer.wait(goes_on) else self._transfer.problem or "it was not waited for"
 
     def end(self, ending: Ending) -> ModelAverageError | None:
-        """As `Trip` says: a connection on which a push got stuck is not used for a while."""
+        """See `ClientLane`. A connection on which a push got stuck is not used for a while."""
         transfer, fault, instead = self._transfer, ending.fault, None
         stuck = fault if isinstance(fault, RetryPushError | DeadlineExceededError) and not ending.is_stopped else None
         if isinstance(fault, ServerUnavailableError) and transfer.gave_up:
-            # The server is there, but not on this way.
+            # The server is reachable, but not on this transport.
             stuck = instead = RetryPushError(f"the data connection to {self._link.address} broke: {transfer.problem}")
         transfer.end()
         if transfer.is_whole:

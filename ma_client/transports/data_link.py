@@ -1,4 +1,4 @@
-"""The way to one server's data connections: opened beside a push, used by later ones, left alone after a break."""
+"""Manages the data connection to one server: opened during a push, used by later ones, paused after a failure."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ _log = logging.getLogger("ma_client")
 
 
 def host_of(address: str) -> str | None:
-    """The host in an address as gRPC takes it; None: there is none that a socket could connect to."""
+    """The host in a gRPC address; None: it has no host that a socket could connect to."""
     with contextlib.suppress(ValueError):
         return parse(address).host or None
     return None
 
 
 class DataLink:
-    """Has at most one connection. For any thread.
+    """Holds at most one connection. May be used from any thread.
 
     Args:
-        address: of the server, as gRPC takes it.
-        is_encrypted: whether calls to it are; then there is no way, because data connections are in plain text.
-        settings: when to use one.
+        address: the gRPC address of the server.
+        is_encrypted: whether calls to it are encrypted. Then there are no data connections: they are in plain text.
+        settings: when to use data connections.
     """
 
     def __init__(self, address: str, is_encrypted: bool, settings: DataSettings) -> None:
@@ -49,7 +49,7 @@ class DataLink:
             return size_bytes >= self._settings.least_bytes and self._lacks_one
 
     def open(self, offer: pb.DataConnection) -> None:
-        """Connects, without keeping anybody waiting. An offer that nobody wants is ignored."""
+        """Connects in the background. Ignores an unwanted offer."""
         with self._lock:
             if not self._lacks_one:
                 return
@@ -61,7 +61,7 @@ class DataLink:
             self._not_opened(error)
 
     def take(self) -> DataSocket | None:
-        """The connection, for a push, if there is one; `put` gives it back."""
+        """Takes the connection for a push, if there is one; `put` returns it."""
         with self._lock:
             connection, self._connection = self._connection, None
         if connection is not None and not connection.is_open:
@@ -70,7 +70,7 @@ class DataLink:
         return connection
 
     def put(self, connection: DataSocket) -> None:
-        """A connection is ready for the next push."""
+        """Keeps a connection for the next push."""
         with self._lock:
             if not self._closed:
                 self._connection = connection
@@ -78,8 +78,8 @@ class DataLink:
         connection.close()
 
     def give_up(self, cause: object) -> None:
-        """A push on the connection got stuck, or the connection broke though the server is there: there is none for a
-        while."""
+        """A push on the connection got stuck, or the connection broke although the server is reachable: pauses data
+        connections for a while."""
         pause_s = self._pause()
         what = event("data_connection_given_up", peer=self.address, cause=str(cause), pause_s=pause_s)
         _log.warning(
@@ -91,15 +91,15 @@ class DataLink:
         )
 
     def server_was_away(self) -> None:
-        """What broke before broke with the server: the next one may be asked at once, and knows no connection from
-        before."""
+        """The server was away, which explains earlier failures: ends the pause, and discards the old
+        connection."""
         self._not_before_s = 0.0
         connection = self.take()
         if connection is not None:
             connection.close()
 
     def close(self) -> None:
-        """There will be no other push."""
+        """Closes the connection; no push follows."""
         with self._lock:
             self._closed = True
         connection = self.take()

@@ -1,4 +1,4 @@
-"""What users may set of data connections."""
+"""User settings for data connections."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ class DataSettings:
     """When a session uses data connections, and how long it waits for them.
 
     Args:
-        least_bytes: a smaller model is one message, or a few, and travels so.
-        connect_timeout_s: to connect, and to be answered; nobody waits for it. A slow link is full at that time.
-        silence_timeout_s: a connection on which nothing moves for so long, though something should, is lost.
-        pause_s: after one was lost, or was not to be had, pushes go in messages for so long: what stands between may
-            let gRPC's port pass and no other, or small packets and no large ones.
+        least_bytes: smaller models travel in messages, of which they need one or a few.
+        connect_timeout_s: the time to connect and get an answer, in the background. The push may fill a slow link
+            meanwhile.
+        silence_timeout_s: a connection that should move bytes and moves none for this long is lost.
+        pause_s: after a failure, pushes go in messages for this long. A firewall may let only gRPC's port through, or
+            only small packets.
     """
 
     least_bytes: int = 1 << 20
@@ -28,4 +29,4 @@ class DataSettings:
 
 
 DATA_SETTINGS = DataSettings()
-"""The usual ones."""
+"""The default settings."""

@@ -1,4 +1,4 @@
-"""The bytes of a push on a socket of their own, beside its call. The .proto says how."""
+"""The bytes of a push on a separate socket, outside its call. The .proto defines the format."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ __all__ = ["DataSocket", "Transfer"]
 _log = logging.getLogger("ma_client")
 _MOST_PARTS = 64
 _LOOK_S = 0.1
-# A reader is woken up for whole fragments; on a slow link it has to look meanwhile whether anything comes.
+# A reader wakes up for whole fragments. On a slow link it must check in between whether bytes arrive.
 _LOOKS_IN_SILENCE = 8
 
 
 class DataSocket:
-    """A data connection that the server has answered. Each direction is for one thread at a time; `break_off` is for
-    any.
+    """A data connection that the server has answered. One thread may send and one receive; `break_off` may be called
+    from any thread.
 
     Args:
-        connection: the socket; this object's from now on.
-        silence_timeout_s: it is lost when it is silent for longer, though something should move.
-        peer: what it is connected to, for the log.
+        connection: the socket; this object owns and closes it.
+        silence_timeout_s: a connection that should move bytes and is silent for longer is lost.
+        peer: the address of the server, for the log.
     """
 
     def __init__(self, connection: socket.socket, silence_timeout_s: float = SILENCE_TIMEOUT_S, peer: str = "") -> None:
@@ -50,14 +50,15 @@ class DataSocket:
         self.silence_timeout_s = silence_timeout_s
         self.peer = peer
         self.moved_at_s = time.monotonic()
-        """When bytes last went or came, on the monotonic clock."""
+        """When bytes were last sent or received, on the monotonic clock."""
         self._pace = Pace(connection)
         self._is_over = threading.Event()
         connection.settimeout(None)
 
     @classmethod
     def open(cls, host: str, offer: pb.DataConnection, settings: DataSettings) -> DataSocket:
-        """Connects. Raises OSError: nobody is there, or somebody else; ValueError, OverflowError: that is no offer."""
+        """Connects. Raises OSError: no server, or another one, answers; ValueError, OverflowError: a malformed
+        offer."""
         hello, answer = halves(offer.key)
         connection = socket.create_connection((host, offer.port), settings.connect_timeout_s)
         end_s = time.monotonic() + settings.connect_timeout_s
@@ -77,7 +78,7 @@ class DataSocket:
 
     @property
     def is_open(self) -> bool:
-        """Whether it seems to be usable: between two pushes nothing comes, but an end."""
+        """Whether the connection seems usable: between two pushes, only its end makes it readable."""
         return not self._poll(0)
 
     def begin(self) -> None:
@@ -87,7 +88,7 @@ class DataSocket:
         self._pace.begin()
 
     def send(self, parts: Iterable[bytes | memoryview]) -> None:
-        """All of the parts, one behind the other. Raises OSError."""
+        """Sends all parts in order. Raises OSError."""
         left = [memoryview(part) for part in parts if len(part)]
         if len(left) > _MOST_PARTS:
             left = [memoryview(b"".join(left))]
@@ -100,7 +101,7 @@ class DataSocket:
                 left[0] = left[0][sent:]
 
     def _room(self) -> int:
-        """Waits until something may go; how many bytes. Raises OSError."""
+        """Waits until the socket is writable; returns how many bytes to send. Raises OSError."""
         while True:
             before_bytes = self._pace.waiting_bytes
             room_bytes = self._pace.room()
@@ -114,11 +115,11 @@ class DataSocket:
     def receive(
         self, room: memoryview, heard: Callable[[], None] = lambda: None, unheard: Callable[[], None] = lambda: None
     ) -> None:
-        """Fills the room. ``heard`` is called when something of it has come, ``unheard`` now and then while nothing
-        comes. Raises OSError."""
+        """Fills the room. Calls ``heard`` when bytes have arrived, and ``unheard`` now and then while none arrive.
+        Raises OSError."""
         while room:
-            # A blocking recv would do, but for Linux: once it has taken some, the rest wakes it up only if that alone
-            # is as much as is wanted.
+            # A blocking recv would do, except on Linux: after a partial read, it wakes up only when the rest alone
+            # reaches the wanted size.
             want(self._socket, len(room))
             self._poll(self.silence_timeout_s / _LOOKS_IN_SILENCE)
             try:
@@ -133,29 +134,29 @@ class DataSocket:
             room = room[count:]
 
     def look(self) -> None:
-        """Notes whether bytes that the kernel has taken are on their way."""
+        """Checks whether the kernel is still sending bytes."""
         if self._pace.moves():
             self.moved_at_s = time.monotonic()
 
     def break_off(self) -> None:
-        """Ends whoever sends or receives."""
+        """Ends a send or receive in progress."""
         self._is_over.set()
-        with contextlib.suppress(OSError):  # the other end was faster
+        with contextlib.suppress(OSError):  # the other end has already closed
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Ends it. Nobody sends or receives."""
+        """Closes the socket. No send or receive may be in progress."""
         self._socket.close()
 
     def _poll(self, timeout_s: float) -> bool:
-        """Waits for something to read."""
+        """Waits until bytes can be read."""
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
         return bool(poll.poll(timeout_s * 1000))
 
 
 def _first(parts: Sequence[memoryview], size_bytes: int) -> list[memoryview]:
-    """So much of them from the first on, or all if they have less."""
+    """The first ``size_bytes`` of the parts, or all of them if they have fewer."""
     found = []
     for part in parts:
         if size_bytes <= 0:
@@ -166,21 +167,21 @@ def _first(parts: Sequence[memoryview], size_bytes: int) -> list[memoryview]:
 
 
 class Transfer:
-    """The bytes of one push, up and down at the same time.
+    """The bytes of one push, sent and received at the same time.
 
     Args:
-        connection: where; this object's until `end`.
-        number: of the push.
+        connection: the connection; this object owns it until `end`.
+        number: the number of the push.
         fragments: the bytes of every fragment, as parts.
-        staging: where the center arrives.
-        timing: how long to wait for what.
+        staging: receives the center.
+        timing: timeouts.
 
     Attributes:
-        connection: the same.
-        give_up: ends the push's call; to be set once there is one.
-        gave_up: whether that was done.
-        problem: why bytes did not go or come.
-        is_whole: whether everything has gone and come.
+        connection: the connection.
+        give_up: ends the push's call; set it once there is a call.
+        gave_up: whether `give_up` was called.
+        problem: why bytes did not move.
+        is_whole: whether all bytes were sent and received.
     """
 
     def __init__(
@@ -197,7 +198,7 @@ class Transfer:
         self.give_up: Callable[[], object] = lambda: None
         self.gave_up = self.is_whole = False
         self.problem: Exception | None = None
-        self._due_since_s: float | None = None  # since when bytes have to come; those that go up have to from the start
+        self._due_since_s: float | None = None  # since when bytes must arrive; sent bytes must move from the start
         self._notice_s = self._first_notice_s = connection.silence_timeout_s / NOTICES_IN_SILENCE
         room = staging.room()
 
@@ -216,12 +217,12 @@ class Transfer:
         ]
 
     def start(self) -> None:
-        """Begins. Whatever it raises, `end` has to be called. Raises RuntimeError: there are no threads left."""
+        """Starts the threads. Call `end` even if it raises. Raises RuntimeError: no threads are left."""
         for thread in self._threads:
             thread.start()
 
     def wait(self, goes_on: Callable[[], bool]) -> bool:
-        """Waits for the rest of the bytes as long as they move and ``goes_on``; `is_whole`."""
+        """Waits for the rest of the bytes as long as they move and ``goes_on``. Returns `is_whole`."""
         self._due_since_s, limit_s = time.monotonic(), self.connection.silence_timeout_s
         for thread in self._threads:
             while thread.is_alive() and self.problem is None and goes_on():
@@ -233,19 +234,19 @@ class Transfer:
         return self.is_whole
 
     def end(self) -> None:
-        """The push has ended. Unless it `is_whole`, nobody knows what is still in the connection: it is closed."""
+        """Ends the transfer. Unless it `is_whole`, closes the connection, because unknown bytes may be left in it."""
         self._over.set()
         if not self.is_whole:
             self.connection.break_off()
         for thread in self._threads:
-            if thread.ident is not None:  # it was started
+            if thread.ident is not None:  # the thread was started
                 thread.join()
         if not self.is_whole:
             self.connection.close()
 
     @property
     def _silent_s(self) -> float:
-        """For how long nothing has moved that should have; 0 if nothing has to."""
+        """For how long no bytes have moved that should; 0 if none are due."""
         if self._due_since_s is None and not self._threads[0].is_alive():
             return 0.0
         return time.monotonic() - max(self._due_since_s or 0.0, self.connection.moved_at_s)

@@ -1,4 +1,4 @@
-"""Calls over gRPC: channels, attempts to connect, and gRPC's errors as the table's exceptions."""
+"""Calls over gRPC: channels, attempts to connect, and gRPC's errors as exceptions of `modelaverage.errors`."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from modelaverage.runtime.tuning import CHANNEL_OPTIONS, SILENCE_TIMEOUT_S, conn
 
 __all__ = ["GrpcCalls"]
 
-# How long a server may be silent at first before it is asked whether there is trouble with certificates; doubled then.
+# The first wait for a silent server before checking for a certificate problem; later waits double.
 _FIRST_LOOK_S = 0.5
-# Before the next look at one that is going down.
+# The pause before asking a stopping server again.
 _PAUSE_S = 0.1
 _READY = grpc.ChannelConnectivity.READY.value[0]
 
@@ -45,8 +45,8 @@ class GrpcCalls:
 
     Args:
         address: HOST:PORT or unix:PATH.
-        access: the way to servers.
-        timing: how long to wait for what.
+        access: how to connect to servers.
+        timing: timeouts.
     """
 
     def __init__(self, address: str, access: Access, timing: Timing = TIMING) -> None:
@@ -79,7 +79,7 @@ class GrpcCalls:
         }
 
     def connect(self, timeout_s: float) -> None:
-        """As `Calls` says."""
+        """See `Calls`."""
         deadline, look_s = Deadline(timeout_s), _FIRST_LOOK_S
         while True:
             try:
@@ -92,7 +92,7 @@ class GrpcCalls:
                 if distrust is not None:
                     raise SecurityError(distrust) from None
             except ServerUnavailableError as error:
-                # One that is going down; the next may come. What is no parameter server stays none.
+                # This server is stopping, and another may start. Another kind of server will not change.
                 if error.status == grpc.StatusCode.UNIMPLEMENTED.name or self.stopped.wait(_PAUSE_S):
                     raise
             if deadline.is_over:
@@ -103,7 +103,7 @@ class GrpcCalls:
             look_s *= 2
 
     def ask(self, rpc: str, requests: Requests, deadline: Deadline, late: str) -> bytes:
-        """As `Calls` says."""
+        """See `Calls`."""
         return self._ask(rpc, requests, deadline, late)
 
     def _ask(self, rpc: str, requests: Requests, deadline: Deadline, late: str, **options: Any) -> bytes:
@@ -116,39 +116,39 @@ class GrpcCalls:
 
     @contextmanager
     def exchange(self, rpc: str, requests: Requests, deadline: Deadline, late: str) -> Iterator[Exchange]:
-        """As `Calls` says."""
+        """See `Calls`."""
         with self._faults(deadline, late):
             call = self._calls[rpc](requests, timeout=deadline.left_s, metadata=self._access.metadata)
             with self._ending(call):
                 yield _Heard(call, self.heard)
 
     def heard(self) -> None:
-        """As `Calls` says."""
+        """See `Calls`."""
         self.answered_at_s = time.monotonic()
         self._reach.answered()
 
     def stop(self) -> None:
-        """As `Calls` says."""
+        """See `Calls`."""
         self.stopped.set()
         self._cancel_what_is_under_way()
 
     def close(self) -> None:
-        """As `Calls` says."""
+        """See `Calls`."""
         if not self._channel_lacks_thread:
             self._channel.close()
 
     @property
     def is_connected(self) -> bool:
-        """Whether the channel is."""
-        # gRPC has no public way to ask: `subscribe` has a thread that may keep the process from its end (1.85).
+        """Whether the channel is connected."""
+        # gRPC has no suitable public method: `subscribe` starts a thread that may keep the process alive (1.85).
         state = getattr(getattr(self._channel, "_channel", None), "check_connectivity_state", lambda _: _READY)
         try:
             return bool(state(False) == _READY)
-        except ValueError:  # it is closed
+        except ValueError:  # the channel is closed
             return True
 
     def go_another_way(self) -> None:
-        """The server is there, and what is under way does not get through. From any thread."""
+        """Replaces a channel that does not connect although the server accepts connections. From any thread."""
         self._channel_is_lost = True
         self._cancel_what_is_under_way()
 
@@ -159,11 +159,11 @@ class GrpcCalls:
 
     def _not_reached(self, lasted_s: float) -> None:
         if self._reach.failed(lasted_s):
-            self._channel_is_lost = True  # a new one makes longer attempts
+            self._channel_is_lost = True  # a new channel makes longer attempts
 
     @contextmanager
     def _ending(self, call: grpc.Call) -> Iterator[None]:
-        """The call ends with this context, or when `stop` says so."""
+        """Ends the call with this context, or when `stop` is called."""
         try:
             self._under_way = call
             if self.stopped.is_set():
@@ -175,7 +175,7 @@ class GrpcCalls:
 
     @contextmanager
     def _faults(self, deadline: Deadline, late: str) -> Iterator[None]:
-        """gRPC's errors -> the table's exceptions; ``late`` says what did not happen in time."""
+        """Turns gRPC's errors into exceptions of `modelaverage.errors`; ``late`` says what did not happen in time."""
         began_s = time.monotonic()
         try:
             if self._channel_lacks_thread or self._channel_is_lost:
@@ -198,23 +198,23 @@ class GrpcCalls:
             self._abandon_channel()
             raise without_thread(f"no call to {self.address} can be made", error) from None
         except MemoryError:
-            self._abandon_channel()  # perhaps it was for a thread
+            self._abandon_channel()  # the missing thread may be the channel's
             raise
         except ValueError as error:
-            if "closed" not in str(error):  # gRPC's words for a channel that was closed
+            if "closed" not in str(error):  # gRPC's message for a closed channel
                 raise
             raise ModelAverageError(f"the session with {self.address} is closed ({error})") from None
 
     def _abandon_channel(self) -> None:
-        """gRPC had no thread for the channel: whatever is called on it, even its close, hangs."""
+        """gRPC had no thread for the channel: any call on it hangs, even its close."""
         self._channel_lacks_thread = True
-        keep_for_ever(self._channel)  # or its end would close it
+        keep_for_ever(self._channel)  # its destructor would close it
 
     def _replace_channel(self) -> None:
-        """Raises RuntimeError: there are no threads for a new one."""
+        """Raises RuntimeError: no threads are left for a new channel."""
         if not self._channel_lacks_thread:
             self._channel.close()
-        probe = threading.Thread(target=lambda: None)  # better this one fails than the new channel's
+        probe = threading.Thread(target=lambda: None)  # this one should fail, not the new channel's
         probe.start()
         probe.join()
         self._open_channel()
@@ -239,11 +239,11 @@ class GrpcCalls:
                     f"the parameter server at {self.address} is gone ({details}); local variables are untouched"
                     f"{proxies.in_the_way(self.address)}"
                 )
-            case grpc.StatusCode.INTERNAL if "RST_STREAM" in details:  # so ends a stream whose server was killed
+            case grpc.StatusCode.INTERNAL if "RST_STREAM" in details:  # a killed server ends its streams so
                 return ServerUnavailableError(f"the parameter server at {self.address} broke off ({details})")
             case grpc.StatusCode.CANCELLED if self._channel_is_lost and not self.stopped.is_set():
                 return self._is_elsewhere()
-            case grpc.StatusCode.CANCELLED if not self.stopped.is_set():  # a server going down had not begun with it
+            case grpc.StatusCode.CANCELLED if not self.stopped.is_set():  # a stopping server had not begun to serve it
                 return ServerUnavailableError(f"the parameter server at {self.address} broke off ({details})")
             case grpc.StatusCode.UNIMPLEMENTED:
                 return ServerUnavailableError(f"what answers at {self.address} is no parameter server: {details}")
@@ -252,7 +252,7 @@ class GrpcCalls:
 
 
 class _Heard:
-    """A call whose every message is a sign of life."""
+    """A call that reports each message as a sign of life."""
 
     def __init__(self, call: Any, heard: Callable[[], None]) -> None:
         self._call = call
@@ -271,7 +271,7 @@ class _Heard:
 
 
 def _options(timing: Timing) -> list[tuple[str, int]]:
-    """gRPC's, with another silence than the usual one if that is wanted."""
+    """gRPC's channel options; with the keepalive of ``timing`` if it differs from the default."""
     options = dict(CHANNEL_OPTIONS)
     if timing.peer_silence_s != SILENCE_TIMEOUT_S:
         silence_ms = round(timing.peer_silence_s * 1000)

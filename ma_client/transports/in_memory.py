@@ -1,7 +1,7 @@
-"""Calls to a server in this process: messages are handed over in memory, with no gRPC and no socket in between.
+"""Calls to a server in this process: messages are passed in memory, without gRPC and sockets.
 
-Such a server is registered in `SERVERS`, under the address that sessions are given. `ServerSide.begin` tells it of
-every call; it takes what comes up and answers, from any thread.
+Such a server is registered in `SERVERS` under the address that sessions use. `ServerSide.begin` notifies it of every
+call; it reads messages and answers from any thread.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from modelaverage.runtime.deadline import Deadline
 __all__ = ["HALF_CLOSED", "MemoryCall", "MemoryCalls", "SCHEME", "SERVERS", "ServerSide"]
 
 SCHEME = "_in_memory"
-"""The host in the address of such a server, which is no name that a host can have."""
+"""The host in the address of such a server; not a valid host name."""
 HALF_CLOSED = object()
-"""What `MemoryCall.take` returns when nothing more comes up."""
+"""What `MemoryCall.take` returns after the client's last message."""
 _PAUSE_S = 0.01
 
 
 class ServerSide(Protocol):
-    """What serves calls."""
+    """Serves calls."""
 
     def begin(self, call: MemoryCall) -> None:
         """A call has begun. Returns at once."""
@@ -43,11 +43,11 @@ class MemoryCall:
 
     Args:
         rpc: its name.
-        peer: who calls, for the server.
+        peer: the caller, for the server.
 
     Attributes:
-        on_change: called when something has come up, or the client has cancelled the call; set by the server.
-        is_cancelled: whether the client has.
+        on_change: called when a message has arrived or the client has cancelled the call; set by the server.
+        is_cancelled: whether the client has cancelled the call.
     """
 
     def __init__(self, rpc: str, peer: str) -> None:
@@ -60,21 +60,21 @@ class MemoryCall:
     # The server's side.
 
     def take(self) -> object:
-        """The next message that has come up; HALF_CLOSED after the last one; None: it has not come yet."""
+        """The client's next message; HALF_CLOSED after the last one; None: none has arrived yet."""
         with suppress(IndexError):
             return self._up.popleft()
         return None
 
     def answer(self, message: bytes) -> None:
-        """Sends one message down."""
+        """Sends one message to the client."""
         self._down.put(message)
 
     def end(self, reason: str | None = None, status: str = "OK", details: str = "") -> None:
-        """The call is over.
+        """Ends the call.
 
         Args:
-            reason: the name of the protocol's reason, if it is refused.
-            status: the name of gRPC's status that means this.
+            reason: the name of the protocol's reason, if the call is refused.
+            status: the name of the corresponding gRPC status.
             details: the message for people.
         """
         self._down.put(_End(reason or "", status, details))
@@ -82,7 +82,7 @@ class MemoryCall:
     # The client's side.
 
     def send(self, message: object) -> None:
-        """Sends one message, or HALF_CLOSED, up."""
+        """Sends one message, or HALF_CLOSED, to the server."""
         self._up.append(message)
         self.on_change()
 
@@ -94,12 +94,12 @@ class MemoryCall:
             self.on_change()
 
     def receive(self, timeout_s: float | None) -> bytes | _End:
-        """The next message that has come down, or the call's end. Raises queue.Empty: neither came in this time."""
+        """The server's next message, or the call's end. Raises queue.Empty: neither arrived in this time."""
         return self._down.get(timeout=timeout_s)
 
 
 class _End:
-    """How a call ended, as the server says it."""
+    """How a call ended, as reported by the server."""
 
     def __init__(self, reason: str, status: str, details: str) -> None:
         self.reason, self.status, self.details = reason, status, details
@@ -109,7 +109,7 @@ class MemoryCalls:
     """The calls of a server in this process.
 
     Args:
-        address: under which it is registered.
+        address: the address under which it is registered.
     """
 
     is_encrypted = False
@@ -122,7 +122,7 @@ class MemoryCalls:
         self._is_closed = False
 
     def connect(self, timeout_s: float) -> None:
-        """As `Calls` says."""
+        """See `Calls`."""
         deadline = Deadline(timeout_s)
         while self.address not in SERVERS:
             if deadline.is_over or self.stopped.wait(_PAUSE_S):
@@ -130,14 +130,14 @@ class MemoryCalls:
         self.heard()
 
     def ask(self, rpc: str, requests: Requests, deadline: Deadline, late: str) -> bytes:
-        """As `Calls` says."""
+        """See `Calls`."""
         with self.exchange(rpc, requests, deadline, late) as answers:
             (answer,) = answers
         return answer
 
     @contextmanager
     def exchange(self, rpc: str, requests: Requests, deadline: Deadline, late: str) -> Iterator[Exchange]:
-        """As `Calls` says."""
+        """See `Calls`."""
         if self._is_closed:
             raise ModelAverageError(f"the session with {self.address} is closed")
         server = SERVERS.get(self.address)
@@ -160,21 +160,21 @@ class MemoryCalls:
             call.cancel()
 
     def heard(self) -> None:
-        """As `Calls` says."""
+        """See `Calls`."""
         self.answered_at_s = time.monotonic()
 
     def stop(self) -> None:
-        """As `Calls` says."""
+        """See `Calls`."""
         self.stopped.set()
         self._cancel_what_is_under_way()
 
     def close(self) -> None:
-        """As `Calls` says."""
+        """See `Calls`."""
         self._is_closed = True
         self._cancel_what_is_under_way()
 
     def fault(self, reason: str, status: str, details: str) -> ModelAverageError:
-        """The exception that means how a call ended."""
+        """The exception for the end of a call."""
         fault = fault_named(reason, details)
         if fault is None and status == "CANCELLED":
             fault = ModelAverageError(f"the call to {self.address} was ended here")
@@ -198,7 +198,7 @@ class MemoryCalls:
 
 
 class _Answers:
-    """What comes down in a call."""
+    """The server's messages in a call."""
 
     def __init__(self, call: MemoryCall, calls: MemoryCalls, deadline: Deadline, late: str) -> None:
         self._call, self._calls, self._deadline, self._late = call, calls, deadline, late

@@ -1,4 +1,4 @@
-"""Memory that the server lends to this worker: found, kept, and filled with fragments."""
+"""Memory that the server lends to this worker: maps it, keeps it, and fills it with fragments."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from modelaverage.v1 import parameter_server_pb2 as pb
 
 __all__ = ["Copying", "LentMemory", "Loan"]
 
-# The server is told after every chunk, so that it can sum while the next bytes are copied. Telling costs a message:
+# The server is told after every chunk, so that it can sum while the next bytes are copied. Each report costs a message:
 # with chunks of 8 MiB, a round of 40 MB took a third longer.
 _CHUNK_BYTES = 32 << 20
 
 
 class Copying:
-    """One push's fragments on their way into lent memory; may be ended from another thread."""
+    """Copies one push's fragments into lent memory; may be ended from another thread."""
 
     def __init__(self, manifest: Manifest, fragments: FragmentSource) -> None:
         self._manifest = manifest
@@ -32,10 +32,10 @@ class Copying:
         self._chunk = max(1, _CHUNK_BYTES // manifest.fragment_size_bytes)
         self._lock = threading.Lock()
         self.over = False
-        """Whether the push has ended: the memory is no longer this worker's to fill."""
+        """Whether the push has ended: this worker may no longer write to the memory."""
 
     def fill(self, contribution: Segment, first: int) -> int:
-        """Copies a chunk of fragments from ``first`` on, unless the push is over; where it stopped."""
+        """Copies a chunk of fragments from ``first`` on, unless the push is over. Returns where it stopped."""
         with self._lock:
             end = first if self.over else min(first + self._chunk, self._manifest.fragment_count)
             for index in range(first, end):
@@ -46,13 +46,13 @@ class Copying:
         return end
 
     def end(self) -> None:
-        """The push is over; waits for a copy that is under way."""
+        """The push is over; waits for a copy in progress."""
         with self._lock:
             self.over = True
 
 
 class Loan:
-    """The memory for one push: the worker's contribution goes into one segment, the average comes in another."""
+    """The memory for one push: one segment for the worker's contribution, another with the average."""
 
     def __init__(self, manifest: Manifest, contribution: Segment, average: Segment) -> None:
         self.contribution = contribution
@@ -62,21 +62,21 @@ class Loan:
 
     @property
     def arrays(self) -> Mapping[str, NDArray[Any]]:
-        """The average where the server has put it, by name; views that cannot be written to."""
+        """The average in the server's memory, by name; read-only views."""
         return read_only(self._manifest.arrays(self._average.body))
 
     def intact_bytes(self) -> list[memoryview] | None:
-        """Copies of the average's variables; None if the server has written over them."""
+        """Copies of the average's variables; None if the server has overwritten them."""
         values = [bytes_of(array.copy()) for array in self.arrays.values()]
         return values if self.is_intact else None
 
     @property
     def is_intact(self) -> bool:
-        """Whether the server has not written over the average so far."""
+        """Whether the server has not overwritten the average yet."""
         return self._average.generation == self._generation
 
     def check_intact(self) -> None:
-        """Raises RetryPushError if the server has written over the average meanwhile."""
+        """Raises RetryPushError if the server has overwritten the average meanwhile."""
         if not self.is_intact:
             raise RetryPushError("a later round overtook this worker as it copied the average", Reason.ROUND_RESTARTED)
 
@@ -88,7 +88,7 @@ class LentMemory:
         self._segments: dict[SegmentAddress, Segment] = {}
 
     def accept(self, admission: pb.PushAdmission, manifest: Manifest) -> Loan | None:
-        """What an admission offers; None if it offers nothing, or nothing that this process can use."""
+        """The memory that an admission offers; None if it offers none that this process can use."""
         if not admission.HasField("contribution"):
             return None
         contribution = self._find(admission.contribution, manifest, writable=True)
@@ -103,6 +103,6 @@ class LentMemory:
         if segment is None:
             segment = Segment.open(address, manifest.buffer_size_bytes, writable)
             if segment is not None:
-                # A contribution and two averages are in use; older ones belong to a server that is gone.
+                # One contribution and two averages are in use; older segments belong to an earlier server process.
                 self._segments = dict([*self._segments.items(), (address, segment)][-4:])
         return segment

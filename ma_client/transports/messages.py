@@ -1,21 +1,21 @@
-"""Fragments as messages of the push's call: the way that every server has, and that needs no offer."""
+"""Fragments as messages of the push's call: the transport that every server supports and that needs no offer."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ma_client.transports.way import OutgoingPush, Trip
+from ma_client.transports.base import ClientLane, OutgoingPush
 from modelaverage import wire
 from modelaverage.v1 import parameter_server_pb2 as pb
 
-__all__ = ["MessageTrip"]
+__all__ = ["ClientMessagesLane"]
 
 
-class MessageTrip(Trip):
+class ClientMessagesLane(ClientLane):
     """One push in messages.
 
     Args:
-        opening: what is known of it.
+        opening: the push.
     """
 
     def __init__(self, opening: OutgoingPush) -> None:
@@ -23,11 +23,11 @@ class MessageTrip(Trip):
         self._opening = opening
 
     def announce(self, header: pb.PushHeader) -> None:
-        """As `Trip` says."""
+        """See `ClientLane`."""
         header.fragments_follow = self.at_once
 
     def up(self, first: int) -> Iterator[bytes]:
-        """As `Trip` says."""
-        # One by one: a run would hold up the average of its first fragment until its last has come.
+        """See `ClientLane`."""
+        # One by one: in a run, the average of the first fragment would have to wait for the last.
         for index in range(first, self._opening.manifest.fragment_count):
             yield wire.encode_fragment(index, self._opening.fragments(index))

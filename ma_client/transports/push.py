@@ -1,8 +1,8 @@
 """The rules of one push, from its header to its end. Pure: events in, decisions out; no I/O, no clock, no threads.
 
-A push is OPENED when its header goes, ADMITTED when the server has said what it still needs, CLOSING when the outcome
-has come before the last bytes that travel beside the call, and then DONE or FAILED. What the server may not do fails
-the push with ProtocolError, and nothing of the center that came is used.
+A push is OPENED when its header is sent, ADMITTED when the server has said which fragments it needs, CLOSING when the
+outcome has arrived before the last bytes outside the call, and finally DONE or FAILED. If the server breaks the
+protocol, the push fails with ProtocolError and the received center is discarded.
 """
 
 from __future__ import annotations
@@ -17,33 +17,33 @@ __all__ = ["AwaitRest", "ClientPush", "Decide", "Done", "Keep", "PushFailed", "R
 
 
 class State(enum.Enum):
-    """How far a push has come."""
+    """The state of a push."""
 
-    OPENED = "the header has gone"
-    ADMITTED = "fragments go and come"
-    CLOSING = "the outcome has come, and the last bytes beside the call have not"
-    DONE = "the center is whole, and may be installed"
-    FAILED = "nothing of what came may be used"
+    OPENED = "the header was sent"
+    ADMITTED = "fragments are sent and received"
+    CLOSING = "the outcome has arrived, but not yet the last bytes outside the call"
+    DONE = "the center is complete and may be used"
+    FAILED = "nothing received may be used"
 
 
 class Retry(enum.Enum):
     """Whether the same push may be made again."""
 
-    AT_ONCE = "the server is there; the push did not come into the round, or its answer was lost"
-    LATER = "when the server is back"
+    AT_ONCE = "the server is reachable; the push is not in the round, or its answer was lost"
+    LATER = "once the server is back"
     NO = "it would fail again"
 
 
 @dataclass(frozen=True)
 class Send:
-    """The fragments from this one on are to go."""
+    """Send the fragments from this one on."""
 
     first: int
 
 
 @dataclass(frozen=True)
 class Keep:
-    """These fragments of the center are the next ones, and count if the push is done."""
+    """Store these next fragments of the center; they become valid when the push is done."""
 
     first: int
     count: int
@@ -51,16 +51,17 @@ class Keep:
 
 @dataclass(frozen=True)
 class AwaitRest:
-    """The bytes beside the call are to be waited for; `ClientPush.rest_ended` tells how that went."""
+    """Wait for the bytes outside the call, then call `ClientPush.rest_ended`."""
 
 
 @dataclass(frozen=True)
 class Done:
-    """The center is whole.
+    """The center is complete.
 
     Args:
-        outcome: how the push ended.
-        may_follow: whether the server will ask for all of the next push, so that its fragments need not wait for that.
+        outcome: the outcome of the push.
+        may_follow: whether the server will need all fragments of the next push, which therefore need not wait for its
+            admission.
     """
 
     outcome: Outcome
@@ -69,7 +70,7 @@ class Done:
 
 @dataclass(frozen=True)
 class PushFailed:
-    """The push is over, without a center."""
+    """The push has failed; there is no center."""
 
     error: ModelAverageError
 
@@ -87,14 +88,14 @@ class ClientPush:
 
     Args:
         peer: the server's address, for messages.
-        fragment_count: of the center.
-        beside: whether fragments go and the center comes beside the call.
+        fragment_count: the number of fragments of the center.
+        beside: whether fragments and center travel outside the call.
     """
 
     def __init__(self, peer: str, fragment_count: int, beside: bool = False) -> None:
         self.state = State.OPENED
         self.received = 0
-        """How many fragments of the center have come, in order."""
+        """How many fragments of the center have arrived, in order."""
         self._peer = peer
         self._fragment_count = fragment_count
         self._beside = beside
@@ -115,7 +116,7 @@ class ClientPush:
         return Send(first_needed)
 
     def came(self, first: int, count: int) -> Decide:
-        """The server has sent these fragments of the center, in the call or in memory that it has lent."""
+        """The server has sent these fragments of the center, in the call or in lent memory."""
         if self.state is not State.ADMITTED:
             return self._broken(f"sent fragment {first} before the admission")
         if first != self.received or not 0 < count <= self._fragment_count - first:
@@ -124,7 +125,7 @@ class ClientPush:
         return Keep(first, count)
 
     def told(self, outcome: int) -> Decide:
-        """The server's last word, as the number on the wire."""
+        """The server has sent the outcome, given as its number on the wire."""
         if self.state is not State.ADMITTED:
             return self._broken("sent an outcome before the admission")
         known = {one.value: one for one in Outcome}
@@ -141,7 +142,7 @@ class ClientPush:
         return AwaitRest()
 
     def rest_ended(self, problem: object | None) -> Decide:
-        """All bytes beside the call have come, or why not."""
+        """The wait for bytes outside the call has ended. ``problem``: why it failed; None: all bytes have arrived."""
         if self.state is not State.CLOSING:
             return self._broken("was waited for when nothing was to come")
         if problem is not None:
@@ -156,7 +157,7 @@ class ClientPush:
         return self._broken("ended a push without an outcome; is it a parameter server?")
 
     def failed(self, error: ModelAverageError) -> Decide:
-        """The call, or the way of the bytes, broke. What comes after the end changes nothing."""
+        """The call or the transport failed. Ignored after the end of the push."""
         if not self.is_over:
             self.state = State.FAILED
         return PushFailed(error)
@@ -171,7 +172,7 @@ class ClientPush:
 
 
 def retry_after(error: ModelAverageError) -> Retry:
-    """Whether the push that failed so may be made again."""
+    """Whether a push that failed with this error may be made again."""
     if isinstance(error, RetryPushError):
         return Retry.AT_ONCE
     waits = (Reason.STREAM_STALLED, Reason.WORKER_ID_IN_USE)

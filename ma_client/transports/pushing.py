@@ -1,4 +1,4 @@
-"""The push loop: carries out what the rules of `push.py` decide, on whichever way the bytes go."""
+"""The push loop: carries out the decisions of `push.py`, over any transport."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from ma_client.transports.base import ClientLane, ClientTransport, Ending, OutgoingPush
 from ma_client.transports.calls import Calls
 from ma_client.transports.lent_memory import Loan
-from ma_client.transports.messages import MessageTrip
+from ma_client.transports.messages import ClientMessagesLane
 from ma_client.transports.push import AwaitRest, ClientPush, Decide, Done, PushFailed
 from ma_client.transports.staging import FragmentSource, Staging
-from ma_client.transports.way import Ending, OutgoingPush, Trip, Way
 from modelaverage import wire
 from modelaverage.codecs import codec_named
 from modelaverage.errors import ModelAverageError
@@ -33,22 +33,22 @@ _log = logging.getLogger("ma_client")
 
 @dataclass(frozen=True)
 class Answer:
-    """How a push ended, and where the center lies that came with it.
+    """The outcome of a push, and the location of the center that it returned.
 
     Args:
-        outcome: the server's last word.
-        loan: the shared memory that the center lies in; None: it lies in the staging buffer.
+        outcome: the outcome from the server.
+        loan: the shared memory that holds the center; None: it is in the staging buffer.
     """
 
     outcome: pb.PushOutcome
     loan: Loan | None
 
     def elsewhere(self, copy: bool) -> Mapping[str, NDArray[Any]] | None:
-        """The center variables by name if they did not arrive in the staging buffer; read-only and only until the next
-        push unless they are copied.
+        """The center variables by name, if they did not arrive in the staging buffer. Without copying, they are
+        read-only and valid until the next push.
 
         Raises:
-            RetryPushError: a later round has written over them while they were copied.
+            RetryPushError: a later round overwrote them during the copy.
         """
         if self.loan is None or not copy:
             return None if self.loan is None else self.loan.arrays
@@ -61,47 +61,47 @@ class Pushing:
     """Makes the pushes to one server, one after another.
 
     Args:
-        calls: of the server.
-        ways: for the bytes besides messages, in the order in which a push tries them.
+        calls: the carrier of calls to the server.
+        transports: the transports besides messages, in the order in which a push tries them.
     """
 
-    def __init__(self, calls: Calls, ways: Sequence[Way]) -> None:
+    def __init__(self, calls: Calls, transports: Sequence[ClientTransport]) -> None:
         self._calls = calls
-        self._ways = ways
-        self._may_follow = False  # whether the next push's fragments may go before its admission comes
+        self._transports = transports
+        self._may_follow = False  # whether the next push may send fragments before its admission
 
     def push(self, header: pb.PushHeader, fragments: FragmentSource, staging: Staging, deadline: Deadline) -> Answer:
-        """One push: what the server asks for goes up while what is finished comes down.
+        """Makes one push: sends the requested fragments while receiving the finished ones.
 
         The staging buffer holds the new center only if this returns, unless the answer has a loan.
 
         Args:
-            header: of the push, without how its bytes go.
-            fragments: what to give.
-            staging: where the center is to arrive.
-            deadline: for all of it.
+            header: the push header, without the fields of transports.
+            fragments: the bytes to send.
+            staging: receives the center.
+            deadline: for the whole push.
         """
-        # A copy: when the push is made again, its bytes may go elsewhere.
+        # A copy, because a retry may use another transport.
         header = pb.PushHeader.FromString(header.SerializeToString())
         has_fragments = header.purpose != pb.PURPOSE_ABSTAIN
-        # After a push that ended well nothing of this worker is in the round: what the server will ask for is known.
+        # After a successful push, the round has nothing of this worker, so the server will need all fragments.
         may_follow, self._may_follow = self._may_follow and has_fragments, False
         opening = OutgoingPush(header.push_id, fragments, staging, codec_named(header.codec), has_fragments, may_follow)
         staging.begin()
-        with self._travelling(opening) as journey:
+        with self._opened_lanes(opening) as lanes:
             late = f"the round did not commit (base step {header.base_step})"
-            self._announce(journey, header)
-            requests = _Requests(header, journey.trip)
-            push = ClientPush(self._calls.address, staging.manifest.fragment_count, journey.trip.is_beside)
+            self._announce(lanes, header)
+            requests = _Requests(header, lanes.lane)
+            push = ClientPush(self._calls.address, staging.manifest.fragment_count, lanes.lane.is_beside)
             with self._calls.exchange("PushAndAverage", requests.messages(), deadline, late) as call:
                 try:
-                    journey.trip.begun(call.cancel)
+                    lanes.lane.begun(call.cancel)
                     for data in call:
-                        outcome = self._take(data, push, journey, requests, deadline)
+                        outcome = self._take(data, push, lanes, requests, deadline)
                         if outcome is not None:
                             staging.is_filled()
-                            journey.is_done = True
-                            return Answer(outcome, journey.trip.loan)
+                            lanes.is_done = True
+                            return Answer(outcome, lanes.lane.loan)
                     _carried_out(push.ended())
                 finally:
                     call.cancel()
@@ -109,48 +109,48 @@ class Pushing:
         raise AssertionError("a push ends with an outcome or an exception")
 
     def close(self) -> None:
-        """There will be no other push."""
-        for way in self._ways:
-            way.close()
+        """Closes the transports; no push follows."""
+        for transport in self._transports:
+            transport.close()
 
-    def _announce(self, journey: _Journey, header: pb.PushHeader) -> None:
-        is_free = isinstance(journey.trip, MessageTrip)
-        for way in self._ways:
-            way.announce(header, journey.opening, is_free)
-        journey.trip.announce(header)
+    def _announce(self, lanes: _PushLanes, header: pb.PushHeader) -> None:
+        is_free = isinstance(lanes.lane, ClientMessagesLane)
+        for transport in self._transports:
+            transport.announce(header, lanes.opening, is_free)
+        lanes.lane.announce(header)
 
     @contextmanager
-    def _travelling(self, opening: OutgoingPush) -> Iterator[_Journey]:
-        """The first way on which the push may begin, or messages. The trip ends with this context."""
-        trips = (way.begin(opening) for way in self._ways)
-        journey = _Journey(opening, next((trip for trip in trips if trip is not None), None))
+    def _opened_lanes(self, opening: OutgoingPush) -> Iterator[_PushLanes]:
+        """Opens a lane on the first transport that accepts the push, or in messages. It ends with the context."""
+        begun = (transport.begin(opening) for transport in self._transports)
+        lanes = _PushLanes(opening, next((lane for lane in begun if lane is not None), None))
         try:
-            yield journey
+            yield lanes
         except ModelAverageError as fault:
-            instead = journey.end(fault, self._calls.stopped.is_set())
+            instead = lanes.end(fault, self._calls.stopped.is_set())
             if instead is not None:
                 raise instead from None
-            for way in self._ways:
-                way.failed(fault)
+            for transport in self._transports:
+                transport.failed(fault)
             raise
         finally:
-            journey.end(None, self._calls.stopped.is_set())
+            lanes.end(None, self._calls.stopped.is_set())
 
     def _take(
-        self, data: bytes, push: ClientPush, journey: _Journey, requests: _Requests, deadline: Deadline
+        self, data: bytes, push: ClientPush, lanes: _PushLanes, requests: _Requests, deadline: Deadline
     ) -> pb.PushOutcome | None:
-        """One message of the server; the outcome if the push is done."""
+        """Handles one message of the server; returns the outcome if the push is done."""
         message = wire.read_fragment(pb.PushAndAverageResponse, data)
         if isinstance(message, tuple):
-            self._keep(push, journey.opening, *message)
+            self._keep(push, lanes.opening, *message)
             return None
         if message.HasField("admission"):
             _carried_out(push.admitted(message.admission.first_needed_fragment))
-            self._admit(message.admission, journey)
-            requests.admit(message.admission.first_needed_fragment, journey.trip)
+            self._admit(message.admission, lanes)
+            requests.admit(message.admission.first_needed_fragment, lanes.lane)
         if message.HasField("fragment"):
-            self._keep(push, journey.opening, message.fragment.index, memoryview(message.fragment.data))
-        elsewhere = journey.trip.down(message)
+            self._keep(push, lanes.opening, message.fragment.index, memoryview(message.fragment.data))
+        elsewhere = lanes.lane.down(message)
         if elsewhere is not None:
             _carried_out(push.came(*elsewhere))
         if message.HasField("waiting"):
@@ -159,22 +159,22 @@ class Pushing:
             return None
         decided = _carried_out(push.told(message.outcome.outcome))
         if isinstance(decided, AwaitRest):
-            problem = journey.trip.rest(lambda: not deadline.is_over and not self._calls.stopped.is_set())
+            problem = lanes.lane.rest(lambda: not deadline.is_over and not self._calls.stopped.is_set())
             decided = _carried_out(push.rest_ended(problem))
         assert isinstance(decided, Done)
         self._may_follow = decided.may_follow
         return message.outcome
 
-    def _admit(self, admission: pb.PushAdmission, journey: _Journey) -> None:
-        """Tells the ways what is offered. One of them may take the fragments if they are not on their way yet."""
+    def _admit(self, admission: pb.PushAdmission, lanes: _PushLanes) -> None:
+        """Passes the offers to the transports. One may take over the fragments if none have been sent."""
         is_free = True
-        for way in self._ways:
-            trip = way.admitted(admission, is_free)
-            if trip is not None and is_free:
+        for transport in self._transports:
+            lane = transport.admitted(admission, is_free)
+            if lane is not None and is_free:
                 is_free = False
-                journey.change_to(trip)
+                lanes.change_to(lane)
         if is_free:
-            journey.change_to(None)
+            lanes.change_to(None)
 
     @staticmethod
     def _keep(push: ClientPush, opening: OutgoingPush, index: int, data: memoryview) -> None:
@@ -182,67 +182,67 @@ class Pushing:
         opening.staging.put(index, data, opening.codec)
 
 
-class _Journey:
-    """The trips of one push: that on which it began, and that on which its fragments go."""
+class _PushLanes:
+    """The lanes of one push: the one on which it began and the one that carries its fragments."""
 
-    def __init__(self, opening: OutgoingPush, begun: Trip | None) -> None:
+    def __init__(self, opening: OutgoingPush, begun: ClientLane | None) -> None:
         self.opening = opening
         self.is_done = False
-        self._messages = MessageTrip(opening)
-        self.trip: Trip = self._messages if begun is None else begun
-        self._trips = [self.trip]
+        self._messages = ClientMessagesLane(opening)
+        self.lane: ClientLane = self._messages if begun is None else begun
+        self._lanes = [self.lane]
 
-    def change_to(self, trip: Trip | None) -> None:
-        """The admission says that the fragments go there; None: in messages."""
-        if not self.trip.at_once:
-            self.trip = self._messages if trip is None else trip
-        if trip is not None and trip not in self._trips:
-            self._trips.append(trip)
+    def change_to(self, lane: ClientLane | None) -> None:
+        """Switches the fragments to a lane chosen by the admission; None: to messages."""
+        if not self.lane.at_once:
+            self.lane = self._messages if lane is None else lane
+        if lane is not None and lane not in self._lanes:
+            self._lanes.append(lane)
 
     def end(self, fault: ModelAverageError | None, is_stopped: bool) -> ModelAverageError | None:
-        """Ends all of them; what to raise instead of the fault, if one of them knows better."""
-        trips, self._trips = self._trips, []
-        instead = [trip.end(Ending(fault, self.is_done, is_stopped)) for trip in trips]
+        """Ends all lanes. Returns a more precise exception to raise instead of the fault, if a lane has one."""
+        lanes, self._lanes = self._lanes, []
+        instead = [lane.end(Ending(fault, self.is_done, is_stopped)) for lane in lanes]
         return next((error for error in instead if error is not None), None)
 
 
 class _Requests:
-    """What goes up in the call; made on the thread that sends it."""
+    """The messages that the call sends; created on the sending thread."""
 
-    def __init__(self, header: pb.PushHeader, trip: Trip) -> None:
+    def __init__(self, header: pb.PushHeader, lane: ClientLane) -> None:
         self.base_step = header.base_step
         self._opening = pb.PushAndAverageRequest(header=header).SerializeToString()
-        self._trip = trip
-        self._admitted: queue.SimpleQueue[tuple[int, Trip] | None] = queue.SimpleQueue()
+        self._lane = lane
+        self._admitted: queue.SimpleQueue[tuple[int, ClientLane] | None] = queue.SimpleQueue()
 
     def messages(self) -> Iterator[bytes]:
         """The header, then the fragments."""
-        trip = self._trip
-        if trip.at_once:
-            # Messages that stand one after the other are read as one.
-            messages = trip.up(0)
+        lane = self._lane
+        if lane.at_once:
+            # Concatenated protobuf messages parse as one merged message.
+            messages = lane.up(0)
             yield self._opening + next(messages, b"")
             yield from messages
             return
         yield self._opening
-        while self._admitted.empty() and trip.prepare():
+        while self._admitted.empty() and lane.prepare():
             pass
         admitted = self._admitted.get()
         if admitted is not None:
-            first, trip = admitted
-            yield from trip.up(first)
+            first, lane = admitted
+            yield from lane.up(first)
 
-    def admit(self, first: int, trip: Trip) -> None:
-        """The fragments from this one on go on this trip."""
-        self._admitted.put((first, trip))
+    def admit(self, first: int, lane: ClientLane) -> None:
+        """Sends the fragments from this one on over this lane."""
+        self._admitted.put((first, lane))
 
     def end(self) -> None:
-        """Nothing more is needed."""
+        """Ends the requests: nothing more is needed."""
         self._admitted.put(None)
 
 
 def _carried_out(decided: Decide) -> Decide:
-    """The same, unless it is to fail."""
+    """Returns the decision, or raises if it is a failure."""
     if isinstance(decided, PushFailed):
         raise decided.error
     return decided

@@ -1,4 +1,4 @@
-"""A server that cannot be reached: how long an attempt may take, and whether another one would do better by now."""
+"""A server that cannot be reached: how long an attempt may take, and when to replace it by a new one."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from modelaverage.addresses import Address, parse
 
 __all__ = ["Reach", "takes_connections"]
 
-# An attempt that gets no answer is given up after this time, the next after twice as long: the server may have another
-# address by then, but on a slow link with a full queue before it an attempt takes half a minute.
+# An attempt without an answer is given up after this time, the next after twice as long: the server may have a new
+# address by then. But on a slow link with a full queue, an attempt takes half a minute.
 _FIRST_ATTEMPT_S, _LONGEST_ATTEMPT_S = 2.0, 60.0
-# If a server takes a connection in this time, an attempt that has lasted for `Timing.lasting_s` is made to an address
-# that the server had before, or has not heard yet that the server is there again.
+# If the server accepts a connection in this time while an attempt has lasted `Timing.lasting_s`, that attempt uses an
+# old address, or has not noticed yet that the server is back.
 _LOOK_TIMEOUT_S = 0.5
 
 
 def takes_connections(where: Address) -> bool:
-    """Whether there is a server at an address."""
+    """Whether a server accepts connections at an address."""
     try:
         socket.create_connection((where.host, where.port), _LOOK_TIMEOUT_S).close()
     except (OSError, UnicodeError):
@@ -31,12 +31,12 @@ def takes_connections(where: Address) -> bool:
 
 
 class Reach:
-    """How one server is reached. For one thread at a time.
+    """Decides how to reach one server. Used by one thread at a time.
 
     Args:
-        address: of the server.
+        address: the address of the server.
         timing: how long attempts may last.
-        looks: finds out whether there is a server at an address.
+        looks: checks whether a server accepts connections at an address.
 
     Attributes:
         attempt_s: how long an attempt to connect may take.
@@ -55,11 +55,11 @@ class Reach:
         self._is_away = False
 
     def answered(self) -> None:
-        """The server is there."""
+        """The server has answered."""
         self._is_away, self.attempt_s = False, _FIRST_ATTEMPT_S
 
     def failed(self, lasted_s: float) -> bool:
-        """A call did not get through, ``lasted_s`` after it had begun; whether to make longer attempts from now on."""
+        """A call failed to connect after ``lasted_s``. Returns whether later attempts may take longer."""
         self._is_away = True
         if lasted_s < self.attempt_s or self.attempt_s >= _LONGEST_ATTEMPT_S:
             return False
@@ -68,12 +68,12 @@ class Reach:
 
     @contextmanager
     def looking(self, another_way: Callable[[], None], is_connected: Callable[[], bool]) -> Iterator[None]:
-        """While a call is under way to a server that was away: calls ``another_way``, once, from another thread, when
-        the server can be reached, perhaps at a new address, and the call's channel still has not.
+        """During a call to a server that was away: calls ``another_way`` once, from another thread, when the server
+        accepts connections, perhaps at a new address, but the call's channel is still not connected.
 
         Args:
             another_way: gives up the channel and the call.
-            is_connected: whether the channel is.
+            is_connected: whether the channel is connected.
         """
         if not self._is_away or self._where is None:
             yield
@@ -81,12 +81,12 @@ class Reach:
         over = threading.Event()
         arguments = over, another_way, is_connected
         thread = threading.Thread(target=self._look, args=arguments, name="server-lookout", daemon=True)
-        with contextlib.suppress(RuntimeError):  # no threads are left: without, then
+        with contextlib.suppress(RuntimeError):  # no threads are left: do without
             thread.start()
         try:
             yield
         finally:
-            over.set()  # nobody waits: a name may take long to look up
+            over.set()  # do not join the thread: a name lookup may take long
 
     def _look(self, over: threading.Event, another_way: Callable[[], None], is_connected: Callable[[], bool]) -> None:
         assert self._where is not None

@@ -1,64 +1,63 @@
-"""Fragments in memory that a server on this host lends: they are copied there, and named in the call."""
+"""Fragments in memory that a server on this host lends: they are copied there, and the call refers to them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from ma_client.transports.base import ClientLane, ClientTransport, Ending, OutgoingPush
 from ma_client.transports.lent_memory import Copying, LentMemory, Loan
-from ma_client.transports.way import Ending, OutgoingPush, Trip, Way
 from modelaverage.errors import ModelAverageError
 from modelaverage.runtime.shared_memory import Segment
 from modelaverage.v1 import parameter_server_pb2 as pb
 
-__all__ = ["MemoryTrip", "SharedMemoryWay"]
+__all__ = ["ClientMemoryLane", "ClientSharedMemory"]
 
 
-class SharedMemoryWay(Way):
-    """The memory that one server lends.
+class ClientSharedMemory(ClientTransport):
+    """Uses the memory that one server lends.
 
     Args:
-        is_wanted: whether the server may lend some.
+        is_wanted: whether the server may lend memory.
     """
 
     def __init__(self, is_wanted: bool) -> None:
         self._is_wanted = is_wanted
         self._lent = LentMemory()
-        self._next: Segment | None = None  # what the next push may fill at once
-        self._trip: MemoryTrip | None = None
+        self._next: Segment | None = None  # memory that the next push may fill at once
+        self._lane: ClientMemoryLane | None = None
 
-    def begin(self, opening: OutgoingPush) -> Trip | None:
-        """As `Way` says: after a push that ended well its memory is filled again while the next admission is
-        awaited."""
+    def begin(self, opening: OutgoingPush) -> ClientLane | None:
+        """See `ClientTransport`. After a successful push, its memory may be filled again before the admission."""
         ready, self._next = self._next, None
-        self._trip = MemoryTrip(opening, ready, self._keep) if opening.has_fragments else None
-        return None if ready is None else self._trip
+        self._lane = ClientMemoryLane(opening, ready, self._keep) if opening.has_fragments else None
+        return None if ready is None else self._lane
 
     def announce(self, header: pb.PushHeader, opening: OutgoingPush, is_free: bool) -> None:  # noqa: ARG002
-        """As `Way` says."""
+        """See `ClientTransport`."""
         header.accepts_shared_memory = self._is_wanted and opening.has_fragments
 
-    def admitted(self, admission: pb.PushAdmission, is_free: bool) -> Trip | None:  # noqa: ARG002
-        """As `Way` says."""
-        trip = self._trip
-        if trip is None:
+    def admitted(self, admission: pb.PushAdmission, is_free: bool) -> ClientLane | None:  # noqa: ARG002
+        """See `ClientTransport`."""
+        lane = self._lane
+        if lane is None:
             return None
-        trip.loan_offered = self._lent.accept(admission, trip.opening.manifest)
-        return None if trip.loan_offered is None else trip
+        lane.loan_offered = self._lent.accept(admission, lane.opening.manifest)
+        return None if lane.loan_offered is None else lane
 
     def _keep(self, segment: Segment) -> None:
         self._next = segment
 
 
-class MemoryTrip(Trip):
+class ClientMemoryLane(ClientLane):
     """One push in lent memory.
 
     Args:
-        opening: what is known of it.
+        opening: the push.
         ready: memory that may be filled before the admission.
-        keep: takes the memory that the next push may fill.
+        keep: called with the memory that the next push may fill.
 
     Attributes:
-        loan_offered: what the admission lends.
+        loan_offered: the memory that the admission lends.
     """
 
     def __init__(self, opening: OutgoingPush, ready: Segment | None, keep: Callable[[Segment], None]) -> None:
@@ -72,18 +71,18 @@ class MemoryTrip(Trip):
 
     @property
     def loan(self) -> Loan | None:
-        """As `Trip` says."""
+        """See `ClientLane`."""
         return self.loan_offered if self._is_used else None
 
     def prepare(self) -> bool:
-        """As `Trip` says."""
+        """See `ClientLane`."""
         if self._ready is None or self._filled >= self.opening.manifest.fragment_count or self._copying.over:
             return False
         self._filled = self._copying.fill(self._ready, self._filled)
         return True
 
     def up(self, first: int) -> Iterator[bytes]:
-        """As `Trip` says."""
+        """See `ClientLane`."""
         assert self.loan_offered is not None
         contribution = self.loan_offered.contribution
         filled = self._filled if contribution is self._ready else first
@@ -97,14 +96,14 @@ class MemoryTrip(Trip):
             first = filled
 
     def down(self, message: pb.PushAndAverageResponse) -> tuple[int, int] | None:
-        """As `Trip` says."""
+        """See `ClientLane`."""
         if not message.HasField("shared") or self.loan_offered is None:
             return None
         self._is_used = True
         return message.shared.first, message.shared.count
 
     def end(self, ending: Ending) -> ModelAverageError | None:
-        """As `Trip` says; waits for a copy that is under way."""
+        """See `ClientLane`. Waits for a copy in progress."""
         self._copying.end()
         if ending.is_done and self.loan_offered is not None:
             self._keep(self.loan_offered.contribution)

@@ -1,4 +1,4 @@
-"""Where a center arrives inline. It is handed on only when it is whole and the server has said that it counts."""
+"""Memory for a center that arrives in messages. Used only once it is complete and confirmed by the server."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from modelaverage.manifest import Manifest
 __all__ = ["FragmentSource", "Memory", "Staging", "read_only"]
 
 FragmentSource = Callable[[int], Iterable[memoryview]]
-"""The bytes of a fragment that goes up, by its index, as parts to be joined."""
+"""Returns the bytes of a fragment to be sent, by its index, as parts to be joined."""
 
 
 class Memory:
-    """Bytes for the centers of all shards, one behind the other; made when the first fragment arrives.
+    """Memory for the centers of all shards, in sequence; allocated when the first fragment arrives.
 
-    For any thread.
+    May be used from any thread.
     """
 
     def __init__(self, size_bytes: int) -> None:
@@ -32,7 +32,7 @@ class Memory:
 
     @property
     def bytes(self) -> NDArray[np.uint8]:
-        """All of it; uint8."""
+        """The whole memory; uint8."""
         with self._lock:
             if self._bytes is None:
                 self._bytes = np.zeros(self._size_bytes, np.uint8)
@@ -43,21 +43,21 @@ class Memory:
         return self._bytes is not None and np.may_share_memory(array, self._bytes)
 
     def release(self) -> None:
-        """Gives it back until a center arrives inline again."""
+        """Frees the memory until a center arrives in messages again."""
         with self._lock:
             self._bytes = None
 
 
 class Staging:
-    """Room for one shard's center, used again for every round.
+    """Memory for one shard's center, reused in every round.
 
     Args:
-        manifest: of the shard.
-        memory: where the room is.
-        start: its first byte there, a multiple of 8.
+        manifest: the manifest of the shard.
+        memory: contains this staging.
+        start: offset of its first byte there, a multiple of 8.
 
     Attributes:
-        is_torn: whether a center has begun to arrive here, over the one before, and never came whole.
+        is_torn: whether an incomplete center has overwritten the previous one.
     """
 
     def __init__(self, manifest: Manifest, memory: Memory, start: int = 0) -> None:
@@ -70,12 +70,12 @@ class Staging:
 
     @property
     def is_whole(self) -> bool:
-        """Whether a center has come, and nothing over it."""
+        """Whether a complete center is here."""
         return self._has_come and not self.is_torn
 
     @property
     def arrays(self) -> Mapping[str, NDArray[Any]]:
-        """The variables in it, by name; views that cannot be written to."""
+        """The variables in it, by name; read-only views."""
         return read_only(self.manifest.arrays(self._memory.bytes[self._start : self._end]))
 
     def begin(self) -> None:
@@ -84,16 +84,16 @@ class Staging:
 
     @property
     def received(self) -> int:
-        """How many fragments of it have come."""
+        """How many of its fragments have arrived."""
         return self._received
 
     def go_on(self, first: int) -> None:
-        """The fragments from ``first`` on are still to come, of a center whose others are here."""
+        """Resumes a center whose fragments before ``first`` are here."""
         self._received = min(first, self._received)
 
     def receive(self, index: int, data: memoryview) -> None:
-        """The next fragment has come, or a run of them. Raises ProtocolError if it is another one, or has another
-        size."""
+        """Stores the next fragment, or a run of fragments. Raises ProtocolError if the index or the size is
+        wrong."""
         if index != self._received or index >= self.manifest.fragment_count:
             raise ProtocolError(f"the server sent fragment {index} where {self._received} belongs")
         count = self.count(index, data)
@@ -101,7 +101,7 @@ class Staging:
         self._received = index + count
 
     def count(self, index: int, data: memoryview, codec: Codec = RAW) -> int:
-        """How many fragments, from this one on, these bytes are. Raises ProtocolError if they are no whole ones."""
+        """How many whole fragments, from this one on, these bytes hold. Raises ProtocolError otherwise."""
         end = codec.run_end(self.manifest, index, len(data)) if index < self.manifest.fragment_count else None
         if end is None:
             where = "the model has no such fragment"
@@ -111,31 +111,31 @@ class Staging:
         return end - index
 
     def put(self, index: int, data: memoryview, codec: Codec = RAW) -> None:
-        """Writes fragments that are whole to where they belong."""
+        """Writes whole fragments to their place."""
         self.is_torn = True
         codec.decode_run(self.manifest, self._memory.bytes[self._start : self._end], index, data)
 
     def room(self) -> memoryview:
-        """Where all of the next center may be written; `begin_to_fill` when that begins, `filled` when it is done."""
+        """Memory for the whole next center. Call `begin_to_fill` before writing, and `is_filled` after."""
         return self._memory.bytes[self._start : self._end].data
 
     def begin_to_fill(self) -> None:
-        """What was in the room is no longer whole."""
+        """Marks the previous center as overwritten."""
         self.is_torn = True
 
     def is_filled(self) -> None:
-        """All of the center has come, here or to where it is used instead."""
+        """Marks the center as complete, here or in the memory that replaces this one."""
         self._received = self.manifest.fragment_count
         self.is_torn = False
         self._has_come = True
 
     @property
     def is_complete(self) -> bool:
-        """Whether every fragment has come."""
+        """Whether every fragment has arrived."""
         return self._received == self.manifest.fragment_count
 
     def check_complete(self) -> None:
-        """Raises ProtocolError unless every fragment has come."""
+        """Raises ProtocolError unless every fragment has arrived."""
         if not self.is_complete:
             raise ProtocolError(f"the server sent {self._received} of {self.manifest.fragment_count} fragments")
         self.is_filled()

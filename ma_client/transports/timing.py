@@ -1,4 +1,4 @@
-"""How long the client waits for things that users have no reason to set, and how soon it says so."""
+"""Timeouts and log intervals of the client that users have no reason to set."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ __all__ = ["TIMING", "Timing"]
 
 @dataclass(frozen=True)
 class Timing:
-    """Handed down from the session; tests make one with shorter times.
+    """Passed down from the session; tests use shorter times.
 
     Args:
-        first_notice_s: a wait is said in the log after this time, and again at growing gaps.
-        last_word_s: how long after a data connection broke the server's own word on the push is waited for.
-        peer_silence_s: a server from which nothing comes for longer, though something should, is lost.
-        lasting_s: an attempt to connect that lasts longer than this, to a server that takes connections, is made again.
-        reach_interval_s: how often it is then looked whether the server takes connections.
-        fall_back_interval_s: how often a server that is done with a round is asked whether it has fallen back, while
+        first_notice_s: a wait is logged after this time, and again at growing intervals.
+        last_word_s: how long to wait for the server's answer to a push whose data connection broke.
+        peer_silence_s: a server that should send and sends nothing for longer than this is lost.
+        lasting_s: a longer attempt to connect is repeated if the server accepts connections.
+        reach_interval_s: how often to check then whether the server accepts connections.
+        fall_back_interval_s: how often to ask a server that is done with a round whether it has lost that round, while
             this worker waits for its other servers.
-        long_wait_s: a worker that has waited for a server for longer than this pushes there, asked or not.
+        long_wait_s: a worker that has waited longer for a server pushes there even if the server does not wait for it.
     """
 
     first_notice_s: float = 5.0
@@ -33,9 +33,9 @@ class Timing:
     long_wait_s: float = 5.0
 
     def notice_after_s(self, said_s: float) -> float:
-        """When a wait that was said after ``said_s`` is to be said again: after 5 s, 15 s, 35 s, ..."""
+        """When to log a wait again that was logged after ``said_s``: after 5 s, 15 s, 35 s, ..."""
         return 2 * said_s + self.first_notice_s
 
 
 TIMING = Timing()
-"""The usual times."""
+"""The default times."""

@@ -13,7 +13,7 @@ from modelaverage.errors import InvalidRequestError
 __all__ = ["Paths", "as_arrays", "nest", "paths_of"]
 
 Paths = Mapping[str, tuple[str, ...]]
-"""The keys that lead to a leaf, by its name in the center."""
+"""For each leaf's name in the center, the keys that lead to it."""
 
 _SEPARATOR = "/"
 

@@ -19,8 +19,8 @@ __all__ = [
 
 MAX_WORKER_ID_BYTES = 128
 INCARNATION_BYTES = 16
-# Weights multiply values in the variables' own precision; within these bounds none turns a value into 0 or infinity
-# that was not near it already.
+# Weights multiply values in the variables' own precision. Within these bounds, no weight turns a value into 0 or
+# infinity that was not near it before.
 MIN_WEIGHT = 1e-9
 MAX_WEIGHT = 1e9
 # Steps fit a signed 64-bit integer, the largest type that every client language has.
@@ -57,7 +57,7 @@ def check_weight(weight: float) -> None:
 
 
 def check_base_step(base_step: int) -> None:
-    """Raises GLOBAL_STEP_INVALID unless the step is from 0 to 2**63 - 2: a round makes it one more."""
+    """Raises GLOBAL_STEP_INVALID unless the step is from 0 to 2**63 - 2: a round increases it by one."""
     if not 0 <= base_step < STEP_LIMIT - 1:
         raise refusal(Reason.GLOBAL_STEP_INVALID, f"base step {base_step} is not from 0 to 2**63 - 2")
 

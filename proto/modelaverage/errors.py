@@ -1,8 +1,8 @@
-"""The one table of faults: reason <-> gRPC status <-> exception <-> what the client does next.
+"""The table of errors: reason <-> gRPC status <-> exception <-> the client's next action.
 
-The server raises these exceptions. Its shell turns them into a status and into trailing metadata with the reason's name
-and the action; the client turns those back into the same exception. So a fault has one name and one class everywhere.
-This module imports no grpc: the pure core raises these too.
+The server raises these exceptions. The service turns them into a status and into trailing metadata with the reason's
+name and the action; the client turns those back into the same exception. So an error has one name and one class
+everywhere. This module does not import grpc, because the pure rules raise these exceptions, too.
 """
 
 from __future__ import annotations
@@ -81,18 +81,18 @@ class Action(enum.Enum):
     """What a client does after a refusal. The value is the word in the trailing metadata."""
 
     AGAIN = "again"
-    """Make the same call again at once."""
+    """Repeat the same call at once."""
     LATER = "later"
-    """Make the same call again after a pause, for a bounded time."""
+    """Repeat the same call after a pause, for a bounded time."""
     PULL = "pull"
-    """Pull the center and go on from it."""
+    """Pull the center and continue from it."""
     STOP = "stop"
-    """Nothing that the client can do by itself."""
+    """The client cannot continue by itself."""
 
 
 class ModelAverageError(Exception):
-    """Base of every fault. ``reason`` is None for faults that no server reported (it could not be reached, say).
-    ``status`` is the name of the gRPC status that ended the call; None if it was none."""
+    """Base of all errors. ``reason`` is None for errors that no server reported, such as an unreachable server.
+    ``status`` is the name of the gRPC status that ended the call; None if there was none."""
 
     def __init__(self, message: str, reason: Reason | None = None, status: str | None = None) -> None:
         super().__init__(message)
@@ -101,31 +101,31 @@ class ModelAverageError(Exception):
 
 
 class InvalidRequestError(ModelAverageError):
-    """What was sent breaks a rule; sending it again will not help. Nothing was changed."""
+    """The request breaks a rule; repeating it will not help. Nothing was changed."""
 
 
 class ProtocolError(InvalidRequestError):
-    """The bytes on the wire break the protocol: a fault of the client library, or of what stands between."""
+    """The bytes on the wire break the protocol: a fault of the client library, or of a proxy in between."""
 
 
 class ConflictError(ModelAverageError):
-    """What was sent is well formed but does not fit the job: another manifest, another process under this id."""
+    """The request is well formed but does not fit the job: another manifest, or another process under this id."""
 
 
 class NotInitializedError(ModelAverageError):
-    """There is no center yet: the chief has to initialize it."""
+    """There is no center yet: the chief must initialize it."""
 
 
 class RetryPushError(ModelAverageError):
-    """The push did not come into the round, through no fault of its own; the same push may be made again at once."""
+    """The push is not in the round, through no fault of its own; the same push may be repeated at once."""
 
 
 class DeadlineExceededError(ModelAverageError):
-    """What was waited for did not happen in the time that was set. Local variables are untouched."""
+    """The awaited event did not happen within the time limit. Local variables are untouched."""
 
 
 class SecurityError(ModelAverageError):
-    """Server and client do not trust each other, or a file that says whom to trust is unusable. Nothing was changed."""
+    """Server and client do not trust each other, or a certificate or token file is unusable. Nothing was changed."""
 
 
 class ServerUnavailableError(ModelAverageError):
@@ -133,7 +133,7 @@ class ServerUnavailableError(ModelAverageError):
 
 
 class SessionInUseError(ModelAverageError):
-    """Two threads use one session at once. This call was not made; the one that was under way goes on unharmed."""
+    """Two threads use one session at once. This call was not made; the call in progress is not affected."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class Fault:
 
     Args:
         status: the name of the gRPC status that carries the reason.
-        exception: the class that means it.
+        exception: the exception class.
         action: what the client does next.
     """
 
@@ -190,7 +190,7 @@ FAULTS: dict[Reason, Fault] = {
 }
 
 _BY_ACTION: dict[str, type[ModelAverageError]] = {
-    Action.AGAIN.value: ServerUnavailableError,  # after a short pause, and not for ever: nobody here knows the reason
+    Action.AGAIN.value: ServerUnavailableError,  # after a pause, for a limited time: the reason is unknown
     Action.LATER.value: ServerUnavailableError,
     Action.PULL.value: ConflictError,
 }
@@ -212,7 +212,7 @@ def told_reason(metadata: Iterable[Any] | None) -> str:
 
 
 def fault_told(metadata: Iterable[Any] | None, message: str, status: str) -> ModelAverageError | None:
-    """The exception for the end of a call that a server refused; None for an end that no server has given a reason for.
+    """The exception for a call that a server refused; None if the call ended without a reason from a server.
 
     Args:
         metadata: the call's trailing metadata.
@@ -226,9 +226,9 @@ def fault_told(metadata: Iterable[Any] | None, message: str, status: str) -> Mod
 def fault_named(
     name: str, message: str, action: str | None = None, status: str | None = None
 ) -> ModelAverageError | None:
-    """The exception for a reason's name as it came over the wire.
+    """The exception for a reason's name from the wire.
 
-    A reason that this version does not know is read by its action; an unknown action means `stop`. None if there is
+    A reason that this version does not know is handled by its action; an unknown action means `stop`. None if there is
     neither a known reason nor an action."""
     reason = Reason.__members__.get(name.removeprefix(REASON_PREFIX))
     if reason is not None:

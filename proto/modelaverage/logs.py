@@ -1,7 +1,7 @@
-"""What server and workers log: every event with its fields, in one table, and the two formats of a line.
+"""The log of servers and workers: a table of all events with their fields, and the two formats of a line.
 
-A call names its event beside its message: ``log.warning("...", extra=event("round_restarted", round=7))``.
-With `--log-json` a line is one JSON object: time, level, program, event, message, and the event's fields.
+A logging call names its event in addition to its message: ``log.warning("...", extra=event("round_restarted",
+round=7))``. With `--log-json` a line is one JSON object: time, level, program, event, message, and the event's fields.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ __all__ = ["COMMON_FIELDS", "EVENTS", "event", "keep_logging", "log_json", "say"
 COMMON_FIELDS = ("time", "level", "program", "event", "message")
 # In every event, `worker` is a worker's id, `round` the global_step that a round starts from, `peer` an address.
 EVENTS: dict[str, tuple[str, ...]] = {
-    # of the server
+    # logged by the server
     "listening": ("addresses",),
     "data_port_listening": ("addresses",),
     "metrics_listening": ("address",),
     "center_initialized": ("worker", "peer", "round", "variables", "size_bytes"),
     "call_refused": ("rpc", "reason", "worker", "peer"),
     "connection_cut": ("peer", "reason"),
-    "call_failed": ("rpc", "worker", "peer", "cause"),  # through no fault of the client
+    "call_failed": ("rpc", "worker", "peer", "cause"),  # not caused by the client
     "round_committed": ("round", "workers", "workers_omitted", "round_s"),
     "round_restarted": ("round", "cause"),
     "worker_finished": ("worker", "round", "training"),
@@ -37,7 +37,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "worker_returned": ("worker", "training"),
     "job_over": ("round",),
     "intervals_differ": ("intervals",),
-    "values_not_finite": ("worker", "round", "values"),  # also of a worker
+    "values_not_finite": ("worker", "round", "values"),  # also logged by workers
     "center_awaited": ("waited_s", "workers"),
     "no_shared_memory": ("worker",),
     "no_data_port": ("cause",),
@@ -56,15 +56,15 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "few_descriptors": ("limit", "needed"),  # at the start
     "no_descriptors": ("limit",),
     "descriptors_again": ("waited_s", "turned_away"),
-    # of the server and of workers
-    "credentials_kept": ("cause",),  # because a new file is unusable
+    # logged by the server and by workers
+    "credentials_kept": ("cause",),  # the new file is unusable
     "data_connection_waits": ("worker", "peer", "waited_s"),
     "round_waits": ("round", "waited_s", "waiting_for", "waiting_for_omitted", "waiting_for_unknown"),
     "output_lost": ("stream", "lines", "cause"),
     "failed": ("cause",),  # a setting that cannot be used, or a job that cannot continue: the last line
     "crashed": ("traceback",),  # a defect of this program
-    "other": (),  # of a library
-    # of a worker
+    "other": (),  # logged by a library
+    # logged by a worker
     "server_away": ("peer", "cause", "patience_s"),
     "chief_awaited": ("peer", "waited_s"),
     "data_connection_given_up": ("peer", "cause", "pause_s"),
@@ -128,8 +128,8 @@ def log_json(program: str) -> None:
 
 
 def keep_logging(program: str, on_loss: OnLoss = OnLoss.DROP) -> None:
-    """From now on, lines that cannot be written end this process only if ``on_loss`` says so. Once lines can be written
-    again, one says how many were lost."""
+    """From now on, a line that cannot be written ends this process only if ``on_loss`` requires it. Once lines can be
+    written again, a line says how many were lost."""
 
     def words(stream: str, lines: int, cause: str) -> str:
         what = f"standard {'output' if stream == 'stdout' else 'error'}"
@@ -153,7 +153,7 @@ def say(program: str, as_json: bool, message: str, extra: dict[str, Any]) -> Non
 
 
 def _short(value: Any) -> Any:
-    # Texts may come from clients, so they are cut to a length. Numbers that JSON lacks become words.
+    # Texts may come from clients, so their length is limited. Numbers that JSON lacks become words.
     if isinstance(value, str):
         return value if len(value) <= _LONGEST_VALUE else value[:_LONGEST_VALUE] + "..."
     if isinstance(value, float) and value - value != 0:

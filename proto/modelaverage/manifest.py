@@ -1,11 +1,11 @@
-"""What the center variables are, and how they lie in the flat buffer and its fragments. Pure: no I/O, no state.
+"""The center variables, and their layout in the flat buffer and its fragments. Pure: no I/O, no state.
 
 A manifest is the ordered list of center variables. The flat buffer holds their raw little-endian, row-major bytes in
 that order, each variable at the next multiple of 8 bytes (the largest element), so that no element straddles two
-fragments and every element is aligned. The protocol file states the same for authors of other clients.
+fragments and every element is aligned. The .proto file says the same for authors of other clients.
 
-When several servers share a model, each has a manifest of its own, of the parts that lie there; how variables get there
-and back together is placement.py's.
+When several servers share a model, each has its own manifest of the parts that it keeps. placement.py distributes the
+variables and joins the parts.
 """
 
 from __future__ import annotations
@@ -51,25 +51,25 @@ ALIGNMENT_BYTES = 8
 DEFAULT_FRAGMENT_SIZE_BYTES = 1 << 20
 # Keeps every message well under gRPC's default limit of 4 MiB.
 MAX_FRAGMENT_SIZE_BYTES = 2 << 20
-# Longer messages are hardly cheaper (docs/decisions/0014).
+# Longer messages are hardly more efficient (docs/decisions/0014).
 RUN_SIZE_BYTES = 1 << 20
-# Bounds what one message can make a server do before it looks at others.
+# Bounds the work that one message can cause before the server handles others.
 MAX_RUN = 64
 MAX_NAME_BYTES = 1024
-# numpy 1 has no more.
+# The limit of numpy 1.
 MAX_DIMENSIONS = 32
 _PADDING = memoryview(bytes(ALIGNMENT_BYTES))
 _MAX_MODEL_BYTES = 2**63 - 1
-# Bounds what a header alone can make a server allocate; 512 GiB at the largest fragment size.
+# Bounds the memory that a header alone can make a server allocate; 512 GiB at the largest fragment size.
 MAX_FRAGMENTS = 1 << 18
 MAX_SHARDS = 4096
-# Bounds what a header alone can make a server do.
+# Bounds the work that a header alone can cause.
 MAX_VARIABLES = 1 << 16
 JOB_ID_BYTES = 16
-# Made into text at once for the id: a moment's work, for whatever has to wait meanwhile.
+# How many variables the id turns into text at once, so that other threads wait only briefly.
 _VARIABLES_AT_ONCE = 1000
 
-# What can be averaged, by name. bfloat16 is not a numpy type of its own; ml_dtypes is where JAX has it from, too.
+# The element types that can be averaged, by name. numpy has no bfloat16; ml_dtypes, which JAX uses too, adds it.
 DTYPES: dict[str, np.dtype[np.generic]] = {
     "float32": np.dtype("<f4"),
     "float64": np.dtype("<f8"),
@@ -80,18 +80,19 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def dtype_name(dtype: np.dtype[np.generic]) -> str:
-    """The name of an element type, in either byte order, as DTYPES has it; numpy's own if it cannot be averaged."""
+    """The name of an element type, in either byte order, as in DTYPES; numpy's name for types that cannot be
+    averaged."""
     return _NAMES.get(dtype.newbyteorder("<")) or str(dtype)
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Where a shard's variable belongs in the whole model.
+    """The position of a shard's variable in the whole model.
 
     Args:
         variable: index of the whole variable in the whole model's manifest.
-        start: the first element that lies here, in the flattened whole.
-        shape: of the whole variable.
+        start: index of its first element in the flattened whole variable.
+        shape: the shape of the whole variable.
     """
 
     variable: int
@@ -101,11 +102,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Shard:
-    """Which part of a job's model a server keeps.
+    """Identifies the part of a job's model that a server keeps.
 
     Args:
-        index: which one, from 0, in the order of the servers' addresses.
-        count: how many there are, at most 4096.
+        index: from 0, in the order of the servers' addresses.
+        count: the number of shards, at most 4096.
         job_id: 16 random bytes, the same on all shards of a job.
 
     Raises:
@@ -128,14 +129,14 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class Variable:
-    """One center variable, or what a shard has of it.
+    """One center variable, or a shard's part of it.
 
     Args:
         name: unique in its manifest, 1 to 1024 bytes.
         dtype: a key of DTYPES.
-        shape: extents, outermost first; empty for a scalar. Of a part: the whole one's if that is all of it, else the
-            number of elements.
-        part: in a shard's manifest, and only there: of what this is a part.
+        shape: extents, outermost first; empty for a scalar. For a part: the whole shape if the part has all elements,
+            otherwise the number of its elements.
+        part: present only in a shard's manifest: the position in the whole model.
 
     Raises:
         InvalidRequestError: MANIFEST_INVALID, naming the variable and what is wrong with it.
@@ -155,7 +156,7 @@ class Variable:
         check_dimensions(self.name, len(self.shape))
         if self.shape and min(self.shape) < 0:
             raise _invalid(f"variable {self.name!r} has the negative extent {min(self.shape)} in shape {self.shape}")
-        # A zero makes the variable empty, but the other extents still have to be possible ones.
+        # A zero makes the variable empty, but the other extents must still be valid.
         if math.prod([extent or 1 for extent in self.shape]) * DTYPES[self.dtype].itemsize > _MAX_MODEL_BYTES:
             raise _invalid(f"variable {self.name!r} with shape {self.shape} does not fit 63 bits of bytes")
         if self.part is not None:
@@ -210,9 +211,9 @@ class Manifest:
     """The ordered list of center variables and the size of a fragment.
 
     Args:
-        variables: with distinct names; at least one, but a shard may have none; at most 65,536.
+        variables: with distinct names; from 1 to 65,536, but a shard may have none.
         fragment_size_bytes: a multiple of 8 from 8 to 2 MiB.
-        shard: whose part of a larger model this is; None: it is the whole model.
+        shard: the shard of a larger model that this is; None: it is the whole model.
 
     Raises:
         InvalidRequestError: MANIFEST_INVALID, naming the rule that is broken.
@@ -257,7 +258,8 @@ class Manifest:
 
     @cached_property
     def id(self) -> str:
-        """A name for these variables, in this order, cut this way: equal manifests have equal ids, in every process."""
+        """An id of the variables, their order and the fragment size: equal manifests have equal ids in every
+        process."""
         # The JSON of [fragment_size_bytes, [[name, dtype, shape], ..., [index, count, job id]]], piece by piece.
         digest, between = hashlib.sha256(f"[{self.fragment_size_bytes}, [".encode()), b""
         for start in range(0, len(self.variables), _VARIABLES_AT_ONCE):
@@ -302,8 +304,8 @@ class Manifest:
         return start, min(start + self.fragment_size_bytes, self.buffer_size_bytes)
 
     def run_end(self, first: int, size_bytes: int) -> int | None:
-        """The index behind the last of the consecutive fragments that have so many bytes together, from ``first`` on;
-        None if no whole ones have."""
+        """The index after the last of the consecutive fragments, from ``first`` on, that have ``size_bytes`` bytes
+        together; None if no number of whole fragments has that size."""
         end = first + -(-size_bytes // self.fragment_size_bytes)
         fits = size_bytes <= MAX_FRAGMENT_SIZE_BYTES and end - first <= MAX_RUN
         if not first < end <= self.fragment_count or not fits:
@@ -313,12 +315,12 @@ class Manifest:
 
     @cached_property
     def longest_run(self) -> int:
-        """How many fragments to put into one message at most."""
+        """The most fragments to put into one message."""
         return max(1, min(RUN_SIZE_BYTES // self.fragment_size_bytes, MAX_RUN))
 
     @cached_property
     def pieces(self) -> tuple[tuple[Piece, ...], ...]:
-        """For every fragment, what lies in it, in order."""
+        """For every fragment, its pieces in order."""
         fragments: list[list[Piece]] = [[] for _ in range(self.fragment_count)]
         for number, (variable, offset) in enumerate(zip(self.variables, self.offsets_bytes, strict=True)):
             for index, piece in self._cut(number, variable, offset):
@@ -346,7 +348,7 @@ class Manifest:
         """The bytes of each piece of fragment ``index``; views.
 
         Args:
-            index: which fragment.
+            index: the fragment.
             values: the bytes of each variable, in manifest order.
         """
         pieces = list[memoryview]()

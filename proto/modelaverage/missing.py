@@ -13,7 +13,7 @@ __all__ = ["LastSeen", "Missing"]
 
 # A shorter silence is not mentioned.
 _SILENT_FROM_S = 5.0
-# How many names of finished workers fit into a notice beside the other names.
+# How many names of finished workers a notice may have in addition to the other names.
 _MAX_FINISHED = 4
 
 
@@ -42,7 +42,7 @@ class Missing:
     """The workers whose pushes are missing.
 
     Args:
-        names: of those that are known; `MAX_NAMES` at most.
+        names: names of missing workers; `MAX_NAMES` at most.
         omitted: how many more are known, whose names are left out.
         unknown: how many more the round needs whose names the server does not know.
         last_seen: what is known about each of ``names``, in their order; empty: nothing.
@@ -60,7 +60,7 @@ class Missing:
 
     @classmethod
     def told(cls, message: pb.WaitingNotice | pb.GetStatusResponse) -> Missing:
-        """Reads what a server says. A server that is older than the limit may send more names."""
+        """Reads a server's message. A server from before the limit may send more names."""
         found = cls.of(message.waiting_for, message.waiting_for_omitted, message.waiting_for_unknown)
         if isinstance(message, pb.WaitingNotice):
             seen = [LastSeen(m.has_left, _age_s(m)) for m in message.missing[: len(found.names)]]

@@ -1,4 +1,4 @@
-"""How a push ended. An outcome is a value, not an error: the center has come down, and the worker goes on from it."""
+"""How a push ended. An outcome is a value, not an error: the client has received a center and continues from it."""
 
 from __future__ import annotations
 

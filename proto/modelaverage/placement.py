@@ -1,10 +1,10 @@
-"""Which part of a model lies on which of several servers, and how the parts come together again. Pure.
+"""Distributes a model over several servers, and joins the parts again. Pure.
 
 *Balanced* cuts the flat buffer into as many contiguous ranges of whole fragments as there are servers; a large variable
 may be split. *Round robin* keeps variables whole and deals them out in manifest order, as TensorFlow 1.15's
 ``replica_device_setter`` does.
 
-Only the chief has to know how a model was placed: every shard's manifest says where its parts belong.
+Only the chief needs to know the placement: every shard's manifest gives the position of its parts.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ from modelaverage.manifest import (
 __all__ = ["PLACEMENTS", "assemble", "default_fragment_size_bytes", "gather", "place"]
 
 PLACEMENTS = ("balanced", "round_robin")
-# With several servers a worker's link is shared by as many streams; smaller fragments keep all of them busy to the end.
+# With several servers, as many streams share a worker's link; smaller fragments keep all of them busy to the end.
 # docs/decisions/0014 has the measurements.
 _SHARDED_FRAGMENT_SIZE_BYTES = 1 << 18
 
 
 def default_fragment_size_bytes(buffer_size_bytes: int, num_shards: int) -> int:
-    """The size of a fragment for a flat buffer of this size; small enough that each of several shards gets some."""
+    """The size of a fragment for a flat buffer of this size; small enough that each of several shards gets
+    fragments."""
     if num_shards == 1:
         return DEFAULT_FRAGMENT_SIZE_BYTES
     share, least = _aligned(buffer_size_bytes / num_shards), _aligned(buffer_size_bytes / MAX_FRAGMENTS)
@@ -49,8 +50,8 @@ def place(manifest: Manifest, num_shards: int, placement: str, job_id: bytes) ->
     """The manifest of every shard, in the order of the servers' addresses.
 
     Args:
-        manifest: of the whole model.
-        num_shards: how many servers share it. One server gets the manifest as it is.
+        manifest: the manifest of the whole model.
+        num_shards: how many servers share the model. A single server gets the manifest unchanged.
         placement: "balanced": contiguous ranges of fragments, whose numbers differ by one at most; "round_robin": whole
             variables, variable ``i`` on shard ``i % num_shards``.
         job_id: 16 random bytes that name the job.
@@ -73,8 +74,8 @@ def assemble(manifests: Sequence[Manifest], addresses: Sequence[str]) -> Manifes
     """The manifest of the whole model, from those of its shards.
 
     Args:
-        manifests: of every server, in the order in which the servers were given.
-        addresses: of the servers, to name them in errors.
+        manifests: the manifest of every server, in the order in which the servers were given.
+        addresses: the addresses of the servers, for error messages.
 
     Raises:
         ConflictError: MANIFEST_MISMATCH: they do not belong together; it names the first server that does not.
@@ -90,10 +91,10 @@ def assemble(manifests: Sequence[Manifest], addresses: Sequence[str]) -> Manifes
 
 
 def gather(whole: Manifest, shards: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
-    """The variables of the whole model by name, in its order; what lies on one shard is a view.
+    """The variables of the whole model by name, in its order; views of variables that lie on one shard.
 
     Args:
-        whole: the manifest that `assemble` made of the shards'.
+        whole: the manifest from `assemble`.
         shards: every shard's variables by name.
     """
     arrays = dict[str, NDArray[Any]]()
@@ -113,7 +114,7 @@ def _balanced(manifest: Manifest, num_shards: int) -> list[list[Variable]]:
     shards: list[list[Variable]] = [[] for _ in starts]
     last_byte = max(0, manifest.buffer_size_bytes - 1)
     for number, (variable, offset) in enumerate(zip(manifest.variables, manifest.offsets_bytes, strict=True)):
-        index = bisect_right(starts, min(offset, last_byte)) - 1  # an empty variable may lie behind the last byte
+        index = bisect_right(starts, min(offset, last_byte)) - 1  # an empty variable may start after the last byte
         itemsize = DTYPES[variable.dtype].itemsize
         start = 0
         for stop_bytes in (*starts[index + 1 :], offset + variable.size_bytes):
@@ -139,7 +140,7 @@ def _part(variable: Variable, number: int, start: int = 0, count: int | None = N
 
 
 def _stranger(shard: Shard | None, position: int, first: Shard | None, addresses: Sequence[str]) -> str | None:
-    """Why a server does not belong to those that were given, or None."""
+    """Why a server does not belong with the given ones, or None."""
     given = f"{len(addresses)} {'addresses were' if len(addresses) > 1 else 'address was'} given"
     if shard is None:
         return None if len(addresses) == 1 else f"keeps a whole model and shares it with nobody, but {given}"

@@ -1,4 +1,4 @@
-"""What a push is for."""
+"""The purpose of a push."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ class Purpose(enum.Enum):
     """The protocol's ``Purpose``, with its numbers."""
 
     CONTRIBUTE = 1
-    """Its local variables are averaged."""
+    """The local variables are averaged."""
     ABSTAIN = 2
-    """It counts at the barrier, not in the average, and has no fragments."""
+    """The push counts at the barrier, not in the average, and has no fragments."""
     RESTORE = 3
-    """It gives back the center of step ``base_step`` + 1, which replaces whatever else the round has."""
+    """The push restores the center of step ``base_step`` + 1, which replaces all other pushes of the round."""

@@ -1,8 +1,8 @@
-"""Messages <-> what they mean. Everything that crosses the wire is made and read here.
+"""Converts between protobuf messages and the project's types. Every message of the protocol is built and read here.
 
-Fragments carry all the bytes, and protobuf would copy each of them twice on the way out and once on the way in. So a
-fragment message is written by hand, byte for byte as protobuf writes it, and read in place if it looks the way
-protobuf writes it; any other legal encoding (fields in another order, unknown fields) is left to the library.
+Fragments carry almost all bytes, and protobuf would copy each byte twice when sending and once when receiving. So a
+fragment message is written by hand, byte for byte as protobuf writes it. A received one is read in place if it has that
+form; any other legal encoding (fields in another order, unknown fields) is left to the library.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ __all__ = [
     "shard_to_message",
 ]
 
-# gRPC's own default, on both sides: what is longer, nobody reads.
+# gRPC's default limit on both sides; longer messages are refused.
 MAX_MESSAGE_BYTES = 4 << 20
-# Leaves room for whatever stands beside a manifest in the headers of Initialize and Pull, and for fields to come.
+# Leaves room for the other fields in the headers of Initialize and Pull, and for future fields.
 MAX_MANIFEST_BYTES = MAX_MESSAGE_BYTES - 256
-# Made into bytes at once: a moment's work, for whatever has to wait meanwhile.
+# How many variables are serialized at once, so that other threads wait only briefly.
 _VARIABLES_AT_ONCE = 1000
 
 _M = TypeVar("_M", bound=Message)
@@ -68,7 +68,7 @@ _DTYPE_NAMES = {number: name for name, number in _DATA_TYPES.items()}
 
 
 def parse(message_type: type[_M], data: bytes) -> _M:
-    """Reads a message. Raises ProtocolError (MESSAGE_MALFORMED) if the bytes are none of its type."""
+    """Reads a message. Raises ProtocolError (MESSAGE_MALFORMED) if the bytes are not a message of this type."""
     try:
         return message_type.FromString(data)
     except DecodeError as error:
@@ -79,7 +79,7 @@ def parse(message_type: type[_M], data: bytes) -> _M:
 
 
 def manifest_to_message(manifest: Manifest) -> pb.Manifest:
-    """The manifest as it goes over the wire."""
+    """The message for a manifest."""
     return pb.Manifest(
         variables=[_variable_to_message(variable) for variable in manifest.variables],
         fragment_size_bytes=manifest.fragment_size_bytes,
@@ -89,7 +89,7 @@ def manifest_to_message(manifest: Manifest) -> pb.Manifest:
 
 def encode_manifest(manifest: Manifest) -> bytes:
     """The bytes of `manifest_to_message`. Raises InvalidRequestError (MANIFEST_INVALID) if no header can carry them."""
-    # Messages that stand one after the other are one: lists go on, and each field is there once.
+    # Concatenated messages parse as one: repeated fields are appended, and every other field occurs once.
     parts = [
         pb.Manifest(
             variables=[_variable_to_message(v) for v in manifest.variables[start : start + _VARIABLES_AT_ONCE]]
@@ -115,10 +115,10 @@ def check_sendable(manifest: Manifest) -> None:
 
 
 class PullHeader:
-    """The message that opens a pulled center. All but its numbers is made once: a manifest may have 4 MiB.
+    """The message that opens a pulled center. Serialized once, except for its numbers: a manifest may have 4 MiB.
 
     Args:
-        manifest: of the center.
+        manifest: the manifest of the center.
 
     Raises:
         InvalidRequestError: MANIFEST_INVALID: no message can carry it.
@@ -138,8 +138,8 @@ class PullHeader:
 
 
 def manifest_from_message(message: pb.Manifest) -> Manifest:
-    """The manifest as it came over the wire. Raises InvalidRequestError (MANIFEST_INVALID)."""
-    check_variable_count(len(message.variables))  # first of all: everything else takes time for each of them
+    """The manifest in a message. Raises InvalidRequestError (MANIFEST_INVALID)."""
+    check_variable_count(len(message.variables))  # first, because all other checks take time per variable
     return Manifest(
         tuple(_variable_from_message(variable) for variable in message.variables),
         message.fragment_size_bytes,
@@ -148,12 +148,12 @@ def manifest_from_message(message: pb.Manifest) -> Manifest:
 
 
 def shard_to_message(shard: Shard | None) -> pb.Shard | None:
-    """The shard as it goes over the wire."""
+    """The message for a shard."""
     return None if shard is None else pb.Shard(index=shard.index, count=shard.count, job_id=shard.job_id)
 
 
 def shard_from_message(message: pb.Shard) -> Shard:
-    """The shard as it came over the wire. Raises InvalidRequestError (MANIFEST_INVALID)."""
+    """The shard in a message. Raises InvalidRequestError (MANIFEST_INVALID)."""
     return Shard(message.index, message.count, message.job_id)
 
 
@@ -181,7 +181,7 @@ def _shape(name: str, extents: Sequence[int]) -> tuple[int, ...]:
 
 
 def encode_fragment(index: int, parts: Iterable[bytes | memoryview]) -> bytes:
-    """The message that carries fragment ``index``, in any of the four streams; its data is the parts joined."""
+    """The message with fragment ``index``, for any of the four streams; its data are the joined parts."""
     parts = list(parts)
     size_bytes = sum(len(part) for part in parts)
     head = (_INDEX_TAG + _varint(index) if index else b"") + _DATA_TAG + _varint(size_bytes)
@@ -189,7 +189,7 @@ def encode_fragment(index: int, parts: Iterable[bytes | memoryview]) -> bytes:
 
 
 def read_fragment(message_type: type[_C], data: bytes) -> tuple[int, memoryview] | _C:
-    """Index and bytes of the fragment that a message carries, or the message itself unless that is all it carries.
+    """The index and bytes of the fragment in a message, or the message itself if it has other fields.
 
     Raises ProtocolError (MESSAGE_MALFORMED).
     """
@@ -203,7 +203,7 @@ def read_fragment(message_type: type[_C], data: bytes) -> tuple[int, memoryview]
 
 
 def _read_canonical_fragment(data: bytes) -> tuple[int, memoryview] | None:
-    # Every step either matches exactly or gives up: what is accepted here means the same to the library.
+    # Every step matches exactly or gives up, so the library would read any accepted message the same way.
     try:
         if data[:1] != _FRAGMENT_TAG:
             return None
@@ -233,7 +233,7 @@ def _varint(value: int) -> bytes:
 
 
 def _read_varint(data: bytes, at: int) -> tuple[int, int]:
-    # Five bytes hold every length and index that is possible here; a longer varint is the library's business.
+    # Five bytes hold every possible length and index; a longer varint is left to the library.
     value = 0
     for place in range(5):
         byte = data[at + place]

@@ -1,4 +1,4 @@
-"""Where a center lies: a flat buffer, the outer optimizer's state that belongs to it, and who reads it."""
+"""The memory of a center: a flat buffer, the outer optimizer's state for it, and its readers."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Reader:
     """One reader of a buffer.
 
     Args:
-        since_s: when it could begin to read.
-        end: ends it with an error: from then on it reads nothing more. None: it cannot be ended.
+        since_s: when it could start reading.
+        end: ends the reader with an error, after which it reads nothing more. None: it cannot be ended.
         read_bytes: how much it has read.
     """
 
@@ -34,24 +34,24 @@ class Reader:
     read_bytes: int = 0
 
     def pace(self, now_s: float) -> float:
-        """Bytes a second."""
+        """Its speed in bytes per second."""
         return self.read_bytes / max(now_s - self.since_s, 1e-3)
 
 
 class Buffer:
-    """One flat buffer. All is zero at first.
+    """One flat buffer, initially all zero.
 
     Args:
-        manifest: what lies in it.
-        segment: the shared memory that it lies in; None: in memory of this process.
-        outer: whose state lies beside it, in memory of this process.
+        manifest: the layout of the buffer.
+        segment: the shared memory that holds it; None: private memory of this process.
+        outer: the outer optimizer, whose state lies in private memory.
 
     Attributes:
-        readers: who reads it.
-        flat: all of it; uint8, `buffer_size_bytes`.
+        readers: its current readers.
+        flat: the whole buffer; uint8, `buffer_size_bytes`.
         arrays: the variables in it, by name; views.
         parts: for every fragment, the part of each variable that lies in it; views, one-dimensional.
-        state: what the outer optimizer keeps for this center.
+        state: the outer optimizer's state for this center.
     """
 
     def __init__(self, manifest: Manifest, segment: Segment | None, outer: OuterOptimizer = AVERAGE) -> None:
@@ -70,7 +70,7 @@ class Buffer:
         self.state = OuterState(manifest, outer)
 
     def encoded(self, codec: Codec, first: int, end: int) -> Sequence[memoryview]:
-        """Consecutive fragments, up to but not with ``end``, as the codec writes them: bytes to be joined."""
+        """Fragments ``first`` to ``end`` - 1, encoded by the codec, as pieces of bytes to be joined."""
         return codec.encode_run(self._manifest, self.flat, first, end)
 
     @property
@@ -79,10 +79,10 @@ class Buffer:
         return bool(self.readers)
 
     def pace(self, now_s: float) -> float:
-        """How fast its fastest reader is, in bytes a second; infinite if one cannot be ended."""
+        """The speed of its fastest reader in bytes per second; infinite if a reader cannot be ended."""
         return max(math.inf if reader.end is None else reader.pace(now_s) for reader in self.readers)
 
     def retire(self) -> None:
-        """It is no longer the center, and a round may write into it."""
+        """The buffer is no longer the center, and a round may overwrite it."""
         if self.segment is not None:
             self.segment.retire()

@@ -1,10 +1,10 @@
-"""The center variables: the center in force, the next one in the making, and the commit that swaps them.
+"""The center variables: the current center, the next one, and the commit that swaps them.
 
-Readers see the current center. The round in progress makes its sums in the other buffer, divides them there, lets the
-outer optimizer make the next center of them, and a commit swaps the two. So no reader meets a half-made center, nothing
-has changed if a round starts over, and memory is twice the model (and the optimizer's state) however many workers there
-are. A buffer that still has readers is left to them, and a fresh one takes its place; at most two old ones are kept,
-then the slowest readers are ended.
+Readers see the current center. The round in progress sums into the other buffer, divides the sums there, and lets the
+outer optimizer turn them into the next center; a commit swaps the two buffers. So no reader sees an unfinished center,
+a round that starts over changes nothing, and memory is twice the model (and the optimizer's state) for any number of
+workers. A buffer that still has readers is left to them and replaced by a new one. At most two old buffers are kept;
+beyond that, the slowest readers are ended.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ __all__ = ["Center", "Finish", "MAX_OLD_BUFFERS"]
 _T = TypeVar("_T")
 _THREADS = min(4, os.cpu_count() or 1)
 MAX_OLD_BUFFERS = 2
-"""How many old centers are kept for their readers."""
+"""The most old centers kept for their readers."""
 
 
 @dataclass(frozen=True)
 class Finish:
-    """All contributions to a fragment are there.
+    """All contributions to a fragment have been added; how to finish it.
 
     Args:
-        index: which fragment.
-        total_weight: what to divide its sum by. 0: there is no sum, and the whole fragment stays as it is.
-        untouched: indexes of the variables that keep the bytes of the center, and their state.
-        steps: whether the outer optimizer makes its step. False: the average becomes the center, the state stays.
+        index: the fragment.
+        total_weight: the divisor of its sum. 0: there is no sum, and the whole fragment keeps the center's values.
+        untouched: indexes of the variables that keep the center's bytes and state.
+        steps: whether the outer optimizer takes a step. False: the average becomes the center, and the state stays.
     """
 
     index: int
@@ -60,17 +60,17 @@ class Finish:
 
 
 class Center:
-    """The center variables and the next center in the making.
+    """The center variables and the next center.
 
     Args:
-        manifest: what the center variables are; all are zero until `load` has set every fragment.
+        manifest: describes the center variables; all are zero until `load` has set every fragment.
         shared: whether buffers lie in shared memory. Raises OSError if the system has none.
-        reserve: descriptors for that memory, should the system have no others.
-        outer: what makes the next center of this one and an average.
+        reserve: descriptors for that memory if the system has no others left.
+        outer: computes the next center from the current one and an average.
 
     Attributes:
-        current: the center in force.
-        next: where the round in progress makes the next one.
+        current: the current center.
+        next: the buffer in which the round in progress builds the next center.
     """
 
     def __init__(
@@ -86,20 +86,21 @@ class Center:
         self._reserve = Reserve(0) if reserve is None else reserve
         self.current = self._new_buffer()
         self.next = self._new_buffer()
-        self._old: list[Buffer] = []  # those that still have readers
+        self._old: list[Buffer] = []  # old centers that still have readers
         self._sums = Sums(manifest)
         self._threads: ThreadPoolExecutor | None = None
 
     @staticmethod
     def memory_bytes(manifest: Manifest, outer: OuterOptimizer = AVERAGE) -> int:
-        """What a center of this manifest needs: two buffers, the outer optimizer's state of both, and the sums."""
+        """The memory that a center of this manifest needs: two buffers, two optimizer states, and the sums."""
         buffer_bytes = manifest.buffer_size_bytes + OuterState.memory_bytes(manifest, outer)
         return 2 * buffer_bytes + Sums.memory_bytes(manifest)
 
-    # A center that is given.
+    # Loading a center.
 
     def load(self, index: int, data: memoryview) -> None:
-        """Sets a fragment of the current center; its state begins. Raises ProtocolError (FRAGMENT_SIZE_WRONG)."""
+        """Sets a fragment of the current center and initializes its optimizer state. Raises ProtocolError
+        (FRAGMENT_SIZE_WRONG)."""
         RAW.check_size(self.manifest, index, data)
         values = RAW.decode(self.manifest, index, data)
         for part, given, state in zip(self.current.parts[index], values, self.current.state.pieces(index), strict=True):
@@ -113,7 +114,7 @@ class Center:
         arrays: Mapping[str, NDArray[np.generic]],
         state: Mapping[str, Mapping[str, NDArray[np.generic]]],
     ) -> None:
-        """Sets the current center and its state, both by name and of the right shapes and dtypes; see `OuterState`."""
+        """Sets the current center and its state, given by name with the right shapes and dtypes; see `OuterState`."""
         for name, array in self.current.arrays.items():
             array[...] = arrays[name]
         self.current.state.load(state)
@@ -125,23 +126,23 @@ class Center:
         return self._sums.accumulate(self.next, index, contribution, first)
 
     def defer(self, index: int, contribution: Contribution, first: bool) -> Counter[str]:
-        """As `accumulate`, for bytes that stay where they are until the round is over; see `Sums.defer`."""
+        """Like `accumulate`, for bytes that stay valid until the round is over; see `Sums.defer`."""
         return self._sums.defer(self.next, index, contribution, first)
 
     def finish(self, finishes: Sequence[Finish], step: int = 0) -> Counter[str]:
-        """Turns the sums of these fragments into those of the next center.
+        """Turns the sums of these fragments into fragments of the next center.
 
         Args:
-            finishes: which fragments, and how.
+            finishes: which fragments to finish, and how.
             step: the ``global_step`` that the round started from.
 
         Returns:
-            By worker id, how many of the values that are summed only now were not finite.
+            How many of the values summed here were not finite, by worker id.
         """
         threads = None if len(finishes) == 1 else self._running_threads()
         if threads is None:
             return self._finish(finishes, step)
-        # One stretch a thread: handing over every fragment by itself costs as much as summing it.
+        # One contiguous range per thread: handing over each fragment separately costs as much as summing it.
         stretch = math.ceil(len(finishes) / _THREADS)
         working = list[Future[Counter[str]]]()
         try:
@@ -152,10 +153,10 @@ class Center:
         return sum((work.result() for work in working), Counter[str]())
 
     def restart(self) -> None:
-        """The round starts over: what was summed or finished is void.
+        """The round starts over: discards all sums and finished fragments.
 
         Raises:
-            OSError, MemoryError: its average is on its way to the disk, and there is no room for another one.
+            OSError, MemoryError: its average is being written to disk, and there is no memory for another buffer.
         """
         self._sums.clear()
         if any(reader.end is None for reader in self.next.readers):
@@ -164,7 +165,7 @@ class Center:
 
     @contextmanager
     def reading(self, buffer: Buffer, reader: Reader) -> Iterator[None]:
-        """As long as the context lives, no later round writes into this buffer, unless the reader is ended."""
+        """Inside the context, no later round writes into this buffer, unless the reader is ended."""
         buffer.readers.add(reader)
         try:
             yield
@@ -178,7 +179,7 @@ class Center:
         READER_TOO_SLOW if there are too many old buffers.
 
         Raises:
-            OSError, MemoryError: the system has none, and the readers of the old ones cannot be ended.
+            OSError, MemoryError: there is no memory, and the readers of the old buffers cannot be ended.
         """
         if not self.current.in_use:
             return self.current
@@ -204,11 +205,11 @@ class Center:
         return slowest
 
     def commit(self, room: Buffer, then: Callable[[], _T]) -> _T:
-        """The next buffer, whose fragments are all finished, becomes the center. Returns what ``then`` returns.
+        """Makes the next buffer, with all fragments finished, the current center. Returns the result of ``then``.
 
         Args:
-            room: what `room` has returned: where the round after this one adds.
-            then: what has to happen together with it. If it raises, the center is what it was.
+            room: a buffer from `room`, into which the following round sums.
+            then: runs together with the swap. If it raises, the center is unchanged.
         """
         old = [buffer for buffer in (*self._old, self.current) if buffer is not room and buffer.in_use]
         room.retire()
@@ -220,7 +221,7 @@ class Center:
             self.current, self.next, self._old = before
             raise
 
-    # How it is done.
+    # Internals.
 
     def _new_buffer(self) -> Buffer:
         if not self._shared:
@@ -230,7 +231,7 @@ class Center:
         return Buffer(self.manifest, self._reserve.open(create), self.outer)
 
     def _running_threads(self) -> ThreadPoolExecutor | None:
-        """Threads that share the work; None: the system has no more of them."""
+        """Threads that share the work; None: the system has no threads left."""
         if self._threads is None:
             with suppress(RuntimeError, MemoryError):
                 self._threads = started_pool(_THREADS, "center")
@@ -271,16 +272,16 @@ class Center:
 
 
 def _store(into: Mapping[str, Values], slots: Mapping[str, Values], exact: Values) -> None:
-    """Copies what is kept for a piece whose center is ``exact``, before it is rounded."""
+    """Copies the state of a piece; ``exact`` is its center before rounding."""
     for slot, array in into.items():
         array[...] = exact if slot == MASTER else slots[slot]
 
 
 def _wait_for(working: Sequence[Future[Any]]) -> None:
-    """Returns when no thread writes into the average any more; a wait that fails is made again."""
+    """Returns when no thread writes into the average any more; retries a wait that fails."""
     while True:
         try:
             wait(working)
-        except Exception:  # it needs a little memory
+        except Exception:  # waiting needs a little memory
             continue
         return

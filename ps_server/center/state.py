@@ -1,4 +1,4 @@
-"""What an outer optimizer keeps for one center: arrays by slot and variable, and the same arrays cut into pieces."""
+"""The state of an outer optimizer for one center: arrays by slot and variable, and views of their pieces."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _NOTHING: Slots = {}
 
 
 class OuterState:
-    """The state that belongs to one center. All is zero at first.
+    """The optimizer state of one center, initially all zero.
 
     Args:
-        manifest: of the center.
-        outer: whose state it is. Without slots and masters this takes no memory.
+        manifest: the manifest of the center.
+        outer: the optimizer. Without slots and masters the state takes no memory.
 
     Attributes:
-        arrays: by slot, then by variable, in manifest order: of the variable's shape, float64 or float32. A slot has
-            only the variables for which something is kept.
+        arrays: by slot, then by variable, in manifest order; of the variable's shape, float64 or float32. A slot has
+            only the variables for which the optimizer keeps something.
     """
 
     def __init__(self, manifest: Manifest, outer: OuterOptimizer) -> None:
@@ -56,11 +56,11 @@ class OuterState:
         )
 
     def pieces(self, index: int) -> Sequence[Slots]:
-        """What is kept for each piece of fragment ``index``; views."""
+        """The state of each piece of fragment ``index``; views."""
         return self._pieces[index] if self._pieces else [_NOTHING] * len(self._manifest.pieces[index])
 
     def load(self, arrays: Mapping[str, Mapping[str, NDArray[np.generic]]]) -> None:
-        """Copies arrays that are like its own."""
+        """Copies arrays of the same names, shapes and dtypes into the state."""
         for slot, by_variable in self.arrays.items():
             for name, array in by_variable.items():
                 array[...] = arrays[slot][name]

@@ -1,7 +1,7 @@
-"""The sums of a round: contributions are added as they come, or when all have come, and divided at the end.
+"""The sums of a round: contributions are added when they arrive, or when all have arrived, and divided at the end.
 
-Sums of float32 and float64 variables are made in the buffer of the next center, so they take no memory; those of 16-bit
-variables are float32, beside it.
+Sums of float32 and float64 variables lie in the buffer of the next center and take no extra memory. Sums of 16-bit
+variables are separate float32 arrays.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class Contribution:
     """A worker's bytes for one fragment.
 
     Args:
-        worker_id: whose.
-        weight: to multiply the values by.
-        data: the coded fragment; of the right size, at any address.
-        codec: how it is coded.
+        worker_id: the worker.
+        weight: the factor for the values.
+        data: the encoded fragment; of the right size, at any alignment.
+        codec: decodes it.
     """
 
     worker_id: str
@@ -43,12 +43,12 @@ class Sums:
     """The sums of one round, by fragment.
 
     Args:
-        manifest: of the center.
+        manifest: the manifest of the center.
     """
 
     def __init__(self, manifest: Manifest) -> None:
         self._manifest = manifest
-        # Contributions in shared memory to fragments whose sum has not begun.
+        # Deferred contributions (in shared memory), by fragment whose sum has not begun.
         self._deferred: dict[int, list[Contribution]] = {}
         # Sums of 16-bit variables; None where the next buffer itself is precise enough.
         self._wide: list[list[NDArray[np.float32] | None]] = [
@@ -63,23 +63,23 @@ class Sums:
 
     @staticmethod
     def memory_bytes(manifest: Manifest) -> int:
-        """What sums take besides the next buffer."""
+        """The memory that sums take in addition to the next buffer."""
         return sum(2 * v.size_bytes for v in manifest.variables if DTYPES[v.dtype].itemsize == 2)
 
     def accumulate(self, into: Buffer, index: int, contribution: Contribution, first: bool) -> Counter[str]:
-        """Adds weight * values to the sum of fragment ``index``. The ``first`` contribution starts the sum: what was
-        added before, or waits to be added, is void.
+        """Adds weight * values to the sum of fragment ``index``. The ``first`` contribution starts the sum and discards
+        earlier and deferred contributions.
 
         Args:
             into: the buffer of the next center.
-            index: which fragment.
-            contribution: what to add.
+            index: the fragment.
+            contribution: the values to add.
             first: whether it starts the sum.
 
         Returns:
-            By worker id, how many of the values that were added now were not finite. They are added as they are.
+            How many of the values added now were not finite, by worker id. They are added unchanged.
         """
-        # Once bytes come that do not stay where they are, those that wait are added, too.
+        # These bytes do not stay valid, so the sum starts now and includes the deferred contributions.
         waiting = self._deferred.pop(index, [])
         if first:
             waiting = []
@@ -90,8 +90,8 @@ class Sums:
         return nonfinite
 
     def defer(self, into: Buffer, index: int, contribution: Contribution, first: bool) -> Counter[str]:
-        """As `accumulate`, for bytes that stay where they are until the round is over: while all contributions to a
-        fragment are such, they wait for `average`."""
+        """Like `accumulate`, for bytes that stay valid until the round is over. While all contributions to a fragment
+        are deferred, `average` sums them at the end."""
         if first:
             self._deferred[index] = [contribution]
         elif index in self._deferred:
@@ -101,21 +101,21 @@ class Sums:
         return Counter()
 
     def clear(self) -> None:
-        """Contributions that wait are void; the next one to a fragment has to be its first."""
+        """Discards deferred contributions; the next contribution to a fragment must be its first."""
         self._deferred.clear()
 
     def of(self, into: Buffer, index: int) -> list[_Array]:
-        """The sum of each piece of fragment ``index``, or what `average` has made of it: float64, or float32 for all
-        other dtypes."""
+        """The sum of each piece of fragment ``index``, or the average after `average`: float64 for float64 variables,
+        else float32."""
         return [part if wide is None else wide for part, wide in zip(into.parts[index], self._wide[index], strict=True)]
 
     def average(self, into: Buffer, index: int, total_weight: float, but: Collection[int]) -> Counter[str]:
-        """Divides the sum of fragment ``index`` by ``total_weight``, but for these variables. Equal values of two or
-        four workers stay as they are; of other numbers they may move by a last bit (with a reciprocal, by more). Where
-        all contributions wait in shared memory they are summed now, in the order of worker ids.
+        """Divides the sum of fragment ``index`` by ``total_weight``, except for the variables in ``but``. Division, not
+        multiplication by a reciprocal, keeps equal values of two or four workers exact, and others to the last bit. If
+        all contributions are deferred, they are summed now, in the order of worker ids.
 
         Returns:
-            By worker id, how many of the values that are summed only now were not finite.
+            How many of the values summed here were not finite, by worker id.
         """
         deferred = sorted(self._deferred.pop(index, []), key=lambda contribution: contribution.worker_id)
         by_contribution = [self._values(index, contribution) for contribution in deferred]
@@ -146,9 +146,9 @@ class Sums:
 
 
 def _sum(total: _Array, values: list[_Array], weights: list[float]) -> None:
-    """Starts a sum with all its summands, one pass fewer than one after the other; without any, leaves it alone."""
+    """Computes a sum from all its summands, with one pass fewer than one by one; without summands, does nothing."""
     if len(values) > 1 and weights[0] == weights[1] == 1.0:
-        np.add(values[0], values[1], out=total, dtype=total.dtype)  # or 16 bits would be added in 16 bits
+        np.add(values[0], values[1], out=total, dtype=total.dtype)  # otherwise 16-bit values would be added in 16 bits
         begun = 2
     else:
         begun = 0

@@ -1,4 +1,4 @@
-"""One wait for the disk that keeps checkpoints, and what the log says if it takes long."""
+"""One wait for the checkpoint disk, with log lines if it takes long."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _log = logging.getLogger("ps_server")
 
 
 class DiskWait:
-    """One wait, from its making to its `end`. Logs that it lasts after ``patience_s``, then after twice as long, and so
-    on, and logs when it is over after all. Needs a running event loop.
+    """One wait, from its creation to its `end`. Logs that it lasts after ``patience_s``, then after twice as long, and
+    so on, and logs its end if it had logged before. Needs a running event loop.
 
     Args:
         what: what is being written, such as "checkpoint".
-        global_step: of the center.
+        global_step: the global_step of the center.
         directory: where it is written.
-        patience_s: how long that may take before anything is said.
+        patience_s: how long the wait may last before the first log line.
         meanwhile: what happens to rounds in the meantime, for the log.
         clock: seconds, monotonic.
 
@@ -51,14 +51,14 @@ class DiskWait:
 
     @property
     def problem(self) -> str:
-        """What waits, where, and since when; empty if that is not long."""
+        """What waits, where, and since when; empty during the first ``patience_s``."""
         return self._lasts if self._waited_s >= self._patience_s else ""
 
     def end(self, is_written: bool = False) -> None:
-        """It is over.
+        """Ends the wait.
 
         Args:
-            is_written: whether what waited is on the disk.
+            is_written: whether the write has reached the disk.
         """
         self._timer.cancel()
         if self._is_said and is_written:
@@ -67,7 +67,7 @@ class DiskWait:
             _log.warning("%s is written in %s after %.0f s", self._what, path, waited_s, extra=what)
 
     def give_up(self) -> None:
-        """The server ends and does not wait any longer."""
+        """Ends the wait without result, because the server ends."""
         self._timer.cancel()
         path, step = str(self._directory), self._global_step
         what = event("checkpoint_given_up", path=path, round=step, waited_s=self._waited_s)

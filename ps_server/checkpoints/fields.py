@@ -1,6 +1,6 @@
-"""What a checkpoint holds besides the values, and how its file says so. Pure, but for reading this boot's id.
+"""The contents of a checkpoint besides the values, and their encoding in the file. Pure, except for the boot id.
 
-What was written is read back; anything else is refused, wherever it came from.
+A reader accepts exactly what a server writes and refuses everything else.
 """
 
 from __future__ import annotations
@@ -38,30 +38,30 @@ __all__ = ["Checkpoint", "CheckpointError", "Content", "boot_id", "content_of", 
 _FORMAT = "modelaverage.center.v1"
 _FIELDS = ("global_step", "variables", "fragment_size_bytes", "contributors", "counted", "boot_id")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-# What the round remembers, and what can be in one round.
+# Bounds on the number of workers that a round remembers, and that one round may have.
 _MAX_COUNTED, _MAX_CONTRIBUTORS = 10_000, 1 << 16
 _MAX_SETTINGS = 100
 _MAX_PUSH_ID, _MAX_PART_INDEX = 2**64 - 1, 2**32 - 1
 
 
 class CheckpointError(Exception):
-    """A file is not a whole checkpoint of this project; the message says why."""
+    """A file is not a complete checkpoint of this project; the message says why."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A center at rest, and what a server needs to go on from it.
+    """A stored center, and what a server needs to continue from it.
 
     Args:
-        manifest: what the variables are, and how they are cut.
+        manifest: describes the variables and their fragments.
         arrays: the center variables by name, in manifest order.
-        global_step: rounds completed.
-        contributors: of the last round.
-        counted: by worker, the key (incarnation, push id) of the last push that was counted.
+        global_step: the number of completed rounds.
+        contributors: the workers in the last round.
+        counted: by worker, the key (incarnation, push id) of its last counted push.
         finished: workers that no round waits for, in any order.
-        segment: the shared memory whose body is the flat buffer with the arrays, if they lie in such.
-        outer: the outer optimizer that makes the next centers.
-        state: what that one keeps for this center, by slot and variable; see `ps_server.center.state.OuterState`.
+        segment: the shared memory whose body is the flat buffer with the arrays; None: private memory.
+        outer: the outer optimizer that computes the next centers.
+        state: its state for this center, by slot and variable; see `ps_server.center.state.OuterState`.
     """
 
     manifest: Manifest
@@ -76,7 +76,7 @@ class Checkpoint:
 
     @property
     def tensors(self) -> dict[str, NDArray[Any]]:
-        """All arrays of the file, by the names that they have in it: the variables first, in manifest order."""
+        """All arrays of the file by their names in it: the variables first, in manifest order."""
         tensors = dict(self.arrays)
         if self.state:
             prefix = _state_prefix(self.arrays)
@@ -86,7 +86,7 @@ class Checkpoint:
 
 
 def _state_prefix(variables: Collection[str]) -> str:
-    """How the names of state in a file begin, and no variable's does."""
+    """A prefix for the names of state tensors that no variable's name begins with."""
     taken = {len(name) - len(rest) for name in variables if (rest := name.lstrip("_")).startswith("outer/")}
     return "_" * next(count for count in itertools.count() if count not in taken) + "outer/"
 
@@ -97,7 +97,7 @@ def boot_id() -> str:
 
 
 def fields_of(checkpoint: Checkpoint, boot: str) -> dict[str, str]:
-    """What the metadata of its file says, when it is written in this boot."""
+    """The metadata of a checkpoint's file; ``boot`` is the id of the current boot."""
     fields = {
         "format": _FORMAT,
         "global_step": str(checkpoint.global_step),
@@ -120,15 +120,15 @@ def fields_of(checkpoint: Checkpoint, boot: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Content:
-    """What the head of a file says of the center in it; see Checkpoint.
+    """The fields of a center in a file's head; see Checkpoint.
 
     Args:
-        manifest: of the center.
-        contributors: of the last round.
-        counted: by worker, the last push that was counted.
+        manifest: the manifest of the center.
+        contributors: the workers in the last round.
+        counted: by worker, its last counted push.
         finished: workers that no round waits for.
         outer: the outer optimizer.
-        state: by slot and variable, the name of the tensor that has it.
+        state: by slot and variable, the name of the tensor that holds it.
     """
 
     manifest: Manifest
@@ -140,10 +140,10 @@ class Content:
 
 
 def content_of(head: Head, step: int, is_fresh: bool) -> Content:
-    """What the head of a file says whose name is of this step.
+    """Parses the head of a file whose name is that of this step.
 
     Raises:
-        CheckpointError, ValueError, ModelAverageError: something that a server does not write.
+        CheckpointError, ValueError, ModelAverageError: the head contains something that no server writes.
         OSError: this boot's id cannot be read.
     """
     about = head.about
@@ -177,7 +177,7 @@ def content_of(head: Head, step: int, is_fresh: bool) -> Content:
     if len(set(contributors)) != len(contributors):
         raise ValueError("contributors has a worker twice")
     counted = strict_json.map_of(strict_json.parse(about["counted"]), "counted", _MAX_COUNTED, _counted)
-    # Files of earlier versions do not have it.
+    # Files of earlier versions lack this field.
     finished = strict_json.list_of(strict_json.parse(about.get("finished", "[]")), "finished", _MAX_COUNTED, _worker_id)
     manifest = Manifest(variables, fragment_size_bytes, shard)
     check_sendable(manifest)
@@ -208,7 +208,7 @@ def _setting(name: str, value: Any) -> Setting:
 def _state_of(
     outer: OuterOptimizer, names: Collection[str], tensors: Mapping[str, Tensor]
 ) -> dict[str, dict[str, str]]:
-    """The tensors that have the outer optimizer's state. Raises CheckpointError: they do not fit it."""
+    """The tensors with the outer optimizer's state. Raises CheckpointError if they do not fit the optimizer."""
     state, prefix = dict[str, dict[str, str]](), _state_prefix(names)
     for name in names:
         if name not in tensors:

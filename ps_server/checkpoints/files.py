@@ -1,4 +1,4 @@
-"""Checkpoint files by name in an open directory: written, made durable, removed. fields.py defines their content.
+"""Writes, makes durable and removes checkpoint files in an open directory. fields.py defines their content.
 
 Most of this runs in the checkpoint writer (writer.py), a small process, so it imports only a few modules of the
 standard library. Every function may raise OSError, and may hang with the disk.
@@ -39,7 +39,7 @@ _PREFIX, _SUFFIX, _UNFINISHED = "center-", "safetensors", ".tmp"
 _STEP_DIGITS, _CHECKSUM_DIGITS = 20, 8
 _LOCK = "lock"
 _BLOCK_BYTES = 1 << 20
-# A link is not followed, and a FIFO or a device is not waited for.
+# Does not follow links, and does not block on a FIFO or a device.
 _SAFELY = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _KINDS = {
     stat.S_IFLNK: "a link",
@@ -55,12 +55,12 @@ _KINDS = {
 
 
 def fresh_name(global_step: int) -> str:
-    """The name of a checkpoint that has yet to be made durable."""
+    """The name of a checkpoint that is not durable yet."""
     return f"{_PREFIX}{global_step:0{_STEP_DIGITS}d}.{FRESH}.{_SUFFIX}"
 
 
 def parse_name(name: str) -> tuple[int, str] | None:
-    """The `global_step` in a checkpoint's name, and its checksum or FRESH; None: it is no checkpoint's name."""
+    """The `global_step` in a checkpoint's name, and its checksum or FRESH; None: not a checkpoint's name."""
     stem, _, rest = name.partition(".")
     kind, _, suffix = rest.partition(".")
     digits = stem[len(_PREFIX) :]
@@ -73,7 +73,7 @@ def parse_name(name: str) -> tuple[int, str] | None:
 
 
 def newest_first(directory: int) -> list[str]:
-    """The names of all checkpoints, whatever kind of file has them, latest first. Of the same step the fresh one comes
+    """The names of all checkpoints, whatever their file type, latest first. Of the same step, the fresh one comes
     first: it was written later, when a worker finished between two rounds."""
     found = [(parsed, name) for name in os.listdir(directory) if (parsed := parse_name(name)) is not None]
     return [name for _, name in sorted(found, key=lambda one: (-one[0][0], one[0][1] != FRESH, one[1]))]
@@ -88,8 +88,8 @@ def open_directory(path: str | bytes | os.PathLike[str]) -> int:
 
 
 def take_lock(directory: int) -> int:
-    """A descriptor that keeps other servers out of the directory while it is open. Raises BlockingIOError: one is
-    there."""
+    """A descriptor that locks the directory against other servers while it is open. Raises BlockingIOError if another
+    server holds the lock."""
     try:
         lock = os.open(_LOCK, os.O_RDONLY | _SAFELY, dir_fd=directory)
     except FileNotFoundError:
@@ -104,14 +104,14 @@ def take_lock(directory: int) -> int:
 
 
 def find_again(path: bytes, held: int) -> tuple[int, int] | None:
-    """Whether the path still leads to the directory that is held open; if that was removed, it is made again.
+    """Checks that the path still leads to the open directory; if the directory was removed, creates it again.
 
     Returns:
-        None if all is as it was, else descriptors of the new directory and of its lock.
+        None if nothing has changed; otherwise descriptors of the new directory and of its lock.
 
     Raises:
-        OSError: the path leads elsewhere or nowhere, though the directory held was not removed (its disk may have been
-            unmounted); or something is in its place already; or it cannot be made.
+        OSError: the path leads elsewhere or nowhere although the open directory was not removed (its disk may have been
+            unmounted); something else is in its place; or the directory cannot be created.
     """
     try:
         found = os.stat(path)
@@ -121,7 +121,7 @@ def find_again(path: bytes, held: int) -> tuple[int, int] | None:
         was = os.fstat(held)
         removed = was.st_nlink == 0
     except OSError as error:
-        if error.errno != errno.ESTALE:  # NFS says so if another machine has removed it
+        if error.errno != errno.ESTALE:  # NFS reports this if another machine has removed the directory
             raise
         removed = True
     else:
@@ -149,8 +149,8 @@ def find_again(path: bytes, held: int) -> tuple[int, int] | None:
 
 
 def open_regular(directory: int, name: str) -> int:
-    """A descriptor to read a regular file with. Nothing else is opened, and nothing is waited for."""
-    # Checked before it is opened: opening a device can have an effect.
+    """A descriptor to read a regular file. Opens no other kind of file, and does not block."""
+    # Checked before opening, because opening a device can have side effects.
     _check_regular(os.stat(name, dir_fd=directory, follow_symlinks=False), "it")
     descriptor = os.open(name, os.O_RDONLY | _SAFELY, dir_fd=directory)
     try:
@@ -162,8 +162,8 @@ def open_regular(directory: int, name: str) -> int:
 
 
 def write(directory: int, name: str, chunks: Iterable[bytes | memoryview]) -> None:
-    """Writes a file beside the others, for this user alone, and puts it in place when it is whole."""
-    # A name that cannot be guessed, so no file can be waiting under it.
+    """Writes a file under a temporary name, readable by this user only, and renames it when it is complete."""
+    # An unguessable name, so that no file can be planted under it.
     beside = f"{name.rpartition('.')[0]}.{os.urandom(8).hex()}{_UNFINISHED}"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     descriptor = os.open(beside, flags, 0o600, dir_fd=directory)
@@ -179,15 +179,15 @@ def write(directory: int, name: str, chunks: Iterable[bytes | memoryview]) -> No
 
 
 def put_in_place(directory: int, beside: str, name: str) -> None:
-    """Gives a file that is whole its name, whatever had it before."""
+    """Renames a complete file, replacing any file of that name."""
     os.rename(beside, name, src_dir_fd=directory, dst_dir_fd=directory)
 
 
 def make_durable(directory: int, fresh: str) -> str | None:
-    """Flushes a fresh checkpoint to the disk and gives it its durable name, which is returned.
+    """Flushes a fresh checkpoint to the disk and renames it to its durable name, which is returned.
 
-    None: there is nothing to do, or not yet. It was made durable before, in the place of another one of its step; or
-    another one has taken its place meanwhile, and stays fresh until this is called again."""
+    Returns None in two cases. It was already made durable, replacing another one of its step. Or another checkpoint has
+    replaced it meanwhile, and that one stays fresh until this is called again."""
     try:
         descriptor = open_regular(directory, fresh)
     except FileNotFoundError:
@@ -209,7 +209,7 @@ def make_durable(directory: int, fresh: str) -> str | None:
 
 
 def _is_durable(directory: int, fresh: str) -> bool:
-    """Whether there is a durable checkpoint of this one's step."""
+    """Whether a durable checkpoint of the same step exists."""
     wanted = parse_name(fresh)
     found = map(parse_name, newest_first(directory))
     return any(wanted and each and each[0] == wanted[0] and each[1] != FRESH for each in found)
@@ -217,7 +217,7 @@ def _is_durable(directory: int, fresh: str) -> bool:
 
 @contextlib.contextmanager
 def _naming_alone(directory: int) -> Iterator[None]:
-    """Only one process at a time gives names to files here, so a name cannot change hands between a check and the
+    """Lets only one process at a time rename files here, so that a name cannot change its file between a check and the
     rename."""
     lock = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory)
     try:
@@ -228,9 +228,9 @@ def _naming_alone(directory: int) -> Iterator[None]:
 
 
 def prune(directory: int, newest: str, keep: int) -> None:
-    """Removes what ``newest``, just made durable, leaves behind: fresh ones before it, and durable ones but for the
-    ``keep`` - 1 before it. Those of later steps stay and do not count: the server that wrote ``newest`` had passed over
-    them.
+    """Removes the checkpoints that ``newest``, just made durable, replaces: earlier fresh ones, and durable ones except
+    the ``keep`` - 1 before it. Checkpoints of later steps stay and do not count: the server that wrote ``newest`` could
+    not use them.
     """
     parsed = parse_name(newest)
     assert parsed is not None
@@ -251,13 +251,13 @@ def prune(directory: int, newest: str, keep: int) -> None:
 
 
 def remove(directory: int, name: str) -> None:
-    """Removes a file, if it can be removed."""
+    """Removes a file if possible."""
     with contextlib.suppress(OSError):
         os.unlink(name, dir_fd=directory)
 
 
 def remove_unfinished(directory: int) -> None:
-    """Removes what writers that were killed have left. To be called before anything is written there."""
+    """Removes unfinished files of killed writers. Must be called before anything is written there."""
     for name in os.listdir(directory):
         if name.startswith(_PREFIX) and name.endswith(_UNFINISHED):
             remove(directory, name)

@@ -1,4 +1,4 @@
-"""The directory that a server keeps its center in: found or made, and held against other servers."""
+"""The directory in which a server keeps its center: opened or created, and locked against other servers."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ __all__ = ["CheckpointHome"]
 class CheckpointHome:
     """An open directory, its lock, and a guard.
 
-    The lock is a file in the directory, so it is lost with the directory. The guard is the name of a socket, which the
-    kernel gives to one process of this machine (of its network namespace, to be exact) and takes back when that process
-    ends: while the server runs, no other server gets a directory of this name, even if it was removed.
+    The lock is a file in the directory, so removing the directory removes the lock. The guard is the name of a socket.
+    The kernel gives that name to one process of this machine (exactly: of its network namespace) and frees it when the
+    process ends. While the server runs, no other server can use a directory of this name, even after it was removed.
 
     Args:
-        directory: made if it does not exist, for this user alone.
+        directory: created if it does not exist, accessible to this user only.
 
     Raises:
         BlockingIOError: another server keeps its center there.
-        OSError: it cannot be used.
+        OSError: the directory cannot be used.
 
     Attributes:
-        directory: as it was given.
+        directory: as given.
         path: absolute, in the system's encoding.
-        descriptor: of the open directory; it stays the same number when the directory is made again.
+        descriptor: of the open directory; keeps its number when the directory is created again.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         absolute = Path(os.path.abspath(directory))
         self.path = os.fsencode(absolute)
-        exists = os.path.isdir(absolute)  # making a directory that exists may hang with its disk
+        exists = os.path.isdir(absolute)  # creating an existing directory may hang with its disk
         if not exists:
             absolute.parent.mkdir(parents=True, exist_ok=True)
         self._guard = _guard_of(absolute)
         try:
             if not exists:
-                with suppress(FileExistsError):  # opening it tells what it is
+                with suppress(FileExistsError):  # opening it reports what it is
                     os.mkdir(absolute, 0o700)
             self.descriptor = files.open_directory(absolute)
             try:
@@ -58,8 +58,8 @@ class CheckpointHome:
             raise
 
     def move(self, directory: int, lock: int) -> None:
-        """The directory was removed and made again: these descriptors of it and of its lock replace the old ones, under
-        the same numbers."""
+        """The directory was removed and created again: these descriptors of it and of its lock replace the old ones,
+        under the same numbers."""
         try:
             os.dup2(directory, self.descriptor, inheritable=False)
             os.dup2(lock, self._lock, inheritable=False)
@@ -68,7 +68,7 @@ class CheckpointHome:
             os.close(lock)
 
     def close(self) -> None:
-        """Gives the directory up."""
+        """Releases the directory."""
         os.close(self._lock)
         os.close(self.descriptor)
         self._close_guard()
@@ -79,12 +79,13 @@ class CheckpointHome:
 
 
 def _guard_of(path: Path) -> socket.socket | None:
-    """Keeps other servers out until it is closed; None on systems without such names. Raises BlockingIOError."""
+    """A socket that excludes other servers until it is closed; None on systems without such names. Raises
+    BlockingIOError."""
     if sys.platform != "linux":
         return None
     real = Path(os.path.realpath(path))
     parent = os.stat(real.parent)
-    # Every user of the machine can read the name, so it reveals nothing of the path.
+    # Every user of the machine can read the name, so it must not reveal the path.
     name = hashlib.sha256(b"%d %d " % (parent.st_dev, parent.st_ino) + os.fsencode(real.name)).hexdigest()
     guard = socket.socket(socket.AF_UNIX)
     try:

@@ -1,9 +1,9 @@
-"""Keeps the center on disk: decides when a checkpoint is written, and reports those that fail. The writing is done by
-the processes of writer_process.py.
+"""Keeps the center on disk: decides when to write a checkpoint, and reports failures. The processes of
+writer_process.py write the files.
 
 A round that is due for a checkpoint is answered only when its center would survive a kill of the server; the flush to
-the disk follows in the background. A disk that fails costs durability, never a round: the server reports it and goes
-on. A disk that hangs blocks the processes that write for the server, never the server itself.
+disk follows in the background. A failing disk costs durability, never a round: the server reports the failure and
+continues. A hanging disk blocks the processes that write for the server, never the server itself.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ _log = logging.getLogger("ps_server")
 # After this time the server stops waiting for a writer to start; its first checkpoint then waits for it.
 _START_TIMEOUT_S = 2.0
 _LOOK_AGAIN_S = 1.0
-# How long a disk may take before the log says that it hangs. Rounds wait for a fresh checkpoint.
+# How long a disk may take before the log reports it. Shorter for a fresh checkpoint, for which rounds wait.
 _WRITE_PATIENCE_S, _FLUSH_PATIENCE_S = 5.0, 30.0
 
 
 @dataclass(frozen=True)
 class CheckpointPolicy:
-    """Where and how often.
+    """Where and how often to write checkpoints.
 
     Args:
-        directory: where checkpoints lie; made if it does not exist.
+        directory: the directory of the checkpoints; created if it does not exist.
         every_rounds: rounds from one checkpoint to the next.
-        keep: how many durable ones stay.
-        timeout_s: how long a round waits for its checkpoint; then it is answered without, and there are no more until
-            the disk has taken this one. None: it waits.
+        keep: how many durable checkpoints stay.
+        timeout_s: how long a round waits for its checkpoint. Then it is answered without one, and no more are written
+            until the disk has finished this one. None: no limit.
     """
 
     directory: Path
@@ -67,16 +67,16 @@ class Keeper:
 
     Args:
         policy: where and how often.
-        home: the directory, open.
-        observations: where to note how long it takes.
+        home: the open directory.
+        observations: records how long writes take.
         clock: seconds, monotonic.
 
     Raises:
-        OSError, RuntimeError: what writes cannot be started.
+        OSError, RuntimeError: the writers cannot be started.
 
     Attributes:
-        step: the `global_step` of the last one that was written; None if there is none.
-        written_at_s: when that was, on ``clock``.
+        step: the `global_step` of the last checkpoint written; None if there is none.
+        written_at_s: when it was written, on ``clock``.
     """
 
     def __init__(
@@ -95,13 +95,13 @@ class Keeper:
         self._boot_id = boot_id()
         self._write_problem = self._flush_problem = ""
         self._closed = False
-        self._turn = asyncio.Lock()  # held while a fresh one is written
+        self._turn = asyncio.Lock()  # held while a fresh checkpoint is written
         self._writing: DiskWait | None = None
         self._flushing: DiskWait | None = None
-        self._fresh: tuple[str, int] | None = None  # the newest and its step, while it waits to be made durable
+        self._fresh: tuple[str, int] | None = None  # newest one not yet durable, and its step
         self._removing: Future[Reply] | None = None
         self._flush_task: asyncio.Task[None] | None = None
-        # Two processes: writing a checkpoint never waits for the flush of the one before.
+        # Two processes, so that writing a checkpoint never waits for the previous flush.
         self._writer = WriterProcess("checkpoint-write")
         try:
             self._flusher = WriterProcess("checkpoint-flush")
@@ -119,32 +119,32 @@ class Keeper:
 
     @property
     def every_rounds(self) -> int:
-        """Every how many rounds a checkpoint is due."""
+        """A checkpoint is due at each multiple of this many rounds."""
         return self._policy.every_rounds
 
     @property
     def timeout_s(self) -> float | None:
-        """How long a round waits for its checkpoint; None: as long as it takes."""
+        """How long a round waits for its checkpoint; None: no limit."""
         return self._policy.timeout_s
 
     @property
     def writing_since_s(self) -> float | None:
-        """Since when, on ``clock``, a checkpoint is being written; None: none is."""
+        """Since when, on ``clock``, a checkpoint is being written; None: no write is in progress."""
         return None if self._writing is None else self._writing.since_s
 
     @property
     def problem(self) -> str:
-        """What waits for the disk, or why the last attempt to write or to flush failed; empty if all is well."""
+        """The current wait for the disk, or why the last write or flush failed; empty if there is no problem."""
         writing = "" if self._writing is None else self._writing.problem
         flushing = "" if self._flushing is None else self._flushing.problem
         return writing or self._write_problem or flushing or self._flush_problem
 
     def seen(self) -> CheckpointSeen:
-        """What the status tells of it at this moment."""
+        """The checkpoint part of the status."""
         return CheckpointSeen(self.problem, self.step, self.written_at_s, self.writing_since_s)
 
     async def write(self, checkpoint: Checkpoint) -> bool:
-        """Whether the checkpoint outlives this process; if not, `problem` says why.
+        """Writes a checkpoint. Returns whether it outlives this process; if not, `problem` says why.
 
         This may never return. Until it does, the arrays must not change, even if the caller no longer waits.
         """
@@ -157,10 +157,10 @@ class Keeper:
         return True
 
     async def finish(self, timeout_s: float) -> None:
-        """Waits for up to ``timeout_s`` until all that was written is durable. Logs what is not."""
+        """Waits up to ``timeout_s`` until all written checkpoints are durable. Logs those that are not."""
         try:
             await asyncio.wait_for(self._settled(), timeout_s)
-        except Exception:  # out of time, or out of memory for the wait
+        except Exception:  # timeout, or no memory for the wait
             self._give_up()
 
     def _give_up(self) -> None:
@@ -169,17 +169,17 @@ class Keeper:
             if wait is not None:
                 wait.give_up()
         except Exception:
-            return  # not even the log works
+            return  # even logging failed
 
     def close(self) -> None:
-        """Ends the processes that write, whatever they are doing. A hanging disk may keep the processes, but no caller
-        waits any longer."""
+        """Ends the writer processes at once. A hanging disk may keep the processes alive, but no caller waits any
+        longer."""
         self._closed = True
         for process in (self._writer, self._flusher):
             process.close()
 
     async def _settled(self) -> None:
-        """Returns when nothing is under way."""
+        """Returns when no write and no flush is in progress."""
         async with self._turn:
             if self._removing is not None:
                 with suppress(Exception):
@@ -189,7 +189,7 @@ class Keeper:
         if self._flush_task is not None:
             await asyncio.wait((self._flush_task,))
 
-    # A fresh checkpoint.
+    # Fresh checkpoints.
 
     async def _write_fresh(self, checkpoint: Checkpoint) -> None:
         step = checkpoint.global_step
@@ -207,13 +207,13 @@ class Keeper:
         self.written_at_s = self._clock()
         self._observations.checkpoint_s.observe(self.written_at_s - wait.since_s)
         overtaken, self._fresh = self._fresh, (fresh_name(step), step)
-        # A disk that is slower than the rounds does not fill up with them.
+        # A disk that is slower than the rounds must not fill up with fresh checkpoints.
         if overtaken is not None and overtaken != self._fresh:
             self._removing = self._command(self._writer, "remove", overtaken[0])
         self._begin_to_flush()
 
     def _send(self, checkpoint: Checkpoint) -> Reply:
-        """In the writer's thread: has the checkpoint written, from where the arrays lie."""
+        """Runs in the writer's thread: has the process write the checkpoint."""
         tensors = checkpoint.tensors
         layout = lay_out(tensors, fields_of(checkpoint, self._boot_id))
         ranges, streamed = _sources(checkpoint, layout, tensors)
@@ -230,14 +230,14 @@ class Keeper:
             return "its round is answered when it is written (--checkpoint-timeout-s sets a limit)"
         return f"rounds are answered {timeout_s:g} s after they commit (--checkpoint-timeout-s), without checkpoints"
 
-    # A durable one.
+    # Durable checkpoints.
 
     def _begin_to_flush(self) -> None:
         if self._flush_task is None or self._flush_task.done():
             self._flush_task = asyncio.ensure_future(self._flush())
 
     async def _flush(self) -> None:
-        """Makes the newest fresh checkpoint durable, until there is none; those that were overtaken are skipped."""
+        """Makes the newest fresh checkpoint durable until none is left; skips those that a newer one replaced."""
         while (fresh := self._fresh) is not None:
             self._fresh = None
             try:
@@ -245,7 +245,7 @@ class Keeper:
             except Exception as error:
                 self._flush_problem = self._failed("durable checkpoint", error, self._flush_problem)
                 if self._fresh is None:
-                    self._fresh = fresh  # stays until the next one overtakes it
+                    self._fresh = fresh  # stays until a newer one replaces it
                     return
                 self._command(self._flusher, "remove", fresh[0])
             else:
@@ -285,7 +285,7 @@ class Keeper:
         self._observations.checkpoint_failures += 1
         cause = getattr(error, "strerror", None) or str(error) or type(error).__name__
         problem = f"no {missing} in {self._policy.directory}: {cause}"
-        if problem != last and not self._closed:  # once, not every round
+        if problem != last and not self._closed:  # log it once, not every round
             _log.warning(
                 "%s; the server goes on, and older checkpoints stay",
                 problem,
@@ -295,14 +295,14 @@ class Keeper:
 
 
 async def _done(command: Future[Reply]) -> Reply:
-    """What a writer's thread returns or raises."""
-    # The thread wakes this task up. If it has no memory for that, the task finds out on its own.
+    """Returns or raises what the writer's thread does."""
+    # The thread wakes this task. If that fails for lack of memory, the task notices by polling.
     waking = asyncio.wrap_future(command)
     try:
         while not waking.done() and not command.done():
             await asyncio.wait((waking,), timeout=_LOOK_AGAIN_S)
     except asyncio.CancelledError:
-        waking.cancel()  # the loop ends and must not be woken up
+        waking.cancel()  # the loop ends and must not be woken
         raise
     return waking.result() if waking.done() else command.result()
 
@@ -310,8 +310,8 @@ async def _done(command: Future[Reply]) -> Reply:
 def _sources(
     checkpoint: Checkpoint, layout: Layout, tensors: Mapping[str, NDArray[Any]]
 ) -> tuple[list[tuple[int, int]], list[NDArray[Any]]]:
-    """Where the bytes of the file's body come from, in their order: ranges of the segment, or `STREAMED` and how many
-    bytes of the stream; and the arrays that are streamed."""
+    """The sources of the bytes of the file's body, in order: ranges of the segment, or `STREAMED` and a number of bytes
+    of the stream; and the arrays that are streamed."""
     begins = dict[str, int]()
     if checkpoint.segment is not None:
         begins = dict(zip(checkpoint.arrays, checkpoint.manifest.offsets_bytes, strict=True))

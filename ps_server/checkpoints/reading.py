@@ -1,11 +1,11 @@
-"""Reading the center from disk: safetensors files that outlive the server. keeper.py decides when they are written,
+"""Reading the center from disk: safetensors files that outlive the server. keeper.py decides when to write them,
 writer.py writes them, files.py names them.
 
-A checkpoint is first *fresh*: whole, but perhaps only in the kernel's memory. That is enough if the server is killed,
-and it costs no wait for the disk; after a reboot fresh files are not trusted. Then it is made *durable*: flushed to the
-disk and renamed to a name that carries a checksum of its bytes.
+A checkpoint is first *fresh*: complete, but perhaps only in the kernel's memory. That survives a kill of the server and
+needs no wait for the disk. After a reboot, fresh files are not trusted. It is then made *durable*: flushed to the disk
+and renamed to a name with a checksum of its bytes.
 
-A reader trusts nothing in a file: one that is wrong in any way is passed over.
+A reader trusts nothing in a file and skips a file with any defect.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ _LONGEST_REASON = 300
 
 
 def load_latest(directory: Path, max_model_bytes: int | None = None) -> Checkpoint | None:
-    """The newest usable checkpoint; None if there are none at all. Says in the log which it passed over, and why.
+    """The newest usable checkpoint; None if the directory has none. Logs which files it skipped, and why.
 
     Raises:
-        CheckpointError: there are some, but none can be used. A server must not decide to start without them.
+        CheckpointError: the directory has checkpoints, but none is usable. A server must not start without them.
         OSError: the directory cannot be read.
     """
     found, passed_over = find_latest(directory, max_model_bytes=max_model_bytes)
@@ -63,13 +63,13 @@ def load_latest(directory: Path, max_model_bytes: int | None = None) -> Checkpoi
 def find_latest(
     directory: Path, at_most: int | None = None, max_model_bytes: int | None = None
 ) -> tuple[tuple[Path, Checkpoint] | None, list[tuple[Path, Exception]]]:
-    """The newest usable checkpoint, and the newer ones that are not usable, with the reason. Changes nothing, because a
-    server may be at work there.
+    """The newest usable checkpoint, and the newer unusable ones with the reason. Changes nothing, because a server may
+    be using the directory.
 
     Args:
-        directory: where checkpoints lie.
-        at_most: only of this `global_step` or before.
-        max_model_bytes: a server's `--max-model-bytes`: what it could not hold is not usable.
+        directory: the directory of the checkpoints.
+        at_most: consider only this `global_step` and earlier ones.
+        max_model_bytes: a server's `--max-model-bytes`; a larger model is not usable.
 
     Raises:
         OSError: the directory cannot be read.
@@ -83,7 +83,7 @@ def find_latest(
                     continue
                 try:
                     return (directory / name, read(descriptor, name, max_model_bytes)), passed_over
-                except FileNotFoundError as error:  # it has another name by now, or was overtaken
+                except FileNotFoundError as error:  # it was renamed or replaced meanwhile
                     if looks + 1 < _MAX_LOOKS:
                         break
                     passed_over.append((directory / name, error))
@@ -97,16 +97,16 @@ def find_latest(
 
 
 def read(directory: int, name: str, max_model_bytes: int | None = None) -> Checkpoint:
-    """Reads one checkpoint, whole: what is checked and what is returned are the same bytes.
+    """Reads one checkpoint into memory, so that the checked and the returned bytes are the same.
 
     Args:
         directory: a descriptor of the directory.
-        name: of the file.
-        max_model_bytes: as for `find_latest`.
+        name: the name of the file.
+        max_model_bytes: see `find_latest`.
 
     Raises:
-        CheckpointError: it cannot be used, whatever is wrong with it.
-        OSError: it cannot be read.
+        CheckpointError: the file is not usable, for whatever reason.
+        OSError: the file cannot be read.
     """
     parsed = files.parse_name(name)
     if parsed is None:
@@ -118,14 +118,14 @@ def read(directory: int, name: str, max_model_bytes: int | None = None) -> Check
         raise
     except MemoryError:
         raise CheckpointError("there is not enough memory to read it") from None
-    except Exception as error:  # whatever is wrong with it, an older one may be usable
+    except Exception as error:  # for any defect: an older one may be usable
         raise CheckpointError(f"it is damaged ({_in_a_line(error)})") from None
     finally:
         os.close(descriptor)
 
 
 def reason_of(error: Exception) -> str:
-    """Why a checkpoint is passed over, in a line."""
+    """Why a checkpoint is skipped, in one line."""
     return (isinstance(error, OSError) and error.strerror) or _in_a_line(error)
 
 

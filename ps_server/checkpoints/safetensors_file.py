@@ -1,7 +1,7 @@
-"""Files in the safetensors format: laying one out, and reading the head of one. No policy of checkpoints here.
+"""The safetensors format: lays out a file, and reads the head of one. No checkpoint policy here.
 
-Both are written by hand. The library's writer uses a temporary file of its own, which stays behind if the process is
-killed, ignores the umask, and hides the number of an error. Its reader maps the file, so the process dies if the file
+Both are written by hand. The library's writer uses its own temporary file, which stays if the process is killed; it
+also ignores the umask and hides the error number. The library's reader maps the file, so the process dies if the file
 is truncated meanwhile, and it panics on some malicious files.
 """
 
@@ -25,7 +25,7 @@ from ps_server.checkpoints import strict_json
 __all__ = ["Head", "Layout", "MAX_HEAD_BYTES", "Tensor", "bytes_of", "lay_out", "read_head", "save"]
 
 MAX_HEAD_BYTES = 64 << 20
-"""The bound of all that precedes the tensors. The longest manifest that a message can carry takes less."""
+"""The most bytes before the tensors. The longest manifest that fits a message takes less."""
 _LENGTH_BYTES = 8
 _ENTRIES_AT_ONCE = 1000
 _METADATA = "__metadata__"
@@ -37,11 +37,11 @@ _DTYPE_NAMES = {name: dtype for dtype, name in _TENSOR_TYPES.items()}
 
 @dataclass(frozen=True)
 class Layout:
-    """What a file will be.
+    """The layout of a file to be written.
 
     Args:
         head: its first bytes.
-        names: of the arrays whose bytes follow, in this order and without gaps.
+        names: the arrays whose bytes follow, in this order and without gaps.
     """
 
     head: bytes
@@ -49,10 +49,10 @@ class Layout:
 
 
 def lay_out(arrays: Mapping[str, NDArray[Any]], about: Mapping[str, str]) -> Layout:
-    """A file with these arrays and this metadata. Raises OSError if the format cannot hold them."""
+    """Lays out a file with these arrays and this metadata. Raises OSError if the format cannot hold them."""
     if _METADATA in arrays:
         raise OSError(errno.EINVAL, f"a safetensors file cannot have a variable named {_METADATA}")
-    # The widest elements first: so all of them are aligned, as readers expect.
+    # The widest elements first, so that all are aligned, as readers expect.
     names = sorted(arrays, key=lambda name: -arrays[name].itemsize)
     header: dict[str, Any] = {_METADATA: dict(about)}
     end = 0
@@ -79,7 +79,7 @@ def _json_of(header: Mapping[str, Any]) -> bytes:
 
 
 def save(path: Path, arrays: Mapping[str, NDArray[Any]], about: Mapping[str, str]) -> None:
-    """Writes a file beside ``path``, and renames it when it is whole. Raises OSError."""
+    """Writes a file next to ``path`` and renames it when it is complete. Raises OSError."""
     layout = lay_out(arrays, about)
     beside = path.with_suffix(f".{os.getpid()}.tmp")
     try:
@@ -93,17 +93,17 @@ def save(path: Path, arrays: Mapping[str, NDArray[Any]], about: Mapping[str, str
 
 
 def bytes_of(array: NDArray[Any]) -> memoryview:
-    """The bytes of an array that lies in one piece; a view."""
+    """The bytes of a contiguous array; a view."""
     return array.reshape(-1).view(np.uint8).data
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """Where an array lies in the file's body.
+    """The position of an array in the file's body.
 
     Args:
         dtype: a key of DTYPES.
-        shape: extents.
+        shape: the extents.
         begin: its first byte.
         end: the byte after its last one.
     """
@@ -116,13 +116,13 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Head:
-    """What the head of a file says.
+    """The parsed head of a file.
 
     Args:
-        content: its bytes; the body follows.
+        content: the bytes of the head; the body follows.
         about: the metadata.
         tensors: by name; they fill the body without gaps.
-        body_size_bytes: of all tensors together.
+        body_size_bytes: the size of all tensors together.
     """
 
     content: bytes
@@ -132,11 +132,11 @@ class Head:
 
 
 def read_head(descriptor: int, file_size_bytes: int) -> Head:
-    """Reads the head of a file that begins where the descriptor stands, and leaves it before the body.
+    """Reads the head of a file at the descriptor's current position, and stops before the body.
 
     Raises:
-        ValueError: this is no such file, or not all of it; the message says why.
-        OSError: it cannot be read.
+        ValueError: the file is not a complete safetensors file; the message says why.
+        OSError: the file cannot be read.
     """
     length = os.read(descriptor, _LENGTH_BYTES)
     text_size_bytes = int.from_bytes(length, "little")

@@ -1,11 +1,11 @@
-"""The checkpoint writer: a process that does for its server whatever may hang with the disk.
+"""The checkpoint writer: a process that does the work that may hang with the disk, for its server.
 
-A thread that waits for a disk that does not answer cannot be ended, not even by SIGKILL, and its process cannot end
-either. So the server's files are written here. One command at a time comes over a socket, and its answer goes back. No
-state and no lock is kept in between: a command brings a descriptor of the directory, and one of the center if that lies
-in shared memory.
+A thread that waits for a hanging disk cannot be ended, not even by SIGKILL, and its process cannot end either. So this
+process writes the server's files. It receives one command at a time over a socket, and sends back the answer. It keeps
+no state and no lock between commands: a command brings a descriptor of the directory, and one of the center if that
+lies in shared memory.
 
-Both ends are the same Python, so marshal is enough; it is small and quick, as the whole process has to be.
+Both ends run the same Python, so marshal suffices; it is small and fast, as the whole process must be.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from ps_server.checkpoints import files
 __all__ = ["Answer", "STREAMED", "main", "receive", "send"]
 
 Answer = tuple[Any, tuple[int, str] | None, bool]
-"""The result; number and text of the error if there was one; whether two descriptors come along: of the directory,
-which was made again, and of its lock."""
+"""The result; number and text of the error, if any; whether two descriptors follow: of the directory, which was created
+again, and of its lock."""
 _LENGTH_BYTES = 8
 _MAX_DESCRIPTORS = 2
 _STREAM_BYTES = 1 << 18
 _PR_SET_PDEATHSIG = 1
 STREAMED = -1
-"""Stands for the beginning of a range whose bytes come on the channel."""
+"""In place of the beginning of a range: its bytes follow on the channel."""
 
 
-# Messages: their length, with the descriptors, then their bytes.
+# A message: its length (sent with the descriptors), then its bytes.
 
 
 def send(channel: socket.socket, message: tuple[Any, ...], descriptors: Sequence[int] = ()) -> None:
@@ -45,7 +45,7 @@ def send(channel: socket.socket, message: tuple[Any, ...], descriptors: Sequence
 
 
 def receive(channel: socket.socket) -> tuple[Any, list[int]]:
-    """One message, and the descriptors that came along, as far as there was room for them.
+    """Receives one message and its descriptors, or as many of them as this process may open.
 
     Raises:
         EOFError: the other end is gone.
@@ -89,8 +89,8 @@ def _write(
     head: bytes,
     ranges: Sequence[tuple[int, int]],
 ) -> None:
-    """Writes a fresh checkpoint: ``head``, then what lies at ``ranges`` of the shared memory. Where a range begins at
-    `STREAMED`, its end says how many bytes follow on the channel instead."""
+    """Writes a fresh checkpoint: ``head``, then the ``ranges`` of the shared memory. Where a range begins with
+    `STREAMED`, its end is the number of bytes that follow on the channel instead."""
     stream = _Stream(channel, sum(end for begin, end in ranges if begin == STREAMED))
     try:
         found = files.find_again(path, directory)
@@ -108,7 +108,7 @@ def _chunks(
     yield head
     view = memoryview(b"")
     if memory is not None and any(begin != STREAMED for begin, _ in ranges):
-        # All pages at once: faults for a few pages at a time would take as long as the copy.
+        # Maps all pages at once: page faults a few pages at a time would take as long as the copy.
         flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
         view = memoryview(mmap.mmap(memory, 0, flags, mmap.PROT_READ))
     for begin, end in ranges:
@@ -119,7 +119,7 @@ def _chunks(
 
 
 class _Stream:
-    """Bytes that follow on the channel. All have to be taken, whether they are used or not."""
+    """Bytes that follow on the channel. All of them must be read, even if they are not used."""
 
     def __init__(self, channel: socket.socket, size_bytes: int) -> None:
         self._channel = channel
@@ -137,13 +137,13 @@ class _Stream:
             yield self._block[:received]
 
     def drain(self) -> None:
-        """Takes what is left."""
+        """Reads the rest."""
         for _ in self.take(self._left_bytes):
             pass
 
 
 def _flush(directory: int, name: str, keep: int) -> str | None:
-    """Makes a fresh checkpoint durable, and removes those that it replaces."""
+    """Makes a fresh checkpoint durable and removes those that it replaces."""
     durable = files.make_durable(directory, name)
     if durable is not None:
         files.prune(directory, durable, keep)
@@ -155,7 +155,7 @@ def _flush(directory: int, name: str, keep: int) -> str | None:
 
 def main() -> None:
     """Serves the channel on standard input until its other end is gone."""
-    # The server decides when its writer ends, so a Ctrl-C or a SIGTERM to the whole group is ignored here.
+    # The server ends its writer, so this process ignores a Ctrl-C or SIGTERM sent to the whole group.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     _end_with(int(sys.argv[1]))
@@ -205,13 +205,13 @@ def _close(descriptors: list[int]) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """This process is killed when the one that started it ends, even in the middle of a command."""
+    """Has this process killed when its parent ends, even in the middle of a command."""
     if sys.platform == "linux":
         try:
             import ctypes
 
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         except (ImportError, OSError, AttributeError):
-            pass  # then it ends after its present command
+            pass  # without prctl, it ends after its current command
     if os.getppid() != parent:
         sys.exit()

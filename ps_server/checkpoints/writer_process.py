@@ -1,7 +1,7 @@
-"""The server's end of a checkpoint writer (writer.py): a thread that starts the process and talks to it.
+"""The server's side of a checkpoint writer (writer.py): a thread that starts the process and talks to it.
 
-The thread exists from the start, so no later work can fail because the system has no thread for it. Work waits only for
-earlier work. The thread may wait for the disk forever; the server does not wait for it when it ends.
+The thread exists from the start, so later work cannot fail for lack of a thread. Work waits only for earlier work. The
+thread may wait for the disk forever; the server does not wait for the thread when it ends.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ __all__ = ["Reply", "WriterProcess", "command"]
 
 _log = logging.getLogger("ps_server")
 _ROOT = Path(__file__).parents[2]
-# How long a killed process may take to end. Only one that waits for the disk takes longer.
+# How long to wait for a killed process to end. Only a process that waits for the disk takes longer.
 _END_TIMEOUT_S = 0.2
 _THE_END = "the server ends"
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What became of one command.
+    """The outcome of one command.
 
     Args:
-        result: what it returns.
-        error: what it raised; None if it did not.
-        made: descriptors of the directory and of its lock, if the directory had been removed and was made again. The
+        result: the command's result.
+        error: the error that it raised; None if it succeeded.
+        made: descriptors of the directory and of its lock, if the directory had been removed and was created again. The
             caller closes them.
     """
 
@@ -51,8 +51,8 @@ class Reply:
 
 
 def command(parent: int) -> list[str]:
-    """The command that starts a checkpoint writer for this process. The writer sees neither the environment's nor the
-    user's modules."""
+    """The command line that starts a checkpoint writer for this process. The writer imports neither modules named by
+    the environment nor the user's modules."""
     run = "import sys; sys.path.append(sys.argv.pop()); from ps_server.checkpoints.writer import main; main()"
     return [sys.executable, "-I", "-S", "-B", "-c", run, str(parent), str(_ROOT)]
 
@@ -61,25 +61,25 @@ class WriterProcess:
     """A process that carries out one command at a time.
 
     Args:
-        name: of the thread.
+        name: the name of the thread.
 
     Raises:
-        RuntimeError: the system has no thread for it.
+        RuntimeError: the system has no thread left.
     """
 
     def __init__(self, name: str) -> None:
         self._work: SimpleQueue[tuple[Future[Reply], Callable[[], Reply]] | None] = SimpleQueue()
-        self._lock = Lock()  # for what `close` looks at
+        self._lock = Lock()  # guards the attributes that `close` reads
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: socket.socket | None = None
         self._closed = False
         Thread(target=self._run, name=name, daemon=True).start()
 
     def submit(self, work: Callable[[], Reply]) -> Future[Reply]:
-        """Runs ``work``, which calls `ask`, in the thread. Work that is cancelled before it has begun is not done.
+        """Runs ``work``, which calls `ask`, in the thread. Work cancelled before it has begun does not run.
 
         Raises:
-            OSError: it is closed.
+            OSError: this object is closed.
         """
         done: Future[Reply] = Future()
         with self._lock:
@@ -89,15 +89,15 @@ class WriterProcess:
         return done
 
     def ask(self, request: Sequence[object], descriptors: Sequence[int], stream: Iterable[memoryview] = ()) -> Reply:
-        """Has the process do a command, and waits for its end. In the thread only.
+        """Has the process execute a command, and waits for its end. Call it in the thread only.
 
         Args:
-            request: the command and its arguments, of types that marshal knows.
-            descriptors: what to send along.
+            request: the command and its arguments, of types that marshal supports.
+            descriptors: descriptors to send with it.
             stream: bytes that follow.
 
         Raises:
-            OSError: there is no process, and none could be started, or it ended.
+            OSError: no process could be started, or the process ended.
         """
         channel = self._connected()
         try:
@@ -107,7 +107,7 @@ class WriterProcess:
             (result, error, is_made), made = program.receive(channel)
         except BaseException as failure:
             is_gone = isinstance(failure, (EOFError, ConnectionError))
-            why = self._end(is_gone)  # how much of the request it has received is unknown
+            why = self._end(is_gone)  # it may have received part of the request
             if is_gone:
                 raise OSError(errno.EPIPE, f"the checkpoint writer {why}; the next checkpoint starts another") from None
             raise
@@ -127,7 +127,7 @@ class WriterProcess:
                 process.kill()
             if self._channel is not None:
                 with suppress(OSError):
-                    self._channel.shutdown(socket.SHUT_RDWR)  # wakes the thread up even if the process stays
+                    self._channel.shutdown(socket.SHUT_RDWR)  # wakes the thread even if the process stays
         if process is not None:
             _reap(process)
 
@@ -142,14 +142,14 @@ class WriterProcess:
                     break
                 done, work = item
                 _do(done, work)
-            except BaseException as error:  # nothing may end this thread: work waits for it
+            except BaseException as error:  # this thread must survive: work waits for it
                 if done is not None and not done.done():
                     done.set_exception(error)
             done = item = work = None  # type: ignore[assignment]  # they may keep a center in memory
         self._end()
 
     def _connected(self) -> socket.socket:
-        """The connection to the process; starts one if there is none or it has ended."""
+        """The connection to the process; starts a process if none is running."""
         if self._process is not None and self._process.poll() is not None:
             why = self._end(gone=True)
             _log.warning(
@@ -189,7 +189,7 @@ class WriterProcess:
             raise OSError(errno.ESHUTDOWN, _THE_END)
 
     def _end(self, gone: bool = False) -> str:
-        """Ends the process; says how it ended, for the log.
+        """Ends the process; returns how it ended, for the log.
 
         Args:
             gone: whether it has ended already, or is about to.
@@ -221,10 +221,10 @@ def _do(done: Future[Reply], work: Callable[[], Reply]) -> None:
 
 
 def _reap(process: subprocess.Popen[bytes]) -> int | None:
-    """The exit code; None, and the process is killed, if it does not end now."""
+    """The exit code. A process that does not end now is killed; then None."""
     try:
         return process.wait(_END_TIMEOUT_S)
     except subprocess.TimeoutExpired:
         process.kill()
-        process.returncode = -signal.SIGKILL  # it ends when the disk lets it go; Popen must not wait for that
+        process.returncode = -signal.SIGKILL  # it ends when the disk responds; Popen must not wait for that
         return None

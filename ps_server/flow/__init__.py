@@ -1,1 +1,1 @@
-"""Calls and rounds in motion: carries out what the rules decide."""
+"""Calls and rounds at work: carries out what the rules decide."""

@@ -1,6 +1,6 @@
-"""What goes down to clients: a center, an average as it is finished, the last word on a push. No rules.
+"""Responses to clients: a center, an average as its fragments are finished, the outcome of a push. No rules.
 
-Whatever is read here has to be kept as it is meanwhile (`Center.reading`).
+The caller must hold every buffer that is read here (`Center.reading`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["send_average", "send_buffer", "send_center"]
 async def send_buffer(
     call: Call, first_message: bytes, buffer: Buffer, reader: Reader, indexes: range, codec: Codec = RAW
 ) -> None:
-    """A message, and then these fragments of a buffer."""
+    """Sends a message, then these fragments of a buffer."""
     await call.write(first_message)
     for index in indexes:
         reader.read_bytes += await call.write_fragment(index, buffer.encoded(codec, index, index + 1))
@@ -30,7 +30,7 @@ async def send_buffer(
 async def send_center(
     push: OpenPush, buffer: Buffer, outcome: Outcome, global_step: int, contributors: tuple[str, ...], count: int
 ) -> None:
-    """Answers a push that is not in the round: a center of ``count`` fragments, whole, and why."""
+    """Answers a push that is not in the round: a whole center of ``count`` fragments, then the outcome."""
     first_message = pb.PushAndAverageResponse(admission=pb.PushAdmission(first_needed_fragment=count))
     last_word = pb.PushOutcome(
         outcome=pb.Outcome.Name(outcome.value), global_step=global_step, contributors=contributors
@@ -59,7 +59,7 @@ async def send_average(
             call.count(sent_bytes=size_bytes, is_shared=lane.is_shared)
             observations.fragments_sent += sent - first
             message += await lane.send(coded, first, sent)
-            # The last range waits for the outcome: a small model is then one message.
+            # The last range is sent with the outcome, so a small model takes one message.
             if message and (sent < count or not combines):
                 await call.write(message)
                 message = b""
@@ -70,9 +70,9 @@ async def send_average(
             message = b""
             continue
         if push.outcome is not None:
-            # Now, for as soon as the client has the outcome it may push again.
+            # Before the write: once the client has the outcome, it may push again.
             lane.answered(push.outcome.outcome == pb.OUTCOME_COMMITTED)
-            # Messages that stand one after the other are read as one.
+            # Concatenated protobuf messages parse as one merged message.
             await call.write(message + pb.PushAndAverageResponse(outcome=push.outcome).SerializeToString())
             return
         await push.progress.wait()

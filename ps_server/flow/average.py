@@ -1,4 +1,4 @@
-"""The average of a round on its way down."""
+"""The average of a round while it is sent to the workers."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _MESSAGES_KEPT = 8
 
 @dataclass
 class Average:
-    """The average in the making, or just made: fragments below ``finished`` of ``buffer`` may be sent."""
+    """An average, complete or not: the first ``finished`` fragments of ``buffer`` may be sent."""
 
     buffer: Buffer
     finished: int = 0
 
     def __post_init__(self) -> None:
         buffer = self.buffer
-        # Workers that keep pace are sent the same bytes, so they are made once.
+        # Workers at the same pace receive the same messages, so each is built once.
         self.message = lru_cache(_MESSAGES_KEPT)(
             lambda codec, first, end: wire.encode_fragment(first, buffer.encoded(codec, first, end))
         )
@@ -33,20 +33,20 @@ class Average:
 
 @dataclass(frozen=True)
 class Coded:
-    """An average as a codec writes it."""
+    """An average encoded by a codec."""
 
     average: Average
     codec: Codec
 
     @property
     def segment(self) -> Segment | None:
-        """The shared memory that the average lies in, if it does."""
+        """The shared memory that holds the average; None: it is in private memory."""
         return self.average.buffer.segment
 
     def data(self, first: int, end: int) -> Sequence[memoryview]:
-        """Consecutive fragments, up to but not with ``end``; bytes to be joined."""
+        """Fragments ``first`` to ``end`` - 1, as pieces of bytes to be joined."""
         return self.average.buffer.encoded(self.codec, first, end)
 
     def message(self, first: int, end: int) -> bytes:
-        """The same as a message of the call."""
+        """The same fragments as one message of the call."""
         return self.average.message(self.codec, first, end)

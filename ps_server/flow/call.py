@@ -1,7 +1,7 @@
-"""One call: messages in, messages out, and ends that come from outside. I/O only; no rules of the round.
+"""One call: reads and writes messages, and can be ended from outside. I/O only; no rules of the round.
 
-A call may end because its client stalls or because something elsewhere decided so, while it is blocked in a read or a
-write: `fail` cancels the task that serves it and leaves the reason in `failure`.
+A call may have to end while it is blocked in a read or a write, because its client stalls or because of an event
+elsewhere. `fail` then cancels the task that serves the call and leaves the reason in `failure`.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _T = TypeVar("_T")
 _Openings = pb.InitializeRequest | pb.PushAndAverageRequest
 _Opening = TypeVar("_Opening", pb.InitializeRequest, pb.PushAndAverageRequest)
 _numbers = itertools.count(1)
-# A client that does not take a call's first message for so long is not told how the call ends.
+# A client that takes longer than this to read a call's first message does not receive the call's status.
 FIRST_WRITE_TIMEOUT_S = 1.0
 
 
 class Call:
-    """A call of one client, made in the task that serves it.
+    """A call of one client, created in the task that serves it.
 
     Args:
         context: gRPC's side of it; messages are bytes.
@@ -46,7 +46,7 @@ class Call:
         self.expecting = False
         """True while the client owes messages."""
         self.worker_id = ""
-        """Who calls, as far as is known; for the log."""
+        """The caller's worker id once it is known; for the log."""
         self._context = context
         self._traffic = traffic
         self._stall_timeout_s = stall_timeout_s
@@ -67,11 +67,11 @@ class Call:
 
     @property
     def peer(self) -> str:
-        """Where the client is, as gRPC names it, such as ``ipv4:10.0.0.7:51234``."""
+        """The client's address, as gRPC writes it, such as ``ipv4:10.0.0.7:51234``."""
         return str(self._context.peer())
 
     def fail(self, error: BaseException) -> None:
-        """Ends the call with ``error``, whatever it is blocked in. The first failure counts."""
+        """Ends the call with ``error``, even while it is blocked. The first failure counts."""
         if self._is_ending or self._task is None:
             return
         if self.failure is None:
@@ -79,7 +79,7 @@ class Call:
         if self._has_written or self._write_began_at_s is None:
             self._cancel()
         else:
-            # Beside a call's first message gRPC sends no status: cancelled now, the client would never hear of it.
+            # While a call's first message is being written, gRPC would drop the status. Cancel later.
             self._loop.call_later(FIRST_WRITE_TIMEOUT_S, self._cancel)
         self._is_ending = True
 
@@ -105,8 +105,8 @@ class Call:
         return header
 
     async def read_content(self) -> Content | None:
-        """Index and bytes of the next fragment, or which ones lie in shared memory; None when the client has
-        half-closed.
+        """The index and bytes of the next fragment, or a reference to fragments in shared memory. None when the client
+        has half-closed.
 
         Raises:
             ProtocolError: MESSAGE_MALFORMED or MESSAGE_OUT_OF_ORDER.
@@ -128,7 +128,7 @@ class Call:
         raise refusal(Reason.MESSAGE_OUT_OF_ORDER, "another message came where a fragment belongs")
 
     def count(self, received_bytes: int = 0, sent_bytes: int = 0, is_shared: bool = False) -> None:
-        """Notes bytes of fragments that have moved, in this call or beside it."""
+        """Counts bytes of fragments moved in this call or on its data connection."""
         self._traffic.received_bytes += received_bytes
         self._traffic.sent_bytes += sent_bytes
         if is_shared:
@@ -139,7 +139,7 @@ class Call:
         self._write_began_at_s = self._loop.time()
         try:
             await self._context.write(message)
-        except grpc.aio.InternalError:  # what gRPC says when the client has gone just now
+        except grpc.aio.InternalError:  # gRPC raises this when the client has just gone
             raise asyncio.CancelledError from None
         self._write_began_at_s = None
         if not self._has_written:
@@ -155,19 +155,19 @@ class Call:
         return size_bytes
 
     async def read_aside(self, aside: Aside, reading: Awaitable[None]) -> None:
-        """Waits for bytes that come beside the call."""
+        """Waits for bytes that arrive outside the call's stream."""
         self._read_at_s, self._aside = self._loop.time(), aside
         await reading
         self._read_at_s = self._loop.time()
 
     async def write_aside(self, aside: Aside, writing: Awaitable[None]) -> None:
-        """Waits for bytes that go beside the call."""
+        """Waits until bytes are sent outside the call's stream."""
         self._aside_began_at_s, self._aside = self._loop.time(), aside
         await writing
         self._aside_began_at_s = None
 
     async def run(self, main: Coroutine[Any, Any, _T], beside: Coroutine[Any, Any, None]) -> _T:
-        """Runs ``main`` to its end, with ``beside`` in a task at its side; an error of either ends both."""
+        """Runs ``main`` to its end, with ``beside`` in a second task; an error in either ends both."""
         task = asyncio.ensure_future(beside)
         try:
             task.add_done_callback(self._beside_ended)
@@ -179,7 +179,7 @@ class Call:
                 await asyncio.wait((task,))
 
     def end(self) -> None:
-        """The call is over; what comes from outside no longer matters."""
+        """The call is over; later calls of `fail` have no effect."""
         self._task = None
         self.ended.set_result(None)
         self._watchdog.cancel()
@@ -192,17 +192,17 @@ class Call:
         try:
             if not task.cancelled() and (error := task.exception()) is not None:
                 self.fail(error)
-        except Exception as error:  # nobody else looks
+        except Exception as error:  # no other code would see it
             self.fail(error)
 
     def _watch(self) -> None:
         try:
             self._look()
-        except Exception as error:  # nobody would look again
+        except Exception as error:  # without this the watchdog would stop silently
             self.fail(error)
 
     def _look(self) -> None:
-        """Fails the call if its client has kept it waiting for too long; else looks again when that may be."""
+        """Fails the call if its client has stalled for too long; otherwise schedules the next check."""
         aside = self._aside
         heard_at_s = self._read_at_s if aside is None else max(self._read_at_s, aside.heard_at_s)
         since_s = [heard_at_s] if self.expecting else []

@@ -1,4 +1,4 @@
-"""Who makes the call that is being served."""
+"""The role of the client whose call is being served."""
 
 from __future__ import annotations
 
@@ -9,4 +9,4 @@ from ps_server.rules.authorization import Role
 __all__ = ["caller_role"]
 
 caller_role: ContextVar[Role | None] = ContextVar("caller_role", default=None)
-"""In a call: the role of its token; None without tokens. The task that checks the token goes on to serve the call."""
+"""During a call: the role of its token; None without tokens. The task that checks the token also serves the call."""

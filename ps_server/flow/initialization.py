@@ -33,7 +33,7 @@ from ps_server.rules.round import Round
 __all__ = ["Initialization"]
 
 _log = logging.getLogger("ps_server")
-# A model with more variables, fragments or bytes is handled beside the event loop: on it, every other call would wait.
+# A model above any of these limits is handled off the event loop, so that other calls do not wait.
 _MANY_VARIABLES = 1000
 _MANY_FRAGMENTS = 8192
 _MANY_BYTES = 64 << 20
@@ -41,20 +41,20 @@ _T = TypeVar("_T")
 
 
 class Initialization:
-    """Makes the job, once. Used on one running event loop.
+    """Creates the job, once. Used on one running event loop.
 
     Args:
-        policy: for whom a round waits.
+        policy: which workers a round waits for.
         max_model_bytes: a center that needs more than twice as much memory is refused.
-        shared_memory_from_bytes: centers of this size on lie in shared memory.
-        around: what the job finds.
-        waiting: those who wait for a center.
+        shared_memory_from_bytes: centers of at least this size lie in shared memory.
+        around: the services that the job uses.
+        waiting: calls that wait for a center.
         reserve: descriptors for the center's memory.
-        helper: for large models.
+        helper: a thread for large models.
 
     Attributes:
         job: None until there is a center.
-        chiefs: calls that are sending one.
+        chiefs: calls that are sending a center.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Initialization:
         self._helper = helper
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Goes on from a checkpoint."""
+        """Restores the job from a checkpoint."""
         manifest = checkpoint.manifest
         center = self._empty_center(manifest, checkpoint.outer)
         center.load_arrays(checkpoint.arrays, checkpoint.state)
@@ -94,10 +94,10 @@ class Initialization:
         self._begin(center, wire.PullHeader(manifest), round_)
 
     async def receive(self, call: Call) -> pb.InitializeResponse:
-        """Serves a call of the chief: takes the center that it sends, or says that there is one.
+        """Serves a call of the chief: takes the center that it sends, or answers that one exists.
 
         Raises:
-            ModelAverageError: what it sends is refused; there is no center then, or the one that there was.
+            ModelAverageError: the center is refused; an existing center is unchanged.
         """
         header = await call.read_header(pb.InitializeRequest)
         call.worker_id = header.worker_id
@@ -114,7 +114,7 @@ class Initialization:
                 self.chiefs.discard(call)
             center = await self._beside_the_loop(call, _is_large(manifest), lambda: self._new_center(manifest, values))
             del values
-            if self.job is None and center is not None:  # another chief may have been faster
+            if self.job is None and center is not None:  # another call may have initialized the center meanwhile
                 round_ = Round(self._policy, manifest.fragment_count, header.global_step, keeping=self._keeping)
                 self._begin(center, pull_header, round_)
                 is_first = True
@@ -137,7 +137,7 @@ class Initialization:
 
     @property
     def _keeping(self) -> KeepingPolicy | None:
-        """Which rounds are written before they are answered."""
+        """Which rounds are written to disk before they are answered."""
         keeper = self._around.keeper
         return None if keeper is None else KeepingPolicy(keeper.every_rounds, keeper.timeout_s)
 
@@ -155,7 +155,8 @@ class Initialization:
             )
 
     async def _beside_the_loop(self, call: Call, is_long: bool, work: Callable[[], _T]) -> _T:
-        """What ``work`` returns. If it takes long, all else goes on meanwhile, and the client is not to blame."""
+        """Returns the result of ``work``. Long work runs in the helper and does not count against the client's stall
+        timeout."""
         if not is_long:
             return work()
         call.expecting = False
@@ -164,7 +165,8 @@ class Initialization:
         return result
 
     async def _receive_values(self, call: Call, manifest: Manifest) -> NDArray[np.uint8]:
-        """The flat buffer that the chief sends. A header alone costs nothing: memory is used as bytes come."""
+        """The flat buffer that the chief sends. Memory is committed only as bytes arrive, so a header alone costs
+        nothing."""
         memory_bytes = Center.memory_bytes(manifest)
         if memory_bytes > 2 * self._max_model_bytes:
             raise refusal(

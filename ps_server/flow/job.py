@@ -1,10 +1,10 @@
-"""One job: the round and the center that belong together, and what a pushing or pulling call does with them.
+"""One job: a round and its center, and how pushing and pulling calls use them.
 
-Everything runs on one event loop, so between two awaits nothing else happens: no locks. The round decides what to do,
-the center stores and averages values, and this carries out the one on the other.
+Everything runs on one event loop, so nothing else runs between two awaits: no locks. The round decides, the center
+stores and averages values, and this module carries out the decisions.
 
-All or nothing: whatever a commit needs is there before anything changes, and an event of the round that fails in the
-middle starts the round over. If even that fails, the process ends.
+Events of the round are atomic. A commit allocates all that it needs before anything changes. An event that fails
+halfway starts the round over; if that fails too, the process ends.
 """
 
 from __future__ import annotations
@@ -64,16 +64,16 @@ _log = logging.getLogger("ps_server")
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What a job finds on its server.
+    """The services of the server that a job uses.
 
     Args:
-        roster: where to note what workers do.
-        observations: where to note what rounds take.
-        transports: are told who has left, and who was in a round.
-        keeper: keeps the center on disk; None: nothing does.
+        roster: records what workers do.
+        observations: records how long rounds take.
+        transports: are told which workers have left and which were in a round.
+        keeper: keeps the center on disk; None: no checkpoints.
         clock: seconds, monotonic.
-        first_notice_s: a round that waits says so after this time, then after twice as long, and so on.
-        die: ends the process, with a line that says why; for a state that nobody can be sure of.
+        first_notice_s: a waiting round logs a notice after this time, then after twice as long, and so on.
+        die: ends the process after logging a line with the cause; for a state that cannot be repaired.
     """
 
     roster: Roster
@@ -86,13 +86,13 @@ class Surroundings:
 
 
 class Job:
-    """What there is once the chief has initialized the center.
+    """The state that exists once the chief has initialized the center.
 
     Args:
         center: the center variables.
-        pull_header: opens a pulled center.
-        round_: the ledger; nobody has pushed yet.
-        around: what the job finds on its server.
+        pull_header: the header of the answer to a pull.
+        round_: the ledger, without pushes.
+        around: the services of the server.
     """
 
     def __init__(self, center: Center, pull_header: wire.PullHeader, round_: Round, around: Surroundings) -> None:
@@ -102,7 +102,7 @@ class Job:
         self.average = Average(center.next)
         self.observations = around.observations
         self.clock = around.clock
-        self._pushes: dict[int, OpenPush] = {}  # by the number of the call, as the round names its streams
+        self._pushes: dict[int, OpenPush] = {}  # by call number, which names the stream in the round
         self._roster = around.roster
         self._transports = around.transports
         self._die = around.die
@@ -114,7 +114,7 @@ class Job:
 
     @property
     def manifest(self) -> Manifest:
-        """The manifest in force."""
+        """The current manifest."""
         return self.center.manifest
 
     def fail_pushes(self, error: ModelAverageError) -> None:
@@ -124,22 +124,22 @@ class Job:
                 push.call.fail(error)
 
     async def keep(self) -> None:
-        """Writes a checkpoint of the center as it is, and of who has finished, unless there is one.
+        """Writes a checkpoint of the current center and the finished workers, unless one exists.
 
-        Returns when it outlives the process, or cannot be written."""
+        Returns when the checkpoint outlives the process or cannot be written."""
         if self._writes is not None:
             await self._writes.keep()
 
     def leave(self, worker_id: str, incarnation: bytes) -> None:
-        """A worker's process goes."""
+        """A worker's process leaves."""
         self._leave_transports(worker_id, incarnation)
         with self._as_a_whole():
             self._apply(self.round.leave(worker_id, incarnation, self.clock()))
             self._remarks.left(worker_id, self.round.policy.is_strict)
 
     async def finish(self, worker_id: str, incarnation: bytes) -> None:
-        """A worker has finished, and its process goes. Returns when a checkpoint has it, if any are written, or has
-        taken longer than it may."""
+        """A worker has finished and its process ends. With checkpoints, returns when one records this, or after the
+        checkpoint timeout."""
         self._leave_transports(worker_id, incarnation)
         with self._as_a_whole():
             self._apply(self.round.finish(worker_id, incarnation, self.clock()))
@@ -151,7 +151,7 @@ class Job:
             await asyncio.wait((keeping,), timeout=self._writes.timeout_s)
 
     def come_back(self, worker_id: str) -> None:
-        """A worker is going to push."""
+        """A worker is about to push."""
         had_finished, is_new_run = worker_id in self.round.finished, self.round.job_is_over
         self.round.come_back(worker_id)
         self._note_return(worker_id, had_finished, is_new_run)
@@ -163,13 +163,13 @@ class Job:
             self._remarks.came_back(worker_id, self.round.training)
 
     def missing(self) -> Missing:
-        """Whom the round waits for."""
+        """The workers that the round waits for."""
         named, unnamed = self.round.waits_for
         others = self.round.complete | self.round.finished
         return missing_of(named, unnamed, others, self.round.contributors, self._roster, self.clock())
 
     def seen(self) -> JobSeen:
-        """What the status tells of it at this moment."""
+        """The job's part of the status."""
         round_ = self.round
         return JobSeen(
             manifest=self.manifest,
@@ -187,14 +187,14 @@ class Job:
 
     @contextmanager
     def reading(self, reader: Reader) -> Iterator[tuple[Buffer, int]]:
-        """The present center and its step; it stays as it is meanwhile."""
+        """The current center and its step. The buffer does not change inside the context."""
         buffer = self.center.current
         with self.center.reading(buffer, reader):
             yield buffer, self.round.global_step
 
     @contextmanager
     def reading_center(self, push: OpenPush, outcome: Outcome) -> Iterator[tuple[Buffer, int, tuple[str, ...]]]:
-        """The present center, its step, and who is in it, for a push that is not in the round."""
+        """The current center, its step and contributors, for a push that is not in the round."""
         self.observations.stale_pushes += outcome is Outcome.STALE
         contributors = self.round.contributors
         with self.reading(push.reader) as (buffer, step):
@@ -204,13 +204,13 @@ class Job:
 
     @contextmanager
     def attending(self, push: OpenPush) -> Iterator[None]:
-        """The push is open meanwhile."""
+        """Keeps the push registered inside the context."""
         number = push.call.number
         self._pushes[number] = push
         try:
             yield
         finally:
-            # Before anything that may fail: from here on nobody answers this push.
+            # Before anything that may fail: from here on this push is not answered.
             del self._pushes[number]
             with self._as_a_whole():
                 self._apply(self.round.close(number, self.clock()))
@@ -219,7 +219,7 @@ class Job:
                     self.observations.answered(push.sending, number, self.clock())
 
     def open(self, push: OpenPush, wanted: Push, header: pb.PushHeader) -> Decision | None:
-        """The header of a push came: what the round says to it."""
+        """Passes the header of a push to the round, and returns the round's answer."""
         with self._as_a_whole():
             had_finished, is_new_run = push.worker_id in self.round.finished, self.round.job_is_over
             decisions = self.round.open(push.call.number, wanted, self.clock())
@@ -237,10 +237,10 @@ class Job:
             await push.progress.wait()
 
     def take(self, push: OpenPush, run: Run, unneeded: int) -> None:
-        """Fragments of a push came: all of them count, or none. Those below ``unneeded`` are ignored.
+        """Fragments of a push arrived: all of them are added, or none. Those below ``unneeded`` are ignored.
 
         Raises:
-            ModelAverageError: they are refused.
+            ModelAverageError: the fragments are refused.
         """
         with self._as_a_whole():
             codec = RAW if run.stays else push.codec
@@ -264,7 +264,7 @@ class Job:
                 with self._averaging():
                     try:
                         found = to_sum(decision.index, given, decision.how is Addition.START)
-                    except ModelAverageError as error:  # too late for a refusal: the ledger has the fragment
+                    except ModelAverageError as error:  # too late to refuse: the ledger counts the fragment
                         raise RuntimeError(f"fragment {decision.index} could not be added: {error}") from error
                     self._roster.note_nonfinite(found)
 
@@ -282,11 +282,11 @@ class Job:
         yield
         self.observations.averaged(from_s, self.clock())
 
-    # All or nothing.
+    # Atomic events.
 
     @contextmanager
     def _as_a_whole(self) -> Iterator[None]:
-        """An event of the round happens as a whole: a refusal has changed nothing, any other failure starts the round
+        """Makes an event of the round atomic: a refusal has changed nothing, and any other failure starts the round
         over.
 
         Raises:
@@ -303,7 +303,7 @@ class Job:
             raise refusal(Reason.SERVER_OVERLOADED, f"the server failed ({describe(error)}); push again") from error
 
     def _start_over(self, error: BaseException) -> None:
-        """Something that nobody expected broke off an event of the round: nobody knows what of it has happened."""
+        """An unexpected error interrupted an event of the round, so its effects are unknown: starts the round over."""
         cause, step = describe(error), self.round.global_step
         try:
             self.round.abandon()
@@ -315,7 +315,7 @@ class Job:
             for push in list(self._pushes.values()):
                 if push.outcome is None:
                     push.call.fail(told)
-                else:  # how its round ended is known, but perhaps it has not been woken up
+                else:  # its outcome is known, but its task may not have been woken
                     push.progress.set()
             self._set_timers()
         except BaseException as second:
@@ -332,15 +332,15 @@ class Job:
         push: OpenPush | None = None,
         add: Callable[[Accumulate], None] | None = None,
     ) -> Decision | None:
-        """Carries out what the round decided.
+        """Carries out the decisions of the round.
 
         Args:
-            decisions: in their order.
-            push: whose event they follow from, if it is a push's.
-            add: puts a fragment that has come into its sum.
+            decisions: in order.
+            push: the push whose event caused them, if any.
+            add: adds a fragment that has arrived to its sum.
 
         Returns:
-            The answer to the header of the push, if they follow from that.
+            The answer to the header of the push, if the decisions contain one.
         """
         answer: Decision | None = None
         finished = list[Finish]()
@@ -395,11 +395,11 @@ class Job:
 
     def _kept(self, token: int, is_written: bool) -> None:
         """A write has ended."""
-        with suppress(ModelAverageError), self._as_a_whole():  # it is said
+        with suppress(ModelAverageError), self._as_a_whole():  # the failure has been logged
             self._apply(self.round.kept(token, is_written, self.clock()))
 
     def _commit(self) -> None:
-        """A prepared round is over."""
+        """Commits the prepared round."""
         now_s = self.clock()
         room = self.center.room(now_s)
         commit = self.center.commit(room, lambda: self.round.commit(now_s))
@@ -425,7 +425,7 @@ class Job:
 
     def _expire(self) -> None:
         try:
-            with suppress(ModelAverageError), self._as_a_whole():  # it is said
+            with suppress(ModelAverageError), self._as_a_whole():  # the failure has been logged
                 self._apply(self.round.expire(self.clock()))
         finally:
             self._set_timers()
@@ -464,7 +464,7 @@ class Job:
 
 
 def _split(manifest: Manifest, codec: Codec, run: Run) -> Mapping[int, memoryview]:
-    """By index the bytes of every fragment of a run; none if the first does not exist.
+    """The bytes of every fragment of a run, by index; empty if the first does not exist.
 
     Raises:
         ProtocolError: FRAGMENT_SIZE_WRONG.

@@ -1,4 +1,4 @@
-"""The calls of processes that have a task index or wait for one."""
+"""Calls of processes that hold a task index or wait for one."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Joining:
     """Hands out the task indexes of a job.
 
     Args:
-        num_workers: how many there are.
-        indexes: who has which.
+        num_workers: how many indexes there are.
+        indexes: assigns them.
         clock: seconds, monotonic.
     """
 
@@ -28,7 +28,7 @@ class Joining:
         self._indexes = indexes
         self._clock = clock
         self._calls: dict[bytes, Call] = {}
-        self._waiting: dict[asyncio.Event, None] = {}  # a set in its order: who has waited longest is served first
+        self._waiting: dict[asyncio.Event, None] = {}  # an ordered set: the longest wait is served first
 
     async def serve(self, call: Call, request: pb.JoinRequest) -> None:
         """Serves one call until the client, a newer call of the same process or `fail` ends it.
@@ -50,7 +50,7 @@ class Joining:
         try:
             index = await self._index(call, process, wanted)
             await self._say(call, index)
-            await asyncio.Event().wait()  # never set: whatever ends the call cancels this
+            await asyncio.Event().wait()  # never set; the end of the call cancels this
         finally:
             if self._calls.get(process) is call:
                 del self._calls[process]
@@ -63,7 +63,7 @@ class Joining:
         self._wake()
 
     def fail(self, error: ModelAverageError) -> None:
-        """Ends all calls: they would outlast everything else."""
+        """Ends all calls; they would not end by themselves."""
         for call in self._calls.values():
             call.fail(error)
 
@@ -72,7 +72,7 @@ class Joining:
         while (index := self._indexes.take(process, call.number, wanted, self._clock())) is None:
             if was_told:
                 await self._change()
-            else:  # and looks again: something may have changed meanwhile
+            else:  # then check again: the state may have changed
                 await self._say(call, None)
                 was_told = True
         return index
@@ -82,7 +82,7 @@ class Joining:
         await call.write(response.SerializeToString())
 
     async def _change(self) -> None:
-        """Waits until somebody who has to wait may get an index."""
+        """Waits until an index may have become free."""
         changed = asyncio.Event()
         self._waiting[changed] = None
         now_s = self._clock()

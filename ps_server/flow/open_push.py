@@ -1,4 +1,4 @@
-"""One push that is being answered."""
+"""One push while it is served."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ __all__ = ["Manner", "OpenPush", "push_of"]
 
 @dataclass(frozen=True)
 class Manner:
-    """How a client wants its push to be handled.
+    """Options of a client for its push.
 
     Args:
-        follows: its fragments come without waiting for the admission.
-        takes_runs: several fragments of the average may go in one message.
+        follows: its fragments follow the header without waiting for the admission.
+        takes_runs: one message may carry several fragments of the average.
         takes_combined: admission, fragments and outcome may share a message.
-        is_half_duplex: it reads nothing before it has half-closed.
+        is_half_duplex: the client reads nothing before it has half-closed.
     """
 
     follows: bool
@@ -38,7 +38,7 @@ class Manner:
 
     @classmethod
     def of(cls, header: pb.PushHeader) -> Manner:
-        """What a header says."""
+        """The options in a push header."""
         beside = header.uses_data_connection or bool(header.uses_transport)
         return cls(
             header.fragments_follow or header.half_duplex or beside,
@@ -50,17 +50,17 @@ class Manner:
 
 @dataclass(eq=False)
 class OpenPush:
-    """One push that is being answered.
+    """One push while it is served.
 
     Attributes:
-        lane: where its fragments come, and the average goes.
-        codec: how they are coded.
-        average: what it waits for.
+        lane: carries its fragments and the average.
+        codec: encodes both.
+        average: the average that it waits for.
         reader: reads the average.
-        outcome: set when its round has committed, and that may be known.
-        sending: the answers of that round.
+        outcome: set when its round has committed and the outcome may be sent.
+        sending: the responses of that round.
         is_held: whether it waits for the end of a round that it is not in.
-        notice: to be sent.
+        notice: a notice to be sent.
         progress: set when there is something to send.
     """
 
@@ -91,13 +91,13 @@ def _purpose_of(header: pb.PushHeader) -> Purpose:
 
 
 def push_of(header: pb.PushHeader, manifest: Manifest) -> Push:
-    """What a header says, checked against the manifest in force.
+    """The push that a header describes, checked against the current manifest.
 
     Raises:
-        InvalidRequestError: UNTOUCHED_INVALID, or as `Push`.
+        InvalidRequestError: UNTOUCHED_INVALID, or those of `Push`.
         ConflictError: MANIFEST_UNKNOWN.
     """
-    # One more than there can be is enough to see that they are too many: there may be millions.
+    # Reads at most one more index than is valid, because a hostile header may have millions.
     untouched = tuple(header.untouched_variables[: len(manifest.variables) + 1])
     push = Push(
         header.worker_id,

@@ -1,4 +1,4 @@
-"""A round has committed: what each of its pushes is told, and what the log says."""
+"""After a commit: the outcome for each push, and the log line."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _log = logging.getLogger("ps_server")
 def outcomes_of(
     commit: Commit, pushes: Mapping[int, OpenPush], nonfinite: Mapping[str, int]
 ) -> dict[OpenPush, pb.PushOutcome]:
-    """The last word on every attached push.
+    """The outcome for every attached push.
 
     Args:
-        commit: the end of the round.
+        commit: the commit of the round.
         pushes: by stream.
         nonfinite: by worker, how many of the values that it pushed were not finite.
     """
@@ -43,7 +43,7 @@ def outcomes_of(
 
 
 def tell(outcomes: Mapping[OpenPush, pb.PushOutcome], held: Iterable[OpenPush], sending: Sending) -> None:
-    """The commit may be known: pushes have their outcome, and those that were held wait no longer."""
+    """Publishes a commit: sets the outcome of every push and releases the held ones."""
     for push, outcome in outcomes.items():
         push.outcome, push.sending, push.reader.since_s = outcome, sending, sending.since_s
         push.progress.set()
@@ -53,7 +53,7 @@ def tell(outcomes: Mapping[OpenPush, pb.PushOutcome], held: Iterable[OpenPush], 
 
 
 def log_commit(commit: Commit) -> None:
-    """Says which step was reached, and by whom."""
+    """Logs the step reached and the contributors."""
     _log.debug(
         "global_step %d: averaged %s",
         commit.global_step,

@@ -1,4 +1,4 @@
-"""Pulls: clients that read the center, and wait for the chief to initialize it."""
+"""Pulls: clients read the center, or wait until the chief has initialized it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _log = logging.getLogger("ps_server")
 
 
 async def send_pulled(job: Job, call: Call, request: pb.PullRequest) -> None:
-    """Answers a pull: header, then every fragment that is wanted, all of one step."""
+    """Answers a pull: header, then every fragment that the request names, all of one step."""
     reader = Reader(job.clock(), call.fail)
     with job.reading(reader) as (buffer, step):
         header = job.pull_header.encode(step, job.round.policy.num_workers)
@@ -31,15 +31,15 @@ async def send_pulled(job: Job, call: Call, request: pb.PullRequest) -> None:
 
 
 class WaitForChief:
-    """Those who wait for a center, and what the log says of it. Used on one running event loop.
+    """Pulls that wait for a center, and the log lines about that wait. Used on one running event loop.
 
     Args:
         clock: seconds, monotonic.
-        notice_s: how often a pull is told that it waits (proxies end calls on which nothing is sent for a minute or
-            less), and when the log first says that there is no center.
+        notice_s: how often a waiting pull is sent a notice (proxies end calls that are idle for a minute or less), and
+            when the log first says that there is no center.
 
     Attributes:
-        calls: pulls that wait.
+        calls: the waiting pulls.
     """
 
     def __init__(self, clock: Callable[[], float], notice_s: float) -> None:
@@ -54,8 +54,8 @@ class WaitForChief:
         self._is_over.set()
 
     async def wait(self, call: Call, accepts_notices: bool) -> None:
-        """Returns once there is a center. A client that accepts notices is sent some: proxies may end a call on which
-        nothing is sent."""
+        """Returns once there is a center. A client that accepts notices receives them, so that proxies do not end the
+        idle call."""
         self.calls.add(call)
         try:
             since_s = self._clock()
@@ -72,7 +72,7 @@ class WaitForChief:
         """Returns once there is a center; until then the log says at growing gaps that there is none.
 
         Args:
-            chiefs: the workers that are sending one at the moment.
+            chiefs: names the workers that are sending a center.
         """
         gap_s = self._notice_s
         while not self._is_over.is_set():

@@ -1,4 +1,4 @@
-"""Serves a push, from its header to its outcome: the one loop, whatever the transport."""
+"""Serves a push from its header to its outcome, with any transport."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ __all__ = ["serve_push"]
 async def serve_push(
     job: Job, call: Call, header: pb.PushHeader, transports: Sequence[Transport], reserve: Reserve
 ) -> None:
-    """Answers a push.
+    """Serves a push.
 
     Args:
-        job: whose round it is for.
+        job: the job that it is for.
         call: has read the header and nothing else.
-        header: of the push.
-        transports: are asked in this order whether the push is theirs.
-        reserve: without descriptors nothing is offered.
+        header: the push header.
+        transports: asked in this order whether the push uses them.
+        reserve: without spare descriptors, no transport is offered.
 
     Raises:
-        ModelAverageError: the push is refused, or ended.
+        ModelAverageError: the push is refused or ended.
     """
     wanted = push_of(header, job.manifest)
     codec = codec_named(header.codec)
@@ -82,7 +82,7 @@ def _lane(opening: Opening, transports: Sequence[Transport]) -> Lane:
 
 
 async def _exchange(job: Job, push: OpenPush, admission: pb.PushAdmission) -> None:
-    """Fragments come up while the average goes down."""
+    """Receives fragments and sends the average at the same time."""
     first_needed = admission.first_needed_fragment
     push.call.expecting = first_needed < job.manifest.fragment_count
     receiving = _receive(job, push, first_needed if push.manner.follows else 0)
@@ -91,10 +91,10 @@ async def _exchange(job: Job, push: OpenPush, admission: pb.PushAdmission) -> No
 
 
 async def _exchange_in_turn(job: Job, push: OpenPush, admission: pb.PushAdmission) -> None:
-    """All fragments come up, then the average goes down.
+    """Receives all fragments, then sends the average.
 
-    Until then no center is kept for the push, so a client that writes slowly is no slow reader. If its round is over
-    by then and another one, too, the present center takes the place of the average."""
+    Before that, no center is held for the push, so a client that writes slowly does not count as a slow reader. If
+    its round and the next one are over by then, the current center is sent in place of the average."""
     push.call.expecting = True
     await _receive(job, push, admission.first_needed_fragment)
     push.reader.since_s = job.clock()
@@ -115,7 +115,8 @@ async def _receive(job: Job, push: OpenPush, unneeded: int) -> None:
 
 
 async def _pass_over_fragments(push: OpenPush) -> None:
-    """The push is not in the round. A half-duplex client is to read nothing before it has half-closed."""
+    """The push is not in the round. Discards its fragments until the client half-closes; a half-duplex client reads
+    only then."""
     if push.manner.is_half_duplex:
         push.call.expecting = True
         while (run := await push.lane.receive()) is not None:
@@ -124,6 +125,6 @@ async def _pass_over_fragments(push: OpenPush) -> None:
 
 
 async def _send_center(job: Job, push: OpenPush, outcome: Outcome) -> None:
-    """Answers a push that is not in the round: the present center, whole, and why."""
+    """Answers a push that is not in the round: the whole current center, then the outcome."""
     with job.reading_center(push, outcome) as (buffer, step, contributors):
         await send_center(push, buffer, outcome, step, contributors, job.manifest.fragment_count)

@@ -1,4 +1,4 @@
-"""The RPCs of the service: what each call needs, and the end of all of them."""
+"""The RPCs of the service: how each call is served, and how the service stops."""
 
 from __future__ import annotations
 
@@ -42,25 +42,25 @@ from ps_server.transports.registry import Needs, opened
 __all__ = ["DEFAULT_SHARED_MEMORY_FROM_BYTES", "ParameterServerService", "ServicePolicy"]
 
 DEFAULT_SHARED_MEMORY_FROM_BYTES = 256 << 10
-# How long the last checkpoint may take at least; a large one gets more, at this rate.
+# The minimum time for the last checkpoint; a large one gets more, at this rate.
 _LEAST_LAST_WRITE_S, _LEAST_FLUSH_S = 0.5, 0.1
 _DISK_BYTES_PER_S = 200e6
 
 
 @dataclass(frozen=True)
 class ServicePolicy:
-    """What the service is told when it starts.
+    """Settings of the service.
 
     Args:
-        round: for whom a round waits.
+        round: which workers a round waits for.
         max_model_bytes: a center that needs more than twice as much memory is refused.
-        stall_timeout_s: a client that keeps a stream waiting for longer loses it.
-        shared_memory_from_bytes: models of this size on use shared memory with workers on this host; a smaller one fits
-            one or a few messages, to which shared memory would only add. Infinite: none.
-        checkpoints: where to keep the center; None: nowhere.
-        rejoin_timeout_s: how long a task index is kept for a process whose connection broke.
-        first_notice_s: when a wait for workers, or for the chief, is said first; then after twice as long, and so on.
-            Also how often a pull that waits for the chief is told so.
+        stall_timeout_s: a client that stalls a stream for longer loses it.
+        shared_memory_from_bytes: models of at least this size use shared memory with workers on this host; for a
+            smaller one, which takes one or a few messages, shared memory costs more than it saves. Infinite: none.
+        checkpoints: where to keep the center; None: no checkpoints.
+        rejoin_timeout_s: how long a task index stays reserved for a process whose connection broke.
+        first_notice_s: when a wait for workers or for the chief is first logged; then after twice as long, and so on.
+            Also the interval of notices to a pull that waits for the chief.
     """
 
     round: RoundPolicy
@@ -73,18 +73,18 @@ class ServicePolicy:
 
 
 class ParameterServerService:
-    """The RPCs of `modelaverage.v1.ParameterServer`. Made and used on one running event loop.
+    """The RPCs of `modelaverage.v1.ParameterServer`. Created and used on one running event loop.
 
     Args:
-        policy: what it is told.
+        policy: its settings.
         clock: seconds, monotonic.
-        restored: the checkpoint to go on from; None: the chief initializes the center.
+        restored: the checkpoint to continue from; None: the chief initializes the center.
         reserve: descriptors for the server's own needs.
-        die: ends the process, with a line that says why.
-        home: where to keep the center, as the policy says; None: nowhere.
+        die: ends the process after logging a line with the cause.
+        home: where to write the checkpoints that the policy asks for; None: nowhere.
 
     Raises:
-        OSError, RuntimeError: what writes checkpoints cannot be started.
+        OSError, RuntimeError: the checkpoint writer cannot be started.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class ParameterServerService:
         self._roster, self._observations, self._traffic = Roster(), Observations(), Traffic()
         self._serving = Serving(self._traffic, self._observations, policy.stall_timeout_s)
         self._waiting = WaitForChief(clock, policy.first_notice_s)
-        # Workers of a server that goes on from a checkpoint have indexes already.
+        # After a restore, workers of the job already have indexes.
         closed_until_s = -math.inf if restored is None else self._started_at_s + policy.rejoin_timeout_s
         indexes = TaskIndexes(policy.round.num_workers, policy.rejoin_timeout_s, closed_until_s)
         self._joining = Joining(policy.round.num_workers, indexes, clock)
@@ -113,9 +113,9 @@ class ParameterServerService:
         transports = opened(Needs(policy.round.max_workers, self._reserve))
         self._transports = tuple(transports.values())
         (self.data_port,) = (transport for transport in self._transports if isinstance(transport, DataPort))
-        """Where workers may open data connections, once it listens."""
+        """The port for data connections, once it listens."""
         self.helper = HelperThread()
-        """For large models, once it is started."""
+        """A helper thread for large models, once it is started."""
         around = Surroundings(
             self._roster, self._observations, self._transports, self._keeper, clock, policy.first_notice_s, die
         )
@@ -132,7 +132,7 @@ class ParameterServerService:
             self._initialization.restore(restored)
 
     def handler(self) -> grpc.GenericRpcHandler[bytes, bytes]:
-        """What to register with a gRPC server. Messages stay bytes: wire.py reads and writes them."""
+        """The handler to register with a gRPC server. Messages stay bytes: wire.py reads and writes them."""
         return grpc.method_handlers_generic_handler(
             wire.SERVICE,
             {
@@ -147,15 +147,15 @@ class ParameterServerService:
 
     @property
     def job(self) -> Job | None:
-        """What there is once there is a center."""
+        """The job; None until there is a center."""
         return self._initialization.job
 
     async def wait_initialized(self) -> None:
-        """Returns once there is a center; until then the log says at growing gaps that there is none."""
+        """Returns once there is a center; until then, logs at growing intervals that there is none."""
         await self._waiting.say_so(lambda: sorted({call.worker_id for call in self._initialization.chiefs}))
 
     async def stop(self, timeout_s: float) -> None:
-        """Refuses what waits for others, lets what is under way finish for up to ``timeout_s``, then ends the rest."""
+        """Refuses waiting calls, lets active calls finish for up to ``timeout_s``, then ends the rest."""
         self._serving.is_stopping = True
         error = refusal(Reason.SERVER_STOPPING, GOING_DOWN)
         for call in list(self._waiting.calls):
@@ -178,11 +178,11 @@ class ParameterServerService:
         keeping = asyncio.ensure_future(job.keep())
         await asyncio.wait((keeping,), timeout=deadline_s - self._clock())
         await keeper.finish(max(deadline_s - self._clock(), _LEAST_FLUSH_S))
-        keeper.close()  # if the disk hangs, who waits for it stops waiting
+        keeper.close()  # if the disk hangs, waits for it end here
         await asyncio.wait((keeping,), timeout=_LEAST_LAST_WRITE_S)
 
     def close(self) -> None:
-        """Ends what runs beside the event loop; to be called at the end, however it comes."""
+        """Ends the threads and processes of the service. Must be called in every case."""
         for transport in self._transports:
             transport.close()
         self.helper.stop()
@@ -261,10 +261,10 @@ class ParameterServerService:
 
         await self._serving.serve("Join", context, body)
 
-    # What is known.
+    # Status and metrics.
 
     def status(self) -> pb.GetStatusResponse:
-        """What the server knows at this moment."""
+        """The current status of the server."""
         policy, keeper = self._policy.round, self._keeper
         server = ServerSeen(policy.num_workers, policy.min_workers, self._started_at_s, self._serving.is_stopping)
         checkpoint = None if keeper is None else keeper.seen()
@@ -272,7 +272,7 @@ class ParameterServerService:
         return status_of(server, job, checkpoint, self._roster, self._observations, self._traffic, self._clock())
 
     def metrics_sample(self) -> MetricsSample:
-        """What the metrics show at this moment. To be called on the event loop."""
+        """The current values of the metrics. Must be called on the event loop."""
         lateness_sum_s = {
             w: record.lateness_sum_s for w, record in self._roster.records.items() if record.pushes_counted
         }

@@ -1,4 +1,4 @@
-"""What is common to all calls: a fault of the table becomes its gRPC status, and a server that stops ends its calls."""
+"""Common to all calls: errors become gRPC statuses, and a stopping server ends its calls."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ __all__ = ["GOING_DOWN", "Serving", "while_taken"]
 _log = logging.getLogger("ps_server")
 # A status message travels in HTTP/2 headers, whose size is limited; there, a byte that is not ASCII takes three.
 _MAX_MESSAGE_BYTES = 2000
-# A client that does not take for so long what was sent before its call was refused loses its connection, unless bytes
-# are on their way to it: then the link is slow.
+# A refused client that takes longer than this to read the earlier data on its call loses its connection, unless bytes
+# are still moving to it: then the link is slow.
 _LAST_WORD_TIMEOUT_S = 2.0
 GOING_DOWN = "the parameter server is going down; try again when it is back"
 _T = TypeVar("_T")
 
 
 class Serving:
-    """The calls that are being served. Used on one running event loop.
+    """The open calls of the server. Used on one running event loop.
 
     Args:
         traffic: where calls count the bytes of fragments.
         observations: where to count refused calls.
-        stall_timeout_s: a client that keeps a call waiting for longer loses it.
+        stall_timeout_s: a call whose client stalls for longer fails.
 
     Attributes:
-        calls: those that are open.
+        calls: the open calls.
         is_stopping: whether calls are refused; GetStatus is not.
     """
 
@@ -52,16 +52,16 @@ class Serving:
         self._stall_timeout_s = stall_timeout_s
 
     async def serve(self, rpc: str, context: Context, body: Callable[[Call], Awaitable[_T]]) -> _T:
-        """Runs one call. A fault from the table becomes its gRPC status, with the reason's name for programs."""
+        """Runs one call. A `ModelAverageError` becomes its gRPC status, with the reason's name in the metadata."""
         call: Call | None = None
         try:
             call = Call(context, self._traffic, self._stall_timeout_s)
             return await self._run(rpc, call, body)
         except (ModelAverageError, asyncio.CancelledError) as raised:
-            # Without a failure it was gRPC that cancelled: the client is gone.
+            # Without a failure, gRPC cancelled the task: the client is gone.
             failure = raised if call is None or call.failure is None else call.failure
         except grpc.aio.BaseError:
-            raise  # gRPC's own way to end a call
+            raise  # gRPC uses this to end a call
         except Exception as unexpected:
             failure = unexpected
         worker_id = "" if call is None else call.worker_id
@@ -87,7 +87,7 @@ class Serving:
                 _log.warning(
                     "%s takes nothing, not even %s: its connection is cut", context.peer(), reason.name, extra=what
                 )
-        raise asyncio.CancelledError  # after a last word that went out never reached: abort raises
+        raise asyncio.CancelledError  # only after a timeout: a delivered status makes abort raise
 
     async def _run(self, rpc: str, call: Call, body: Callable[[Call], Awaitable[_T]]) -> _T:
         self.calls.add(call)
@@ -101,7 +101,7 @@ class Serving:
 
 
 def _refusal(rpc: str, worker_id: str, peer: str, failure: BaseException) -> tuple[Reason, str]:
-    """What the client is told. Raises the failure itself if it is of no use to a client."""
+    """The reason and message for the client. Raises the failure itself if it is no error of the call."""
     if isinstance(failure, ModelAverageError) and failure.reason is not None:
         return failure.reason, str(failure)
     if not isinstance(failure, Exception):
@@ -118,13 +118,13 @@ async def while_taken(
     timeout_s: float = _LAST_WORD_TIMEOUT_S,
     silence_timeout_s: float = SILENCE_TIMEOUT_S,
 ) -> None:
-    """Waits for the last word on a call as long as what was sent before it moves.
+    """Waits for a call's status to be sent, as long as the data before it keeps moving.
 
     Args:
-        last_word: is done when the client's side has it.
-        look: what the client's connection has taken; None: there is none.
-        timeout_s: how long the client may have taken all, and not end the call.
-        silence_timeout_s: how long nothing may move of what is on its way.
+        last_word: done when the client's side has the status.
+        look: returns what the client's connection has taken; None: there is no connection.
+        timeout_s: how long a client that has taken all data may leave the call open.
+        silence_timeout_s: how long the data on its way may stand still.
 
     Raises:
         asyncio.TimeoutError: the client takes nothing.

@@ -1,4 +1,4 @@
-"""When a round has something to do because time has passed, and when its log says for whom it waits."""
+"""Timers of a round: when it must act, and when it logs which workers it waits for."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class RoundTimers:
     Args:
         clock: seconds, monotonic.
         expire: called when the round is due.
-        notice: called when somebody has waited for ``first_notice_s``, then after twice as long, and so on.
+        notice: called when a worker has waited for ``first_notice_s``, then after twice as long, and so on.
         first_notice_s: see ``notice``.
     """
 
@@ -39,11 +39,11 @@ class RoundTimers:
         self._next_notice: asyncio.TimerHandle | None = None
 
     def set(self, due_at_s: float | None, somebody_waits: bool) -> None:
-        """What the round says now.
+        """Sets the timers to the current state of the round.
 
         Args:
-            due_at_s: when it has something to do, on the clock; None: not by the passing of time.
-            somebody_waits: whether a worker has given all and waits for others.
+            due_at_s: when the round must act, on the clock; None: only an event changes it.
+            somebody_waits: whether a worker with a whole push waits for others.
         """
         if self._due is not None:
             self._due.cancel()
@@ -68,7 +68,7 @@ class RoundTimers:
 
 
 def log_wait(step: int, age_s: float, missing: Missing, is_prepared: bool) -> None:
-    """Says for whom the round of this step has waited for ``age_s``; a prepared one waits for its checkpoint."""
+    """Logs that the round of this step has waited ``age_s`` seconds, and for which workers or its checkpoint."""
     _log.warning(
         "round %d has waited %.0f s for %s",
         step,

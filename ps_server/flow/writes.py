@@ -1,4 +1,4 @@
-"""The checkpoints that a job has written: of a round before it commits, and of the center as it is."""
+"""The checkpoints of a job: of a round before it commits, and of the current center."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from ps_server.rules.round import Round
 __all__ = ["RoundState", "Writes"]
 
 RoundState = tuple[int, tuple[str, ...], Mapping[str, tuple[bytes, int]]]
-"""Global step, contributors, and by worker the push that was counted last."""
+"""Global step, contributors, and the last counted push of each worker."""
 
 
 class Writes:
-    """Begins writes and says when they have ended. Used on one running event loop.
+    """Begins writes and reports their end. Used on one running event loop.
 
     Args:
-        keeper: writes.
-        center: whose buffers stay as they are meanwhile.
-        round_: says who has finished.
+        keeper: writes the checkpoints.
+        center: its buffers must not change during a write.
+        round_: knows the finished workers.
         clock: seconds, monotonic.
         ended: called with a write's token and whether the checkpoint outlives the process.
     """
@@ -38,7 +38,7 @@ class Writes:
         ended: Callable[[int, bool], None],
     ) -> None:
         self.timeout_s = keeper.timeout_s
-        """How long anybody waits for a write; None: as long as it takes."""
+        """How long a round or call waits for a write; None: no limit."""
         self._keeper = keeper
         self._center = center
         self._round = round_
@@ -46,14 +46,14 @@ class Writes:
         self._ended = ended
         self._turn = asyncio.Lock()
         self._round_over = asyncio.Event()
-        self._finished: frozenset[str] | None = None  # who has, as the newest checkpoint says
+        self._finished: frozenset[str] | None = None  # finished workers in the newest checkpoint
         self._writing: asyncio.Task[None] | None = None
 
     def begin(self, token: int, buffer: Buffer, state: Callable[[], RoundState]) -> asyncio.Task[None]:
-        """Begins to write a buffer, with what ``state`` returns. The task never fails."""
+        """Begins to write a buffer and the state that ``state`` returns. The task never fails."""
         with ExitStack() as reading:
             try:
-                # From now on: a round that starts over before the task has begun must not write into the buffer.
+                # Held from now on: a round that starts over before the task runs must not write into the buffer.
                 reading.enter_context(self._center.reading(buffer, Reader(self._clock())))
                 told = state()
                 self._writing = asyncio.ensure_future(self._write(token, buffer, reading.pop_all(), *told))
@@ -63,10 +63,10 @@ class Writes:
         return self._writing
 
     async def keep(self) -> None:
-        """Writes the center as it is, and who has finished, unless there is such a checkpoint.
+        """Writes the current center and the finished workers, unless a checkpoint has them.
 
-        Returns when it outlives the process, or cannot be written."""
-        async with self._turn:  # who waits here finds that the checkpoint before has it
+        Returns when the checkpoint outlives the process or cannot be written."""
+        async with self._turn:  # a later caller finds that the checkpoint already exists
             round_ = self._round
             while round_.prepared:
                 self._round_over.clear()
@@ -77,7 +77,7 @@ class Writes:
             await asyncio.wait((self.begin(round_.begin_keeping(), self._center.current, lambda: state),))
 
     def round_is_over(self) -> None:
-        """It has committed, or starts over."""
+        """The round has committed or starts over."""
         self._round_over.set()
 
     async def _write(

@@ -1,1 +1,1 @@
-"""Every rule of the server, pure: events and the time in, decisions out. No I/O, no numpy."""
+"""The server's rules as pure code: events and the time go in, decisions come out. No I/O, no numpy."""

@@ -1,4 +1,4 @@
-"""Who may make which call. Pure: no I/O, no gRPC."""
+"""Which role each call requires. Pure: no I/O, no gRPC."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["LEAST_ROLES", "OPEN_SERVICES", "Role", "Tokens", "check"]
 
 
 class Role(enum.IntEnum):
-    """What the holder of a token may do; each may do what those before it may."""
+    """What the holder of a token may do. Each role includes the rights of the roles before it."""
 
     READER = 1
     """Pull, and see the status."""
@@ -24,7 +24,7 @@ class Role(enum.IntEnum):
     """Initialize the center."""
 
 
-# The least role for each call; what is not here needs the greatest.
+# The least role for each call. A call that is not listed requires CHIEF.
 LEAST_ROLES: Mapping[str, Role] = {
     f"/{SERVICE}/GetStatus": Role.READER,
     f"/{SERVICE}/Pull": Role.READER,
@@ -32,40 +32,40 @@ LEAST_ROLES: Mapping[str, Role] = {
     f"/{SERVICE}/Leave": Role.WORKER,
     f"/{SERVICE}/Join": Role.WORKER,
     f"/{SERVICE}/Initialize": Role.CHIEF,
-    # It lists what is in the published .proto.
+    # Reflection reveals only what the published .proto contains.
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": Role.READER,
 }
-# Orchestrators ask for health and have no token; the answer is one word.
+# Orchestrators check health without a token; the answer is one word.
 OPEN_SERVICES = ("/grpc.health.v1.Health/",)
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens that a server knows.
+    """The tokens that the server accepts.
 
     Args:
-        roles: the role of each.
+        roles: the role of each token.
     """
 
     roles: Mapping[str, Role]
 
     def role_of(self, token: str) -> Role | None:
-        """The role of a token; None if it is unknown. The time that it takes does not tell how much of it is right."""
+        """The role of a token; None if it is unknown. Timing reveals nothing about a token."""
         found = None
         sent = token.encode("utf-8", "surrogateescape")
         for known, role in self.roles.items():
             if hmac.compare_digest(known.encode(), sent):
-                found = role  # no early end: not even which token it is can be timed
+                found = role  # no early return: timing must not reveal which token matched
         return found
 
 
 def check(tokens: Tokens, method: str, sent: Sequence[str]) -> ModelAverageError | None:
-    """The refusal of a call; None: it may go on.
+    """Returns the error that refuses the call, or None if the call may proceed.
 
     Args:
-        tokens: those that the server knows.
+        tokens: the tokens that the server accepts.
         method: the call's full name, such as /package.Service/Method.
-        sent: the tokens that it carries: one, or something is wrong.
+        sent: the tokens that the call carries. Anything but exactly one is refused.
     """
     if method.startswith(OPEN_SERVICES):
         return None

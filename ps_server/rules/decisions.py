@@ -1,4 +1,4 @@
-"""What goes into the round and what comes out: pushes, and decisions for the shell to carry out, in their order."""
+"""Inputs and outputs of the round: pushes, and decisions that the caller must carry out in order."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Push:
-    """What a push header says. Equal headers mean equal bytes: a retry.
+    """The contents of a push header. A push with an equal header carries equal bytes: it is a retry.
 
     Raises:
         InvalidRequestError: WORKER_ID_INVALID, INCARNATION_INVALID, WEIGHT_INVALID, GLOBAL_STEP_INVALID.
@@ -59,26 +59,28 @@ class Push:
 
 @dataclass(frozen=True)
 class Admit:
-    """The push is in the round, which wants its fragments from ``first_needed`` on. A push that abstains owes none."""
+    """The push is part of the round; send its fragments from ``first_needed`` on. A push that abstains sends none."""
 
     first_needed: int
 
 
 @dataclass(frozen=True)
 class CenterFollows:
-    """The push is not in the round: the worker gets the present center and goes on from it."""
+    """The push is not in the round: the worker receives the current center and continues from it."""
 
     outcome: Outcome
 
 
 @dataclass(frozen=True)
 class Hold:
-    """The push came too late for the round in progress: it waits for the commit, then gets the center as STALE."""
+    """The push is too late for the round in progress. It waits for the commit, then receives the center with outcome
+    STALE."""
 
 
 @dataclass(frozen=True)
 class TimeOut:
-    """These streams have waited for the others as long as a round may take: they end, and what they gave stays."""
+    """These streams have waited for the round timeout. They end; the fragments that they delivered stay in the
+    round."""
 
     streams: tuple[int, ...]
     waited_s: float
@@ -86,7 +88,7 @@ class TimeOut:
 
 @dataclass(frozen=True)
 class Dismiss:
-    """The stream is no longer part of the round and has to end with ``error``."""
+    """The stream is no longer part of the round and must end with ``error``."""
 
     stream: int
     error: ModelAverageError
@@ -94,27 +96,27 @@ class Dismiss:
 
 @dataclass(frozen=True)
 class Restart:
-    """The round starts over: everything accumulated is void. Each of its streams also gets a `Dismiss`."""
+    """The round starts over: all sums are discarded. Each of its streams also gets a `Dismiss`."""
 
     cause: str
 
 
 class Addition(enum.Enum):
-    """What to do with the values of a fragment that has come."""
+    """What to do with the values of a fragment that has arrived."""
 
     START = enum.auto()
-    """They start the sum. What lies there, or waits to be added, is void."""
+    """They start the sum. Earlier contents of the sum, and additions still queued, are discarded."""
     ADD = enum.auto()
     """Add them to the sum."""
     IGNORE = enum.auto()
-    """Drop them: the sum already holds a center that is given back."""
+    """Drop them: a worker restores this fragment of the center, and the sum already holds it."""
 
 
 @dataclass(frozen=True)
 class Accumulate:
-    """Put the values of fragment ``index``, which has just come, into its sum, multiplied by ``weight``.
+    """Put the values of fragment ``index``, which has just arrived, into its sum, multiplied by ``weight``.
 
-    The ledger already has the fragment. If this cannot be done, the sum is unknown: call `Round.abandon`.
+    The ledger already counts the fragment. If adding fails, the sum is unknown: call `Round.abandon`.
     """
 
     index: int
@@ -124,16 +126,16 @@ class Accumulate:
 
 @dataclass(frozen=True)
 class FinishFragment:
-    """Every push has given fragment ``index`` or owes none: turn its sum into the fragment of the next center.
+    """Every push has delivered fragment ``index`` or abstains: turn its sum into that fragment of the next center.
 
     Args:
-        index: which fragment. A round finishes its fragments in order.
-        total_weight: what to divide the sum by. 0: there is no sum, because all pushes abstain; every variable keeps
-            the center's value.
+        index: the fragment. A round finishes its fragments in order.
+        total_weight: the divisor of the sum. 0: all pushes abstain, so there is no sum, and every variable keeps the
+            center's value.
         untouched: indexes of the variables that keep the center's value.
-        steps: whether the outer optimizer makes its step from the center and this average. False: the average is the
-            next center as it is, and the optimizer's state stays; the server does not have the center that the workers
-            started from, or one of them gives the next center back.
+        steps: whether the outer optimizer takes a step from the center to this average. If False, the average becomes
+            the next center unchanged and the optimizer's state stays. That is so when the server does not have the
+            center that the workers started from, and when a worker restores the next center.
     """
 
     index: int
@@ -144,11 +146,11 @@ class FinishFragment:
 
 @dataclass(frozen=True)
 class KeepFirst:
-    """The round is prepared, but a checkpoint of it comes first: write what `Round.as_committed` and the finished
-    fragments say, then call `Round.kept`. `Prepare` follows from that, or from the passing of time.
+    """The round is prepared but must be in a checkpoint first. Write `Round.as_committed` and the finished fragments,
+    then call `Round.kept`. `Prepare` follows when the write ends or its timeout expires.
 
     Args:
-        token: names the write to `Round.kept`.
+        token: identifies the write in `Round.kept`.
     """
 
     token: int
@@ -156,9 +158,9 @@ class KeepFirst:
 
 @dataclass(frozen=True)
 class Prepare:
-    """Every push is whole, every fragment finished: get whatever the commit needs, then call `Round.commit`.
+    """Every push is whole and every fragment finished: allocate what the commit needs, then call `Round.commit`.
 
-    Until then nothing has changed that anybody may hear of, and `Round.abandon` is possible. Always the last decision.
+    Nothing visible has changed yet, so `Round.abandon` is still possible. Always the last decision in a list.
 
     Args:
         global_step: the step that the commit reaches.
@@ -169,7 +171,7 @@ class Prepare:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one attached stream is told about the commit."""
+    """The outcome of the commit for one attached stream."""
 
     outcome: Outcome
     waited_s: float
@@ -177,15 +179,15 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Commit:
-    """What `Round.commit` returns. The round is over: ``global_step`` rounds are complete.
+    """What `Round.commit` returns. The round has ended: ``global_step`` rounds are complete.
 
     Args:
         global_step: the step reached.
-        contributors: sorted ids of the workers whose pushes made the center: all that did not abstain.
-        present: ids of all workers that took part, those that abstained included.
-        untouched: variables that none of them had changed.
-        verdicts: by stream, for all that are attached, those that abstained included.
-        held: streams that were held; they get this center as STALE.
+        contributors: sorted ids of the workers whose pushes are in the center: all that did not abstain.
+        present: ids of all workers in the round, including those that abstained.
+        untouched: indexes of variables that no contributor changed.
+        verdicts: by stream, for all attached streams, including those of workers that abstained.
+        held: streams that waited for this commit; they receive this center with outcome STALE.
         round_s: seconds since the round's first push.
     """
 

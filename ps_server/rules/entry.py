@@ -13,27 +13,27 @@ __all__ = ["Entry", "EntryState"]
 
 
 class EntryState(enum.Enum):
-    """How much of a push has come."""
+    """How much of a push has arrived."""
 
     EMPTY = enum.auto()
-    """Nothing: the worker may still leave the round, or make another push."""
+    """Nothing: the worker may still leave the round or send a different push."""
     PARTIAL = enum.auto()
-    """Some fragments are in the sums, and cannot be taken out."""
+    """Some fragments are in the sums and cannot be removed."""
     WHOLE = enum.auto()
-    """All that it owes."""
+    """Every fragment that the push owes."""
 
 
 @dataclass
 class Entry:
-    """A worker that takes part in the round.
+    """A worker in the round.
 
     Args:
         push: what it contributes.
-        wanted: its next fragment. Those before it are in the sums, or are not owed.
-        whole_at_s: when the push became whole; None: it is not.
-        stream: the stream that is attached; None: its last one has ended.
-        attached: the push that this stream came with. After a restart of the worker that is another one than `push`.
-        attached_at_s: when it came.
+        wanted: the next fragment to receive. Earlier ones are in the sums or not owed.
+        whole_at_s: when the push became whole; None: it is not whole.
+        stream: the attached stream; None: the last one has ended.
+        attached: the push that this stream opened. After a restart of the worker it differs from `push`.
+        attached_at_s: when the stream was attached.
         detached_at_s: when the last stream ended.
     """
 
@@ -47,7 +47,7 @@ class Entry:
 
     @property
     def state(self) -> EntryState:
-        """How much of the push has come."""
+        """How much of the push has arrived."""
         if self.whole_at_s is not None:
             return EntryState.WHOLE
         return EntryState.PARTIAL if self.wanted else EntryState.EMPTY
@@ -59,16 +59,16 @@ class Entry:
 
     @property
     def abstains(self) -> bool:
-        """Whether it gives no fragments."""
+        """Whether the push sends no fragments."""
         return self.push.purpose is Purpose.ABSTAIN
 
     @property
     def restores(self) -> bool:
-        """Whether it gives the next center back."""
+        """Whether the push restores the next center."""
         return self.push.purpose is Purpose.RESTORE
 
     def check_rival(self, push: Push) -> None:
-        """Whether another push of this worker may take the place of what is attached.
+        """Checks that another push of this worker may replace the attached one.
 
         Raises:
             ConflictError: WORKER_ID_IN_USE or PUSH_SUPERSEDED.

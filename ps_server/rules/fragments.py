@@ -1,4 +1,4 @@
-"""The fragments of the round in progress: how each is added to its sum, when it is finished, and how."""
+"""The fragments of the round in progress: how each is added to its sum, and when and how it is finished."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ __all__ = ["Fragments", "check_fragment_order"]
 
 
 def check_fragment_order(index: int, expected: int, fragment_count: int) -> None:
-    """Raises ProtocolError (FRAGMENT_EXTRA, FRAGMENT_REPEATED or FRAGMENT_MISPLACED) unless ``index`` comes next."""
+    """Raises ProtocolError (FRAGMENT_EXTRA, FRAGMENT_REPEATED or FRAGMENT_MISPLACED) unless ``index`` is the next
+    fragment."""
     if index >= fragment_count:
         raise refusal(
             Reason.FRAGMENT_EXTRA, f"fragment {index} does not exist; the model has {fragment_count} fragments"
@@ -28,26 +29,26 @@ def check_fragment_order(index: int, expected: int, fragment_count: int) -> None
 
 @dataclass
 class Fragments:
-    """What the pushes of one round have given, fragment by fragment.
+    """What the pushes of one round have delivered, fragment by fragment.
 
     Args:
         count: how many fragments the model has.
 
     Attributes:
-        finished: fragments 0 to ``finished`` - 1 are.
+        finished: how many fragments are finished; fragments finish in order.
     """
 
     count: int
     finished: int = field(default=0, init=False)
-    _gifts: list[int] = field(init=False)  # by fragment, how many pushes have given it
-    _restoring: list[Entry] = field(default_factory=list, init=False)  # those that restore and have given something
+    _gifts: list[int] = field(init=False)  # by fragment, how many pushes have delivered it
+    _restoring: list[Entry] = field(default_factory=list, init=False)  # that have delivered one
     _result: tuple[float, frozenset[int], bool] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self._gifts = [0] * self.count
 
     def take(self, entry: Entry) -> Accumulate:
-        """Enters the next fragment of a push."""
+        """Records the next fragment of a push, and returns how to add it."""
         index, weight = entry.wanted, entry.push.weight
         restored_by = [other.push.worker_id for other in self._restoring if other.wanted > index]
         if entry.restores:
@@ -65,12 +66,12 @@ class Fragments:
         return Accumulate(index, weight, how)
 
     def finish(self, entries: Collection[Entry], givers: int, is_base: bool) -> list[FinishFragment]:
-        """The fragments that are finished now, because all ``givers`` have given them.
+        """The fragments that are now finished because all ``givers`` have delivered them.
 
         Args:
-            entries: of all that take part; nobody else gets in.
-            givers: how many of them give fragments.
-            is_base: as `result` has it.
+            entries: all entries of the round, which is closed to others.
+            givers: how many of them send fragments.
+            is_base: see `result`.
         """
         decisions: list[FinishFragment] = []
         while self.finished < self.count and self._gifts[self.finished] == givers:
@@ -79,14 +80,14 @@ class Fragments:
         return decisions
 
     def result(self, entries: Collection[Entry], is_base: bool) -> tuple[float, frozenset[int], bool]:
-        """What all fragments are divided by, which variables stay untouched, and whether the outer optimizer makes its
-        step; as `FinishFragment` has them. Settled once a fragment is finished.
+        """The divisor of all sums, the untouched variables, and whether the outer optimizer takes a step; see
+        `FinishFragment`. Fixed once a fragment is finished.
 
         Args:
-            entries: of all that take part.
-            is_base: whether they started from the center that the server has.
+            entries: all entries of the round.
+            is_base: whether the workers started from the center that the server has.
         """
-        if self._result is None:  # once a round: there may be many fragments, and many variables
+        if self._result is None:  # computed once a round: there may be many fragments and variables
             pushes = [entry.push for entry in entries if entry.push.purpose is Purpose.CONTRIBUTE]
             if any(entry.restores for entry in entries):
                 self._result = 1.0, frozenset(), False

@@ -1,4 +1,4 @@
-"""Whether a round waits for its checkpoint before it is committed. Pure: the shell writes, and says when it is done."""
+"""When a round must wait for its checkpoint before it commits. Pure: the caller writes and reports the end."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ __all__ = ["Keeping"]
 
 @dataclass
 class Keeping:
-    """The writes of checkpoints, as far as rounds have to know of them. Tokens name them.
+    """The writes of checkpoints that affect rounds. Each write has a token.
 
-    - A round that is due is written first, and committed when the write has ended, well or badly.
-    - It waits for any earlier write to end before its own begins.
-    - No wait is longer than the timeout. After one that was, rounds do not wait until the disk has taken everything.
-    - If a round starts over after its write has begun, the disk may show a center that was never committed. The next
-      round is due whatever its step is, so that its checkpoint takes that one's place.
+    - A round that is due is written first. It commits when the write ends, successful or not.
+    - Its write begins only after any earlier write has ended.
+    - No wait is longer than the timeout. After a timeout, rounds do not wait until the disk has finished all writes.
+    - If a round starts over after its write has begun, the disk may hold a center that was never committed. The next
+      round is then due whatever its step, so that its checkpoint replaces that one.
 
     Args:
-        policy: which rounds are due; None: none, there are no checkpoints.
+        policy: which rounds are due; None: no checkpoints are written.
     """
 
     policy: KeepingPolicy | None = None
     _last_token: int = field(default=0, init=False)
-    _under_way: dict[int, bool] = field(default_factory=dict, init=False)  # by token: whether it is of a round
-    _overdue: bool = field(default=False, init=False)  # whether a round has waited in vain for what is under way
-    _void: int | None = field(default=None, init=False)  # the write of a round that started over, until one replaces it
-    # The round that is prepared: its step and since when it has waited (None: it does not wait), and its write.
+    _under_way: dict[int, bool] = field(default_factory=dict, init=False)  # by token: whether the write is of a round
+    _overdue: bool = field(default=False, init=False)  # whether a round's wait for the current writes timed out
+    _void: int | None = field(default=None, init=False)  # write of a round that started over, until it is replaced
+    # The prepared round: its step, since when it has waited (None: it does not wait), and its write.
     _step: int | None = field(default=None, init=False)
     _since_s: float = field(default=0.0, init=False)
     _own: int | None = field(default=None, init=False)
@@ -41,13 +41,13 @@ class Keeping:
 
     @property
     def due_at_s(self) -> float | None:
-        """When a prepared round has waited long enough."""
+        """When a prepared round stops waiting."""
         if self._step is None or self.policy is None or self.policy.timeout_s is None:
             return None
         return self._since_s + self.policy.timeout_s
 
     def prepare(self, global_step: int, now_s: float) -> list[KeepFirst | Prepare]:
-        """A round is prepared, and reaches this step with its commit."""
+        """A round is prepared; its commit will reach this step."""
         due = self.policy is not None and (self._void is not None or global_step % self.policy.every_rounds == 0)
         if not due or (self._under_way and self._overdue):
             return [Prepare(global_step)]
@@ -55,11 +55,11 @@ class Keeping:
         return [] if self._under_way else self._begin_own(now_s)
 
     def begin(self) -> int:
-        """The shell begins to write the present center, for another reason than a round. Returns the write's token."""
+        """The caller begins to write the current center, independently of a round. Returns the write's token."""
         return self._begin(of_a_round=False)
 
     def kept(self, token: int, written: bool, now_s: float) -> list[KeepFirst | Prepare]:
-        """A write has ended, and `written` tells how. That of a round that is over leads to nothing."""
+        """A write has ended; `written` is whether it succeeded. Ignored if its round is already over."""
         of_a_round = self._under_way.pop(token, False)
         if not self._under_way:
             self._overdue = False
@@ -80,11 +80,11 @@ class Keeping:
         return self._go_on(self._step)
 
     def committed(self) -> None:
-        """The round that was prepared is over."""
+        """The prepared round has committed."""
         self._step = self._own = None
 
     def start_over(self) -> None:
-        """The round starts over: if its write has begun, that is void."""
+        """The round starts over: a write of it that has begun is void."""
         if self._own is not None:
             self._void = self._own
         self._step = self._own = None

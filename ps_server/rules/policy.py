@@ -1,4 +1,4 @@
-"""Whom a round waits for, and how long: configuration."""
+"""Configuration: which workers a round waits for, and how long."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from dataclasses import dataclass
 __all__ = ["KeepingPolicy", "MAX_WORKERS", "RoundPolicy"]
 
 MAX_WORKERS = 10_000
-"""How many workers a round may have: their names, of 128 bytes each, fit into the message that lists them."""
+"""The most workers in a round. Their names, of up to 128 bytes each, fit into the message that lists them."""
 
 
 @dataclass(frozen=True)
 class RoundPolicy:
-    """Whom a round waits for.
+    """Which workers a round waits for.
 
     Args:
         num_workers: how many distinct workers there are.
-        min_workers: how many a round needs at least. `num_workers` (strict): it waits for all, however long it takes.
-        max_workers: how many may take part in one round.
-        grace_s: how long a round waits for the rest once `min_workers` pushes are whole; None: a time that adapts to
-            how late pushes have been (`ps_server.rules.quorum.Lateness`).
-        round_timeout_s: a worker that has waited for longer is told DEADLINE_EXCEEDED; its push stays. None: never.
+        min_workers: how many workers a round needs at least. `num_workers` (strict): it waits for all, without limit.
+        max_workers: how many workers may take part in one round.
+        grace_s: how long a round waits for the rest once `min_workers` pushes are whole; None: the wait adapts to how
+            late recent pushes were (`ps_server.rules.quorum.Lateness`).
+        round_timeout_s: a worker that has waited longer gets DEADLINE_EXCEEDED; its push stays. None: no timeout.
     """
 
     num_workers: int
@@ -31,7 +31,7 @@ class RoundPolicy:
 
     @classmethod
     def strict(cls, num_workers: int, round_timeout_s: float | None = None) -> RoundPolicy:
-        """A round has one push of each of ``num_workers`` workers."""
+        """The policy of a round that needs a push of each of ``num_workers`` workers."""
         return cls(num_workers, num_workers, num_workers, round_timeout_s=round_timeout_s)
 
     @property
@@ -42,12 +42,12 @@ class RoundPolicy:
 
 @dataclass(frozen=True)
 class KeepingPolicy:
-    """Which rounds are written to the disk before they are answered.
+    """Which rounds are written to disk before they are answered.
 
     Args:
-        every_rounds: those that reach a multiple of this step.
-        timeout_s: how long a round waits for that; then it is answered without, and the next ones do not wait until
-            the disk has taken what it was given. None: as long as it takes.
+        every_rounds: the rounds that reach a multiple of this step.
+        timeout_s: how long a round waits for its write. Then it is answered without the write, and later rounds do not
+            wait until the disk has finished all earlier writes. None: no limit.
     """
 
     every_rounds: int = 1

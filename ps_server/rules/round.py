@@ -1,24 +1,27 @@
 """The barrier as a pure state machine: events in, decisions out. No I/O, no clock, no tensors.
 
-A round is OPEN while it is not settled who takes part, CLOSED once it is, and PREPARED when all pushes are whole; then
-it is committed, or abandoned. Rules (docs/architecture.md has the picture):
 
-- Fragments of a push come in order, so how much of a push has come is one number, and what a broken push still lacks
-  is everything from there on.
-- A round closes once all take part that it waits for (quorum.py), or nobody else may come. From then on a fragment is
-  finished when all have given it. Every worker gives its fragments in order, so finished fragments are a prefix, too.
-- A worker that comes to a closed round, or after the round gave it up, is held until the commit; but once those for
-  whose sake it is held have been gone for the time of grace, it is let in.
-- What was added to an average cannot be taken out. When a push that is partly in can never be completed, because its
-  process is gone or the time of grace is over, the round starts over and everyone in it pushes again.
-- A push that abstains counts at the barrier and gives nothing. A push that restores gives the next center as it is:
-  its fragments take the place of whatever the others give.
-- A prepared round may have to wait for its checkpoint (keeping.py). Then the shell gets what the commit needs and
-  calls `commit`, or `abandon` if it cannot. Until then nobody leaves the round or gets in.
-- A worker that has finished its training is waited for no longer: a round needs one worker less, in strict mode, too.
-  It counts again once it comes back. When all have finished the job is over, and a new run may begin.
-- After a server came back from an old checkpoint, workers may push from a later base step. If all that the round waits
-  for agree on it, that is the round; if anybody pushes from an earlier one, those who are ahead are refused.
+A round is OPEN until its workers are settled, then CLOSED, and PREPARED when all pushes are whole. A prepared round is
+committed or abandoned. Rules (docs/architecture.md has the picture):
+
+- Fragments of a push arrive in order. One number therefore says how much of a push has arrived, and a broken push lacks
+  every fragment from that number on.
+- A round closes once every worker that it waits for (quorum.py) takes part. From then on a fragment is finished when
+  all workers have delivered it, so finished fragments are a prefix, too.
+- A worker that arrives at a closed round, or that the round has barred, is held until the commit. If workers of the
+  round have been gone for the grace period, the round starts over and admits the held workers.
+- Values added to a sum cannot be removed. When a partly added push can never be completed, because its process is gone
+  or the grace period is over, the round starts over and every worker in it pushes again.
+- A push that abstains counts at the barrier and sends no values. A push that restores carries the next center: its
+  fragments replace the fragments of all other pushes.
+- A prepared round may have to wait for its checkpoint (keeping.py). Then the caller allocates what the commit needs and
+  calls `commit`, or `abandon` if that fails. Meanwhile no worker leaves or joins the round.
+- Rounds do not wait for a worker that has finished its training; in strict mode, too, a round then needs one worker
+  less. A finished worker that pushes again counts again. When all have finished, the job is over and a new run may
+  begin.
+- After the server was restored from an old checkpoint, workers may push from a later base step. If all workers that the
+  round waits for push from the same one, the round uses it. If one pushes from an earlier step, those ahead are
+  refused.
 """
 
 from __future__ import annotations
@@ -51,30 +54,30 @@ __all__ = ["Round", "RoundState"]
 
 
 class RoundState(enum.Enum):
-    """How far a round is."""
+    """The state of a round."""
 
     OPEN = enum.auto()
-    """Who takes part is not settled."""
+    """The set of workers is not settled."""
     CLOSED = enum.auto()
-    """Nobody else gets in. Each fragment is finished when all have given it."""
+    """No further worker is admitted. Each fragment is finished when all workers have delivered it."""
     PREPARED = enum.auto()
-    """All pushes are whole, all fragments finished: only `Round.commit`, or `Round.abandon`, is missing."""
+    """All pushes are whole and all fragments finished; `Round.commit` or `Round.abandon` comes next."""
 
 
 class Round:
     """The ledger of the round in progress.
 
-    Streams are named by numbers that the caller never uses twice. Every stream that `open` admitted or held has to be
-    closed, however it ends. `expire` has to be called when the time is `due_at_s`, and `commit` or `abandon` some time
-    after a `Prepare`. Decisions are to be carried out in their order; if that fails, `abandon` has to be called.
+    The caller names each stream by a number that it never reuses. It must close every stream that `open` admitted or
+    held, however the stream ends. It must call `expire` at `due_at_s`, and `commit` or `abandon` after a `Prepare`. It
+    must carry out decisions in order, and call `abandon` if that fails.
 
     Args:
-        policy: whom a round waits for, and how long.
+        policy: which workers a round waits for, and how long.
         fragment_count: how many fragments a whole push has; may be 0.
-        global_step: rounds completed.
-        contributors: of the last committed round.
-        counted: by worker, the key of the last push that was counted.
-        finished: workers that no round waits for until they come back.
+        global_step: the number of completed rounds.
+        contributors: the workers in the last committed round.
+        counted: by worker, the key of its last counted push.
+        finished: finished workers; no round waits for them until they come back.
         keeping: which rounds are written to the disk before they are committed; None: none.
     """
 
@@ -97,15 +100,15 @@ class Round:
         self._keeping = Keeping(keeping)
         self._base_step = global_step
         self._entries: dict[str, Entry] = {}
-        self._streams: dict[int, str] = {}  # attached ones
-        self._held: dict[int, tuple[Push, float]] = {}  # by stream; since when
+        self._streams: dict[int, str] = {}  # by attached stream, its worker
+        self._held: dict[int, tuple[Push, float]] = {}  # by held stream, its push and since when it is held
         self._begin(Fragments(fragment_count))
 
     def __repr__(self) -> str:
         return f"Round({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
 
     def _begin(self, fragments: Fragments) -> None:
-        """The round is empty. ``fragments`` is made before: for many there may be no memory."""
+        """Begins an empty round. The caller makes ``fragments``, because allocating it may fail."""
         self._state = RoundState.OPEN
         self._entries.clear()
         self._streams.clear()
@@ -118,7 +121,7 @@ class Round:
     # A push.
 
     def open(self, stream: int, push: Push, now_s: float) -> list[Decision]:
-        """A push header came. Exactly one of the decisions is `Admit`, `Hold` or `CenterFollows`.
+        """A push header has arrived. Exactly one of the decisions is `Admit`, `Hold` or `CenterFollows`.
 
         Raises:
             ConflictError: BASE_STEP_AHEAD, WORKER_ID_IN_USE, PUSH_SUPERSEDED or ROUND_FULL; nothing has changed.
@@ -142,9 +145,9 @@ class Round:
         return decisions + self._open_again(entry, stream, push, now_s)
 
     def take_fragments(self, stream: int, first: int, end: int, now_s: float) -> list[Decision]:
-        """The fragments from ``first`` to ``end`` - 1 of this stream have come, and are right in every other respect.
+        """The fragments from ``first`` to ``end`` - 1 of this stream have arrived and passed all other checks.
 
-        For each there is an `Accumulate`, followed by what it leads to. All are in the ledger when this returns.
+        Returns an `Accumulate` for each, followed by the decisions that result. The ledger then counts all of them.
 
         Raises:
             ProtocolError: FRAGMENT_EXTRA, FRAGMENT_REPEATED or FRAGMENT_MISPLACED; nothing has changed.
@@ -152,7 +155,7 @@ class Round:
         entry = self._entry_of(stream)
         check_fragment_order(first, self.fragment_count if entry is None else entry.wanted, self.fragment_count)
         check_fragment_order(end - 1, min(end, self.fragment_count) - 1, self.fragment_count)
-        assert entry is not None  # every index is EXTRA or REPEATED for a stream that has nothing to give
+        assert entry is not None  # for a stream that owes nothing, every index is EXTRA or REPEATED
         decisions: list[Decision] = []
         for _ in range(first, end):
             decisions.append(self._fragments.take(entry))
@@ -170,7 +173,7 @@ class Round:
             )
 
     def close(self, stream: int, now_s: float) -> list[Decision]:
-        """The stream has ended, in whatever way. What it gave stays; a worker that gave nothing leaves the round."""
+        """The stream has ended. Its fragments stay in the round; a worker that sent none leaves the round."""
         self._held.pop(stream, None)
         worker_id = self._streams.pop(stream, None)
         if worker_id is None:
@@ -185,7 +188,7 @@ class Round:
     # A worker.
 
     def leave(self, worker_id: str, incarnation: bytes, now_s: float) -> list[Decision]:
-        """A worker's process goes, and says so. A whole push stays; a round with a quorum waits for it no longer."""
+        """A worker's process says goodbye. A whole push stays; rounds with a quorum no longer wait for the worker."""
         self._quorum.leave(worker_id, incarnation)
         entry = self._entries.get(worker_id)
         if entry is None or not entry.is_broken:
@@ -194,8 +197,8 @@ class Round:
         return self._restart_without(worker_id) if its_own or self._quorum.is_lost(worker_id) else []
 
     def finish(self, worker_id: str, incarnation: bytes, now_s: float) -> list[Decision]:
-        """A worker has finished its training, and its process goes. A whole push stays. Nothing happens if another
-        process of that name has a push open."""
+        """A worker has finished its training, and its process ends. A whole push stays. Ignored if another process of
+        that name has a push open."""
         entry = self._entries.get(worker_id)
         if entry is not None and entry.attached is not None and entry.attached.incarnation != incarnation:
             return []
@@ -204,34 +207,34 @@ class Round:
         return self._restart_without(worker_id) if is_broken else self._advance(None, now_s)
 
     def come_back(self, worker_id: str) -> None:
-        """A worker is going to push: rounds wait for it, even if it had finished. The first that comes after the end of
-        a job begins another one, in which nobody has finished."""
+        """A worker is about to push: rounds wait for it, even if it had finished. If the job was over, this begins a
+        new run, in which no worker has finished."""
         present = self._entries.keys()
         self._quorum.come_back(worker_id, present)
         if self._state is RoundState.OPEN and self._whole < self._quorum.enough(present):
-            self._quorum.enough_at_s = None  # what was enough without it no longer is
+            self._quorum.enough_at_s = None  # one more push is needed now
 
     # The end of a round.
 
     def begin_keeping(self) -> int:
-        """The shell begins to write the present center, which no round has asked for. Returns a token for `kept`."""
+        """The caller begins to write the current center, independently of a round. Returns a token for `kept`."""
         return self._keeping.begin()
 
     def kept(self, token: int, written: bool, now_s: float) -> list[Decision]:
-        """The write that ``token`` names has ended; `written`: with a checkpoint that outlives the server."""
+        """The write that ``token`` names has ended; ``written``: whether its checkpoint outlives the server."""
         return [*self._keeping.kept(token, written, now_s)]
 
     def as_committed(self) -> tuple[int, tuple[str, ...], dict[str, tuple[bytes, int]]]:
-        """What `global_step`, `contributors` and `counted` of a prepared round will be; a checkpoint needs them."""
+        """The future `global_step`, `contributors` and `counted` of a prepared round, for its checkpoint."""
         counted = {worker_id: key for worker_id, key in self.counted.items() if worker_id not in self._entries}
         counted.update((worker_id, entry.push.key) for worker_id, entry in self._entries.items())
-        for worker_id in list(counted)[: max(0, len(counted) - MAX_NAMES)]:  # the last counted come last
+        for worker_id in list(counted)[: max(0, len(counted) - MAX_NAMES)]:  # ordered by time of counting
             del counted[worker_id]
         names = (worker_id for worker_id, entry in self._entries.items() if not entry.abstains)
         return self._base_step + 1, tuple(sorted(names)), counted
 
     def commit(self, now_s: float) -> Commit:
-        """A prepared round is over. If this raises, `global_step` is what it was, and the round has to be abandoned."""
+        """Commits a prepared round. If this raises, `global_step` is unchanged and the round must be abandoned."""
         assert self._state is RoundState.PREPARED
         assert not self._keeping.is_waiting
         _, untouched, _ = self._fragments.result(self._entries.values(), self._is_base)
@@ -251,12 +254,12 @@ class Round:
         self._quorum.committed(late_s)
         self._begin(fragments)
         self._keeping.committed()
-        # Last, for whatever fails before leaves a round that can be abandoned.
+        # Last, because after a failure before this point the round can still be abandoned.
         self.global_step, self.contributors, self.counted = global_step, contributors, counted
         return commit
 
     def abandon(self) -> None:
-        """The shell failed at something: the round starts over, whatever state it is in, and forgets its streams."""
+        """The caller failed: the round starts over from any state and forgets its streams."""
         self._keeping.start_over()
         self._begin(Fragments(self.fragment_count))
 
@@ -264,7 +267,7 @@ class Round:
 
     @property
     def due_at_s(self) -> float | None:
-        """When `expire` has something to do; None if nothing but an event can change anything."""
+        """When `expire` must be called; None if only an event can change the round."""
         due_at_s = [at_s for at_s in (self._grace_over_at_s, self._keeping.due_at_s) if at_s is not None]
         if self.policy.round_timeout_s is not None:
             due_at_s += [since_s + self.policy.round_timeout_s for since_s in self._waiting_since_s().values()]
@@ -278,7 +281,7 @@ class Round:
             is_enough = self._quorum.enough_at_s is not None
             decisions += self._go_on_without_the_late(now_s) if is_enough else self._let_in_the_held()
         if self._state is RoundState.PREPARED and decisions:
-            return decisions  # the wait of all streams is over, too
+            return decisions  # all streams have stopped waiting
         timeout_s = self.policy.round_timeout_s
         if timeout_s is not None:
             waiting_since_s = self._waiting_since_s()
@@ -288,21 +291,21 @@ class Round:
             decisions += [TimeOut(late, timeout_s)] if late else []
         return decisions
 
-    # What the status shows.
+    # For the status page.
 
     @property
     def state(self) -> RoundState:
-        """How far the round in progress is."""
+        """The state of the round in progress."""
         return self._state
 
     @property
     def prepared(self) -> bool:
-        """Whether the round waits for its checkpoint, or for `commit`, and for no worker."""
+        """Whether all pushes are whole: the round waits for its checkpoint or for `commit`."""
         return self._state is RoundState.PREPARED
 
     @property
     def finished(self) -> frozenset[str]:
-        """Workers that no round waits for until they come back."""
+        """Workers that have finished; no round waits for them until they come back."""
         return self._quorum.finished
 
     @property
@@ -312,24 +315,24 @@ class Round:
 
     @property
     def training(self) -> int:
-        """How many workers have not finished; 1 if only those that are not counted among the `num_workers` have not."""
+        """How many workers have not finished; at least 1 while any worker still trains."""
         return 0 if self.job_is_over else max(1, self.policy.num_workers - len(self.finished))
 
     def holds(self, stream: int) -> bool:
-        """Whether a stream belongs to the round in progress, or waits for its end."""
+        """Whether a stream belongs to the round in progress, or is held until its end."""
         return stream in self._streams or stream in self._held
 
     @property
     def under_way(self) -> bool:
-        """Whether a push of the round in progress has come."""
+        """Whether a push has arrived in the round in progress."""
         return self._started_at_s is not None
 
     def age_s(self, now_s: float) -> float:
-        """Seconds since the first push of the round in progress; 0 if none has come."""
+        """Seconds since the first push of the round in progress; 0 if none has arrived."""
         return 0.0 if self._started_at_s is None else now_s - self._started_at_s
 
     def given(self, worker_id: str) -> int:
-        """How many fragments of a worker's push the round no longer wants; of one that abstains, all."""
+        """How many fragments of a worker's push the round no longer needs; all if the push abstains."""
         entry = self._entries.get(worker_id)
         return 0 if entry is None else entry.wanted
 
@@ -340,22 +343,22 @@ class Round:
 
     @property
     def full(self) -> bool:
-        """Whether every worker that the round waits for has opened a push and is still there or has given all."""
+        """Whether every worker that the round waits for has a whole push or an attached stream."""
         return self._state is not RoundState.OPEN and all(
             entry.stream is not None or entry.state is EntryState.WHOLE for entry in self._entries.values()
         )
 
     @property
     def waits_for(self) -> tuple[frozenset[str], int]:
-        """Workers whose pushes are not whole yet, as far as their names are known; and how many others it needs."""
+        """Names of known workers whose pushes are not whole yet, and how many unknown workers the round needs."""
         present = self._entries.keys()
         names = present | (self._quorum.absent(present) if self._state is RoundState.OPEN else set())
         return frozenset(names - self.complete), max(0, self._quorum.needed(present) - len(names))
 
-    # How a push gets in.
+    # How a push is admitted.
 
     def _open_first(self, stream: int, push: Push, now_s: float) -> list[Decision]:
-        """A header of a worker that is not in the round."""
+        """The header of a worker that is not in the round."""
         barred = self._quorum.is_barred(push.worker_id)
         decisions = [] if barred else self._make_room(push.worker_id)
         self._show_up(push)
@@ -365,7 +368,7 @@ class Round:
         return decisions + self._admit(stream, push, now_s)
 
     def _open_again(self, entry: Entry, stream: int, push: Push, now_s: float) -> list[Decision]:
-        """A header of a worker that is in the round: a retry, or another push than the one it began with."""
+        """The header of a worker that is in the round: a retry, or a different push."""
         decisions = self._detach(entry)
         if entry.push != push and entry.state is EntryState.PARTIAL:
             cause = f"{push.worker_id!r} makes another push; its earlier one never came whole"
@@ -390,7 +393,7 @@ class Round:
         return [*decisions, Admit(entry.wanted)]
 
     def _detach(self, entry: Entry) -> list[Decision]:
-        """A newer stream takes the place of the one that is attached."""
+        """A newer stream replaces the attached one."""
         older = entry.stream
         if older is None:
             return []
@@ -408,7 +411,7 @@ class Round:
         self._quorum.show_up(push.worker_id, push.incarnation)
 
     def _agree_on_base_step(self, push: Push) -> list[Decision]:
-        """Refuses those who are ahead of others."""
+        """Refuses workers that are ahead of others."""
         if not (self._entries or self._held) or push.base_step == self._base_step:
             return []
         if push.base_step > self._base_step:
@@ -424,7 +427,7 @@ class Round:
         )
 
     def _make_room(self, newcomer: str) -> list[Decision]:
-        """Decisions that let one more worker in, if the round has its `max_workers`; raises if there are none."""
+        """Decisions that make room for one more worker in a full round; raises ROUND_FULL if that is impossible."""
         held = {push.worker_id for push, _ in self._held.values() if not self._quorum.is_barred(push.worker_id)}
         if len(held | {*self._entries, newcomer}) <= self.policy.max_workers:
             return []
@@ -438,15 +441,15 @@ class Round:
             "or --max-workers",
         )
 
-    # What a fragment leads to.
+    # What happens after a fragment.
 
     def _entry_of(self, stream: int) -> Entry | None:
-        """None for a stream that has nothing to give: its round has committed, or it only gets the center."""
+        """None for a stream that owes nothing: its round has committed, or it only receives the center."""
         worker_id = self._streams.get(stream)
         return None if worker_id is None else self._entries[worker_id]
 
     def _advance(self, entry: Entry | None, now_s: float) -> list[Decision]:
-        """Takes the round as far as it gets, after a change in who takes part, or once ``entry`` owes nothing more."""
+        """Advances the round after a change in its workers, or once ``entry`` may be whole."""
         if self._state is RoundState.PREPARED:
             return []
         if entry is not None and entry.wanted == self.fragment_count and entry.state is not EntryState.WHOLE:
@@ -457,7 +460,7 @@ class Round:
         if self._state is RoundState.OPEN and self._quorum.is_complete(present):
             self._state = RoundState.CLOSED
         enough = self._quorum.enough(present)
-        if self._state is RoundState.CLOSED:  # a worker that had finished may be back, too late for this round
+        if self._state is RoundState.CLOSED:  # a finished worker may have returned too late for this round
             enough = min(enough, len(present))
         if self._whole >= enough and self._quorum.enough_at_s is None:
             self._quorum.enough_at_s = now_s
@@ -468,7 +471,7 @@ class Round:
         return decisions
 
     def _finish_fragments(self) -> list[Decision]:
-        """The fragments that all have given, once it is settled who they all are."""
+        """Finishes the fragments that all workers have delivered, once the set of workers is settled."""
         if self._state is RoundState.OPEN:
             return []
         givers = len(self._entries) - self._abstaining
@@ -479,11 +482,11 @@ class Round:
         """Whether the workers started from the center that the server has."""
         return self._base_step == self.global_step
 
-    # How the round goes on without somebody.
+    # How the round continues without a worker.
 
     @property
     def _grace_over_at_s(self) -> float | None:
-        """When those who are there have waited long enough for those who are not."""
+        """When the grace period ends."""
         since_s: float | None = None
         if self._state is RoundState.PREPARED:
             return None
@@ -496,7 +499,7 @@ class Round:
         return None if since_s is None else since_s + self._quorum.grace_s
 
     def _waiting_since_s(self) -> dict[int, float]:
-        """Since when streams that have nothing to do have waited."""
+        """By idle stream, since when it has waited."""
         waiting = {
             entry.stream: max(entry.attached_at_s, entry.whole_at_s)
             for entry in self._entries.values()
@@ -505,7 +508,7 @@ class Round:
         return waiting | {stream: since_s for stream, (_, since_s) in self._held.items()}
 
     def _go_on_without_the_late(self, now_s: float) -> list[Decision]:
-        """The time of grace is over: the round is that of the pushes that are whole."""
+        """The grace period is over: the round continues with the whole pushes only."""
         whole = self.complete
         missing = {worker_id: entry for worker_id, entry in self._entries.items() if worker_id not in whole}
         held = {push.worker_id for push, _ in self._held.values()}
@@ -518,10 +521,10 @@ class Round:
         decisions: list[Decision] = [Dismiss(e.stream, error) for e in missing.values() if e.stream is not None]
         for worker_id in missing:
             del self._entries[worker_id]
-        return decisions + self._advance(None, now_s)  # it is prepared: nobody is missing any more
+        return decisions + self._advance(None, now_s)  # prepared now: no push is missing
 
     def _let_in_the_held(self) -> list[Decision]:
-        """The round cannot do without those whom it holds up."""
+        """The round admits the held workers: those that they waited for have been gone for the grace period."""
         broken = sorted(worker_id for worker_id, entry in self._entries.items() if entry.is_broken)
         self._quorum.bar_nobody()
         if self._state is RoundState.OPEN:
@@ -530,7 +533,7 @@ class Round:
         return self._restart(f"the push of {listed(broken)} broke off")
 
     def _dismiss_held(self, cause: str) -> list[Decision]:
-        """Those who are held, and not barred, may push again: they will be let in."""
+        """Held workers that are not barred may push again; they will be admitted."""
         error = refusal(Reason.ROUND_RESTARTED, f"round {self.global_step} has room: {cause}; push again")
         free = [stream for stream, (push, _) in self._held.items() if not self._quorum.is_barred(push.worker_id)]
         for stream in free:
@@ -538,7 +541,7 @@ class Round:
         return [Dismiss(stream, error) for stream in free]
 
     def _remove(self, worker_id: str, now_s: float) -> list[Decision]:
-        """A worker that has given nothing is no longer in the round, which may have room for others again."""
+        """Removes a worker that has delivered nothing; the round may then have room for others."""
         del self._entries[worker_id]
         self._state = RoundState.OPEN
         if not self._entries:

@@ -1,4 +1,4 @@
-"""Which process has which task index: the rules, without I/O. Time is an argument, in seconds."""
+"""Assigns task indexes to processes. Pure: no I/O; the time is an argument, in seconds."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 __all__ = ["DEFAULT_REJOIN_TIMEOUT_S", "TaskIndexes"]
 
-# Longer than a client needs to find a server again (a second), shorter than anybody who restarts a worker waits.
+# A client reconnects within a second; an operator who restarts a worker takes longer than this.
 DEFAULT_REJOIN_TIMEOUT_S = 5.0
 
 
 @dataclass
 class _Holder:
-    """A process that has an index: through which of its calls, or until when without one."""
+    """A process that has an index, and the call that holds it or the time until which it is reserved."""
 
     index: int
     call: int
@@ -22,13 +22,13 @@ class _Holder:
 
 
 class TaskIndexes:
-    """The indexes 0 to ``num_workers`` - 1, each with one process at most. A process has one index at most.
+    """The indexes 0 to ``num_workers`` - 1, each held by one process at most. A process has one index at most.
 
     Args:
-        num_workers: how many there are.
-        rejoin_timeout_s: how long an index is kept for a process whose call has ended.
-        closed_until_s: until then nobody gets an index that it does not name: after a restart of the server, those who
-            have had one come back first.
+        num_workers: how many indexes there are.
+        rejoin_timeout_s: how long an index stays reserved for a process whose call has ended.
+        closed_until_s: until then a process gets an index only by naming it. After a restart of the server, this lets
+            processes reclaim the indexes that they had.
     """
 
     def __init__(self, num_workers: int, rejoin_timeout_s: float, closed_until_s: float = -math.inf) -> None:
@@ -38,12 +38,12 @@ class TaskIndexes:
         self._holders: dict[bytes, _Holder] = {}
 
     def take(self, process: bytes, call: int, wanted: int | None, now_s: float) -> int | None:
-        """The index that the process has from now on, through this call; None: it has to wait.
+        """Assigns an index to the process, held by this call. Returns None if the process must wait.
 
         Args:
             process: its incarnation.
-            call: the number of its call; an earlier call of the same process no longer counts.
-            wanted: the only index that it can use; None: the lowest that is free.
+            call: the number of its call, which replaces an earlier call of the same process.
+            wanted: the only index that the process can use; None: the lowest that is free.
             now_s: the time.
         """
         self._expire(now_s)
@@ -63,7 +63,7 @@ class TaskIndexes:
         return holder.index
 
     def ended(self, process: bytes, call: int, now_s: float) -> None:
-        """A call has ended without a goodbye: if the process has its index through it, it may come back for it."""
+        """A call has ended without a goodbye. If it held the index, the index stays reserved for a while."""
         holder = self._holders.get(process)
         if holder is not None and holder.call == call:
             holder.free_at_s = now_s + self._rejoin_timeout_s
@@ -73,7 +73,7 @@ class TaskIndexes:
         self._holders.pop(process, None)
 
     def due_at_s(self, now_s: float) -> float:
-        """When somebody who waits may get an index by the passing of time alone; infinite: not at all."""
+        """When an index may become free by the passing of time alone; infinite: never."""
         times_s = [holder.free_at_s for holder in self._holders.values()]
         if now_s < self._closed_until_s:
             times_s.append(self._closed_until_s)

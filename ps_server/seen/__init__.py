@@ -1,1 +1,1 @@
-"""What is known of workers and rounds. The status, the metrics and the log read it; no rule does."""
+"""Observations of workers and rounds, for the status, the metrics and the log. No rule reads them."""

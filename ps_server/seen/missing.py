@@ -1,4 +1,4 @@
-"""Whom a round waits for, by name, as far as anybody knows names. Pure: nothing here decides what the round does."""
+"""Names the workers that a round waits for. Pure; no rule depends on it."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ def missing_of(
     roster: Roster,
     now_s: float,
 ) -> Missing:
-    """Whom a round waits for.
+    """The workers that a round waits for.
 
-    If it needs more workers than it knows by name, these may be those of the last round (a server that goes on from a
-    checkpoint knows no others at first), others that have pushed, and, if these are too few, those that have only
-    pulled. Names are sorted; those that have only pulled come last.
+    If the round needs more workers than it knows by name, likely candidates are named: contributors of the last round
+    (after a restore, the server knows no others at first), then other workers that have pushed, then workers that have
+    only pulled. Names are sorted; those that have only pulled come last.
 
     Args:
-        named: whose pushes it waits for in any case.
-        unnamed: how many more it needs.
-        excluded: whose pushes are whole, and who has finished.
-        contributors: of the last round that committed.
-        roster: who was heard of.
+        named: workers whose pushes the round waits for in any case.
+        unnamed: how many more workers it needs.
+        excluded: workers whose pushes are whole, and workers that have finished.
+        contributors: the workers in the last committed round.
+        roster: the workers that the server has heard of.
         now_s: the time, on the roster's clock.
     """
     records, pushers = roster.records, set(named)
@@ -40,7 +40,7 @@ def missing_of(
         pushers.update(contributors)
         pushers.difference_update(excluded)
     lacking, others = len(named) + unnamed - len(pushers), set[str]()
-    if lacking > 0:  # somebody may not have pushed yet; an evaluator only pulls, too
+    if lacking > 0:  # a worker may not have pushed yet; but an evaluator only pulls, too
         others.update(name for name, record in records.items() if record.may_push)
         others.difference_update(pushers, excluded)
     certain, known = frozenset(named), frozenset(contributors)
@@ -50,7 +50,7 @@ def missing_of(
         rank = Rank.COUNTED if name in known else Rank.READER if record is None else record.rank
         return name not in certain, -rank, name
 
-    # Of very many, those are named of whom most is certain.
+    # Of too many candidates, the most certain are named.
     chosen = sorted(heapq.nsmallest(MAX_NAMES, pushers, key=doubt))
     chosen += sorted(heapq.nsmallest(MAX_NAMES - len(chosen), others, key=doubt))
     seen = tuple(_last_seen(records.get(name), now_s) for name in chosen)

@@ -1,9 +1,9 @@
-"""What the server measures of its rounds, for the status and the metrics: nothing here decides anything.
+"""Measurements of rounds, for the status and the metrics. No rule depends on them.
 
-Time is an argument, as in round.py. The seconds of a round, from its first push header to its commit, are split so that
-every moment belongs to one phase: *averaging* while the event loop adds or divides fragments, else *receiving* while
-a push of the round owes fragments and its stream is open, else *waiting*. *Sending* comes after: from the moment when
-the commit may be known to the end of the last answer. (Most of an average is sent before, beside the receiving.)
+Time is an argument, as in round.py. The seconds of a round, from its first push header to its commit, are split into
+phases. It is *averaging* while the event loop adds or divides fragments; otherwise *receiving* while an open push owes
+fragments; otherwise *waiting*. *Sending* follows: from the moment when the outcome may be sent to the end of the last
+response. (Most of an average is sent earlier, while fragments are received.)
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from modelaverage.errors import Reason
 __all__ = ["Histogram", "Observations", "PHASES", "Sending"]
 
 PHASES = ("waiting", "receiving", "averaging", "sending")
-# Rounds take from a millisecond (a small model on one host) to many minutes (a large one, and somebody is missing).
+# Rounds take from a millisecond (a small model on one host) to many minutes (a large model and a missing worker).
 _BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
-# The rate is that of so many rounds.
+# The rate is measured over this many rounds.
 _RECENT_ROUNDS = 20
 
 
@@ -30,7 +30,7 @@ class Histogram:
 
     bounds_s: tuple[float, ...] = _BOUNDS_S
     sum_s: float = 0.0
-    counts: list[int] = field(init=False)  # each without those below
+    counts: list[int] = field(init=False)  # each bucket excludes the lower ones
 
     def __post_init__(self) -> None:
         self.counts = [0] * (len(self.bounds_s) + 1)
@@ -42,34 +42,34 @@ class Histogram:
 
     @property
     def count(self) -> int:
-        """How many were counted."""
+        """How many durations were counted."""
         return sum(self.counts)
 
 
 @dataclass(eq=False)
 class Sending:
-    """The answers of one committed round that are on their way: by the number of their stream."""
+    """The responses of one committed round that are being sent, by the number of their stream."""
 
     streams: set[int]
     since_s: float = 0.0
 
 
 class Observations:
-    """The round in progress, and what became of those before it.
+    """Measurements of the round in progress and of earlier rounds.
 
     Attributes:
-        phase_s: of committed rounds, by phase.
-        round_s: of committed rounds, from the first push header to the commit.
-        checkpoint_s: of checkpoints, until they would outlive the process.
-        rounds_committed: since the server started, as all that follow.
-        rounds_restarted: that were started over.
-        rounds_without_all: that committed without a worker that they had waited for.
-        last_round_s: how long the last one took that committed.
-        pushes_retried: headers of a push that was heard of before.
+        phase_s: seconds of committed rounds, by phase.
+        round_s: durations of committed rounds, from the first push header to the commit.
+        checkpoint_s: durations of checkpoint writes, until the checkpoint outlives the process.
+        rounds_committed: committed rounds since the server started; so are all counts below.
+        rounds_restarted: rounds that were started over.
+        rounds_without_all: rounds that committed without a worker that they had waited for.
+        last_round_s: the duration of the last committed round.
+        pushes_retried: headers that repeat an earlier push.
         stale_pushes: pushes that were answered STALE.
-        fragments_received: that came into an average.
-        fragments_sent: of averages, counted once for each worker.
-        refused: calls, by reason.
+        fragments_received: fragments added to an average.
+        fragments_sent: fragments of averages, counted once for each worker.
+        refused: refused calls, by reason.
     """
 
     def __init__(self) -> None:
@@ -86,8 +86,8 @@ class Observations:
         self._begin_round()
 
     def _begin_round(self) -> None:
-        self._since_s: float | None = None  # the first header's time; None: no round is under way
-        self._marked_s = 0.0  # up to then, all time is in `_spent_s`
+        self._since_s: float | None = None  # time of the first header; None: no round is under way
+        self._marked_s = 0.0  # time before this is in `_spent_s`
         self._spent_s = dict.fromkeys(PHASES, 0.0)
         self._incoming = set[int]()  # streams that owe fragments
         self._first_whole_at_s: float | None = None
@@ -96,7 +96,7 @@ class Observations:
     # The round in progress.
 
     def admitted(self, stream: int, owes_fragments: bool, now_s: float) -> None:
-        """A push is in the round."""
+        """A push was admitted to the round."""
         if self._since_s is None:
             self._since_s = self._marked_s = now_s
         self._mark(now_s)
@@ -104,7 +104,7 @@ class Observations:
             self._incoming.add(stream)
 
     def whole(self, stream: int, worker_id: str, now_s: float) -> None:
-        """The last fragment of a push is there."""
+        """The last fragment of a push has arrived."""
         self._mark(now_s)
         self._incoming.discard(stream)
         if self._first_whole_at_s is None:
@@ -112,7 +112,7 @@ class Observations:
         self._lateness_s.setdefault(worker_id, now_s - self._first_whole_at_s)
 
     def averaged(self, from_s: float, to_s: float) -> None:
-        """Between the two, fragments were added or divided."""
+        """Fragments were added or divided between these times."""
         if self._since_s is not None:
             self._mark(from_s)
             self._spent_s["averaging"] += to_s - from_s
@@ -127,12 +127,13 @@ class Observations:
                 self._begin_round()
 
     def started_over(self) -> None:
-        """The round's pushes are void, and so is the time that they took."""
+        """The round starts over: its pushes and its times are discarded."""
         self.rounds_restarted += 1
         self._begin_round()
 
     def committed(self, contributors: Iterable[str], now_s: float) -> dict[str, float]:
-        """The round is over. By how many seconds each contributor's push was whole after the first one."""
+        """The round has committed. Returns how many seconds after the first whole push each contributor's became
+        whole."""
         lateness_s = {worker_id: self._lateness_s.get(worker_id, 0.0) for worker_id in contributors}
         if self._since_s is not None:
             self._mark(now_s)
@@ -148,16 +149,16 @@ class Observations:
         self._spent_s["receiving" if self._incoming else "waiting"] += now_s - self._marked_s
         self._marked_s = now_s
 
-    # Afterwards.
+    # After the commit.
 
     def answered(self, sending: Sending, stream: int, now_s: float) -> None:
-        """The answer on this stream has ended, well or not."""
+        """The response on this stream has ended, successfully or not."""
         sending.streams.discard(stream)
         if not sending.streams:
             self.phase_s["sending"].observe(now_s - sending.since_s)
 
     def rounds_per_minute(self, now_s: float) -> float:
-        """Over the last few rounds; an overdue one lowers it."""
+        """The rate over the last few rounds; an overdue round lowers it."""
         recent_s = list(self._committed_at_s)
         if len(recent_s) < 2:
             return 0.0

@@ -1,5 +1,5 @@
-"""What the log says of workers: that one has finished, left or come back, that their intervals differ, that what they
-push is not finite. Nothing here decides anything."""
+"""Log lines about workers: one has finished, left or come back; their intervals differ; one pushes values that are not
+finite. No rule depends on them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _log = logging.getLogger("ps_server")
 
 
 class Remarks:
-    """Notes what workers say of themselves in the roster, and what is new of it in the log, once.
+    """Records reports of workers in the roster, and logs each new fact once.
 
     Args:
         roster: the workers.
@@ -25,10 +25,10 @@ class Remarks:
     def __init__(self, roster: Roster) -> None:
         self._roster = roster
         self._job_was_over = False
-        self._intervals: frozenset[int] = frozenset()  # different ones that the log has named
+        self._intervals: frozenset[int] = frozenset()  # the differing intervals logged last
 
     def finished(self, worker_id: str, record: WorkerRecord, global_step: int, training: int) -> None:
-        """A worker has finished; ``training`` workers have not, and 0 means that the job is over."""
+        """A worker has finished; ``training`` workers have not. 0: the job is over."""
         if not record.has_finished:
             rest = f"rounds go on with {training}" if training else "so have all others"
             what = event("worker_finished", worker=worker_id, round=global_step, training=training)
@@ -44,7 +44,7 @@ class Remarks:
             )
 
     def left(self, worker_id: str, is_waited_for: bool) -> None:
-        """The process of a worker goes, and did not say that it has finished."""
+        """The process of a worker leaves without having finished."""
         record = self._roster.records.get(worker_id)
         if record is None or record.has_finished:
             return
@@ -54,7 +54,7 @@ class Remarks:
             _log.warning("%r has left without having finished; rounds wait for it", worker_id, extra=what)
 
     def came_back(self, worker_id: str, training: int) -> None:
-        """A worker that had finished trains again."""
+        """A finished worker trains again."""
         record = self._roster.records.get(worker_id)
         if record is not None:
             record.has_finished = False
@@ -63,12 +63,12 @@ class Remarks:
         _log.info("%r trains again; rounds go on with %d", worker_id, training, extra=what)
 
     def new_run(self) -> None:
-        """The first worker of a new run has come: of those of the last one, none has finished."""
+        """The first worker of a new run has arrived: no worker counts as finished."""
         for record in self._roster.records.values():
             record.has_finished = False
 
     def interval(self, worker_id: str, interval_steps: int) -> None:
-        """A worker says how many local steps it makes between two rounds; 0: it does not."""
+        """A worker reports its local steps between two rounds; 0: not reported."""
         record = self._roster.records.get(worker_id)
         if record is None or record.interval_steps == interval_steps:
             return
@@ -91,8 +91,8 @@ class Remarks:
         )
 
     def nonfinite(self, values: Mapping[str, int], contributors: tuple[str, ...], global_step: int) -> None:
-        """How many values of each worker's push were not finite, in a round that has committed. Said when it begins
-        and not again until a push of that worker was finite."""
+        """How many values of each worker's push were not finite, in a committed round. Logged for a worker's first such
+        push, and again only after one of its pushes was finite."""
         for worker_id in contributors:
             record = self._roster.records.get(worker_id)
             if record is None:

@@ -1,4 +1,4 @@
-"""What the server remembers of each worker, for the status: nothing here decides anything."""
+"""What the server remembers of each worker, for the status. No rule depends on it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from modelaverage.v1 import parameter_server_pb2 as pb
 __all__ = ["Rank", "Roster", "WorkerRecord"]
 
 
-# Names come from outside: whoever makes up new ones must not fill the memory.
+# Clients choose names: a client that invents names must not fill the memory.
 _MAX_RECORDS = 10_000
 
 
 class Rank(enum.IntEnum):
-    """How much is certain of a worker. Of very many, those of a higher rank are remembered, named and shown."""
+    """How certain it is that a client is a worker. Of too many, the higher ranks are remembered, named and shown."""
 
     READER = 0
     """It has only pulled."""
@@ -33,60 +33,61 @@ class WorkerRecord:
 
     last_seen_at_s: float
     is_chief: bool = False
-    may_push: bool = False  # whether a call of it carried no token that is for readers only
+    may_push: bool = False  # whether a call of it had a token for more than reading, or none
     has_pushed: bool = False
     local_step: int = 0
     nonfinite_values: int = 0
-    was_nonfinite: bool = False  # whether its last counted push had values that are not finite
-    interval_steps: int = 0  # local steps between two rounds; 0: it does not say
+    was_nonfinite: bool = False  # whether its last counted push had non-finite values
+    interval_steps: int = 0  # local steps between two rounds; 0: not reported
     has_finished: bool = False
-    has_left: bool = False  # its process said that it goes, without having finished
+    has_left: bool = False  # its process left without having finished
     pushes_counted: int = 0
     lateness_s: float | None = None  # in the last round that counted it
-    lateness_sum_s: float = 0.0  # over all of them
+    lateness_sum_s: float = 0.0  # the sum over all rounds
     loss: float | None = None
     peer: str = ""
-    transport: pb.Transport = pb.TRANSPORT_UNSPECIFIED  # of its last push
+    transport: pb.Transport = pb.TRANSPORT_UNSPECIFIED  # the transport of its last push
     last_push: tuple[bytes, int] | None = None
-    queued_as: Rank = Rank.READER  # in which queue of the roster it is
+    queued_as: Rank = Rank.READER  # the roster's queue that it is in
 
     @property
     def rank(self) -> Rank:
-        """How much is certain of it."""
+        """How certain it is that this is a worker."""
         if self.pushes_counted:
             return Rank.COUNTED
         return Rank.PUSHER if self.has_pushed or self.is_chief else Rank.READER
 
     def note_push(self, header: pb.PushHeader, peer: str) -> None:
-        """The header of a push came."""
+        """Records the header of a push."""
         self.has_pushed, self.is_chief, self.local_step, self.peer = True, header.is_chief, header.local_step, peer
         self.loss = header.loss if header.HasField("loss") else None
 
     def is_retry(self, key: tuple[bytes, int]) -> bool:
-        """Whether a push was heard of before; remembers it."""
+        """Whether this push was seen before; remembers it."""
         known, self.last_push = self.last_push == key, key
         return known
 
 
 @dataclass
 class Roster:
-    """Every worker that was heard of; of very many, those of the highest rank, and of these those heard of last.
+    """The known workers. Of too many, those of the highest rank stay, and of these the most recently heard.
 
     Attributes:
-        records: by worker id, the last heard of last.
+        records: by worker id, ordered by last contact.
     """
 
     records: dict[str, WorkerRecord] = field(default_factory=dict)
     _nonfinite: Counter[str] = field(default_factory=Counter, init=False)
-    # Who is forgotten first, by rank. A record whose rank has grown moves on when its turn comes: no call looks at all.
+    # By rank, in the order of forgetting. A record whose rank has grown is moved only when its turn comes: no full
+    # scan.
     _queues: tuple[dict[str, None], ...] = field(default_factory=lambda: tuple({} for _ in Rank), init=False)
 
     def heard_of(self, worker_id: str, now_s: float) -> WorkerRecord:
-        """The record of a worker that has just been heard of."""
+        """The record of a worker that has just made a call."""
         return self._heard_of(worker_id, now_s, pushes=False)
 
     def heard_push_of(self, worker_id: str, now_s: float) -> WorkerRecord:
-        """As `heard_of`, of a worker that pushes."""
+        """Like `heard_of`, for a worker that pushes."""
         return self._heard_of(worker_id, now_s, pushes=True)
 
     def _heard_of(self, worker_id: str, now_s: float, pushes: bool) -> WorkerRecord:
@@ -129,7 +130,7 @@ class Roster:
         return sorted(found, key=lambda item: item[0])
 
     def count(self, lateness_s: Mapping[str, float]) -> None:
-        """A round committed with these workers' pushes, which were so late."""
+        """A round committed with these workers' pushes; records how late each was."""
         for worker_id, late_s in lateness_s.items():
             record = self.records.get(worker_id)
             if record is not None:
@@ -138,13 +139,13 @@ class Roster:
                 record.lateness_sum_s += late_s
 
     def note_nonfinite(self, values: Mapping[str, int]) -> None:
-        """So many values of these workers were not finite."""
+        """Records how many values of these workers were not finite."""
         for worker_id, count in values.items():
             if count and worker_id in self.records:
                 self.records[worker_id].nonfinite_values += count
                 self._nonfinite[worker_id] += count
 
     def take_nonfinite(self) -> Mapping[str, int]:
-        """The values that `note_nonfinite` has heard of since the last call."""
+        """The counts from `note_nonfinite` since the last call."""
         taken, self._nonfinite = self._nonfinite, Counter()
         return taken

@@ -1,4 +1,4 @@
-"""What the metrics are read from."""
+"""The input of the metrics."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ __all__ = ["MetricsSample"]
 
 @dataclass(frozen=True)
 class MetricsSample:
-    """What the server knows at one moment.
+    """The state of the server at one moment.
 
     Args:
-        status: as GetStatus answers it.
-        observations: of its rounds; they change with the next event, so read them at once.
+        status: the answer of GetStatus.
+        observations: measurements of rounds; they change with the next event, so read them at once.
         traffic: bytes of fragments.
-        lateness_sum_s: by worker, over all rounds that counted it, oldest contact first.
+        lateness_sum_s: by worker, the sum over all rounds that counted it; oldest contact first.
     """
 
     status: pb.GetStatusResponse

@@ -1,6 +1,6 @@
-"""What a server knows at one moment, as GetStatus tells it; the metrics and the commands read the same message.
+"""The state of a server at one moment, as GetStatus returns it. The metrics and the commands read the same message.
 
-Values are handed over, so nothing here knows who has them.
+All values are passed in, so this module does not know their owners.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ _MAX_WORKERS_SHOWN = 2000
 
 @dataclass(frozen=True)
 class JobSeen:
-    """The round in progress and the rounds before it.
+    """The round in progress and earlier rounds.
 
     Args:
-        manifest: in force.
-        global_step: rounds completed.
+        manifest: the current manifest.
+        global_step: the number of completed rounds.
         workers_finished: how many workers have finished.
-        is_over: whether all have.
+        is_over: whether all workers have finished.
         connected_workers: how many workers have a push open.
-        round_age_s: since the first push of the round in progress.
-        missing: whom that round waits for; None: none is under way.
+        round_age_s: seconds since the first push of the round in progress.
+        missing: the workers that the round waits for; None: no round is in progress.
         complete: workers whose push in that round is whole.
-        given: how many fragments a worker has given to it.
+        given: how many fragments a worker has delivered in that round.
     """
 
     manifest: Manifest
@@ -51,13 +51,13 @@ class JobSeen:
 
 @dataclass(frozen=True)
 class CheckpointSeen:
-    """The newest checkpoint, and the one that is being written.
+    """The newest checkpoint, and the one being written.
 
     Args:
-        problem: why there is none, or none newer; empty if all is well.
-        step: of the newest; None: none was written.
-        written_at_s: when that was, on the server's clock.
-        writing_since_s: since when one is being written; None: none is.
+        problem: why there is no checkpoint, or none newer; empty if there is no problem.
+        step: the step of the newest; None: none was written.
+        written_at_s: when it was written, on the server's clock.
+        writing_since_s: since when one is being written; None: no write is in progress.
     """
 
     problem: str = ""
@@ -68,13 +68,13 @@ class CheckpointSeen:
 
 @dataclass(frozen=True)
 class ServerSeen:
-    """What a server knows besides its job.
+    """The state of a server besides its job.
 
     Args:
-        num_workers: how many workers there are to be.
-        min_workers: how many a round needs at least.
-        started_at_s: on the server's clock.
-        is_stopping: whether it was told to stop.
+        num_workers: how many workers the job has.
+        min_workers: how many workers a round needs at least.
+        started_at_s: the start time, on the server's clock.
+        is_stopping: whether the server was told to stop.
     """
 
     num_workers: int
@@ -92,14 +92,14 @@ def status_of(
     traffic: Traffic,
     now_s: float,
 ) -> pb.GetStatusResponse:
-    """The status.
+    """Builds the status message.
 
     Args:
-        server: what it is.
+        server: the server's own state.
         job: None before there is a center.
-        checkpoint: None where none are written.
-        roster: of workers.
-        observations: of rounds.
+        checkpoint: None if no checkpoints are written.
+        roster: the workers.
+        observations: measurements of rounds.
         traffic: bytes of fragments.
         now_s: the time, on the server's clock.
     """

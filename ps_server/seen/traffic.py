@@ -9,7 +9,7 @@ __all__ = ["Traffic"]
 
 @dataclass
 class Traffic:
-    """Bytes of fragments that went through all calls, and how many of them in shared memory."""
+    """Bytes of fragments moved by all calls, and how many of them in shared memory."""
 
     received_bytes: int = 0
     sent_bytes: int = 0

@@ -1,1 +1,1 @@
-"""The ways for a push's bytes, one file each."""
+"""Transports: how the bytes of a push travel. One file each."""

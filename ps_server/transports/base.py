@@ -1,8 +1,7 @@
-"""What a transport is: a way for the bytes of pushes. One file each; the loop that serves a push knows none of them.
+"""The interface of a transport, which carries the bytes of pushes. One file each; the push loop knows none of them.
 
-A *transport* lives as long as the server. It looks at the header of each push; if the push uses it, it gives a *lane*:
-the transport's end of that one push, which brings ascending runs of encoded fragments and takes finished ranges of the
-average.
+A *transport* lives as long as the server. It reads the header of each push. If the push uses it, it opens a *lane*, its
+side of that one push. The lane delivers ascending runs of encoded fragments and sends finished ranges of the average.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from modelaverage.v1 import parameter_server_pb2 as pb
 __all__ = ["Aside", "Content", "Lane", "Opening", "PushCall", "Run", "Source", "Transport"]
 
 Content = tuple[int, memoryview] | pb.SharedFragments
-"""What a message of a push carries: the first index and the bytes of a run, or the names of fragments elsewhere."""
+"""The content of a push message: the first index and the bytes of a run, or a reference to fragments elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +28,8 @@ class Run:
 
     Args:
         first: index of the first one.
-        data: their encoded bytes, one behind the other.
-        stays: whether the bytes stay as they are until the round is over.
+        data: their encoded bytes, concatenated.
+        stays: whether the bytes stay valid and unchanged until the round is over.
     """
 
     first: int
@@ -39,57 +38,57 @@ class Run:
 
 
 class Aside(Protocol):
-    """Where bytes move beside a call, as the call's watchdog sees it. Times are the event loop's, in seconds."""
+    """A channel for bytes outside a call's stream, as the call's watchdog sees it. Times: event loop, seconds."""
 
     heard_at_s: float
-    """When bytes last came."""
+    """When bytes last arrived."""
     taken_at_s: float
-    """When bytes last went."""
+    """When bytes were last sent."""
 
     def stalled(self, why: str) -> ModelAverageError:
-        """What ends a push whose bytes stopped moving here."""
+        """The error for a push whose bytes stopped moving here."""
 
 
 class Source(Protocol):
-    """An average, as far as it is finished."""
+    """An average whose finished fragments can be read."""
 
     @property
     def segment(self) -> Segment | None:
-        """The shared memory that it lies in, if it does."""
+        """The shared memory that holds it; None: private memory."""
 
     def data(self, first: int, end: int) -> Sequence[memoryview]:
-        """Consecutive encoded fragments, up to but not with ``end``; bytes to be joined."""
+        """Encoded fragments ``first`` to ``end`` - 1, as pieces of bytes to be joined."""
 
     def message(self, first: int, end: int) -> bytes:
-        """The same as a message of the call."""
+        """The same fragments as one message of the call."""
 
 
 class PushCall(Protocol):
-    """What a lane may do with the call of its push."""
+    """The part of a push's call that a lane may use."""
 
     @property
     def peer(self) -> str:
-        """Where the client is, as gRPC names it, such as ``ipv4:10.0.0.7:51234``."""
+        """The client's address, as gRPC writes it, such as ``ipv4:10.0.0.7:51234``."""
 
     async def read_content(self) -> Content | None:
-        """What the client's next message carries; None once it has half-closed. Raises ProtocolError."""
+        """The content of the client's next message; None once it has half-closed. Raises ProtocolError."""
 
     async def read_aside(self, aside: Aside, reading: Awaitable[None]) -> None:
-        """Waits for bytes that come beside the call."""
+        """Waits for bytes that arrive outside the call's stream."""
 
     async def write_aside(self, aside: Aside, writing: Awaitable[None]) -> None:
-        """Waits for bytes that go beside the call."""
+        """Waits until bytes are sent outside the call's stream."""
 
 
 @dataclass(frozen=True)
 class Opening:
-    """A push whose header has come.
+    """A push whose header has arrived.
 
     Args:
-        header: what it says.
-        call: of the push.
-        manifest: of the model.
-        codec: how its fragments are coded.
+        header: the push header.
+        call: the call of the push.
+        manifest: the manifest of the model.
+        codec: encodes its fragments.
     """
 
     header: pb.PushHeader
@@ -99,70 +98,70 @@ class Opening:
 
 
 class Lane(Protocol):
-    """A transport's end of one push."""
+    """A transport's side of one push."""
 
     @property
     def kind(self) -> pb.Transport:
-        """How the fragments come, for the status."""
+        """How the fragments travel, for the status."""
 
     @property
     def is_shared(self) -> bool:
-        """Whether the bytes lie in shared memory, for the account of the traffic."""
+        """Whether the bytes lie in shared memory, for the traffic counters."""
 
     def admitted(self, admission: pb.PushAdmission, average: Source) -> None:
-        """The push is in the round: adds what the client needs to know to the admission."""
+        """The push is in the round: adds to the admission what the client needs to use this lane."""
 
     async def receive(self) -> Run | None:
-        """The next run; None once the client has sent all that it is going to.
+        """The next run; None once the client has sent everything.
 
         Raises:
-            ModelAverageError: what came breaks the protocol, or the transport is broken.
+            ModelAverageError: the data breaks the protocol, or the transport failed.
         """
 
     def end_of_range(self, first: int, finished: int, runs: bool) -> int:
-        """How much of what is finished goes at once.
+        """Chooses how many finished fragments to send at once.
 
         Args:
-            first: the first fragment that is still to go.
-            finished: fragments before this one are finished.
-            runs: whether the client takes several fragments in one message.
+            first: the first fragment not yet sent.
+            finished: all fragments below this index are finished.
+            runs: whether the client accepts several fragments in one message.
 
         Returns:
-            The fragment after the last one.
+            The index after the last fragment to send.
         """
 
     async def send(self, average: Source, first: int, end: int) -> bytes:
         """Sends a finished range of the average.
 
         Returns:
-            What belongs into the call's next message; empty: the range went beside the call.
+            Bytes for the call's next message; empty if the range was sent outside the call.
         """
 
     def answered(self, is_committed: bool) -> None:
-        """The outcome is about to be told, and nothing else will be sent: the next push may come at once."""
+        """The outcome is about to be sent and nothing follows it; the next push may arrive at once."""
 
     def close(self) -> None:
-        """The push has ended, in whatever way."""
+        """The push has ended, successfully or not."""
 
 
 class Transport(Protocol):
-    """A way for the bytes of pushes. Used on one event loop."""
+    """Carries the bytes of pushes. Used on one event loop."""
 
     def open(self, opening: Opening) -> Lane | None:
-        """The lane of a push; None: the push does not use this transport.
+        """Opens the lane of a push; None: the push does not use this transport.
 
         Raises:
-            RetryPushError: DATA_CONNECTION_LOST: it wants to, and what it needs is not there (any more).
+            RetryPushError: DATA_CONNECTION_LOST: the push asks for this transport, but its resources are gone.
         """
 
     def offer(self, opening: Opening, admission: pb.PushAdmission) -> None:
-        """Adds to the admission of any push what its client may use for its next ones, if it wants to."""
+        """Adds to the admission what the client needs to use this transport for later pushes."""
 
     def keep_only(self, worker_ids: frozenset[str]) -> None:
-        """A round has committed with these workers: what is kept for others may go."""
+        """A round has committed with these workers: resources of other workers may be freed."""
 
     def leave(self, worker_id: str, incarnation: bytes) -> None:
-        """The worker's process goes."""
+        """The worker's process leaves."""
 
     def close(self) -> None:
         """The server ends."""

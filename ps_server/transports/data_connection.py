@@ -1,4 +1,4 @@
-"""One data connection: a socket beside gRPC for the bytes of a worker's pushes. I/O only; no rules of the round."""
+"""One data connection: a socket outside gRPC for the bytes of a worker's pushes. I/O only; no rules of the round."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class DataConnection:
     """A connection to one worker's process.
 
     Args:
-        connection: a socket that does not block; this object's from now on.
-        worker_id: of the worker, for the log.
-        notice_s: when nothing moves for so long, it is said; then again after 3 and 7 times as long, and so on.
+        connection: a non-blocking socket; this object owns and closes it.
+        worker_id: the worker, for the log.
+        notice_s: a stall is logged after this time, then after 3 and 7 times as long, and so on.
     """
 
     def __init__(self, connection: socket.socket, worker_id: str, notice_s: float) -> None:
@@ -32,23 +32,23 @@ class DataConnection:
         self._worker_id, self._notice_s = worker_id, notice_s
         self._peer = "{}:{}".format(*connection.getpeername()[:2])
         self._loop = asyncio.get_running_loop()
-        self._room = memoryview(b"")  # what is still to be filled
+        self._room = memoryview(b"")  # the part still to be filled
         self._filled: asyncio.Future[None] | None = None
         self._is_watched = False
         self._pace = Pace(connection)
         self.heard_at_s = self._loop.time()
-        """When bytes last came, on the loop's clock."""
+        """When bytes last arrived, on the loop's clock."""
         self.taken_at_s = self.heard_at_s
-        """When bytes last went."""
+        """When bytes were last sent."""
 
     def begin(self) -> None:
         """A push begins."""
-        with contextlib.suppress(OSError):  # the next read or write says it
+        with contextlib.suppress(OSError):  # the next read or write raises it
             use_short_queues(self._socket)
             self._pace.begin()
 
     def stalled(self, why: str) -> ModelAverageError:
-        """What ends a push whose bytes stopped moving here: the client is to try another way."""
+        """The error for a push whose bytes stopped moving here. The client then uses another transport."""
         return lost(why)
 
     async def receive(self, room: memoryview) -> None:
@@ -67,7 +67,7 @@ class DataConnection:
             self._filled = None
 
     async def send(self, data: memoryview) -> None:
-        """All of the bytes, once the kernel has them. Raises RetryPushError (DATA_CONNECTION_LOST)."""
+        """Sends all bytes; returns once the kernel has them. Raises RetryPushError (DATA_CONNECTION_LOST)."""
         try:
             with self._noticing("takes nothing of what is sent", lambda: self.taken_at_s):
                 while data:
@@ -78,7 +78,7 @@ class DataConnection:
             raise lost(error) from None
 
     async def _sendable(self) -> int:
-        """Waits until something may go; how many bytes. Raises OSError."""
+        """Waits until the socket is writable; returns how many bytes to send. Raises OSError."""
         while True:
             before_bytes = self._pace.waiting_bytes
             room_bytes = self._pace.room()
@@ -95,7 +95,7 @@ class DataConnection:
 
     @contextmanager
     def _noticing(self, doing: str, moved_at_s: Callable[[], float]) -> Iterator[None]:
-        """If nothing moves for long, it is said."""
+        """Logs if no bytes move for a long time."""
         began_at_s, notice_s = self._loop.time(), self._notice_s
         self._pace.moves()
         timer: asyncio.TimerHandle
@@ -105,7 +105,7 @@ class DataConnection:
             if self._pace.moves():
                 self.taken_at_s = self._loop.time()
             if self._is_watched:
-                self._read()  # on a slow link some may have come, and not enough to be woken up for
+                self._read()  # on a slow link, bytes may have arrived below the wake-up threshold
             waited_s = self._loop.time() - max(began_at_s, moved_at_s())
             if waited_s >= notice_s:
                 notice_s = 2 * notice_s + self._notice_s
@@ -121,7 +121,7 @@ class DataConnection:
             timer.cancel()
 
     def _read(self) -> None:
-        """There is something to read. The socket stays watched from one fragment to the next, which saves calls."""
+        """Reads available bytes. The reader stays registered between fragments, which saves system calls."""
         filled = self._filled
         if filled is None or filled.done():
             self._watch_no_longer()
@@ -150,5 +150,5 @@ class DataConnection:
 
 
 def lost(why: object) -> ModelAverageError:
-    """DATA_CONNECTION_LOST, for this reason."""
+    """The error DATA_CONNECTION_LOST, with this cause."""
     return refusal(Reason.DATA_CONNECTION_LOST, f"the data connection is lost ({why}); push again without it")

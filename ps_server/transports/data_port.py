@@ -1,6 +1,6 @@
-"""Data connections: workers open them beside their calls, and use them for the bytes of later pushes.
+"""Data connections: workers open them in addition to their calls, for the bytes of later pushes.
 
-A connection is offered in an admission, opened with the key that the offer holds, and used by one push at a time.
+An admission offers a connection; the worker opens it with the key in the offer. One push at a time uses it.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ from ps_server.transports.data_connection import DataConnection, lost
 
 __all__ = ["DataLane", "DataPort", "Place"]
 
-# The greeting follows the connection at once, but for what is lost on the way.
+# The greeting follows the connection at once, except when packets are lost.
 _GREETING_TIMEOUT_S = 20.0
-# After a failure to accept.
+# The pause after a failed accept.
 _PAUSE_S = 0.5
-# Strangers that connect and say nothing hold up new connections, not more.
+# Strangers that connect and stay silent delay new connections, nothing else.
 _GREETINGS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
 class Place:
-    """Whose connection it is: a worker's process."""
+    """The owner of a connection: a worker's process."""
 
     worker_id: str
     incarnation: bytes
 
 
 class DataLane:
-    """A push whose fragments are on its worker's data connection, all of them, and whose average goes there.
+    """A push whose fragments all arrive on its worker's data connection; the average is sent there, too.
 
     Args:
-        port: who gets the connection back.
-        connection: of the worker's process; nobody else's as long as the push lasts.
-        opening: of the push.
+        port: takes the connection back after the push.
+        connection: the connection of the worker's process; reserved for this push.
+        opening: the push.
     """
 
     kind = pb.TRANSPORT_DATA_CONNECTION
@@ -56,11 +56,11 @@ class DataLane:
         self._call = opening.call
         self._manifest = opening.manifest
         self._codec = opening.codec
-        self._room: memoryview | None = None  # None: nothing has been read
+        self._room: memoryview | None = None  # None: no byte has been read
         self._received = 0
 
     def admitted(self, admission: pb.PushAdmission, average: Source) -> None:
-        """There is nothing to add."""
+        """Adds nothing."""
 
     async def receive(self) -> Run | None:
         """The next fragment. Raises RetryPushError (DATA_CONNECTION_LOST)."""
@@ -76,25 +76,25 @@ class DataLane:
         return Run(index, data)
 
     def end_of_range(self, first: int, finished: int, runs: bool) -> int:
-        """A run that ends at a multiple of the longest one, or a fragment."""
+        """One fragment, or a run that ends at a multiple of the maximum run length."""
         longest = self._manifest.longest_run
         return min(finished, (first // longest + 1) * longest) if runs else first + 1
 
     async def send(self, average: Source, first: int, end: int) -> bytes:
-        """Sends the bytes beside the call. Raises RetryPushError (DATA_CONNECTION_LOST)."""
+        """Sends the bytes on the data connection. Raises RetryPushError (DATA_CONNECTION_LOST)."""
         assert self._connection is not None
         for data in average.data(first, end):
             await self._call.write_aside(self._connection, self._connection.send(data))
         return b""
 
     def answered(self, is_committed: bool) -> None:
-        """The connection is ready for the next push if nothing is left in it."""
+        """Returns the connection for the next push if no bytes are left in it."""
         if is_committed and self._received == self._manifest.fragment_count and self._connection is not None:
             connection, self._connection = self._connection, None
             self._port.give_back(self._place, connection)
 
     def close(self) -> None:
-        """Closes the connection unless it was given back: nobody knows what is still in it."""
+        """Closes the connection unless it was given back, because unknown bytes may be left in it."""
         if self._connection is not None:
             self._connection.close()
 
@@ -113,20 +113,20 @@ class DataLane:
 
 
 class DataPort:
-    """Where workers open data connections; offers none until `listen`. Made and used on one running event loop.
+    """Accepts data connections; offers none until `listen`. Created and used on one running event loop.
 
     Args:
-        max_connections: how many are kept; of more, the oldest are closed.
-        silence_timeout_s: one on which bytes get no acknowledgement for so long is lost.
+        max_connections: how many are kept; above that, the oldest are closed.
+        silence_timeout_s: a connection whose bytes are not acknowledged for this long is lost.
     """
 
     def __init__(self, max_connections: int, silence_timeout_s: float = SILENCE_TIMEOUT_S) -> None:
         self._max_connections = max_connections
         self._silence_timeout_s = silence_timeout_s
         self._listeners: list[socket.socket] = []
-        self._offers: dict[bytes, tuple[bytes, Place]] = {}  # by the first half of the key: the second half
-        self._offered: dict[str, bytes] = {}  # by worker id: the first half of the key of its last offer
-        self._connections: dict[str, tuple[Place, DataConnection]] = {}  # by worker id
+        self._offers: dict[bytes, tuple[bytes, Place]] = {}  # first half of the key -> second half, owner
+        self._offered: dict[str, bytes] = {}  # worker id -> first half of the key of its last offer
+        self._connections: dict[str, tuple[Place, DataConnection]] = {}  # worker id -> owner, connection
         self._greetings = asyncio.Semaphore(_GREETINGS_AT_ONCE)
         self._tasks = set[asyncio.Task[None]]()
         self._arriving = set[socket.socket]()
@@ -135,7 +135,7 @@ class DataPort:
         """Listens on these hosts, on the same port of each; 0: any free one. Returns the port.
 
         Raises:
-            OSError: it cannot.
+            OSError: it cannot listen.
         """
         try:
             for host in hosts:
@@ -160,7 +160,7 @@ class DataPort:
         return DataLane(self, self.take(Place(header.worker_id, header.incarnation)), opening)
 
     def offer(self, opening: Opening, admission: pb.PushAdmission) -> None:
-        """Offers a connection to a worker that would like one."""
+        """Offers a connection to a worker that asks for one."""
         header = opening.header
         if header.accepts_data_connection and not opening.call.peer.startswith("unix"):
             offered = self.offer_to(Place(header.worker_id, header.incarnation))
@@ -168,24 +168,24 @@ class DataPort:
                 admission.data_connection.CopyFrom(offered)
 
     def offer_to(self, place: Place) -> pb.DataConnection | None:
-        """What to tell a process that would like a connection; None: there is none. Earlier offers are void."""
+        """The offer for a process that asks for a connection; None: there is none. Voids its earlier offers."""
         if not self._listeners:
             return None
         worker_id = place.worker_id
-        self._drop(worker_id)  # its own, which it has lost, or an earlier process's
+        self._drop(worker_id)  # its own lost connection, or an earlier process's
         key = new_key()
         hello, answer = halves(key)
         self._offers[hello] = answer, place
         self._offered[worker_id] = hello
-        if len(self._offered) > self._max_connections:  # names come from outside, memory must not
+        if len(self._offered) > self._max_connections:  # clients choose names, so memory must be bounded
             self._drop(next(iter(self._offered)))
         return pb.DataConnection(port=self._listeners[0].getsockname()[1], key=key)
 
     def take(self, place: Place) -> DataConnection:
-        """The connection of a process, for a push; `give_back` is for afterwards.
+        """Takes the connection of a process for a push; `give_back` returns it.
 
         Raises:
-            RetryPushError: DATA_CONNECTION_LOST: there is none.
+            RetryPushError: DATA_CONNECTION_LOST: there is no connection.
         """
         owner, connection = self._connections.get(place.worker_id, (None, None))
         if connection is None or owner != place:
@@ -194,23 +194,23 @@ class DataPort:
         return connection
 
     def give_back(self, place: Place, connection: DataConnection) -> None:
-        """A connection is ready for its process's next push, unless there is another one by now."""
+        """Keeps a connection for its process's next push, unless a newer one exists."""
         if place.worker_id in self._connections:
             connection.close()
         else:
             self._put(place, connection)
 
     def keep_only(self, worker_ids: frozenset[str]) -> None:
-        """Connections stay: they cost a descriptor, and making new ones costs a trip."""
+        """Keeps connections: each costs one descriptor, and a new one costs a round trip."""
 
     def leave(self, worker_id: str, incarnation: bytes) -> None:
-        """Closes the connection of a process that goes, if it has one."""
+        """Closes the connection of a process that leaves, if it has one."""
         if self._connections.get(worker_id, (None,))[0] == Place(worker_id, incarnation):
             self._drop(worker_id)
 
     def _put(self, place: Place, connection: DataConnection) -> None:
         self._connections[place.worker_id] = place, connection
-        if len(self._connections) > self._max_connections:  # names come from outside, sockets must not
+        if len(self._connections) > self._max_connections:  # clients choose names, so sockets must be bounded
             self._drop(next(iter(self._connections)))
 
     def _drop(self, worker_id: str) -> None:
@@ -224,7 +224,7 @@ class DataPort:
         for task in self._tasks:
             task.cancel()
         for ended in (*self._listeners, *self._arriving):
-            with contextlib.suppress(ValueError):  # it is closed
+            with contextlib.suppress(ValueError):  # already closed
                 asyncio.get_running_loop().remove_reader(ended)
             ended.close()
         self._listeners.clear()
@@ -240,7 +240,7 @@ class DataPort:
         while True:
             try:
                 await self._accept_one(listener)
-            except Exception:  # no descriptors, no memory, or the client has gone: others may come
+            except Exception:  # no descriptors, no memory, or the client has gone: keep accepting
                 await asyncio.sleep(_PAUSE_S)
 
     async def _accept_one(self, listener: socket.socket) -> None:
@@ -270,7 +270,7 @@ class DataPort:
             answer, place = self._offers.pop(hello, (b"", None))
             if place is None:
                 return False
-            # Before the answer: whoever has that may push at once.
+            # Before the answer: a client that has it may push at once.
             self._drop(place.worker_id)
             notice_s = self._silence_timeout_s / NOTICES_IN_SILENCE
             self._put(place, DataConnection(connection, place.worker_id, notice_s))
@@ -283,7 +283,7 @@ class DataPort:
             prepare(connection, self._silence_timeout_s)
             is_known = await asyncio.wait_for(greeting(), _GREETING_TIMEOUT_S)
         except (OSError, ValueError, asyncio.TimeoutError):
-            pass  # a stranger, or somebody who gave up
+            pass  # a stranger, or a worker that gave up
         finally:
             if not is_known:
                 connection.close()

@@ -1,4 +1,4 @@
-"""Fragments in the call's own messages: the transport that every client has."""
+"""Fragments in the call's own messages: the transport that every client supports."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ __all__ = ["Messages", "MessagesLane"]
 
 
 class MessagesLane:
-    """A push in messages.
+    """A push whose fragments travel in the call's messages.
 
     Args:
-        call: of the push.
-        manifest: of the model.
+        call: the call of the push.
+        manifest: the manifest of the model.
     """
 
     is_shared = False
@@ -27,7 +27,7 @@ class MessagesLane:
         self.kind = pb.TRANSPORT_UNIX if call.peer.startswith("unix") else pb.TRANSPORT_TCP
 
     def admitted(self, admission: pb.PushAdmission, average: Source) -> None:
-        """There is nothing to add."""
+        """Adds nothing."""
 
     async def receive(self) -> Run | None:
         """The fragments of the next message. Raises ProtocolError."""
@@ -39,39 +39,39 @@ class MessagesLane:
         raise refusal(Reason.MESSAGE_OUT_OF_ORDER, "fragments are named, but no memory was lent to this push")
 
     def end_of_range(self, first: int, finished: int, runs: bool) -> int:
-        """One fragment, or a run that ends at a multiple of the longest one: workers that keep pace are then sent the
-        same runs."""
+        """One fragment, or a run that ends at a multiple of the maximum run length, so that workers at the same pace
+        receive the same runs."""
         return min(finished, (first // self._longest_run + 1) * self._longest_run) if runs else first + 1
 
     async def send(self, average: Source, first: int, end: int) -> bytes:
-        """The fragments go in the next message."""
+        """Returns the fragments for the next message."""
         return average.message(first, end)
 
     def answered(self, is_committed: bool) -> None:
-        """Nothing is kept for the next push."""
+        """Keeps nothing for the next push."""
 
     def close(self) -> None:
-        """There is nothing to close."""
+        """Closes nothing."""
 
 
 class Messages:
-    """Opens a lane for every push, so it has to be asked last."""
+    """Opens a lane for every push, so it must be asked last."""
 
     def open(self, opening: Opening) -> MessagesLane:
-        """A lane. Raises RetryPushError (DATA_CONNECTION_LOST) if the header names another transport."""
+        """Opens a lane. Raises RetryPushError (DATA_CONNECTION_LOST) if the header names another transport."""
         wanted = opening.header.uses_transport
         if wanted:
             raise lost(f"this server has no transport {wanted[:40]!r}")
         return MessagesLane(opening.call, opening.manifest)
 
     def offer(self, opening: Opening, admission: pb.PushAdmission) -> None:
-        """Every client has messages."""
+        """Offers nothing: every client supports messages."""
 
     def keep_only(self, worker_ids: frozenset[str]) -> None:
-        """Nothing is kept."""
+        """Keeps nothing."""
 
     def leave(self, worker_id: str, incarnation: bytes) -> None:
-        """Nothing is kept."""
+        """Keeps nothing."""
 
     def close(self) -> None:
-        """There is nothing to close."""
+        """Closes nothing."""

@@ -1,4 +1,4 @@
-"""Every transport of the server, in the order in which they are asked whether a push is theirs."""
+"""Every transport of the server, in the order in which a push is offered to them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["Needs", "TRANSPORTS", "opened"]
 
 @dataclass(frozen=True)
 class Needs:
-    """What a transport may need.
+    """Resources that a transport may need.
 
     Args:
-        max_workers: how many workers may stand in one round.
+        max_workers: how many workers may take part in one round.
         reserve: descriptors for the server's own needs.
     """
 
@@ -31,9 +31,9 @@ TRANSPORTS: dict[str, Callable[[Needs], Transport]] = {
     "data connection": lambda needs: DataPort(needs.max_workers),
     "shared memory": lambda needs: SharedMemory(needs.max_workers, needs.reserve),
 }
-"""By name. To add one is a line here. Messages are asked last: they take every push."""
+"""By name. A new transport takes one line here. Messages come last because they take every push."""
 
 
 def opened(needs: Needs) -> dict[str, Transport]:
-    """All of them, by name."""
+    """Creates all transports, by name."""
     return {name: make(needs) for name, make in TRANSPORTS.items()} | {"messages": Messages()}

@@ -1,4 +1,4 @@
-"""Fragments in memory that the server lends to workers on its host; the messages only name them."""
+"""Fragments in memory that the server lends to workers on its host; messages only refer to them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _log = logging.getLogger("ps_server")
 
 
 class SharedMemoryLane:
-    """A push whose client can use shared memory. Until the client names fragments there, they come in messages.
+    """A push whose client can use shared memory. Fragments that the client does not put there arrive in messages.
 
     Args:
-        transport: what lends the memory.
-        opening: of the push.
+        transport: lends the memory.
+        opening: the push.
     """
 
     def __init__(self, transport: SharedMemory, opening: Opening) -> None:
@@ -36,11 +36,11 @@ class SharedMemoryLane:
 
     @property
     def kind(self) -> pb.Transport:
-        """How the fragments come."""
+        """How the fragments travel."""
         return pb.TRANSPORT_SHARED_MEMORY if self.is_shared else self._messages.kind
 
     def admitted(self, admission: pb.PushAdmission, average: Source) -> None:
-        """Says where the client may put its fragments and where the average will lie, if there is memory for that."""
+        """Tells the client where to put its fragments and where the average will lie, if there is memory."""
         if average.segment is None:
             return
         self._lent = self._transport.lend(self._worker_id, self._incarnation, self._manifest.buffer_size_bytes)
@@ -49,7 +49,7 @@ class SharedMemoryLane:
             admission.average.CopyFrom(_message_of(average.segment))
 
     async def receive(self) -> Run | None:
-        """The fragments that the next message carries or names. Raises ProtocolError."""
+        """The fragments that the next message carries or refers to. Raises ProtocolError."""
         content = await self._call.read_content()
         if content is None:
             return None
@@ -66,47 +66,47 @@ class SharedMemoryLane:
         return Run(content.first, self._lent.body[begin:stop].data, stays=True)
 
     def end_of_range(self, first: int, finished: int, runs: bool) -> int:
-        """All that is finished: a name costs the same for one fragment and for a thousand."""
+        """All finished fragments: a reference costs the same for one fragment and for a thousand."""
         return finished if self.is_shared else self._messages.end_of_range(first, finished, runs)
 
     async def send(self, average: Source, first: int, end: int) -> bytes:
-        """Names the fragments, or sends them as messages do."""
+        """Refers to the fragments in shared memory, or sends their bytes in messages."""
         if not self.is_shared:
             return await self._messages.send(average, first, end)
         shared = pb.SharedFragments(first=first, count=end - first)
         return pb.PushAndAverageResponse(shared=shared).SerializeToString()
 
     def answered(self, is_committed: bool) -> None:
-        """The memory stays lent."""
+        """Keeps the memory for the next push."""
 
     def close(self) -> None:
-        """The memory stays lent."""
+        """Keeps the memory for the next push."""
 
 
 class SharedMemory:
     """Lends memory to workers on this host.
 
     Args:
-        max_workers: to how many.
-        reserve: tells whether there are descriptors for it.
+        max_workers: the most workers that get memory.
+        reserve: tells whether descriptors are available.
     """
 
     def __init__(self, max_workers: int, reserve: Reserve) -> None:
         self._max_workers = max_workers
         self._reserve = reserve
-        self._lent: dict[str, tuple[bytes, Segment]] = {}  # by worker: its incarnation, its contribution memory
+        self._lent: dict[str, tuple[bytes, Segment]] = {}  # worker id -> incarnation, its memory
 
     def open(self, opening: Opening) -> SharedMemoryLane | None:
-        """A lane for a client that says that it can use shared memory, and sends its bytes in no other way."""
+        """Opens a lane for a client that supports shared memory and asks for no other transport."""
         header = opening.header
         return SharedMemoryLane(self, opening) if header.accepts_shared_memory and not header.uses_transport else None
 
     def offer(self, opening: Opening, admission: pb.PushAdmission) -> None:
-        """A lane offers its own memory."""
+        """Offers nothing: each lane offers its own memory."""
 
     def lend(self, worker_id: str, incarnation: bytes, size_bytes: int) -> Segment | None:
-        """Memory for a worker's contribution: a process keeps what it got, a later one gets its own. None: there is no
-        memory to be had."""
+        """Memory for a worker's contribution. A process keeps the memory that it got; a later process gets its own.
+        None: no memory is available."""
         if self._reserve.is_short:
             return None
         owner, segment = self._lent.get(worker_id, (b"", None))
@@ -124,22 +124,22 @@ class SharedMemory:
             return None
         self._lent.pop(worker_id, None)
         self._lent[worker_id] = incarnation, segment
-        if len(self._lent) > self._max_workers:  # names come from outside, memory must not
+        if len(self._lent) > self._max_workers:  # clients choose names, so memory must be bounded
             del self._lent[next(iter(self._lent))]
         return segment
 
     def keep_only(self, worker_ids: frozenset[str]) -> None:
-        """Gives up what was lent to others."""
+        """Frees the memory of all other workers."""
         self._lent = {worker_id: lent for worker_id, lent in self._lent.items() if worker_id in worker_ids}
 
     def leave(self, worker_id: str, incarnation: bytes) -> None:
-        """What was lent stays until the next commit: a push that is whole may lie there."""
+        """Keeps the memory until the next commit, because a whole push may lie there."""
 
     def close(self) -> None:
-        """The memory ends with the process."""
+        """Frees nothing: the memory ends with the process."""
 
 
 def _message_of(segment: Segment) -> pb.SharedMemory:
-    """Where a client finds a segment."""
+    """The message that tells a client where a segment is."""
     address = segment.address
     return pb.SharedMemory(path=address.path, nonce=address.nonce)

@@ -1,6 +1,6 @@
-"""Codecs by name: how the elements of a fragment are written on the wire.
+"""Codecs by name. A codec is an encoding of a fragment's elements on the wire.
 
-To add one, write it in a file of its own (see `base.Codec`) and add a line to `CODECS`.
+To add one, write it in its own file (see `base.Codec`) and add a line to `CODECS`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["CODECS", "Codec", "RAW", "codec_named"]
 CODECS: dict[str, Codec] = {
     RAW.name: RAW,
 }
-"""Every codec that this version knows."""
+"""Every codec of this version."""
 
 
 def codec_named(name: str) -> Codec:

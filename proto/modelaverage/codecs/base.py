@@ -1,4 +1,4 @@
-"""What a codec is: how the elements of a fragment are written on the wire."""
+"""The interface of a codec: an encoding of a fragment's elements on the wire."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ __all__ = ["Codec"]
 
 
 class Codec(ABC):
-    """Codes the fragments of any manifest. A codec has four members of its own; the others follow from them.
+    """Encodes and decodes the fragments of any manifest. A codec defines four members; the others use them.
 
-    A codec has no state and is deterministic: equal values give equal bytes, so a push that is made again sends the
-    same bytes. The size of a coded fragment depends on the manifest only, never on the values; it is at least one
-    byte, and at most twice the size of the raw fragment. What a codec does not handle, such as other dtypes than
-    float32 and small variables, it writes raw.
+    A codec has no state and is deterministic: equal values give equal bytes, so a repeated push sends the same bytes.
+    The size of an encoded fragment depends only on the manifest, never on the values; it is at least one byte, and at
+    most twice the size of the raw fragment. A codec writes variables that it does not support, such as dtypes other
+    than float32 and small variables, raw.
 
     Attributes:
-        in_place: whether the coded bytes of a fragment are its bytes in the flat buffer, so that a transport may send
-            from there and receive there.
+        in_place: whether the encoded bytes of a fragment equal its bytes in the flat buffer, so that a transport may
+            send from the buffer and receive into it.
     """
 
     in_place: bool = False
@@ -32,45 +32,45 @@ class Codec(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """What push headers call it."""
+        """The codec's name in push headers."""
 
     @abstractmethod
     def size_bytes(self, manifest: Manifest, index: int) -> int:
-        """The size of coded fragment ``index``."""
+        """The size of encoded fragment ``index``."""
 
     @abstractmethod
     def encode(self, manifest: Manifest, index: int, pieces: Sequence[memoryview]) -> Sequence[memoryview]:
-        """Codes fragment ``index``.
+        """Encodes fragment ``index``.
 
         Args:
-            manifest: how the variables are cut.
-            index: which fragment.
-            pieces: the bytes of each of ``manifest.pieces[index]``, little-endian, at any address.
+            manifest: the layout of the variables.
+            index: the fragment.
+            pieces: the bytes of each of ``manifest.pieces[index]``, little-endian, at any alignment.
 
         Returns:
-            Bytes to be joined, `size_bytes` together. They may be views of ``pieces``.
+            Pieces of bytes to be joined, `size_bytes` in total. They may be views of ``pieces``.
         """
 
     @abstractmethod
     def decode(self, manifest: Manifest, index: int, data: memoryview) -> Sequence[NDArray[np.generic]]:
-        """The values of each of ``manifest.pieces[index]``: one-dimensional, of the variable's dtype (float32 will do
-        for 16 bits). They may be views of ``data``.
+        """The values of each of ``manifest.pieces[index]``: one-dimensional, of the variable's dtype (16-bit types may
+        be decoded as float32). They may be views of ``data``.
 
         Args:
-            manifest: how the variables are cut.
-            index: which fragment.
-            data: a coded fragment of the right size (`check_size`), at any address.
+            manifest: the layout of the variables.
+            index: the fragment.
+            data: an encoded fragment of the right size (`check_size`), at any alignment.
         """
 
-    # From and to variables and flat buffers.
+    # Conversion from and to variables and flat buffers.
 
     def encode_variables(self, manifest: Manifest, index: int, values: Sequence[memoryview]) -> Sequence[memoryview]:
-        """Codes fragment ``index`` of a model whose variables lie apart; ``values`` are their bytes, in manifest
-        order. As `encode` otherwise."""
+        """Encodes fragment ``index`` of a model whose variables are separate arrays; ``values`` are their bytes, in
+        manifest order. Otherwise like `encode`."""
         return self.encode(manifest, index, manifest.piece_bytes(index, values))
 
     def encode_run(self, manifest: Manifest, flat: NDArray[np.uint8], first: int, end: int) -> Sequence[memoryview]:
-        """Codes consecutive fragments, up to but not with ``end``, of a flat buffer (uint8, `buffer_size_bytes`)."""
+        """Encodes fragments ``first`` to ``end`` - 1 of a flat buffer (uint8, `buffer_size_bytes`)."""
         parts = list[memoryview]()
         for index in range(first, end):
             pieces = [flat[begin:stop].data for begin, stop in manifest.piece_bounds(index)]
@@ -78,7 +78,7 @@ class Codec(ABC):
         return parts
 
     def decode_run(self, manifest: Manifest, flat: NDArray[np.uint8], first: int, data: memoryview) -> int:
-        """Decodes one coded fragment or a run of them into a flat buffer; which fragment comes next.
+        """Decodes an encoded fragment or run into a flat buffer. Returns the index after the last fragment.
 
         Raises:
             ProtocolError: FRAGMENT_SIZE_WRONG; nothing was written.
@@ -95,16 +95,16 @@ class Codec(ABC):
     # Sizes.
 
     def max_size_bytes(self, manifest: Manifest) -> int:
-        """No coded fragment is larger."""
+        """The size of the largest encoded fragment."""
         return 2 * manifest.fragment_size_bytes
 
     def run_size_bytes(self, manifest: Manifest, first: int, end: int) -> int:
-        """The size of consecutive coded fragments, up to but not with ``end``."""
+        """The total size of encoded fragments ``first`` to ``end`` - 1."""
         return sum(self.size_bytes(manifest, index) for index in range(first, end))
 
     def run_end(self, manifest: Manifest, first: int, size_bytes: int) -> int | None:
-        """The index behind the last of the consecutive coded fragments that have ``size_bytes`` bytes together, from
-        ``first`` on; None if no whole ones have, or a message cannot hold them."""
+        """The index after the last of the consecutive encoded fragments, from ``first`` on, that have ``size_bytes``
+        bytes together; None if no number of whole fragments has that size, or a message cannot hold them."""
         if not 0 < size_bytes <= MAX_FRAGMENT_SIZE_BYTES:
             return None
         for index in range(first, min(first + MAX_RUN, manifest.fragment_count)):
@@ -114,7 +114,7 @@ class Codec(ABC):
         return None
 
     def check_size(self, manifest: Manifest, index: int, data: memoryview) -> None:
-        """Raises ProtocolError (FRAGMENT_SIZE_WRONG) unless the bytes are as many as coded fragment ``index`` has."""
+        """Raises ProtocolError (FRAGMENT_SIZE_WRONG) unless the bytes have the size of encoded fragment ``index``."""
         expected = self.size_bytes(manifest, index)
         if len(data) != expected:
             how = "the manifest" if self.in_place else f"codec {self.name}"
@@ -123,14 +123,14 @@ class Codec(ABC):
             )
 
     def split_run(self, manifest: Manifest, first: int, data: memoryview) -> Iterator[tuple[int, memoryview]]:
-        """Index and bytes of every coded fragment in a message. Raises ProtocolError (FRAGMENT_SIZE_WRONG), before the
-        first, unless they are whole fragments."""
+        """The index and bytes of every encoded fragment in a message. Raises ProtocolError (FRAGMENT_SIZE_WRONG) before
+        yielding any, unless they are whole fragments."""
         if self.run_end(manifest, first, len(data)) is None:
             self.check_size(manifest, first, data)
         yield from self.split_range(manifest, first, data)
 
     def split_range(self, manifest: Manifest, first: int, data: memoryview) -> Iterator[tuple[int, memoryview]]:
-        """Index and bytes of whole coded fragments, however many, that lie in memory one behind the other."""
+        """The index and bytes of any number of whole encoded fragments that are concatenated in memory."""
         at = 0
         while at < len(data) and first < manifest.fragment_count:
             begin, at = at, at + self.size_bytes(manifest, first)

@@ -14,7 +14,7 @@ __all__ = ["RAW", "Raw"]
 
 
 class Raw(Codec):
-    """Every element as it lies in memory, little-endian. Encoded parts and decoded values are views."""
+    """Every element in its memory representation, little-endian. Encoded parts and decoded values are views."""
 
     in_place = True
 
@@ -24,7 +24,7 @@ class Raw(Codec):
         return "raw"
 
     def size_bytes(self, manifest: Manifest, index: int) -> int:
-        """As many as the fragment has in the flat buffer."""
+        """The size of the fragment in the flat buffer."""
         start, end = manifest.fragment_bounds(index)
         return end - start
 
@@ -39,7 +39,7 @@ class Raw(Codec):
             for piece in manifest.pieces[index]
         ]
 
-    # What needs no look at the pieces.
+    # Shortcuts that do not need the pieces.
 
     def encode_run(self, manifest: Manifest, flat: NDArray[np.uint8], first: int, end: int) -> Sequence[memoryview]:
         """One view of the flat buffer."""
@@ -69,4 +69,4 @@ class Raw(Codec):
 
 
 RAW = Raw()
-"""The codec of everything that names no other."""
+"""The default codec."""

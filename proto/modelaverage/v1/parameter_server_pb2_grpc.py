@@ -74,9 +74,9 @@ class ParameterServerServicer(object):
     def Initialize(self, request_iterator, context):
         """Sets the center variables, once. Called by the chief.
 
-        The stream is one header, then every fragment in ascending order, then half-close. The center is set once all of it
-        has come: a stream that breaks leaves the server uninitialized, and the call may be made again. If the center is
-        set already, the server answers at once, without waiting for fragments, and nothing changes.
+        The stream is one header, then every fragment in ascending order, then half-close. The center is set once all
+        fragments have arrived: a broken stream leaves the server uninitialized, and the call may be repeated. If the
+        center is already set, the server answers at once, without waiting for fragments, and nothing changes.
 
         Errors: MANIFEST_INVALID, MANIFEST_MISMATCH (other variables than those in force), GLOBAL_STEP_INVALID,
         WORKER_ID_INVALID, MESSAGE_OUT_OF_ORDER, FRAGMENT_*, STREAM_STALLED.
@@ -86,8 +86,8 @@ class ParameterServerServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Pull(self, request, context):
-        """Reads the center variables. The stream is one header, then every fragment in ascending order, unless only the
-        header is wanted. All of it belongs to one `global_step`, whatever rounds commit meanwhile.
+        """Reads the center variables. The stream is one header, then every fragment in ascending order, unless the request
+        asks for the header only. All of it belongs to one `global_step`, even if rounds commit meanwhile.
 
         Errors: NOT_INITIALIZED, WORKER_ID_INVALID, STREAM_STALLED, READER_TOO_SLOW.
         """
@@ -96,19 +96,21 @@ class ParameterServerServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def PushAndAverage(self, request_iterator, context):
-        """One round: gives this worker's local variables to the average, waits at the barrier, receives the new center.
+        """One round: contributes this worker's local variables to the average, waits at the barrier, and receives the new
+        center.
 
-        Up: one header; wait for the admission (or say `fragments_follow`); then the fragments that the admission asks for,
-        in ascending order and without a gap; then half-close.
+        The client sends one header, waits for the admission (or sets `fragments_follow`), sends the fragments that the
+        admission asks for, in ascending order and without a gap, and half-closes.
 
-        Down: the admission; all fragments of the new center in ascending order, each as soon as it is finished, so while
-        later ones still go up; last the outcome. Fragments that came down count only with the outcome. Without it, throw
-        them away; the push may be made again with the same header, and the server then asks only for what it lacks. A
-        client that does not read what comes down holds up nobody but itself.
+        The server sends the admission, all fragments of the new center in ascending order, and last the outcome. It sends
+        each fragment as soon as it is finished, while the client still sends later ones. Received fragments are valid only
+        with the outcome. Without it, the client discards them; it may repeat the push with the same header, and the server
+        then asks only for the fragments that it lacks. A client that does not read delays only itself.
 
-        Half-duplex. A client that says `half_duplex` writes all, half-closes, and reads all: it needs one thread and no
-        admission. The server sends nothing before the half-close, notices included; only a refusal may end the call
-        before. It costs the overlap of the two directions, and a push that is made again sends all of its fragments again.
+        Half-duplex. A client that sets `half_duplex` writes everything, half-closes, and reads everything: it needs only
+        one thread, and does not wait for the admission. The server sends nothing before the half-close, not even notices;
+        only a refusal may end the call earlier. The two directions do not overlap, and a repeated push sends all fragments
+        again.
 
         Errors: NOT_INITIALIZED, MANIFEST_UNKNOWN, WORKER_ID_INVALID, WORKER_ID_IN_USE, INCARNATION_INVALID,
         WEIGHT_INVALID, BASE_STEP_AHEAD, GLOBAL_STEP_INVALID, UNTOUCHED_INVALID, ROUND_FULL, ROUND_RESTARTED,
@@ -120,9 +122,9 @@ class ParameterServerServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Leave(self, request, context):
-        """Says that this worker's process goes: rounds with a quorum wait for it no longer. If its push is whole, that stays
-        in the round; if it is half made, the round starts over without it. If the worker has `finished`, no round waits
-        for it any longer, strict ones included; the answer comes once a checkpoint says so, if any are written.
+        """Says goodbye for this worker's process: rounds with a quorum no longer wait for it. A whole push stays in the
+        round; if the push is incomplete, the round starts over without it. If the worker has `finished`, no round waits
+        for it, not even in strict mode; if the server writes checkpoints, the answer follows once one records this.
 
         Errors: WORKER_ID_INVALID, INCARNATION_INVALID.
         """
@@ -131,17 +133,17 @@ class ParameterServerServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetStatus(self, request, context):
-        """Tells what the server is doing and for whom it waits. It never waits itself; a server that stops answers it, too.
+        """Returns what the server is doing and which workers it waits for. Answered at once, even by a stopping server.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Join(self, request, context):
-        """Gives this worker's process an index of its own, for jobs whose launcher does not. The stream stays open for as
-        long as the process lives; its messages say which index it has, or that it has to wait because all are taken. When
-        the stream breaks, the server keeps the index for a few seconds, in which its process may call again. `Leave` with
-        the same incarnation gives it back at once. A client that knows its index need not call this.
+        """Assigns an index to this worker's process, for jobs whose launcher does not. The stream stays open as long as the
+        process lives; its messages say which index the process has, or that it must wait because all are taken. When the
+        stream breaks, the index stays reserved for a few seconds, in which the process may call again. `Leave` with the
+        same incarnation releases it at once. A client that knows its index need not call this.
 
         Errors: INCARNATION_INVALID, ROUND_FULL (no such index), PUSH_SUPERSEDED (a newer call of the same process),
         STREAM_STALLED.

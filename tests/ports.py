@@ -1,0 +1,28 @@
+"""Ports for servers that die and come back: nobody else gets them meanwhile."""
+
+from __future__ import annotations
+
+import random
+import socket
+from pathlib import Path
+
+__all__ = ["lasting_port"]
+
+_FIRST = 10_000
+_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
+
+
+def lasting_port() -> int:
+    """A port of loopback on which nobody listens, and that the kernel gives to nobody who asks for any port.
+
+    Another test that runs beside this one could otherwise get it while its server is away.
+    """
+    end = int(_RANGE.read_text(encoding="ascii").split()[0]) if _RANGE.exists() else 32_768
+    while True:
+        port = random.SystemRandom().randrange(_FIRST, end)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return port
