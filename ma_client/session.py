@@ -1,4 +1,4 @@
-"""A worker's conversation with the parameter servers, for people without torch: numpy in, numpy out."""
+"""A worker's session with the parameter servers, without torch: numpy in, numpy out."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ from modelaverage.v1 import parameter_server_pb2 as pb
 
 __all__ = ["ParameterServerSession"]
 
-_END_S = 5.0  # how long a call that is to end may take for that
-_LARGEST_INTERVAL = 2**32 - 1  # of the header
+_END_S = 5.0  # how long `close` waits for a call of another thread to end
+_LARGEST_INTERVAL = 2**32 - 1  # what the header's field holds
 
 
 class ParameterServerSession:
@@ -49,24 +49,25 @@ class ParameterServerSession:
         ps_hosts: addresses of the parameter servers, HOST:PORT; the same ones in the same order for all workers.
         worker_id: this worker's name in the job, 1 to 128 bytes, the same after a restart.
         is_chief: whether this worker may initialize the center.
-        connect_timeout_s: how long to wait for the servers to be there.
-        fragment_size_bytes: unit of transfer and averaging, if this session initializes the center: a multiple of 8
-            up to 2 MiB; None: chosen by the size of the model and the number of servers.
-        shared_memory: hand bytes over in shared memory if a server is on this host and offers it.
-        reconnect_timeout_s: how long to try again when a server is away, restarting or not reachable; 0: not at all.
-            A push that is made again sends only what the server lacks, and is never counted twice.
-        init_from: a safetensors file (`ps-server export` writes such), or with torch what `torch.save` wrote, with the
-            values that `initialize` sets the center to instead of those that it is given. It may be a whole state dict:
-            what is not in the center is logged, and not used. None: the values that it is given.
-        must_be_new: this session's first `initialize` is refused if there is a center already; not more than once,
-            because the second time there is its own.
-        round_timeout_s: how long a push waits for the other workers unless it says otherwise, those of the optimizer
-            included; None: as long as it takes.
-        placement: what goes to which of several servers, if this session initializes the center: "balanced", even
-            shares, or "round_robin", whole variables in turn, as TensorFlow 1.15 places them.
-        security: TLS with the servers, and the token that they want; None: what MA_TLS_CA, MA_TLS_CERT, MA_TLS_KEY,
+        connect_timeout_s: how long to wait until all servers answer.
+        fragment_size_bytes: unit of transfer and averaging, if this session initializes the center: a multiple of 8, at
+            most 2 MiB. None: chosen from the size of the model and the number of servers.
+        shared_memory: exchange bytes in shared memory with a server that is on this host and offers it.
+        reconnect_timeout_s: how long to try again while a server is restarting or cannot be reached; 0: not at all. A
+            push that is made again sends only what the server lacks, and is never counted twice.
+        init_from: a file with initial values, which `initialize` uses instead of its argument: a safetensors file
+            (`ps-server export` writes one), or, with torch installed, what `torch.save` wrote. It may be a whole state
+            dict: what is not in the center is logged and not used. None: `initialize` uses its argument.
+        must_be_new: this session's first `initialize` is refused if there is a center already. Later ones are not: the
+            center is then this session's own.
+        round_timeout_s: how long a push, also one of the optimizer, waits for the other workers unless the push says
+            otherwise; None: as long as it takes.
+        placement: how the variables are spread over several servers, if this session initializes the center:
+            "balanced" (even shares) or "round_robin" (whole variables in turn, as TensorFlow 1.15 places them).
+        security: TLS with the servers, and the token that they require; None: as MA_TLS_CA, MA_TLS_CERT, MA_TLS_KEY,
             MA_TLS_SERVER_NAME and MA_TOKEN_FILE say (`Security.from_env`).
-        data_connections: from which size on a model's bytes go beside the calls, and how long that may be silent.
+        data_connections: from which model size on bytes go over connections beside the calls, and how long such a
+            connection may be silent.
 
     Raises:
         InvalidRequestError: WORKER_ID_INVALID, no address, one twice, or no such placement.
@@ -166,7 +167,7 @@ class ParameterServerSession:
     def close(self) -> None:
         """Ends the session; the center stays where it is. Rounds with a quorum no longer wait for this worker.
 
-        From any thread, and from a signal handler: a call that is under way ends with an error.
+        May be called from any thread and from a signal handler: a call that is under way ends with an error.
         """
         self._servers.stop()
         with self._one_thread.ending(_END_S):
@@ -174,19 +175,19 @@ class ParameterServerSession:
 
     @by_one_thread
     def finish(self, timeout_s: float | None = 60.0) -> int:
-        """Says that this worker has finished its training: rounds go on without it, where they need all workers, too.
+        """Tells the servers that this worker has finished its training: no round waits for it, not even a strict one.
 
-        From then on `pull` only looks. `resume_training`, or a push, makes the worker count again. Does nothing the
-        second time.
+        Afterwards `pull` only reads. `resume_training`, or a push, makes the worker count again. A second call does
+        nothing.
 
         Args:
             timeout_s: how long to try; None: for the session's ``reconnect_timeout_s``.
 
         Returns:
-            How many workers have not finished; 0: the job is over.
+            How many workers are still training; 0: the job is over.
 
         Raises:
-            DeadlineExceededError, ServerUnavailableError: a server could not be told; it goes on waiting.
+            DeadlineExceededError, ServerUnavailableError: a server could not be told; it still waits for this worker.
         """
         deadline = Deadline(timeout_s)
         responses = self._servers.each(lambda _, server: server.finish(deadline))
@@ -197,10 +198,10 @@ class ParameterServerSession:
         """After `finish`: waits until all workers have finished; the center is then the last one of the job.
 
         Args:
-            timeout_s: how long, at most.
+            timeout_s: how long to wait at most.
 
         Returns:
-            Whether all have. False: the time is over, or a server does not answer; the log says which.
+            Whether all have finished. False: the time is up, or a server does not answer; the log says which.
         """
         return wait_until_all_have_finished(self.statuses, self.worker_id, timeout_s)
 
@@ -218,24 +219,24 @@ class ParameterServerSession:
         must_be_new: bool | None = None,
         other_names: Mapping[str, Sequence[str]] = MappingProxyType({}),
     ) -> InitializeResult:
-        """Sets the center variables if they are not set yet. For the chief, who also decides what goes to which server.
+        """Sets the center variables if they are not set yet. Only the chief may call it.
 
         If an earlier attempt reached only some of several servers, this one completes it.
 
         Args:
-            variables: initial values by name: float32, float64, float16 or bfloat16 arrays of any shape, or whatever
-                numpy can read as such. Dictionaries may be nested; a variable's name is then its keys joined by "/".
-                Their order is the order of the manifest.
+            variables: initial values by name: float32, float64, float16 or bfloat16 arrays of any shape, or what numpy
+                can read as such. Dictionaries may be nested; a variable's name is then its keys joined by "/". Their
+                order is the order of the manifest.
             global_step: where to start counting rounds.
             timeout_s: how long it may take; None: as long as it takes.
-            must_be_new: refuse to go on from a center that is there already; None: as the session was told.
-            other_names: further names, by variable, under which the file of ``init_from`` may have it (tied weights).
+            must_be_new: refuse to go on from a center that exists already; None: as the session's ``must_be_new`` says.
+            other_names: by variable, other names under which the file ``init_from`` may have it (tied weights).
 
         Raises:
-            InvalidRequestError: MANIFEST_INVALID, GLOBAL_STEP_INVALID; this session is not the chief's; the file of
+            InvalidRequestError: MANIFEST_INVALID, GLOBAL_STEP_INVALID; this session is not the chief's; the file
                 ``init_from`` cannot be read, lacks one of these variables, or has it with another shape.
             ConflictError: MANIFEST_MISMATCH, naming the first variable that differs from the servers', or the server
-                that does not belong to the others; or ``must_be_new``, and there is a center. Nothing was changed.
+                that does not belong to the others; or there is a center, and it must be new. Nothing was changed.
             NotInitializedError: a server has lost its part of a center that has been averaged already.
         """
         if not self.is_chief:
@@ -278,19 +279,20 @@ class ParameterServerSession:
         copy: bool = True,
         catch_up: bool = True,
     ) -> tuple[Mapping[str, Any], int]:
-        """Reads the center variables; what is trained from them has their `global_step` as its base step.
+        """Reads the center variables. Their `global_step` is the base step of what is trained from them.
 
         Args:
             wait_initialized: wait for the chief; otherwise an uninitialized center is an error.
             timeout_s: how long to wait altogether; None: as long as it takes.
             expected: arrays whose names, dtypes and shapes the center has to have.
             copy: False: the arrays are read-only and valid until the session's next call.
-            catch_up: if one of several servers is behind the others, because something died in the middle of a round,
-                and waits for this worker: push the center there as it is, which counts at the barrier and hardly in the
-                average. False, for who only watches: wait until others bring it up.
+            catch_up: whether to help if one of several servers is behind the others, because something died in the
+                middle of a round, and waits for this worker: the session then pushes there, to abstain or to give back
+                the center that the server has lost. False, for a process that only watches: wait until others helped.
 
         Returns:
-            The center variables by name, and `global_step`. They are nested as what this session was given last.
+            The center variables by name, and `global_step`. The variables are nested as those that this session was
+                given last.
 
         Raises:
             NotInitializedError: there is no center, and ``wait_initialized`` is False.
@@ -333,15 +335,15 @@ class ParameterServerSession:
         Args:
             variables: local variables with the center's names, dtypes and shapes, in any order; nested if you like.
             weight: share in the average, from 1e-9 to 1e9.
-            local_step: this worker's count of optimizer steps; shown in the server's status.
-            loss: the loss that this worker has reached; shown in the server's status. None: it is not shown.
-            interval_steps: how many local steps this worker makes between two rounds; shown in the server's log and
-                status. 0: it is not said.
+            local_step: this worker's count of optimizer steps, for the server's status.
+            loss: the loss that this worker has reached, for the server's status; None: none is shown.
+            interval_steps: local steps of this worker between two rounds, for the server's log and status; 0: none is
+                shown.
             untouched: names of variables that are as they came from the center, because they saw no gradient
-                (`unchanged` tells). What all workers left untouched keeps the center's bytes.
+                (`unchanged` finds them). A variable that no worker has touched keeps the center's bytes.
             timeout_s: how long to wait for the other workers; None: the session's ``round_timeout_s``.
             copy: False: the result's arrays are read-only and valid until the session's next call; with a quorum,
-                `check_intact` says afterwards whether they were all the time.
+                call `check_intact` once they have been read.
 
         Raises:
             InvalidRequestError: WEIGHT_INVALID, or ``untouched`` has a name that the center has not.
@@ -368,10 +370,11 @@ class ParameterServerSession:
 
     @by_one_thread
     def check_intact(self) -> None:
-        """To be called when the arrays of a push with ``copy=False`` have been read.
+        """Call it when you have read the arrays of a push with ``copy=False``.
 
         Raises:
-            RetryPushError: rounds that went on without this worker have written over them meanwhile; pull the center.
+            RetryPushError: rounds went on without this worker and wrote over the arrays while they were read; pull the
+                center.
         """
         for server in self._servers:
             server.check_intact()
@@ -384,8 +387,8 @@ class ParameterServerSession:
             variables: local variables, all of the center's or some; nested if you like.
 
         Returns:
-            Their names. None of them if the center that came last is no longer here to compare with: after a push that
-            failed on its way back, or when rounds with a quorum went on without this worker.
+            Their names. Empty if there is no longer a copy of that center to compare with: after a push whose answer
+            did not arrive whole, or when rounds with a quorum went on without this worker.
         """
         return self._center.unchanged(variables, self.base_step)
 

@@ -1,4 +1,4 @@
-"""GradScaler and the local optimizer: an update whose gradients are infinite is skipped, and its step counts."""
+"""GradScaler and the local optimizer: an update with infinite gradients is skipped, but counts as a step."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def step_if_finite(
 
 
 def _scales_itself(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the optimizer itself unscales gradients and skips updates, controlled by these two attributes. (The
-    scaler itself, which some ask for, is not available here.)"""
+    """Whether the optimizer unscales gradients and skips updates by itself, as GradScaler's two attributes tell it. An
+    optimizer whose `step` wants the scaler as an argument does not count: there is no scaler here."""
     supports = getattr(optimizer, "_step_supports_amp_scaling", False)
     return bool(supports) and "grad_scaler" not in inspect.signature(optimizer.step).parameters
 

@@ -39,13 +39,13 @@ class ModelAverageCustomGetter:
 
     Args:
         worker_device: where the model computes: "cpu", "cuda:0", a torch.device.
-        average_buffers: whether buffers are center variables, too.
-        also_average: names of further center variables, parameters without gradients or buffers, that have to be the
-            same on all workers: an EMA teacher, statistics. ``*``, ``?`` and ``[...]`` stand for characters
+        average_buffers: whether buffers are center variables as well.
+        also_average: names of further parameters (without gradients) or buffers that have to be the same on all
+            workers: an EMA teacher, statistics. ``*``, ``?`` and ``[...]`` stand for characters
             (`fnmatch`): "teacher.*".
 
     Raises:
-        TypeError: ``also_average`` has something that is no name.
+        TypeError: ``also_average`` has something that is not a string.
 
     Example:
         >>> getter = ModelAverageCustomGetter(worker_device="cpu")

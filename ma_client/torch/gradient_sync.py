@@ -1,4 +1,4 @@
-"""A trap of trainers and torchrun: if a wrapper averages gradients, rounds have nothing left to average."""
+"""A trap of trainers and torchrun: a wrapper that averages gradients leaves nothing for rounds to average."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def warn_if_gradients_are_shared(model: torch.nn.Module) -> None:
 
 
 def _synchronizing() -> Iterator[tuple[torch.nn.Module, int]]:
-    """Wrappers that synchronize gradients at present, and over how many processes."""
+    """The wrappers that synchronize gradients now, each with the number of its processes."""
     is_wrapper: dict[type, bool] = {}
     for found in gc.get_objects():
         kind = type(found)  # isinstance would ask proxies for the class that they represent

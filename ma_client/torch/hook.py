@@ -1,5 +1,5 @@
-"""Start and end of training: the chief initializes the center and every worker pulls it; at the end a last round
-averages what was trained since the one before. Modelled on TensorFlow 1.15's hook."""
+"""The hook around a training loop: at the start the chief initializes the center and every worker pulls it, at the end
+a last round averages what was trained since the one before. Modelled on TensorFlow 1.15's hook."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["ModelAverageHook"]
 
 
 class _Training(Protocol):
-    """What the hook controls: a `ModelAverageOptimizer`."""
+    """What the hook controls: an optimizer, or its `Training`."""
 
     def begin(self) -> None: ...
 
@@ -32,7 +32,7 @@ class ModelAverageHook:
     """
 
     def __init__(self, optimizer: _Training, final_round: bool = True, wait_for_others_s: float = 0.0) -> None:
-        self._optimizer = optimizer
+        self._training = optimizer
         self._final_round = final_round
         self._wait_for_others_s = wait_for_others_s
         self._has_begun = False
@@ -43,7 +43,7 @@ class ModelAverageHook:
     def after_create_session(self, session: object = None, coord: object = None) -> None:  # noqa: ARG002
         """The chief initializes the center if it is not initialized; then every worker copies it to its local
         variables."""
-        self._optimizer.begin()
+        self._training.begin()
         self._has_begun = True
 
     def before_run(self, run_context: object = None) -> None:
@@ -62,9 +62,9 @@ class ModelAverageHook:
         has_begun, self._has_begun = self._has_begun, False
         try:
             if has_begun:
-                self._optimizer.finish(self._final_round, self._wait_for_others_s)
+                self._training.finish(self._final_round, self._wait_for_others_s)
         finally:
-            self._optimizer.close()
+            self._training.close()
 
     def __enter__(self) -> ModelAverageHook:
         self.begin()
@@ -79,4 +79,4 @@ class ModelAverageHook:
             self.end()
         else:
             self._has_begun = False
-            self._optimizer.close()
+            self._training.close()

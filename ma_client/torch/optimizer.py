@@ -205,7 +205,7 @@ class ModelAverageOptimizer(TensorFlowMembers):
         self._parameters.groups_changed()
 
     def __repr__(self) -> str:
-        """What is wrapped, with its settings, and how far it is."""
+        """The local optimizer, with the settings of this one and how far it is."""
         settings = f"interval_steps: {self._settings.interval_steps}, local_step: {self.local_step}"
         return f"{type(self).__name__} ({settings}, global_step: {self.global_step}) of {self._local!r}"
 
@@ -217,7 +217,7 @@ class ModelAverageOptimizer(TensorFlowMembers):
         self._refuse_copies()
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
-        """Raises TypeError: an optimizer holds a connection, and one worker has one."""
+        """Raises TypeError: an optimizer holds the connection of one worker, which cannot be shared."""
         self._refuse_copies()
 
     def __getattr__(self, name: str) -> Any:
@@ -264,8 +264,8 @@ class ModelAverageOptimizer(TensorFlowMembers):
 
     @property
     def loss(self) -> float | None:
-        """What this worker says of its loss with its next pushes; the servers' status shows it. Set it where the number
-        is at hand; a closure's loss is taken by itself. None: nothing."""
+        """The loss that this worker reports with its next pushes; the servers' status shows it. Set it where the number
+        is known; the loss that a closure returns at the interval is set without your help. None: nothing."""
         return self._rounds.loss
 
     @loss.setter
@@ -280,23 +280,23 @@ class ModelAverageOptimizer(TensorFlowMembers):
     # What the hook does, and what a training loop without it calls.
 
     def initialize_center(self) -> None:
-        """The chief sets the center to its local variables, unless it was set before. For others nothing happens.
+        """The chief sets the center to its local variables, unless it was set before. Does nothing for other workers.
 
-        A chief that was restored from a checkpoint lets `global_step` go on from its base step.
+        With a chief that was restored from a checkpoint, `global_step` goes on from its base step.
         """
         self._training.initialize_center()
 
     def begin(self) -> None:
-        """The start of training, as the hook makes it; also after an end: opens another session after `close`."""
+        """The start of training, which the hook calls. It may follow an end: after `close` it opens another session."""
         self._training.begin()
 
     def finish(self, final_round: bool = True, wait_for_others_s: float = 0.0) -> None:
-        """The end of training, as the hook makes it: a last round if something was trained since the last one; then the
-        servers hear that no round has to wait for this worker.
+        """The end of training, which the hook calls: a last round if something was trained since the last one; then the
+        servers are told that no round has to wait for this worker.
 
         Args:
             final_round: False: no last round.
-            wait_for_others_s: how long to wait for those who still train, to end with their last center.
+            wait_for_others_s: how long to wait for the workers that still train, to end with their last center.
 
         Raises:
             ModelAverageError: the last round failed, or a server could not be told: this worker has not finished.

@@ -37,10 +37,10 @@ class Progress:
             self.steps_pushed = self.steps_since_round
         return before
 
-    def center_installed(self) -> None:
-        """The local variables were made equal to the center."""
+    def center_installed(self, steps_later: int = 0) -> None:
+        """The local variables were replaced by the center, and by this many steps that were made while it was away."""
         self.touched.clear()
-        self.steps_since_round, self.steps_pushed = 0, None
+        self.steps_since_round, self.steps_pushed = steps_later, None
 
     def state(self) -> dict[str, Any]:
         """What a state dict keeps."""

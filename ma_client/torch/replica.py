@@ -61,10 +61,16 @@ class Replica:
             )
         self.install(center)
 
-    def install(self, center: Mapping[str, Any], kept: Collection[str] = ()) -> None:
-        """Replaces the local variables by this center, except those in ``kept``, which are equal to it already."""
+    def install(self, center: Mapping[str, Any], kept: Collection[str] = (), steps_later: int = 0) -> None:
+        """Replaces the local variables by this center.
+
+        Args:
+            center: by name.
+            kept: names of the variables that are left as they are, because they are equal to the center already.
+            steps_later: how many local steps are in ``center`` that no round has had.
+        """
         self.variables.install(center, kept)
-        self.progress.center_installed()
+        self.progress.center_installed(steps_later)
         self._when_installed(self.holder.global_step)
 
     def untouched(self, local: Mapping[str, NDArray[np.generic]]) -> frozenset[str]:

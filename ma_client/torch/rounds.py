@@ -50,12 +50,13 @@ class Rounds:
         interval_steps: told to the servers, which show it.
 
     Attributes:
+        replica: the same.
         loss: what the next contribution says of the loss.
         last: how the last push ended; None: there was none.
     """
 
     def __init__(self, replica: Replica, interval_steps: int) -> None:
-        self._replica = replica
+        self.replica = replica
         self._interval_steps = interval_steps
         self.loss: float | None = None
         self.last: PushResult | None = None
@@ -72,7 +73,7 @@ class Rounds:
             ValueError: a parameter is trained that was frozen when the center was made.
             ConflictError: MANIFEST_MISMATCH: the model has changed and no longer fits the center.
         """
-        variables, progress = self._replica.variables, self._replica.progress
+        variables, progress = self.replica.variables, self.replica.progress
         if self.last is None:  # again, because trainers wrap the model after the hook has begun
             warn_if_gradients_are_shared(variables.getter.model)
         values = variables.gather()
@@ -82,8 +83,8 @@ class Rounds:
                 f"{min(late)!r} is trained, but was frozen when the center was made and is no center variable; "
                 "leave it trainable until the hook has begun, and freeze it then"
             )
-        untouched = self._replica.untouched(values)
-        base_step = self._replica.session.base_step
+        untouched = self.replica.untouched(values)
+        base_step = self.replica.session.base_step
         before = progress.count_push()
         return OwnContribution(
             values, untouched, base_step, progress.steps_since_round, before, progress.local_step, self.loss
@@ -95,7 +96,7 @@ class Rounds:
         Raises:
             ModelAverageError: the round failed; see `ParameterServerSession.push_and_average`.
         """
-        return self._replica.session.push_and_average(
+        return self.replica.session.push_and_average(
             contribution.values,
             local_step=contribution.local_step,
             loss=contribution.loss,
@@ -105,23 +106,26 @@ class Rounds:
         )
 
     def install(self, result: PushResult, contribution: OwnContribution) -> None:
-        """Replaces the local variables by the center that came back; warns of steps that are lost by that."""
+        """Replaces the local variables by the center that came back; warns of steps that are lost by that.
+
+        A schedule that trains on during a round puts what was trained meanwhile into ``result.center`` before.
+        """
         if result.outcome is Outcome.COMMITTED:
             kept = result.untouched & contribution.untouched
         else:  # what was pushed was not used, and says nothing about this center
             kept = frozenset()
             self._say_what_is_lost(result, contribution)
-        self._replica.install(result.center, kept)
+        self.replica.install(result.center, kept, self.replica.progress.steps_since_round - contribution.steps)
         try:
-            self._replica.session.check_intact()
+            self.replica.session.check_intact()
         except RetryPushError:  # a quorum went on, and wrote over the average while it was read
-            self._replica.pull()
+            self.replica.pull()
         self.last = result
 
     def _say_what_is_lost(self, result: PushResult, contribution: OwnContribution) -> None:
         """This push was not used. An earlier one from the same base step, which failed here, may be in the center: then
         only the steps after it are lost."""
-        session, base_step = self._replica.session, contribution.base_step
+        session, base_step = self.replica.session, contribution.base_step
         is_next = base_step is not None and result.global_step == base_step + 1
         was_counted = (is_next and session.worker_id in result.contributors) or (
             result.outcome is Outcome.ALREADY_COUNTED

@@ -1,4 +1,4 @@
-"""What workers log about their steps: whether they went into the center."""
+"""What a worker logs about its steps: whether they are in the center."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _WHY = {
 
 
 def say_discarded(session: ParameterServerSession, steps: int) -> None:
-    """The center has replaced the local variables, and with them steps that were in no round."""
+    """The center has replaced local variables with steps in them that were in no round."""
     _log.warning(
         "%s of %s since its last round: discarded, its local variables are those of the center now (global_step %d). "
         "Steps come into the center when the hook is left normally, or by `average`",

@@ -69,7 +69,7 @@ class TensorFlowMembers(torch.optim.Optimizer):
             gate_gradients: GATE_NONE, GATE_OP or GATE_GRAPH; checked, without effect (torch has no such gates).
             aggregation_method: accepted, without effect.
             colocate_gradients_with_ops: accepted, without effect.
-            grad_loss: gradient of what is to be minimized by ``loss``, with its shape.
+            grad_loss: gradient of the minimized quantity with respect to ``loss``; it has the shape of ``loss``.
 
         Returns:
             (gradient, variable) for each variable; the gradient is None where ``loss`` does not depend on it.
@@ -100,13 +100,13 @@ class TensorFlowMembers(torch.optim.Optimizer):
         global_step: torch.Tensor | int | None = None,
         name: str | None = None,  # noqa: ARG002
     ) -> None:
-        """`step` with these gradients. Every ``.grad`` is as it was afterwards.
+        """`step` with these gradients. Every ``.grad`` is restored afterwards.
 
         Args:
             grads_and_vars: as `compute_gradients` returns it. Variables that are not in it, or whose gradient is None,
                 are not updated.
             global_step: required, as in the original. An integer tensor is set to the rounds completed after each
-                round; a number only says that the caller knows.
+                round; a number is accepted and has no effect.
             name: accepted, without effect.
 
         Raises:
@@ -153,22 +153,22 @@ class TensorFlowMembers(torch.optim.Optimizer):
         self.apply_gradients(pairs, global_step, name)
 
     def get_init_op(self) -> Callable[[], None]:
-        """A callable that makes the local variables equal to the center; it waits for the chief if there is none.
+        """A callable that replaces the local variables by the center; it waits for the chief if there is no center yet.
 
-        Steps since the last round are lost by that; a warning says how many. It raises ValueError if the server
+        Steps since the last round are lost; a warning says how many. The callable raises ValueError if the server
         averages another number of workers than ``num_worker``.
         """
         return self._training.start_from_center
 
     def make_session_run_hook(self, final_round: bool = True, wait_for_others_s: float = 0.0) -> ModelAverageHook:
-        """What brings all workers to the same start, and to the same end: ``with opt.make_session_run_hook(): ...``
-        around the loop.
+        """A context manager around the training loop: ``with opt.make_session_run_hook(): ...``. All workers get
+        the same start and the same end.
 
         Args:
             final_round: make a last round when the hook is left normally and something was trained since the last one.
-            wait_for_others_s: then wait, for this many seconds at most, until all workers have finished, and take the
-                last center of the job: that of those who had more data, too. 0: leave with the center of this worker's
-                last round.
+            wait_for_others_s: wait at the end, at most this many seconds, until all workers have finished, and install
+                the last center of the job, which also has what workers with more data have trained. 0: end with the
+                center of this worker's last round.
         """
         return ModelAverageHook(self._training, final_round, wait_for_others_s)
 
