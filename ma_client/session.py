@@ -379,7 +379,7 @@ class ParameterServerSession:
             loss: the loss that this worker has reached; shown in the server's status. None: it is not shown.
             interval_steps: how many local steps this worker makes between two rounds; shown in the server's log and
                 status. 0: it is not said.
-            untouched: names of variables that are as they came from the center, for want of a gradient
+            untouched: names of variables that are unchanged since the last center because they had no gradient
                 (`unchanged` tells). What all workers left untouched keeps the center's bytes.
             timeout_s: how long to wait for the other workers; None: the session's ``round_timeout_s``.
             copy: False: the result's arrays are read-only and valid until the session's next call; with a quorum,

@@ -60,7 +60,7 @@ def shell(command: tuple[str, ...], redirection: str) -> subprocess.CompletedPro
 
 
 def into_a_closed_pipe(command: tuple[str, ...], read_lines: int) -> tuple[int, str]:
-    """Its exit code, and what it says on standard error, when its reader goes after so many lines."""
+    """Its exit code and standard error when its reader leaves after this many lines."""
     with Launched(["-m", *command], read_lines=read_lines) as process:
         return process.ended(), "\n".join(process.errors)
 
@@ -144,7 +144,7 @@ def test_a_server_serves_wherever_its_log_goes(redirection: str, tmp_path: Path)
         assert "Traceback" not in server.printed()
         if redirection == ">/dev/full":
             lost = [line for line in server.errors if "standard output cannot be written" in line]
-            assert len(lost) == 1, "it is said once"
+            assert len(lost) == 1, "the log says so once"
 
 
 def test_a_training_goes_on_when_nobody_reads_its_lines() -> None:
