@@ -1,4 +1,4 @@
-"""A dumb oracle for the round: plain records of who did what and when, and what the rules want of it. Averages are made
+"""A simple oracle for the round: plain records of all events, and what the rules require. Averages are made
 of tagged contributions instead of numbers, so that a torn push or a double count shows."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Nothing that is printed or logged ends a server, a training or a launcher; a command for looking ends quietly."""
+"""A broken output ends no server, training or launcher; commands that only show something end quietly."""
 
 from __future__ import annotations
 

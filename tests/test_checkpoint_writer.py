@@ -1,4 +1,4 @@
-"""Who writes checkpoints, and where: processes that may hang or die, and a directory that may be taken away."""
+"""The checkpoint writers: processes that may hang or die, and a directory that may be removed."""
 
 from __future__ import annotations
 

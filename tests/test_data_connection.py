@@ -1,4 +1,4 @@
-"""Data connections: who gets one, that a push on one is a push like any other, and that losing one loses nothing."""
+"""Data connections: which workers get one; a push on one is like any other; losing one loses nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finishing, from the session to the log: rounds go on without a worker that says so, and only without such."""
+"""Finishing, from the session to the log: rounds continue without finished workers, and only without these."""
 
 from __future__ import annotations
 
