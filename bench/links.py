@@ -1,4 +1,4 @@
-"""What a round costs when links are the limit, beside gloo's all-reduce on the same hosts: `make bench`.
+"""The cost of a round when links are the limit, compared with gloo's all-reduce on the same hosts: `make bench`.
 
 Hosts are network namespaces (bench/hosts.py) with links of 1 Gbit; each has a worker, a server, or both. How a round is
 measured says bench/turns.py; the slowest worker's time counts. All hosts share this machine's processors, so a row in
@@ -29,14 +29,14 @@ PARAMETERS = 10_000_000
 RATE_MBIT = 1000.0
 PS_PORT = 2222
 GLOO_PORT = 29500
-# Nobody waits longer for a round when somebody has died.
+# The longest wait for a round after a process has died.
 TIMEOUT_S = 300.0
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row: so many workers and servers, each on a host of its own or a server beside each worker; and what is asked
-    for, at most: a ratio to the model's time on one link, and a ratio to gloo's time."""
+    """One row: the numbers of workers and servers, each on its own host or a server beside each worker; and the
+    required upper bounds: a ratio to the model's time on one link, and a ratio to gloo's time."""
 
     workers: int
     servers: int
@@ -61,7 +61,7 @@ CASES = (
 
 @dataclass(frozen=True)
 class Settings:
-    """What all rows have in common: so many float32 parameters and measured rounds of each kind; the links."""
+    """Settings of all rows: float32 parameters, measured rounds of each kind, and the links."""
 
     parameters: int
     rounds: int

@@ -1,4 +1,4 @@
-"""What the benches need of processes: a server of their own, and how much memory a process has taken."""
+"""Processes for the benchmarks: starts a server, and measures the memory of a process."""
 
 from __future__ import annotations
 

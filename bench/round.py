@@ -1,4 +1,4 @@
-"""What a round costs, beside gloo's all-reduce in the same processes: `make bench`.
+"""The cost of a round, compared with gloo's all-reduce in the same processes: `make bench`.
 
 For every row, one parameter server and the workers run as processes on this machine; how a round is measured says
 bench/turns.py. The slowest worker's time counts.
@@ -77,7 +77,7 @@ def work(case: Case, rank: int, rounds: int, address: str, gloo_port: int, pipe:
     reduced = torch.zeros(case.parameters)
     # Once now, so that the buffers that gloo makes for itself do not count as ours.
     dist.all_reduce(reduced)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     idle_bytes = resident_bytes(os.getpid())
     session = ParameterServerSession(
         [address], worker_id=f"worker-{rank}", is_chief=rank == 0, shared_memory=case.transport == "shared memory"

@@ -1,4 +1,4 @@
-"""What a plain TCP stream gets over a link, for a round to be compared with.
+"""The throughput of a plain TCP stream over a link, for comparison with a round.
 
 `python -m bench.stream receive ADDRESS` and `... send ADDRESS PORT SIZE_BYTES` are its two ends.
 """

@@ -1,4 +1,4 @@
-"""What the processes of a job tell: workers and a reader that report every call of theirs, and who listens to them."""
+"""Workers and a reader that report each of their calls, and the transcript of their reports."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Line:
 
 
 class Transcript:
-    """Everything that was told, in the order in which it came. For any thread."""
+    """All reported lines, in order of arrival. May be used from any thread."""
 
     def __init__(self) -> None:
         self._lines: list[Line] = []

@@ -1,4 +1,4 @@
-"""What can happen to a job on test hosts (bench/hosts.py): each as a context that it happens in.
+"""Faults for a job on test hosts (bench/hosts.py), each as a context during which it lasts.
 
 Whatever is not undone by the end of a process of its own (a mount, a frozen disk, a cgroup) is undone by another one,
 which waits for that end: however this program ends, nothing of it stays.

@@ -46,13 +46,13 @@ class Result:
 
     Args:
         fault: its name.
-        lasted_s: for so long.
-        silence_s: the longest.
-        wait_s: the longest.
-        who: waited so.
-        said: by that one, last in that wait.
+        lasted_s: how long the fault lasted.
+        silence_s: the longest silence.
+        wait_s: the longest wait.
+        who: the process with the longest wait.
+        said: its last log line during that wait.
         ended: whether the wait did.
-        recovered_after_s: rounds were made by all workers so long after the fault; None: never.
+        recovered_after_s: seconds from the end of the fault until all workers made rounds; None: never.
         errors: calls that raised.
         right: whether all values were.
     """

@@ -1,1 +1,1 @@
-"""A training under a monkey that kills and stops its processes at random, and the proof that nothing was lost."""
+"""A training whose processes are killed and stopped at random, and a check that nothing was lost."""

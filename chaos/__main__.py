@@ -37,7 +37,10 @@ def main(argv: list[str] | None = None) -> int:
         "pids controller of cgroup v1)",
     )
     parser.add_argument(
-        "--faults-every-s", type=flag_types.seconds, default=1.0, help="one fault every so many seconds (%(default)s)"
+        "--faults-every-s",
+        type=flag_types.seconds,
+        default=1.0,
+        help="seconds from one fault to the next (%(default)s)",
     )
     parser.add_argument(
         "--accuracy-points",

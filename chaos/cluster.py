@@ -27,7 +27,7 @@ SERVER = "server"
 _CHECKPOINTS = "checkpoints"
 _TICK_S = 0.01
 _PROGRESS_EVERY_S = 2.0
-# So long without a round, and the faults end, to tell a job that hangs from one that is struck too often.
+# After this time without a round, the faults end. This tells a job that hangs from one with too many faults.
 _CALM_AFTER_S = 30.0
 _GIVE_UP_AFTER_S = 90.0
 
@@ -59,7 +59,7 @@ class Course:
         starts: of each process, by name.
         struck: the faults, with the times at which they happened.
         deaths: processes that ended otherwise than by a fault.
-        squeezed_deaths: those that ended of themselves because they lacked something; that is their right.
+        squeezed_deaths: processes that ended by themselves because they lacked something, as they may.
         lacks_limit: which limit this machine does not have, and why; empty if it has all, or none was wanted.
         rounds_started_over: by the server, for the sake of pushes that broke off.
         center: what the server has at the end; None if the run was given up.

@@ -1,4 +1,4 @@
-"""What happens when: a seed makes a sequence of faults. Pure."""
+"""A sequence of faults with their times, generated from a seed. Pure."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Fault:
 
     Args:
         at_s: seconds from the start of the run.
-        process: the name of whom it strikes.
+        process: the name of the process that it strikes.
         kind: kill is SIGKILL; stop is SIGSTOP, and SIGCONT later; descriptors and threads: it gets no more of them than
             it has and ``spare``.
         lasts_s: how long it lasts; 0 for a kill.
@@ -48,9 +48,9 @@ def sequence(seed: int, processes: Sequence[str], every_s: float, squeezed: str 
 
     Args:
         seed: other seeds are other faults.
-        processes: whom kills and stops strike.
+        processes: the names of the processes that kills and stops strike.
         every_s: seconds.
-        squeezed: who runs out of descriptors and threads, too; None: nobody.
+        squeezed: the process that runs out of descriptors and threads, too; None: no process.
     """
     chance = random.Random(seed)
     at_s = every_s

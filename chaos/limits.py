@@ -1,4 +1,4 @@
-"""What a process may have no more of for a while: descriptors, by its resource limit; threads, by a control group."""
+"""Limits a process for a while: its descriptors by a resource limit, its threads by a control group."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the workers write down, so that the run can be replayed: every push before it is made, and every center.
+"""The workers' records, from which a run can be replayed: every push before it is made, and every center.
 
 In a directory, `values/` has the float32 values of the pushes and centers; the files' names have their hash, so equal
 values are one file. `events/` has JSON lines, one file for each process. All that a process wrote outlives its SIGKILL,

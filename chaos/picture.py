@@ -1,4 +1,4 @@
-"""The picture of a run: global_step over time, and below it what struck whom."""
+"""The picture of a run: global_step over time, and below it the faults of each process."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ MAX_WORKERS = 4
 
 @dataclass
 class Replay:
-    """What came of it.
+    """The result of a replay.
 
     Attributes:
         problems: what is wrong; empty if nothing is.
@@ -45,7 +45,7 @@ def replay(pushes: Sequence[Push], received: Sequence[Received], workers: Sequen
     Args:
         pushes: all that the workers logged.
         received: likewise.
-        workers: who has to be in every round.
+        workers: the workers that must be in every round.
         rounds: the planned `global_step`.
     """
     result = Replay()

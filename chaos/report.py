@@ -1,4 +1,4 @@
-"""What a run was like, in numbers, and what is wrong with it."""
+"""A run in numbers, and the problems that were found."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class Settings:
         rounds: planned.
         seed: of the faults.
         squeeze: whether the server runs out of descriptors and threads now and then, too.
-        faults_every_s: one fault every so many seconds.
+        faults_every_s: the time from one fault to the next.
         accuracy_points: by how many percentage points the test accuracy may differ from that of a run without faults.
         json: where the report goes; the picture goes beside it.
     """
@@ -44,7 +44,7 @@ class Settings:
 
 
 def run(settings: Settings) -> bool:
-    """Does it; whether all was well."""
+    """Makes both runs. Returns whether all checks passed."""
     console = Console(width=120)
     directory = Path(tempfile.mkdtemp(prefix="chaos-"))
     try:

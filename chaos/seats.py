@@ -14,9 +14,9 @@ from chaos.limits import Limit
 
 __all__ = ["Seat"]
 
-# So long after a process has all it wants again, what it lacked before may still end it, or lack in a checkpoint.
+# For this time after a shortage ends, it may still end the process or cost a checkpoint.
 _RECOVERS_S = 1.0
-# So long after its start a process has what it needs to come up, and not yet all that it needs to work.
+# This long after its start, a process has what it needs to start, but not yet all that it needs to work.
 _AFTER_START_S = 0.3
 
 

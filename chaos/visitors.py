@@ -1,4 +1,4 @@
-"""Strangers that come to the server, stay for a moment and say nothing: each takes a descriptor from it."""
+"""Connections from strangers that stay silent for a moment: each takes a descriptor from the server."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TIMEOUT_S = 1.0
 
 
 class Visitors:
-    """They come until `end`, on a thread of their own.
+    """Opens such connections until `end`, on a separate thread.
 
     Args:
         address: of the server, HOST:PORT.

@@ -41,7 +41,7 @@ class Task:
         process: the how-manieth process of this worker, from 1.
         rounds: the `global_step` at which it is done.
         log: the directory of the run's log.
-        way: how its bytes go; None: as they would of themselves.
+        way: the transport of its bytes; None: the session's choice.
     """
 
     cluster: ClusterSpec

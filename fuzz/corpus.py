@@ -1,4 +1,4 @@
-"""Well-formed messages of every type: small models, and what good clients and the server say about them."""
+"""Well-formed messages of every type: small models, and the messages of correct clients and the server about them."""
 
 from __future__ import annotations
 

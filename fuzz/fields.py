@@ -1,4 +1,4 @@
-"""Changes of single fields: the message stays well formed, so what it says gets further than bytes that are none."""
+"""Changes of single fields: the message stays well formed, so it gets further into the server than malformed bytes."""
 
 from __future__ import annotations
 

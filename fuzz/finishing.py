@@ -1,4 +1,4 @@
-"""Sees who says that it has finished, and says whether rounds go on without it, and without nobody else."""
+"""Observes which workers finish, and checks that rounds continue without these and no others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Finishing"]
 
 
 class Finishing:
-    """Those who have finished at one server.
+    """The workers that have finished at one server.
 
     What it knows of them may be more than what is true (a goodbye counts for nothing while another process of that name
     pushes), but never less.
@@ -57,7 +57,7 @@ class Finishing:
         return min(self._policy.min_workers, max(1, self._policy.num_workers - len(absent)))
 
     def check(self, has_committed: bool) -> None:
-        """Raises Failure if the round does not wait for who is there, or waits for who has finished.
+        """Raises Failure if the round does not wait for a present worker, or waits for a finished one.
 
         Args:
             has_committed: whether a round has, since the last look.
@@ -103,7 +103,7 @@ class Finishing:
         self._goodbyes.clear()  # without a disk, the answer comes at once or never
 
     def _check_waits_rightly(self) -> None:
-        """A round whose pushes are whole commits, unless somebody is missing who has not finished."""
+        """A round whose pushes are whole commits, unless an unfinished worker is missing."""
         job, policy = self._world.job, self._policy
         assert job is not None
         present = job.round._entries.keys()

@@ -1,4 +1,4 @@
-"""Sees what processes that ask for a task index are told, and says whether that may be."""
+"""Observes the answers to processes that ask for a task index, and checks them."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from fuzz.sockets import Listener, MemorySocket
 __all__ = ["EndlessError", "VirtualLoop"]
 
 _T = TypeVar("_T")
-# Cancelled timers stay in the heap until so many of them have gathered.
+# Cancelled timers stay in the heap until there are this many of them.
 _CANCELLED_TIMERS = 200
 # No clock stands still while something runs.
 _TICK_S = 1e-6
@@ -192,7 +192,7 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         return handle is not None
 
     def _poll(self) -> None:
-        """Wakes up who waits for a socket with which something can be done."""
+        """Wakes the readers and writers of sockets that are ready."""
         if not self._readers and not self._writers:
             return
         for sock in self.watched:

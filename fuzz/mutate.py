@@ -1,4 +1,4 @@
-"""What happens to a message on its way from a good client to a fuzzed server."""
+"""Mutations of a message between a correct client and a fuzzed server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plays the inputs of one target, and notes what they did to the process."""
+"""Plays the inputs of one target, and records their effect on the process."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ class Sequence:
 
     has_connections = False
     long_enough_s = LONG_ENOUGH_S
-    """After so long without a word nobody waits for it any longer."""
+    """After this time of silence, it is no longer waited for."""
 
     def __init__(self, rng: Random, endings: Counter[str]) -> None:
         self._rng = rng
@@ -409,7 +409,7 @@ class Sequence:
         self._opened("GetStatus", b"")
 
     def _come_in_crowds(self) -> None:
-        """Many who are heard of and do nothing, under names that take as much room as a name can."""
+        """Many clients that connect and do nothing, under names of the maximum length."""
         for number in range(40):
             request = pb.PullRequest(worker_id=f"{number:4}" + 31 * "\U0001f9e0")
             self._opened("Pull", request.SerializeToString())

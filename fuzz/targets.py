@@ -49,8 +49,8 @@ class Target(Protocol):
 
     Attributes:
         name: for people.
-        inputs_per_world: after so many inputs a new service takes the place of the old one.
-        inputs_each: so many of the inputs that are asked for are one input of this target.
+        inputs_per_world: after this many inputs, a new service replaces the old one.
+        inputs_each: how many of the requested inputs one input of this target counts for.
         endings: how calls ended, and how often.
     """
 

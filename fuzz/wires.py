@@ -1,4 +1,4 @@
-"""A client's ends of data connections: offers that it had, what it has said on each, and what came."""
+"""A client's side of data connections: its offers, and the bytes sent and received on each."""
 
 from __future__ import annotations
 

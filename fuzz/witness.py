@@ -1,4 +1,4 @@
-"""Sees what was sent to a server and what came of it, and says whether that may be."""
+"""Observes what a server receives and does, and checks it against the rules."""
 
 from __future__ import annotations
 

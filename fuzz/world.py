@@ -1,4 +1,4 @@
-"""One service on a loop of its own, and what can be seen of it from outside and from inside."""
+"""One service on its own loop, with views of its external and internal state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A round whose shell commits whenever it may, as a server without checkpoints does."""
+"""A round whose caller commits as soon as possible, like a server without checkpoints."""
 
 from __future__ import annotations
 

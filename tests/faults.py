@@ -36,7 +36,7 @@ def trained(center: Model, worker: int, step: int) -> Model:
 
 
 def undisturbed(center: Model, workers: int, rounds: int, since: int = 0) -> Model:
-    """The center after so many rounds, from the one of step ``since`` on."""
+    """The center after this many rounds, counted from the center of step ``since``."""
     for step in range(since, rounds):
         pushed = [trained(center, worker, step) for worker in range(workers)]
         center = {

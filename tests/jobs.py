@@ -60,7 +60,7 @@ class Job:
     def admitted(
         self, worker_id: str, client: RawClient | None = None, **fields: Any
     ) -> tuple[Stream[pb.PushAndAverageResponse], int]:
-        """A push of which only the header has gone, and the first fragment that is wanted."""
+        """Opens a push, sends only its header, and returns the first fragment that the server needs."""
         stream = (client or self.client).open_push()
         stream.send(self.header(worker_id, **fields))
         return stream, stream.admission()
@@ -88,7 +88,7 @@ class Job:
                     raise
 
     def given(self, worker_id: str, count: int) -> None:
-        """Waits until the server has so many fragments of a worker."""
+        """Waits until the server has this many fragments of a worker."""
         until(lambda: self.client.worker(worker_id).fragments_given == count, f"{worker_id} gave {count} fragments")
 
     def center(self) -> bytes:

@@ -20,7 +20,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 NODES = 3
-CPUS = 3  # so many that two nodes have room for all that the tests start
+CPUS = 3  # enough for two nodes to run all that the tests start
 OBJECT_STORE_BYTES = 80 << 20
 
 

@@ -1,4 +1,4 @@
-"""A dumb oracle for the round: plain records of who did what and when, and what the rules want of it. Averages are made
+"""A simple oracle for the round: plain records of all events, and what the rules require. Averages are made
 of tagged contributions instead of numbers, so that a torn push or a double count shows."""
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class Records:
         return next((push for push in (*self.given, *self.whole_at_s) if push.worker_id == worker_id), None)
 
     def pushes(self) -> list[Push]:
-        """One push of everyone who is there."""
+        """One push of every present worker."""
         by_name = {push.worker_id: push for push in self.attached.values()}
         return list((by_name | {push.worker_id: push for push in (*self.given, *self.whole_at_s)}).values())
 
@@ -143,7 +143,7 @@ class Records:
         return {push.worker_id for push in self.given} - self.whole()
 
     def gone(self) -> set[str]:
-        """Workers whose push is in the sums in part, and who are not there to give the rest."""
+        """Workers whose push is partly in the sums, and which are not there to deliver the rest."""
         return self.halves() - self.live()
 
     def lost(self, name: str) -> bool:
@@ -199,7 +199,7 @@ class Records:
         return since_s
 
     def patience_ends_at_s(self) -> float | None:
-        """When the round no longer keeps workers out for the sake of others who are gone."""
+        """When the round stops holding workers because of others that are gone."""
         if not self.held or self.quorum_at_s is not None:
             return None
         since_s = [self.gone_at_s[worker_id] for worker_id in self.gone()] if self.closed else [self.missed_at_s]
@@ -380,7 +380,7 @@ class Records:
         self.waited_for.pop(name, None)
 
     def grace_is_over(self, now_s: float) -> None:
-        """Nobody waits any longer for those who are neither whole nor there since they missed it, or were too late."""
+        """Rounds no longer wait for workers that missed this one and are neither whole nor present."""
         late = ((self.waited_for.keys() - self.missed - self.waiting_ids()) | self.present()) - self.whole()
         self.missed |= late
         self.missed_at_s, self.knows_workers = now_s, True

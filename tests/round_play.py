@@ -30,7 +30,7 @@ __all__ = ["EVENTS", "SECOND", "Event", "Play", "Process"]
 
 # Between two events. Times are multiples of it, so that sums are exact.
 _STEP_S = 0.25
-# So often in a row, without an event, has time something to do at most.
+# The most times in a row that `expire` has something to do without an event in between.
 _MOST_EXPIRIES = 20
 # Actors from here on are second processes.
 SECOND = 100

@@ -1,4 +1,4 @@
-"""What Prometheus would read off a server, by the client library's own parser."""
+"""A server's metrics as Prometheus reads them, by the client library's parser."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ class FaultyShard:
 
     @property
     def status(self) -> pb.GetStatusResponse:
-        """What it says of itself."""
+        """Its own status."""
         with RawClient(self.address) as client:
             return client.status()
 
@@ -120,7 +120,7 @@ class FaultyShard:
         self._loop.run(self._begin())
 
     def stop(self) -> None:
-        """Ends at once: whoever waits here is sent away, whoever comes finds nobody."""
+        """Ends at once: waiting calls fail, and new ones find no server."""
         self._loop.run(self._end())
         self.silent.clear()
 
@@ -329,7 +329,7 @@ class FaultyJob:
         self._loop.close()
 
     def session(self, worker_id: str) -> ParameterServerSession:
-        """A session with all servers; who is not of a seat has it closed at the end."""
+        """A session with all servers; one without a seat is closed at the end."""
         session = self.session_class(
             [shard.address for shard in self.shards],
             worker_id=worker_id,
@@ -370,7 +370,7 @@ class FaultyJob:
             seat.begin()
 
     def end(self, rounds: int) -> int:
-        """After so many more rounds everybody has to be done; the last step."""
+        """The step, a few rounds later, at which all workers must be done."""
         with self._lock:
             self._until = until = self._pushed_from + 1 + rounds
         lives = [seat.lives[-1] for seat in self.seats]

@@ -1,4 +1,4 @@
-"""A TCP relay whose ways can be stopped, one by one, without a word to anybody."""
+"""A TCP relay each of whose directions can be stopped silently."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A worker that waits at its start does not wait in silence: for a server, for a task index."""
+"""A starting worker that waits for a server or a task index logs that it waits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Addresses: what is one, and that every command and function that takes one refuses at once what is none."""
+"""Addresses: what is valid, and that every command and function refuses an invalid one at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ma-launch says of workers that have ended: from hand-made statuses."""
+"""What ma-launch reports about workers that have ended: from hand-made statuses."""
 
 from __future__ import annotations
 

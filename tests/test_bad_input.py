@@ -1,4 +1,4 @@
-"""Whatever is sent, the server refuses what is wrong in one line, changes nothing, and goes on serving."""
+"""The server refuses any wrong input with one line, changes nothing, and continues to serve."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nothing that is printed or logged ends a server, a training or a launcher; a command for looking ends quietly."""
+"""A broken output ends no server, training or launcher; commands that only show something end quietly."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def shell(command: tuple[str, ...], redirection: str) -> subprocess.CompletedPro
 
 
 def into_a_closed_pipe(command: tuple[str, ...], read_lines: int) -> tuple[int, str]:
-    """Its exit code, and what it says on standard error, when its reader goes after so many lines."""
+    """Its exit code and standard error when its reader leaves after this many lines."""
     with Launched(["-m", *command], read_lines=read_lines) as process:
         return process.ended(), "\n".join(process.errors)
 
@@ -145,7 +145,7 @@ def test_a_server_serves_wherever_its_log_goes(name: str, tmp_path: Path) -> Non
         assert "Traceback" not in server.printed()
         if redirection == ">/dev/full":
             lost = [line for line in server.errors if "standard output cannot be written" in line]
-            assert len(lost) == 1, "it is said once"
+            assert len(lost) == 1, "the log says so once"
 
 
 @pytest.mark.long

@@ -1,4 +1,4 @@
-"""The buffers of the center: who reads them, rounds that start over, commits that fail."""
+"""The buffers of the center: readers, rounds that start over, commits that fail."""
 
 from __future__ import annotations
 

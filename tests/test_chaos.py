@@ -283,7 +283,7 @@ class Story:
         self.received = [replace(r, values=center) if r.global_step == step else r for r in self.received]
 
     def add_second_push(self, step: int) -> Push:
-        """The first worker was killed in the round of this base step, came back and pushed anew."""
+        """The first worker was killed in the round of this base step, came back and pushed again."""
         first = self.pushes_of(step)[0]
         self.pushes[self.pushes.index(first)] = replace(first, told=None)
         second = Push(first.worker, 2, 1, step, values(1000, step), "ALREADY_COUNTED")

@@ -1,4 +1,4 @@
-"""A server that keeps its center on disk, and one that goes on from there."""
+"""A server that keeps its center on disk, and one that continues from it."""
 
 from __future__ import annotations
 

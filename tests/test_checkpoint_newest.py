@@ -1,4 +1,4 @@
-"""Which checkpoint a server goes on from: the newest that is usable. Which of them stay."""
+"""A server continues from the newest usable checkpoint; which checkpoints stay."""
 
 from __future__ import annotations
 

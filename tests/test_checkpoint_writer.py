@@ -1,4 +1,4 @@
-"""Who writes checkpoints, and where: processes that may hang or die, and a directory that may be taken away."""
+"""The checkpoint writers: processes that may hang or die, and a directory that may be removed."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def test_status_and_metrics_say_since_when_a_disk_hangs(
         assert scrape(server.metrics_address)["checkpoint_writing_seconds"] == 0
         with stopped(writers_of(os.getpid())):
             streams = [job.push(name, of(1), base_step=STEP) for name in ("a", "b")]
-            until(lambda: client.status().checkpoint_problem != "", "it is said")
+            until(lambda: client.status().checkpoint_problem != "", "the status reports it")
             status = client.status()
             expected = f"the checkpoint of global_step {STEP + 1} has been waiting for {tmp_path} for "
             assert status.checkpoint_problem.startswith(expected)

@@ -1,4 +1,4 @@
-"""Who is who: what flags and launchers tell of a cluster, in which order, and what of it contradicts what."""
+"""Cluster settings: what flags and launchers say about a cluster, their precedence, and contradictions."""
 
 from __future__ import annotations
 

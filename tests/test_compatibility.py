@@ -1,4 +1,4 @@
-"""Version 1 of the protocol only grows: what was once in it is written down in tests/golden/protocol-v1.txt."""
+"""Version 1 of the protocol only grows: tests/golden/protocol-v1.txt lists everything that was ever in it."""
 
 from __future__ import annotations
 

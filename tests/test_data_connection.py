@@ -1,4 +1,4 @@
-"""Data connections: who gets one, that a push on one is a push like any other, and that losing one loses nothing."""
+"""Data connections: which workers get one; a push on one is like any other; losing one loses nothing."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Wire:
         self.socket.sendall(struct.pack("<Q", push_id) + data)
 
     def receive(self, size_bytes: int) -> bytes:
-        """So many bytes, or those before the end."""
+        """This many bytes, or fewer if the stream ends."""
         try:
             return self.socket.recv(size_bytes, socket.MSG_WAITALL)
         except ConnectionResetError:
@@ -229,7 +229,7 @@ def test_a_connection_on_which_nothing_comes_is_cut_off(start_server: StartServe
 
 def test_a_client_that_does_not_read_holds_up_nobody_but_itself(start_server: StartServer) -> None:
     address = start_server(2, stall_timeout_s=0.5).address
-    big = {"w": np.zeros(4 << 20, np.float32)}  # more than the kernel takes for somebody who does not read
+    big = {"w": np.zeros(4 << 20, np.float32)}  # more than the kernel buffers for a peer that does not read
     with RawClient(address) as client:
         job = Job(client, address, big, fragment_size_bytes=1 << 20)
         wire = connected(job)

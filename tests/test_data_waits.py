@@ -1,4 +1,4 @@
-"""A data connection on which nothing moves is waited for only so long, and then left alone for a while."""
+"""A wait on a silent data connection is bounded; afterwards the connection is not used for a while."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TIMEOUT_S = 20.0
 LONG_S = 600.0
 SILENCE_S = 1.0
 ON_DATA, IN_MESSAGES = {pb.TRANSPORT_DATA_CONNECTION}, {pb.TRANSPORT_TCP}
-# More than the kernel and the relay take for somebody who does not read.
+# More than the kernel and the relay buffer for a peer that does not read.
 BIG: Arrays = {"w": np.arange(2 << 20, dtype=np.float32)}
 
 

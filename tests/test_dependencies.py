@@ -1,4 +1,4 @@
-"""pyproject.toml says which versions will do, constraints.txt which ones are tested: the one is in the other."""
+"""pyproject.toml gives the accepted versions, constraints.txt the tested ones: the tested ones are accepted."""
 
 from __future__ import annotations
 

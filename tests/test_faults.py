@@ -22,7 +22,7 @@ from tests.raw_client import fragments_of
 WORKERS, ROUNDS = 2, 6
 SMALL: Model = {"w": np.zeros(300, np.float32), "b": np.ones((), np.float32)}  # 5 fragments of 256 bytes
 LARGE: Model = {"w": np.zeros(1 << 18, np.float32), "b": np.ones((7, 3), np.float32)}  # large enough for shared memory
-# So often a moment is reached in one round of two workers, for a model of 5 fragments.
+# How often a moment is reached in one round of two workers, for a model of 5 fragments.
 TIMES_A_ROUND = {"in the middle of the fragments": 10, "when a fragment is averaged": 5, BETWEEN_TWO_ANSWERS: 2}
 
 

@@ -1,4 +1,4 @@
-"""Finishing, from the session to the log: rounds go on without a worker that says so, and only without such."""
+"""Finishing, from the session to the log: rounds continue without finished workers, and only without these."""
 
 from __future__ import annotations
 
@@ -219,12 +219,12 @@ def test_the_server_says_that_it_waits_for_the_chief(
     with RawClient(start_server(2, first_notice_s=0.1).address) as client:
         stream = client.open_pull()
         stream.send(pb.PullRequest(worker_id="worker-1", wait_initialized=True))
-        until(lambda: sum("there is no center yet" in line for line in caplog.messages) >= 3, "it is said")
+        until(lambda: sum("there is no center yet" in line for line in caplog.messages) >= 3, "the log says so")
         assert "no chief (worker 0) has come to initialize it" in caplog.messages[-1]
         assert "waiting with it: 'worker-1'" in caplog.messages[-1]
         chief = client.open_initialize()
         chief.send(initialize_header(manifest_of(CENTER)))
-        until(lambda: any("'chief' is sending it" in line for line in caplog.messages), "it is said")
+        until(lambda: any("'chief' is sending it" in line for line in caplog.messages), "the log names the chief")
         chief.give(fragments_of(CENTER))
         chief.half_close()
         assert stream.receive().HasField("header")

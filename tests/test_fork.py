@@ -1,5 +1,5 @@
 """Processes forked from a worker: torch's DataLoader workers, and others that a script makes. They print nothing, and
-whatever they do with the session of their parent, that trains on."""
+whatever they do with their parent's session, the parent continues to train."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A wrapper that averages gradients makes rounds useless: that is said once, and nothing else is."""
+"""A wrapper that averages gradients makes rounds useless: the log says so once, and nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SIGHUP, as a terminal sends it that closes, ends everything as SIGTERM does; under nohup it ends nothing."""
+"""SIGHUP from a closing terminal ends everything as SIGTERM does; under nohup it ends nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints from hostile hands: whatever is wrong with one, it is passed over with a reason for the one before."""
+"""Hostile checkpoints: one with any defect is skipped, with a reason, and the previous one is used."""
 
 from __future__ import annotations
 

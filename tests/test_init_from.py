@@ -1,4 +1,4 @@
-"""The chief's initial values from a file: a whole state dict will do, and what is wrong with a file is said."""
+"""The chief's initial values from a file: a whole state dict is accepted, and errors say what is wrong with a file."""
 
 from __future__ import annotations
 

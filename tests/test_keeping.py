@@ -1,4 +1,4 @@
-"""Whether a round waits for its checkpoint: the rule by examples, and over random interleavings against an oracle."""
+"""When a round waits for its checkpoint: by examples, and over random interleavings against an oracle."""
 
 from __future__ import annotations
 

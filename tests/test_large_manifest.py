@@ -1,4 +1,4 @@
-"""However large a manifest is, the event loop goes on, and other calls are answered."""
+"""A manifest of any size does not block the event loop: other calls are answered."""
 
 from __future__ import annotations
 

@@ -184,7 +184,7 @@ def test_any_difference_makes_another_id(other: Manifest) -> None:
 
 
 def test_an_id_is_the_same_in_every_process_and_version() -> None:
-    # Workers and servers of different releases compare it: whoever changes it changes the protocol.
+    # Workers and servers of different releases compare it: a change of it changes the protocol.
     assert Manifest((Variable("w", "float32", (2, 3)),), 64).id == "6f46bd0e7da5d62b1723a6b042570114"
 
 

@@ -1,4 +1,4 @@
-"""Whom a round waits for: readers hide nobody, names are few, and a server that comes back knows whom it waits for."""
+"""The workers that a round waits for: readers hide none, names are bounded, and a restarted server knows them."""
 
 from __future__ import annotations
 

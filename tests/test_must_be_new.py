@@ -1,4 +1,4 @@
-"""A chief that finds a center of an earlier run says so and goes on from it, or refuses if it was told to."""
+"""A chief that finds a center of an earlier run reports it and continues from it, or refuses if told to."""
 
 from __future__ import annotations
 

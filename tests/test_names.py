@@ -1,4 +1,4 @@
-"""Names of workers are text, whatever is in them, wherever people read them; of very many, a few are shown."""
+"""Names of workers are shown as safe text wherever people read them; of many names, only a few are shown."""
 
 from __future__ import annotations
 

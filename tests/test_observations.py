@@ -1,4 +1,4 @@
-"""How a round's time is split, who is late, and how fast rounds go; time is an argument."""
+"""The split of a round's time, the lateness of workers, and the rate of rounds; time is an argument."""
 
 from __future__ import annotations
 

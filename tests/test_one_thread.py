@@ -1,4 +1,4 @@
-"""One session, two threads: the second is told; the first goes on unharmed. `close` may come from anywhere."""
+"""One session, two threads: the second call fails, the first is not affected. Any thread may call `close`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long a session tries again, and what it says then. Time is a stand-in's."""
+"""How long a session retries, and what it logs. Time is simulated."""
 
 from __future__ import annotations
 

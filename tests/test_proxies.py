@@ -1,4 +1,4 @@
-"""Proxies: nobody uses one who did not ask for it, and one that is in the way is named by its variable."""
+"""Proxies: a client uses one only on request, and an error names the variable of one that is in the way."""
 
 from __future__ import annotations
 

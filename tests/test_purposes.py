@@ -1,4 +1,4 @@
-"""Pushes that abstain, and pushes that give a center back, with a real server."""
+"""Pushes that abstain, and pushes that restore a center, with a real server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Servers that were away: found again at a new address, and pulls that go on where they broke or wait for the chief."""
+"""Servers that were away: found again at a new address; pulls that resume after a break, or wait for the chief."""
 
 from __future__ import annotations
 

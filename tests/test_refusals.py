@@ -1,4 +1,4 @@
-"""Whatever call of the server's core the machine refuses, a committed round is right, and every call ends."""
+"""If the machine refuses any single call of the server's core, committed rounds are right and every call ends."""
 
 from __future__ import annotations
 

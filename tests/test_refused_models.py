@@ -1,4 +1,4 @@
-"""What cannot be averaged as a plain array: refused by name, with what to do; or it stays local, and that is said."""
+"""Tensors that are no plain arrays: refused by name, with what to do; or it stays local, and the log says so."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A worker that says that it has finished is waited for no longer: each rule by an example."""
+"""Rounds do not wait for a worker that has finished: each rule by an example."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A push contributes, abstains or gives a lost center back: each rule by an example."""
+"""A push contributes, abstains or restores a lost center: each rule by an example."""
 
 from __future__ import annotations
 

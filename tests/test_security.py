@@ -1,4 +1,4 @@
-"""Who may come in: every wrong credential is refused and changes nothing; with TLS no tensor is in plain text."""
+"""Access: every wrong credential is refused and changes nothing; with TLS no tensor is in plain text."""
 
 from __future__ import annotations
 

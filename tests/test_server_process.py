@@ -1,4 +1,4 @@
-"""The server as a process: how it starts and ends, what it prints, and whom it takes for gone."""
+"""The server as a process: how it starts and ends, what it prints, and which clients it considers gone."""
 
 from __future__ import annotations
 

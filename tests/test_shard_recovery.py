@@ -76,7 +76,7 @@ class State:
 
     @property
     def is_possible(self) -> bool:
-        """Whether somebody has heard nothing, and whoever has not will be answered when it asks again."""
+        """Whether a worker has no answer yet, and every such worker will get one when it asks again."""
         return len(self.answered) < len(self.places) and all(
             place in self.answered or self.restored[place[1]] is not None or place[0] in self.replaced
             for place in self.places
@@ -100,7 +100,7 @@ def states(num_workers: int, num_shards: int, shared: bool = False) -> Iterator[
 
 
 def some_states(seed: int, count: int) -> list[State]:
-    """So many, of jobs of two or three workers and shards."""
+    """This many, for jobs of two or three workers and shards."""
     chance = random.Random(seed)
     found = list[State]()
     while len(found) < count:
@@ -256,9 +256,9 @@ def cause_faults(job: FaultyJob, play: Play, chance: random.Random) -> None:
     for cause, _ in faults:
         cause()
     chance.shuffle(faults)
-    for _, mend in faults:
+    for _, undo in faults:
         time.sleep(chance.choice((0.0, 0.0, 0.005, 0.05, 0.2)))  # how long it is away
-        mend()
+        undo()
 
 
 def hold(seat: Seat, step: int) -> None:
@@ -293,7 +293,7 @@ def test_twenty_long_plays_end_well(forgets: bool, quorum: bool, tmp_path: Path)
 
 
 def joined(job: FaultyJob, count: int) -> list[ParameterServerSession]:
-    """So many workers with the center."""
+    """This many workers with the center."""
     sessions = [job.session(f"worker-{number}") for number in range(count)]
     sessions[0].initialize(job.start_values(), global_step=FIRST_STEP)
     for session in sessions:

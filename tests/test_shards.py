@@ -53,7 +53,7 @@ class Workers:
         self.sessions: list[ParameterServerSession] = []
 
     def join(self, addresses: list[str], count: int, center: Arrays, **options: Any) -> list[ParameterServerSession]:
-        """So many workers with the center; the first initialized it."""
+        """This many workers with the center; the first has initialized it."""
         joined = [session(addresses, f"worker-{index}", **options) for index in range(count)]
         self.sessions += joined
         joined[0].initialize(center, global_step=STEP)

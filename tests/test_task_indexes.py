@@ -1,4 +1,4 @@
-"""Task indexes that the server hands out: who gets which, and when it is another's."""
+"""Task indexes that the server assigns: which process gets which, and when another process may get it."""
 
 from __future__ import annotations
 

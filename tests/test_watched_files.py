@@ -1,4 +1,4 @@
-"""Files that are read again when they change: which changes are seen, and what is left alone."""
+"""Files that are read again when they change: which changes are noticed, and which files are left alone."""
 
 from __future__ import annotations
 

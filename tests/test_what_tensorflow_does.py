@@ -1,4 +1,4 @@
-"""Where TensorFlow's ModelAverageOptimizer hangs, counts twice or begins anew, and what this one does: row by row.
+"""Where TensorFlow's ModelAverageOptimizer hangs, counts twice or starts over, and what this one does: row by row.
 
 Server and workers are processes, and die by SIGKILL. What a worker trains is added to its local variables; what is
 added tells from an average whose pushes are in it.
@@ -44,7 +44,7 @@ FRAGMENT_SIZE_BYTES = 64
 INITIAL = (1.0, 100.0, 200.0)
 ADDED = (6.0, 12.0, 24.0)
 OF_0_AND_1, OF_ALL = 9.0, 14.0
-# What a worker that was started anew begins with. It must never be seen again.
+# The initial value of a restarted worker. It must never appear in a center.
 INITIAL_OF_RESTARTED = 7000.0
 
 
@@ -143,7 +143,7 @@ class Cluster:
         return self.workers(WorkerProcess, [{**common, **settings, **options} for settings in own], spare=2)
 
     def start(self, count: int, **options: Any) -> list[WorkerProcess]:
-        """So many workers that have pulled the center, which is the chief's."""
+        """This many workers that have pulled the center that the chief has set."""
         workers = self.join(*range(count), **options)
         start_all(workers)
         return workers
@@ -159,7 +159,7 @@ class Cluster:
         until(lambda: all(self.client.worker(name_of(index)).waiting for index in indexes), f"{indexes} wait")
 
     def given(self, index: int, count: int) -> None:
-        """Returns when a worker has given so many fragments."""
+        """Returns when a worker has delivered this many fragments."""
         worker_id = name_of(index)
         until(lambda: self.client.worker(worker_id).fragments_given == count, f"{worker_id} gave {count} fragments")
 
@@ -484,7 +484,7 @@ def test_a_server_that_lost_its_center_is_an_error_and_never_a_start_from_initia
         assert value_of(worker.local()) == 10 + added
     assert cluster.client.status().phase == pb.PHASE_UNINITIALIZED
 
-    # A chief that is started anew begins a job of its own. Who was in the old one is told, whoever comes first.
+    # A restarted chief begins a new job. Workers of the old one are told, in any order of arrival.
     workers[0].kill()
     workers[0], center, step = cluster.restart(0)
     assert (center, step) == (INITIAL_OF_RESTARTED, 0)

@@ -20,7 +20,7 @@ class TlsProxy:
     Args:
         target: what speaks no TLS.
         identity: what it shows to clients.
-        client_ca: a file of who may have signed the clients' certificates; None: they need none.
+        client_ca: a file with the authorities of the clients' certificates; None: clients need no certificate.
     """
 
     def __init__(self, target: str, identity: Identity, client_ca: str | None = None) -> None:

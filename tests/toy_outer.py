@@ -1,4 +1,4 @@
-"""A toy outer optimizer: heavy-ball momentum, as somebody would add one."""
+"""A toy outer optimizer: heavy-ball momentum; an example of an added one."""
 
 from __future__ import annotations
 

@@ -268,7 +268,7 @@ def _told(result: PushResult) -> dict[str, Any]:
 
 
 def _hold_after(count: int) -> None:
-    """The process never gives more than so many fragments of a push."""
+    """The process never sends more than this many fragments of a push."""
     original = wire.encode_fragment
 
     def encode(index: int, parts: Iterable[bytes | memoryview]) -> bytes:
@@ -310,7 +310,7 @@ class _Worker:
         self._local_step += 1
 
     def push(self, hold_after: int | None = None) -> dict[str, Any]:
-        """Makes a round; with ``hold_after`` only so many fragments of its push ever leave the process."""
+        """Makes a round; with ``hold_after`` only that many fragments of its push ever leave the process."""
         if hold_after is not None:
             _hold_after(hold_after)
         result = self._session.push_and_average(self._local, local_step=self._local_step)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["MetricsError", "serve_metrics"]
 
 _SAMPLE_TIMEOUT_S = 5.0
-# Worker ids come from outside: so many of those that were counted in a round are shown, the last heard of.
+# Clients choose worker ids: only this many counted workers are shown, the most recently heard of.
 _MAX_WORKERS_SHOWN = 1000
 
 

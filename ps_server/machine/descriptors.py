@@ -127,7 +127,7 @@ class DescriptorWatch:
                 limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
                 _log.warning(
                     "all %d descriptors are in use: nobody else can connect until some are free. Raise `ulimit -n`, or "
-                    "find out who is connected (ss -tnp)",
+                    "find out which processes are connected (ss -tnp)",
                     limit,
                     extra=event("no_descriptors", limit=limit),
                 )

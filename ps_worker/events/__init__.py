@@ -1,1 +1,1 @@
-"""What a run of the built-in workload tells of its progress, and who is told."""
+"""Progress events of the built-in workload, and their recipients."""

@@ -43,7 +43,7 @@ MANIFEST = Manifest(
 )
 ROUNDS = 4
 INITIAL = -1.0
-# A play takes some hundredths of a second; what takes so long hangs, on a loaded machine as well.
+# A play takes some hundredths of a second; one that takes this long hangs, even on a loaded machine.
 LIMIT_S = 30.0
 _STALL_TIMEOUT_S = 1.0
 _PAUSE_S = 0.002

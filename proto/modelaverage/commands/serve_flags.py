@@ -27,10 +27,10 @@ _FLAGS = {
     "min_workers": _Flag(
         count,
         "M",
-        "go on without the rest: once M pushes are whole, a round waits --grace-s for the others, then commits (N: it "
-        "needs all)",
+        "continue without the rest: once M pushes are whole, a round waits --grace-s for the others, then commits (N: "
+        "it needs all)",
     ),
-    "max_workers": _Flag(count, "X", "with --min-workers: how many may stand in one round (N)"),
+    "max_workers": _Flag(count, "X", "with --min-workers: how many may take part in one round (N)"),
     "grace_s": _Flag(
         or_auto(seconds),
         "SECONDS",
@@ -40,12 +40,12 @@ _FLAGS = {
     "round_timeout_s": _Flag(
         seconds,
         "SECONDS",
-        "tell a worker that has waited for so long who is missing; its push stays in the round (never)",
+        "tell a worker that has waited this long which workers are missing; its push stays in the round (never)",
     ),
     "checkpoint_dir": _Flag(
         Path,
         "DIR",
-        "keep the center there, and go on from the newest checkpoint when started again (nowhere)",
+        "keep the center there, and continue from the newest checkpoint after a restart (nowhere)",
     ),
     "checkpoint_every_rounds": _Flag(
         count, "K", "a checkpoint after every K-th round; with 1, a server that is killed loses nothing (1)"
@@ -67,7 +67,7 @@ class ServeFlags:
         min_workers: how many workers a round needs at least.
         max_workers: how many workers one round admits.
         grace_s: how long a round waits for late workers, or "auto".
-        round_timeout_s: after how long a waiting worker is told who is missing.
+        round_timeout_s: after how long a waiting worker is told which workers are missing.
         checkpoint_dir: the directory of the checkpoints.
         checkpoint_every_rounds: the number of rounds from one checkpoint to the next.
         checkpoint_timeout_s: how long a round waits for its checkpoint.

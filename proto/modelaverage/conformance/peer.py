@@ -1,4 +1,4 @@
-"""A worker of the kit's own, beside the client: made from the generated stubs, it stops in the middle when told to."""
+"""The kit's own worker, which takes part beside the client. It uses the generated stubs and can stop in mid-push."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Peer:
         return header.global_step, b"".join(message.fragment.data for message in messages)
 
     def begin_push(self, fragments: list[bytes], base_step: int, give: int | None = None) -> PeerPush:
-        """A push of which so many fragments go at once; None: all.
+        """Begins a push and sends its first ``give`` fragments; None: all.
 
         Args:
             fragments: all of them.

@@ -106,13 +106,13 @@ class Program:
                 self._said.append(line.rstrip())
 
     def _write(self) -> None:
-        # On a thread of its own: a program that does not read must not hold up who waits for it.
+        # On a thread of its own: a program that does not read must not block its caller.
         with _stream(self._process.stdin) as stdin:
             try:
                 while (line := self._commands.get()) is not None:
                     stdin.write(line + "\n")
                     stdin.flush()
-            except OSError:  # it has gone; who waits for its answer hears of it
+            except OSError:  # it has ended; the wait for its answer reports that
                 return
 
     def last_words(self) -> str:

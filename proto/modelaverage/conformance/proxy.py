@@ -37,8 +37,7 @@ class Proxy:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def cut_after(self, up_bytes: Sequence[int] = (), down_bytes: Sequence[int] = ()) -> None:
-        """All connections break once so many more bytes have gone up (to the server) or down, and again after so many
-        more."""
+        """Breaks all connections each time another given number of bytes has passed up (to the server) or down."""
         with self._lock:
             self._left = {"up": list(up_bytes), "down": list(down_bytes)}
 
@@ -110,7 +109,7 @@ class Proxy:
 
 
 def _close(one: socket.socket) -> None:
-    # A close alone does not wake up who reads from it.
+    # A close alone does not wake a thread that reads from it.
     with contextlib.suppress(OSError):
         one.shutdown(socket.SHUT_RDWR)
     one.close()

@@ -1,4 +1,5 @@
-"""Cases: what a server may say besides the usual, and what a client has to refuse; against the scripted server."""
+"""Cases: unusual messages that a client must accept, and wrong ones that it must refuse; against the scripted
+server."""
 
 from __future__ import annotations
 

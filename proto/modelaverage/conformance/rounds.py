@@ -226,7 +226,7 @@ def _a_worker_that_leaves_is_not_waited_for(stage: Stage) -> None:
     began_s = time.monotonic()
     peer.push(fragments_of(vector(9)), 1)
     if time.monotonic() - began_s > _SOON_S:
-        raise Miss("that a round does not wait for who has left", "it waited for its grace period")
+        raise Miss("that a round does not wait for a worker that has left", "it waited for its grace period")
 
 
 @case

@@ -1,4 +1,4 @@
-"""A server that plays cases a real one cannot be brought to: it says, message by message, what the case wants."""
+"""A server for cases that a real server cannot produce: it sends exactly the messages of the case's script."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ MANIFEST_ID = "of-the-script"
 """What names the script's manifest, unless it says otherwise."""
 _WAIT_S = 20.0
 _THREADS = 8
-# A half-duplex client that sends nothing for so long waits for what never comes.
+# A half-duplex client that sends nothing for this long waits for a message that never comes.
 _HALF_DUPLEX_PAUSE_S = 3.0
 
 
@@ -172,7 +172,7 @@ class ScriptedServer(ParameterServerServicer):
             self._got.put(got)
 
     def Leave(self, request: pb.LeaveRequest, _: Any) -> pb.LeaveResponse:  # noqa: N802
-        """Notes who goes."""
+        """Records the goodbye."""
         self.left.put(request)
         return pb.LeaveResponse()
 
