@@ -101,7 +101,7 @@ def start_server(request: pytest.FixtureRequest) -> Iterator[StartServer]:
 
     In tests that are marked with `in_memory`, and not with `in_memory(False)`, sessions reach it without gRPC.
 
-        ``shared``: whether it offers shared memory, however small the model.
+    ``shared``: whether it offers shared memory, however small the model.
     """
     servers: list[RunningServer] = []
     mark = request.node.get_closest_marker("in_memory")
