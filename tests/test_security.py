@@ -358,7 +358,7 @@ def test_behind_a_proxy_that_ends_tls_nothing_goes_beside_the_calls(
     start_server: StartServer, files: Files, monkeypatch: pytest.MonkeyPatch, is_mutual: bool
 ) -> None:
     beside = list[str]()
-    monkeypatch.setattr(DataPort, "offer", lambda _, worker_id, __: beside.append(f"asked for by {worker_id}"))
+    monkeypatch.setattr(DataPort, "offer_to", lambda _, place: beside.append(f"asked for by {place.worker_id}"))
     monkeypatch.setattr(DataSocket, "open", lambda *_: beside.append("opened"))
     client = files.tls() if is_mutual else Tls(files.authority.ca)
     # A server that would offer some: it has no TLS itself.
