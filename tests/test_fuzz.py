@@ -19,6 +19,7 @@ from fuzz.targets import TARGETS, target_named
 from modelaverage.codecs import Codec
 from modelaverage.errors import Reason, refusal
 from modelaverage.runtime.data_sockets import NUMBER
+from ps_server.center.sums import Sums
 from ps_server.flow.call import Call
 from ps_server.flow.joining import Joining
 from ps_server.rules.decisions import Accumulate, Addition, Decision
@@ -88,8 +89,11 @@ def finds(name: str, inputs: int, *texts: str) -> bool:
 
 
 def test_an_exception_that_is_no_refusal_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Codec, "check_size", lambda *_: None)
-    assert finds("sequences", 100, "the server failed: ValueError: ")
+    def fail(*_: object) -> None:
+        raise ValueError("no")
+
+    monkeypatch.setattr(Sums, "accumulate", fail)
+    assert finds("sequences", 100, "the server failed: ValueError: no")
 
 
 def test_a_center_that_takes_wrong_values_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,7 +227,7 @@ def test_a_table_that_grows_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> Non
         return heard_of(self, worker_id, now_s)
 
     monkeypatch.setattr(Roster, "heard_of", remember)
-    assert finds("Pull", 1000, "_roster.log has")
+    assert finds("Pull", 1000, "roster.log has")
 
 
 def test_memory_that_is_not_given_back_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
