@@ -29,7 +29,7 @@ from ps_server.transports.data_connection import DataConnection as ServersEnd
 from ps_server.transports.data_port import DataPort, Place
 from tests.conftest import StartServer
 from tests.pairs import MODEL, SETTINGS, Pair
-from tests.raw_client import Arrays
+from tests.raw_client import Arrays, until
 from tests.stopcock import Stopcock, data_through
 
 TIMEOUT_S = 20.0
@@ -272,6 +272,8 @@ def test_without_threads_a_call_says_so_and_with_them_the_session_goes_on(
     with Pair(start_server(2).address) as pair:
         pair.until_connected()
         for _ in range(2):
+            # A call would do with the thread of the last one, which may still be at its end.
+            until(lambda: not any("(_run)" in thread.name for thread in threading.enumerate()), "gRPC's threads end")
             with monkeypatch.context() as patch:
                 few_threads(patch, left=0)
                 for call in (pair.sessions[0].pull, lambda: pair.sessions[0].push_and_average(MODEL)):

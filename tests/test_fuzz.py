@@ -6,6 +6,7 @@ import asyncio
 import socket
 from collections.abc import Callable
 from dataclasses import replace
+from mmap import mmap
 from typing import Any
 
 import pytest
@@ -231,10 +232,11 @@ def test_a_table_that_grows_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_memory_that_is_not_given_back_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = list[bytearray]()
+    kept = list[mmap]()
 
     def check(_: str) -> None:
-        kept.append(bytearray(b"x" * 20_000))
+        kept.append(mmap(-1, 64 << 10))  # pages of its own: earlier tests may have left free memory behind
+        kept[-1].write(b"x" * (64 << 10))
 
     monkeypatch.setattr("ps_server.flow.service.check_worker_id", check)
     assert finds("Leave", 3000, "memory has grown")
