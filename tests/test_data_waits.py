@@ -269,11 +269,16 @@ def test_a_thread_that_does_not_start_costs_no_round(
 def test_without_threads_a_call_says_so_and_with_them_the_session_goes_on(
     start_server: StartServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with Pair(start_server(2).address) as pair:
+    server = start_server(2)
+    before = threading.enumerate()
+
+    def has_ended() -> bool:
+        return not any("(_run)" in thread.name for thread in threading.enumerate() if thread not in before)
+
+    with Pair(server.address) as pair:
         pair.until_connected()
         for _ in range(2):
-            # A call would do with the thread of the last one, which may still be at its end.
-            until(lambda: not any("(_run)" in thread.name for thread in threading.enumerate()), "gRPC's threads end")
+            until(has_ended, "the thread of gRPC's last call, which the next one would use, has ended")
             with monkeypatch.context() as patch:
                 few_threads(patch, left=0)
                 for call in (pair.sessions[0].pull, lambda: pair.sessions[0].push_and_average(MODEL)):
