@@ -100,6 +100,14 @@ def prepared(keeping: KeepingPolicy, round_timeout_s: float | None = None) -> tu
     return round_, round_.take_fragments(1, 0, 1, 0.0)
 
 
+def test_a_write_that_never_began_is_waited_for_by_no_round() -> None:
+    keeping = Keeping(KeepingPolicy(1, None))
+    assert keeping.prepare(1, 0.0) == [KeepFirst(1)]
+    keeping.start_over(begun=0)
+    assert keeping.prepare(1, 1.0) == [KeepFirst(2)]
+    assert keeping.kept(2, True, 2.0) == [Prepare(1)]
+
+
 def test_a_prepared_round_is_committed_only_when_its_checkpoint_is_written() -> None:
     round_, decisions = prepared(KeepingPolicy())
     assert decisions[-1] == KeepFirst(1)

@@ -306,7 +306,7 @@ class Job:
         """An unexpected error interrupted an event of the round, so its effects are unknown: starts the round over."""
         cause, step = describe(error), self.round.global_step
         try:
-            self.round.abandon()
+            self.round.abandon(None if self._writes is None else self._writes.last_token)
             self.center.restart()
             self._roster.take_nonfinite()
             self.average = Average(self.center.next)

@@ -39,6 +39,8 @@ class Writes:
     ) -> None:
         self.timeout_s = keeper.timeout_s
         """How long a round or call waits for a write; None: no limit."""
+        self.last_token = 0
+        """Of the writes that have begun."""
         self._keeper = keeper
         self._center = center
         self._round = round_
@@ -57,8 +59,9 @@ class Writes:
                 reading.enter_context(self._center.reading(buffer, Reader(self._clock())))
                 told = state()
                 self._writing = asyncio.ensure_future(self._write(token, buffer, reading.pop_all(), *told))
+                self.last_token = token
             except BaseException:
-                self._ended(token, False)
+                self._round.kept(token, False, self._clock())  # the round starts over: whatever follows is void
                 raise
         return self._writing
 

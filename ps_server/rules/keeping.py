@@ -83,9 +83,15 @@ class Keeping:
         """The prepared round has committed."""
         self._step = self._own = None
 
-    def start_over(self) -> None:
-        """The round starts over: a write of it that has begun is void."""
-        if self._own is not None:
+    def start_over(self, begun: int | None = None) -> None:
+        """The round starts over: a write of it that has begun is void.
+
+        Args:
+            begun: the last token whose write has begun, so that those after it never end; None: all have.
+        """
+        if begun is not None:
+            self._under_way = {token: of_a_round for token, of_a_round in self._under_way.items() if token <= begun}
+        if self._own is not None and (begun is None or self._own <= begun):
             self._void = self._own
         self._step = self._own = None
 

@@ -258,9 +258,13 @@ class Round:
         self.global_step, self.contributors, self.counted = global_step, contributors, counted
         return commit
 
-    def abandon(self) -> None:
-        """The caller failed: the round starts over from any state and forgets its streams."""
-        self._keeping.start_over()
+    def abandon(self, begun: int | None = None) -> None:
+        """The caller failed at something: the round starts over, whatever state it is in, and forgets its streams.
+
+        Args:
+            begun: the token of the last write that has begun; None: every `KeepFirst` was carried out.
+        """
+        self._keeping.start_over(begun)
         self._begin(Fragments(self.fragment_count))
 
     # Time.
