@@ -105,7 +105,9 @@ def test_a_write_that_never_began_is_waited_for_by_no_round() -> None:
     assert keeping.prepare(1, 0.0) == [KeepFirst(1)]
     keeping.start_over(begun=0)
     assert keeping.prepare(1, 1.0) == [KeepFirst(2)]
-    assert keeping.kept(2, True, 2.0) == [Prepare(1)]
+    keeping.start_over(begun=2)  # it has ended, but the round was not told
+    assert keeping.prepare(1, 2.0) == [KeepFirst(3)]
+    assert keeping.kept(3, True, 3.0) == [Prepare(1)]
 
 
 def test_a_prepared_round_is_committed_only_when_its_checkpoint_is_written() -> None:

@@ -306,7 +306,10 @@ class Job:
         """An unexpected error interrupted an event of the round, so its effects are unknown: starts the round over."""
         cause, step = describe(error), self.round.global_step
         try:
-            self.round.abandon(None if self._writes is None else self._writes.last_token)
+            if self._writes is None:
+                self.round.abandon()
+            else:
+                self.round.abandon(self._writes.last_token, self._writes.under_way)
             self.center.restart()
             self._roster.take_nonfinite()
             self.average = Average(self.center.next)
@@ -395,8 +398,13 @@ class Job:
 
     def _kept(self, token: int, is_written: bool) -> None:
         """A write has ended."""
-        with suppress(ModelAverageError), self._as_a_whole():  # the failure has been logged
-            self._apply(self.round.kept(token, is_written, self.clock()))
+        try:
+            with self._as_a_whole():
+                self._apply(self.round.kept(token, is_written, self.clock()))
+        except ModelAverageError:  # the log says so
+            pass
+        except Exception as error:  # nobody else would tell the round
+            self._start_over(error)
 
     def _commit(self) -> None:
         """Commits the prepared round."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 
 from ps_server.center.buffers import Buffer, Reader
 from ps_server.center.center import Center
@@ -41,6 +41,8 @@ class Writes:
         """How long a round or call waits for a write; None: no limit."""
         self.last_token = 0
         """Of the writes that have begun."""
+        self.under_way = set[int]()
+        """The tokens of those that have not ended."""
         self._keeper = keeper
         self._center = center
         self._round = round_
@@ -60,6 +62,7 @@ class Writes:
                 told = state()
                 self._writing = asyncio.ensure_future(self._write(token, buffer, reading.pop_all(), *told))
                 self.last_token = token
+                self.under_way.add(token)
             except BaseException:
                 self._round.kept(token, False, self._clock())  # the round starts over: whatever follows is void
                 raise
@@ -93,20 +96,24 @@ class Writes:
         counted: Mapping[str, tuple[bytes, int]],
     ) -> None:
         is_written = False
-        with suppress(Exception), reading:
-            finished = self._round.finished
-            checkpoint = Checkpoint(
-                self._center.manifest,
-                buffer.arrays,
-                global_step,
-                contributors,
-                dict(counted),
-                finished,
-                buffer.segment,
-                self._center.outer,
-                buffer.state.arrays,
-            )
-            is_written = await self._keeper.write(checkpoint)
-            if is_written:
-                self._finished = finished
+        try:
+            with reading:
+                finished = self._round.finished
+                checkpoint = Checkpoint(
+                    self._center.manifest,
+                    buffer.arrays,
+                    global_step,
+                    contributors,
+                    dict(counted),
+                    finished,
+                    buffer.segment,
+                    self._center.outer,
+                    buffer.state.arrays,
+                )
+                is_written = await self._keeper.write(checkpoint)
+                if is_written:
+                    self._finished = finished
+        except Exception:
+            is_written = False  # the machine refused something: the round goes on without
+        self.under_way.discard(token)
         self._ended(token, is_written)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from ps_server.rules.decisions import KeepFirst, Prepare
@@ -83,14 +84,15 @@ class Keeping:
         """The prepared round has committed."""
         self._step = self._own = None
 
-    def start_over(self, begun: int | None = None) -> None:
+    def start_over(self, begun: int | None = None, under_way: Collection[int] = ()) -> None:
         """The round starts over: a write of it that has begun is void.
 
         Args:
-            begun: the last token whose write has begun, so that those after it never end; None: all have.
+            begun: the last token whose write has begun; None: all have, and their ends were told.
+            under_way: otherwise, the tokens of the writes that have begun and not ended.
         """
         if begun is not None:
-            self._under_way = {token: of_a_round for token, of_a_round in self._under_way.items() if token <= begun}
+            self._under_way = {token: self._under_way[token] for token in under_way if token in self._under_way}
         if self._own is not None and (begun is None or self._own <= begun):
             self._void = self._own
         self._step = self._own = None

@@ -27,7 +27,7 @@ committed or abandoned. Rules (docs/architecture.md has the picture):
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from modelaverage.errors import ModelAverageError, Reason, refusal
 from modelaverage.names import listed
@@ -258,13 +258,14 @@ class Round:
         self.global_step, self.contributors, self.counted = global_step, contributors, counted
         return commit
 
-    def abandon(self, begun: int | None = None) -> None:
+    def abandon(self, begun: int | None = None, under_way: Collection[int] = ()) -> None:
         """The caller failed at something: the round starts over, whatever state it is in, and forgets its streams.
 
         Args:
-            begun: the token of the last write that has begun; None: every `KeepFirst` was carried out.
+            begun: the token of the last write that has begun; None: every `KeepFirst` was carried out, and `kept` told.
+            under_way: otherwise, the tokens of the writes that have begun and not ended.
         """
-        self._keeping.start_over(begun)
+        self._keeping.start_over(begun, under_way)
         self._begin(Fragments(self.fragment_count))
 
     # Time.
