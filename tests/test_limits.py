@@ -46,7 +46,7 @@ def broken(self, *arguments):
     if left[0] == 0:
         raise ArithmeticError("a test broke this")
     return finish(self, *arguments)
-def broken_too(self):
+def broken_too(self, *arguments):
     raise RuntimeError("and this")
 Center.finish, Round.abandon = broken, broken_too
 from ps_server.__main__ import main
