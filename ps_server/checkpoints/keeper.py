@@ -108,13 +108,17 @@ class Keeper:
         except BaseException:
             self._writer.close()
             raise
+        started = list[Future[Reply]]()
         try:
-            started = [self._command(self._flusher, "start"), self._command(self._writer, "tidy")]
+            started.append(self._command(self._flusher, "start"))
+            started.append(self._command(self._writer, "tidy"))
             for one in started:
                 with suppress(futures.TimeoutError):
                     one.result(_START_TIMEOUT_S)
         except BaseException:
             self.close()
+            # A process that is being started has copies of the directory's locks for a moment.
+            futures.wait(started, _START_TIMEOUT_S)
             raise
 
     @property
