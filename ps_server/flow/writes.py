@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 
+from modelaverage.logs import event
 from ps_server.center.buffers import Buffer, Reader
 from ps_server.center.center import Center
 from ps_server.checkpoints.keeper import Keeper
 from ps_server.checkpoints.reading import Checkpoint
+from ps_server.machine.trouble import describe
 from ps_server.rules.round import Round
 
 __all__ = ["RoundState", "Writes"]
 
+_log = logging.getLogger("ps_server")
 RoundState = tuple[int, tuple[str, ...], Mapping[str, tuple[bytes, int]]]
 """Global step, contributors, and the last counted push of each worker."""
 
@@ -95,7 +99,7 @@ class Writes:
         contributors: tuple[str, ...],
         counted: Mapping[str, tuple[bytes, int]],
     ) -> None:
-        is_written = False
+        is_written, refused = False, None
         try:
             with reading:
                 finished = self._round.finished
@@ -113,7 +117,10 @@ class Writes:
                 is_written = await self._keeper.write(checkpoint)
                 if is_written:
                     self._finished = finished
-        except Exception:
-            is_written = False  # the machine refused something: the round goes on without
+        except Exception as error:  # the machine refused something: the round goes on without a checkpoint
+            refused = error
         self.under_way.discard(token)
         self._ended(token, is_written)
+        if refused is not None:  # last: nothing that waits depends on the log
+            what = event("checkpoint_failed", path="", cause=describe(refused))
+            _log.warning("no checkpoint of global_step %d: %s", global_step, describe(refused), extra=what)
