@@ -24,8 +24,8 @@ def refuse(*flags: str) -> dict[str, Any]:
 def check(found: dict[str, Any]) -> None:
     assert found["wrong"] == []
     assert found["longest_s"] < LONGEST_S
-    # Not every call is reached: checkpoints that are foreign, connections of strangers, errors.
-    assert found["reached"] > 650
+    # Not every call is reached: checkpoints that are foreign, connections of strangers, errors. A few depend on time.
+    assert found["reached"] > 0.45 * found["sites"]
     assert found["refused"] > 0.9 * found["plays"], "plays depend a little on time"
 
 
