@@ -18,14 +18,13 @@ from ma_client.transports import registry as client_registry
 from ma_client.transports.base import ClientLane, ClientTransport, Ending, OutgoingPush
 from ma_client.transports.connection import Connection
 from ma_client.transports.staging import Memory, Staging
-from modelaverage import codecs
+from modelaverage import codecs, outer
 from modelaverage.access.channels import Access
 from modelaverage.access.security import Security
 from modelaverage.errors import ModelAverageError
 from modelaverage.manifest import Manifest, Variable
 from modelaverage.runtime.deadline import Deadline
 from modelaverage.v1 import parameter_server_pb2 as pb
-from ps_server.center import outer
 from ps_server.checkpoints.fields import Checkpoint
 from ps_server.flow.service import ParameterServerService
 from ps_server.transports import registry
@@ -181,7 +180,7 @@ def test_an_outer_optimizer_is_a_file_and_a_line(start_server: StartServer, monk
     monkeypatch.setitem(outer.OUTER_OPTIMIZERS, "toy", ToyMomentum)  # the line
     manifest = Manifest((Variable("w", "float32", (COUNT,)),), 512)
     begin = np.zeros(COUNT, np.float32)
-    toy = outer.outer_optimizer("toy", {"lr": 1.0, "momentum": 0.5})
+    toy = outer.outer_optimizer("toy:lr=1.0,momentum=0.5")
     restored = Checkpoint(manifest, {"w": begin}, 0, outer=toy, state={"velocity": {"w": np.zeros(COUNT, np.float32)}})
     make = ParameterServerService
     monkeypatch.setattr("tests.in_memory.ParameterServerService", lambda policy: make(policy, restored=restored))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,14 +12,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from modelaverage.manifest import DTYPES, Manifest, Variable
+from modelaverage.outer import AVERAGE
 from ps_server.center.buffers import Buffer, Reader
 from ps_server.center.center import Center, Finish
-from ps_server.center.outer import AVERAGE, OUTER_OPTIMIZERS, outer_optimizer
 from ps_server.center.state import OuterState
 from ps_server.center.sums import Contribution
 from tests.centers import ALL_DTYPES, SEEDS, Arrays, fragment, random_arrays, read
 from tests.strategies import fast, manifests
-from tests.toy_outer import ToyMomentum
+from tests.toy_outer import ToyMomentum, ToyWithoutMaster
 
 TOY = ToyMomentum()
 ENDS = ("commit", "commit", "start over", "commit fails", "checkpoint")
@@ -173,10 +172,9 @@ def test_where_a_fragment_is_given_back_it_becomes_the_center_bit_for_bit_and_no
 def test_a_16_bit_variable_gains_what_its_master_gathers_in_steps_too_small_for_it() -> None:
     manifest = Manifest((Variable("v", "bfloat16", (2,)),), 8)
     values = {"v": np.ones(2, DTYPES["bfloat16"])}
-    outer = ToyMomentum(lr=0.01, momentum=0.0)
     ends = list[float]()
-    for master in (True, False):
-        center = Center(manifest, outer=dataclasses.replace(outer, has_master=master))
+    for outer in (ToyMomentum(lr=0.01, momentum=0.0), ToyWithoutMaster(lr=0.01, momentum=0.0)):
+        center = Center(manifest, outer=outer)
         center.load(0, fragment(manifest, values, 0))
         for _ in range(50):  # each moves it by a hundredth of the way to 1.0625; the next bfloat16 is 1.0078
             average = fragment(manifest, {"v": np.full(2, 1.0625, DTYPES["bfloat16"])}, 0)
@@ -232,27 +230,3 @@ def test_the_plain_average_copies_nothing() -> None:
     made, state = AVERAGE.update(center, values, {}, 0)
     assert made is values
     assert state == {}
-
-
-# By name.
-
-
-def test_an_outer_optimizer_is_found_by_name_and_made_of_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert outer_optimizer("average", {}).name == "average"
-    monkeypatch.setitem(OUTER_OPTIMIZERS, "toy", ToyMomentum)
-    assert outer_optimizer("toy", {"lr": 0.1, "momentum": 0.2, "has_master": True}) == ToyMomentum(0.1, 0.2)
-    assert all(make().name == name for name, make in OUTER_OPTIMIZERS.items())
-
-
-@pytest.mark.parametrize(
-    ("name", "settings", "why"),
-    [
-        ("toy", {}, "outer optimizer 'toy' is not known here, only average"),
-        ("average", {"lr": 1.0}, "outer optimizer average has no such settings: 'lr=1.0'"),
-    ],
-)
-def test_an_outer_optimizer_that_is_not_known_is_refused_by_name(
-    name: str, settings: dict[str, float], why: str
-) -> None:
-    with pytest.raises(ValueError, match=why):
-        outer_optimizer(name, settings)

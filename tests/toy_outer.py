@@ -2,39 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
-import numpy as np
+from modelaverage.outer.base import OuterOptimizer, Slots, Values
 
-from ps_server.center.outer.base import Setting, Slots, Values
-
-__all__ = ["ToyMomentum"]
+__all__ = ["ToyMomentum", "ToyWithoutMaster"]
 
 
 @dataclass(frozen=True)
-class ToyMomentum:
+class ToyMomentum(OuterOptimizer):
     """``b := momentum * b + (center - average)``; ``center := center - lr * b``."""
 
     lr: float = 0.5
     momentum: float = 0.75
-    has_master: bool = True
 
-    @property
-    def name(self) -> str:
-        return "toy"
-
-    @property
-    def settings(self) -> Mapping[str, Setting]:
-        return {"lr": self.lr, "momentum": self.momentum, "has_master": self.has_master}
+    name: ClassVar[str] = "toy"
 
     @property
     def slots(self) -> tuple[str, ...]:
         return ("velocity",)
 
-    def init(self, center: Values) -> Slots:
-        return {"velocity": np.zeros_like(center)}
-
     def update(self, center: Values, average: Values, state: Slots, step: int) -> tuple[Values, Slots]:  # noqa: ARG002
         velocity = self.momentum * state["velocity"] + (center - average)
         return center - self.lr * velocity, {"velocity": velocity}
+
+
+@dataclass(frozen=True)
+class ToyWithoutMaster(ToyMomentum):
+    """The same, which starts every step from the rounded center of a 16-bit variable."""
+
+    name: ClassVar[str] = "toy-without-master"
+    has_master: ClassVar[bool] = False

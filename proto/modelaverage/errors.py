@@ -75,6 +75,8 @@ class Reason(enum.Enum):
     SERVER_OVERLOADED = 28
     READER_TOO_SLOW = 29
     CODEC_UNKNOWN = 30
+    OUTER_OPTIMIZER_INVALID = 31
+    OUTER_OPTIMIZER_MISMATCH = 32
 
 
 class Action(enum.Enum):
@@ -187,6 +189,8 @@ FAULTS: dict[Reason, Fault] = {
     Reason.SERVER_OVERLOADED: _NOT_NOW,
     Reason.READER_TOO_SLOW: _NOT_NOW,
     Reason.CODEC_UNKNOWN: _BAD_VALUE,
+    Reason.OUTER_OPTIMIZER_INVALID: _BAD_VALUE,
+    Reason.OUTER_OPTIMIZER_MISMATCH: Fault("FAILED_PRECONDITION", ConflictError),
 }
 
 _BY_ACTION: dict[str, type[ModelAverageError]] = {

@@ -119,22 +119,25 @@ class PullHeader:
 
     Args:
         manifest: the manifest of the center.
+        outer: its outer optimizer, as text; empty: `average`.
 
     Raises:
         InvalidRequestError: MANIFEST_INVALID: no message can carry it.
     """
 
-    def __init__(self, manifest: Manifest) -> None:
+    def __init__(self, manifest: Manifest, outer: str = "") -> None:
         encoded, manifest_id = encode_manifest(manifest), manifest.id.encode()
         self._fixed = b"".join(
             (b"\x0a", _varint(len(encoded)), encoded, b"\x12", _varint(len(manifest_id)), manifest_id)
         )
+        self._outer = b"\x2a" + _varint(len(outer.encode())) + outer.encode() if outer else b""
 
     def encode(self, global_step: int, num_workers: int) -> bytes:
         """The `PullResponse` with the header of a center of this step."""
         numbers = b"\x18" + _varint(global_step) if global_step else b""
         numbers += b"\x20" + _varint(num_workers) if num_workers else b""
-        return b"".join((b"\x0a", _varint(len(self._fixed) + len(numbers)), self._fixed, numbers))
+        rest = numbers + self._outer
+        return b"".join((b"\x0a", _varint(len(self._fixed) + len(rest)), self._fixed, rest))
 
 
 def manifest_from_message(message: pb.Manifest) -> Manifest:

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from modelaverage.codecs import Codec
 from modelaverage.errors import ModelAverageError
 from modelaverage.manifest import Manifest
+from modelaverage.outer import AVERAGE, OuterOptimizer
 from modelaverage.runtime.shared_memory import Segment
-from ps_server.center.outer import AVERAGE, OuterOptimizer
 from ps_server.center.state import OuterState
 
 __all__ = ["Buffer", "Reader"]

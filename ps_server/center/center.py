@@ -25,10 +25,10 @@ from numpy.typing import NDArray
 from modelaverage.codecs import RAW
 from modelaverage.errors import Reason, refusal
 from modelaverage.manifest import Manifest
+from modelaverage.outer import AVERAGE, OuterOptimizer
+from modelaverage.outer.base import MASTER, Slots, Values, summed_in
 from modelaverage.runtime.shared_memory import Segment
 from ps_server.center.buffers import Buffer, Reader
-from ps_server.center.outer import AVERAGE, OuterOptimizer
-from ps_server.center.outer.base import MASTER, Values, summed_in
 from ps_server.center.state import OuterState
 from ps_server.center.sums import Contribution, Sums
 from ps_server.machine.reserve import Reserve
@@ -38,6 +38,8 @@ __all__ = ["Center", "Finish", "MAX_OLD_BUFFERS"]
 
 _T = TypeVar("_T")
 _THREADS = min(4, os.cpu_count() or 1)
+_BLOCK = 1 << 15
+"""Elements that an outer optimizer gets at once: what it computes on the way stays in the processor's cache."""
 MAX_OLD_BUFFERS = 2
 """The most old centers kept for their readers."""
 
@@ -257,18 +259,26 @@ class Center:
                 self.next.state.pieces(index),
                 strict=True,
             ):
-                exact, slots = average, state
                 if piece.variable in kept:
-                    exact = state.get(MASTER, center)
                     out[...] = center
+                    _store(next_state, state, state.get(MASTER, center))
+                elif finish.steps and self.outer != AVERAGE:
+                    self._step(center, average, state, out, next_state, step)
                 else:
-                    if finish.steps:
-                        exact, slots = self.outer.update(state.get(MASTER, center), average, state, step)
-                    if exact is not out:
-                        out[...] = exact
-                if next_state:
-                    _store(next_state, slots, exact)
+                    if average is not out:
+                        out[...] = average
+                    _store(next_state, state, average)
         return nonfinite
+
+    def _step(self, center: Values, average: Values, state: Slots, out: Values, next_state: Slots, step: int) -> None:
+        """The outer optimizer's step for a piece, block by block; ``out`` may be the memory of ``average``."""
+        exact = state.get(MASTER, center)
+        for start in range(0, len(average), _BLOCK):
+            here = slice(start, start + _BLOCK)
+            block = {slot: array[here] for slot, array in state.items()}
+            made, slots = self.outer.update(exact[here], average[here], block, step)
+            out[here] = made
+            _store({slot: array[here] for slot, array in next_state.items()}, slots, made)
 
 
 def _store(into: Mapping[str, Values], slots: Mapping[str, Values], exact: Values) -> None:

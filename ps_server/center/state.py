@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modelaverage.manifest import DTYPES, Manifest
-from ps_server.center.outer.base import OuterOptimizer, Slots, Values, slots_of, summed_in
+from modelaverage.outer.base import OuterOptimizer, Slots, Values, slots_of, summed_in
 
 __all__ = ["OuterState"]
 

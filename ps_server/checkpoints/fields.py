@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,10 +25,10 @@ from modelaverage.manifest import (
     Variable,
     dtype_name,
 )
+from modelaverage.outer import AVERAGE, OuterOptimizer, outer_optimizer, text_of
+from modelaverage.outer.base import slots_of, summed_in
 from modelaverage.runtime.shared_memory import Segment
 from modelaverage.wire import check_sendable
-from ps_server.center.outer import AVERAGE, OuterOptimizer, outer_optimizer
-from ps_server.center.outer.base import Setting, slots_of, summed_in
 from ps_server.checkpoints import strict_json
 from ps_server.checkpoints.safetensors_file import Head, Tensor
 
@@ -40,7 +39,6 @@ _FIELDS = ("global_step", "variables", "fragment_size_bytes", "contributors", "c
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 # Bounds on the number of workers that a round remembers, and that one round may have.
 _MAX_COUNTED, _MAX_CONTRIBUTORS = 10_000, 1 << 16
-_MAX_SETTINGS = 100
 _MAX_PUSH_ID, _MAX_PART_INDEX = 2**64 - 1, 2**32 - 1
 
 
@@ -108,8 +106,8 @@ def fields_of(checkpoint: Checkpoint, boot: str) -> dict[str, str]:
         "finished": json.dumps(sorted(checkpoint.finished)),
         "boot_id": boot,
     }
-    if checkpoint.outer.name != AVERAGE.name:
-        fields["outer"] = json.dumps([checkpoint.outer.name, dict(checkpoint.outer.settings)])
+    if checkpoint.outer != AVERAGE:
+        fields["outer"] = text_of(checkpoint.outer)
     shard = checkpoint.manifest.shard
     if shard is not None:
         parts = [variable.part for variable in checkpoint.manifest.variables]
@@ -188,21 +186,13 @@ def _outer_of(about: Mapping[str, str]) -> OuterOptimizer:
     """The outer optimizer that a file names; `average` if it names none."""
     if "outer" not in about:
         return AVERAGE
-    fields = strict_json.list_of(strict_json.parse(about["outer"]), "outer", 2, lambda each: each)
-    if len(fields) != 2:
-        raise ValueError("outer is no name and settings")
-    name = strict_json.text(fields[0], "outer optimizer")
-    settings = strict_json.map_of(fields[1], "settings", _MAX_SETTINGS, _setting)
     try:
-        return outer_optimizer(name, settings)
+        outer = outer_optimizer(about["outer"])
     except ValueError as error:
         raise CheckpointError(str(error)) from None
-
-
-def _setting(name: str, value: Any) -> Setting:
-    if not isinstance(value, bool | int | float) or not math.isfinite(value):
-        raise ValueError(f"setting {name!a} is no number, true or false")
-    return value
+    if text_of(outer) != about["outer"] or outer == AVERAGE:
+        raise ValueError(f"no server writes its outer optimizer as {about['outer']!a}")
+    return outer
 
 
 def _state_of(

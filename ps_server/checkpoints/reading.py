@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from modelaverage.logs import event
 from modelaverage.manifest import DTYPES, Manifest
+from modelaverage.outer import OuterOptimizer
 from ps_server.center.center import Center
-from ps_server.center.outer import OuterOptimizer
 from ps_server.checkpoints import files
 from ps_server.checkpoints.fields import Checkpoint, CheckpointError, content_of
 from ps_server.checkpoints.safetensors_file import MAX_HEAD_BYTES, Head, read_head
@@ -175,8 +175,8 @@ def _check_memory(manifest: Manifest, outer: OuterOptimizer, max_model_bytes: in
     needs_bytes = Center.memory_bytes(manifest, outer)
     if max_model_bytes is not None and needs_bytes > 2 * max_model_bytes:
         raise CheckpointError(
-            f"a model of {manifest.size_bytes} bytes needs {needs_bytes} bytes of memory, over twice "
-            f"--max-model-bytes {max_model_bytes}"
+            f"a model of {manifest.size_bytes} bytes with outer optimizer {outer.name} needs {needs_bytes} bytes of "
+            f"memory, over twice --max-model-bytes {max_model_bytes}"
         )
 
 

@@ -17,12 +17,13 @@ from modelaverage.codecs import RAW
 from modelaverage.errors import Reason, refusal
 from modelaverage.logs import event
 from modelaverage.manifest import MAX_VARIABLES, Manifest, first_difference
+from modelaverage.outer import AVERAGE, OuterOptimizer, on_the_wire, text_of
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.center.center import Center
-from ps_server.center.outer import AVERAGE, OuterOptimizer
 from ps_server.checkpoints.reading import Checkpoint
 from ps_server.flow.call import Call
 from ps_server.flow.job import Job, Surroundings
+from ps_server.flow.naming import check_named, outer_named
 from ps_server.flow.pulls import WaitForChief
 from ps_server.machine.helper_thread import HelperThread, no_collections
 from ps_server.machine.reserve import Reserve
@@ -91,7 +92,7 @@ class Initialization:
             frozenset(checkpoint.finished),
             self._keeping,
         )
-        self._begin(center, wire.PullHeader(manifest), round_)
+        self._begin(center, wire.PullHeader(manifest, on_the_wire(checkpoint.outer)), round_)
 
     async def receive(self, call: Call) -> pb.InitializeResponse:
         """Serves a call of the chief: takes the center that it sends, or answers that one exists.
@@ -103,26 +104,30 @@ class Initialization:
         call.worker_id = header.worker_id
         check_worker_id(header.worker_id)
         check_global_step(header.global_step)
+        outer = outer_named(header.outer_optimizer)
         many = _MANY_VARIABLES < len(header.manifest.variables) <= MAX_VARIABLES
-        manifest, pull_header = await self._beside_the_loop(call, many, lambda: _read_manifest(header.manifest))
+        manifest, pull_header = await self._beside_the_loop(call, many, lambda: _read_manifest(header))
         is_first = False
         if self.job is None:
             self.chiefs.add(call)
             try:
-                values = await self._receive_values(call, manifest)
+                values = await self._receive_values(call, manifest, outer or AVERAGE)
             finally:
                 self.chiefs.discard(call)
-            center = await self._beside_the_loop(call, _is_large(manifest), lambda: self._new_center(manifest, values))
+            create = partial(self._new_center, manifest, values, outer or AVERAGE)
+            center = await self._beside_the_loop(call, _is_large(manifest), create)
+            del create
             del values
             if self.job is None and center is not None:  # another call may have initialized the center meanwhile
                 round_ = Round(self._policy, manifest.fragment_count, header.global_step, keeping=self._keeping)
                 self._begin(center, pull_header, round_)
                 is_first = True
-                _log_initialized(header, manifest, call.peer)
+                _log_initialized(header, manifest, center.outer, call.peer)
         job = self.job
         assert job is not None
         if not is_first:
             await self._check_same(call, manifest, job.manifest, many)
+            check_named(outer, job.center.outer)
         record = self._around.roster.heard_of(header.worker_id, self._around.clock())
         record.is_chief = record.may_push = True
         if is_first:
@@ -133,6 +138,7 @@ class Initialization:
             manifest_id=job.manifest.id,
             num_workers=self._policy.num_workers,
             shard=wire.shard_to_message(job.manifest.shard),
+            outer_optimizer=on_the_wire(job.center.outer),
         )
 
     @property
@@ -164,15 +170,15 @@ class Initialization:
         call.expecting = True
         return result
 
-    async def _receive_values(self, call: Call, manifest: Manifest) -> NDArray[np.uint8]:
+    async def _receive_values(self, call: Call, manifest: Manifest, outer: OuterOptimizer) -> NDArray[np.uint8]:
         """The flat buffer that the chief sends. Memory is committed only as bytes arrive, so a header alone costs
         nothing."""
-        memory_bytes = Center.memory_bytes(manifest)
+        memory_bytes = Center.memory_bytes(manifest, outer)
         if memory_bytes > 2 * self._max_model_bytes:
             raise refusal(
                 Reason.MANIFEST_INVALID,
-                f"a model of {manifest.size_bytes} bytes needs {memory_bytes} bytes of memory, over twice the server's "
-                f"--max-model-bytes {self._max_model_bytes}",
+                f"a model of {manifest.size_bytes} bytes with outer optimizer {outer.name} needs {memory_bytes} bytes "
+                f"of memory, over twice the server's --max-model-bytes {self._max_model_bytes}",
             )
         values = np.zeros(manifest.buffer_size_bytes, np.uint8)
         for expected in range(manifest.fragment_count):
@@ -193,18 +199,18 @@ class Initialization:
             )
         return values
 
-    def _new_center(self, manifest: Manifest, values: NDArray[np.uint8]) -> Center | None:
+    def _new_center(self, manifest: Manifest, values: NDArray[np.uint8], outer: OuterOptimizer) -> Center | None:
         """A center with these values, a flat buffer; None if there is a job already."""
         if self.job is not None:
             return None
         with no_collections() if _is_large(manifest) else nullcontext():
-            center = self._empty_center(manifest)
+            center = self._empty_center(manifest, outer)
             for index in range(manifest.fragment_count):
                 start, end = manifest.fragment_bounds(index)
                 center.load(index, values[start:end].data)
         return center
 
-    def _empty_center(self, manifest: Manifest, outer: OuterOptimizer = AVERAGE) -> Center:
+    def _empty_center(self, manifest: Manifest, outer: OuterOptimizer) -> Center:
         if manifest.buffer_size_bytes >= self._shared_memory_from_bytes:
             try:
                 return Center(manifest, True, self._reserve, outer)
@@ -217,14 +223,15 @@ class Initialization:
         return Center(manifest, outer=outer)
 
 
-def _log_initialized(header: pb.InitializeHeader, manifest: Manifest, peer: str) -> None:
+def _log_initialized(header: pb.InitializeHeader, manifest: Manifest, outer: OuterOptimizer, peer: str) -> None:
     _log.debug(
-        "center initialized by %r: %s%d variables, %d bytes, global_step %d",
+        "center initialized by %r: %s%d variables, %d bytes, global_step %d, outer optimizer %s",
         header.worker_id,
         "" if manifest.shard is None else f"{manifest.shard}, ",
         len(manifest.variables),
         manifest.size_bytes,
         header.global_step,
+        text_of(outer),
         extra=event(
             "center_initialized",
             worker=header.worker_id,
@@ -232,14 +239,15 @@ def _log_initialized(header: pb.InitializeHeader, manifest: Manifest, peer: str)
             round=header.global_step,
             variables=len(manifest.variables),
             size_bytes=manifest.size_bytes,
+            outer_optimizer=text_of(outer),
         ),
     )
 
 
-def _read_manifest(message: pb.Manifest) -> tuple[Manifest, wire.PullHeader]:
+def _read_manifest(header: pb.InitializeHeader) -> tuple[Manifest, wire.PullHeader]:
     """Raises InvalidRequestError (MANIFEST_INVALID), also if no pull could be answered with it."""
-    manifest = wire.manifest_from_message(message)
-    return manifest, wire.PullHeader(manifest)
+    manifest = wire.manifest_from_message(header.manifest)
+    return manifest, wire.PullHeader(manifest, on_the_wire(outer_named(header.outer_optimizer) or AVERAGE))
 
 
 def _is_large(manifest: Manifest) -> bool:

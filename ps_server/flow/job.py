@@ -23,6 +23,7 @@ from modelaverage.logs import event
 from modelaverage.manifest import Manifest
 from modelaverage.missing import Missing
 from modelaverage.outcome import Outcome
+from modelaverage.outer import on_the_wire
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.center.buffers import Buffer, Reader
 from ps_server.center.center import Center, Finish
@@ -181,6 +182,7 @@ class Job:
             missing=self.missing() if round_.under_way else None,
             complete=round_.complete,
             given=round_.given,
+            outer_optimizer=on_the_wire(self.center.outer),
         )
 
     # Readers.

@@ -36,6 +36,7 @@ class JobSeen:
         missing: the workers that the round waits for; None: no round is in progress.
         complete: workers whose push in that round is whole.
         given: how many fragments a worker has delivered in that round.
+        outer_optimizer: the center's outer optimizer, as text; empty: `average`.
     """
 
     manifest: Manifest
@@ -47,6 +48,7 @@ class JobSeen:
     missing: Missing | None
     complete: frozenset[str]
     given: Callable[[str], int]
+    outer_optimizer: str = ""
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,7 @@ def _add_job(status: pb.GetStatusResponse, job: JobSeen) -> None:
     status.workers_finished = job.workers_finished
     status.job_over = job.is_over
     status.connected_workers = job.connected_workers
+    status.outer_optimizer = job.outer_optimizer
     status.round_age_s = job.round_age_s
     status.phase = pb.PHASE_IDLE if job.missing is None else pb.PHASE_AVERAGING
     if job.missing is not None:

@@ -25,7 +25,7 @@ MODULES = (
     "ps_server.flow.call",
     "ps_server.center.buffers",
     "ps_server.center.center",
-    "ps_server.center.outer.average",
+    "modelaverage.outer.sgd",
     "ps_server.center.state",
     "ps_server.center.sums",
     "modelaverage.codecs.base",

@@ -78,6 +78,8 @@ class ErrorReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ERROR_REASON_SERVER_OVERLOADED: _ClassVar[ErrorReason]
     ERROR_REASON_READER_TOO_SLOW: _ClassVar[ErrorReason]
     ERROR_REASON_CODEC_UNKNOWN: _ClassVar[ErrorReason]
+    ERROR_REASON_OUTER_OPTIMIZER_INVALID: _ClassVar[ErrorReason]
+    ERROR_REASON_OUTER_OPTIMIZER_MISMATCH: _ClassVar[ErrorReason]
 DATA_TYPE_UNSPECIFIED: DataType
 DATA_TYPE_FLOAT32: DataType
 DATA_TYPE_FLOAT64: DataType
@@ -132,6 +134,8 @@ ERROR_REASON_DATA_CONNECTION_LOST: ErrorReason
 ERROR_REASON_SERVER_OVERLOADED: ErrorReason
 ERROR_REASON_READER_TOO_SLOW: ErrorReason
 ERROR_REASON_CODEC_UNKNOWN: ErrorReason
+ERROR_REASON_OUTER_OPTIMIZER_INVALID: ErrorReason
+ERROR_REASON_OUTER_OPTIMIZER_MISMATCH: ErrorReason
 
 class Variable(_message.Message):
     __slots__ = ("name", "data_type", "shape", "part")
@@ -192,31 +196,35 @@ class InitializeRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[InitializeHeader, _Mapping]] = ..., fragment: _Optional[_Union[Fragment, _Mapping]] = ...) -> None: ...
 
 class InitializeHeader(_message.Message):
-    __slots__ = ("worker_id", "manifest", "global_step")
+    __slots__ = ("worker_id", "manifest", "global_step", "outer_optimizer")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     GLOBAL_STEP_FIELD_NUMBER: _ClassVar[int]
+    OUTER_OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     manifest: Manifest
     global_step: int
-    def __init__(self, worker_id: _Optional[str] = ..., manifest: _Optional[_Union[Manifest, _Mapping]] = ..., global_step: _Optional[int] = ...) -> None: ...
+    outer_optimizer: str
+    def __init__(self, worker_id: _Optional[str] = ..., manifest: _Optional[_Union[Manifest, _Mapping]] = ..., global_step: _Optional[int] = ..., outer_optimizer: _Optional[str] = ...) -> None: ...
 
 class InitializeResponse(_message.Message):
-    __slots__ = ("initialized", "global_step", "manifest_id", "num_workers", "shard")
+    __slots__ = ("initialized", "global_step", "manifest_id", "num_workers", "shard", "outer_optimizer")
     INITIALIZED_FIELD_NUMBER: _ClassVar[int]
     GLOBAL_STEP_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_ID_FIELD_NUMBER: _ClassVar[int]
     NUM_WORKERS_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
+    OUTER_OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
     initialized: bool
     global_step: int
     manifest_id: str
     num_workers: int
     shard: Shard
-    def __init__(self, initialized: bool = ..., global_step: _Optional[int] = ..., manifest_id: _Optional[str] = ..., num_workers: _Optional[int] = ..., shard: _Optional[_Union[Shard, _Mapping]] = ...) -> None: ...
+    outer_optimizer: str
+    def __init__(self, initialized: bool = ..., global_step: _Optional[int] = ..., manifest_id: _Optional[str] = ..., num_workers: _Optional[int] = ..., shard: _Optional[_Union[Shard, _Mapping]] = ..., outer_optimizer: _Optional[str] = ...) -> None: ...
 
 class PullRequest(_message.Message):
-    __slots__ = ("worker_id", "wait_initialized", "header_only", "accepts_notices", "will_train", "first_fragment", "continued_step")
+    __slots__ = ("worker_id", "wait_initialized", "header_only", "accepts_notices", "will_train", "first_fragment", "continued_step", "outer_optimizer")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     WAIT_INITIALIZED_FIELD_NUMBER: _ClassVar[int]
     HEADER_ONLY_FIELD_NUMBER: _ClassVar[int]
@@ -224,6 +232,7 @@ class PullRequest(_message.Message):
     WILL_TRAIN_FIELD_NUMBER: _ClassVar[int]
     FIRST_FRAGMENT_FIELD_NUMBER: _ClassVar[int]
     CONTINUED_STEP_FIELD_NUMBER: _ClassVar[int]
+    OUTER_OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     wait_initialized: bool
     header_only: bool
@@ -231,7 +240,8 @@ class PullRequest(_message.Message):
     will_train: bool
     first_fragment: int
     continued_step: int
-    def __init__(self, worker_id: _Optional[str] = ..., wait_initialized: bool = ..., header_only: bool = ..., accepts_notices: bool = ..., will_train: bool = ..., first_fragment: _Optional[int] = ..., continued_step: _Optional[int] = ...) -> None: ...
+    outer_optimizer: str
+    def __init__(self, worker_id: _Optional[str] = ..., wait_initialized: bool = ..., header_only: bool = ..., accepts_notices: bool = ..., will_train: bool = ..., first_fragment: _Optional[int] = ..., continued_step: _Optional[int] = ..., outer_optimizer: _Optional[str] = ...) -> None: ...
 
 class PullResponse(_message.Message):
     __slots__ = ("header", "fragment", "waiting")
@@ -250,16 +260,18 @@ class ChiefNotice(_message.Message):
     def __init__(self, waited_s: _Optional[float] = ...) -> None: ...
 
 class CenterHeader(_message.Message):
-    __slots__ = ("manifest", "manifest_id", "global_step", "num_workers")
+    __slots__ = ("manifest", "manifest_id", "global_step", "num_workers", "outer_optimizer")
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_ID_FIELD_NUMBER: _ClassVar[int]
     GLOBAL_STEP_FIELD_NUMBER: _ClassVar[int]
     NUM_WORKERS_FIELD_NUMBER: _ClassVar[int]
+    OUTER_OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
     manifest: Manifest
     manifest_id: str
     global_step: int
     num_workers: int
-    def __init__(self, manifest: _Optional[_Union[Manifest, _Mapping]] = ..., manifest_id: _Optional[str] = ..., global_step: _Optional[int] = ..., num_workers: _Optional[int] = ...) -> None: ...
+    outer_optimizer: str
+    def __init__(self, manifest: _Optional[_Union[Manifest, _Mapping]] = ..., manifest_id: _Optional[str] = ..., global_step: _Optional[int] = ..., num_workers: _Optional[int] = ..., outer_optimizer: _Optional[str] = ...) -> None: ...
 
 class PushAndAverageRequest(_message.Message):
     __slots__ = ("header", "fragment", "shared")
@@ -430,7 +442,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("phase", "global_step", "num_workers", "waiting_for", "waiting_for_unknown", "round_age_s", "workers", "model_size_bytes", "manifest_id", "received_bytes", "sent_bytes", "uptime_s", "last_round_s", "rounds_restarted", "stale_pushes", "shared_bytes", "min_workers", "rounds_without_all", "checkpoint_step", "checkpoint_problem", "shard", "rounds_committed", "rounds_per_minute", "pushes_retried", "connected_workers", "checkpoint_age_s", "workers_omitted", "waiting_for_omitted", "checkpoint_writing_s", "workers_finished", "job_over")
+    __slots__ = ("phase", "global_step", "num_workers", "waiting_for", "waiting_for_unknown", "round_age_s", "workers", "model_size_bytes", "manifest_id", "received_bytes", "sent_bytes", "uptime_s", "last_round_s", "rounds_restarted", "stale_pushes", "shared_bytes", "min_workers", "rounds_without_all", "checkpoint_step", "checkpoint_problem", "shard", "rounds_committed", "rounds_per_minute", "pushes_retried", "connected_workers", "checkpoint_age_s", "workers_omitted", "waiting_for_omitted", "checkpoint_writing_s", "workers_finished", "job_over", "outer_optimizer")
     PHASE_FIELD_NUMBER: _ClassVar[int]
     GLOBAL_STEP_FIELD_NUMBER: _ClassVar[int]
     NUM_WORKERS_FIELD_NUMBER: _ClassVar[int]
@@ -462,6 +474,7 @@ class GetStatusResponse(_message.Message):
     CHECKPOINT_WRITING_S_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FINISHED_FIELD_NUMBER: _ClassVar[int]
     JOB_OVER_FIELD_NUMBER: _ClassVar[int]
+    OUTER_OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
     phase: Phase
     global_step: int
     num_workers: int
@@ -493,7 +506,8 @@ class GetStatusResponse(_message.Message):
     checkpoint_writing_s: float
     workers_finished: int
     job_over: bool
-    def __init__(self, phase: _Optional[_Union[Phase, str]] = ..., global_step: _Optional[int] = ..., num_workers: _Optional[int] = ..., waiting_for: _Optional[_Iterable[str]] = ..., waiting_for_unknown: _Optional[int] = ..., round_age_s: _Optional[float] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., model_size_bytes: _Optional[int] = ..., manifest_id: _Optional[str] = ..., received_bytes: _Optional[int] = ..., sent_bytes: _Optional[int] = ..., uptime_s: _Optional[float] = ..., last_round_s: _Optional[float] = ..., rounds_restarted: _Optional[int] = ..., stale_pushes: _Optional[int] = ..., shared_bytes: _Optional[int] = ..., min_workers: _Optional[int] = ..., rounds_without_all: _Optional[int] = ..., checkpoint_step: _Optional[int] = ..., checkpoint_problem: _Optional[str] = ..., shard: _Optional[_Union[Shard, _Mapping]] = ..., rounds_committed: _Optional[int] = ..., rounds_per_minute: _Optional[float] = ..., pushes_retried: _Optional[int] = ..., connected_workers: _Optional[int] = ..., checkpoint_age_s: _Optional[float] = ..., workers_omitted: _Optional[int] = ..., waiting_for_omitted: _Optional[int] = ..., checkpoint_writing_s: _Optional[float] = ..., workers_finished: _Optional[int] = ..., job_over: bool = ...) -> None: ...
+    outer_optimizer: str
+    def __init__(self, phase: _Optional[_Union[Phase, str]] = ..., global_step: _Optional[int] = ..., num_workers: _Optional[int] = ..., waiting_for: _Optional[_Iterable[str]] = ..., waiting_for_unknown: _Optional[int] = ..., round_age_s: _Optional[float] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., model_size_bytes: _Optional[int] = ..., manifest_id: _Optional[str] = ..., received_bytes: _Optional[int] = ..., sent_bytes: _Optional[int] = ..., uptime_s: _Optional[float] = ..., last_round_s: _Optional[float] = ..., rounds_restarted: _Optional[int] = ..., stale_pushes: _Optional[int] = ..., shared_bytes: _Optional[int] = ..., min_workers: _Optional[int] = ..., rounds_without_all: _Optional[int] = ..., checkpoint_step: _Optional[int] = ..., checkpoint_problem: _Optional[str] = ..., shard: _Optional[_Union[Shard, _Mapping]] = ..., rounds_committed: _Optional[int] = ..., rounds_per_minute: _Optional[float] = ..., pushes_retried: _Optional[int] = ..., connected_workers: _Optional[int] = ..., checkpoint_age_s: _Optional[float] = ..., workers_omitted: _Optional[int] = ..., waiting_for_omitted: _Optional[int] = ..., checkpoint_writing_s: _Optional[float] = ..., workers_finished: _Optional[int] = ..., job_over: bool = ..., outer_optimizer: _Optional[str] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
     __slots__ = ("worker_id", "is_chief", "local_step", "fragments_given", "waiting", "last_seen_age_s", "nonfinite_values", "pushes_counted", "lateness_s", "loss", "transport", "peer", "has_finished", "has_left", "interval_steps")

@@ -78,8 +78,8 @@ class ParameterServerServicer(object):
         fragments have arrived: a broken stream leaves the server uninitialized, and the call may be repeated. If the
         center is already set, the server answers at once, without waiting for fragments, and nothing changes.
 
-        Errors: MANIFEST_INVALID, MANIFEST_MISMATCH (other variables than those in force), GLOBAL_STEP_INVALID,
-        WORKER_ID_INVALID, MESSAGE_OUT_OF_ORDER, FRAGMENT_*, STREAM_STALLED.
+        Errors: MANIFEST_INVALID, MANIFEST_MISMATCH (other variables than those in force), OUTER_OPTIMIZER_*,
+        GLOBAL_STEP_INVALID, WORKER_ID_INVALID, MESSAGE_OUT_OF_ORDER, FRAGMENT_*, STREAM_STALLED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -89,7 +89,7 @@ class ParameterServerServicer(object):
         """Reads the center variables. The stream is one header, then every fragment in ascending order, unless the request
         asks for the header only. All of it belongs to one `global_step`, even if rounds commit meanwhile.
 
-        Errors: NOT_INITIALIZED, WORKER_ID_INVALID, STREAM_STALLED, READER_TOO_SLOW.
+        Errors: NOT_INITIALIZED, WORKER_ID_INVALID, OUTER_OPTIMIZER_*, STREAM_STALLED, READER_TOO_SLOW.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
