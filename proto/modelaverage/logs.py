@@ -26,7 +26,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "listening": ("addresses",),
     "data_port_listening": ("addresses",),
     "metrics_listening": ("address",),
-    "center_initialized": ("worker", "peer", "round", "variables", "size_bytes"),
+    "center_initialized": ("worker", "peer", "round", "variables", "size_bytes", "outer_optimizer"),
     "call_refused": ("rpc", "reason", "worker", "peer"),
     "connection_cut": ("peer", "reason"),
     "call_failed": ("rpc", "worker", "peer", "cause"),  # not caused by the client
@@ -75,6 +75,8 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "init_values_unused": ("path", "variables", "variables_omitted"),
     "init_values_converted": ("path", "variables", "variables_omitted"),
     "push_not_used": ("worker", "round", "steps"),
+    "worker_abstains": ("worker", "values", "variables"),
+    "optimizer_state_dropped": ("worker", "variables"),
     "steps_discarded": ("worker", "round", "steps"),
     "training_finished": ("worker", "round", "workers_training"),
     "task_index_waits": ("peer", "cause"),
