@@ -20,6 +20,7 @@ __all__ = [
     "CONVERSATIONS",
     "INCARNATIONS",
     "MODELS",
+    "OUTER_TEXTS",
     "Model",
     "RESPONSES",
     "STEP",
@@ -36,6 +37,13 @@ STEP = 7
 # Bytes between variables mean nothing, so they are nothing that an average could have.
 _PADDING = 0xA5
 INCARNATIONS = (b"0123456789abcdef", b"\x00" * 16, b"\xff" * 16)
+OUTER_TEXTS = (
+    "average",
+    "sgd:lr=0.7,momentum=0.9,nesterov",
+    "adam:lr=0.1,betas=0.5/0.75",
+    "sgd:lr=1e999",
+    "of:the=future",
+)
 WORKER_IDS = ("a", "b", "worker-3", "\u00fc", "\U0001f9e0" * 32)
 
 
@@ -91,10 +99,15 @@ MODELS = tuple(
 
 
 def initialize_messages(
-    model: Model, worker_id: str, step: int, value: float = CENTER_VALUE, fragment_size_bytes: int | None = None
+    model: Model,
+    worker_id: str,
+    step: int,
+    value: float = CENTER_VALUE,
+    fragment_size_bytes: int | None = None,
+    outer: str = "",
 ) -> list[bytes]:
     """What a chief says."""
-    header = pb.InitializeHeader(worker_id=worker_id, manifest=model.message, global_step=step)
+    header = pb.InitializeHeader(worker_id=worker_id, manifest=model.message, global_step=step, outer_optimizer=outer)
     if fragment_size_bytes is not None:
         header.manifest.fragment_size_bytes = fragment_size_bytes
     return [pb.InitializeRequest(header=header).SerializeToString(), *model.fragments(value)]
@@ -171,6 +184,7 @@ def conversations(model: Model, step: int) -> dict[str, list[list[bytes]]]:
     pulls += [
         pb.PullRequest(worker_id=WORKER_IDS[0], wait_initialized=True, accepts_notices=True),
         pb.PullRequest(worker_id=WORKER_IDS[1], will_train=True),
+        *(pb.PullRequest(worker_id="b", outer_optimizer=outer) for outer in OUTER_TEXTS),
         *(pb.PullRequest(worker_id="b", first_fragment=1, continued_step=at) for at in (step, step - 1)),
         pb.PullRequest(worker_id="b", first_fragment=2**32 - 1, continued_step=step, header_only=True),
     ]
@@ -179,6 +193,7 @@ def conversations(model: Model, step: int) -> dict[str, list[list[bytes]]]:
         for each in (model, *MODELS)
         for worker_id, at in (("chief", step), (WORKER_IDS[-1], 0), ("b", 2**63 - 1))
     ]
+    initializes += [initialize_messages(model, "chief", step, 4.0, outer=outer) for outer in OUTER_TEXTS]
     return {
         "Initialize": initializes,
         "Pull": [[message] for message in _serialized(pulls)],
@@ -205,6 +220,7 @@ def responses(model: Model, step: int) -> list[bytes]:
         waiting_for=["a"], waiting_for_unknown=2, round_age_s=5, missing=missing, finished=["b"], workers_training=3
     )
     center = pb.CenterHeader(manifest=model.message, manifest_id=model.manifest.id, global_step=step, num_workers=2)
+    center.outer_optimizer = OUTER_TEXTS[1]
     status = pb.GetStatusResponse(
         phase=pb.PHASE_AVERAGING, global_step=step, workers=[pb.WorkerStatus(worker_id="a", is_chief=True)]
     )

@@ -9,6 +9,8 @@ from typing import Any
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 
+from fuzz.corpus import OUTER_TEXTS
+
 __all__ = ["with_other_fields"]
 
 _INTEGERS = (
@@ -52,6 +54,15 @@ _TEXTS = (
     "x" * 128,
     "x" * 129,
     "y" * 2000,
+    *OUTER_TEXTS,
+    "sgd:",
+    "sgd:lr",
+    "sgd:lr=nan,momentum=-inf",
+    "sgd:lr=1_0,lr=0x1p3",
+    "sgd:nesterov=True",
+    "adam:lr=1,betas=" + "/" * 60,
+    "adam:lr=" + "9" * 5000,
+    ":=,/",
 )
 _MAX_DEPTH = 4
 

@@ -17,6 +17,7 @@ from fuzz.fields import with_other_fields
 from fuzz.mutate import mutated
 from fuzz.sequences import Sequence, Sequences
 from fuzz.world import LONG_ENOUGH_S, Center, World
+from modelaverage.outer import AVERAGE, outer_optimizer
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.rules.policy import RoundPolicy
 
@@ -215,6 +216,8 @@ def _check_initialized(world: World, messages: list[bytes]) -> None:
     header = parsed[0].header
     if not parsed[0].HasField("header") or job.round.global_step != header.global_step:
         raise Failure(f"the center was initialized at {job.round.global_step} by {parsed[0]}")
+    if job.center.outer != (outer_optimizer(header.outer_optimizer) if header.outer_optimizer else AVERAGE):
+        raise Failure(f"{header.outer_optimizer!r} was named, and the center has {job.center.outer}")
     flat = b"".join(message.fragment.data for message in parsed[1:])
     if [message.fragment.index for message in parsed[1:]] != list(range(job.manifest.fragment_count)):
         raise Failure("the center was initialized by a stream that is not whole")

@@ -23,6 +23,8 @@ from modelaverage.manifest import (
     Variable,
 )
 from modelaverage.names import MAX_NAMES
+from modelaverage.outer import OUTER_OPTIMIZERS, outer_optimizer
+from modelaverage.outer.text import MAX_TEXT_BYTES
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.rules.policy import MAX_WORKERS
 
@@ -95,6 +97,7 @@ def test_the_page_has_every_outcome() -> None:
         ("variable's name", f"{MAX_NAME_BYTES:,} bytes"),
         ("dimensions", str(MAX_DIMENSIONS)),
         ("worker id", f"{MAX_WORKER_ID_BYTES} bytes"),
+        ("outer optimizer, as text", f"{MAX_TEXT_BYTES} bytes"),
         ("servers of a job", f"{MAX_SHARDS:,}"),
         ("variables of a model (or shard)", f"{MAX_VARIABLES:,}"),
         ("manifest as a message", f"{wire.MAX_MANIFEST_BYTES:,} bytes"),
@@ -105,3 +108,16 @@ def test_the_page_has_every_outcome() -> None:
 )
 def test_the_page_has_the_limits_that_are_in_force(what: str, limit: str) -> None:
     assert f"| {what} | {limit}" in PAGE
+
+
+def test_the_page_has_every_outer_optimizer_with_its_settings_and_their_defaults() -> None:
+    table = PAGE.partition("settings of this\nversion:\n\n")[2].partition("\n\n")[0]
+    rows = dict(re.findall(r"^\| `([a-z]+)` \| (.*) \|$", table, re.MULTILINE))
+    assert rows.keys() == OUTER_OPTIMIZERS.keys()
+    for name, text in rows.items():
+        said = re.findall(r"`([a-z]+)` \(([0-9./a-z]+)", text)
+        given = ",".join(f"{setting}={'1' if default == 'none' else default}" for setting, default in said)
+        made = outer_optimizer(f"{name}:{given}" if given else name)
+        needed = ",".join(f"{setting}=1" for setting, default in said if default == "none")
+        assert list(made.settings) == [setting for setting, _ in said]
+        assert made == outer_optimizer(f"{name}:{needed}" if needed else name)

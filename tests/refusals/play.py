@@ -1,7 +1,7 @@
 """A job of a few rounds on a real event loop, without gRPC: every value that anybody gets is known beforehand.
 
 Worker w pushes the number `10 s + 2 w + 1` everywhere from base step s. So the center of each step is known, whatever
-fails and however often pushes are made again.
+fails and however often pushes are made again. One play has an outer optimizer: its center depends on all rounds before.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import numpy as np
 from modelaverage import wire
 from modelaverage.errors import FAULTS, Reason, refusal_metadata, told_reason
 from modelaverage.manifest import Manifest, Variable
+from modelaverage.outer import AVERAGE, OuterOptimizer, OuterSGD, on_the_wire
 from modelaverage.runtime.data_sockets import NUMBER, halves
 from modelaverage.runtime.shared_memory import Segment, SegmentAddress
 from modelaverage.v1 import parameter_server_pb2 as pb
@@ -67,6 +68,7 @@ class Kind:
         keeps: whether there are checkpoints.
         readers: whether somebody pulls in every round, and takes nothing of it until the end.
         breaks: whether a third worker begins a push in each round and is gone in the middle.
+        outer: the outer optimizer that the chief names.
     """
 
     ways: tuple[str, ...]
@@ -74,6 +76,23 @@ class Kind:
     keeps: bool = False
     readers: bool = False
     breaks: bool = False
+    outer: OuterOptimizer = AVERAGE
+
+    def center_of(self, step: int) -> float:
+        """What the center has everywhere at a step. All values are exact in float16."""
+        center = np.full(1, INITIAL, np.float32)
+        state = self.outer.init(center)
+        for base_step in range(step):
+            average = np.full(1, 10.0 * base_step + 2.0, np.float32)
+            center, state = self.outer.update(center, average, state, base_step)
+        return float(center[0])
+
+    def check(self, what: str, step: int, flat: bytes | bytearray | memoryview) -> None:
+        """Raises Wrong unless these bytes are the center of this step."""
+        expected = self.center_of(step)
+        for name, array in MANIFEST.arrays(np.frombuffer(bytes(flat), np.uint8)).items():
+            if not (array == expected).all():
+                raise Wrong(f"{what}: {name} is {array.tolist()} at step {step}, where {expected} belongs")
 
 
 PLAYS = {
@@ -83,6 +102,7 @@ PLAYS = {
     "data connections": Kind(("data", "data")),
     "quorum": Kind(("inline", "shared"), RoundPolicy(3, 2, 3, grace_s=0.01), breaks=True),
     "checkpoints": Kind(("follows", "shared"), keeps=True),
+    "outer optimizer": Kind(("follows", "shared"), keeps=True, outer=OuterSGD(0.5, 0.5)),
 }
 
 
@@ -103,11 +123,6 @@ class Result:
     started: bool = True
 
 
-def center_of(step: int) -> float:
-    """What the center has everywhere at a step."""
-    return INITIAL if step == 0 else 10.0 * (step - 1) + 2.0
-
-
 def values_of(worker: int, step: int) -> bytes:
     """What a worker pushes from a base step."""
     return _flat(10.0 * step + 2.0 * worker + 1.0)
@@ -118,13 +133,6 @@ def _flat(value: float) -> bytes:
     for array in MANIFEST.arrays(buffer).values():
         array[...] = value
     return buffer.tobytes()
-
-
-def check(what: str, step: int, flat: bytes | bytearray | memoryview) -> None:
-    """Raises Wrong unless these bytes are the center of this step."""
-    for name, array in MANIFEST.arrays(np.frombuffer(bytes(flat), np.uint8)).items():
-        if not (array == center_of(step)).all():
-            raise Wrong(f"{what}: {name} is {array.tolist()} at step {step}, where {center_of(step)} belongs")
 
 
 class Context:
@@ -281,13 +289,18 @@ class Worker:
                 return await attempt()
             except Refused as refused:
                 self.server.result.retries += 1
-                if refused.reason in (Reason.MANIFEST_MISMATCH, Reason.BASE_STEP_AHEAD):
+                if refused.reason in (
+                    Reason.MANIFEST_MISMATCH,
+                    Reason.OUTER_OPTIMIZER_MISMATCH,
+                    Reason.BASE_STEP_AHEAD,
+                ):
                     raise Wrong(str(refused)) from None
                 await asyncio.sleep(_PAUSE_S)
 
     async def initialize(self) -> None:
         context, task = self.server.call("Initialize")
-        header = pb.InitializeHeader(worker_id="0", manifest=wire.manifest_to_message(MANIFEST))
+        outer = on_the_wire(self.server.kind.outer)
+        header = pb.InitializeHeader(worker_id="0", manifest=wire.manifest_to_message(MANIFEST), outer_optimizer=outer)
         context.up.put_nowait(pb.InitializeRequest(header=header).SerializeToString())
         flat = memoryview(_flat(INITIAL))
         for index in range(MANIFEST.fragment_count):
@@ -339,7 +352,7 @@ class Worker:
             if moving:
                 (center,) = await asyncio.wait_for(asyncio.gather(*moving), 5.0)
                 self.connection, connection = connection, None
-            check(f"worker {self.number} got", outcome.global_step, center)
+            self.server.kind.check(f"worker {self.number} got", outcome.global_step, center)
             return int(outcome.global_step)
         except (OSError, asyncio.TimeoutError):
             raise Refused(None, "the data connection broke") from None
@@ -457,7 +470,7 @@ async def read_center(server: Server, context: Context, task: asyncio.Task[Any])
     await asyncio.wait((task,))
     server.ended(context, task)
     assert header is not None
-    check("a reader got", header.global_step, center)
+    server.kind.check("a reader got", header.global_step, center)
     return int(header.global_step)
 
 
@@ -536,7 +549,7 @@ async def _play(kind: Kind, directory: Path, result_of: list[Server]) -> None:
         assert server.service is not None
         job = server.service.job
         assert job is not None
-        check("the server has", job.round.global_step, job.center.current.flat.tobytes())
+        kind.check("the server has", job.round.global_step, job.center.current.flat.tobytes())
     try:
         await asyncio.wait_for(server.stop(), LIMIT_S)
     except (OSError, MemoryError, RuntimeError):
@@ -570,7 +583,7 @@ def play(name: str) -> Result:
             buffer = np.zeros(MANIFEST.buffer_size_bytes, np.uint8)
             for array, values in zip(MANIFEST.arrays(buffer).values(), kept.arrays.values(), strict=True):
                 array[...] = values
-            check("on the disk is", kept.global_step, buffer.tobytes())
+            PLAYS[name].check("on the disk is", kept.global_step, buffer.tobytes())
         return servers[0].result
     finally:
         PROBE.disarm()

@@ -40,12 +40,16 @@ class Peer:
         )
         self._stub: Any = ParameterServerStub(self._channel)  # type: ignore[no-untyped-call]
 
-    def initialize(self, arrays: Arrays, global_step: int = 0, fragment_size_bytes: int = 64) -> None:
+    def initialize(
+        self, arrays: Arrays, global_step: int = 0, fragment_size_bytes: int = 64, outer_optimizer: str = ""
+    ) -> None:
         """Sets the center."""
 
         def requests() -> Iterator[pb.InitializeRequest]:
             manifest = wire.manifest_to_message(manifest_of(arrays, fragment_size_bytes))
-            header = pb.InitializeHeader(worker_id=self.worker_id, manifest=manifest, global_step=global_step)
+            header = pb.InitializeHeader(
+                worker_id=self.worker_id, manifest=manifest, global_step=global_step, outer_optimizer=outer_optimizer
+            )
             yield pb.InitializeRequest(header=header)
             for index, data in enumerate(fragments_of(arrays, fragment_size_bytes)):
                 yield pb.InitializeRequest(fragment=pb.Fragment(index=index, data=data))

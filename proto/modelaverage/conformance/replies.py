@@ -146,6 +146,20 @@ def _unknown_fields_are_ignored(stage: Stage) -> None:
     check_pushed(worker.push(_MODEL), "committed", 8, "a", like(_MODEL, 1))
 
 
+@case
+def _an_outer_optimizer_that_the_client_does_not_know_changes_nothing(stage: Stage) -> None:
+    server = stage.scripted()
+    server.outer_optimizer = "of-the-future:rate=0.5/1,\u00fc"
+    worker = stage.worker(server.address)
+    server.initializations.put(None)
+    check("initialize", worker.initialize(_MODEL, 7).by_this_call, True)
+    check("status", worker.status().phase, "idle")
+    server.pulls.put(center(_MODEL, outer_optimizer=server.outer_optimizer))
+    check_center(worker.pull().center, _MODEL)
+    server.pushes.put([admission(), READ, *_average(like(_MODEL, 1)), outcome()])
+    check_pushed(worker.push(_MODEL), "committed", 8, "a", like(_MODEL, 1))
+
+
 def _with_unknown_fields(message: _M) -> _M:
     """The message as a later version of the protocol may send it: in it, and in every message in it, more fields."""
     for field, value in message.ListFields():

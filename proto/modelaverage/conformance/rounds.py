@@ -76,6 +76,19 @@ def _shared_memory_may_be_offered(stage: Stage) -> None:
 
 
 @case
+def _the_servers_outer_optimizer_makes_the_center(stage: Stage) -> None:
+    address = stage.server().address
+    worker, peer = stage.worker(address), stage.peer(address)
+    peer.initialize(vector(9), outer_optimizer="sgd:lr=0.5,momentum=0.5")
+    check("initialize", worker.initialize(vector(9)).by_this_call, False)
+    check_center(worker.pull().center, vector(9))
+    # From 0, on the average of 4: the first step goes half the way, the second has momentum; all values are exact.
+    for step, moved in ((0, 2.0), (1, 4.0)):
+        pushed = worker.push(vector(9, start=4))
+        check_pushed(pushed, "committed", step + 1, "a", vector(9, start=moved))
+
+
+@case
 def _initializing_twice_changes_nothing(stage: Stage) -> None:
     address = stage.server().address
     first, second = stage.worker(address, "a"), stage.worker(address, "b")

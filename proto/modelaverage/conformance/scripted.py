@@ -96,6 +96,7 @@ class ScriptedServer(ParameterServerServicer):
         address: HOST:PORT.
         initializations: what each next Initialize is answered with: None for well, or how it fails.
         phase: what a status says.
+        outer_optimizer: what a status and the answer to an Initialize say.
         left: the goodbyes that came.
     """
 
@@ -104,6 +105,7 @@ class ScriptedServer(ParameterServerServicer):
         self.pushes: queue.SimpleQueue[_PushScript] = queue.SimpleQueue()
         self.initializations: queue.SimpleQueue[Refusal | None] = queue.SimpleQueue()
         self.phase: pb.Phase = pb.PHASE_IDLE
+        self.outer_optimizer = ""
         self.left: queue.SimpleQueue[pb.LeaveRequest] = queue.SimpleQueue()
         self._got: queue.SimpleQueue[GotPush] = queue.SimpleQueue()
         self._got_center: queue.SimpleQueue[tuple[pb.InitializeHeader, bytes]] = queue.SimpleQueue()
@@ -138,7 +140,11 @@ class ScriptedServer(ParameterServerServicer):
         data = b"".join(message.fragment.data for message in request_iterator)
         self._got_center.put((header, data))
         return pb.InitializeResponse(
-            initialized=True, global_step=header.global_step, manifest_id=MANIFEST_ID, num_workers=1
+            initialized=True,
+            global_step=header.global_step,
+            manifest_id=MANIFEST_ID,
+            num_workers=1,
+            outer_optimizer=self.outer_optimizer,
         )
 
     def Pull(self, request: pb.PullRequest, context: Any) -> Iterator[pb.PullResponse]:  # noqa: N802
@@ -178,11 +184,17 @@ class ScriptedServer(ParameterServerServicer):
 
     def GetStatus(self, _: pb.GetStatusRequest, __: Any) -> pb.GetStatusResponse:  # noqa: N802
         """Always answers: some clients ask before anything else."""
-        return pb.GetStatusResponse(phase=self.phase, global_step=7, num_workers=1, min_workers=1)
+        return pb.GetStatusResponse(
+            phase=self.phase, global_step=7, num_workers=1, min_workers=1, outer_optimizer=self.outer_optimizer
+        )
 
 
 def center(
-    arrays: Arrays, global_step: int = 7, fragment_size_bytes: int = 64, manifest_id: str = MANIFEST_ID
+    arrays: Arrays,
+    global_step: int = 7,
+    fragment_size_bytes: int = 64,
+    manifest_id: str = MANIFEST_ID,
+    outer_optimizer: str = "",
 ) -> list[pb.PullResponse]:
     """What a pull gets: the header and every fragment."""
     header = pb.CenterHeader(
@@ -190,6 +202,7 @@ def center(
         manifest_id=manifest_id,
         global_step=global_step,
         num_workers=1,
+        outer_optimizer=outer_optimizer,
     )
     fragments = fragments_of(arrays, fragment_size_bytes)
     return [
