@@ -131,10 +131,10 @@ VELOCITY_OF_W = "outer/velocity/w"
     [
         (["sgd", {}], {}, "outer optimizer 'sgd' is not known here, only average, toy"),
         (["toy", {"rate": 1.0}], {}, "outer optimizer toy has no such settings: 'rate=1.0'"),
-        (["toy", {"lr": "1"}], {}, "damaged .*setting 'lr' is no number, true or false"),
+        (["toy", {"lr": "1"}], {}, "damaged .*setting 'lr' is not a number, true or false"),
         (["toy", {"lr": math.inf}], {}, "damaged .*setting 'lr'|Infinity"),
-        (["toy"], {}, "damaged .*outer is no name and settings"),
-        (["average", {}], {}, "its list of variables is not that of its tensors"),
+        (["toy"], {}, "damaged .*outer is not a name and settings"),
+        (["average", {}], {}, "its list of variables does not match its tensors"),
         (
             ["toy", {}],
             {VELOCITY_OF_W: None},
@@ -150,8 +150,8 @@ VELOCITY_OF_W = "outer/velocity/w"
             {VELOCITY_OF_W: np.zeros(40)},
             r"velocity of variable 'w' is float64\[40\]; outer optimizer toy needs float32\[40\]",
         ),
-        (["toy", {}], {"outer/acceleration/w": np.zeros(40)}, "its list of variables is not that of its tensors"),
-        (["toy", {"has_master": False}], {}, "its list of variables is not that of its tensors"),
+        (["toy", {}], {"outer/acceleration/w": np.zeros(40)}, "its list of variables does not match its tensors"),
+        (["toy", {"has_master": False}], {}, "its list of variables does not match its tensors"),
     ],
 )
 def test_state_that_does_not_fit_its_outer_optimizer_is_refused(
