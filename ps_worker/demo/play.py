@@ -84,9 +84,7 @@ def play(config: DigitsConfig, num_workers: int, outer: OuterOptimizer, name: st
     """
     torch.set_num_threads(1)
     data = DigitsData.load()
-    players = [
-        _Player(config, data.part(num_workers, index, config.batch_size), index) for index in range(num_workers)
-    ]
+    players = [_Player(config, data.part(num_workers, index, config.batch_size), index) for index in range(num_workers)]
     center = _Center(players[0].model, outer)
     meter = Meter(name, config, report)
     for step in range(1, config.steps + 1):
