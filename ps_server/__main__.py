@@ -61,6 +61,7 @@ examples:
 _EXPORT_EXAMPLES = """\
 examples:
   ps-server export center/ model.safetensors           the newest usable checkpoint; a server may be using the directory
+  ps-server export center/ model.safetensors --with-outer-state   with the momentum and the like of its outer optimizer
   ps-server export 127.0.0.1:2222 model.safetensors    a server's current center
   ps-server export ps0:2222 ps1:2222 model.safetensors   the whole model of a job with two servers, in their order
 """
@@ -150,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
         default=default_max_model_bytes(),
         metavar="BYTES",
         help="refuse a model that needs more than twice this much memory; the server holds 16-bit variables four "
-        "times, others twice (a third of this machine's memory, or of the cgroup's limit)",
+        "times, others and an outer optimizer's state twice (a third of this machine's memory, or of the cgroup's limit)",
     )
     command.add_argument(
         "--no-shared-memory", action="store_true", help="have workers on this host send their bytes as all others do"
@@ -237,6 +238,12 @@ def _parser() -> argparse.ArgumentParser:
         default=30.0,
         metavar="SECONDS",
         help="how long to wait for a server to start sending (%(default)s)",
+    )
+    command.add_argument(
+        "--with-outer-state",
+        action="store_true",
+        help="also write the outer optimizer's state, as tensors named outer/SLOT/VARIABLE, and its settings to the "
+        "metadata; only from a --checkpoint-dir",
     )
     add_security_flags(command)
     command.set_defaults(run=_export, on_loss=OnLoss.DROP)  # the command's result is the file
@@ -329,16 +336,19 @@ def _status(arguments: argparse.Namespace) -> int:
         timeout_s = min(arguments.timeout_s, max(1.0, arguments.watch))
         watch(arguments.addresses, partial(fetch, timeout_s=timeout_s), arguments.watch, arguments.json)
         return 0
-    answers = []
+    seen = list[status.Seen]()
     for address in arguments.addresses:
         try:
-            answers.append(fetch(address))
+            seen.append(status.Seen(address, fetch(address)))
         except status.NoAnswerError as error:
             print(f"ps-server: {error}", file=sys.stderr)
+    answers = [each.status for each in seen if each.status is not None]
     if arguments.json and answers:
         print(status.as_json(answers))
     elif answers:
         columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        if differ := status.outer_optimizers_of(seen):
+            print(f"{differ}\n")
         print("\n\n".join(status.as_text(answer, columns) for answer in answers))
     return 0 if len(answers) == len(arguments.addresses) else 1
 
@@ -351,6 +361,7 @@ def _export(arguments: argparse.Namespace) -> int:
             arguments.timeout_s,
             Access(security_of(arguments)),
             tell=lambda line: print(f"ps-server: {line}", file=sys.stderr),
+            with_outer_state=arguments.with_outer_state,
         )
     except ExportError as error:
         print(f"ps-server: {error}", file=sys.stderr)
