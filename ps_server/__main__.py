@@ -151,7 +151,8 @@ def _parser() -> argparse.ArgumentParser:
         default=default_max_model_bytes(),
         metavar="BYTES",
         help="refuse a model that needs more than twice this much memory; the server holds 16-bit variables four "
-        "times, others and an outer optimizer's state twice (a third of this machine's memory, or of the cgroup's limit)",
+        "times, others and an outer optimizer's state twice (a third of this machine's memory, or of the cgroup's "
+        "limit)",
     )
     command.add_argument(
         "--no-shared-memory", action="store_true", help="have workers on this host send their bytes as all others do"
