@@ -228,7 +228,7 @@ def test_what_is_no_floating_point_number_is_refused_for_a_variable_and_passed_o
     tmp_path: Path, kind: str, dtype: torch.dtype
 ) -> None:
     path = saved(tmp_path, kind, {"w": torch.zeros(4).to(dtype), "other": torch.tensor(F4)})
-    refused(path, "variable 'w' is .* there, and float32 here", w=F4)
+    refused(path, "variable 'w' is .* in the file, and float32 in the model", w=F4)
     assert np.array_equal(read(path, other=F4)["other"], F4)
 
 
