@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -222,7 +223,7 @@ def test_any_cut_gives_the_same_bits_and_arguments_are_never_written_to(
     bounds = [0, *sorted(min(cut, len(center)) for cut in cuts), len(center)]
     pieces = [
         made(outer, center[a:b], average[a:b], {slot: array[a:b] for slot, array in state.items()})
-        for a, b in zip(bounds, bounds[1:], strict=False)
+        for a, b in itertools.pairwise(bounds)
     ]
     assert np.concatenate([piece for piece, _ in pieces]).tobytes() == whole.tobytes()
     for slot, array in whole_state.items():
