@@ -28,6 +28,7 @@ from modelaverage.errors import (
     SessionInUseError,
 )
 from modelaverage.outcome import Outcome
+from modelaverage.outer import OuterAdam, OuterAverage, OuterSGD
 
 if TYPE_CHECKING:
     from ma_client.torch.custom_getter import GLOBAL_VARIABLE_NAME, ModelAverageCustomGetter
@@ -49,6 +50,9 @@ __all__ = [
     "ModelAverageOptimizer",
     "NotInitializedError",
     "Outcome",
+    "OuterAdam",
+    "OuterAverage",
+    "OuterSGD",
     "ParameterServerSession",
     "ProtocolError",
     "PushResult",

@@ -17,6 +17,7 @@ from ma_client.job.center_arrays import CenterArrays, variables_of
 from ma_client.job.farewell import wait_until_all_have_finished
 from ma_client.job.initialization import Proposal, initialize
 from ma_client.job.one_server import LocalPart, WorkerIdentity
+from ma_client.job.outer_naming import in_force, named
 from ma_client.job.remarks import NonfiniteRemark, say_center_goes_on
 from ma_client.job.results import InitializeResult, PushResult, push_result
 from ma_client.job.session_settings import SessionSettings
@@ -30,6 +31,7 @@ from modelaverage.access.channels import Access
 from modelaverage.access.security import Security
 from modelaverage.checks import check_global_step, check_weight
 from modelaverage.errors import InvalidRequestError, NotInitializedError, Reason
+from modelaverage.outer import OuterOptimizer
 from modelaverage.runtime.deadline import Deadline
 from modelaverage.v1 import parameter_server_pb2 as pb
 
@@ -124,6 +126,8 @@ class ParameterServerSession:
         """How many workers a round of the servers waits for; None before the first initialize or pull."""
         self.ps_hosts = tuple(settings.ps_hosts)
         """Addresses of the parameter servers."""
+        self.outer_optimizer: str | None = None
+        """The outer optimizer of the servers, as text; None before the first initialize or pull."""
         self._settings = settings
         self._has_initialized = self._has_finished = False
         self._one_thread = OneThread(worker_id)
@@ -218,6 +222,7 @@ class ParameterServerSession:
         *,
         must_be_new: bool | None = None,
         other_names: Mapping[str, Sequence[str]] = MappingProxyType({}),
+        outer_optimizer: OuterOptimizer | str | None = None,
     ) -> InitializeResult:
         """Sets the center variables if they are not set yet. Only the chief may call it.
 
@@ -231,17 +236,23 @@ class ParameterServerSession:
             timeout_s: how long it may take; None: as long as it takes.
             must_be_new: refuse to go on from a center that exists already; None: as the session's ``must_be_new`` says.
             other_names: by variable, other names under which the file ``init_from`` may have it (tied weights).
+            outer_optimizer: turns the center and the average of every round into the next center: `OuterSGD`,
+                `OuterAdam`, `OuterAverage`, or one of them as text, such as ``"sgd:lr=0.7,momentum=0.9,nesterov"``.
+                None: that of a center that is there, or the plain average for a new one.
 
         Raises:
-            InvalidRequestError: MANIFEST_INVALID, GLOBAL_STEP_INVALID; this session is not the chief's; the file
-                ``init_from`` cannot be read, lacks one of these variables, or has it with another shape.
+            InvalidRequestError: MANIFEST_INVALID, GLOBAL_STEP_INVALID, OUTER_OPTIMIZER_INVALID; this session is not the
+                chief's; the file ``init_from`` cannot be read, lacks one of these variables, or has it with another
+                shape.
             ConflictError: MANIFEST_MISMATCH, naming the first variable that differs from the servers', or the server
-                that does not belong to the others; or there is a center, and it must be new. Nothing was changed.
+                that does not belong to the others; OUTER_OPTIMIZER_MISMATCH, naming both; or there is a center, and it
+                must be new. Nothing was changed.
             NotInitializedError: a server has lost its part of a center that has been averaged already.
         """
         if not self.is_chief:
             raise InvalidRequestError(f"{self.worker_id!r} is not the chief: only the chief initializes the center")
         check_global_step(global_step)
+        outer = named(outer_optimizer)
         arrays = self._center.flat(variables)
         settings = self._settings
         if settings.init_from is not None:
@@ -258,10 +269,11 @@ class ParameterServerSession:
             settings.placement,
             settings.fragment_size_bytes,
             must_be_new,
+            outer,
         )
         done = initialize(self._servers, self.ps_hosts, proposal, deadline)
         self._has_initialized = True
-        self.num_workers = done.num_workers
+        self.num_workers, self.outer_optimizer = done.num_workers, in_force(done.outer)
         if done.assembly is not None:
             self._center.take(done.assembly)
             self.base_step = done.global_step
@@ -278,6 +290,7 @@ class ParameterServerSession:
         expected: Mapping[str, Any] | None = None,
         copy: bool = True,
         catch_up: bool = True,
+        outer_optimizer: OuterOptimizer | str | None = None,
     ) -> tuple[Mapping[str, Any], int]:
         """Reads the center variables. Their `global_step` is the base step of what is trained from them.
 
@@ -289,6 +302,7 @@ class ParameterServerSession:
             catch_up: whether to help if one of several servers is behind the others, because something died in the
                 middle of a round, and waits for this worker: the session then pushes there, to abstain or to give back
                 the center that the server has lost. False, for a process that only watches: wait until others helped.
+            outer_optimizer: the one that the center must have; as `initialize` takes it. None: any.
 
         Returns:
             The center variables by name, and `global_step`. The variables are nested as those that this session was
@@ -298,11 +312,14 @@ class ParameterServerSession:
             NotInitializedError: there is no center, and ``wait_initialized`` is False.
             DeadlineExceededError: there was none within ``timeout_s``.
             ConflictError: MANIFEST_MISMATCH, naming the first variable in which ``expected`` differs, or the server
-                that does not belong to the others.
+                that does not belong to the others; OUTER_OPTIMIZER_MISMATCH, naming both.
         """
         deadline = Deadline(timeout_s)
         shape = None if expected is None else self._center.flat(expected)
         will_train = catch_up and not self._has_finished
+        wanted = named(outer_optimizer)
+        for server in self._servers:
+            server.outer_named = wanted
         if len(self._servers) == 1:
             self._servers.each(
                 lambda _, server: server.pull(
@@ -334,7 +351,8 @@ class ParameterServerSession:
 
         Args:
             variables: local variables with the center's names, dtypes and shapes, in any order; nested if you like.
-            weight: share in the average, from 1e-9 to 1e9.
+            weight: share in the average, from 1e-9 to 1e9. 0: this push abstains; it counts at the barrier, but not in
+                the average, and sends no values.
             local_step: this worker's count of optimizer steps, for the server's status.
             loss: the loss that this worker has reached, for the server's status; None: none is shown.
             interval_steps: local steps of this worker between two rounds, for the server's log and status; 0: none is
@@ -354,7 +372,8 @@ class ParameterServerSession:
                 (ROUND_TIMED_OUT, naming the missing).
             ServerUnavailableError: the server stayed away for ``reconnect_timeout_s``.
         """
-        check_weight(weight)
+        if weight != 0:
+            check_weight(weight)
         deadline = Deadline(self._settings.round_timeout_s if timeout_s is None else timeout_s)
         if self.base_step is None:
             raise NotInitializedError("pull the center (or initialize it) before the push", Reason.NOT_INITIALIZED)
@@ -411,6 +430,7 @@ class ParameterServerSession:
     def _adopt(self, headers: Sequence[pb.CenterHeader], expected: Mapping[str, NDArray[Any]] | None) -> None:
         """These are the centers of the servers, from now on. Raises ConflictError unless they belong together."""
         self.num_workers = self._center.adopt(headers, expected)
+        self.outer_optimizer = in_force(headers[0].outer_optimizer)
 
 
 def _servers_of(settings: SessionSettings, timing: Timing) -> AllServers:

@@ -18,6 +18,7 @@ from ma_client.transports.connection import Connection
 from ma_client.transports.registry import TransportSettings
 from modelaverage.access.channels import Access
 from modelaverage.errors import ConflictError, ModelAverageError
+from modelaverage.purpose import Purpose
 from modelaverage.runtime.deadline import Deadline
 from modelaverage.v1 import parameter_server_pb2 as pb
 
@@ -114,7 +115,8 @@ class AllServers:
         """Makes one round: pushes to all servers, and returns when all have committed it and are at one step."""
         self._process.check()
         if len(self._servers) == 1:
-            return [self._servers[0].push(base_step, parts[0], copy, deadline)]
+            purpose = Purpose.CONTRIBUTE if parts[0].weight else Purpose.ABSTAIN
+            return [self._servers[0].push(base_step, parts[0], copy, deadline, purpose)]
         meeting = Meeting(len(self._servers))
 
         def take_part(index: int, server: OneServer) -> pb.PushOutcome:
@@ -143,7 +145,7 @@ class AllServers:
             if any(step != target for step in self.steps):
                 # The servers advance without this worker. Following one by one could take forever: read all at once.
                 self.each(lambda _, server: server.pull(False, deadline))
-        raise ConflictError(f"the parameter servers do not come to one step; they are at {self.steps}")
+        raise ConflictError(f"the parameter servers do not reach a common step; they are at {self.steps}")
 
     def stop(self) -> None:
         """Ends all calls in progress, in the calling thread and in the pool. From any thread."""

@@ -30,18 +30,21 @@ _LOOK_TIMEOUT_S = 2.0
 
 
 def push_again(server: OneServer, base_step: int, local: LocalPart, copy: bool, deadline: Deadline) -> pb.PushOutcome:
-    """Pushes one round to a server, and repeats if the server has lost rounds that this worker has seen. Unless all
-    workers agree to drop those rounds, the server first gets back the center from which this worker started. If that
-    center is gone, too, the local variables made from it take its place, and none of them counts as untouched."""
+    """Pushes one round to a server, or abstains if the weight is 0, and repeats if the server has lost rounds that this
+    worker has seen. Unless all workers agree to drop those rounds, the server first gets back the center from which
+    this worker started. If that center is gone, too, the local variables made from it take its place, and none of them
+    counts as untouched."""
+    purpose = Purpose.CONTRIBUTE if local.weight else Purpose.ABSTAIN
     while True:
         try:
-            return server.push(base_step, local, copy, deadline)
+            return server.push(base_step, local, copy, deadline, purpose)
         except ConflictError as error:
             if goes_on_after(error) is not Reason.BASE_STEP_AHEAD:
                 raise
         if not server.has_center(is_private=False):
             local = replace(local, untouched=())
-        catch_up(server, Goal(base_step, has_local=True), copy, deadline, local, is_lost=True)
+        goal = Goal(base_step, has_local=purpose is Purpose.CONTRIBUTE)
+        catch_up(server, goal, copy, deadline, local, is_lost=True)
 
 
 def has_fallen_back(server: OneServer) -> bool:
@@ -85,7 +88,7 @@ def catch_up(
                 status = server.status(deadline)
                 view = _seen(view, status, server.worker_id, wait.lasted_s)
             case Move.LOST:
-                raise server.lost("it has none")
+                raise server.lost("it has no center")
             case Move.PULL:
                 server.pull(False, deadline)
                 view, center = ServerView(server.step), None
@@ -145,7 +148,7 @@ class _Wait:
                 f"{self._goal.step}: waited {self._deadline.timeout_s:g} s"
             )
         if connection.stopped.wait(self._pause_s):
-            raise ModelAverageError(f"the wait for {connection.address} was ended here")
+            raise ModelAverageError(f"the wait for {connection.address} was cancelled here")
         self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
 
 

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from ma_client.job.all_servers import AllServers
 from ma_client.job.assembly import Assembly
+from ma_client.job.outer_naming import check_has, check_same
 from ma_client.values.raw import bytes_of, same_bytes
 from ma_client.values.trees import Paths, as_arrays, nest, paths_of
 from modelaverage import wire
@@ -62,6 +63,9 @@ class CenterArrays:
                     f"the parameter server at {address} was started with --num-workers {header.num_workers}, that at "
                     f"{self._addresses[0]} with {headers[0].num_workers}"
                 )
+        check_same([header.outer_optimizer for header in headers], self._addresses)
+        for header, server, address in zip(headers, self._servers, self._addresses, strict=True):
+            check_has(server.outer_named, header.outer_optimizer, address)
         for server, staging, header in zip(self._servers, assembly.stagings, headers, strict=True):
             server.adopt(staging, header.manifest_id)
         self._assembly = assembly
@@ -91,7 +95,7 @@ class CenterArrays:
         numbers = {variable.name: number for number, variable in enumerate(manifest.variables)}
         unknown = set(untouched) - numbers.keys()
         if unknown:
-            raise InvalidRequestError(f"untouched names {min(unknown)!r}, which is no center variable")
+            raise InvalidRequestError(f"untouched names {min(unknown)!r}, which is not a center variable")
         untouched_numbers = assembly.cut_numbers({numbers[name] for name in untouched})
         return list(zip(assembly.cut(values), untouched_numbers, strict=True))
 

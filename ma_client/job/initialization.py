@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ma_client.job.all_servers import AllServers
 from ma_client.job.assembly import Assembly
 from ma_client.job.one_server import OneServer
+from ma_client.job.outer_naming import check_has, check_same, in_force
 from ma_client.transports.staging import Staging
 from ma_client.values.raw import bytes_of
 from modelaverage import wire
@@ -33,6 +34,7 @@ class Proposal:
         placement: assigns parts of the model to servers.
         fragment_size_bytes: None: chosen by the size of the model and the number of servers.
         must_be_new: whether an existing center is an error.
+        outer: the outer optimizer, as text; empty: that of an existing center, or `average`.
     """
 
     worker_id: str
@@ -42,6 +44,7 @@ class Proposal:
     placement: str
     fragment_size_bytes: int | None
     must_be_new: bool
+    outer: str = ""
 
     def manifest(self, num_shards: int) -> Manifest:
         """The manifest of the whole model."""
@@ -60,12 +63,14 @@ class CenterSet:
         global_step: the number of completed rounds.
         num_workers: how many workers a round waits for.
         assembly: the shards, if this call set all of them.
+        outer: the outer optimizer of the center, as servers tell it.
     """
 
     by_this_call: bool
     global_step: int
     num_workers: int
     assembly: Assembly | None
+    outer: str
 
 
 def initialize(servers: AllServers, addresses: Sequence[str], proposal: Proposal, deadline: Deadline) -> CenterSet:
@@ -73,8 +78,8 @@ def initialize(servers: AllServers, addresses: Sequence[str], proposal: Proposal
 
     Raises:
         InvalidRequestError: MANIFEST_INVALID: a manifest is too long for a message; nothing was sent.
-        ConflictError: MANIFEST_MISMATCH: another model is in force, or the servers do not belong together; or the
-            center exists but must be new.
+        ConflictError: MANIFEST_MISMATCH: another model is in force, or the servers do not belong together;
+            OUTER_OPTIMIZER_MISMATCH: the center has another outer optimizer; or the center exists but must be new.
         NotInitializedError: a server has lost its part of a center that has already been averaged.
     """
     there = _centers_there(servers, deadline) if len(servers) > 1 or proposal.must_be_new else [None]
@@ -82,10 +87,12 @@ def initialize(servers: AllServers, addresses: Sequence[str], proposal: Proposal
     if headers and proposal.must_be_new:
         steps = {address: header.global_step for address, header in zip(addresses, there, strict=True) if header}
         raise _not_new(*steps.popitem())
+    outer = _outer(proposal.outer, addresses, there)
     if len(headers) == len(servers):
         manifests = [wire.manifest_from_message(header.manifest) for header in headers]
         _check_variables(proposal.variables, Assembly(manifests, addresses).manifest.variables)
-        return CenterSet(False, max(header.global_step for header in headers), headers[0].num_workers, None)
+        step = max(header.global_step for header in headers)
+        return CenterSet(False, step, headers[0].num_workers, None, headers[0].outer_optimizer)
     if any(header.global_step != proposal.global_step for header in headers):
         lost = next(address for address, header in zip(addresses, there, strict=True) if header is None)
         raise NotInitializedError(
@@ -104,9 +111,11 @@ def initialize(servers: AllServers, addresses: Sequence[str], proposal: Proposal
             worker_id=proposal.worker_id,
             manifest=messages[index],
             global_step=proposal.global_step,
+            outer_optimizer=outer,
         )
         response = server.initialize(header, values[index], assembly.stagings[index], deadline)
         _check_shard(response, shards[index].shard, addresses[index])
+        check_has(outer, response.outer_optimizer, addresses[index])
         return response
 
     # The first server goes first: its center determines the job's id.
@@ -121,7 +130,19 @@ def initialize(servers: AllServers, addresses: Sequence[str], proposal: Proposal
         first.global_step,
         first.num_workers,
         assembly if all_set else None,
+        first.outer_optimizer,
     )
+
+
+def _outer(wanted: str, addresses: Sequence[str], there: Sequence[pb.CenterHeader | None]) -> str:
+    """The outer optimizer to send: the wanted one, or that of the centers that are there. Raises ConflictError if they
+    differ."""
+    told = {address: header.outer_optimizer for address, header in zip(addresses, there, strict=True) if header}
+    if not told:
+        return wanted
+    check_same(list(told.values()), list(told))
+    check_has(wanted, *reversed(next(iter(told.items()))))
+    return in_force(next(iter(told.values())))
 
 
 def _check_ours(
@@ -143,8 +164,8 @@ def _check_ours(
 
 def _not_new(address: str, global_step: int) -> ConflictError:
     return ConflictError(
-        f"the center was to be new, but the parameter server at {address} has one already, at global_step "
-        f"{global_step}: of an earlier run, or this chief was started again. To go on from it, leave out --fresh "
+        f"the center must be new, but the parameter server at {address} has one already, at global_step "
+        f"{global_step}: of an earlier run, or this chief was restarted. To continue from it, leave out --fresh "
         "(must_be_new, MA_FRESH); to begin with new values, start the servers with an empty --checkpoint-dir. Nothing "
         "was changed"
     )
@@ -174,9 +195,9 @@ def _place(proposal: Proposal, addresses: Sequence[str], there: Sequence[pb.Cent
         if here is not None and here != wanted:
             difference = first_difference(wanted.variables, here.variables, "in this call", f"at {address}")
             raise ConflictError(
-                f"the parameter server at {address} was initialized for another job: it is {here.shard or 'no shard'}, "
-                f"{difference or 'cut in another way'}; give the addresses of one job in order, or start the servers "
-                "again",
+                f"the parameter server at {address} was initialized for another job: it is "
+                f"{here.shard or 'no shard'}, {difference or 'divided in another way'}; give the addresses of one job "
+                "in order, or start the servers again",
                 Reason.MANIFEST_MISMATCH,
             )
     return placed

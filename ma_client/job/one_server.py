@@ -56,7 +56,7 @@ class LocalPart:
     Args:
         values: the bytes of the server's variables, in manifest order.
         untouched: indexes of the variables that are unchanged since the last center, ascending.
-        weight: share in the average.
+        weight: share in the average; 0: the push abstains.
         local_step: for the server's status.
         loss: for the server's status; None: not reported.
         interval_steps: local steps between two rounds, for the server's log and status; 0: not reported.
@@ -81,12 +81,14 @@ class OneServer:
     Attributes:
         step: the `global_step` of the center that this worker has from the server; None before the first.
         elsewhere: that center's variables by name, if it did not arrive in ``staging``.
+        outer_named: the outer optimizer that pulls name, as text; empty: none.
     """
 
     def __init__(self, connection: Connection, worker: WorkerIdentity, reconnect_timeout_s: float) -> None:
         self.connection = connection
         self.step: int | None = None
         self.elsewhere: Mapping[str, NDArray[Any]] | None = None
+        self.outer_named = ""
         self._worker = worker
         self._patience = Patience(
             reconnect_timeout_s,
@@ -203,7 +205,7 @@ class OneServer:
 
         Args:
             base_step: the step from which the local variables started.
-            local: the values to push; None: abstain.
+            local: the values to push, which are not used to abstain; None: there are none, and the push abstains.
             copy: whether a center in shared memory is copied at once.
             deadline: for the whole call.
             purpose: the purpose of the push.
@@ -289,7 +291,10 @@ class OneServer:
 
     def _pull_request(self, wait_initialized: bool) -> pb.PullRequest:
         return pb.PullRequest(
-            worker_id=self._worker.worker_id, wait_initialized=wait_initialized, accepts_notices=wait_initialized
+            worker_id=self._worker.worker_id,
+            wait_initialized=wait_initialized,
+            accepts_notices=wait_initialized,
+            outer_optimizer=self.outer_named,
         )
 
     def _push_header(self, base_step: int, local: LocalPart | None, purpose: Purpose) -> pb.PushHeader:
@@ -307,9 +312,10 @@ class OneServer:
             purpose=pb.Purpose.Name(purpose.value),
         )
         if local is not None and purpose is Purpose.CONTRIBUTE:
-            header.local_step, header.weight = local.local_step, local.weight
-            header.interval_steps = local.interval_steps
+            header.weight = local.weight
             header.untouched_variables.extend(local.untouched)
+        if local is not None and purpose is not Purpose.RESTORE:
+            header.local_step, header.interval_steps = local.local_step, local.interval_steps
             if local.loss is not None:
                 header.loss = local.loss
         return header

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -36,6 +36,11 @@ class LocalParameters:
         """Reads the groups again: parameters were added or replaced."""
         names = {id(parameter): name for name, parameter in self._getter.named_parameters().items()}
         self._names = {parameter: names[id(parameter)] for parameter in self.all()}
+
+    @property
+    def names(self) -> Mapping[torch.Tensor, str]:
+        """Their names in the model."""
+        return self._names
 
     def with_gradient(self) -> set[str]:
         """Names of the parameters that have a gradient at present."""

@@ -21,6 +21,7 @@ from ma_client.torch.custom_getter import ModelAverageCustomGetter
 from ma_client.torch.habits import for_torch_checkpointing, not_compiled, with_step_hooks
 from ma_client.torch.local_parameters import LocalParameters
 from ma_client.torch.local_variables import LocalVariables
+from ma_client.torch.nonfinite import NonfiniteGuard
 from ma_client.torch.progress import Progress
 from ma_client.torch.replica import Replica
 from ma_client.torch.rounds import Rounds
@@ -29,7 +30,9 @@ from ma_client.torch.session_holder import SessionHolder
 from ma_client.torch.settings import settings_of
 from ma_client.torch.tensorflow_members import ShownGlobalStep, TensorFlowMembers
 from ma_client.torch.training import Training
+from ma_client.torch.weighing import Weighing
 from modelaverage.errors import NotInitializedError, Reason
+from modelaverage.outer import OuterOptimizer
 
 __all__ = ["ModelAverageOptimizer"]
 
@@ -63,9 +66,20 @@ class ModelAverageOptimizer(TensorFlowMembers):
         name: what `get_name` returns.
         session: the connection to the parameter servers; None: made from what the environment says
             (`ClusterSpec.from_env`), and closed by the hook.
+        outer_optimizer: turns the center and the average of a round into the next center, on the servers: `OuterSGD`,
+            `OuterAdam` or `OuterAverage`, or its text. The chief chooses it; a worker that gives another one is
+            refused. None: that of the center, or the plain average for a new one. docs/training.md says which to use.
+        weight: this worker's share in the average, from 1e-9 to 1e9; or a function that returns what was counted since
+            its last call, such as tokens or samples: the push then weighs what was counted since the last round, and
+            counts only at the barrier if that is 0.
+        nonfinite: what to do if local variables are NaN or infinite at a round. ``"allow"``: push them, as TensorFlow
+            1.15 does; the center becomes as bad. ``"abstain"``: this push does not count, and the worker goes on from
+            the center. ``"raise"``: `step` raises InvalidRequestError, and nothing is pushed.
 
     Raises:
         ValueError: an argument is out of range or does not fit the others.
+        TypeError: ``outer_optimizer`` or ``weight`` is something else than the above.
+        InvalidRequestError: OUTER_OPTIMIZER_INVALID, WEIGHT_INVALID.
         ClusterError: something was to come from the environment and is not there.
     """
 
@@ -83,8 +97,13 @@ class ModelAverageOptimizer(TensorFlowMembers):
         name: str = "ModelAverageOptimizer",
         *,
         session: ParameterServerSession | None = None,
+        outer_optimizer: OuterOptimizer | str | None = None,
+        weight: float | Callable[[], float] = 1.0,
+        nonfinite: str = "allow",
     ) -> None:
-        settings = settings_of(num_worker, is_chief, interval_steps, use_locking, name, session)
+        settings = settings_of(num_worker, is_chief, interval_steps, use_locking, name, session, outer_optimizer)
+        weighing = Weighing(weight)
+        guard = NonfiniteGuard(nonfinite, lambda: opt.state, lambda: self._parameters.names)
         # The base class wants a group of its own; from then on, groups, state and defaults are the local optimizer's.
         super().__init__([{"params": []}], opt.defaults)
         for shared in _SHARED:
@@ -96,8 +115,10 @@ class ModelAverageOptimizer(TensorFlowMembers):
         self._progress = Progress()
         self._shown = ShownGlobalStep()
         self._holder = SessionHolder(session, settings.is_chief)
-        replica = Replica(self._holder, self._variables, self._progress, settings.num_worker, self._shown.show)
-        self._rounds = Rounds(replica, settings.interval_steps)
+        replica = Replica(
+            self._holder, self._variables, self._progress, settings.num_worker, self._shown.show, settings.outer
+        )
+        self._rounds = Rounds(replica, settings.interval_steps, weighing, guard)
         self._schedule = schedule_for(settings, self._rounds)
         self._training = Training(replica, self._schedule, settings.is_chief)
 

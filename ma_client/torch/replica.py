@@ -25,6 +25,7 @@ class Replica:
         progress: counts steps, and starts again with every center that is installed.
         num_worker: how many workers a round has to wait for.
         when_installed: called with `global_step` after each install.
+        outer: the outer optimizer that the center must have, as text; empty: any.
     """
 
     def __init__(
@@ -34,12 +35,14 @@ class Replica:
         progress: Progress,
         num_worker: int,
         when_installed: Callable[[int], None],
+        outer: str = "",
     ) -> None:
         self.holder = holder
         self.variables = variables
         self.progress = progress
         self._num_worker = num_worker
         self._when_installed = when_installed
+        self.outer = outer
 
     @property
     def session(self) -> ParameterServerSession:
@@ -53,7 +56,7 @@ class Replica:
             ValueError: the server averages another number of workers than ``num_worker``.
             ModelAverageError: see `ParameterServerSession.pull`.
         """
-        center, _ = self.session.pull(expected=self.variables.gather(), copy=False)
+        center, _ = self.session.pull(expected=self.variables.gather(), copy=False, outer_optimizer=self.outer or None)
         if self.session.num_workers != self._num_worker:
             raise ValueError(
                 f"num_worker is {self._num_worker}, but the server was started with --num-workers "

@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 
 from ma_client.job.results import PushResult
 from ma_client.torch.gradient_sync import warn_if_gradients_are_shared
+from ma_client.torch.nonfinite import NonfiniteGuard
 from ma_client.torch.replica import Replica
 from ma_client.torch.steps_said import say_not_used
+from ma_client.torch.weighing import Weighing
 from modelaverage.errors import RetryPushError
 from modelaverage.outcome import Outcome
 
@@ -31,6 +33,8 @@ class OwnContribution:
         steps_pushed_before: how many of these an earlier push had, the first since that round; None: there was none.
         local_step: this worker's count of steps.
         loss: to be shown in the servers' status; None: nothing.
+        weight: share in the average.
+        is_finite: False: the values are not finite and may not be pushed; this worker abstains.
     """
 
     values: Mapping[str, NDArray[np.generic]]
@@ -40,6 +44,8 @@ class OwnContribution:
     steps_pushed_before: int | None
     local_step: int
     loss: float | None
+    weight: float
+    is_finite: bool
 
 
 class Rounds:
@@ -48,6 +54,8 @@ class Rounds:
     Args:
         replica: the local variables and their session.
         interval_steps: told to the servers, which show it.
+        weighing: the weight of contributions.
+        guard: looks for values that are not finite.
 
     Attributes:
         replica: the same.
@@ -55,9 +63,11 @@ class Rounds:
         last: how the last push ended; None: there was none.
     """
 
-    def __init__(self, replica: Replica, interval_steps: int) -> None:
+    def __init__(self, replica: Replica, interval_steps: int, weighing: Weighing, guard: NonfiniteGuard) -> None:
         self.replica = replica
         self._interval_steps = interval_steps
+        self._weighing = weighing
+        self._guard = guard
         self.loss: float | None = None
         self.last: PushResult | None = None
 
@@ -72,6 +82,7 @@ class Rounds:
         Raises:
             ValueError: a parameter is trained that was frozen when the center was made.
             ConflictError: MANIFEST_MISMATCH: the model has changed and no longer fits the center.
+            InvalidRequestError: WEIGHT_INVALID; or values are not finite, and that is an error.
         """
         variables, progress = self.replica.variables, self.replica.progress
         if self.last is None:  # again, because trainers wrap the model after the hook has begun
@@ -83,11 +94,13 @@ class Rounds:
                 f"{min(late)!r} is trained, but was frozen when the center was made and is no center variable; "
                 "leave it trainable until the hook has begun, and freeze it then"
             )
+        session = self.replica.session
+        is_finite = self._guard.lets_push(values, session.worker_id, progress.local_step)
+        weight = self._weighing.ask()
         untouched = self.replica.untouched(values)
-        base_step = self.replica.session.base_step
-        before = progress.count_push()
+        steps, before = progress.steps_since_round, progress.count_push()
         return OwnContribution(
-            values, untouched, base_step, progress.steps_since_round, before, progress.local_step, self.loss
+            values, untouched, session.base_step, steps, before, progress.local_step, self.loss, weight, is_finite
         )
 
     def push(self, contribution: OwnContribution) -> PushResult:
@@ -98,6 +111,7 @@ class Rounds:
         """
         return self.replica.session.push_and_average(
             contribution.values,
+            contribution.weight if contribution.is_finite else 0.0,
             local_step=contribution.local_step,
             loss=contribution.loss,
             interval_steps=self._interval_steps,
@@ -121,6 +135,9 @@ class Rounds:
         except RetryPushError:  # a quorum went on, and wrote over the average while it was read
             self.replica.pull()
         self.last = result
+        self._weighing.used(contribution.weight)
+        if not contribution.is_finite:
+            self._guard.abstained(self.replica.variables.gather(), self.replica.session.worker_id)
 
     def _say_what_is_lost(self, result: PushResult, contribution: OwnContribution) -> None:
         """This push was not used. An earlier one from the same base step, which failed here, may be in the center: then

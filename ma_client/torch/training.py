@@ -38,7 +38,12 @@ class Training:
         if not self._is_chief:
             return
         values, others = variables.gather(), variables.getter.other_names()
-        done = holder.session.initialize(values, global_step=holder.global_step, other_names=others)
+        done = holder.session.initialize(
+            values,
+            global_step=holder.global_step,
+            other_names=others,
+            outer_optimizer=self._replica.outer or None,
+        )
         if done.initialized:  # the center has what was trained before
             self._replica.progress.steps_since_round = 0
 

@@ -75,6 +75,8 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "init_values_unused": ("path", "variables", "variables_omitted"),
     "init_values_converted": ("path", "variables", "variables_omitted"),
     "push_not_used": ("worker", "round", "steps"),
+    "worker_abstains": ("worker", "values", "variables"),
+    "optimizer_state_dropped": ("worker", "variables"),
     "steps_discarded": ("worker", "round", "steps"),
     "training_finished": ("worker", "round", "workers_training"),
     "task_index_waits": ("peer", "cause"),
@@ -133,7 +135,7 @@ def keep_logging(program: str, on_loss: OnLoss = OnLoss.DROP) -> None:
 
     def words(stream: str, lines: int, cause: str) -> str:
         what = f"standard {'output' if stream == 'stdout' else 'error'}"
-        message = f"{what} cannot be written ({cause}): what follows is lost, and the work goes on"
+        message = f"{what} cannot be written ({cause}): later lines are lost, and the work goes on"
         if lines:
             message = f"{what} could not be written ({cause}): {lines:,} lines of it are lost"
         extra = event("output_lost", stream=stream, lines=lines, cause=cause)

@@ -141,7 +141,7 @@ def _of_one_step(sources: Sequence[str], timeout_s: float, access: Access) -> li
                 return centers
             at_most = min(steps)
     found = ", ".join(f"{source}: {step}" for source, step in zip(sources, steps, strict=True))
-    raise ExportError(f"there is no global_step of which all have a center ({found})")
+    raise ExportError(f"there is no global_step for which every source has a center ({found})")
 
 
 def _reader(source: str, at_most: int | None, timeout_s: float, access: Access) -> Callable[[], _Center]:
@@ -166,7 +166,7 @@ def _read(directory: Path, at_most: int | None) -> _Center:
         of_step = "" if at_most is None else f" of global_step {at_most} or before, as another server has"
         raise ExportError(f"there is no usable checkpoint in {directory}{of_step}{newest}")
     _, checkpoint = found
-    why = tuple(f"checkpoint {path} is passed over: {reason_of(error)}" for path, error in passed_over)
+    why = tuple(f"checkpoint {path} is skipped: {reason_of(error)}" for path, error in passed_over)
     return _Center(
         checkpoint.manifest, checkpoint.arrays, checkpoint.global_step, checkpoint.outer, checkpoint.state, why
     )

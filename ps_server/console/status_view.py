@@ -81,7 +81,7 @@ class _ServerPanel:
         title.append(shard, "not bold")
         lines = list[Text]()
         if server.problem:
-            since = "" if status is None else f" for {server.away_s:.0f} s; below is what it said last"
+            since = "" if status is None else f" for {server.away_s:.0f} s; below is its last status"
             problem = Text(f"AWAY{since}: {printable(server.problem)}", _ALARM)
             lines += problem.wrap(console, columns)
         if status is not None:

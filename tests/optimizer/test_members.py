@@ -30,7 +30,7 @@ pytestmark = pytest.mark.in_memory
 # The constructor.
 
 
-def test_the_constructor_has_the_originals_parameters_and_keyword_only_session() -> None:
+def test_the_constructor_has_the_originals_parameters_and_the_new_ones_are_keyword_only() -> None:
     parameters = inspect.signature(ModelAverageOptimizer).parameters
     assert {name: parameter.default for name, parameter in parameters.items()} == {
         "opt": inspect.Parameter.empty,
@@ -41,18 +41,22 @@ def test_the_constructor_has_the_originals_parameters_and_keyword_only_session()
         "use_locking": True,
         "name": "ModelAverageOptimizer",
         "session": None,
+        "outer_optimizer": None,
+        "weight": 1.0,
+        "nonfinite": "allow",
     }
     assert list(parameters) == [
-        *("opt", "num_worker", "is_chief", "ma_custom_getter", "interval_steps", "use_locking", "name", "session")
+        *("opt", "num_worker", "is_chief", "ma_custom_getter", "interval_steps", "use_locking", "name"),
+        *("session", "outer_optimizer", "weight", "nonfinite"),
     ]
     kinds = [parameter.kind for parameter in parameters.values()]
-    assert kinds == [inspect.Parameter.POSITIONAL_OR_KEYWORD] * 7 + [inspect.Parameter.KEYWORD_ONLY]
+    assert kinds == [inspect.Parameter.POSITIONAL_OR_KEYWORD] * 7 + [inspect.Parameter.KEYWORD_ONLY] * 4
 
 
 @pytest.mark.parametrize("settings", [{"interval_steps": 0}, {"interval_steps": -1}, {"num_worker": 0}])
 def test_numbers_below_one_are_refused(settings: dict[str, int], start_server: StartServer, join: Join) -> None:
     ((name, value),) = settings.items()
-    with pytest.raises(ValueError, match=f"{name} {value} is not a whole number from 1 on"):
+    with pytest.raises(ValueError, match=f"{name} {value} is not a whole number from 1 up"):
         join(start_server(1), **settings)
 
 
@@ -186,7 +190,7 @@ def test_gates_are_the_originals_numbers_and_others_are_refused(alone: Join) -> 
     worker = alone()
     for gate in gates:
         worker.opt.minimize(worker.model(torch.ones(3)).sum(), 0, gate_gradients=gate)
-    with pytest.raises(ValueError, match="gate_gradients 3 is none of GATE_NONE, GATE_OP, GATE_GRAPH"):
+    with pytest.raises(ValueError, match="gate_gradients 3 is not one of GATE_NONE, GATE_OP, GATE_GRAPH"):
         worker.opt.compute_gradients(worker.model(torch.ones(3)).sum(), gate_gradients=3)
 
 

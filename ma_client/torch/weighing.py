@@ -1,0 +1,53 @@
+"""The weight of a worker's pushes: a number, or what the training loop has counted since the last round."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from modelaverage.checks import check_weight
+
+__all__ = ["Weighing"]
+
+
+class Weighing:
+    """Asks for the weight of each contribution.
+
+    Args:
+        weight: the weight of every contribution; or a function that returns what was counted since its last call, such
+            as tokens or samples. Then the weight of a contribution is all that was counted since the last round in
+            which a center was installed; pushes that failed lose nothing. 0: nothing was counted, and the push
+            abstains.
+
+    Raises:
+        InvalidRequestError: WEIGHT_INVALID: the number is not from 1e-9 to 1e9.
+        TypeError: it is neither a number nor callable.
+    """
+
+    def __init__(self, weight: float | Callable[[], float]) -> None:
+        self._count: Callable[[], float] | None = None
+        self._weight = 0.0
+        if callable(weight):
+            self._count = weight
+            return
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise TypeError(f"weight is {weight!r:.80}; give a number, or a function that returns one")
+        check_weight(weight)
+        self._weight = float(weight)
+
+    def ask(self) -> float:
+        """The weight of a contribution that is made now.
+
+        Raises:
+            InvalidRequestError: WEIGHT_INVALID: what the function has counted is neither 0 nor from 1e-9 to 1e9.
+        """
+        if self._count is not None:
+            counted = self._weight + float(self._count())
+            if counted != 0:
+                check_weight(counted)
+            self._weight = counted
+        return self._weight
+
+    def used(self, weight: float) -> None:
+        """The round of a contribution with this weight is over."""
+        if self._count is not None:
+            self._weight -= weight
