@@ -70,7 +70,7 @@ def test_a_program_that_ends_at_once_misses_and_its_last_words_are_shown(capsys:
 def test_a_program_that_does_not_exit_with_0_misses(capsys: pytest.CaptureFixture[str]) -> None:
     says = "import sys; [print('ok stopping 7', flush=True) for _ in sys.stdin]; sys.exit(3)"
     assert main(["--only", "a_server_that_stops_says_so", sys.executable, "-c", says]) == 1
-    assert "expected: that a exits with 0" in capsys.readouterr().out
+    assert "expected: a exits with 0" in capsys.readouterr().out
 
 
 def test_an_answer_that_nobody_waited_for_is_shown(
