@@ -33,8 +33,8 @@ bench: $(VENV)/dev.stamp ## compare a round with gloo's all-reduce; QUICK=--quic
 	@$(BIN)/python -m bench.links $(QUICK)
 	@$(if $(QUICK),,$(BIN)/pytest -m slow)
 
-chaos: $(VENV)/dev.stamp ## kill and stop processes for 200 rounds, check that nothing is lost; SEED=1, SQUEEZE=--squeeze
-	@$(BIN)/python -m chaos --seed $(or $(SEED),0) $(SQUEEZE)
+chaos: $(VENV)/dev.stamp ## kill and stop processes for 200 rounds, check that nothing is lost; SEED=1, SQUEEZE=--squeeze, OUTER="sgd:lr=0.7,momentum=0.9,nesterov" (2 workers)
+	@$(BIN)/python -m chaos --seed $(or $(SEED),0) $(SQUEEZE) $(if $(OUTER),--workers 2 --outer $(OUTER))
 
 fuzz: $(VENV)/dev.stamp ## send a million hostile inputs to handlers and data connections; INPUTS=10000 for fewer
 	@$(BIN)/python -m fuzz --inputs $(or $(INPUTS),1000000)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from chaos.replay import MAX_WORKERS
 from modelaverage.commands import flag_types
+from modelaverage.outer import AVERAGE, OuterOptimizer, outer_optimizer
 
 __all__ = ["main"]
 
@@ -49,9 +50,18 @@ def main(argv: list[str] | None = None) -> int:
         help="by how much the test accuracy may differ from a run without faults (%(default)s)",
     )
     parser.add_argument(
+        "--outer",
+        type=_outer,
+        default=AVERAGE,
+        metavar="TEXT",
+        help="the outer optimizer, such as sgd:lr=0.7,momentum=0.9,nesterov; needs --workers 2 (average)",
+    )
+    parser.add_argument(
         "--json", type=Path, default=Path("runs/chaos.json"), help="the report; a picture lies beside it (%(default)s)"
     )
     arguments = parser.parse_args(argv)
+    if arguments.outer != AVERAGE and arguments.workers != 2:
+        parser.error("with --outer give --workers 2: more have several orders of summation, which are not replayed")
     # gRPC's own log would be full of lost connections. A process that has threads cannot well be forked.
     os.environ.update(GRPC_VERBOSITY="NONE", OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
     # Both processes, this one and the one that the others are forked from, import torch, at the same time.
@@ -63,6 +73,13 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if run(Settings(**vars(arguments))) else 1
     except KeyboardInterrupt:
         return 130
+
+
+def _outer(text: str) -> OuterOptimizer:
+    try:
+        return outer_optimizer(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 if __name__ == "__main__":

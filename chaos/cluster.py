@@ -20,6 +20,7 @@ from chaos.seats import Seat
 from chaos.visitors import Visitors
 from chaos.worker import WAYS, Task, work
 from ma_client import ClusterSpec, ParameterServerSession
+from modelaverage.outer import AVERAGE, OuterOptimizer
 
 __all__ = ["Course", "Plan", "SERVER", "run", "workers_of"]
 
@@ -41,12 +42,14 @@ class Plan:
         rounds: until this `global_step`.
         directory: where the log, the checkpoints and what the processes print will lie.
         squeezes: whether the server is made to run out of descriptors and threads, too.
+        outer: the outer optimizer that the chief names.
     """
 
     workers: int
     rounds: int
     directory: Path
     squeezes: bool = False
+    outer: OuterOptimizer = AVERAGE
 
 
 @dataclass(frozen=True)
@@ -177,7 +180,7 @@ class _Cluster:
         cluster = ClusterSpec((self._address,), self._plan.workers, index)
         # Descriptors are for segments and connections, too: the workers go all ways.
         way = WAYS[index % len(WAYS)] if self._plan.squeezes else None
-        task = Task(cluster, number, self._plan.rounds, self._plan.directory, way)
+        task = Task(cluster, number, self._plan.rounds, self._plan.directory, way, self._plan.outer)
         return fork(self._words(cluster.worker_id), work, task)
 
     def _words(self, name: str) -> Path:

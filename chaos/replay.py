@@ -1,7 +1,9 @@
 """Whether what the workers pushed explains every center that they received. Pure.
 
 The sum of a round is made in the order in which fragments come, so every element has to be, bit for bit, one of the
-averages that some order gives. With two workers there is one, with four twelve.
+averages that some order gives. With two workers there is one, with four twelve. An outer optimizer is
+replayed, too, with its state; the order in which an element was summed is then not always certain, so this works with
+two workers only.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chaos.log import Push, Received, Values
+from modelaverage.outer import AVERAGE, OuterOptimizer
 
 __all__ = ["MAX_WORKERS", "Replay", "replay"]
 
@@ -39,7 +42,13 @@ class Replay:
     pushes_not_counted: int = 0
 
 
-def replay(pushes: Sequence[Push], received: Sequence[Received], workers: Sequence[str], rounds: int) -> Replay:
+def replay(
+    pushes: Sequence[Push],
+    received: Sequence[Received],
+    workers: Sequence[str],
+    rounds: int,
+    outer: OuterOptimizer = AVERAGE,
+) -> Replay:
     """Replays the rounds 1 to ``rounds`` of a strict server.
 
     Args:
@@ -47,7 +56,9 @@ def replay(pushes: Sequence[Push], received: Sequence[Received], workers: Sequen
         received: likewise.
         workers: the workers that must be in every round.
         rounds: the planned `global_step`.
+        outer: the outer optimizer of the run; `average` unless there are two workers.
     """
+    assert outer == AVERAGE or len(workers) == 2
     result = Replay()
     pushes_from, centers_of = defaultdict[int, list[Push]](list), defaultdict[int, list[Received]](list)
     for push in pushes:
@@ -59,13 +70,36 @@ def replay(pushes: Sequence[Push], received: Sequence[Received], workers: Sequen
             result.problems.append(f"round {step + 1}: only {rounds} were planned")
     if len(_distinct(center.values for center in centers_of[0])) != 1:
         result.problems.append("not every worker began with the same center")
+    outer_step = _OuterStep(outer, [center.values for center in centers_of[0]])
     for step in range(rounds):
-        problems = _replay_round(result, pushes_from[step], centers_of[step + 1], sorted(workers))
+        problems = _replay_round(result, pushes_from[step], centers_of[step + 1], sorted(workers), outer_step)
         result.problems += [f"round {step + 1}: {problem}" for problem in problems]
     return result
 
 
-def _replay_round(result: Replay, pushes: list[Push], centers: list[Received], workers: list[str]) -> Iterator[str]:
+class _OuterStep:
+    """The outer optimizer with the center and the state of the round before."""
+
+    def __init__(self, outer: OuterOptimizer, centers: Sequence[Values]) -> None:
+        self._outer = outer
+        self._center = centers[0] if centers else np.zeros(0, np.float32)
+        self._state = outer.init(self._center)
+
+    def after(self, average: Values) -> Values:
+        """The next center."""
+        if self._outer == AVERAGE:
+            return average
+        return np.asarray(self._outer.update(self._center, average, self._state, 0)[0])
+
+    def advance(self, average: Values) -> None:
+        """The round has been made."""
+        if self._outer != AVERAGE:
+            self._center, self._state = self._outer.update(self._center, average, self._state, 0)
+
+
+def _replay_round(
+    result: Replay, pushes: list[Push], centers: list[Received], workers: list[str], outer: _OuterStep
+) -> Iterator[str]:
     """The problems of one round; counts it in ``result``."""
     yield from _check_contributors(centers, workers)
     values = _distinct(center.values for center in centers)
@@ -74,12 +108,12 @@ def _replay_round(result: Replay, pushes: list[Push], centers: list[Received], w
         return
     candidates = [_distinct(push.values for push in pushes if push.worker == worker) for worker in workers]
     choices = list(itertools.product(*candidates))
-    explaining = [choice for choice in choices if _explains(choice, values[0])]
+    explaining = [choice for choice in choices if _explains(choice, values[0], outer)]
     if len(explaining) != 1:
         if explaining:
             yield f"{len(explaining)} choices of one push of each worker explain the center"
         elif choices:
-            closest = min(float(np.abs(_averages(choice)[0] - values[0]).max()) for choice in choices)
+            closest = min(float(np.abs(outer.after(_averages(choice)[0]) - values[0]).max()) for choice in choices)
             yield (
                 f"none of {len(choices)} choices of one push of each worker explains the center; the closest is off by "
                 f"{closest:.3g}"
@@ -88,6 +122,7 @@ def _replay_round(result: Replay, pushes: list[Push], centers: list[Received], w
             missing = [worker for worker, found in zip(workers, candidates, strict=True) if not found]
             yield f"it has a center, but no push of {', '.join(missing)} was logged"
         return
+    outer.advance(_averages(explaining[0])[0])
     result.rounds_explained += 1
     result.rounds_with_a_choice += len(choices) > 1
     for worker, counted in zip(workers, explaining[0], strict=True):
@@ -114,10 +149,10 @@ def _check_told(worker: str, pushes: list[Push], counted: Values) -> Iterator[st
         yield f"{worker} was told that a push was stale, but it counted"
 
 
-def _explains(choice: Sequence[Values], center: Values) -> bool:
+def _explains(choice: Sequence[Values], center: Values, outer: _OuterStep) -> bool:
     wrong = np.ones(center.shape, bool)
     for average in _averages(choice):
-        wrong &= average.view(np.uint32) != center.view(np.uint32)
+        wrong &= outer.after(average).view(np.uint32) != center.view(np.uint32)
     return not wrong.any()
 
 

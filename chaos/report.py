@@ -101,7 +101,7 @@ def judge(plan: Plan, seed: int, course: Course, log: Log, calm: Course, accurac
         calm: how a run without faults went.
         accuracy_points: by how many percentage points the test accuracy may differ from that one's.
     """
-    replayed = replay(log.pushes, log.received, workers_of(plan.workers), plan.rounds)
+    replayed = replay(log.pushes, log.received, workers_of(plan.workers), plan.rounds, plan.outer)
     rounds = _course(course, log)
     last_s = course.ended_at_s - course.began_at_s
     times_s = [0.0, *(each.at_s for each in rounds), last_s]

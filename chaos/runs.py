@@ -16,6 +16,7 @@ from chaos import cluster, log
 from chaos.faults import sequence
 from chaos.picture import draw
 from chaos.report import Report, judge, table
+from modelaverage.outer import AVERAGE, OuterOptimizer
 
 __all__ = ["Settings", "run"]
 
@@ -32,6 +33,7 @@ class Settings:
         faults_every_s: the time from one fault to the next.
         accuracy_points: by how many percentage points the test accuracy may differ from that of a run without faults.
         json: where the report goes; the picture goes beside it.
+        outer: the outer optimizer that the chief names.
     """
 
     workers: int
@@ -41,6 +43,7 @@ class Settings:
     faults_every_s: float
     accuracy_points: float
     json: Path
+    outer: OuterOptimizer = AVERAGE
 
 
 def run(settings: Settings) -> bool:
@@ -69,7 +72,7 @@ def run(settings: Settings) -> bool:
 
 
 def _both(settings: Settings, directory: Path, console: Console) -> Report:
-    plan = cluster.Plan(settings.workers, settings.rounds, directory / "calm")
+    plan = cluster.Plan(settings.workers, settings.rounds, directory / "calm", outer=settings.outer)
     console.print("without faults:", style="dim")
     calm = cluster.run(plan, iter(()), _progress(console))
     plan = replace(plan, directory=directory / "struck", squeezes=settings.squeeze)

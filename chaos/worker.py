@@ -18,6 +18,7 @@ from torch import nn
 from chaos.log import Values, WorkerLog, flat
 from ma_client import ClusterSpec, ModelAverageCustomGetter, ModelAverageOptimizer, ParameterServerSession, PushResult
 from ma_client.transports.data_settings import DATA_SETTINGS, DataSettings
+from modelaverage.outer import AVERAGE, OuterOptimizer
 from ps_worker.demo.digits import DigitsData, DigitsNet, Images, accuracy
 from ps_worker.demo.digits_config import DigitsConfig
 
@@ -42,6 +43,7 @@ class Task:
         rounds: the `global_step` at which it is done.
         log: the directory of the run's log.
         way: the transport of its bytes; None: the session's choice.
+        outer: the outer optimizer that the chief names.
     """
 
     cluster: ClusterSpec
@@ -49,6 +51,7 @@ class Task:
     rounds: int
     log: Path
     way: Way | None = None
+    outer: OuterOptimizer = AVERAGE
 
 
 def work(task: Task) -> None:
@@ -69,6 +72,7 @@ def work(task: Task) -> None:
             ma_custom_getter=getter,
             interval_steps=_CONFIG.interval_steps,
             session=session,
+            outer_optimizer=task.outer,
         )
         with optimizer.make_session_run_hook():
             while optimizer.global_step < task.rounds:

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 
 from ma_client import DataSettings, Outcome, ParameterServerSession, PushResult
 from ma_client.transports.data_settings import DATA_SETTINGS
+from modelaverage.outer import AVERAGE, OuterOptimizer
 from tests.ports import lasting_port
 
-__all__ = ["HANG_S", "Model", "RestartedServer", "Training", "trained"]
+__all__ = ["HANG_S", "Model", "RestartedServer", "Training", "trained", "undisturbed"]
 
 Model = Mapping[str, NDArray[np.float32]]
 # A job that hangs for longer than this after a kill has failed.
@@ -35,14 +36,17 @@ def trained(center: Model, worker: int, step: int) -> Model:
     }
 
 
-def undisturbed(center: Model, workers: int, rounds: int, since: int = 0) -> Model:
+def undisturbed(center: Model, workers: int, rounds: int, since: int = 0, outer: OuterOptimizer = AVERAGE) -> Model:
     """The center after this many rounds, counted from the center of step ``since``."""
+    states = {name: outer.init(value.reshape(-1)) for name, value in center.items()}
     for step in range(since, rounds):
         pushed = [trained(center, worker, step) for worker in range(workers)]
-        center = {
-            name: np.sum([local[name] for local in pushed], axis=0, dtype=np.float32) / np.float32(workers)
-            for name in center
-        }
+        following = dict[str, NDArray[np.float32]]()
+        for name, value in center.items():
+            average = np.sum([local[name] for local in pushed], axis=0, dtype=np.float32) / np.float32(workers)
+            made, states[name] = outer.update(value.reshape(-1), average.reshape(-1), states[name], step)
+            following[name] = made.reshape(value.shape)
+        center = following
     return center
 
 
@@ -137,6 +141,7 @@ class Training:
         fragment_size_bytes: of the manifest.
         more_shards: the other servers' addresses.
         data_connections: when they use some.
+        outer: the outer optimizer that the chief names.
         results: by worker, how its pushes ended.
     """
 
@@ -148,6 +153,7 @@ class Training:
     fragment_size_bytes: int = 1 << 20
     more_shards: Sequence[str] = ()
     data_connections: DataSettings = DATA_SETTINGS
+    outer: OuterOptimizer = AVERAGE
     results: list[list[PushResult]] = field(default_factory=list)
 
     def run(self) -> list[Model]:
@@ -182,7 +188,7 @@ class Training:
             data_connections=self.data_connections,
         ) as session:
             if worker == 0:
-                session.initialize(self.start)
+                session.initialize(self.start, outer_optimizer=self.outer)
             center, step = session.pull()
             while step < self.rounds:
                 result = session.push_and_average(trained(center, worker, step))
@@ -192,7 +198,7 @@ class Training:
 
     def check(self, centers: list[Model]) -> None:
         """No round was lost and none was counted twice: every center is that of an undisturbed run, to the bit."""
-        expected = undisturbed(self.start, self.workers, self.rounds)
+        expected = undisturbed(self.start, self.workers, self.rounds, outer=self.outer)
         for center in centers:
             for name, value in expected.items():
                 assert np.array_equal(center[name], value), f"{name} differs"

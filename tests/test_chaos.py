@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from chaos.__main__ import main
 from chaos.faults import SQUEEZES, Fault, Kind, sequence
 from chaos.limits import DescriptorLimit, Limit, ThreadLimit, limit_with_spare
 from chaos.log import Push, Received, Values, WorkerLog, newest_checkpoint, read
 from chaos.replay import replay
 from chaos.seats import Seat
+from modelaverage.outer import OuterSGD
 from tests.long_plays import long_except
 
 ROOT = Path(__file__).parents[1]
@@ -292,6 +294,39 @@ class Story:
 
     def problems(self) -> list[str]:
         return replay(self.pushes, self.received, self.workers, ROUNDS).problems
+
+
+def test_an_outer_optimizer_is_replayed_and_a_state_that_was_lost_is_found() -> None:
+    outer, story = OuterSGD(0.7, 0.9, nesterov=True), Story(WORKERS[:2])
+    center = values(99)
+    state = outer.init(center)
+    for step in range(ROUNDS):
+        center, state = outer.update(center, average([push.values for push in story.pushes_of(step)]), state, step)
+        story.set_center(step + 1, center)
+    arguments = story.pushes, story.received, story.workers, ROUNDS
+    found = replay(*arguments, outer)
+    assert (found.problems, found.rounds_explained) == ([], ROUNDS)
+    assert len(replay(*arguments).problems) == ROUNDS
+    before = next(each.values for each in story.received if each.global_step == ROUNDS - 1)
+    last = average([push.values for push in story.pushes_of(ROUNDS - 1)])
+    story.set_center(ROUNDS, outer.update(before, last, outer.init(before), ROUNDS - 1)[0])
+    (problem,) = replay(story.pushes, story.received, story.workers, ROUNDS, outer).problems
+    assert f"round {ROUNDS}: none of 1 choices" in problem
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        (["--outer", "sgd:lr=0.5"], "give --workers 2"),
+        (["--outer", "yogi"], "outer optimizer 'yogi' is not known here"),
+    ],
+)
+def test_an_outer_optimizer_that_cannot_be_replayed_is_refused(
+    flags: list[str], why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(flags)
+    assert why in capsys.readouterr().err
 
 
 @pytest.fixture(params=[2, 4])

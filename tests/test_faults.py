@@ -13,6 +13,7 @@ import pytest
 
 from ma_client import DataSettings, ParameterServerSession
 from ma_client.transports.timing import Timing
+from modelaverage.outer import AVERAGE, OuterAdam, OuterOptimizer, OuterSGD
 from tests.faults import HANG_S, Model, RestartedServer, Training
 from tests.killed_server import BETWEEN_TWO_ANSWERS, MOMENTS
 from tests.long_plays import long_except
@@ -22,6 +23,7 @@ from tests.raw_client import fragments_of
 WORKERS, ROUNDS = 2, 6
 SMALL: Model = {"w": np.zeros(300, np.float32), "b": np.ones((), np.float32)}  # 5 fragments of 256 bytes
 LARGE: Model = {"w": np.zeros(1 << 18, np.float32), "b": np.ones((7, 3), np.float32)}  # large enough for shared memory
+OUTERS = (OuterSGD(0.7, 0.9, nesterov=True), OuterAdam(0.1))
 # How often a moment is reached in one round of two workers, for a model of 5 fragments.
 TIMES_A_ROUND = {"in the middle of the fragments": 10, "when a fragment is averaged": 5, BETWEEN_TWO_ANSWERS: 2}
 
@@ -82,11 +84,21 @@ def test_a_hundred_kills_of_the_server_lose_no_round(seed: int, tmp_path: Path) 
     kill_at_random_moments(tmp_path, kills=25, seed=seed, shared_memory=seed % 2 == 0)
 
 
-def kill_at_random_moments(directory: Path, kills: int, seed: int, shared_memory: bool) -> None:
+@pytest.mark.long
+@pytest.mark.parametrize("outer", OUTERS)
+def test_a_server_killed_again_and_again_loses_no_state_of_its_outer_optimizer(
+    outer: OuterOptimizer, tmp_path: Path
+) -> None:
+    kill_at_random_moments(tmp_path, kills=30, seed=7, shared_memory=True, outer=outer)
+
+
+def kill_at_random_moments(
+    directory: Path, kills: int, seed: int, shared_memory: bool, outer: OuterOptimizer = AVERAGE
+) -> None:
     """A job that makes rounds until the last kill, and then a few more."""
     chance = random.Random(seed)
     with RestartedServer(directory, "--num-workers", str(WORKERS)) as server:
-        training = Training(server.address, LARGE, WORKERS, rounds=10**9, shared_memory=shared_memory)
+        training = Training(server.address, LARGE, WORKERS, rounds=10**9, shared_memory=shared_memory, outer=outer)
         done, survived = threading.Event(), list[bool]()
 
         def kill() -> None:

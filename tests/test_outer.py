@@ -1,4 +1,4 @@
-"""Outer optimizers through the center: a toy with momentum against a dumb oracle, whatever happens to its rounds."""
+"""Outer optimizers through the center: each against its formula, whatever happens to its rounds."""
 
 from __future__ import annotations
 
@@ -12,33 +12,38 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from modelaverage.manifest import DTYPES, Manifest, Variable
-from modelaverage.outer import AVERAGE
+from modelaverage.outer import AVERAGE, OuterOptimizer
 from ps_server.center.buffers import Buffer, Reader
 from ps_server.center.center import Center, Finish
 from ps_server.center.state import OuterState
 from ps_server.center.sums import Contribution
 from tests.centers import ALL_DTYPES, SEEDS, Arrays, fragment, random_arrays, read
+from tests.outer_oracles import OUTERS, formula
 from tests.strategies import fast, manifests
 from tests.toy_outer import ToyMomentum, ToyWithoutMaster
 
 TOY = ToyMomentum()
+WITH_STATE = [outer for outer in OUTERS if outer.slots]
 ENDS = ("commit", "commit", "start over", "commit fails", "checkpoint")
 KINDS = ("steps", "steps", "does not step", "all abstain")
 
 
 @dataclass
 class Oracle:
-    """Whole variables, no buffers: what the center and its velocity have to be after every commit."""
+    """Whole variables, no buffers: what the center and its state have to be after every commit."""
 
+    outer: OuterOptimizer
     center: dict[str, NDArray[Any]]  # exact
-    velocity: dict[str, NDArray[Any]] = field(default_factory=dict)
+    state: dict[str, dict[str, NDArray[Any]]] = field(default_factory=dict)  # by variable
 
     def __post_init__(self) -> None:
         self.center = {
             name: array.astype(np.float32 if array.dtype.itemsize == 2 else array.dtype)
             for name, array in self.center.items()
         }
-        self.velocity = {name: np.zeros_like(array) for name, array in self.center.items()}
+        self.state = {
+            name: {slot: np.zeros_like(array) for slot in self.outer.slots} for name, array in self.center.items()
+        }
 
     def advance(self, pushes: list[Arrays], kind: str, untouched: frozenset[str]) -> None:
         for name, center in self.center.items():
@@ -52,20 +57,19 @@ class Oracle:
             if kind == "does not step":
                 self.center[name] = average
                 continue
-            self.velocity[name] = dtype(TOY.momentum) * self.velocity[name] + (center - average)
-            self.center[name] = center - dtype(TOY.lr) * self.velocity[name]
+            self.center[name], self.state[name] = formula(self.outer, center, average, self.state[name])
 
 
 class Play:
-    """A center with the toy beside the oracle."""
+    """A center beside the oracle."""
 
-    def __init__(self, manifest: Manifest, seed: int) -> None:
-        self.manifest, self.chance = manifest, np.random.default_rng(seed)
+    def __init__(self, manifest: Manifest, seed: int, outer: OuterOptimizer) -> None:
+        self.manifest, self.chance, self.outer = manifest, np.random.default_rng(seed), outer
         values = random_arrays(manifest, self.chance)
-        self.center = Center(manifest, outer=TOY)
+        self.center = Center(manifest, outer=outer)
         for index in range(manifest.fragment_count):
             self.center.load(index, fragment(manifest, values, index))
-        self.oracle = Oracle(dict(values))
+        self.oracle = Oracle(outer, dict(values))
 
     def round(self, kind: str, end: str) -> None:
         """One round, which ends in this way."""
@@ -97,7 +101,7 @@ class Play:
             center.commit(center.room(0.0), lambda: None)
             self.oracle.advance(pushes, kind, frozenset(manifest.variables[number].name for number in untouched))
         if end == "checkpoint":  # another server goes on from it
-            restored = Center(manifest, outer=TOY)
+            restored = Center(manifest, outer=self.outer)
             restored.load_arrays(center.current.arrays, center.current.state.arrays)
             self.center = restored
         self.check()
@@ -107,7 +111,8 @@ class Play:
         for variable in self.manifest.variables:
             name, exact = variable.name, self.oracle.center[variable.name]
             assert current.arrays[name].tobytes() == exact.astype(DTYPES[variable.dtype]).tobytes()
-            assert current.state.arrays["velocity"][name].tobytes() == self.oracle.velocity[name].tobytes()
+            for slot in self.outer.slots:
+                assert current.state.arrays[slot][name].tobytes() == self.oracle.state[name][slot].tobytes()
             if DTYPES[variable.dtype].itemsize == 2:
                 assert current.state.arrays["master"][name].tobytes() == exact.tobytes()
 
@@ -116,16 +121,20 @@ plays = st.lists(st.tuples(st.sampled_from(KINDS), st.sampled_from(ENDS)), min_s
 
 
 @fast
-@given(manifests(min_elements=1), plays, SEEDS)
+@given(st.sampled_from(OUTERS), manifests(min_elements=1), plays, SEEDS)
 def test_center_and_state_advance_together_and_only_when_a_round_commits(
-    manifest: Manifest, rounds: list[tuple[str, str]], seed: int
+    outer: OuterOptimizer, manifest: Manifest, rounds: list[tuple[str, str]], seed: int
 ) -> None:
-    play = Play(manifest, seed)
+    play = Play(manifest, seed, outer)
     for kind, end in rounds:
         play.round(kind, end)
 
 
-def test_a_state_that_advances_when_a_fragment_is_finished_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("end", ["start over", "commit fails"])
+@pytest.mark.parametrize("outer", WITH_STATE)
+def test_a_state_that_advances_when_a_fragment_is_finished_is_caught(
+    outer: OuterOptimizer, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     states = dict[int, OuterState]()
 
     def of_both(self: Center) -> Buffer:
@@ -134,27 +143,35 @@ def test_a_state_that_advances_when_a_fragment_is_finished_is_caught(monkeypatch
         return buffer
 
     monkeypatch.setattr(Center, "_new_buffer", of_both)
-    play = Play(ALL_DTYPES, 0)
+    play = Play(ALL_DTYPES, 0, outer)
     with pytest.raises(AssertionError):
-        play.round("steps", "start over")
+        play.round("steps", end)
 
 
-def test_a_state_that_is_being_written_down_stays_as_it_is() -> None:
-    play = Play(ALL_DTYPES, 0)
+@pytest.mark.parametrize("outer", WITH_STATE)
+def test_a_state_that_is_being_written_down_stays_as_it_is(outer: OuterOptimizer) -> None:
+    play = Play(ALL_DTYPES, 0, outer)
     play.round("steps", "commit")
-    kept, before = play.center.current, play.center.current.state.arrays["velocity"]["float32"].tobytes()
+    kept, before = play.center.current, bits_of(play.center.current.state)
     with play.center.reading(kept, Reader(0.0)):
         for _ in range(3):
             play.round("steps", "commit")
-        assert kept.state.arrays["velocity"]["float32"].tobytes() == before
+        assert bits_of(kept.state) == before
 
 
-def test_where_a_fragment_is_given_back_it_becomes_the_center_bit_for_bit_and_nothing_is_added() -> None:
+def bits_of(state: OuterState) -> dict[tuple[str, str], bytes]:
+    return {(slot, name): array.tobytes() for slot, arrays in state.arrays.items() for name, array in arrays.items()}
+
+
+@pytest.mark.parametrize("outer", OUTERS)
+def test_where_a_fragment_is_given_back_it_becomes_the_center_bit_for_bit_and_nothing_is_added(
+    outer: OuterOptimizer,
+) -> None:
     chance = np.random.default_rng(0)
     before, other, back = (random_arrays(ALL_DTYPES, chance) for _ in range(3))
     for given_back_last in (False, True):
         for shared in (False, True):
-            center = Center(ALL_DTYPES, outer=TOY)
+            center = Center(ALL_DTYPES, outer=outer)
             give = center.defer if shared else center.accumulate
             for index in range(ALL_DTYPES.fragment_count):
                 center.load(index, fragment(ALL_DTYPES, before, index))
@@ -166,7 +183,9 @@ def test_where_a_fragment_is_given_back_it_becomes_the_center_bit_for_bit_and_no
             assert {name: array.tobytes() for name, array in read(center).items()} == {
                 name: array.tobytes() for name, array in back.items()
             }
-            assert not any(velocity.any() for velocity in center.current.state.arrays["velocity"].values())
+            state = center.current.state.arrays
+            assert not any(array.any() for slot in outer.slots for array in state[slot].values())
+            assert all((array == back[name]).all() for name, array in state["master"].items())
 
 
 def test_a_16_bit_variable_gains_what_its_master_gathers_in_steps_too_small_for_it() -> None:
@@ -186,13 +205,17 @@ def test_a_16_bit_variable_gains_what_its_master_gathers_in_steps_too_small_for_
 
 
 @pytest.mark.parametrize("threads", [1, 8])
-def test_an_outer_step_is_the_same_bits_however_the_model_is_cut(threads: int) -> None:
+@pytest.mark.parametrize("outer", OUTERS)
+def test_an_outer_step_is_the_same_bits_however_the_model_is_cut(
+    outer: OuterOptimizer, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     variables = tuple(Variable(name, name, (1000,)) for name in sorted(DTYPES))
     results = set()
-    for size_bytes in (8, 64, 1024, 1 << 20):
+    for size_bytes, block in ((8, 1 << 15), (64, 3), (1024, 1), (1024, 7), (1 << 20, 64), (1 << 20, 1 << 15)):
+        monkeypatch.setattr("ps_server.center.center._BLOCK", block)
         manifest = Manifest(variables, size_bytes)
         chance = np.random.default_rng(1)
-        center = Center(manifest, outer=TOY)
+        center = Center(manifest, outer=outer)
         start, pushes = random_arrays(manifest, chance), [random_arrays(manifest, chance) for _ in range(3)]
         for index in range(manifest.fragment_count):
             center.load(index, fragment(manifest, start, index))
@@ -206,7 +229,8 @@ def test_an_outer_step_is_the_same_bits_however_the_model_is_cut(threads: int) -
             for start_at in range(0, len(finishes), threads):
                 center.finish(finishes[start_at : start_at + threads])
             center.commit(center.room(0.0), lambda: None)
-        results.add(tuple(read(center)[name].tobytes() for name in sorted(DTYPES)))
+        values = tuple(read(center)[name].tobytes() for name in sorted(DTYPES))
+        results.add((values, tuple(bits_of(center.current.state).items())))
     assert len(results) == 1
 
 
