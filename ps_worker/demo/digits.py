@@ -27,7 +27,20 @@ from ma_client import ClusterSpec, ModelAverageCustomGetter, ModelAverageOptimiz
 from ps_worker.demo.digits_config import ALONE, ALONE_WITH_ALL, DigitsConfig
 from ps_worker.events.parse import AccuracyEvent, Event, RoundEvent, StepEvent
 
-__all__ = ["DigitsData", "DigitsNet", "Images", "Report", "accuracy", "train_alone", "train_in_cluster"]
+__all__ = [
+    "DigitsData",
+    "DigitsNet",
+    "Images",
+    "Meter",
+    "Report",
+    "accuracy",
+    "batches_of",
+    "initial_model",
+    "local_optimizer",
+    "mean_loss",
+    "train_alone",
+    "train_in_cluster",
+]
 
 _TEST_PART = 0.2
 _SPLIT_SEED = 2
@@ -111,6 +124,12 @@ def accuracy(model: nn.Module, images: Images) -> float:
     return right / len(images)
 
 
+def mean_loss(model: nn.Module, images: Images) -> float:
+    """The mean cross-entropy of the images, in nats."""
+    with torch.no_grad():
+        return nn.functional.cross_entropy(model(images.pixels), images.digits).item()
+
+
 def train_in_cluster(
     config: DigitsConfig,
     cluster: ClusterSpec,
@@ -133,7 +152,7 @@ def train_in_cluster(
         security: as the session's.
 
     Raises:
-        ModelAverageError: the server does not answer, or a round failed.
+        ModelAverageError: the server does not answer, a round failed, or the center has another outer optimizer.
         ValueError: the worker's share is smaller than a batch, or the server averages another number of workers.
     """
     torch.set_num_threads(1)
@@ -149,23 +168,24 @@ def train_in_cluster(
         security=security,
     ) as session:
         getter = ModelAverageCustomGetter(worker_device="cpu")
-        model = getter(_initial_model(config))
+        model = getter(initial_model(config))
         optimizer = ModelAverageOptimizer(
-            _local_optimizer(model, config),
+            local_optimizer(model, config),
             num_worker=cluster.num_workers,
             is_chief=cluster.is_chief,
             ma_custom_getter=getter,
             interval_steps=config.interval_steps,
             session=session,
+            outer_optimizer=config.outer,
         )
         with optimizer.make_session_run_hook():
             steps_done = min(config.steps, optimizer.global_step * config.interval_steps)
             _set_local_step(optimizer, steps_done)
-            meter = _Meter(cluster.worker_id, config, report, steps_done, optimizer.global_step)
+            meter = Meter(cluster.worker_id, config, report, steps_done, optimizer.global_step)
 
             def evaluate() -> None:
                 if cluster.is_chief:
-                    meter.evaluated(accuracy(model, data.test))
+                    meter.evaluated(model, data.test)
 
             def after_interval() -> None:
                 if optimizer.last_round is not None:
@@ -192,27 +212,28 @@ def train_alone(
     torch.set_num_threads(1)
     data = DigitsData.load()
     part = data.train if all_images else data.part(num_workers, task_index, config.batch_size)
-    model = _initial_model(config)
-    meter = _Meter(ALONE_WITH_ALL if all_images else ALONE, config, report)
+    model = initial_model(config)
+    meter = Meter(ALONE_WITH_ALL if all_images else ALONE, config, report)
     _train(
         model,
-        _local_optimizer(model, config),
+        local_optimizer(model, config),
         part,
         config,
         task_index,
         meter,
-        after_interval=lambda: meter.evaluated(accuracy(model, data.test)),
+        after_interval=lambda: meter.evaluated(model, data.test),
     )
 
 
-class _Meter:
-    """Reports training as events."""
+class Meter:
+    """Reports one worker's training as events."""
 
     def __init__(
         self, worker: str, config: DigitsConfig, report: Report, steps_done: int = 0, global_step: int = 0
     ) -> None:
         self._worker = worker
         self._batch_size = config.batch_size
+        self._steps = config.steps
         self._report = report
         self._step = steps_done
         self._global_step = global_step
@@ -221,18 +242,25 @@ class _Meter:
         self._since_s = time.monotonic()
 
     def step_done(self, loss: float) -> None:
+        """A local step is done."""
         self._step += 1
         self._losses.append(loss)
 
     def round_done(self, global_step: int, waited_s: float) -> None:
+        """A round is done."""
         self._global_step = global_step
         self._waited_s += waited_s
         self._report(RoundEvent(self._worker, time.time(), self._step, global_step, waited_s))
 
-    def evaluated(self, accuracy: float) -> None:
-        self._report(AccuracyEvent(self._worker, time.time(), self._step, self._global_step, accuracy))
+    def evaluated(self, model: nn.Module, images: Images) -> None:
+        """Evaluates the model on the test images."""
+        found = accuracy(model, images), mean_loss(model, images)
+        self._report(AccuracyEvent(self._worker, time.time(), self._step, self._global_step, *found))
 
-    def report_progress(self) -> None:
+    def report_progress_at(self, step: int) -> None:
+        """Reports the steps since the last report, if one is due at this step."""
+        if step % _STEPS_PER_EVENT and step != self._steps:
+            return
         count, now_s = len(self._losses), time.monotonic()
         self._report(
             StepEvent(
@@ -255,13 +283,11 @@ def _train(
     part: Images,
     config: DigitsConfig,
     task_index: int,
-    meter: _Meter,
+    meter: Meter,
     after_interval: Callable[[], None],
     steps_done: int = 0,
 ) -> None:
-    # Each worker has its own order of images; the lone worker has the order of the worker whose share it trains on.
-    order = torch.Generator().manual_seed(1000 * config.seed + task_index)
-    batches = itertools.islice(part.batches(config.batch_size, order), steps_done, config.steps)
+    batches = itertools.islice(batches_of(part, config, task_index), steps_done, config.steps)
     for step, batch in enumerate(batches, start=steps_done + 1):
         optimizer.zero_grad()
         loss = nn.functional.cross_entropy(model(batch.pixels), batch.digits)
@@ -273,8 +299,7 @@ def _train(
         meter.step_done(loss_now)
         if step % config.interval_steps == 0:
             after_interval()
-        if step % _STEPS_PER_EVENT == 0 or step == config.steps:
-            meter.report_progress()
+        meter.report_progress_at(step)
 
 
 def _set_local_step(optimizer: ModelAverageOptimizer, local_step: int) -> None:
@@ -283,10 +308,18 @@ def _set_local_step(optimizer: ModelAverageOptimizer, local_step: int) -> None:
     optimizer.load_state_dict(state)
 
 
-def _initial_model(config: DigitsConfig) -> DigitsNet:
+def batches_of(part: Images, config: DigitsConfig, task_index: int) -> Iterator[Images]:
+    """A worker's batches. Each worker has its own order of images; the lone worker has the order of the worker whose
+    share it trains on."""
+    return part.batches(config.batch_size, torch.Generator().manual_seed(1000 * config.seed + task_index))
+
+
+def initial_model(config: DigitsConfig) -> DigitsNet:
+    """The model before training."""
     torch.manual_seed(config.seed)
     return DigitsNet()
 
 
-def _local_optimizer(model: nn.Module, config: DigitsConfig) -> torch.optim.SGD:
+def local_optimizer(model: nn.Module, config: DigitsConfig) -> torch.optim.SGD:
+    """A worker's optimizer."""
     return torch.optim.SGD(model.parameters(), lr=config.learning_rate, momentum=config.momentum)

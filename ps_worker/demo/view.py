@@ -44,7 +44,7 @@ class Cast:
     Args:
         servers: the address of each parameter server, by its name; empty until they listen.
         workers: names of their workers, the chief first.
-        alone: names of the lone workers.
+        alone: names of the lone processes, which train without a server.
         steps: local steps of each.
     """
 
