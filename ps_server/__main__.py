@@ -61,6 +61,7 @@ examples:
 _EXPORT_EXAMPLES = """\
 examples:
   ps-server export center/ model.safetensors           the newest usable checkpoint; a server may be using the directory
+  ps-server export center/ model.safetensors --with-outer-state   with the momentum and the like of its outer optimizer
   ps-server export 127.0.0.1:2222 model.safetensors    a server's current center
   ps-server export ps0:2222 ps1:2222 model.safetensors   the whole model of a job with two servers, in their order
 """
@@ -120,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
         "--bind",
         action="append",
         metavar="ADDRESS",
-        help="where to listen: HOST:PORT (port 0: any free one) or unix:PATH; may be given again (127.0.0.1:2222)",
+        help="where to listen: HOST:PORT (port 0: any free one) or unix:PATH; may be repeated (127.0.0.1:2222)",
     )
     command.add_argument(
         "--num-workers",
@@ -134,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
         "--ready-file",
         type=Path,
         metavar="FILE",
-        help='when listening, write {"address": ..., "pid": ..., "data_port": ...} there',
+        help='once listening, write {"address": ..., "pid": ..., "data_port": ...} to this file',
     )
     command.add_argument(
         "--stream-idle-timeout-s",
@@ -149,11 +150,12 @@ def _parser() -> argparse.ArgumentParser:
         type=flag_types.count,
         default=default_max_model_bytes(),
         metavar="BYTES",
-        help="refuse a model that needs more than twice as much memory; the server holds 16-bit variables four times, "
-        "others twice (a third of this machine's memory, or of the cgroup's limit)",
+        help="refuse a model that needs more than twice this much memory; the server holds 16-bit variables four "
+        "times, others and an outer optimizer's state twice (a third of this machine's memory, or of the cgroup's "
+        "limit)",
     )
     command.add_argument(
-        "--no-shared-memory", action="store_true", help="workers on this host send their bytes inline like all others"
+        "--no-shared-memory", action="store_true", help="have workers on this host send their bytes as all others do"
     )
     command.add_argument(
         "--data-port",
@@ -167,7 +169,7 @@ def _parser() -> argparse.ArgumentParser:
         "--metrics-bind",
         metavar="ADDRESS",
         help="serve metrics for Prometheus at http://ADDRESS/metrics, HOST:PORT (port 0: any free one). They are not "
-        "encrypted and not authenticated: on any address but loopback, everybody can read them (nowhere)",
+        "encrypted and not authenticated: on any address but loopback, anyone can read them (nowhere)",
     )
     command.add_argument("--verbose", action="store_true", help="log refused calls and every round")
     add_server_security_flags(command)
@@ -187,13 +189,13 @@ def _parser() -> argparse.ArgumentParser:
         "addresses",
         nargs="+",
         metavar="ADDRESS",
-        help="HOST:PORT or unix:PATH of a server; any number of them",
+        help="HOST:PORT or unix:PATH of a server; one or more",
     )
     command.add_argument(
         "--json",
         action="store_true",
         help="the whole status as JSON, times in s, sizes in bytes; a list if there are several servers; with --watch "
-        "an object a line",
+        "one object a line",
     )
     command.add_argument(
         "--timeout-s",
@@ -216,8 +218,8 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "export",
         help="write the center variables to a safetensors file",
-        description="Writes the center variables as they are to a safetensors file, for torch and whatever else reads "
-        "such files; its metadata has their global_step.",
+        description="Writes the center variables as they are to a safetensors file, for torch and anything else that "
+        "reads such files; the file's metadata has the global_step.",
         epilog=_EXPORT_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -225,15 +227,24 @@ def _parser() -> argparse.ArgumentParser:
         "sources",
         nargs="+",
         metavar="SOURCE",
-        help="a --checkpoint-dir, or HOST:PORT or unix:PATH of a server; of a job with several servers all, in order",
+        help="a --checkpoint-dir, or HOST:PORT or unix:PATH of a server; for a job with several servers, all of them, "
+        "in order",
     )
-    command.add_argument("out", type=Path, metavar="OUT.safetensors", help="replaced if it exists, once all is written")
+    command.add_argument(
+        "out", type=Path, metavar="OUT.safetensors", help="the file; an existing one is replaced at the end"
+    )
     command.add_argument(
         "--timeout-s",
         type=flag_types.seconds,
         default=30.0,
         metavar="SECONDS",
-        help="how long to wait for a server to begin to send (%(default)s)",
+        help="how long to wait for a server to start sending (%(default)s)",
+    )
+    command.add_argument(
+        "--with-outer-state",
+        action="store_true",
+        help="also write the outer optimizer's state, as tensors named outer/SLOT/VARIABLE, and its settings to the "
+        "metadata; only from a --checkpoint-dir",
     )
     add_security_flags(command)
     command.set_defaults(run=_export, on_loss=OnLoss.DROP)  # the command's result is the file
@@ -326,16 +337,19 @@ def _status(arguments: argparse.Namespace) -> int:
         timeout_s = min(arguments.timeout_s, max(1.0, arguments.watch))
         watch(arguments.addresses, partial(fetch, timeout_s=timeout_s), arguments.watch, arguments.json)
         return 0
-    answers = []
+    seen = list[status.Seen]()
     for address in arguments.addresses:
         try:
-            answers.append(fetch(address))
+            seen.append(status.Seen(address, fetch(address)))
         except status.NoAnswerError as error:
             print(f"ps-server: {error}", file=sys.stderr)
+    answers = [each.status for each in seen if each.status is not None]
     if arguments.json and answers:
         print(status.as_json(answers))
     elif answers:
         columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        if differ := status.outer_optimizers_of(seen):
+            print(f"{differ}\n")
         print("\n\n".join(status.as_text(answer, columns) for answer in answers))
     return 0 if len(answers) == len(arguments.addresses) else 1
 
@@ -348,6 +362,7 @@ def _export(arguments: argparse.Namespace) -> int:
             arguments.timeout_s,
             Access(security_of(arguments)),
             tell=lambda line: print(f"ps-server: {line}", file=sys.stderr),
+            with_outer_state=arguments.with_outer_state,
         )
     except ExportError as error:
         print(f"ps-server: {error}", file=sys.stderr)

@@ -182,7 +182,9 @@ async def _metrics(bind: str | None, service: ParameterServerService) -> AsyncIt
     try:
         where = parse(bind, to_listen=True)
         if where.path:
-            raise ValueError(f"{bind!r} is not HOST:PORT, such as 127.0.0.1:9464: metrics have no Unix socket")
+            raise ValueError(
+                f"{bind!r} is not HOST:PORT, such as 127.0.0.1:9464: metrics cannot be served on a Unix socket"
+            )
     except ValueError as error:
         raise UnusableSettingError(f"--metrics-bind {error}") from None
     try:

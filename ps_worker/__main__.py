@@ -35,7 +35,7 @@ examples, for a server on host ps that was started with --num-workers 2:
   ps-worker run --ps-hosts ps:2222 --num-workers 2 --task-index 0 train.py --epochs 3     on one machine: the chief
   ps-worker run --ps-hosts ps:2222 --num-workers 2 --task-index 1 train.py --epochs 3     on another
   MA_PS_HOSTS=ps:2222 MA_NUM_WORKERS=2 MA_TASK_INDEX=1 ps-worker run train.py             the same
-  srun --ntasks 2 ps-worker run --ps-hosts ps:2222 train.py                               both, where Slurm is
+  srun --ntasks 2 ps-worker run --ps-hosts ps:2222 train.py                               both, under Slurm
   ps-worker run --ps-hosts ps:2222 --task-index auto train.py                             the server says which it is
   ps-worker run --ps-hosts ps0:2222,ps1:2222 --num-workers 2 --task-index 0 train.py      two servers, half of it each
 """
@@ -44,7 +44,7 @@ examples:
   ps-server serve --num-workers 2                                                     in one terminal
   ps-worker digits --ps-hosts 127.0.0.1:2222 --num-workers 2 --task-index 0           in the next: the chief
   ps-worker digits --ps-hosts 127.0.0.1:2222 --num-workers 2 --task-index 1           in a third
-  srun --ntasks 2 ps-worker digits --ps-hosts HOST:2222                               both, where Slurm is
+  srun --ntasks 2 ps-worker digits --ps-hosts HOST:2222                               both, under Slurm
   ps-worker digits --alone                                                            half of the images, no server
   ps-worker digits --alone --all-images                                               all of them
   ps-worker digits --ps-hosts ... --outer sgd:lr=0.7,momentum=0.9,nesterov            the same for all workers
@@ -115,12 +115,12 @@ def _parser() -> argparse.ArgumentParser:
         type=flag_types.seconds,
         default=30.0,
         metavar="SECONDS",
-        help="how long to wait for the server to be there (%(default)g)",
+        help="how long to wait for the server to answer (%(default)g)",
     )
     command.add_argument(
         "--alone",
         action="store_true",
-        help=f"no server: train alone on what worker 0 of {_PARTS_ALONE} would have (or --task-index of --num-workers)",
+        help=f"no server: train alone on the images of worker 0 of {_PARTS_ALONE} (or --task-index of --num-workers)",
     )
     command.add_argument(
         "--all-images", action="store_true", help="with --alone: train on all images instead of a worker's part"
@@ -131,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
         help="with --alone: play all workers and their server in this process, with the plain average of each round",
     )
     command.add_argument(
-        "--save-center", type=Path, metavar="FILE", help="the chief writes the last center there (safetensors)"
+        "--save-center", type=Path, metavar="FILE", help="the chief writes the last center to this file (safetensors)"
     )
     command.add_argument(
         "--log-json", action="store_true", help="every line is a JSON object; docs/observability.md has the fields"
@@ -148,14 +148,14 @@ def _add_cluster_flags(command: argparse.ArgumentParser) -> None:
         "--ps-hosts",
         type=flag_types.ps_hosts,
         metavar="HOST:PORT[,...]",
-        help="address of the parameter server; of each, in the same order for all workers, if there are several",
+        help="address of the parameter server; if there are several, of each, in the same order for all workers",
     )
     group.add_argument("--num-workers", type=flag_types.count, metavar="N", help="how many workers the job has")
     group.add_argument(
         "--task-index",
         type=flag_types.or_auto(flag_types.whole),
         metavar="I",
-        help="which of them this one is, from 0; 0 is the chief, which initializes the center; auto: the server hands "
+        help="which worker this one is, from 0; 0 is the chief, which initializes the center; auto: the server hands "
         "out the lowest that is free",
     )
     group.add_argument(
@@ -168,8 +168,8 @@ def _add_cluster_flags(command: argparse.ArgumentParser) -> None:
         "--fresh",
         action="store_true",
         dest="must_be_new",
-        help="the chief refuses to go on from a center that is there already, of an earlier run; leave it out to start "
-        "a chief again that was killed",
+        help="the chief refuses to continue from a center that an earlier run has left; leave it out to restart a "
+        "killed chief",
     )
 
 

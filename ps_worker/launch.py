@@ -40,8 +40,8 @@ The workers' lines are printed with the worker's name. A worker that fails ends 
 the processor cores evenly.
 """
 _SERVERS_HELP = """\
-Each server is told these, as `ps-server serve` takes them. With --checkpoint-dir the same command goes on from the
-center that is there; of several servers each has a directory in DIR (with ray always): ps-0, ps-1, ...
+These are passed to every `ps-server serve`. With --checkpoint-dir, the same command continues from the center that an
+earlier run left there; several servers (with ray, also a single one) use directories in DIR: ps-0, ps-1, ...
 """
 _DIGITS_EXAMPLES = """\
 examples:
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     if not command:
         parser.error("say after -- what the workers run: `-- digits`, or `-- SCRIPT [ARGS...]`")
     if unknown:
-        parser.error(f"there is no argument {unknown[0]}")
+        parser.error(f"unknown argument {unknown[0]}")
     given = [flag for flag in _RAY_FLAGS if getattr(arguments, flag) is not None]
     if given and arguments.engine != _RAY:
         parser.error(f"--{given[0].replace('_', '-')} needs --engine {_RAY}")
@@ -209,14 +209,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--fresh",
         action="store_true",
-        help="refuse to go on from a center that is there already: in a --checkpoint-dir, of an earlier run",
+        help="refuse to continue from the center that an earlier run has left in --checkpoint-dir",
     )
     parser.add_argument(
         "--max-restarts",
         type=flag_types.whole,
         metavar="N",
-        help="how often each worker that ends with an error or is killed is started again (0: its failure ends the "
-        f"run); with ray, each server and each worker that is killed, or whose node dies ({_RAY_MAX_RESTARTS})",
+        help="how many times to restart each worker that fails or is killed (0: its failure ends the run); with ray: "
+        f"each server, and each worker, that is killed or whose node dies ({_RAY_MAX_RESTARTS})",
     )
     group = parser.add_argument_group("servers", _SERVERS_HELP)
     add_serve_flags(group, without={"max_workers"})
@@ -230,7 +230,7 @@ def _add_ray_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--ray-address",
         metavar="ADDRESS",
-        help="of the Ray cluster; local: a new one, of this machine only (what Ray finds by itself, otherwise local)",
+        help="of the Ray cluster; local: a new one on this machine (the cluster that Ray finds, otherwise local)",
     )
     group.add_argument(
         "--working-dir",

@@ -43,7 +43,7 @@ BAD = {
     "::1:2222": ("an IPv6 address needs brackets", "write [::1]:2222"),
     "2001:db8::7:4000": ("an IPv6 address needs brackets", "write [2001:db8::7]:4000"),
     "a:b:c": ("more than one colon", "such as 127.0.0.1:2222"),
-    "[ps]:2222": ("'ps' is no IPv6 address", "such as 127.0.0.1:2222"),
+    "[ps]:2222": ("'ps' is not an IPv6 address", "such as 127.0.0.1:2222"),
     "me@ps:2222": ("'@'", "such as 127.0.0.1:2222"),
     "": ("it is empty", "such as 127.0.0.1:2222"),
     "ps :2222": ("there is a space in it", "such as 127.0.0.1:2222"),
@@ -76,7 +76,7 @@ def test_a_server_may_listen_on_any_free_port_and_a_client_cannot_ask_for_one() 
 @pytest.mark.parametrize("text", ["a:1,,b:2", "a:1,", ",a:1"])
 def test_an_address_is_not_missing_between_two_commas(text: str) -> None:
     assert split("a:1, b:2") == ("a:1", "b:2")
-    with pytest.raises(ValueError, match="nothing between two commas, or at an end"):
+    with pytest.raises(ValueError, match="missing between two commas, or at an end"):
         split(text)
 
 

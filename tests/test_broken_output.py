@@ -184,7 +184,7 @@ def test_a_script_goes_on_when_nobody_reads_its_lines_and_is_otherwise_as_by_its
     assert code == 3, errors
     assert (
         errors
-        == "ps-worker: standard output cannot be written (Broken pipe): what follows is lost, and the work goes on"
+        == "ps-worker: standard output cannot be written (Broken pipe): later lines are lost, and the work goes on"
     )
     assert (folder / "done").read_text() == "__main__ beside None None"
 

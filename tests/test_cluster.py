@@ -124,7 +124,7 @@ def test_workers_that_know_only_themselves_are_told_how_many_there_are(index: in
     nobody = tf({"ps": ["ps:1"], "worker": {"0": "w:1"}}, task("worker", index))
     assert ClusterSpec.resolve(nobody, num_workers=3) == ClusterSpec(("ps:1",), 3, index)
     if index:
-        assert refusal(environ).startswith("MA_NUM_WORKERS not set, and what is there (TF_CONFIG's cluster.ps='ps:1', ")
+        assert refusal(environ).startswith("MA_NUM_WORKERS not set, and what is set (TF_CONFIG's cluster.ps='ps:1', ")
 
 
 @pytest.mark.parametrize("text", ["{}", '{"cluster": {}}', '{"task": {"type": "worker", "index": 0}}'])
@@ -420,7 +420,7 @@ def test_without_anything_the_possibilities_are_listed() -> None:
     ],
 )
 def test_what_is_missing_is_named_beside_what_is_there(environ: Mapping[str, str], missing: str, there: str) -> None:
-    assert refusal(environ).startswith(f"{missing} not set, and what is there ({there}) does not say ")
+    assert refusal(environ).startswith(f"{missing} not set, and what is set ({there}) does not say ")
 
 
 # Slurm's lists of nodes.

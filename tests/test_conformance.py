@@ -57,7 +57,7 @@ def test_a_client_that_is_broken_misses(
     printed = capsys.readouterr().out
     assert code == 1
     assert result_of(printed, case) == "missed"
-    assert "that the case comes to its end" not in printed
+    assert "the case runs to its end" not in printed
     assert "1 cases, 0 passed, 1 missed" in printed
 
 
@@ -83,7 +83,7 @@ def test_an_answer_that_nobody_waited_for_is_shown(
     )
     assert main(["--only", "a_worker_id_in_use_is_tried_again", sys.executable, "-c", says]) == 1
     printed = capsys.readouterr().out
-    assert "expected: that the case comes to its end" in printed
+    assert "expected: the case runs to its end" in printed
     assert "a, answer: error CLIENT no" in printed
 
 
@@ -100,7 +100,7 @@ def test_the_list_names_every_case_once(capsys: pytest.CaptureFixture[str]) -> N
         ([], "give the COMMAND"),
         (["no-such-program"], "no program 'no-such-program'"),
         (["--only", "no_such_case", sys.executable], "no case 'no_such_case'"),
-        (["--jobs", "0", sys.executable], "'0' is not a whole number from 1 on"),
+        (["--jobs", "0", sys.executable], "'0' is not a whole number from 1 up"),
     ],
 )
 def test_wrong_arguments_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -112,6 +112,16 @@ def test_a_push_on_a_data_connection_is_in_the_average_and_gets_it_there(job: Jo
     assert job.client.worker("b").transport == pb.TRANSPORT_TCP
 
 
+def test_the_call_of_a_push_on_a_data_connection_may_be_answered_in_one_message(job: Job) -> None:
+    wire = connected(job)
+    wire.give(1, flat_bytes(of(1)))
+    a = begin(job, accepts_combined=True)
+    job.push("b", of(3)).answer()
+    assert [field.name for field, _ in a.receive().ListFields()] == ["admission", "outcome"]
+    assert a.ended()
+    assert wire.receive(SIZE_BYTES) == flat_bytes(of(2))
+
+
 def test_fragments_of_the_average_come_while_later_ones_still_go_up(job: Job) -> None:
     wire = connected(job)
     begin(job)

@@ -215,7 +215,7 @@ def test_the_server_gives_up_a_connection_whose_client_does_not_read_and_says_be
         with pytest.raises(RetryPushError, match="the data connection is lost") as lost:
             await asyncio.wait_for(connection.send(memoryview(bytes(32 << 20))), TIMEOUT_S)
         assert lost.value.reason is Reason.DATA_CONNECTION_LOST
-        assert "'a' takes nothing of what is sent on its data connection for" in caplog.messages[0]
+        assert "'a' reads nothing of what is sent on its data connection for" in caplog.messages[0]
         connection.close()
         client.close()
         port.close()

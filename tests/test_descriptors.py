@@ -139,7 +139,7 @@ def test_a_server_answers_soon_after_hundreds_that_waited_have_gone(tmp_path: Pa
         for connection in flood(address, 1000, FIRST_WORDS) + held:
             connection.close()
         assert fetch(address, ANSWER_TIMEOUT_S, Access(Security())).num_workers == 1
-        server.wait_for("there are descriptors again")
+        server.wait_for("descriptors are free again")
         said = re.search(r"again, after (\d+) s; (\d+) connections were turned away", server.printed())
         assert said is not None
         assert int(said[2]) > 500

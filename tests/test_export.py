@@ -346,9 +346,9 @@ def test_help_has_units_and_examples(capsys: pytest.CaptureFixture[str]) -> None
         main(["export", "--help"])
     assert ended.value.code == 0
     text = capsys.readouterr().out
-    for shown in ("SOURCE", "OUT.safetensors", "--timeout-s SECONDS", "(30.0)", "examples:"):
+    for shown in ("SOURCE", "OUT.safetensors", "--with-outer-state", "--timeout-s SECONDS", "(30.0)", "examples:"):
         assert shown in text
-    assert text.partition("examples:")[2].count("ps-server export") == 3
+    assert text.partition("examples:")[2].count("ps-server export") == 4
 
 
 @pytest.mark.parametrize(

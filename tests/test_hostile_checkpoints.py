@@ -170,34 +170,34 @@ def many(count: int) -> dict[str, list[object]]:
 
 
 HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
-    "contributors are numbers": (fields(contributors=[1, 2]), "worker id 1 is no text"),
-    "contributors are text": (fields(contributors='"a"'), "no list"),
-    "contributors are an object": (fields(contributors={"a": 1}), "no list"),
+    "contributors are numbers": (fields(contributors=[1, 2]), "worker id 1 is not a string"),
+    "contributors are text": (fields(contributors='"a"'), "not a list"),
+    "contributors are an object": (fields(contributors={"a": 1}), "not a list"),
     "contributors are nested deeply": (fields(contributors=NESTED), "deeply"),
     "a contributor is empty": (fields(contributors=[""]), "worker id '' has 0 bytes"),
     "a contributor is long": (fields(contributors=["x" * 129]), "129 bytes"),
     "a contributor is half a character": (fields(contributors='["\\ud800"]'), "surrogates"),
     "a contributor is there twice": (fields(contributors=["a", "a"]), "twice"),
-    "very many contributors": (fields(contributors=[str(n) for n in range(70_000)]), "70000 items is no list"),
-    "counted is a list": (fields(counted=[]), "no object"),
+    "very many contributors": (fields(contributors=[str(n) for n in range(70_000)]), "70000 items is not a list"),
+    "counted is a list": (fields(counted=[]), "not an object"),
     "counted is nested deeply": (fields(counted='{"a":' * 100_000), "deeply"),
     "counted is nested deeply within": (fields(counted='{"a": [' + NESTED), "deeply"),
     "somebody counted is long": (fields(counted={"x" * 129: [KEY, 1]}), "129 bytes"),
     "an incarnation is short": (fields(counted={"a": ["30", 1]}), "incarnation is not 16 bytes"),
-    "an incarnation is a number": (fields(counted={"a": [7, 1]}), "incarnation 7 is no text"),
+    "an incarnation is a number": (fields(counted={"a": [7, 1]}), "incarnation 7 is not a string"),
     "an incarnation has blanks": (fields(counted={"a": ["30 " * 10 + "30", 1]}), "incarnation is not 16 bytes"),
     "a push number is negative": (fields(counted={"a": [KEY, -1]}), "push id -1"),
     "a push number is large": (fields(counted={"a": [KEY, 2**64]}), "push id 18446744073709551616"),
     "a push number is a truth": (fields(counted={"a": [KEY, True]}), "push id True"),
     "a push number is a fraction": (fields(counted={"a": [KEY, 1.0]}), "push id 1.0"),
     "a push number has many digits": (fields(counted='{"a": ["' + KEY + '", ' + "9" * 5000 + "]}"), "digits"),
-    "a push number is missing": (fields(counted={"a": [KEY]}), "no incarnation and push id"),
-    "very many are counted": (fields(counted=many(10_001)), "10001 items is no object"),
+    "a push number is missing": (fields(counted={"a": [KEY]}), "not an incarnation and push id"),
+    "very many are counted": (fields(counted=many(10_001)), "10001 items is not an object"),
     "a field is missing": (fields(counted=None), "does not say counted"),
     "JSON that is none": (fields(counted="{'a'"), "damaged"),
     "a list of nothing but brackets": (fields(contributors="[" + "[]," * 2_000_000 + "[]]"), "more than any center"),
-    "variables are numbers": (fields(variables=[1, 2, 3, 4, 5, 6]), "no text"),
-    "variables are an object": (fields(variables={}), "no list"),
+    "variables are numbers": (fields(variables=[1, 2, 3, 4, 5, 6]), "not a string"),
+    "variables are an object": (fields(variables={}), "not a list"),
     "a variable is missing": (fields(variables=list(ordered())[:-1]), "list of variables"),
     "a variable is there twice": (fields(variables=[*list(ordered())[:-1], "w"]), "list of variables"),
     "variables are nested deeply": (fields(variables=NESTED), "deeply"),
@@ -218,30 +218,30 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "a shard is a truth": (a_shard(shard=[False, 2, "00" * 16]), "shard False"),
     "a shard is nested deeply": (a_shard(shard=NESTED), "deeply"),
     "a shard of a short job id": (a_shard(shard=[0, 2, "00"]), "job id is not 16 bytes"),
-    "a shard of text": (a_shard(shard='"012"'), "no list"),
-    "a part is a number": (a_shard(parts=[1] * 6), "a part 1 is no list"),
-    "a part is short": (a_shard(parts=[[0, 0]] * 6), "no variable, start and shape"),
+    "a shard of text": (a_shard(shard='"012"'), "not a list"),
+    "a part is a number": (a_shard(parts=[1] * 6), "a part 1 is not a list"),
+    "a part is short": (a_shard(parts=[[0, 0]] * 6), "not a variable, start and shape"),
     "a part starts before all": (a_shard(parts=[[n, -1, [40]] for n in range(6)]), "start -1"),
     "a part is number 2**32": (a_shard(parts=[[2**32 + n, 0, [40]] for n in range(6)]), "4294967296"),
-    "a part of another shape": (a_shard(parts=[[n, 0, [7]] for n in range(6)]), "no part of one of shape"),
+    "a part of another shape": (a_shard(parts=[[n, 0, [7]] for n in range(6)]), "not a part of one of shape"),
     "a part of fractions": (a_shard(parts=[[n, 0, [40.0]] for n in range(6)]), "extent 40.0"),
     "too few parts": (a_shard(parts=[]), "damaged"),
     "a tensor of integers": (tensor(dtype="I32"), "only F32"),
-    "a tensor's type is a list": (tensor(dtype=[]), "no text"),
+    "a tensor's type is a list": (tensor(dtype=[]), "not a string"),
     "a tensor of another shape": (tensor(shape=[41]), "does not fit"),
     "a tensor of negative extents": (tensor(shape=[-8, -5]), "extent -8"),
     "a tensor of truths": (tensor(shape=[40, True]), "extent True"),
-    "a tensor of very many extents": (tensor(shape=[1] * 100_000), "no list"),
+    "a tensor of very many extents": (tensor(shape=[1] * 100_000), "not a list"),
     "a tensor is too large to be": (tensor(shape=[2**62, 2**62]), "does not fit"),
-    "a tensor that says more": (tensor(more=1), "no object of at most 3"),
+    "a tensor that says more": (tensor(more=1), "not an object of at most 3"),
     "a tensor that lies elsewhere": (tensor(data_offsets=[2**40, 2**40 + 160]), "gap"),
     "a tensor that lies on another": (tensor(data_offsets=[0, 160]), "gap"),
     "a tensor that ends before it begins": (tensor(data_offsets=[168, 8]), "does not fit"),
-    "a tensor is a number": (lambda d: forged(d, lambda head: head.update(w=7)), "no object"),
-    "the metadata is a list": (lambda d: forged(d, lambda head: head.update(__metadata__=[])), "no object"),
+    "a tensor is a number": (lambda d: forged(d, lambda head: head.update(w=7)), "not an object"),
+    "the metadata is a list": (lambda d: forged(d, lambda head: head.update(__metadata__=[])), "not an object"),
     "the metadata has numbers": (
         lambda d: forged(d, lambda head: head["__metadata__"].update(global_step=5)),
-        "no text",
+        "not a string",
     ),
     "there is no metadata": (lambda d: forged(d, lambda head: head.pop("__metadata__")), "not written by ps-server"),
     "of another format": (fields(format="pt"), "not written by ps-server"),
@@ -261,9 +261,9 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "a head that is none": (lambda d: with_head(d, b"not JSON"), "damaged"),
     "a head that is nested deeply": (lambda d: with_head(d, b"[" * 200_000), "deeply"),
     "a head of nested objects": (lambda d: with_head(d, b'{"a":' * 200_000), "deeply"),
-    "a head that is no text": (lambda d: with_head(d, b"\xff\xfe{}"), "damaged"),
+    "a head that is not text": (lambda d: with_head(d, b"\xff\xfe{}"), "damaged"),
     "a head longer than the file": (lambda d: put(d, (2**63).to_bytes(8, "little") + b"{}"), "not all of one"),
-    "a body longer than it says": (longer, "its head says"),
+    "a body longer than it says": (longer, "its header says"),
     "no variables": (
         lambda d: with_head(d, json.dumps({"__metadata__": {**about(d), "variables": "[]"}}).encode()),
         "no variables",
@@ -302,7 +302,7 @@ def test_a_hostile_checkpoint_is_passed_over_with_a_reason(
     assert time.monotonic() - began_s < 10
     assert loaded is not None
     assert content(loaded) == content(small(GOOD))
-    passed_over = [record for record in caplog.records if "is passed over" in record.getMessage()]
+    passed_over = [record for record in caplog.records if "is skipped" in record.getMessage()]
     evil_ones = [record for record in passed_over if str(evil) in record.getMessage()]
     assert len(evil_ones) == 1, caplog.messages
     assert reason in evil_ones[0].getMessage()
@@ -404,7 +404,7 @@ def test_a_server_passes_over_what_is_hostile_and_serves_the_one_before(tmp_path
             server.signal(signal.SIGTERM)
             code, _, log = server.end()
         assert code == 0
-        assert f"{evil} is passed over: " in log
+        assert f"{evil} is skipped: " in log
         assert reason in log
         evil.unlink()
 

@@ -109,8 +109,8 @@ def test_what_torch_saved_of_a_model_initializes_its_center(
     assert_all(center_from(start_server, path), 3.0)
     (line,) = (line for line in log() if str(path) in line)
     assert line == (
-        f"{path} has more than the center, which is not used (what is not averaged stays as each worker made it): "
-        "frozen.weight, norm.num_batches_tracked"
+        f"{path} has values that are not in the center; they are not used (what is not averaged stays as each worker "
+        "made it): frozen.weight, norm.num_batches_tracked"
     )
 
 
@@ -228,7 +228,7 @@ def test_what_is_no_floating_point_number_is_refused_for_a_variable_and_passed_o
     tmp_path: Path, kind: str, dtype: torch.dtype
 ) -> None:
     path = saved(tmp_path, kind, {"w": torch.zeros(4).to(dtype), "other": torch.tensor(F4)})
-    refused(path, "variable 'w' is .* there, and float32 here", w=F4)
+    refused(path, "variable 'w' is .* in the file, and float32 in the model", w=F4)
     assert np.array_equal(read(path, other=F4)["other"], F4)
 
 
@@ -248,7 +248,7 @@ def test_what_is_missing_is_named_beside_what_there_is(tmp_path: Path, kind: str
     refused(path, "it lacks w, v; it has layer.0, layer.1, layer.2, layer.3 and 5 more", w=F4, layer__1=F4[:1], v=F4)
 
 
-NO_SAFETENSORS = "it is no safetensors file .*`ps-server export` writes such"
+NO_SAFETENSORS = "it is not a safetensors file .*`ps-server export` writes the former"
 FILES: dict[str, tuple[str, bytes | None, str]] = {
     "missing": ("a.safetensors", None, "No such file"),
     "empty": ("a.safetensors", b"", "the file is empty"),
@@ -284,8 +284,8 @@ class Hostile:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"model": {"w": torch.zeros(4)}, "epoch": 3}, "it has model and no state dict; save model.state_dict"),
-        ([torch.zeros(4)], "it has a list and no state dict"),
+        ({"model": {"w": torch.zeros(4)}, "epoch": 3}, "it has model instead of a state dict; save model.state_dict"),
+        ([torch.zeros(4)], "it has a list instead of a state dict"),
         (Hostile(), "torch.load with weights_only=True cannot read it .*save model.state_dict"),
     ],
     ids=["a checkpoint of a training", "a list", "code"],

@@ -192,7 +192,7 @@ def test_a_number_of_servers_that_makes_no_sense_is_refused(launch: Launch, ps: 
     launched = launch(WAITING, ps=ps)
     assert launched.ended() == 2
     assert launched.errors == [
-        f"ma-launch: argument --ps: {ps!r} is not a whole number from 1 on, and not 'auto' (see `ma-launch --help`)"
+        f"ma-launch: argument --ps: {ps!r} is not a whole number from 1 up or 'auto' (see `ma-launch --help`)"
     ]
 
 

@@ -17,7 +17,7 @@ from ps_server.checkpoints.keeper import CheckpointPolicy
 from tests.conftest import StartServer
 
 ZEROS, ONES = {"w": np.zeros(4, np.float32)}, {"w": np.ones(4, np.float32)}
-REFUSED = r"the center was to be new, but the parameter server at {} has one already, at global_step {}: .*--fresh"
+REFUSED = r"the center must be new, but the parameter server at {} has one already, at global_step {}: .*--fresh"
 
 
 def chief(*addresses: str, **options: Any) -> ParameterServerSession:
@@ -49,8 +49,8 @@ def test_a_chief_that_finds_a_center_says_where_it_goes_on(
         assert not session.initialize(ONES).initialized
         session.initialize(ONES)
     assert warnings_of(caplog) == [
-        "worker-0 goes on from global_step 2 of the center that is there; its own initial values are not used "
-        "(--fresh refuses instead)"
+        "worker-0 continues from global_step 2 of the existing center; its own initial values are not used "
+        "(with --fresh it would refuse)"
     ]
 
 
@@ -182,7 +182,7 @@ def test_ps_worker_run_fresh_refuses_a_center_that_is_there(start_server: StartS
     command = [sys.executable, "-m", "ps_worker", "run", *cluster, "--fresh", str(tmp_path / "train.py")]
     first, second = (subprocess.run(command, capture_output=True, text=True, timeout=60) for _ in range(2))
     assert "InitializeResult(initialized=True, global_step=0)" in first.stdout
-    assert f"the center was to be new, but the parameter server at {address} has one already" in second.stderr
+    assert f"the center must be new, but the parameter server at {address} has one already" in second.stderr
     assert second.returncode == 1
 
 

@@ -123,9 +123,9 @@ def test_a_plain_name_is_its_own_file_name() -> None:
 def test_what_is_missing_is_said_in_words() -> None:
     assert Missing().text() == "nobody"
     assert Missing(("a", "b c")).text() == "'a', 'b c'"
-    assert Missing(("a", "b c"), 0, 2).text(shown) == "a, 'b c', 2 not heard of yet"
-    assert Missing(("a",), 11_984, 2).text() == "'a' and 11,984 more, 2 not heard of yet"
-    assert Missing((), 0, 3).text() == "3 not heard of yet"
+    assert Missing(("a", "b c"), 0, 2).text(shown) == "a, 'b c', 2 not heard from yet"
+    assert Missing(("a",), 11_984, 2).text() == "'a' and 11,984 more, 2 not heard from yet"
+    assert Missing((), 0, 3).text() == "3 not heard from yet"
     assert [bool(missing) for missing in (Missing(), Missing(("a",)), Missing(omitted=1), Missing(unknown=1))] == [
         False,
         True,

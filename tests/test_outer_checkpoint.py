@@ -149,7 +149,7 @@ VELOCITY_OF_W = "outer/velocity/w"
             {VELOCITY_OF_W: np.zeros(40)},
             r"velocity of variable 'w' is float64\[40\]; outer optimizer toy needs float32\[40\]",
         ),
-        (TOY_TEXT, {"outer/acceleration/w": np.zeros(40)}, "its list of variables is not that of its tensors"),
+        (TOY_TEXT, {"outer/acceleration/w": np.zeros(40)}, "its list of variables does not match its tensors"),
     ],
 )
 def test_state_that_does_not_fit_its_outer_optimizer_is_refused(

@@ -170,7 +170,7 @@ def test_what_has_no_shape_yet_is_refused_by_name_until_a_batch_has_run(model: t
 def test_what_has_no_values_is_refused_by_name(trained: bool) -> None:
     refused(
         with_weight(torch.ones(2, 2, device="meta"), trained),
-        r"variable '1.weight' is on the device meta and has no values: .*to_empty",
+        r"variable '1.weight' is on the meta device and has no values: .*to_empty",
     )
 
 

@@ -557,7 +557,7 @@ def test_a_token_is_shown_nowhere() -> None:
     with pytest.raises(SecurityError) as refused:
         Security(token="secret secret")
     assert "secret" not in str(refused.value)
-    with pytest.raises(SecurityError, match="has to stand in a file"):
+    with pytest.raises(SecurityError, match="has to be in a file"):
         Security(token="secret-secret-secret").to_env()
 
 

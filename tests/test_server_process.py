@@ -46,7 +46,7 @@ class ServerProcess:
             bufsize=0,  # else the first line takes a second one with it, and communicate() never sees that
         )
         assert self._process.stdout is not None
-        # Should it never say a word, its death ends the wait.
+        # If it never prints a line, killing it ends the wait.
         watchdog = threading.Timer(20, self._process.kill)
         watchdog.start()
         self.line = self._process.stdout.readline().decode()

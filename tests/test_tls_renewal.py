@@ -71,7 +71,7 @@ def test_files_that_cannot_be_used_change_nothing(tmp_path: Path, caplog: pytest
             ca.write_text("half a certifi")
             assert call(b"", timeout=20)
             assert f"{ca} has no certificate" in caplog.text
-            assert "going on with the certificates from before" in caplog.text
+            assert "still using the previous certificate" in caplog.text
 
 
 def problem_of(cert: Identity, authority: Authority) -> str:
@@ -94,7 +94,7 @@ def test_an_intermediate_certificate_that_is_missing_is_named(tmp_path: Path) ->
     server = between.sign("server")
     message = problem_of(server, root)
     assert "'the one between'" in message
-    assert "put it behind the server's own, into the file of its --tls-cert" in message
+    assert "append it to the server's own, in the file of its --tls-cert" in message
     server.cert.write_bytes(server.cert.read_bytes() + between.ca.read_bytes())
     port = lasting_port()
     with (
@@ -121,7 +121,8 @@ def test_certificates_that_are_no_chain_are_said_at_the_start(tmp_path: Path) ->
         process.signal(signal.SIGTERM)
         _, _, errors = process.end()
     assert (
-        f"{server.cert} is no chain: certificate 1 was signed by 'root', but certificate 2 is that of 'other'" in errors
+        f"{server.cert} is not a whole chain: certificate 1 was signed by 'root', but certificate 2 is that of 'other'"
+        in errors
     )
 
 

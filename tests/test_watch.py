@@ -82,8 +82,8 @@ def test_a_panel_has_the_phase_the_pace_and_every_worker() -> None:
         assert what in text
     (chief,) = [found for found in text.splitlines() if "worker-0" in found]
     assert re.search(r"worker-0 \(chief\) +at the barrier +160 +0.125 +250 ms +0 ms +0 +shared memory", chief)
-    (other,) = [found for found in text.splitlines() if "worker-1" in found and "last heard of" in found]
-    assert re.search(r"last heard of 1 min 15 s ago +0 +- +- +1 min 15 s +0 +-", other)
+    (other,) = [found for found in text.splitlines() if "worker-1" in found and "last heard from" in found]
+    assert re.search(r"last heard from 1 min 15 s ago +0 +- +- +1 min 15 s +0 +-", other)
 
 
 def test_each_shard_has_a_panel() -> None:
@@ -102,7 +102,7 @@ def test_a_server_that_is_away_is_red_and_keeps_what_it_said_last() -> None:
     text = drawn(Seen("ps:2222", waiting(), "no answer", 12.0), Seen("other:2222", None, "refused"))
     plain = without_styles(text)
     assert "2 away" in plain
-    assert "AWAY for 12 s; below is what it said last: no answer" in plain
+    assert "AWAY for 12 s; below is its last status: no answer" in plain
     assert "AWAY: refused" in plain
     assert "step 7" in plain
     assert all(RED in found for found in text.splitlines() if "AWAY" in found)
@@ -271,7 +271,7 @@ def going() -> pb.GetStatusResponse:
 def test_a_worker_that_is_waited_for_is_never_said_to_compute() -> None:
     status = going()
     states = [state_of(worker, status.waiting_for) for worker in status.workers]
-    assert states == ["at the barrier", "has left", "last heard of 20.0 s ago", "finished"]
+    assert states == ["at the barrier", "has left", "last heard from 20.0 s ago", "finished"]
     for text in (without_styles(drawn(Seen("ps:2222", status))), as_text(status)):
         assert "computes" not in text
         assert all(state in text for state in states)
@@ -330,7 +330,7 @@ def test_workers_that_have_pushed_come_before_readers_of_whom_a_few_are_shown() 
 def test_names_that_are_left_out_are_counted() -> None:
     status = waiting()
     status.waiting_for_omitted, status.waiting_for_unknown = 11_984, 2
-    said = "and 11,984 more, 2 not heard of yet"
+    said = "and 11,984 more, 2 not heard from yet"
     for text in (without_styles(drawn(Seen("ps:2222", status))), line(Seen("ps:2222", status)), as_text(status)):
         assert said in text
     assert (
@@ -340,7 +340,7 @@ def test_names_that_are_left_out_are_counted() -> None:
 
 def test_a_line_says_for_whom_it_waits() -> None:
     expected = "ps:2222  averaging, step 7, 12.2 rounds/min, 1 of 2 at the barrier, waits for worker-1 "
-    expected += "(last heard of 75 s ago) (for 3.5 s)"
+    expected += "(last heard from 75 s ago) (for 3.5 s)"
     assert line(Seen("ps:2222", waiting())) == expected
     assert "waits for the chief" in line(Seen("ps:2222", pb.GetStatusResponse(phase=pb.PHASE_UNINITIALIZED)))
     assert line(Seen("a:1", waiting(), "gone", 9.0)) == "a:1  AWAY: gone, last seen 9 s ago at step 7"

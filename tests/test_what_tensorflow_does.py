@@ -251,7 +251,7 @@ def test_a_worker_killed_before_the_barrier_is_waited_for_by_name_until_it_comes
         check=True,
     )
     assert "\nwaiting for  worker-2 (for " in shown.stdout
-    known = r"'worker-2' \(last heard of \d+ s ago\)$"
+    known = r"'worker-2' \(last heard from \d+ s ago\)$"
     assert re.search(rf"round 1 has waited [5-9] s for {known}", cluster.server.logged("has waited"))
     for worker in workers[:2]:
         assert re.match(rf"the round has waited [5-9] s for {known}", worker.logged("has waited"))
@@ -457,7 +457,7 @@ def test_a_killed_server_comes_back_with_its_center_and_the_round_completes(clus
     pushes = [worker.pushed() for worker in workers]
     assert common(pushes, range(2)) == (10 + OF_0_AND_1, 2)
     assert [pushed.outcome for pushed in pushes] == ["COMMITTED"] * 2
-    assert "global_step 1" in cluster.server.logged("going on from checkpoint")
+    assert "global_step 1" in cluster.server.logged("continuing from checkpoint")
 
     # Server and chief die together.
     for process in (cluster.server, workers[0]):

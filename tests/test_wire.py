@@ -204,7 +204,7 @@ def test_arbitrary_bytes_are_read_as_the_library_reads_them_or_refused_with_it(
 def test_bytes_that_are_no_message_are_refused_with_their_number_and_its_name(
     carrier: type[Carrier], data: bytes
 ) -> None:
-    with pytest.raises(ProtocolError, match=f"^{len(data)} bytes are no {carrier.DESCRIPTOR.name}: ") as error:
+    with pytest.raises(ProtocolError, match=f"^{len(data)} bytes are not a {carrier.DESCRIPTOR.name}: ") as error:
         wire.parse(carrier, data)
     assert error.value.reason is Reason.MESSAGE_MALFORMED
     assert "\n" not in str(error.value)
@@ -334,7 +334,7 @@ def test_too_many_dimensions_are_refused_before_any_of_them_is_looked_at(whole: 
     part = SimpleNamespace(variable=0, start=0, shape=Extents([1] * 1000))
     shape = [1] if whole else Extents([1] * 1000)
     variable: Any = SimpleNamespace(name="v", data_type=1, shape=shape, part=part, HasField=lambda _: whole)
-    with pytest.raises(InvalidRequestError, match="variable 'v' has 1000 dimensions; 32 are possible"):
+    with pytest.raises(InvalidRequestError, match="variable 'v' has 1000 dimensions; at most 32 are possible"):
         wire._variable_from_message(variable)
 
 

@@ -53,7 +53,7 @@ class _HeldPlace:
         self._connection = Connection(address, access, TransportSettings(timing=timing))
         self._incarnation = uuid.uuid4().bytes
         self._place = Future[TaskPlace]()
-        self._trouble = f"{address} does not say one"
+        self._trouble = f"{address} has not given one"
         self._thread = threading.Thread(target=self._hold, name="ma_client-join", daemon=True)
         try:
             connect(self._connection, timeout_s)
@@ -121,7 +121,7 @@ class _HeldPlace:
             if not response.HasField("task_index"):
                 self._trouble = (
                     f"all {response.num_workers} of {self._address} are taken; start no more workers than its "
-                    "--num-workers, or wait until one that has gone gives its own back"
+                    "--num-workers, or wait until one that has left gives its index back"
                 )
                 _log.warning(
                     "waiting for a task index: %s",

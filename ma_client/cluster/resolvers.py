@@ -150,6 +150,6 @@ def _what_is_missing(told: Told) -> str:
     if not others:
         return f"{names} not set; {_POSSIBILITIES}"
     return (
-        f"{names} not set, and what is there ({others}) does not say {' and '.join(meanings)}; set it, or start the "
+        f"{names} not set, and what is set ({others}) does not say {' and '.join(meanings)}; set it, or start the "
         f"script with `ps-worker run {' '.join(flags)} SCRIPT` (docs/cluster.md has examples)"
     )

@@ -83,7 +83,7 @@ def whole(source: str, text: str, least: int) -> Setting[int]:
         ClusterError: the value is not such a number.
     """
     if _WHOLE.fullmatch(text) is None or int(text) < least:
-        raise ClusterError(f"{source}={text!r} is not a whole number from {least} on")
+        raise ClusterError(f"{source}={text!r} is not a whole number from {least} up")
     return Setting(int(text), f"{source}={text!r}")
 
 
@@ -91,10 +91,10 @@ def index_of(value: object) -> int:
     """The index of a task in JSON: a number, or a string if it is a key.
 
     Raises:
-        ValueError: it is not a whole number from 0 on.
+        ValueError: it is not a whole number from 0 up.
     """
     if _WHOLE.fullmatch(str(value)) is None:
-        raise ValueError(f"index {value!r} is not a whole number from 0 on")
+        raise ValueError(f"index {value!r} is not a whole number from 0 up")
     return int(str(value))
 
 
@@ -104,7 +104,7 @@ def _together(name: str, earlier: Setting[_T] | None, later: Setting[_T] | None)
     if not later.agrees(earlier.value, later.value):
         values = " or ".join(_shown(setting.value) for setting in (earlier, later))
         raise ClusterError(
-            f"{earlier.source} and {later.source} contradict each other: {name} is {values}; unset what is wrong"
+            f"{earlier.source} and {later.source} contradict each other: {name} is {values}; unset the wrong one"
         )
     return earlier
 

@@ -46,13 +46,13 @@ class ClusterSpec:
         if not self.ps_hosts or not all(self.ps_hosts):
             raise ClusterError("ps_hosts is empty; give the address of the parameter server, HOST:PORT")
         if isinstance(self.ps_hosts, str):
-            raise ClusterError(f"ps_hosts {self.ps_hosts!r} is one text; give a list of addresses, HOST:PORT each")
+            raise ClusterError(f"ps_hosts {self.ps_hosts!r} is one string; give a list of addresses, HOST:PORT each")
         try:
             check_all(self.ps_hosts)
         except ValueError as error:
             raise ClusterError(f"ps_hosts: {error}") from None
         if self.num_workers < 1:
-            raise ClusterError(f"num_workers {self.num_workers} is not a whole number from 1 on")
+            raise ClusterError(f"num_workers {self.num_workers} is not a whole number from 1 up")
         if not 0 <= self.task_index < self.num_workers:
             raise ClusterError(
                 f"task_index {self.task_index} is not from 0 to {self.num_workers - 1} (num_workers - 1)"

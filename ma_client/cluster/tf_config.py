@@ -78,7 +78,7 @@ def _job(name: str, tasks: Any) -> _Job:
         raise ValueError(f"cluster.{name} is neither a list of addresses nor an object with addresses by index")
     for address in found.values():
         if not isinstance(address, str):
-            raise ValueError(f"cluster.{name} has {address!r} in the place of an address")
+            raise ValueError(f"cluster.{name} has {address!r} where an address belongs")
     return _Job(found, isinstance(tasks, dict))
 
 
@@ -117,7 +117,7 @@ def _task_index(task: Any, jobs: Mapping[str, _Job], num_workers: Setting[int] |
         )
     job = jobs.get(name)
     if job is None or name not in (*_CHIEFS, _WORKER):
-        raise ValueError(f"task is of type {name!r}, which is not a job of workers in cluster ({', '.join(jobs)})")
+        raise ValueError(f"task is of type {name!r}, which is not a job with workers in cluster ({', '.join(jobs)})")
     if index not in job.tasks and not job.partial:
         raise ValueError(f"task is {name} {index}, but cluster has {name} 0 to {len(job.tasks) - 1}")
     leader = next((chief for chief in _CHIEFS if chief in jobs and name == _WORKER), None)
@@ -131,5 +131,5 @@ def _run_a_server_instead(index: int, servers: _Job, num_workers: Setting[int] |
     count = "N" if num_workers is None else num_workers.value
     return (
         f"this process is parameter server {index}, not a worker; run "
-        f"`ps-server serve --bind 0.0.0.0:{port} --num-workers {count}` in its place"
+        f"`ps-server serve --bind 0.0.0.0:{port} --num-workers {count}` instead"
     )

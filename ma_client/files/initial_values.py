@@ -91,7 +91,8 @@ def read_initial_values(
         )  # fmt: skip
     if unused:
         _log.warning(
-            "%s has more than the center, which is not used (what is not averaged stays as each worker made it): %s",
+            "%s has values that are not in the center; they are not used (what is not averaged stays as each worker "
+            "made it): %s",
             path,
             _some(unused),
             extra=event("init_values_unused", path=str(path), variables=unused[:_NAMED],
@@ -134,7 +135,8 @@ def _opened(path: Path) -> Iterator[InitialValuesFile]:
     except (OSError, SafetensorError) as error:
         raise _cannot(
             path,
-            f"it is no safetensors file ({error}), and nothing that torch.save wrote; `ps-server export` writes such",
+            f"it is not a safetensors file ({error}), nor one that torch.save wrote; `ps-server "
+            "export` writes the former",
         ) from None
     with opened as file:
         try:
@@ -179,7 +181,9 @@ def _converted(file: InitialValuesFile, path: str | Path, name: str, dtype: str,
     wanted = DTYPES[dtype_name(like.dtype)]
     if dtype not in DTYPES:
         scales = "; its values are right only with their scales: convert them first" if dtype.startswith("F8") else ""
-        raise _cannot(path, f"variable {name!r} is {dtype} there, and {dtype_name(like.dtype)} here{scales}")
+        raise _cannot(
+            path, f"variable {name!r} is {dtype} in the file, and {dtype_name(like.dtype)} in the model{scales}"
+        )
     values = file.read(name)
     if values.dtype == wanted:
         return values
@@ -194,7 +198,7 @@ def _converted(file: InitialValuesFile, path: str | Path, name: str, dtype: str,
 
 
 def _what_is_missing(missing: Sequence[str], there: Sequence[str]) -> str:
-    has = f"it has {_some(sorted(there))}" if there else "it has no variables at all"
+    has = f"it has {_some(sorted(there))}" if there else "it has no variables"
     return f"it lacks {_some(missing)}; {has}"
 
 

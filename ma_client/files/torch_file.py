@@ -34,10 +34,12 @@ class TorchFile:
                 f"torch.load with weights_only=True cannot read it ({first_line}); save model.state_dict() alone"
             ) from None
         if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
-            raise ValueError(f"it has a {type(content).__name__} and no state dict; save model.state_dict() alone")
+            raise ValueError(
+                f"it has a {type(content).__name__} instead of a state dict; save model.state_dict() alone"
+            )
         nested = [name for name, value in content.items() if isinstance(value, Mapping)]
         if nested and not any(isinstance(value, torch.Tensor) for value in content.values()):
-            raise ValueError(f"it has {', '.join(nested[:4])} and no state dict; save model.state_dict() alone")
+            raise ValueError(f"it has {', '.join(nested[:4])} instead of a state dict; save model.state_dict() alone")
         self._content: Mapping[str, Any] = content
 
     def names(self) -> Sequence[str]:

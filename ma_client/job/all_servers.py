@@ -145,7 +145,7 @@ class AllServers:
             if any(step != target for step in self.steps):
                 # The servers advance without this worker. Following one by one could take forever: read all at once.
                 self.each(lambda _, server: server.pull(False, deadline))
-        raise ConflictError(f"the parameter servers do not come to one step; they are at {self.steps}")
+        raise ConflictError(f"the parameter servers do not reach a common step; they are at {self.steps}")
 
     def stop(self) -> None:
         """Ends all calls in progress, in the calling thread and in the pool. From any thread."""

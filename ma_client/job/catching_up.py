@@ -88,7 +88,7 @@ def catch_up(
                 status = server.status(deadline)
                 view = _seen(view, status, server.worker_id, wait.lasted_s)
             case Move.LOST:
-                raise server.lost("it has none")
+                raise server.lost("it has no center")
             case Move.PULL:
                 server.pull(False, deadline)
                 view, center = ServerView(server.step), None
@@ -148,7 +148,7 @@ class _Wait:
                 f"{self._goal.step}: waited {self._deadline.timeout_s:g} s"
             )
         if connection.stopped.wait(self._pause_s):
-            raise ModelAverageError(f"the wait for {connection.address} was ended here")
+            raise ModelAverageError(f"the wait for {connection.address} was cancelled here")
         self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
 
 

@@ -95,7 +95,7 @@ class CenterArrays:
         numbers = {variable.name: number for number, variable in enumerate(manifest.variables)}
         unknown = set(untouched) - numbers.keys()
         if unknown:
-            raise InvalidRequestError(f"untouched names {min(unknown)!r}, which is no center variable")
+            raise InvalidRequestError(f"untouched names {min(unknown)!r}, which is not a center variable")
         untouched_numbers = assembly.cut_numbers({numbers[name] for name in untouched})
         return list(zip(assembly.cut(values), untouched_numbers, strict=True))
 

@@ -164,8 +164,8 @@ def _check_ours(
 
 def _not_new(address: str, global_step: int) -> ConflictError:
     return ConflictError(
-        f"the center was to be new, but the parameter server at {address} has one already, at global_step "
-        f"{global_step}: of an earlier run, or this chief was started again. To go on from it, leave out --fresh "
+        f"the center must be new, but the parameter server at {address} has one already, at global_step "
+        f"{global_step}: of an earlier run, or this chief was restarted. To continue from it, leave out --fresh "
         "(must_be_new, MA_FRESH); to begin with new values, start the servers with an empty --checkpoint-dir. Nothing "
         "was changed"
     )
@@ -195,9 +195,9 @@ def _place(proposal: Proposal, addresses: Sequence[str], there: Sequence[pb.Cent
         if here is not None and here != wanted:
             difference = first_difference(wanted.variables, here.variables, "in this call", f"at {address}")
             raise ConflictError(
-                f"the parameter server at {address} was initialized for another job: it is {here.shard or 'no shard'}, "
-                f"{difference or 'cut in another way'}; give the addresses of one job in order, or start the servers "
-                "again",
+                f"the parameter server at {address} was initialized for another job: it is "
+                f"{here.shard or 'no shard'}, {difference or 'divided in another way'}; give the addresses of one job "
+                "in order, or start the servers again",
                 Reason.MANIFEST_MISMATCH,
             )
     return placed

@@ -16,7 +16,7 @@ def say_center_goes_on(worker_id: str, global_step: int, init_from: str | Path |
     """The chief's initial values, its own or those of the file ``init_from``, are not used: there is a center."""
     whose = "its own initial values are" if init_from is None else f"the values of {init_from} are"
     _log.warning(
-        "%s goes on from global_step %d of the center that is there; %s not used (--fresh refuses instead)",
+        "%s continues from global_step %d of the existing center; %s not used (with --fresh it would refuse)",
         worker_id,
         global_step,
         whose,
@@ -35,7 +35,7 @@ class NonfiniteRemark:
         """The push from this base step had this many values that are not finite."""
         if values and not self._was_said:
             _log.warning(
-                "%d values of the last push are not finite (NaN, infinite); the average is not either",
+                "%d values of the last push are not finite (NaN, infinite); neither is the average",
                 values,
                 extra=event("values_not_finite", worker=self._worker_id, round=base_step, values=values),
             )

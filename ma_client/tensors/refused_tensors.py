@@ -68,7 +68,7 @@ def why_refused(name: str, tensor: torch.Tensor) -> str | None:
         return f"variable {name!r} is {kind_of(tensor)}, and only dense tensors are averaged; make it dense"
     if tensor.is_meta:
         return (
-            f"variable {name!r} is on the device meta and has no values: make the model on a real device, or call "
+            f"variable {name!r} is on the meta device and has no values: make the model on a real device, or call "
             "model.to_empty(device=...) and initialize it, before you give it to the getter"
         )
     return None

@@ -218,7 +218,7 @@ def _what_is_gone(names: Sequence[str], there: Mapping[str, torch.Tensor]) -> st
     more = f", and {len(gone) - 1} more," if len(gone) > 1 else ""
     verb = "are" if len(gone) > 1 else "is"
     return (
-        f"variable {gone[0]!r}{more} {verb} no longer in the model{now}, but in the center, whose variables are fixed "
-        "when the chief initializes it: prune, parametrize, add or remove layers before you make the optimizer, or "
-        "undo it before the next round"
+        f"variable {gone[0]!r}{more} {verb} no longer in the model{now}, but still in the center, whose variables are "
+        "fixed when the chief initializes it: prune, parametrize, add or remove layers before you make the optimizer, "
+        "or undo it before the next round"
     )

@@ -14,7 +14,7 @@ from modelaverage.errors import InvalidRequestError
 from modelaverage.logs import event
 from modelaverage.names import listed
 
-__all__ = ["POLICIES", "NonfiniteGuard"]
+__all__ = ["NonfiniteGuard", "POLICIES"]
 
 _log = logging.getLogger("ma_client")
 _NAMES_SHOWN = 3

@@ -40,7 +40,7 @@ def settings_of(
     """Checks the arguments; takes ``num_worker`` and ``is_chief`` from the environment where they are None.
 
     Raises:
-        ValueError: a number is not a whole number from 1 on, or the session was made with another ``is_chief``.
+        ValueError: a number is not a whole number from 1 up, or the session was made with another ``is_chief``.
         InvalidRequestError: OUTER_OPTIMIZER_INVALID: the text names no outer optimizer, or a wrong setting.
         TypeError: ``outer_optimizer`` is something else.
         ClusterError: the environment does not describe the cluster.
@@ -64,5 +64,5 @@ def _whole(name: str, value: object) -> int:
         with contextlib.suppress(TypeError):
             number = operator.index(value)  # type: ignore[arg-type]
     if number is None or number < 1:
-        raise ValueError(f"{name} {value} is not a whole number from 1 on")
+        raise ValueError(f"{name} {value} is not a whole number from 1 up")
     return number

@@ -20,8 +20,8 @@ _WHY = {
 def say_discarded(session: ParameterServerSession, steps: int) -> None:
     """The center has replaced local variables with steps in them that were in no round."""
     _log.warning(
-        "%s of %s since its last round: discarded, its local variables are those of the center now (global_step %d). "
-        "Steps come into the center when the hook is left normally, or by `average`",
+        "%s of %s since its last round: discarded; its local variables are now those of the center (global_step %d). "
+        "Steps reach the center when the hook ends without an exception, or by `average`",
         _steps(steps),
         session.worker_id,
         session.base_step or 0,
@@ -32,7 +32,8 @@ def say_discarded(session: ParameterServerSession, steps: int) -> None:
 def say_not_used(session: ParameterServerSession, outcome: Outcome, steps: int) -> None:
     """A push came too late, or a second time."""
     _log.warning(
-        "the push of %s was not used (%s): %s since its last round lost; it goes on from the center of global_step %d",
+        "the push of %s was not used (%s): %s since its last round are lost; it continues from the center of "
+        "global_step %d",
         session.worker_id,
         _WHY[outcome],
         _steps(steps),
@@ -44,7 +45,7 @@ def say_not_used(session: ParameterServerSession, outcome: Outcome, steps: int) 
 def say_finished(session: ParameterServerSession, workers_training: int) -> None:
     """This worker has finished, and others are still training."""
     _log.info(
-        "%s has finished at global_step %d; rounds go on with %s; its model stays that of its last round",
+        "%s has finished at global_step %d; rounds go on with %s; its model stays as its last round left it",
         session.worker_id,
         session.base_step or 0,
         "1 worker" if workers_training == 1 else f"{workers_training} workers",

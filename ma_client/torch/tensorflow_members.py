@@ -79,7 +79,7 @@ class TensorFlowMembers(torch.optim.Optimizer):
                 of this optimizer.
         """
         if gate_gradients not in (self.GATE_NONE, self.GATE_OP, self.GATE_GRAPH):
-            raise ValueError(f"gate_gradients {gate_gradients} is none of GATE_NONE, GATE_OP, GATE_GRAPH (0, 1, 2)")
+            raise ValueError(f"gate_gradients {gate_gradients} is not one of GATE_NONE, GATE_OP, GATE_GRAPH (0, 1, 2)")
         variables = self._parameters.all() if var_list is None else list(var_list)
         self._parameters.check_known(variables)
         if callable(loss):

@@ -155,7 +155,7 @@ class Connection:
 
     def leave(self, request: pb.LeaveRequest, deadline: Deadline) -> pb.LeaveResponse:
         """Says goodbye for this process, and whether it has finished."""
-        late = "the server does not know that this worker goes"
+        late = "the server does not know that this worker leaves"
         return wire.parse(pb.LeaveResponse, self.calls.ask("Leave", request.SerializeToString(), deadline, late))
 
     def status(self, deadline: Deadline) -> pb.GetStatusResponse:

@@ -99,7 +99,7 @@ class ClientDataLane(ClientLane):
 
     def rest(self, goes_on: Callable[[], bool]) -> object | None:
         """See `ClientLane`."""
-        return None if self._transfer.wait(goes_on) else self._transfer.problem or "it was not waited for"
+        return None if self._transfer.wait(goes_on) else self._transfer.problem or "the wait for it was given up"
 
     def end(self, ending: Ending) -> ModelAverageError | None:
         """See `ClientLane`. A connection on which a push got stuck is not used for a while."""

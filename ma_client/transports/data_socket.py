@@ -110,7 +110,7 @@ class DataSocket:
             if room_bytes:
                 return room_bytes
             if self._is_over.wait(self._pace.pause_s):
-                raise OSError("it was broken off")
+                raise OSError("it was cancelled")
 
     def receive(
         self, room: memoryview, heard: Callable[[], None] = lambda: None, unheard: Callable[[], None] = lambda: None

@@ -191,7 +191,7 @@ class GrpcCalls:
         except grpc.FutureCancelledError:
             if self._channel_is_lost and not self.stopped.is_set():
                 raise self._is_elsewhere() from None
-            raise ModelAverageError(f"the call to {self.address} was ended here") from None
+            raise ModelAverageError(f"the call to {self.address} was cancelled here") from None
         except RuntimeError as error:
             if not is_about_threads(error):
                 raise
@@ -220,9 +220,7 @@ class GrpcCalls:
         self._open_channel()
 
     def _is_elsewhere(self) -> ServerUnavailableError:
-        return ServerUnavailableError(
-            f"the parameter server at {self.address} is there again, perhaps at another address"
-        )
+        return ServerUnavailableError(f"the parameter server at {self.address} is back, perhaps at another address")
 
     def _fault(self, error: grpc.RpcError, deadline: Deadline, late: str) -> ModelAverageError:
         details = error.details() or ""
@@ -246,7 +244,7 @@ class GrpcCalls:
             case grpc.StatusCode.CANCELLED if not self.stopped.is_set():  # a stopping server had not begun to serve it
                 return ServerUnavailableError(f"the parameter server at {self.address} broke off ({details})")
             case grpc.StatusCode.UNIMPLEMENTED:
-                return ServerUnavailableError(f"what answers at {self.address} is no parameter server: {details}")
+                return ServerUnavailableError(f"what answers at {self.address} is not a parameter server: {details}")
             case code:
                 return ModelAverageError(f"{self.address} answered {code.name}: {details}")
 

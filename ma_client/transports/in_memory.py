@@ -177,7 +177,7 @@ class MemoryCalls:
         """The exception for the end of a call."""
         fault = fault_named(reason, details)
         if fault is None and status == "CANCELLED":
-            fault = ModelAverageError(f"the call to {self.address} was ended here")
+            fault = ModelAverageError(f"the call to {self.address} was cancelled here")
         if fault is None:
             fault = self._gone(details)
         if status != "UNAVAILABLE":

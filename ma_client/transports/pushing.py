@@ -258,7 +258,7 @@ def _log_waiting(waiting: pb.WaitingNotice, step: int) -> None:
         waiting_for_omitted=missing.omitted,
         waiting_for_unknown=missing.unknown,
     )
-    whom = missing.text() if missing else "the server: all pushes are there, and its checkpoint is being written"
+    whom = missing.text() if missing else "the server: all pushes are in, and its checkpoint is being written"
     if waiting.finished:
         gone = listed(waiting.finished, waiting.finished_omitted)
         have = "has" if len(waiting.finished) + waiting.finished_omitted == 1 else "have"

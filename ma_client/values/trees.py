@@ -59,7 +59,7 @@ def nest(arrays: Mapping[str, NDArray[Any]], paths: Paths) -> Mapping[str, Any]:
 def _paths(tree: Mapping[str, Any], above: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
     for key, value in tree.items():
         if not isinstance(key, str):
-            raise InvalidRequestError(f"the key {key!r} is no string; variables are named by strings")
+            raise InvalidRequestError(f"the key {key!r} is not a string; variables are named by strings")
         if isinstance(value, Mapping):
             yield from _paths(value, (*above, key))
         else:

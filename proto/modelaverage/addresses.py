@@ -74,7 +74,9 @@ def split(text: str) -> tuple[str, ...]:
     """Splits addresses at commas. Raises ValueError if one is malformed."""
     found = tuple(address.strip() for address in text.split(","))
     if len(found) > 1 and "" in found:
-        raise ValueError(f"{text!r} is not HOST:PORT[,HOST:PORT...]: there is nothing between two commas, or at an end")
+        raise ValueError(
+            f"{text!r} is not HOST:PORT[,HOST:PORT...]: an address is missing between two commas, or at an end"
+        )
     check_all(found)
     return found
 
@@ -83,7 +85,7 @@ def check_all(addresses: Iterable[object]) -> None:
     """Raises ValueError if one is malformed."""
     for address in addresses:
         if not isinstance(address, str):
-            raise ValueError(f"{address!r} is not HOST:PORT: it is no text")
+            raise ValueError(f"{address!r} is not HOST:PORT: it is not a string")
         parse(address)
 
 
@@ -92,7 +94,7 @@ def _host_and_port(text: str, to_listen: bool) -> Address:
     if brackets is not None:
         host, port = brackets["host"], brackets["port"]
         if not _is_ipv6(host):
-            raise _refusal(text, f"{host!r} is no IPv6 address, and only those have brackets", "")
+            raise _refusal(text, f"{host!r} is not an IPv6 address, and only those take brackets", "")
     elif text.count(":") > 1:
         host, _, port = text.rpartition(":")
         if _is_port(port) and _is_ipv6(host.removesuffix(":") if host.endswith("::") else host):
@@ -106,7 +108,7 @@ def _host_and_port(text: str, to_listen: bool) -> Address:
     if not host:
         raise _refusal(text, "it has no host", f"127.0.0.1:{port}" if port and _is_port(port) else "")
     if brackets is None and (odd := _NOT_IN_HOSTS.search(host)):
-        raise _refusal(text, f"no host has a {odd[0]!r} in its name", "")
+        raise _refusal(text, f"a host's name cannot have {odd[0]!r} in it", "")
     shown = f"[{host}]" if brackets is not None else host
     if not port:
         raise _refusal(text, "it has no port", f"{shown}:{_EXAMPLE_PORT}")

@@ -43,7 +43,7 @@ def check_incarnation(incarnation: bytes) -> None:
     if len(incarnation) != INCARNATION_BYTES:
         raise refusal(
             Reason.INCARNATION_INVALID,
-            f"incarnation has {len(incarnation)} bytes; a process chooses {INCARNATION_BYTES} random ones",
+            f"incarnation has {len(incarnation)} bytes; it has to have {INCARNATION_BYTES} random ones",
         )
 
 

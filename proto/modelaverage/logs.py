@@ -135,7 +135,7 @@ def keep_logging(program: str, on_loss: OnLoss = OnLoss.DROP) -> None:
 
     def words(stream: str, lines: int, cause: str) -> str:
         what = f"standard {'output' if stream == 'stdout' else 'error'}"
-        message = f"{what} cannot be written ({cause}): what follows is lost, and the work goes on"
+        message = f"{what} cannot be written ({cause}): later lines are lost, and the work goes on"
         if lines:
             message = f"{what} could not be written ({cause}): {lines:,} lines of it are lost"
         extra = event("output_lost", stream=stream, lines=lines, cause=cause)

@@ -155,10 +155,12 @@ class Variable:
             raise _invalid(f"variable {self.name!r} has dtype {self.dtype}; only {', '.join(DTYPES)} can be averaged")
         check_dimensions(self.name, len(self.shape))
         if self.shape and min(self.shape) < 0:
-            raise _invalid(f"variable {self.name!r} has the negative extent {min(self.shape)} in shape {self.shape}")
+            raise _invalid(f"variable {self.name!r} has a negative extent, {min(self.shape)} in shape {self.shape}")
         # A zero makes the variable empty, but the other extents must still be valid.
         if math.prod([extent or 1 for extent in self.shape]) * DTYPES[self.dtype].itemsize > _MAX_MODEL_BYTES:
-            raise _invalid(f"variable {self.name!r} with shape {self.shape} does not fit 63 bits of bytes")
+            raise _invalid(
+                f"variable {self.name!r} with shape {self.shape} is too large: its size in bytes does not fit 63 bits"
+            )
         if self.part is not None:
             self._check_part(self.part)
 
@@ -168,7 +170,7 @@ class Variable:
             return
         if len(self.shape) != 1 or not 0 <= part.start < part.start + self.size <= math.prod(part.shape):
             raise _invalid(
-                f"variable {self.name!r} of shape {self.shape} is no part of one of shape {part.shape} "
+                f"variable {self.name!r} of shape {self.shape} is not a part of one of shape {part.shape} "
                 f"from element {part.start} on"
             )
 
@@ -249,8 +251,8 @@ class Manifest:
         last = -1
         for variable in self.variables:
             if (variable.part is None) != (self.shard is None):
-                where = "no shard" if self.shard is None else "a shard"
-                raise _invalid(f"variable {variable.name!r} does not fit a manifest of {where}; give it a part or not")
+                which = "a part, but the manifest has no" if self.shard is None else "no part, but the manifest has a"
+                raise _invalid(f"variable {variable.name!r} has {which} shard; give both or neither")
             if variable.part is not None:
                 if variable.part.variable <= last:
                     raise _invalid(f"variable {variable.name!r} is number {variable.part.variable}, after {last}")
@@ -397,7 +399,7 @@ def check_variable_count(count: int) -> None:
 def check_dimensions(name: str, count: int) -> None:
     """Raises InvalidRequestError (MANIFEST_INVALID) if no variable can have ``count`` dimensions."""
     if count > MAX_DIMENSIONS:
-        raise _invalid(f"variable {name!r} has {count} dimensions; {MAX_DIMENSIONS} are possible")
+        raise _invalid(f"variable {name!r} has {count} dimensions; at most {MAX_DIMENSIONS} are possible")
 
 
 def first_difference(ours: Sequence[Variable], theirs: Sequence[Variable], whose: str, other: str) -> str | None:

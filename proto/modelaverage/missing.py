@@ -34,7 +34,7 @@ class LastSeen:
         """The remark that follows its name; empty if there is none."""
         if self.has_left:
             return "has left"
-        return "" if self.age_s is None or self.age_s < _SILENT_FROM_S else f"last heard of {self.age_s:.0f} s ago"
+        return "" if self.age_s is None or self.age_s < _SILENT_FROM_S else f"last heard from {self.age_s:.0f} s ago"
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ class Missing:
 
     @property
     def unknown_text(self) -> str:
-        """How many workers the server has not heard of yet, in words; empty if there are none."""
-        return f"{self.unknown:,} not heard of yet" if self.unknown else ""
+        """How many workers the server has not heard from yet, in words; empty if there are none."""
+        return f"{self.unknown:,} not heard from yet" if self.unknown else ""
 
     def notice(self, round_age_s: float, finished: Sequence[str] = (), training: int = 0) -> pb.WaitingNotice:
         """The notice for a waiting worker.
@@ -103,7 +103,7 @@ class Missing:
         )
 
     def text(self, show: Callable[[str], str] = quoted) -> str:
-        """``'a', 'b' and 11,984 more, 2 not heard of yet``; "nobody" if nobody is missing.
+        """``'a', 'b' and 11,984 more, 2 not heard from yet``; "nobody" if nobody is missing.
 
         Args:
             show: how each name is written.

@@ -143,11 +143,11 @@ def _stranger(shard: Shard | None, position: int, first: Shard | None, addresses
     """Why a server does not belong with the given ones, or None."""
     given = f"{len(addresses)} {'addresses were' if len(addresses) > 1 else 'address was'} given"
     if shard is None:
-        return None if len(addresses) == 1 else f"keeps a whole model and shares it with nobody, but {given}"
+        return None if len(addresses) == 1 else f"has a whole model, not a shard, but {given}"
     if shard.count != len(addresses):
         return f"is {shard}, but {given}; give all of them, in order"
     if first is None or shard.job_id != first.job_id:
-        return f"is {shard}; that at {addresses[0]} is {first or 'no shard'}"
+        return f"is {shard}; the one at {addresses[0]} is {first or 'no shard'}"
     if shard.index != position:
         return f"is {shard}, but was given as number {position}; give the addresses in order"
     return None

@@ -74,7 +74,8 @@ def parse(message_type: type[_M], data: bytes) -> _M:
     except DecodeError as error:
         name = message_type.DESCRIPTOR.name
         raise refusal(
-            Reason.MESSAGE_MALFORMED, f"{len(data)} bytes are no {name}: {error}; generate the client from the .proto"
+            Reason.MESSAGE_MALFORMED,
+            f"{len(data)} bytes are not a {name}: {error}; generate the client from the .proto",
         ) from None
 
 

@@ -198,7 +198,7 @@ class Center:
         error = refusal(
             Reason.READER_TOO_SLOW,
             f"this center was read at {slowest.pace(now_s):.0f} bytes a second, and the server needs its memory for "
-            "new rounds; call again for the present one",
+            "new rounds; call again for the current one",
         )
         for reader in slowest.readers:
             assert reader.end is not None

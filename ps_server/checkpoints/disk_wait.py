@@ -64,7 +64,7 @@ class DiskWait:
         if self._is_said and is_written:
             path, step, waited_s = str(self._directory), self._global_step, self._waited_s
             what = event("checkpoint_written_late", path=path, round=step, waited_s=waited_s)
-            _log.warning("%s is written in %s after %.0f s", self._what, path, waited_s, extra=what)
+            _log.warning("%s was written to %s after %.0f s", self._what, path, waited_s, extra=what)
 
     def give_up(self) -> None:
         """Ends the wait without result, because the server ends."""

@@ -163,7 +163,7 @@ def content_of(head: Head, step: int, is_fresh: bool) -> Content:
     if sorted([*names, *(each for by_variable in state.values() for each in by_variable.values())]) != sorted(
         head.tensors
     ):
-        raise CheckpointError("its list of variables is not that of its tensors")
+        raise CheckpointError("its list of variables does not match its tensors")
     shard, parts = _shard_of(about, len(names))
     variables = tuple(
         Variable(name, head.tensors[name].dtype, head.tensors[name].shape, part)
@@ -173,7 +173,7 @@ def content_of(head: Head, step: int, is_fresh: bool) -> Content:
         strict_json.parse(about["contributors"]), "contributors", _MAX_CONTRIBUTORS, _worker_id
     )
     if len(set(contributors)) != len(contributors):
-        raise ValueError("contributors has a worker twice")
+        raise ValueError("contributors names a worker twice")
     counted = strict_json.map_of(strict_json.parse(about["counted"]), "counted", _MAX_COUNTED, _counted)
     # Files of earlier versions lack this field.
     finished = strict_json.list_of(strict_json.parse(about.get("finished", "[]")), "finished", _MAX_COUNTED, _worker_id)
@@ -202,7 +202,7 @@ def _state_of(
     state, prefix = dict[str, dict[str, str]](), _state_prefix(names)
     for name in names:
         if name not in tensors:
-            raise CheckpointError("its list of variables is not that of its tensors")
+            raise CheckpointError("its list of variables does not match its tensors")
         dtype = DTYPES[tensors[name].dtype]
         for slot in slots_of(outer, dtype):
             found = tensors.get(key := f"{prefix}{slot}/{name}")
@@ -234,7 +234,7 @@ def _counted(worker_id: str, value: Any) -> tuple[bytes, int]:
     _worker_id(worker_id)
     key = strict_json.list_of(value, "what was counted", 2, lambda each: each)
     if len(key) != 2:
-        raise ValueError(f"what was counted of {worker_id!a} is no incarnation and push id")
+        raise ValueError(f"what was counted of {worker_id!a} is not an incarnation and push id")
     incarnation = _from_hex(key[0], "incarnation")
     check_incarnation(incarnation)
     return incarnation, strict_json.whole_number(key[1], "push id", 0, _MAX_PUSH_ID)
@@ -256,7 +256,7 @@ def _shard_of(about: Mapping[str, str], num_variables: int) -> tuple[Shard | Non
         return None, [None] * num_variables
     fields = strict_json.list_of(strict_json.parse(about["shard"]), "shard", 3, lambda each: each)
     if len(fields) != 3:
-        raise ValueError("shard is no index, count and job id")
+        raise ValueError("shard is not an index, count and job id")
     index, count = (strict_json.whole_number(each, "shard", 0, _MAX_PART_INDEX) for each in fields[:2])
     parts = strict_json.list_of(strict_json.parse(about["parts"]), "parts", num_variables, _part)
     return Shard(index, count, _from_hex(fields[2], "job id")), list(parts)
@@ -265,7 +265,7 @@ def _shard_of(about: Mapping[str, str], num_variables: int) -> tuple[Shard | Non
 def _part(value: Any) -> Part:
     fields = strict_json.list_of(value, "a part", 3, lambda each: each)
     if len(fields) != 3:
-        raise ValueError("a part is no variable, start and shape")
+        raise ValueError("a part is not a variable, start and shape")
     variable = strict_json.whole_number(fields[0], "variable", 0, _MAX_PART_INDEX)
     start = strict_json.whole_number(fields[1], "start", 0, STEP_LIMIT - 1)
     shape = strict_json.list_of(fields[2], "shape", MAX_DIMENSIONS, _extent)

@@ -46,7 +46,7 @@ def load_latest(directory: Path, max_model_bytes: int | None = None) -> Checkpoi
     found, passed_over = find_latest(directory, max_model_bytes=max_model_bytes)
     for path, error in passed_over:
         why = event("checkpoint_passed_over", path=str(path), cause=reason_of(error))
-        _log.warning("checkpoint %s is passed over: %s", path, reason_of(error), extra=why)
+        _log.warning("checkpoint %s is skipped: %s", path, reason_of(error), extra=why)
     if found is None:
         if passed_over:
             raise CheckpointError(
@@ -56,7 +56,7 @@ def load_latest(directory: Path, max_model_bytes: int | None = None) -> Checkpoi
     path, checkpoint = found
     step = checkpoint.global_step
     what = event("checkpoint_restored", path=str(path), round=step)
-    _log.warning("going on from checkpoint %s, global_step %d", path, step, extra=what)
+    _log.warning("continuing from checkpoint %s, global_step %d", path, step, extra=what)
     return checkpoint
 
 

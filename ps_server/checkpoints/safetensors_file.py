@@ -141,12 +141,12 @@ def read_head(descriptor: int, file_size_bytes: int) -> Head:
     length = os.read(descriptor, _LENGTH_BYTES)
     text_size_bytes = int.from_bytes(length, "little")
     if len(length) < _LENGTH_BYTES or text_size_bytes > min(file_size_bytes, MAX_HEAD_BYTES) - _LENGTH_BYTES:
-        raise ValueError(f"its {file_size_bytes} bytes are no safetensors file, or not all of one")
+        raise ValueError(f"its {file_size_bytes} bytes are not a safetensors file, or not all of one")
     text = bytearray()
     while len(text) < text_size_bytes:
         block = os.read(descriptor, text_size_bytes - len(text))
         if not block:
-            raise ValueError("it ends in the middle of its head")
+            raise ValueError("it ends in the middle of its header")
         text += block
     # The head is no larger than the file, so the memory used below is in proportion to the file.
     header = strict_json.map_of(strict_json.parse(text.decode()), "its head", len(text), lambda _, value: value)
@@ -158,7 +158,7 @@ def read_head(descriptor: int, file_size_bytes: int) -> Head:
             raise ValueError(f"there is a gap before {name!a}, or others share its bytes")
         end = tensor.end
     if _LENGTH_BYTES + text_size_bytes + end != file_size_bytes:
-        raise ValueError(f"it has {file_size_bytes} bytes, and its head says {_LENGTH_BYTES + text_size_bytes + end}")
+        raise ValueError(f"it has {file_size_bytes} bytes, and its header says {_LENGTH_BYTES + text_size_bytes + end}")
     return Head(length + text, about, tensors, end)
 
 

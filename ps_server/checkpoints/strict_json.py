@@ -46,7 +46,7 @@ def whole_number_in_text(value: str, what: str, least: int, most: int) -> int:
 def text(value: Any, what: str) -> str:
     """The value, if it is text that UTF-8 can encode."""
     if type(value) is not str:
-        raise ValueError(f"{what} {_shown(value)} is no text")
+        raise ValueError(f"{what} {_shown(value)} is not a string")
     if not value.isascii():
         value.encode()  # a lone surrogate raises UnicodeEncodeError, a ValueError
     return value
@@ -55,14 +55,14 @@ def text(value: Any, what: str) -> str:
 def list_of(value: Any, what: str, most: int, item: Callable[[Any], _T]) -> list[_T]:
     """The items of a list of at most ``most``, each converted by ``item``."""
     if type(value) is not list or len(value) > most:
-        raise ValueError(f"{what} {_shown(value)} is no list of at most {most}")
+        raise ValueError(f"{what} {_shown(value)} is not a list of at most {most}")
     return [item(each) for each in value]
 
 
 def map_of(value: Any, what: str, most: int, item: Callable[[str, Any], _T]) -> dict[str, _T]:
     """The items of an object of at most ``most``, each converted by ``item`` from its name and value."""
     if type(value) is not dict or len(value) > most:
-        raise ValueError(f"{what} {_shown(value)} is no object of at most {most}")
+        raise ValueError(f"{what} {_shown(value)} is not an object of at most {most}")
     return {name: item(name, each) for name, each in value.items()}
 
 
@@ -74,7 +74,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _constant(name: str) -> None:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number")
 
 
 def _shown(value: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,11 @@ from modelaverage.access.channels import Access
 from modelaverage.addresses import parse
 from modelaverage.errors import ModelAverageError, told_reason
 from modelaverage.manifest import Manifest
+from modelaverage.outer import AVERAGE, OuterOptimizer, text_of
 from modelaverage.placement import assemble, gather
 from modelaverage.runtime.tuning import CHANNEL_OPTIONS
 from modelaverage.v1 import parameter_server_pb2 as pb
+from ps_server.checkpoints.fields import Checkpoint
 from ps_server.checkpoints.reading import find_latest, reason_of
 from ps_server.checkpoints.safetensors_file import save
 
@@ -43,6 +45,8 @@ class _Center:
     manifest: Manifest
     arrays: Mapping[str, NDArray[Any]]
     global_step: int
+    outer: OuterOptimizer = AVERAGE
+    state: Mapping[str, Mapping[str, NDArray[Any]]] = field(default_factory=dict)
     passed_over: tuple[str, ...] = ()
 
 
@@ -52,6 +56,7 @@ def export(
     timeout_s: float,
     access: Access,
     tell: Callable[[str], None] = lambda _: None,
+    with_outer_state: bool = False,
 ) -> int:
     """Writes the center variables to a safetensors file, unconverted, and their `global_step` to its metadata.
 
@@ -62,6 +67,8 @@ def export(
         timeout_s: how long a server may take until it begins to send.
         access: opens channels to servers.
         tell: called with a line for each checkpoint that is skipped, which says why.
+        with_outer_state: also write the outer optimizer's state, as tensors named as in a checkpoint (outer/SLOT/NAME),
+            and its text to the metadata. Only checkpoints have it.
 
     Returns:
         The `global_step`.
@@ -73,6 +80,13 @@ def export(
         raise ExportError(f"cannot write {out}: it is a directory")
     if not out.parent.is_dir():
         raise ExportError(f"cannot write {out}: there is no directory {out.parent}")
+    if with_outer_state:
+        for source in sources:
+            if not Path(source).is_dir():
+                raise ExportError(
+                    f"{source} is no directory: only checkpoints have the outer optimizer's state, servers do not send "
+                    "it; give the server's --checkpoint-dir, or leave out --with-outer-state"
+                )
     centers = _of_one_step(sources, timeout_s, access)
     for line in dict.fromkeys(line for center in centers for line in center.passed_over):
         tell(line)
@@ -81,11 +95,38 @@ def export(
     except ModelAverageError as error:
         raise ExportError(str(error)) from None
     global_step = centers[0].global_step
+    arrays, about = gather(whole, [center.arrays for center in centers]), {"global_step": str(global_step)}
+    if with_outer_state:
+        outer = _same_outer(centers, sources)
+        if not (state := _whole_state(whole, centers)):
+            tell(f"the outer optimizer is {text_of(outer)}, which has no state")
+        arrays = Checkpoint(whole, arrays, global_step, outer=outer, state=state).tensors
+        about["outer"] = text_of(outer)
     try:
-        save(out, gather(whole, [center.arrays for center in centers]), {"global_step": str(global_step)})
+        save(out, arrays, about)
     except OSError as error:
         raise ExportError(f"cannot write {out}: {error.strerror or error}") from None
     return global_step
+
+
+def _same_outer(centers: Sequence[_Center], sources: Sequence[str]) -> OuterOptimizer:
+    first = centers[0].outer
+    for center, source in zip(centers, sources, strict=True):
+        if center.outer != first:
+            raise ExportError(
+                f"the outer optimizers differ: {sources[0]} has {text_of(first)}, {source} has {text_of(center.outer)}"
+            )
+    return first
+
+
+def _whole_state(whole: Manifest, centers: Sequence[_Center]) -> dict[str, dict[str, NDArray[Any]]]:
+    """The state of the whole model, by slot and variable."""
+    state = dict[str, dict[str, NDArray[Any]]]()
+    for slot in dict.fromkeys(slot for center in centers for slot in center.state):
+        parts = [center.state.get(slot, {}) for center in centers]
+        kept = tuple(each for each in whole.variables if any(each.name in part for part in parts))
+        state[slot] = gather(Manifest(kept, whole.fragment_size_bytes), parts)
+    return state
 
 
 def _of_one_step(sources: Sequence[str], timeout_s: float, access: Access) -> list[_Center]:
@@ -100,7 +141,7 @@ def _of_one_step(sources: Sequence[str], timeout_s: float, access: Access) -> li
                 return centers
             at_most = min(steps)
     found = ", ".join(f"{source}: {step}" for source, step in zip(sources, steps, strict=True))
-    raise ExportError(f"there is no global_step of which all have a center ({found})")
+    raise ExportError(f"there is no global_step for which every source has a center ({found})")
 
 
 def _reader(source: str, at_most: int | None, timeout_s: float, access: Access) -> Callable[[], _Center]:
@@ -125,8 +166,10 @@ def _read(directory: Path, at_most: int | None) -> _Center:
         of_step = "" if at_most is None else f" of global_step {at_most} or before, as another server has"
         raise ExportError(f"there is no usable checkpoint in {directory}{of_step}{newest}")
     _, checkpoint = found
-    why = tuple(f"checkpoint {path} is passed over: {reason_of(error)}" for path, error in passed_over)
-    return _Center(checkpoint.manifest, checkpoint.arrays, checkpoint.global_step, why)
+    why = tuple(f"checkpoint {path} is skipped: {reason_of(error)}" for path, error in passed_over)
+    return _Center(
+        checkpoint.manifest, checkpoint.arrays, checkpoint.global_step, checkpoint.outer, checkpoint.state, why
+    )
 
 
 def _pull(address: str, timeout_s: float, access: Access) -> _Center:

@@ -18,6 +18,7 @@ from modelaverage.access.channels import Access
 from modelaverage.commands.columns import fitted, listed_within, shortened, size, width
 from modelaverage.missing import Missing
 from modelaverage.names import printable, shown
+from modelaverage.outer import AVERAGE
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.console.worker_table import age, worker_table
 
@@ -29,6 +30,8 @@ __all__ = [
     "fetch",
     "intervals_of",
     "missing_of",
+    "outer_optimizer_of",
+    "outer_optimizers_of",
     "phase_of",
     "plain",
     "shard_of",
@@ -148,6 +151,8 @@ def as_text(status: pb.GetStatusResponse, columns: int | None = None) -> str:
     since = f" (for {age(status.round_age_s)})"
     if missing := missing_of(status, None if room is None else room - width(since)):
         rows.append(("waiting for", f"{missing}{since}"))
+    if outer := outer_optimizer_of(status):
+        rows.append(("outer", fitted([outer], room)))
     lines = [
         line
         for title, text in rows
@@ -205,6 +210,28 @@ def intervals_of(status: pb.GetStatusResponse, columns: int | None = None) -> st
         return f"{shown(name) if room is None else shortened(shown(name), _NAME_COLUMNS)} {steps[name]}"
 
     return head + listed_within(names, 0, show, room)
+
+
+def outer_optimizer_of(status: pb.GetStatusResponse) -> str:
+    """The outer optimizer of the server's center; empty if there is no center yet."""
+    if status.phase == pb.PHASE_UNINITIALIZED:
+        return ""
+    return printable(status.outer_optimizer or AVERAGE.name)
+
+
+def outer_optimizers_of(servers: Sequence[Seen]) -> str:
+    """A warning if the centers of servers of one job have different outer optimizers; otherwise empty."""
+    jobs = dict[bytes, dict[str, str]]()
+    for server in servers:
+        if (
+            server.status is not None
+            and server.status.HasField("shard")
+            and (outer := outer_optimizer_of(server.status))
+        ):
+            jobs.setdefault(server.status.shard.job_id, {})[server.address] = outer
+    differing = [found for found in jobs.values() if len(set(found.values())) > 1]
+    each = "; ".join(f"{address} has {outer}" for found in differing for address, outer in found.items())
+    return each and f"OUTER OPTIMIZERS DIFFER within one job: {each}"
 
 
 def workers_in_round(status: pb.GetStatusResponse) -> list[str]:

@@ -56,8 +56,14 @@ def picture(servers: Sequence[Seen], at: str, height: int | None = None) -> Rend
     head.no_wrap, head.overflow = True, "ellipsis"
     if away:
         head.append(f"  {away} away", _ALARM)
-    rows = None if height is None else (height - _HEAD_ROWS) // max(1, len(servers)) - _FRAME_ROWS
-    return Group(head, *(_ServerPanel(server, rows) for server in servers))
+    warning = (
+        [Text(differ, _ALARM, no_wrap=True, overflow="ellipsis")]
+        if (differ := words.outer_optimizers_of(servers))
+        else []
+    )
+    head_rows = _HEAD_ROWS + len(warning)
+    rows = None if height is None else (height - head_rows) // max(1, len(servers)) - _FRAME_ROWS
+    return Group(head, *warning, *(_ServerPanel(server, rows) for server in servers))
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,7 @@ class _ServerPanel:
         title.append(shard, "not bold")
         lines = list[Text]()
         if server.problem:
-            since = "" if status is None else f" for {server.away_s:.0f} s; below is what it said last"
+            since = "" if status is None else f" for {server.away_s:.0f} s; below is its last status"
             problem = Text(f"AWAY{since}: {printable(server.problem)}", _ALARM)
             lines += problem.wrap(console, columns)
         if status is not None:
@@ -132,6 +138,8 @@ def _summary(status: pb.GetStatusResponse, columns: int, console: Console) -> tu
     add("rounds", fitted([f"{status.rounds_committed} committed", *trouble], room))
     moved = f"{size(status.received_bytes)} received, {size(status.sent_bytes)} sent"
     add("model", fitted([size(status.model_size_bytes), moved], room, "; "))
+    if outer := words.outer_optimizer_of(status):
+        add("outer", fitted([outer], room))
     if not status.checkpoint_problem and status.HasField("checkpoint_age_s"):
         add("checkpoint", f"step {status.checkpoint_step}, {age(status.checkpoint_age_s)} ago")
     return vital, lines

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 
 from modelaverage.names import printable
+from modelaverage.outer import AVERAGE
 from modelaverage.runtime.output import wait_while_read
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.console import status
@@ -68,7 +69,12 @@ def _samples(addresses: Sequence[str], fetch: _Fetch, interval_s: float) -> Iter
 
 def _print_changes(samples: Iterator[list[Seen]]) -> None:
     shown: dict[str, tuple[object, ...]] = {}
+    warned = ""
     for servers in samples:
+        if (differ := status.outer_optimizers_of(servers)) != warned:
+            warned = differ
+            if differ:
+                print(_in_columns(f"{time.strftime('%H:%M:%S')}  {differ}"), flush=True)
         for server in servers:
             news = _news(server)
             if shown.get(server.address) != news:
@@ -119,6 +125,8 @@ def line(server: Seen) -> str:
         f"{now.rounds_per_minute:.1f} rounds/min",
         f"{sum(worker.waiting for worker in now.workers)} of {now.num_workers} at the barrier",
     ]
+    if (outer := status.outer_optimizer_of(now)) not in ("", AVERAGE.name):
+        parts.append(f"outer {outer}")
     if now.workers_finished:
         parts.append(status.workers_in_round(now)[0])
     if now.phase == pb.PHASE_UNINITIALIZED:

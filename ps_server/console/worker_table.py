@@ -96,7 +96,7 @@ def state_of(worker: pb.WorkerStatus, missing: Collection[str] = ()) -> str:
         return "has left"
     if worker.fragments_given:
         return f"has sent {worker.fragments_given} fragments"
-    return f"last heard of {age(worker.last_seen_age_s)} ago" if worker.worker_id in missing else "computes"
+    return f"last heard from {age(worker.last_seen_age_s)} ago" if worker.worker_id in missing else "computes"
 
 
 def age(age_s: float) -> str:

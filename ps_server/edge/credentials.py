@@ -37,7 +37,7 @@ def credentials_of(security: ServerSecurity) -> grpc.ServerCredentials | None:
         problem = broken_chain(certificates_in(certificates.decode("latin-1")))
         if problem is not None:
             _log.warning(
-                "%s is no chain: %s; clients may not trust it. Put behind the server's certificate that of the "
+                "%s is not a whole chain: %s; clients may not trust it. Append to the server's certificate that of the "
                 "authority that signed it, then that of the next one",
                 cert_file,
                 problem,
@@ -88,7 +88,7 @@ def tokens_of(security: ServerSecurity) -> WatchedFiles[Tokens] | None:
 
 
 def _keep(what: str, error: Exception) -> None:
-    _log.warning("%s; going on with the %s from before", error, what, extra=event("credentials_kept", cause=str(error)))
+    _log.warning("%s; still using the previous %s", error, what, extra=event("credentials_kept", cause=str(error)))
 
 
 def _read_tokens(files: Sequence[tuple[Path, Role]]) -> Tokens:

@@ -114,14 +114,16 @@ def _metrics(sample: MetricsSample) -> Iterator[Metric]:
     yield gauge("connected_workers", "Workers with a push open now.", status.connected_workers)
     missing = Missing.told(status).count
     yield gauge("missing_workers", "Workers whose pushes the round in progress waits for.", missing)
-    yield gauge("round_age_seconds", "Since the first push of the round in progress; 0 without.", status.round_age_s)
+    yield gauge(
+        "round_age_seconds", "Since the first push of the round in progress; 0 if there is none.", status.round_age_s
+    )
     yield gauge("model_size_bytes", "The center variables, without padding.", status.model_size_bytes)
 
     yield counter("rounds", "Rounds committed.", seen.rounds_committed)
     yield counter("rounds_restarted", "Rounds that were started over.", status.rounds_restarted)
     yield counter("rounds_without_all", "Rounds committed without a worker.", status.rounds_without_all)
     yield counter("stale_pushes", "Pushes that were answered STALE.", status.stale_pushes)
-    yield counter("retried_pushes", "Headers of pushes that the server had heard of.", status.pushes_retried)
+    yield counter("retried_pushes", "Headers of pushes that the server had seen before.", status.pushes_retried)
     refused = Counter("modelaverage_refused_calls", "Calls that were refused, by reason.", labels=("reason",))
     for reason in Reason:  # those without a refusal too: a rate needs the 0 that it grows from
         refused.add_metric((reason.name,), seen.refused[reason.name])
@@ -136,13 +138,13 @@ def _metrics(sample: MetricsSample) -> Iterator[Metric]:
 
     yield counter("received_bytes", "Bytes of fragments received, however they came.", traffic.received_bytes)
     yield counter("sent_bytes", "Bytes of fragments sent, however they went.", traffic.sent_bytes)
-    yield counter("shared_memory_bytes", "How many of both lay in shared memory.", traffic.shared_bytes)
+    yield counter("shared_memory_bytes", "How many of both were in shared memory.", traffic.shared_bytes)
     yield counter("received_fragments", "Fragments of pushes that came into an average.", seen.fragments_received)
     yield counter("sent_fragments", "Fragments of averages sent, once for each worker.", seen.fragments_sent)
 
     yield _histogram("checkpoint_seconds", "From a commit to its checkpoint's file.", [({}, seen.checkpoint_s)])
     yield counter("checkpoint_failures", "Checkpoints not written, or not made durable.", seen.checkpoint_failures)
-    writing = "Since the server began to write the checkpoint that is being written; 0 without."
+    writing = "Since the server began to write the checkpoint that is being written; 0 if there is none."
     yield gauge("checkpoint_writing_seconds", writing, status.checkpoint_writing_s)
     if status.HasField("checkpoint_age_s"):
         yield gauge("checkpoint_age_seconds", "Since the newest checkpoint was written.", status.checkpoint_age_s)
@@ -162,7 +164,7 @@ def _workers(sample: MetricsSample) -> Iterator[Metric]:
         labels=labels,
     )
     nonfinite = Counter("modelaverage_nonfinite_values", "NaN and infinite values that it pushed.", labels=labels)
-    seen = Gauge("modelaverage_worker_last_seen_age_seconds", "Since the worker was last heard of.", labels=labels)
+    seen = Gauge("modelaverage_worker_last_seen_age_seconds", "Since the worker was last heard from.", labels=labels)
     step = Gauge("modelaverage_worker_local_step", "Its count of optimizer steps, at its last push.", labels=labels)
     loss = Gauge("modelaverage_worker_loss", "The loss that it reported with its last push, if it did.", labels=labels)
     counted = {worker.worker_id: worker for worker in sample.status.workers if worker.pushes_counted}

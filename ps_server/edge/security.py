@@ -76,8 +76,8 @@ def add_server_security_flags(command: argparse.ArgumentParser) -> None:
         "--token-file",
         type=Path,
         metavar="FILE",
-        help="every call but health needs a token that is a line of this file; it may do all, with the next flag all "
-        "but initialize",
+        help="every call but health needs a token from this file, which has one a line; it allows every call, with the "
+        "next flag every one but initialize",
     )
     group.add_argument(
         "--chief-token-file", type=Path, metavar="FILE", help="only these tokens may initialize the center"
@@ -88,7 +88,7 @@ def add_server_security_flags(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--insecure",
         action="store_true",
-        help="listen beyond this machine though neither TLS nor a token keeps strangers out",
+        help="listen beyond this machine even though neither TLS nor a token keeps strangers out",
     )
 
 

@@ -58,9 +58,11 @@ async def send_average(
             push.reader.read_bytes += size_bytes
             call.count(sent_bytes=size_bytes, is_shared=lane.is_shared)
             observations.fragments_sent += sent - first
-            message += await lane.send(coded, first, sent)
-            # The last range is sent with the outcome, so a small model takes one message.
-            if message and (sent < count or not combines):
+            part = await lane.send(coded, first, sent)
+            message += part
+            # The last range is sent with the outcome, so a small model takes one message. So is the admission if no
+            # range is sent in messages.
+            if part and (sent < count or not combines):
                 await call.write(message)
                 message = b""
         if push.notice is not None:

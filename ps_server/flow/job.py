@@ -445,7 +445,7 @@ class Job:
         error = refusal(
             Reason.ROUND_TIMED_OUT,
             f"round {self.round.global_step} waited {waited_s:g} s (--round-timeout-s) for {whom}; "
-            "the push stays in the round: push again to wait on",
+            "the push stays in the round: push again to go on waiting",
         )
         for stream in streams:
             self._pushes[stream].call.fail(error)

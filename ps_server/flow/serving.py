@@ -85,7 +85,10 @@ class Serving:
             if cut(str(context.peer())):
                 what = event("connection_cut", peer=str(context.peer()), reason=reason.name)
                 _log.warning(
-                    "%s takes nothing, not even %s: its connection is cut", context.peer(), reason.name, extra=what
+                    "%s reads nothing, not even the refusal %s: its connection is cut",
+                    context.peer(),
+                    reason.name,
+                    extra=what,
                 )
         raise asyncio.CancelledError  # only after a timeout: a delivered status makes abort raise
 

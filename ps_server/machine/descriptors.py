@@ -143,7 +143,7 @@ class DescriptorWatch:
             lasted_s = self._some_since_s - self._none_since_s
             self._none_since_s = None
             _log.warning(
-                "there are descriptors again, after %.0f s; %d connections were turned away",
+                "descriptors are free again, after %.0f s; %d connections were turned away",
                 lasted_s,
                 self._turned_away,
                 extra=event("descriptors_again", waited_s=lasted_s, turned_away=self._turned_away),

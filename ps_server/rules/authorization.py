@@ -72,7 +72,7 @@ def check(tokens: Tokens, method: str, sent: Sequence[str]) -> ModelAverageError
     if not sent:
         return refusal(
             Reason.TOKEN_INVALID,
-            "the call carries no token, and this server wants one; give the client its token file (MA_TOKEN_FILE)",
+            "the call carries no token, and this server requires one; give the client its token file (MA_TOKEN_FILE)",
         )
     role = tokens.role_of(sent[0]) if len(sent) == 1 else None
     if role is None:

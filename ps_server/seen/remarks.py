@@ -85,7 +85,7 @@ class Remarks:
             f"{listed(sorted(by_interval[each])[:3], max(0, len(by_interval[each]) - 3))} {each}" for each in steps
         ]
         _log.info(
-            "interval_steps differ: %s; each is averaged with the others' however long its interval is",
+            "interval_steps differ: %s; rounds average them all the same",
             "; ".join(words[:8]),
             extra=event("intervals_differ", intervals=steps[:16]),
         )

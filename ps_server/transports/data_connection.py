@@ -69,7 +69,7 @@ class DataConnection:
     async def send(self, data: memoryview) -> None:
         """Sends all bytes; returns once the kernel has them. Raises RetryPushError (DATA_CONNECTION_LOST)."""
         try:
-            with self._noticing("takes nothing of what is sent", lambda: self.taken_at_s):
+            with self._noticing("reads nothing of what is sent", lambda: self.taken_at_s):
                 while data:
                     size_bytes = await self._sendable()
                     await self._loop.sock_sendall(self._socket, data[:size_bytes])

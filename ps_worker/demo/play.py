@@ -45,7 +45,7 @@ class _Player:
         return loss.item()
 
 
-class _Center:
+class _PlayedCenter:
     """The server's part: the center and the outer optimizer's state, by variable."""
 
     def __init__(self, model: DigitsNet, outer: OuterOptimizer) -> None:
@@ -84,7 +84,7 @@ def play(config: DigitsConfig, num_workers: int, outer: OuterOptimizer, name: st
     torch.set_num_threads(1)
     data = DigitsData.load()
     players = [_Player(config, data.part(num_workers, index, config.batch_size), index) for index in range(num_workers)]
-    center = _Center(players[0].model, outer)
+    center = _PlayedCenter(players[0].model, outer)
     meter = Meter(name, config, report)
     for step in range(1, config.steps + 1):
         loss, *_ = [player.step() for player in players]

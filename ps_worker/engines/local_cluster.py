@@ -111,7 +111,7 @@ class LocalCluster:
                 raise await server.failure()
         for server, first_line in zip(self._servers, first_lines, strict=True):
             if not first_line.done():
-                raise EngineError(f"{server.name} does not listen after {_READY_TIMEOUT_S:g} s")
+                raise EngineError(f"{server.name} is not listening after {_READY_TIMEOUT_S:g} s")
         self.addresses = tuple(line.split()[-1] for line in all_listen.result())  # "... listening on HOST:PORT"
 
     def _start_server(self, index: int) -> asyncio.Future[str]:

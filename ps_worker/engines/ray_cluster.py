@@ -117,7 +117,7 @@ class RayCluster:
         if not all_listen.done():
             all_listen.cancel()
             silent = next(server.name for server in self._servers if not server.listens_at)
-            raise EngineError(f"{silent} does not listen after {_READY_TIMEOUT_S:g} s")
+            raise EngineError(f"{silent} is not listening after {_READY_TIMEOUT_S:g} s")
 
     def start_worker(
         self,
@@ -212,7 +212,7 @@ class RayCluster:
         before, self.addresses = self.addresses, addresses
         self._all_listen.set()
         if before not in ((), addresses):
-            self._announce(f"{self._servers[index].name} has moved to {address}: the workers start again with that")
+            self._announce(f"{self._servers[index].name} has moved to {address}: the workers restart with that address")
             for worker in self._workers:
                 worker.run_again()
 

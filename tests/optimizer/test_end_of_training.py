@@ -255,7 +255,7 @@ def test_a_push_that_came_too_late_says_how_many_steps_are_lost(
     steps = 99 if at_the_end else 100
     assert outcome(one) is Outcome.STALE
     said = [text for text in caplog.messages if "local steps" in text]
-    assert [f"{steps} local steps since its last round lost" in text for text in said] == [True]
+    assert [f"{steps} local steps since its last round are lost" in text for text in said] == [True]
     assert one.values() == {"w": [1.0] * 3, "b": [2.0] * 3}
 
 
@@ -296,7 +296,7 @@ def test_steps_that_a_push_had_that_failed_here_and_was_counted_are_not_lost(
         first.opt.average()
     assert outcome(first) is (Outcome.ALREADY_COUNTED if waits else Outcome.STALE)
     assert first.values() == second.values() == {"w": [-2.0] * 3, "b": [2.0] * 3}
-    said = [f"{more} local steps since its last round lost" in text for text in caplog.messages]
+    said = [f"{more} local steps since its last round are lost" in text for text in caplog.messages]
     assert said == ([True] if more else [])
 
 

@@ -56,7 +56,7 @@ def test_the_constructor_has_the_originals_parameters_and_the_new_ones_are_keywo
 @pytest.mark.parametrize("settings", [{"interval_steps": 0}, {"interval_steps": -1}, {"num_worker": 0}])
 def test_numbers_below_one_are_refused(settings: dict[str, int], start_server: StartServer, join: Join) -> None:
     ((name, value),) = settings.items()
-    with pytest.raises(ValueError, match=f"{name} {value} is not a whole number from 1 on"):
+    with pytest.raises(ValueError, match=f"{name} {value} is not a whole number from 1 up"):
         join(start_server(1), **settings)
 
 
@@ -190,7 +190,7 @@ def test_gates_are_the_originals_numbers_and_others_are_refused(alone: Join) -> 
     worker = alone()
     for gate in gates:
         worker.opt.minimize(worker.model(torch.ones(3)).sum(), 0, gate_gradients=gate)
-    with pytest.raises(ValueError, match="gate_gradients 3 is none of GATE_NONE, GATE_OP, GATE_GRAPH"):
+    with pytest.raises(ValueError, match="gate_gradients 3 is not one of GATE_NONE, GATE_OP, GATE_GRAPH"):
         worker.opt.compute_gradients(worker.model(torch.ones(3)).sum(), gate_gradients=3)
 
 

@@ -242,7 +242,7 @@ def test_integers_of_any_type_are_taken(number: Any, alone: Join, start_server: 
 def test_what_is_no_whole_number_is_refused(name: str, value: object, start_server: StartServer, join: Join) -> None:
     if name == "num_worker" and value is None:
         return  # that is: as the environment says
-    with pytest.raises(ValueError, match=f"{name} {value} is not a whole number from 1 on"):
+    with pytest.raises(ValueError, match=f"{name} {value} is not a whole number from 1 up"):
         join(start_server(1), **{name: value})
 
 

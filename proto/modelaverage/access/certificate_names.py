@@ -74,7 +74,7 @@ def broken_chain(chain: list[CertificateNames]) -> str | None:
 def shown_name(name: bytes) -> str:
     """The common name, or otherwise the organization's, for people."""
     found = _texts(name)
-    return next((repr(found[kind]) for kind in _NAMES if kind in found), "an authority without a name")
+    return next((repr(found[kind]) for kind in _NAMES if kind in found), "an unnamed authority")
 
 
 def _texts(name: bytes) -> dict[int, str]:

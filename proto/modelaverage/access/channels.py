@@ -92,4 +92,4 @@ def _credentials_of(tls: Tls) -> WatchedFiles[grpc.ChannelCredentials]:
 
 
 def _keep(what: str, error: SecurityError) -> None:
-    _log.warning("%s; going on with the %s from before", error, what, extra=event("credentials_kept", cause=str(error)))
+    _log.warning("%s; still using the previous %s", error, what, extra=event("credentials_kept", cause=str(error)))

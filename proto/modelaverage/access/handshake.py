@@ -86,18 +86,16 @@ def _problem(address: str, host: str, connection: socket.socket, tls: Tls) -> st
 def _of_server_certificate(address: str, name: str, tls: Tls, error: ssl.SSLCertVerificationError) -> str:
     match error.verify_code:
         case 9:  # X509_V_ERR_CERT_NOT_YET_VALID
-            return (
-                f"the certificate of {address} is not valid yet; set the clocks right, or give the server another one"
-            )
+            return f"the certificate of {address} is not valid yet; correct the clocks, or give the server another one"
         case 10:  # X509_V_ERR_CERT_HAS_EXPIRED
             return f"the certificate of {address} has expired; give the server a new one (its --tls-cert and --tls-key)"
         case 62 | 64:  # X509_V_ERR_HOSTNAME_MISMATCH, X509_V_ERR_IP_ADDRESS_MISMATCH
             return (
-                f"the certificate of {address} is not for {name!r}; connect to a name that it has, or say which it has "
-                f"(Tls(server_name=...) or {TLS_SERVER_NAME})"
+                f"the certificate of {address} is not for {name!r}; connect to a name that it covers, or give one of "
+                f"its names (Tls(server_name=...) or {TLS_SERVER_NAME})"
             )
         case code:
-            trusted = "no public authority" if tls.ca_file is None else f"nobody in {tls.ca_file}"
+            trusted = "no public authority" if tls.ca_file is None else f"no authority in {tls.ca_file}"
             between = _of_intermediate(address, tls) if code in _ISSUER_MISSING else ""
             return (
                 f"{trusted} signed the certificate of {address} ({error.verify_message}); {between}give the "
@@ -111,8 +109,8 @@ def _of_intermediate(address: str, tls: Tls) -> str:
     if not chain or chain[-1].issuer == chain[-1].subject:
         return ""
     return (
-        f"if {shown_name(chain[-1].issuer)} is an intermediate authority, its certificate is missing: put it behind "
-        "the server's own, into the file of its --tls-cert; otherwise "
+        f"if {shown_name(chain[-1].issuer)} is an intermediate authority, its certificate is missing: append it to "
+        "the server's own, in the file of its --tls-cert; otherwise "
     )
 
 
@@ -138,13 +136,13 @@ def _chain_of(address: str, tls: Tls) -> list[CertificateNames]:
 def _of_own_certificate(address: str, tls: Tls, why: str) -> str:
     if tls.cert_file is None:
         return (
-            f"{address} wants a certificate of this client ({why}); give one that its --tls-client-ca signed "
+            f"{address} wants a certificate from this client ({why}); give one that its --tls-client-ca signed "
             f"(Tls(cert_file=..., key_file=...) or {TLS_CERT} and {TLS_KEY})"
         )
     return (
         f"{address} refuses the certificate in {tls.cert_file} ({why}); give one that has not "
-        "expired and that its --tls-client-ca signed; if an intermediate authority did, with that one's certificate "
-        "behind it in the file"
+        "expired and that its --tls-client-ca signed; if an intermediate authority signed it, append that authority's "
+        "certificate to the file"
     )
 
 

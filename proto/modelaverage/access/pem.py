@@ -43,7 +43,7 @@ def read_identity(cert_file: Path, key_file: Path) -> tuple[bytes, bytes]:
     except ssl.SSLError as error:
         if error.reason == "KEY_VALUES_MISMATCH":
             raise SecurityError(
-                f"the key in {key_file} does not belong to the certificate in {cert_file}; give both of one pair"
+                f"the key in {key_file} does not belong to the certificate in {cert_file}; give a matching pair"
             ) from None
         raise SecurityError(
             f"{cert_file} and {key_file} cannot be used: {_words(error)}; the key must not have a passphrase"

@@ -35,7 +35,7 @@ def in_the_way(address: str, environ: Mapping[str, str] = os.environ) -> str:
     for name in _VARIABLES:
         if environ.get(name):
             return (
-                f"; {USE_PROXY} is set, and so calls go through the proxy of {name}={environ[name]}: "
-                f"unset {USE_PROXY}, or name the server in no_proxy, to go without it"
+                f"; {USE_PROXY} is set, so calls go through the proxy in {name}={environ[name]}: "
+                f"unset {USE_PROXY}, or name the server in no_proxy, to bypass it"
             )
     return ""

@@ -70,7 +70,9 @@ class Security:
         if self.token is not None:
             check_token(self.token, "token")
             if self.token_file is not None:
-                raise SecurityError(f"both a token and the token_file {self.token_file} are given; give one of them")
+                raise SecurityError(
+                    f"both a token and the token_file {self.token_file} are given; give only one of them"
+                )
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> Security:
@@ -94,7 +96,7 @@ class Security:
             SecurityError: the token is not in a file: an environment is no place for it.
         """
         if self.token is not None:
-            raise SecurityError("a token for other processes has to stand in a file; give a token_file")
+            raise SecurityError("a token for other processes has to be in a file; give a token_file")
         tls = self.tls or Tls()
         files = {TLS_CA: tls.ca_file, TLS_CERT: tls.cert_file, TLS_KEY: tls.key_file, TOKEN_FILE: self.token_file}
         found = {name: str(Path(path).absolute()) for name, path in files.items() if path is not None}

@@ -20,7 +20,7 @@ _RULE = "16 to 512 letters, digits and ._~+/- (`openssl rand -hex 32` makes one)
 def check_token(token: str, where: str) -> str:
     """Returns the token. Raises SecurityError if it is malformed; the message names ``where`` it is, not the token."""
     if _TOKEN.fullmatch(token) is None:
-        raise SecurityError(f"{where} is no token: {_RULE}")
+        raise SecurityError(f"{where} is not a token: {_RULE}")
     return token
 
 
@@ -33,13 +33,13 @@ def read_tokens(path: Path) -> tuple[str, ...]:
     try:
         text = read_file(path).decode("ascii")
     except UnicodeDecodeError:
-        raise SecurityError(f"{path} has a character that no token has; a token is {_RULE}") from None
+        raise SecurityError(f"{path} has a character that a token cannot have; a token is {_RULE}") from None
     tokens = []
     for number, line in enumerate(map(str.strip, text.splitlines()), start=1):
         if line and not line.startswith("#"):
             tokens.append(check_token(line, f"line {number} of {path}"))
     if not tokens:
-        raise SecurityError(f"{path} has no token; write one there: {_RULE}")
+        raise SecurityError(f"{path} has no token; write one into it: {_RULE}")
     return tuple(tokens)
 
 

@@ -17,12 +17,12 @@ _T = TypeVar("_T")
 
 
 def whole(text: str) -> int:
-    """A whole number from 0 on."""
+    """A whole number from 0 up."""
     return _whole_from(0, text)
 
 
 def count(text: str) -> int:
-    """A whole number from 1 on."""
+    """A whole number from 1 up."""
     return _whole_from(1, text)
 
 
@@ -46,7 +46,7 @@ def fraction(text: str) -> float:
     """A number from 0 on, below 1."""
     value = _number(text)
     if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on and below 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 up and below 1")
     return value
 
 
@@ -59,7 +59,7 @@ def or_auto(kind: Callable[[str], _T]) -> Callable[[str], _T | Literal["auto"]]:
         try:
             return kind(text)
         except argparse.ArgumentTypeError as error:
-            raise argparse.ArgumentTypeError(f"{error}, and not 'auto'") from None
+            raise argparse.ArgumentTypeError(f"{error} or 'auto'") from None
 
     return read
 
@@ -83,7 +83,7 @@ def existing_file(text: str) -> Path:
 def _whole_from(least: int, text: str) -> int:
     value = int(text) if text.isascii() and text.isdigit() else -1
     if value < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} on")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} up")
     return value
 
 

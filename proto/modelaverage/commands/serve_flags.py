@@ -27,7 +27,7 @@ _FLAGS = {
     "min_workers": _Flag(
         count,
         "M",
-        "continue without the rest: once M pushes are whole, a round waits --grace-s for the others, then commits (N: "
+        "commit without the rest: once M pushes are whole, a round waits --grace-s for the others, then commits (N: "
         "it needs all)",
     ),
     "max_workers": _Flag(count, "X", "with --min-workers: how many may take part in one round (N)"),
@@ -45,16 +45,16 @@ _FLAGS = {
     "checkpoint_dir": _Flag(
         Path,
         "DIR",
-        "keep the center there, and continue from the newest checkpoint after a restart (nowhere)",
+        "save the center to this directory, and continue from its newest checkpoint after a restart (nowhere)",
     ),
     "checkpoint_every_rounds": _Flag(
-        count, "K", "a checkpoint after every K-th round; with 1, a server that is killed loses nothing (1)"
+        count, "K", "write a checkpoint after every K-th round; with 1, a server that is killed loses nothing (1)"
     ),
     "checkpoint_timeout_s": _Flag(
         seconds,
         "SECONDS",
-        "how long a round waits for its checkpoint; then it is answered without, and checkpoints pause until the disk "
-        "answers again (it waits)",
+        "how long a round waits for its checkpoint; after that its workers get their answer without it, and "
+        "checkpoints pause until the disk responds again (no limit)",
     ),
 }
 

@@ -31,20 +31,20 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m modelaverage.conformance",
         usage="%(prog)s [--only NAME] [--list] [--jobs N] COMMAND...",
-        description="Plays a client through every case that it must get right, and prints a table. What COMMAND has to "
-        "do says docs/conformance.md.",
+        description="Plays a client through every case that it must get right, and prints a table. "
+        "docs/conformance.md says what COMMAND has to do.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    parser.add_argument("--only", action="append", metavar="NAME", help="only this case; may be given again (all)")
+    parser.add_argument("--only", action="append", metavar="NAME", help="only this case; may be repeated (all)")
     parser.add_argument("--list", action="store_true", help="print the names of the cases, and exit")
     parser.add_argument(
         "--jobs",
         type=count,
         default=2 * (os.cpu_count() or 1),
         metavar="N",
-        help="how many cases at the same time (twice the processors)",
+        help="how many cases to play at the same time (twice the number of processors)",
     )
     parser.add_argument(
         "command",
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     if not command:
         parser.error("give the COMMAND of the client program")
     if shutil.which(command[0]) is None:
-        parser.error(f"there is no program {command[0]!r} that could be run")
+        parser.error(f"there is no program {command[0]!r} to run")
     unknown = set(arguments.only or ()) - {case.name for case in CASES}
     if unknown:
         parser.error(f"there is no case {min(unknown)!r}; --list names all")
@@ -88,7 +88,7 @@ def _table(results: list[Result]) -> list[str]:
     for result in results:
         lines.append(f"{result.name:{width}}  {result.took_s:7.1f}  {'missed' if result.miss else 'passed'}")
         if result.miss:
-            lines += [f"    expected: {result.miss.expected}", f"    came:     {result.miss.came}"]
+            lines += [f"    expected: {result.miss.expected}", f"    got:      {result.miss.came}"]
     missed = sum(result.miss is not None for result in results)
     return [*lines, "", f"{len(results)} cases, {len(results) - missed} passed, {missed} missed"]
 

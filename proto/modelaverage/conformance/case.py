@@ -1,4 +1,4 @@
-"""What a case is, and the list that every case puts itself on."""
+"""What a case is, and the list of all cases."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Case:
     Args:
         name: a rule.
         play: raises Miss if the client breaks it.
-        slow: whether it mostly waits, for longer than all others together.
+        slow: whether it mostly waits, for longer than all other cases take together.
     """
 
     name: str
@@ -32,12 +32,12 @@ registered: list[Case] = []
 
 
 def case(play: Play) -> Play:
-    """Puts a function on the list, under its name."""
+    """Adds a function to the list, under its name."""
     registered.append(Case(play.__name__.lstrip("_"), play, slow=False))
     return play
 
 
 def slow_case(play: Play) -> Play:
-    """Puts a function on the list that waits for long."""
+    """Adds a function that mostly waits to the list."""
     registered.append(Case(play.__name__.lstrip("_"), play, slow=True))
     return play

@@ -7,6 +7,6 @@ from modelaverage.conformance.case import Case, registered
 
 __all__ = ["CASES"]
 
-_ROOMS = (layouts, rounds, retries, replies, refusals)  # importing them has put their cases on the list
+_ROOMS = (layouts, rounds, retries, replies, refusals)  # importing them has added their cases to the list
 
 CASES: tuple[Case, ...] = tuple(one for room in _ROOMS for one in registered if one.play.__module__ == room.__name__)

@@ -61,7 +61,7 @@ def _all_types_stand_in_one_model(stage: Stage) -> None:
 def _averages_of_16_bits_are_rounded_once(stage: Stage) -> None:
     server = stage.server(2)
     worker, peer = stage.worker(server.address), stage.peer(server.address)
-    # Halfway between two neighbours, above and below; and sums that no float16 can hold.
+    # Averages halfway between two float16 values, and sums that float16 cannot hold.
     half = np.array([1, 1 + 2**-10, 60000, -60000, 2**-24], np.float16)
     other = np.array([1 + 2**-10, 1 + 2**-9, 61000, -61000, 0], np.float16)
     brain, other_brain = (array.astype(np.float32).astype(ml_dtypes.bfloat16) for array in (half, other))

@@ -93,7 +93,7 @@ def push_line(arrays: Arrays) -> str:
 
 
 def read_initialized(line: str) -> Initialized | Failed:
-    """The answer to `initialize`. Raises Miss if it is none."""
+    """The answer to `initialize`. Raises Miss if it is malformed."""
     words = _words(line, "ok initialized|already GLOBAL_STEP")
     if isinstance(words, Failed):
         return words
@@ -104,7 +104,7 @@ def read_initialized(line: str) -> Initialized | Failed:
 
 
 def read_pulled(line: str) -> Pulled | Failed:
-    """The answer to `pull`. Raises Miss if it is none."""
+    """The answer to `pull`. Raises Miss if it is malformed."""
     words = _words(line, "ok GLOBAL_STEP VARIABLE...")
     if isinstance(words, Failed):
         return words
@@ -114,7 +114,7 @@ def read_pulled(line: str) -> Pulled | Failed:
 
 
 def read_pushed(line: str) -> Pushed | Failed:
-    """The answer to `push`. Raises Miss if it is none."""
+    """The answer to `push`. Raises Miss if it is malformed."""
     words = _words(line, "ok OUTCOME GLOBAL_STEP CONTRIBUTORS VARIABLE...")
     if isinstance(words, Failed):
         return words
@@ -126,7 +126,7 @@ def read_pushed(line: str) -> Pushed | Failed:
 
 
 def read_status(line: str) -> Status | Failed:
-    """The answer to `status`. Raises Miss if it is none."""
+    """The answer to `status`. Raises Miss if it is malformed."""
     words = _words(line, "ok PHASE GLOBAL_STEP")
     if isinstance(words, Failed):
         return words
@@ -137,7 +137,7 @@ def read_status(line: str) -> Status | Failed:
 
 
 def read_left(line: str) -> Failed | None:
-    """The answer to `leave` or `finish`. Raises Miss if it is none."""
+    """The answer to `leave` or `finish`. Raises Miss if it is malformed."""
     words = _words(line, "ok")
     if words:
         if isinstance(words, Failed):
@@ -147,7 +147,7 @@ def read_left(line: str) -> Failed | None:
 
 
 def describe(arrays: Arrays) -> str:
-    """Variables as the lines have them."""
+    """Variables as they are written in a line."""
     words = [f"{name}:{_type(array)}:{_shape(array)}:{_bytes(array)}" for name, array in arrays.items()]
     return " ".join(words)
 
@@ -162,7 +162,7 @@ def same(one: Arrays, other: Arrays) -> bool:
 
 
 def _words(line: str, expected: str) -> list[str] | Failed:
-    """What stands behind `ok`, or the error."""
+    """The words after `ok`, or the error."""
     first, *words = line.split(" ")
     match first, words:
         case "ok", words:

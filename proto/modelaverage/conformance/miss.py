@@ -1,4 +1,4 @@
-"""What a case raises when the client did something else than it should."""
+"""What a case raises when the client does something wrong."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ _SHOWN_CHARACTERS = 300
 
 
 class Miss(Exception):  # noqa: N818 - it is a finding, not an error
-    """The client missed a case.
+    """The client failed a case.
 
     Args:
-        expected: what should have come.
-        came: what came.
+        expected: what the client should have done.
+        came: what it did.
     """
 
     def __init__(self, expected: str, came: str) -> None:
-        super().__init__(f"expected {expected}; came {came}")
+        super().__init__(f"expected {expected}; got {came}")
         self.expected = expected
         self.came = came
 

@@ -21,7 +21,7 @@ def manifest_of(arrays: Arrays, fragment_size_bytes: int = 64) -> Manifest:
 
 
 def fragments_of(arrays: Arrays, fragment_size_bytes: int = 64) -> list[bytes]:
-    """The flat buffer, cut."""
+    """The flat buffer, cut into fragments."""
     manifest = manifest_of(arrays, fragment_size_bytes)
     values = [memoryview(array.tobytes()) for array in arrays.values()]
     return [b"".join(manifest.fragment_parts(index, values)) for index in range(manifest.fragment_count)]
@@ -33,7 +33,7 @@ def unflatten(manifest: Manifest, flat: bytes) -> Arrays:
 
 
 def size_bytes_of(arrays: Arrays) -> int:
-    """Bytes of fragments that a whole push of these variables has, padding included."""
+    """How many bytes of fragments a whole push of these variables has, including padding."""
     return manifest_of(arrays).buffer_size_bytes
 
 
@@ -56,7 +56,7 @@ def mixed() -> Arrays:
 
 
 def like(arrays: Arrays, seed: int) -> Arrays:
-    """Other values for the same variables: random ones, of magnitudes that differ, the same for the same seed."""
+    """Random values of many magnitudes for the same variables; the same seed gives the same values."""
     random = np.random.default_rng(seed)
     return {
         name: (random.normal(size=array.shape) * 10.0 ** random.integers(-2, 3, array.shape)).astype(array.dtype)

@@ -21,11 +21,11 @@ _TIMEOUT_S = 30.0
 
 
 class Peer:
-    """One worker's process, as the server sees it; started again, it is another `Peer`.
+    """What the server takes for one worker's process; a restarted process is another `Peer`.
 
     Args:
         address: of the server.
-        worker_id: who it is.
+        worker_id: the worker that it plays.
     """
 
     def __init__(self, address: str, worker_id: str) -> None:
@@ -33,8 +33,8 @@ class Peer:
         self._incarnation = uuid.uuid4().bytes
         self._push_id = 0
         self._manifest_id = ""
-        self._pushes: list[PeerPush] = []  # a call that nobody holds is cancelled
-        # Not the channel of another peer: each has a connection of its own.
+        self._pushes: list[PeerPush] = []  # a call that nothing refers to is cancelled
+        # Channels do not share connections: each peer has one of its own.
         self._channel = grpc.insecure_channel(
             address, options=[("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1)]
         )
@@ -67,9 +67,9 @@ class Peer:
         """Begins a push and sends its first ``give`` fragments; None: all.
 
         Args:
-            fragments: all of them.
-            base_step: which center they started from.
-            give: how many of them go now.
+            fragments: all of the push.
+            base_step: the step of the center that they were trained from.
+            give: how many of them to send now.
         """
         if not self._manifest_id:
             self.pull()
@@ -87,21 +87,21 @@ class Peer:
         return push
 
     def push(self, fragments: list[bytes], base_step: int) -> int:
-        """A whole push, to the end of its round; the new `global_step`."""
+        """Makes a whole push, and waits for the end of its round; returns the new `global_step`."""
         return self.begin_push(fragments, base_step).ended()
 
     def status(self) -> pb.GetStatusResponse:
-        """What the server does."""
+        """The server's status."""
         status: pb.GetStatusResponse = self._stub.GetStatus(pb.GetStatusRequest(), timeout=_TIMEOUT_S)
         return status
 
     def end(self) -> None:
-        """Breaks off whatever it does."""
+        """Breaks off all its calls."""
         self._channel.close()
 
 
 class PeerPush:
-    """A push of a peer that is under way."""
+    """A peer's push that is under way."""
 
     def __init__(self, stub: Any, header: pb.PushHeader, fragments: list[bytes]) -> None:
         self._requests: queue.SimpleQueue[pb.PushAndAverageRequest | None] = queue.SimpleQueue()
@@ -111,7 +111,7 @@ class PeerPush:
         self._given = next(self._messages).admission.first_needed_fragment
 
     def give(self, end: int) -> None:
-        """Sends the fragments before ``end`` that have not gone; after the last one it half-closes."""
+        """Sends the fragments before ``end`` that have not been sent; half-closes after the last one."""
         for index in range(self._given, end):
             fragment = pb.Fragment(index=index, data=self._fragments[index])
             self._requests.put(pb.PushAndAverageRequest(fragment=fragment))
@@ -120,12 +120,12 @@ class PeerPush:
             self._requests.put(None)
 
     def finish(self) -> int:
-        """Sends the rest, and waits for the end of the round; the new `global_step`."""
+        """Sends the rest, and waits for the end of the round; returns the new `global_step`."""
         self.give(len(self._fragments))
         return self.ended()
 
     def ended(self) -> int:
-        """Waits for the end of the round; the new `global_step`."""
+        """Waits for the end of the round; returns the new `global_step`."""
         outcome = pb.PushOutcome()
         for message in self._messages:
             if message.HasField("outcome"):

@@ -13,7 +13,7 @@ from modelaverage.conformance.miss import Miss, short
 
 __all__ = ["ANSWER_TIMEOUT_S", "Program"]
 
-# Enough for a process to start and for gRPC to come back after a break, on a machine that has much else to do.
+# Enough for a process to start and for gRPC to reconnect, on a busy machine.
 ANSWER_TIMEOUT_S = 20.0
 _END_TIMEOUT_S = 10.0
 _LAST_WORDS_TIMEOUT_S = 1.0
@@ -26,7 +26,7 @@ class Program:
     Args:
         command: the words of COMMAND.
         address: of the server.
-        worker_id: who it is.
+        worker_id: the worker that it plays.
 
     Raises:
         OSError: there is no such program.
@@ -51,28 +51,28 @@ class Program:
             threading.Thread(target=target, daemon=True).start()
 
     def send(self, line: str) -> None:
-        """Gives it a command. Does not wait."""
+        """Gives it a command, without waiting."""
         self._commands.put(line)
 
     def answer(self, timeout_s: float = ANSWER_TIMEOUT_S) -> str:
-        """The next line that it prints. Raises Miss if none comes in that time, or it has ended."""
+        """The next line that it prints. Raises Miss if none comes within this time, or if its output has ended."""
         try:
             line = self._lines.get(timeout=timeout_s)
         except queue.Empty:
-            raise Miss(f"an answer of {self.worker_id} within {timeout_s:g} s", f"none{self.last_words()}") from None
+            raise Miss(f"an answer from {self.worker_id} within {timeout_s:g} s", f"none{self.last_words()}") from None
         if line is None:
             self._lines.put(None)
             self._listener.join(_LAST_WORDS_TIMEOUT_S)
-            raise Miss(f"an answer of {self.worker_id}", f"the end of its output{self.last_words()}")
+            raise Miss(f"an answer from {self.worker_id}", f"the end of its output{self.last_words()}")
         return line
 
     def says_nothing(self, for_s: float) -> None:
-        """Raises Miss if it answers within this time: it has something to wait for."""
+        """Raises Miss if it answers within this time, in which it should wait."""
         try:
             line = self._lines.get(timeout=for_s)
         except queue.Empty:
             return
-        raise Miss(f"that {self.worker_id} waits", short(line))
+        raise Miss(f"{self.worker_id} waits", short(line))
 
     def kill(self) -> None:
         """SIGKILL."""
@@ -81,18 +81,18 @@ class Program:
         self._commands.put(None)
 
     def end(self) -> None:
-        """Ends its input. Raises Miss unless it says nothing more and exits with 0."""
+        """Ends its input. Raises Miss unless it prints nothing more and exits with 0."""
         self._commands.put(None)
         try:
             code = self._process.wait(_END_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             self.kill()
-            came = f"it runs on {_END_TIMEOUT_S:g} s after the end of its input"
-            raise Miss(f"that {self.worker_id} exits", came) from None
+            came = f"it is still running {_END_TIMEOUT_S:g} s after the end of its input"
+            raise Miss(f"{self.worker_id} exits", came) from None
         if code:
-            raise Miss(f"that {self.worker_id} exits with 0", f"{code}{self.last_words()}")
+            raise Miss(f"{self.worker_id} exits with 0", f"{code}{self.last_words()}")
         if (line := self._lines.get(timeout=_END_TIMEOUT_S)) is not None:
-            raise Miss(f"one line of {self.worker_id} for a command", f"another one: {short(line)}")
+            raise Miss(f"one line from {self.worker_id} for each command", f"another line: {short(line)}")
 
     def _read(self) -> None:
         with _stream(self._process.stdout) as stdout:
@@ -116,7 +116,7 @@ class Program:
                 return
 
     def last_words(self) -> str:
-        """What it has said that nobody has listened to, a line each."""
+        """The end of its stderr, and its answers that nobody has read, a line each."""
         lines = [f"stderr: {line}" for line in list(self._said)]
         while not self._lines.empty():
             line = self._lines.get()

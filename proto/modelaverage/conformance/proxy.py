@@ -1,4 +1,4 @@
-"""A TCP proxy between client and server, whose connections break when a case says so."""
+"""A TCP proxy between client and server that breaks connections when a case says so."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _READ_BYTES = 1 << 16
 
 
 class Proxy:
-    """Passes connections on, until `end`. What breaks is let in again at once.
+    """Forwards connections until `end`. After a break, a client may reconnect at once.
 
     Args:
         target: HOST:PORT of the server.
@@ -37,22 +37,23 @@ class Proxy:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def cut_after(self, up_bytes: Sequence[int] = (), down_bytes: Sequence[int] = ()) -> None:
-        """Breaks all connections each time another given number of bytes has passed up (to the server) or down."""
+        """Breaks all connections after the first number of bytes has passed up (to the server) or down, again after the
+        second number more, and so on."""
         with self._lock:
             self._left = {"up": list(up_bytes), "down": list(down_bytes)}
 
     def hold_down(self) -> None:
-        """What the server says is kept back, until the next `cut`."""
+        """Holds back what the server sends, until the next `cut`."""
         self._open.clear()
 
     def cut(self) -> None:
-        """All connections break now."""
+        """Breaks all connections now."""
         with self._lock:
             self._cut()
         self._open.set()
 
     def end(self) -> None:
-        """No connections any more."""
+        """Accepts no more connections, and breaks those that there are."""
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
@@ -86,7 +87,7 @@ class Proxy:
         _close(sink)
 
     def _pass(self, data: bytes, sink: socket.socket, way: str) -> bool:
-        """Passes on what may go; whether the connection is still there."""
+        """Forwards the bytes up to the next break; returns whether the connection still exists."""
         with self._lock:
             left = self._left[way]
             data = data[: left[0]] if left else data

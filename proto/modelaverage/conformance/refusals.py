@@ -40,7 +40,7 @@ def _refusal(name: str) -> Refusal:
 
 
 def _unknown(action: str, status: str = "ABORTED") -> Refusal:
-    """A refusal whose reason no client knows."""
+    """A refusal with a reason that no client knows."""
     return Refusal(status, _UNKNOWN_REASON, action=action)
 
 
@@ -144,7 +144,7 @@ def _after_an_unknown_reason_pull_and_stop_are_errors_at_once(stage: Stage) -> N
         server.pulls.put([refusal])
         worker.begin_pull()
         worker.fails(status, what=f"a pull, {action.value}")
-    # What `pull` asks for is the program's to do: it goes on from the center that came.
+    # After the action `pull` it is up to the program to pull and continue from that center.
     server.pulls.put(center(like(_MODEL, 1), 9))
     check("global_step", worker.pull().global_step, 9)
     server.pushes.put([admission(), READ, *_average(), outcome(10)])
@@ -154,7 +154,7 @@ def _after_an_unknown_reason_pull_and_stop_are_errors_at_once(stage: Stage) -> N
 @case
 def _an_unknown_action_means_stop(stage: Stage) -> None:
     server, worker = _ready(stage)
-    # UNAVAILABLE by itself would be tried again.
+    # Without the action, a client would try UNAVAILABLE again.
     for status in ("ABORTED", "UNAVAILABLE"):
         refusal = _unknown("of-the-future", status)
         for script in ([refusal], [admission(), READ, *_average(), outcome(7)]):
@@ -198,7 +198,7 @@ def _a_push_is_made_again_when_the_page_says_so(stage: Stage) -> None:
     broken = Refusal("INTERNAL", None, "Received RST_STREAM with error code 2")
     away = {"UNAVAILABLE without a reason": Refusal("UNAVAILABLE"), "INTERNAL with RST_STREAM": broken}
     for what, refusal in (away | {name: _refusal(name) for name in sorted(_TRIED_AGAIN)}).items():
-        # Once before its admission, once when all has gone.
+        # Once before the admission, once after the last fragment.
         server.pushes.put([refusal])
         server.pushes.put([admission(), READ, refusal])
         server.pushes.put([admission(), READ, *_average(), outcome(7)])
@@ -243,18 +243,18 @@ def _an_unknown_reason_that_stays_is_an_error(stage: Stage) -> None:
 
 def _check_same_push(attempts: list[GotPush], after: str) -> None:
     keys = {(got.header.incarnation, got.header.push_id, got.header.base_step) for got in attempts}
-    check(f"different headers of one push after {after}:", len(keys), 1)
+    check(f"number of different headers for one push after {after}:", len(keys), 1)
     check(f"the fragments after {after}:", attempts[-1].data.hex(), b"".join(fragments_of(_MODEL)).hex())
 
 
 def _check_soon(began_s: float, after: str) -> None:
     if time.monotonic() - began_s > _LEAST_S:
-        raise Miss(f"that the push is made again soon after {after}", f"{time.monotonic() - began_s:.1f} s")
+        raise Miss(f"the push is made again soon after {after}", f"{time.monotonic() - began_s:.1f} s")
 
 
 def _check_patience(began_s: float) -> None:
     if time.monotonic() - began_s < _LEAST_S:
-        raise Miss(f"that it tries again for {_LEAST_S:g} to {_MOST_S:g} s", f"{time.monotonic() - began_s:.1f} s")
+        raise Miss(f"it tries again for {_LEAST_S:g} to {_MOST_S:g} s", f"{time.monotonic() - began_s:.1f} s")
 
 
 def _average() -> list[pb.PushAndAverageResponse]:

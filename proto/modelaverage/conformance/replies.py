@@ -43,7 +43,7 @@ _COUNT = 3
 
 
 def _ready(stage: Stage, model: Arrays = _MODEL) -> tuple[ScriptedServer, Worker]:
-    """A server whose center, of step 7, a worker has pulled."""
+    """A server, and a worker that has pulled its center of step 7."""
     server = stage.scripted()
     worker = stage.worker(server.address)
     server.pulls.put(center(model))
@@ -56,8 +56,8 @@ def _average(model: Arrays, first: int = 0) -> list[pb.PushAndAverageResponse]:
 
 
 def _check_got(got: GotPush, model: Arrays, first: int = 0) -> None:
-    """Raises Miss unless exactly the fragments from ``first`` on have come (all, of a client that does not wait for the
-    admission), and padding as zeros."""
+    """Raises Miss unless the push had exactly the fragments from ``first`` on (all, if the client does not wait for the
+    admission), with zeros as padding."""
     first = 0 if got.follows else first
     check("the fragments of the push", got.data.hex(), b"".join(fragments_of(model)[first:]).hex())
 
@@ -161,7 +161,7 @@ def _an_outer_optimizer_that_the_client_does_not_know_changes_nothing(stage: Sta
 
 
 def _with_unknown_fields(message: _M) -> _M:
-    """The message as a later version of the protocol may send it: in it, and in every message in it, more fields."""
+    """The message as a later version of the protocol may send it: with more fields, also in the messages within it."""
     for field, value in message.ListFields():
         for one in value if field.is_repeated else [value]:
             if isinstance(one, Message):
@@ -192,7 +192,7 @@ def _each_message_may_have_one_thing(stage: Stage) -> None:
     server, worker = _ready(stage)
     server.pushes.put([admission(), READ, *_average(_MODEL), outcome()])
     check_pushed(worker.push(_MODEL), "committed", 8, "a", _MODEL)
-    # A center of one fragment is no exception.
+    # The same holds for a center of one fragment.
     one = vector(4)
     server.pulls.put(center(one, 8))
     worker.pull()
@@ -204,14 +204,14 @@ def _each_message_may_have_one_thing(stage: Stage) -> None:
 def _a_half_duplex_client_sends_all_before_anything_comes(stage: Stage) -> None:
     server = stage.scripted()
     worker = stage.worker(server.address)
-    # More than lies in some buffer on the way.
+    # More than buffers on the way can hold.
     large, size_bytes = vector(1 << 19), 1 << 16
     server.pulls.put(center(large, fragment_size_bytes=size_bytes))
     worker.pull()
     local = like(large, 1)
     sent, average = (b"".join(fragments_of(each, size_bytes)) for each in (local, large))
     came = [fragment(large, index, size_bytes) for index in range(len(average) // size_bytes)]
-    # Made again, it sends all again: it does not hear that the server needs nothing.
+    # The second attempt sends all again: the client does not learn that the server needs nothing.
     server.pushes.put([admission(), READ, _AWAY])
     server.pushes.put([admission(len(came)), READ, *came, outcome()])
     check_pushed(worker.push(local), "committed", 8, "a", large)
@@ -233,7 +233,7 @@ def _only_the_fragments_that_are_missing_are_sent(stage: Stage) -> None:
     server, worker = _ready(stage)
     for step, first in ((7, 0), (8, 1), (9, _COUNT)):
         local = like(_MODEL, step)
-        # In the first push of a worker that the server has part of, so it is one that is made again.
+        # The first attempt breaks, so the worker makes a second one, of which the server already has a part.
         server.pushes.put([_AWAY])
         server.pushes.put([admission(first), READ, *_average(local), outcome(step + 1)])
         check_pushed(worker.push(local), "committed", step + 1, "a", local)
@@ -372,7 +372,7 @@ def _a_pull_that_waits_may_be_told_so(stage: Stage) -> None:
     pulled = worker.pulled()
     check("global_step", pulled.global_step, 7)
     check_center(pulled.center, _MODEL)
-    # It waits again where a server goes down meanwhile.
+    # It waits again, this time for a server that goes down meanwhile.
     server.pulls.put([chief_notice(0.0), _AWAY])
     server.pulls.put([chief_notice(0.0), *center(_MODEL, 8)])
     worker.begin_pull(wait=True)

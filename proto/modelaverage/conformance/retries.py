@@ -17,12 +17,12 @@ __all__: list[str] = []
 
 _FRAGMENT_SIZE_BYTES = 1 << 14
 _SILENCE_S = 0.4
-# How long a client tries again, as the page has it; and what a last try may take besides.
+# For how long docs/protocol.md tells a client to try again, and how long its last try may take beyond that.
 _LEAST_S, _MOST_S, _SLACK_S = 15.0, 60.0, 10.0
 
 
 def _large() -> Arrays:
-    """40 fragments: too many to lie in some buffer on the way."""
+    """40 fragments: more than buffers on the way can hold."""
     return vector(40 * _FRAGMENT_SIZE_BYTES // 4)
 
 
@@ -99,7 +99,7 @@ def _a_push_whose_answer_is_lost_is_counted_once(stage: Stage) -> None:
     peer.push(fragments_of(vector(40)), 0)
     proxy.cut()
     _check_counted_once(worker, vector(40, start=2))
-    # Its base step is that of the center that came.
+    # Its base step is now that of the center that it received.
     worker.begin_push(vector(40, start=6))
     peer.push(fragments_of(vector(40)), 1)
     check_pushed(worker.pushed(), "committed", 2, "a peer", vector(40, start=3))
@@ -168,7 +168,7 @@ def _a_worker_id_in_use_is_tried_again(stage: Stage) -> None:
     double.says_nothing(2 * _SILENCE_S)
     stage.kill(worker)
     double.says_nothing(_SILENCE_S)
-    # Now it stands where the other was, whose push is whole; or it comes again just after the commit.
+    # Now the server takes it for the killed process, whose push is whole; or it tries again just after the commit.
     peer.push(fragments_of(vector(40)), 0)
     pushed = double.pushed()
     check("outcome", pushed.outcome in ("already_counted", "stale"), True)
@@ -184,7 +184,7 @@ def _a_round_that_is_started_over_is_pushed_to_again(stage: Stage) -> None:
     worker.pull()
     worker.begin_push(vector(40, start=4))
     stage.until_whole(peer, "a")
-    # Another worker dies in the middle of its push, and comes back as another process.
+    # Another worker's process dies in the middle of its push, and a new process takes its place.
     peer.begin_push(fragments, 0, give=1)
     stage.until(
         peer,
@@ -268,4 +268,4 @@ def _a_server_that_stays_away_is_unavailable(stage: Stage) -> None:
 def _check_patience(began_s: float) -> None:
     took_s = time.monotonic() - began_s
     if took_s < _LEAST_S:
-        raise Miss(f"that it tries again for {_LEAST_S:g} to {_MOST_S:g} s", f"an answer after {took_s:.1f} s")
+        raise Miss(f"it tries again for {_LEAST_S:g} to {_MOST_S:g} s", f"an answer after {took_s:.1f} s")

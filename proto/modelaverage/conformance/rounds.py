@@ -16,7 +16,7 @@ from modelaverage.conformance.worker import Worker, check_center, check_pushed
 __all__: list[str] = []
 
 _SOON_S = 5.0
-# Long enough for a wrong answer to come; a right client has nothing to say meanwhile.
+# Long enough for a wrong answer to come; a correct client answers nothing meanwhile.
 _SILENCE_S = 0.4
 
 
@@ -40,7 +40,7 @@ def _rounds(workers: list[Worker], rounds: int) -> None:
     names = " ".join(worker.worker_id for worker in workers)
     center = [worker.pull().center for worker in workers][-1]
     for step in range(rounds):
-        # Small integers: their sum is exact in whatever order they come.
+        # Small integers: their sum is exact in any order.
         values = [
             {name: (value * 0 + 3 * number + step * step + 1).astype(value.dtype) for name, value in center.items()}
             for number, _ in enumerate(workers)
@@ -186,11 +186,11 @@ def _a_push_from_an_old_step_is_stale(stage: Stage) -> None:
     worker.begin_push(vector(9))
     peer.push(fragments_of(vector(9)), 0)
     worker.pushed()
-    # A round with a quorum goes on without the client, which then comes late.
+    # A round with a quorum commits without the client, which then pushes too late.
     alone = vector(9, start=7)
     check("the kit's own round", peer.push(fragments_of(alone), 1), 2)
     check_pushed(worker.push(vector(9, start=1000)), "stale", 2, "peer", alone)
-    # Its base step is now that of the center that came.
+    # Its base step is now that of the center that it received.
     worker.begin_push(vector(9, start=1))
     peer.push(fragments_of(vector(9, start=3)), 2)
     check_pushed(worker.pushed(), "committed", 3, "a peer", vector(9, start=2))
@@ -255,7 +255,7 @@ def _a_worker_that_has_finished_is_not_waited_for(stage: Stage) -> None:
     check("workers that have finished", peer.status().workers_finished, 1)
     alone = vector(9, start=7)
     check("the kit's own round", peer.push(fragments_of(alone), 1), 2)
-    # It trains on: rounds wait for it again.
+    # It continues training: rounds wait for it again.
     pulled = worker.pull()
     check("global_step", pulled.global_step, 2)
     check_center(pulled.center, alone)

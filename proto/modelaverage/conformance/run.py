@@ -35,8 +35,8 @@ def run(cases: Sequence[Case], command: Sequence[str], jobs: int, tell: Callable
     Args:
         cases: what to play.
         command: the words of the client program's COMMAND.
-        jobs: how many at the same time, besides those that mostly wait.
-        tell: hears every result when it is there.
+        jobs: how many to play at the same time, besides those that mostly wait.
+        tell: called with every result as soon as there is one.
     """
     slow = [case for case in cases if case.slow]
     with ThreadPoolExecutor(max(1, len(slow))) as waiting, ThreadPoolExecutor(jobs) as working:
@@ -68,6 +68,6 @@ def _play_on(stage: Stage, case: Case) -> None:
         case.play(stage)
     except Miss:
         raise
-    except Exception as error:  # a wait in vain, a call of the kit's own that failed: what did the clients say?
+    except Exception as error:  # a wait timed out, or a call of the kit itself failed: show what the clients printed
         came = f"{type(error).__name__}: {short(error)}{stage.last_words()}"
-        raise Miss("that the case comes to its end", came) from error
+        raise Miss("the case runs to its end", came) from error

@@ -33,10 +33,10 @@ __all__ = [
 ]
 
 MANIFEST_ID = "of-the-script"
-"""What names the script's manifest, unless it says otherwise."""
+"""The id of a script's manifest, unless the script gives another."""
 _WAIT_S = 20.0
 _THREADS = 8
-# A half-duplex client that sends nothing for this long waits for a message that never comes.
+# A half-duplex client that sends nothing for this long is waiting for a message that never comes.
 _HALF_DUPLEX_PAUSE_S = 3.0
 
 
@@ -46,9 +46,9 @@ class Refusal:
 
     Args:
         status: name of the gRPC status.
-        reason: its name in the trailing metadata; None: none there.
+        reason: its name, for the trailing metadata; None: there is none.
         message: for people.
-        action: the word in the trailing metadata; None: none there.
+        action: the word for the trailing metadata; None: there is none.
     """
 
     status: str
@@ -59,12 +59,12 @@ class Refusal:
 
 @dataclass
 class GotPush:
-    """A push that came.
+    """A push that the server got.
 
     Args:
         header: its header.
         data: the bytes of its fragments, joined.
-        indexes: of the first fragment in each message that came.
+        indexes: of the first fragment in each message.
         half_closed: whether the client half-closed.
     """
 
@@ -75,29 +75,31 @@ class GotPush:
 
     @property
     def follows(self) -> bool:
-        """Whether its fragments came without waiting for the admission: all of them, however often it is made."""
+        """Whether the client sends fragments without waiting for the admission: then every attempt sends all."""
         return self.header.fragments_follow or self.header.half_duplex
 
 
 READ = None
-"""In the script of a push: read until the client half-closes. To a half-duplex client nothing is sent before that."""
+"""In the script of a push: read until the client half-closes. A half-duplex client is sent nothing before that."""
 _PullScript = Sequence[pb.PullResponse | Refusal]
 _PushScript = Sequence["pb.PushAndAverageResponse | Refusal | None"]
 
 
 class ScriptedServer(ParameterServerServicer):
-    """Answers every pull and every push with the next script of `pulls` and `pushes`; a call more waits for another.
+    """Answers every pull and every push with the next script in `pulls` or `pushes`; waits for one if there is none.
 
-    Of the script of a pull, notices go only to a client that accepts them, and a client that goes on with a pull gets
-    no fragment a second time. Of the script of a push, a half-duplex client gets messages only after its half-close,
-    but a refusal at once. Unless the client accepts combined messages, each thing in a message comes in one of its own.
+    It leaves out the notices in a pull's script if the client does not accept them, and the fragments that the client
+    already has if it continues a pull. To a half-duplex client it sends the messages of a push's script only after the
+    half-close, but a refusal at once. It splits combined messages unless the client accepts them.
 
     Attributes:
         address: HOST:PORT.
-        initializations: what each next Initialize is answered with: None for well, or how it fails.
+        pulls: the scripts of the next pulls.
+        pushes: the scripts of the next pushes.
+        initializations: how to answer each Initialize: None accepts it.
         phase: what a status says.
-        outer_optimizer: what a status and the answer to an Initialize say.
-        left: the goodbyes that came.
+        outer_optimizer: what a status and the answer to an Initialize name.
+        left: the calls of Leave.
     """
 
     def __init__(self) -> None:
@@ -115,15 +117,15 @@ class ScriptedServer(ParameterServerServicer):
         self._server.start()
 
     def got_push(self) -> GotPush:
-        """The next push that has come, in the order of their ends."""
+        """The next push, in the order in which they ended."""
         return self._got.get(timeout=_WAIT_S)
 
     def got_center(self) -> tuple[pb.InitializeHeader, bytes]:
-        """The next Initialize that has come: its header, and its fragments joined."""
+        """The next Initialize that was accepted: its header, and its fragments joined."""
         return self._got_center.get(timeout=_WAIT_S)
 
     def end(self) -> None:
-        """Ends it and its calls, those included that wait for a script."""
+        """Ends the server and its calls, including those that wait for a script."""
         for _ in range(_THREADS):
             self.pulls.put([])
             self.pushes.put([])
@@ -132,7 +134,7 @@ class ScriptedServer(ParameterServerServicer):
     # The service.
 
     def Initialize(self, request_iterator: Iterator[pb.InitializeRequest], context: Any) -> pb.InitializeResponse:  # noqa: N802
-        """Takes a center, or refuses it after its header."""
+        """Accepts a center, or refuses it after its header."""
         header = next(request_iterator).header
         refusal = self.initializations.get(timeout=_WAIT_S)
         if refusal is not None:
@@ -178,12 +180,12 @@ class ScriptedServer(ParameterServerServicer):
             self._got.put(got)
 
     def Leave(self, request: pb.LeaveRequest, _: Any) -> pb.LeaveResponse:  # noqa: N802
-        """Records the goodbye."""
+        """Records the call."""
         self.left.put(request)
         return pb.LeaveResponse()
 
     def GetStatus(self, _: pb.GetStatusRequest, __: Any) -> pb.GetStatusResponse:  # noqa: N802
-        """Always answers: some clients ask before anything else."""
+        """Always answers: some clients ask for the status first."""
         return pb.GetStatusResponse(
             phase=self.phase, global_step=7, num_workers=1, min_workers=1, outer_optimizer=self.outer_optimizer
         )
@@ -196,7 +198,7 @@ def center(
     manifest_id: str = MANIFEST_ID,
     outer_optimizer: str = "",
 ) -> list[pb.PullResponse]:
-    """What a pull gets: the header and every fragment."""
+    """The script of a pull: the header and every fragment."""
     header = pb.CenterHeader(
         manifest=wire.manifest_to_message(manifest_of(arrays, fragment_size_bytes)),
         manifest_id=manifest_id,
@@ -212,12 +214,12 @@ def center(
 
 
 def chief_notice(waited_s: float) -> pb.PullResponse:
-    """What a pull may get before its header: there is no center yet."""
+    """A message that a pull may get before its header, while there is no center."""
     return pb.PullResponse(waiting=pb.ChiefNotice(waited_s=waited_s))
 
 
 def admission(first_needed_fragment: int = 0) -> pb.PushAndAverageResponse:
-    """Lets a push in."""
+    """The admission of a push."""
     return pb.PushAndAverageResponse(admission=pb.PushAdmission(first_needed_fragment=first_needed_fragment))
 
 
@@ -230,9 +232,9 @@ def fragment(arrays: Arrays, index: int, fragment_size_bytes: int = 64) -> pb.Pu
 def outcome(
     global_step: int = 8, how: pb.Outcome = pb.OUTCOME_COMMITTED, contributors: tuple[str, ...] = ("a",)
 ) -> pb.PushAndAverageResponse:
-    """The last word on a push."""
-    last_word = pb.PushOutcome(outcome=how, global_step=global_step, contributors=contributors)
-    return pb.PushAndAverageResponse(outcome=last_word)
+    """The outcome of a push."""
+    message = pb.PushOutcome(outcome=how, global_step=global_step, contributors=contributors)
+    return pb.PushAndAverageResponse(outcome=message)
 
 
 def _note(got: GotPush, message: pb.PushAndAverageRequest) -> None:
@@ -242,7 +244,7 @@ def _note(got: GotPush, message: pb.PushAndAverageRequest) -> None:
 
 
 def _read(got: GotPush, messages: Iterator[pb.PushAndAverageRequest], context: Any) -> None:
-    """Notes what comes until the half-close. A half-duplex client that sends nothing for long is refused."""
+    """Records what comes until the half-close. Refuses a half-duplex client that sends nothing for a while."""
     came: queue.SimpleQueue[pb.PushAndAverageRequest | None] = queue.SimpleQueue()
 
     def read() -> None:
@@ -256,13 +258,13 @@ def _read(got: GotPush, messages: Iterator[pb.PushAndAverageRequest], context: A
         while (message := came.get(timeout=_HALF_DUPLEX_PAUSE_S if got.header.half_duplex else None)) is not None:
             _note(got, message)
     except queue.Empty:
-        pause = f"nothing came for {_HALF_DUPLEX_PAUSE_S:g} s of a half-duplex client that has not half-closed"
+        pause = f"nothing came for {_HALF_DUPLEX_PAUSE_S:g} s from a half-duplex client that has not half-closed"
         _refuse(context, Refusal("FAILED_PRECONDITION", None, pause, Action.STOP.value))
     got.half_closed = context.is_active()
 
 
 def _one_by_one(message: pb.PushAndAverageResponse) -> Iterator[pb.PushAndAverageResponse]:
-    """What a message has, each in a message of its own."""
+    """The parts of a combined message, each in a message of its own."""
     names = [field.name for field, _ in message.ListFields()]
     if len(names) < 2:
         yield message

@@ -16,7 +16,7 @@ class ServerError(Exception):
 
 
 class Server:
-    """`ps-server serve`, until `end`; a port that it has once is its own when it is started again.
+    """`ps-server serve`, until `kill`; a restart uses the same port.
 
     Args:
         flags: of the command, besides `--bind`.
@@ -32,7 +32,7 @@ class Server:
         self.start()
 
     def start(self) -> None:
-        """Starts it, again on the same port, and returns when it listens."""
+        """Starts it (a second time: on the same port) and returns when it listens."""
         self._process = subprocess.Popen(
             [sys.executable, "-m", "ps_server", "serve", "--bind", self.address, *self._flags],
             stdout=subprocess.PIPE,
@@ -40,7 +40,7 @@ class Server:
             text=True,
         )
         assert self._process.stdout is not None
-        # Should it never say a word, its death ends the wait.
+        # If it never prints a line, killing it ends the wait.
         watchdog = threading.Timer(_START_TIMEOUT_S, self._process.kill)
         watchdog.start()
         line = self._process.stdout.readline()

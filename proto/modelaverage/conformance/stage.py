@@ -1,4 +1,4 @@
-"""Where a case is played: whatever it starts is ended with it."""
+"""Where a case is played: everything that a case starts ends with it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LOOK_INTERVAL_S = 0.005
 
 
 class Stage:
-    """Servers, workers and what stands between them, for one case.
+    """Servers, workers and the proxies between them, for one case.
 
     Args:
         command: the words of the client program's COMMAND.
@@ -53,13 +53,13 @@ class Stage:
         return server
 
     def scripted(self) -> ScriptedServer:
-        """A server that says what the case wants."""
+        """A server that sends what the case's scripts say."""
         server = ScriptedServer()
         self._ends.callback(server.end)
         return server
 
     def worker(self, address: str, worker_id: str = "a") -> Worker:
-        """A client program; when the case is over it has to end with 0, unless it was killed by `kill`."""
+        """A client program. At the end of the case it has to exit with 0, unless `kill` has killed it."""
         worker = Worker(self._command, address, worker_id)
         self._ends.callback(worker.kill)
         self._workers.append(worker)
@@ -71,7 +71,7 @@ class Stage:
         worker.kill()
 
     def last_words(self) -> str:
-        """What the client programs have said that nobody has listened to."""
+        """What the client programs have printed last; see `Program.last_words`."""
         return "".join(worker.last_words() for worker in self._workers)
 
     def peer(self, address: str, worker_id: str = "peer") -> Peer:
@@ -81,7 +81,7 @@ class Stage:
         return peer
 
     def proxy(self, address: str) -> Proxy:
-        """What a client may connect to instead."""
+        """A proxy to ``address``, for a client to connect to."""
         proxy = Proxy(address)
         self._ends.callback(proxy.end)
         return proxy
@@ -92,7 +92,7 @@ class Stage:
 
     @staticmethod
     def until(peer: Peer, condition: Callable[[pb.GetStatusResponse], bool], what: str) -> None:
-        """Waits, for a bounded time, for the server's status to be so. Raises TimeoutError."""
+        """Waits, for a bounded time, until the server's status meets the condition. Raises TimeoutError."""
         deadline_s = time.monotonic() + _WAIT_S
         while not condition(peer.status()):
             if time.monotonic() > deadline_s:

@@ -1,4 +1,4 @@
-"""A client program as a case sees it: what it is told, and what it has to answer."""
+"""A client program as a case uses it: the commands it gets, and the answers it has to give."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _A = TypeVar("_A")
 
 
 class Worker(Program):
-    """A client program that is spoken to in the line protocol. Every method raises Miss if it does otherwise."""
+    """A client program, driven by the line protocol. Every method raises Miss if the program answers anything else."""
 
     def initialize(self, arrays: Arrays, global_step: int = 0, fragment_size_bytes: int = 64) -> Initialized:
         """Tells it to set the center."""
@@ -28,11 +28,11 @@ class Worker(Program):
         return self.pulled()
 
     def begin_pull(self, wait: bool = False) -> None:
-        """Tells it to pull; the answer is `pulled`'s."""
+        """Tells it to pull; `pulled` reads the answer."""
         self.send("pull wait" if wait else "pull now")
 
     def pulled(self) -> Pulled:
-        """How the pull ended."""
+        """Waits for the answer to the pull."""
         return _ok(lines.read_pulled(self.answer()))
 
     def push(self, arrays: Arrays) -> Pushed:
@@ -41,11 +41,11 @@ class Worker(Program):
         return self.pushed()
 
     def begin_push(self, arrays: Arrays) -> None:
-        """Tells it to push; the answer is `pushed`'s."""
+        """Tells it to push; `pushed` reads the answer."""
         self.send(lines.push_line(arrays))
 
     def pushed(self, timeout_s: float = ANSWER_TIMEOUT_S) -> Pushed:
-        """How the push ended."""
+        """Waits for the answer to the push."""
         return _ok(lines.read_pushed(self.answer(timeout_s)))
 
     def status(self) -> Status:
@@ -54,11 +54,11 @@ class Worker(Program):
         return _ok(lines.read_status(self.answer()))
 
     def leave(self) -> None:
-        """Tells it to say goodbye."""
+        """Tells it to call Leave."""
         self._say_goodbye("leave")
 
     def finish(self) -> None:
-        """Tells it to say that it has finished its training."""
+        """Tells it to call Leave with `finished`."""
         self._say_goodbye("finish")
 
     def _say_goodbye(self, command: str) -> None:
@@ -68,20 +68,20 @@ class Worker(Program):
             raise Miss("ok", f"error {left.name} {short(left.message)}")
 
     def fails(self, name: str, timeout_s: float = ANSWER_TIMEOUT_S, what: str = "") -> None:
-        """The command before fails with this name. ``what`` says which command, where a case gives several."""
+        """Raises Miss unless the last command fails with this name. ``what`` tells several commands of a case apart."""
         line = self.answer(timeout_s)
         if line.split(" ")[:2] != ["error", name]:
             raise Miss(f"error {name}{what and f' ({what})'}", short(line))
 
 
 def check_center(came: Arrays, expected: Arrays) -> None:
-    """Raises Miss unless names, order, types, shapes and all bits are the same."""
+    """Raises Miss unless names, their order, types, shapes and all bits are the same."""
     if not lines.same(came, expected):
         raise Miss(f"center {short(lines.describe(expected))}", short(lines.describe(came)))
 
 
 def check_pushed(came: Pushed, outcome: str, global_step: int, contributors: str, center: Arrays) -> None:
-    """Raises Miss unless a push ended in this way; contributors are separated by spaces."""
+    """Raises Miss unless a push ended like this; contributors are separated by spaces."""
     check("outcome", came.outcome, outcome)
     check("global_step", came.global_step, global_step)
     check("contributors", came.contributors, tuple(contributors.split()))
