@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from ma_client import ClusterSpec, ParameterServerSession
+from ma_client import ClusterSpec, ConflictError, ParameterServerSession
 from modelaverage.outer import AVERAGE, OuterAdam, outer_optimizer, text_of
 from ps_worker.demo import run_files
 from ps_worker.demo.digits import DigitsData, DigitsNet, accuracy, train_alone, train_in_cluster
@@ -161,6 +161,14 @@ def test_a_worker_that_is_started_again_counts_its_local_steps_on(start_server: 
             (worker,) = observer.status().workers
             assert worker.local_step == steps
             assert 0 < worker.loss < 3  # ln 10 at the start
+
+
+def test_a_worker_with_another_outer_optimizer_is_refused_with_both_named(start_server: StartServer) -> None:
+    cluster = ClusterSpec((start_server(1).address,), num_workers=1, task_index=0)
+    config = DigitsConfig(steps=20, interval_steps=20)
+    train_in_cluster(config, cluster, lambda _: None)
+    with pytest.raises(ConflictError, match=r"average.*sgd:lr=0\.5,momentum=0\.5,nesterov|sgd:lr=0\.5.*average"):
+        train_in_cluster(replace(config, outer="average"), cluster, lambda _: None)
 
 
 def test_flags_say_all_of_a_configuration() -> None:

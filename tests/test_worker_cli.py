@@ -151,6 +151,12 @@ def test_every_command_has_help(command: tuple[str, ...], capsys: pytest.Capture
     assert printed.err == ""
 
 
+@pytest.mark.parametrize("mistake", ["outer", "outer unknown", "launch outer"])
+@pytest.mark.usefixtures("as_alone")
+def test_a_wrong_outer_optimizer_is_a_usage_error(mistake: str) -> None:
+    assert exit_code(*MISTAKES[mistake][0]) == 2
+
+
 @pytest.mark.parametrize("mistake", ["no environment", "launch missing script"])
 def test_wrong_arguments_give_one_line_from_a_real_process(mistake: str) -> None:
     command, named = MISTAKES[mistake]
