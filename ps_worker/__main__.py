@@ -15,11 +15,12 @@ from modelaverage.commands import flag_types
 from modelaverage.commands.parser import OneLineParser, help_format
 from modelaverage.commands.security_flags import add_security_flags, security_of
 from modelaverage.logs import event, keep_logging, log_json
+from modelaverage.outer import AVERAGE
 from modelaverage.runtime.output import OnLoss
 from ps_worker.commands import run_script
 from ps_worker.commands.extras import MissingExtraError, require
 from ps_worker.commands.stop_signals import end_cleanly_on_signals
-from ps_worker.demo.digits_config import MODULES, DigitsConfig, add_training_flags
+from ps_worker.demo.digits_config import MODULES, PLAIN, DigitsConfig, add_training_flags
 from ps_worker.events.parse import EVENTS_FLAG
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ examples:
   srun --ntasks 2 ps-worker digits --ps-hosts HOST:2222                               both, under Slurm
   ps-worker digits --alone                                                            half of the images, no server
   ps-worker digits --alone --all-images                                               all of them
+  ps-worker digits --ps-hosts ... --outer sgd:lr=0.7,momentum=0.9,nesterov            the same for all workers
 """
 _CLUSTER_HELP = """\
 What is not given here is taken from the environment: MA_PS_HOSTS, MA_NUM_WORKERS and MA_TASK_INDEX; TF_CONFIG;
@@ -124,6 +126,11 @@ def _parser() -> argparse.ArgumentParser:
         "--all-images", action="store_true", help="with --alone: train on all images instead of a worker's part"
     )
     command.add_argument(
+        "--plain-averages",
+        action="store_true",
+        help="with --alone: play all workers and their server in this process, with the plain average of each round",
+    )
+    command.add_argument(
         "--save-center", type=Path, metavar="FILE", help="the chief writes the last center to this file (safetensors)"
     )
     command.add_argument(
@@ -179,18 +186,25 @@ def _digits(arguments: argparse.Namespace) -> None:
     config = DigitsConfig.from_flags(arguments)
     if arguments.all_images and not arguments.alone:
         raise ValueError("--all-images needs --alone: in a cluster every worker has its part")
+    if arguments.plain_averages and (arguments.all_images or not arguments.alone):
+        raise ValueError("--plain-averages needs --alone without --all-images; in a cluster give --outer average")
     cluster = None if arguments.alone else _cluster_of(arguments)
     if arguments.save_center is not None and not os.access(arguments.save_center.parent, os.W_OK):
         raise ValueError(f"--save-center: cannot write to the directory {str(arguments.save_center.parent)!r}")
     require(MODULES)
     if arguments.events_fd is None and not arguments.log_json:
+        if cluster is not None:
+            print(f"ps-worker: outer optimizer {config.outer}")
         print("ps-worker: importing torch ...", flush=True)
     from ps_worker.demo import digits
+    from ps_worker.demo.play import play
     from ps_worker.events.sinks import reporter
 
     report = reporter(arguments.events_fd, config.steps, arguments.log_json)
-    if cluster is None:
-        num_workers = _PARTS_ALONE if arguments.num_workers is None else arguments.num_workers
+    num_workers = _PARTS_ALONE if arguments.num_workers is None else arguments.num_workers
+    if cluster is None and arguments.plain_averages:
+        play(config, num_workers, AVERAGE, PLAIN, report)
+    elif cluster is None:
         index = _alone_index(arguments.task_index)
         digits.train_alone(config, num_workers, index, report, arguments.all_images)
     else:

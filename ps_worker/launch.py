@@ -47,6 +47,8 @@ _DIGITS_EXAMPLES = """\
 examples:
   ma-launch --workers 2 -- digits
   ma-launch --workers 4 --runs /tmp/runs -- digits --steps 400 --interval-steps 50 --seed 1
+  ma-launch --workers 4 -- digits --outer sgd:lr=0.7,momentum=0.9,nesterov
+  ma-launch --workers 4 -- digits --outer average
 """
 _DIGITS = "digits"
 _AUTO = "auto"
@@ -246,9 +248,10 @@ def _add_ray_flags(parser: argparse.ArgumentParser) -> None:
 def _digits_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="ma-launch -- digits",
-        description="Trains a small network on scikit-learn's handwritten digits, in all workers together and then in\n"
-        "one worker alone, on its part of the images and on all of them; shows all three, and writes\n"
-        "center.safetensors, summary.json, metrics.jsonl, curves.png and TensorBoard events.",
+        description="Trains a small network on scikit-learn's handwritten digits, in all workers together; then, for\n"
+        "comparison, with plain averages instead of outer steps, and in one worker alone, on its part of the images\n"
+        "and on all of them. Shows all four, and writes center.safetensors, summary.json, metrics.jsonl, curves.png\n"
+        "and TensorBoard events.",
         epilog=_DIGITS_EXAMPLES,
         formatter_class=help_format,
     )

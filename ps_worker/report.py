@@ -20,7 +20,7 @@ from matplotlib.ticker import PercentFormatter
 from torch.utils.tensorboard import SummaryWriter
 
 from modelaverage.names import file_name, shown
-from ps_worker.demo.digits_config import ALONE, ALONE_WITH_ALL
+from ps_worker.demo.digits_config import ALONE, ALONE_WITH_ALL, PLAIN
 from ps_worker.demo.record import Record
 from ps_worker.demo.run_files import CURVES, METRICS, TENSORBOARD
 
@@ -31,6 +31,7 @@ _WORKER_COLOURS = ("#0072B2", "#E69F00", "#56B4E9", "#CC79A7", "#F0E442", "#D55E
 _CENTER_COLOUR = "#009E73"
 _ALONE_STYLE: dict[str, Any] = {"color": "#444444", "linestyle": (0, (4, 2))}
 _LONE_STYLES: dict[str, dict[str, Any]] = {
+    PLAIN: {"color": "#7B3294", "linestyle": (0, (6, 1.5, 1.5, 1.5))},
     ALONE: _ALONE_STYLE,
     ALONE_WITH_ALL: {"color": "#8C5A2B", "linestyle": (0, (1, 1.2))},
 }
@@ -79,7 +80,8 @@ def write_tensorboard(record: Record, directory: Path) -> None:
                 for name, value in (("loss", step.loss), ("samples_per_s", step.samples_per_s)):
                     writer.add_scalar(name, value, step.step, step.unix_time_s)
             for found in record.accuracies[worker]:
-                writer.add_scalar("test_accuracy", found.accuracy, found.step, found.unix_time_s)
+                for name, value in (("test_accuracy", found.accuracy), ("test_loss", found.loss)):
+                    writer.add_scalar(name, value, found.step, found.unix_time_s)
             for round_ in record.rounds[worker]:
                 writer.add_scalar("barrier_wait_s", round_.waited_s, round_.step, round_.unix_time_s)
     for server, samples in sorted(record.servers.items()):
@@ -152,12 +154,14 @@ def _lone_styles(record: Record) -> list[tuple[str, dict[str, Any]]]:
 
 def _averaged(workers: Sequence[str]) -> str:
     count = len(workers)
-    return "averaged" if count < 2 else f"averaged: {count} workers, 1/{count} of the images each"
+    return "center" if count < 2 else f"center: {count} workers, 1/{count} of the images each"
 
 
 def _label(worker: str, workers: Sequence[str]) -> str:
     if worker == ALONE:
         return "one worker alone" + (f", 1/{len(workers)} of the images" if len(workers) > 1 else "")
+    if worker == PLAIN:
+        return f"plain average: {len(workers)} workers"
     if worker == ALONE_WITH_ALL:
         return "one worker alone, all images"
     text = shown(worker)

@@ -65,7 +65,7 @@ def test_nothing_runs_as_root_or_can_write_outside_its_volumes(project: str) -> 
 
 
 def test_what_is_killed_in_mid_run_comes_back_and_the_run_ends_as_if_nothing_had_been(project: str) -> None:
-    with Compose(project, {"ARGS": "--steps 1600"}) as compose:
+    with Compose(project, {"ARGS": "--steps 1600 --interval-steps 20"}) as compose:
         compose.up()
         until(lambda: compose.step() >= 5, "the fifth round")
         # Whatever dies by itself is started again by the engine.
@@ -87,7 +87,12 @@ def test_what_is_killed_in_mid_run_comes_back_and_the_run_ends_as_if_nothing_had
 
 def test_four_workers_and_two_servers_over_mutual_tls_and_nobody_else_gets_in(project: str, tmp_path: Path) -> None:
     subprocess.run([FOLDER / "make-certs", tmp_path], check=True, capture_output=True, timeout=30)
-    environ = {"WORKERS": "4", "PS_HOSTS": "ps:2222,ps-1:2222", "ARGS": "--steps 200", "CERTS": str(tmp_path)}
+    environ = {
+        "WORKERS": "4",
+        "PS_HOSTS": "ps:2222,ps-1:2222",
+        "ARGS": "--steps 200 --interval-steps 20",
+        "CERTS": str(tmp_path),
+    }
     with Compose(project, environ, files=("compose.tls.yaml",), profile="shards") as compose:
         compose.up()
         assert [c.exit_code for c in compose.wait_for_end()] == [0, 0, 0, 0]

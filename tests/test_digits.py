@@ -8,6 +8,8 @@ import json
 import re
 import signal
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,11 +18,13 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from ma_client import ClusterSpec, ParameterServerSession
+from ma_client import ClusterSpec, ConflictError, ParameterServerSession
+from modelaverage.outer import AVERAGE, OuterAdam, outer_optimizer, text_of
 from ps_worker.demo import run_files
 from ps_worker.demo.digits import DigitsData, DigitsNet, accuracy, train_alone, train_in_cluster
-from ps_worker.demo.digits_config import ALONE, ALONE_WITH_ALL, DigitsConfig, add_training_flags
-from ps_worker.demo.record import Record
+from ps_worker.demo.digits_config import ALONE, ALONE_WITH_ALL, PLAIN, DigitsConfig, add_training_flags
+from ps_worker.demo.play import play
+from ps_worker.demo.record import Record, Score
 from ps_worker.demo.summary import Summary
 from ps_worker.demo.view import Cast, LiveView, PlainView
 from ps_worker.events.parse import AccuracyEvent, Event, RoundEvent, ServerEvent, StepEvent, decode, encode
@@ -30,7 +34,7 @@ from tests.launched import Launched
 EVENTS: list[Event] = [
     StepEvent("worker-0", 1.0, 40, 0.25, 1234.5, 0.75, 2),
     RoundEvent("worker-0", 1.0, 40, 2, 0.5),
-    AccuracyEvent("worker-0", 1.0, 40, 2, 0.975),
+    AccuracyEvent("worker-0", 1.0, 40, 2, 0.975, 0.125),
     ServerEvent("ps-0", 1.0, "averaging", 2, 3 << 20, 2 << 20, ("worker-1",)),
     ServerEvent("ps-1", 1.0, "idle", 3, 5 << 20, 4 << 20, ()),
 ]
@@ -80,16 +84,16 @@ def test_part_that_is_less_than_a_batch_is_refused() -> None:
 
 
 def test_same_seed_gives_the_same_center(start_server: StartServer, tmp_path: Path) -> None:
-    config = DigitsConfig(steps=40)
+    config = DigitsConfig(steps=40, interval_steps=20)
     first, second = (train_as_chief(start_server, config, tmp_path) for _ in range(2))
-    other = train_as_chief(start_server, DigitsConfig(steps=40, seed=4), tmp_path)
+    other = train_as_chief(start_server, DigitsConfig(steps=40, interval_steps=20, seed=4), tmp_path)
     assert without_times(first[0]) == without_times(second[0])
     assert first[1] == second[1]
     assert first[1] != other[1]
 
 
 def test_lone_worker_differs_only_in_having_no_server(start_server: StartServer, tmp_path: Path) -> None:
-    config = DigitsConfig(steps=40)
+    config = DigitsConfig(steps=40, interval_steps=20, outer=text_of(AVERAGE))
     events, _ = train_as_chief(start_server, config, tmp_path)
     alone: list[Event] = []
     train_alone(config, 1, 0, alone.append)
@@ -101,17 +105,45 @@ def test_lone_worker_differs_only_in_having_no_server(start_server: StartServer,
     assert not lone.rounds
 
 
+@pytest.mark.parametrize("outer", ["average", "sgd:lr=0.5,momentum=0.5,nesterov"])
+def test_a_play_in_one_process_ends_with_the_center_of_two_workers_and_their_server(
+    outer: str, start_server: StartServer, tmp_path: Path
+) -> None:
+    config = DigitsConfig(steps=60, interval_steps=20, outer=outer)
+    address, center = start_server(2).address, tmp_path / "center"
+    chief, second = (ClusterSpec((address,), num_workers=2, task_index=index) for index in range(2))
+    told: list[Event] = []
+    trains = threading.Event()  # both would seed torch's one generator
+
+    def tell(event: Event) -> None:
+        told.append(event)
+        trains.set()
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(train_in_cluster, config, chief, tell, save_center=center)
+        assert trains.wait(60)
+        for end in (first, pool.submit(train_in_cluster, config, second, lambda _: None)):
+            end.result(timeout=120)
+    played: list[Event] = []
+    model = play(config, 2, outer_optimizer(outer), PLAIN, played.append)
+    for name, value in load_file(center).items():
+        assert torch.equal(model.state_dict()[name], value), name
+    assert [(event.step, event.accuracy, event.loss) for event in Record(played).accuracies[PLAIN]] == [
+        (event.step, event.accuracy, event.loss) for event in Record(told).accuracies["worker-0"]
+    ]
+
+
 @pytest.mark.parametrize("steps_before", [40, 80])
 def test_a_worker_that_is_started_again_makes_only_the_steps_that_are_left(
     start_server: StartServer, tmp_path: Path, steps_before: int
 ) -> None:
     # Without momentum, which a restart loses, the center is that of a run without one.
-    whole = DigitsConfig(steps=80, momentum=0)
+    whole = DigitsConfig(steps=80, interval_steps=20, momentum=0)
     undisturbed, center = train_as_chief(start_server, whole, tmp_path)
     cluster = ClusterSpec((start_server(1).address,), num_workers=1, task_index=0)
     first: list[Event] = []
     again: list[Event] = []
-    train_in_cluster(DigitsConfig(steps=steps_before, momentum=0), cluster, first.append)
+    train_in_cluster(replace(whole, steps=steps_before), cluster, first.append)
     train_in_cluster(whole, cluster, again.append, save_center=tmp_path / "center")
     if steps_before < whole.steps:
         assert without_times([*first, *again]) == without_times(undisturbed)
@@ -125,14 +157,25 @@ def test_a_worker_that_is_started_again_counts_its_local_steps_on(start_server: 
     events: list[Event] = []
     with ParameterServerSession(cluster.ps_hosts, worker_id="observer") as observer:
         for steps in (40, 60):
-            train_in_cluster(DigitsConfig(steps=steps), cluster, events.append)
+            train_in_cluster(DigitsConfig(steps=steps, interval_steps=20), cluster, events.append)
             (worker,) = observer.status().workers
             assert worker.local_step == steps
             assert 0 < worker.loss < 3  # ln 10 at the start
 
 
+def test_a_worker_with_another_outer_optimizer_is_refused_with_both_named(start_server: StartServer) -> None:
+    cluster = ClusterSpec((start_server(1).address,), num_workers=1, task_index=0)
+    config = DigitsConfig(steps=20, interval_steps=20)
+    train_in_cluster(config, cluster, lambda _: None)
+    with pytest.raises(ConflictError, match=r"average.*sgd:lr=0\.5,momentum=0\.5,nesterov|sgd:lr=0\.5.*average"):
+        train_in_cluster(replace(config, outer="average"), cluster, lambda _: None)
+
+
 def test_flags_say_all_of_a_configuration() -> None:
-    config = DigitsConfig(steps=60, interval_steps=30, batch_size=8, learning_rate=0.5, momentum=0.25, seed=7)
+    outer = text_of(OuterAdam(lr=0.5, betas=(0.25, 0.75)))
+    config = DigitsConfig(
+        steps=60, interval_steps=30, batch_size=8, learning_rate=0.5, momentum=0.25, seed=7, outer=outer
+    )
     parser = argparse.ArgumentParser()
     add_training_flags(parser)
     assert DigitsConfig.from_flags(parser.parse_args(config.to_argv())) == config
@@ -159,7 +202,7 @@ def test_live_view_shows_every_worker_and_every_server_in_80_columns() -> None:
     out = io.StringIO()
     view = LiveView(Console(file=out, width=80, force_terminal=True, color_system=None, legacy_windows=False))
     servers = {"ps-0": "127.0.0.1:4242", "ps-1": "127.0.0.1:4343"}
-    cast = Cast(servers, ("worker-0", "worker-1"), (ALONE, ALONE_WITH_ALL), steps=1200)
+    cast = Cast(servers, ("worker-0", "worker-1"), (PLAIN, ALONE, ALONE_WITH_ALL), steps=1200)
     view.show(cast, Record(EVENTS), "2 workers train together")
     view.close()
     picture = re.sub(r"\x1b\[[?0-9;]*[A-Za-z]|\r", "", out.getvalue())
@@ -183,9 +226,10 @@ def test_live_view_shows_every_worker_and_every_server_in_80_columns() -> None:
 def summary_of(num_workers: int) -> Summary:
     workers = [f"worker-{index}" for index in range(num_workers)]
     return Summary(
-        center_accuracy=0.99444,
-        alone_accuracy=0.96944,
-        all_accuracy=0.98888,
+        center=Score(0.99444, 0.0148),
+        plain=Score(0.99167, 0.0189),
+        alone=Score(0.96944, 0.0712),
+        all_images=Score(0.98888, 0.0293),
         rounds=60,
         bytes_moved=9 << 20,
         bytes_received=4_820_000,
@@ -207,9 +251,9 @@ def drawn(width: int, num_workers: int, num_servers: int) -> tuple[list[str], li
     workers = tuple(f"worker-{index}" for index in range(num_workers))
     servers = {f"ps-{index}": f"127.0.0.1:4242{index}" for index in range(num_servers)}
     record = Record()
-    for worker in (*workers, ALONE, ALONE_WITH_ALL):
+    for worker in (*workers, PLAIN, ALONE, ALONE_WITH_ALL):
         record.add(StepEvent(worker, 1.0, 40_000, 0.25, 12_345.6, 10.75, 2))
-        record.add(AccuracyEvent(worker, 1.0, 40, 2, 0.975))
+        record.add(AccuracyEvent(worker, 1.0, 40, 2, 0.975, 0.125))
     for server in servers:
         record.add(ServerEvent(server, 1.0, "averaging", 20_000, 3 << 30, 2 << 30, workers[-16:], 5))
     pictures = []
@@ -220,7 +264,7 @@ def drawn(width: int, num_workers: int, num_servers: int) -> tuple[list[str], li
         if show_table:
             view.table("Handwritten digits, test images", summary_of(num_workers).rows())
         else:
-            view.show(Cast(servers, workers, (ALONE, ALONE_WITH_ALL), steps=120_000), record, "x" * 100)
+            view.show(Cast(servers, workers, (PLAIN, ALONE, ALONE_WITH_ALL), steps=120_000), record, "x" * 100)
         text = re.sub(r"\x1b\[[?0-9;]*[A-Za-z]|\r", "", out.getvalue())
         pictures.append([line.rstrip() for line in text.splitlines()])
     return pictures[0], pictures[1]
@@ -235,7 +279,7 @@ def test_live_view_and_table_fit_a_small_terminal_whatever_the_cluster(
     assert len(live) <= 24
     assert max(map(len, [*live, *table])) <= width
     shown = "\n".join(live)
-    for name in ("worker-0 (chief)", "alone ", "alone-with-all", "ps-0 ", "test accuracy  center 0.9750"):
+    for name in ("worker-0 (chief)", "plain ", "alone ", "alone-with-all", "ps-0 ", "test accuracy  center 0.9750"):
         assert name in shown
     assert any(line.startswith("│ and ") for line in live) is (num_workers > 2)
     rows = [line for line in live if line.startswith("│")]
@@ -244,11 +288,20 @@ def test_live_view_and_table_fit_a_small_terminal_whatever_the_cluster(
         assert len(table) == 3 + len(summary_of(2).rows())
 
 
-def test_the_table_has_the_worker_with_all_images_unless_the_only_one_has_them() -> None:
-    assert ("accuracy, all data", "0.9889  (1 worker, 1200 steps on all images)") in summary_of(2).rows()
-    only = replace(summary_of(1), all_accuracy=None, restarts={})
-    assert [label for label, _ in only.rows()][:3] == ["accuracy, averaged", "accuracy, alone", "rounds"]
-    assert ("started again", "worker-1 2") in summary_of(2).rows()
+def test_the_table_compares_the_center_with_plain_averages_and_with_lone_workers() -> None:
+    config = DigitsConfig()
+    assert summary_of(2).rows()[:7] == [
+        ("center", "0.9944, loss 0.0148  (2 workers, 1/2 of the images each)"),
+        ("plain average", "0.9917, loss 0.0189  (the same without outer steps)"),
+        ("alone", "0.9694, loss 0.0712  (1 worker, 1/2 of the images)"),
+        ("alone, all images", "0.9889, loss 0.0293  (1 worker, all images)"),
+        ("outer optimizer", config.outer),
+        ("started again", "worker-1 2"),
+        ("rounds", f"60  ({config.steps} steps, a round every {config.interval_steps})"),
+    ]
+    # The only worker has all images, and its center is a plain average.
+    only = replace(summary_of(1), plain=None, all_images=None, restarts={})
+    assert [label for label, _ in only.rows()][:4] == ["center", "alone", "outer optimizer", "rounds"]
 
 
 def test_plain_lines_say_at_growing_gaps_that_something_goes_on(
@@ -267,9 +320,9 @@ def test_plain_lines_say_at_growing_gaps_that_something_goes_on(
 
 def test_a_lone_worker_with_all_images_is_told_from_one_with_its_part() -> None:
     events: list[Event] = []
-    train_alone(DigitsConfig(steps=20), 2, 0, events.append, all_images=True)
+    train_alone(DigitsConfig(steps=20, interval_steps=20), 2, 0, events.append, all_images=True)
     only: list[Event] = []
-    train_alone(DigitsConfig(steps=20), 1, 0, only.append)
+    train_alone(DigitsConfig(steps=20, interval_steps=20), 1, 0, only.append)
     assert set(Record(events).steps) == {ALONE_WITH_ALL}
     # One of one worker has all images, too.
     assert [s.loss for s in Record(events).steps[ALONE_WITH_ALL]] == [s.loss for s in Record(only).steps[ALONE]]
@@ -283,7 +336,7 @@ DEMO = ("-m", "ps_worker.launch", "--ps", "2", "--workers", "2", "--runs", "runs
 
 @needs_proc
 def test_run_trains_a_good_center_and_leaves_every_file(tmp_path: Path) -> None:
-    with Launched([*DEMO, "--steps", "200"], cwd=tmp_path) as demo:
+    with Launched([*DEMO, "--steps", "200", "--interval-steps", "20"], cwd=tmp_path) as demo:
         assert demo.ended(timeout_s=240) == 0, demo.printed()
         assert demo.errors == []
         assert demo.descendants() == []
@@ -291,18 +344,20 @@ def test_run_trains_a_good_center_and_leaves_every_file(tmp_path: Path) -> None:
     (run,) = (tmp_path / "runs").iterdir()
     assert {path.name for path in run.iterdir()} == set(run_files.ALL)
     summary = assert_summary_has_every_number_of_the_table(run, demo.lines)
-    assert summary.center_accuracy > 0.9
+    assert summary.center.accuracy > 0.9
     assert (summary.rounds, summary.num_servers, summary.num_workers) == (10, 2, 2)
     assert summary.bytes_moved == summary.bytes_received + summary.bytes_sent > 0
     assert_center_is_what_the_summary_says(run, summary)
     assert_metrics_have_the_whole_run(run, summary)
     assert (run / run_files.CURVES).read_bytes().startswith(b"\x89PNG")
     written = {path.parent.name for path in (run / run_files.TENSORBOARD).glob("*/events.out.tfevents.*")}
-    assert written == {"worker-0", "worker-1", ALONE, ALONE_WITH_ALL, "ps-0", "ps-1"}
+    assert written == {"worker-0", "worker-1", PLAIN, ALONE, ALONE_WITH_ALL, "ps-0", "ps-1"}
 
 
 def assert_summary_has_every_number_of_the_table(run: Path, printed: list[str]) -> Summary:
     fields = json.loads((run / run_files.SUMMARY).read_text())
+    for field, name in (("center", "center"), ("plain", "plain"), ("alone", "alone"), ("all_images", "all")):
+        fields[field] = Score(fields.pop(f"{name}_accuracy"), fields.pop(f"{name}_loss"))
     summary = Summary(**{**fields, "config": DigitsConfig(**fields["config"]), "files": tuple(fields["files"])})
     table = [line.split("  ", 1) for line in printed[printed.index("") :] if "  " in line]
     shown = {label: value.strip() for label, value in table}
@@ -313,15 +368,15 @@ def assert_summary_has_every_number_of_the_table(run: Path, printed: list[str]) 
 def assert_center_is_what_the_summary_says(run: Path, summary: Summary) -> None:
     net = DigitsNet()
     net.load_state_dict(load_file(run / run_files.CENTER))
-    assert accuracy(net, DigitsData.load().test) == summary.center_accuracy
+    assert accuracy(net, DigitsData.load().test) == summary.center.accuracy
 
 
 def assert_metrics_have_the_whole_run(run: Path, summary: Summary) -> None:
     record = Record.read(run / run_files.METRICS)
-    assert set(record.steps) == {"worker-0", "worker-1", ALONE, ALONE_WITH_ALL}
+    assert set(record.steps) == {"worker-0", "worker-1", PLAIN, ALONE, ALONE_WITH_ALL}
     assert {steps[-1].step for steps in record.steps.values()} == {200}
-    assert record.last_accuracy(ALONE) == summary.alone_accuracy
-    assert record.last_accuracy(ALONE_WITH_ALL) == summary.all_accuracy
+    scores = [record.last_score(name) for name in ("worker-0", PLAIN, ALONE, ALONE_WITH_ALL)]
+    assert scores == [summary.center, summary.plain, summary.alone, summary.all_images]
     assert len(record.rounds["worker-1"]) == 10
     servers = record.last_of_servers()
     assert [server.global_step for server in servers] == [10, 10]

@@ -116,13 +116,15 @@ def test_a_keras_model_ends_with_one_good_center_for_all_workers(start_server: S
         assert float(lines[-1].split()[-1]) > 0.9
 
 
-def test_the_code_of_the_porting_guide_runs(start_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("page", "at_least"), [("porting-from-tensorflow.md", 9), ("training.md", 4)])
+def test_the_code_of_a_page_runs(
+    page: str, at_least: int, start_server: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, value in ClusterSpec((start_server(1).address,), 1, 0).to_env().items():
         monkeypatch.setenv(name, value)
-    guide = ROOT / "docs" / "porting-from-tensorflow.md"
-    blocks = re.findall(r"^```python\n(.*?)^```$", guide.read_text(), re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / page).read_text(), re.MULTILINE | re.DOTALL)
     ours = [block for block in blocks if not block.startswith("# TensorFlow")]
-    assert len(ours) >= 8
-    namespace: dict[str, object] = {"__name__": "porting_guide"}
+    assert len(ours) >= at_least
+    namespace: dict[str, object] = {"__name__": "page"}
     for block in ours:
-        exec(compile(block, guide.name, "exec"), namespace)
+        exec(compile(block, page, "exec"), namespace)

@@ -187,7 +187,7 @@ def record_of(names: tuple[str, ...]) -> Record:
         record.add(StepEvent(name, 1.0, 40, 0.25, 1234.5, 0.75, 2))
         record.add(StepEvent(name, 2.0, 80, 0.125, 1234.5, 0.75, 2))
         record.add(RoundEvent(name, 1.0, 40, 2, 0.5))
-        record.add(AccuracyEvent(name, 1.0, 40, 2, 0.975))
+        record.add(AccuracyEvent(name, 1.0, 40, 2, 0.975, 0.125))
     for name in names:
         record.add(ServerEvent(name, 1.0, "averaging", 2, 3 << 20, 2 << 20, names[:MAX_NAMES], 11_984))
     return record
@@ -240,7 +240,7 @@ def test_the_report_of_a_run_that_made_no_round_says_nothing(tmp_path: Path) -> 
         warnings.simplefilter("error")
         # The center was there, and the lone worker trains all the same.
         told: list[Event] = [
-            AccuracyEvent("worker-0", 1.0, 40, 2, 0.975),
+            AccuracyEvent("worker-0", 1.0, 40, 2, 0.975, 0.125),
             StepEvent(ALONE, 1.0, 40, 0.25, 1234.5, 0.0, 0),
         ]
         report.draw(Record(told), tmp_path / "curves.png")

@@ -157,7 +157,8 @@ def wait_until(condition: Callable[[], bool]) -> None:
 def test_digits_end_right_when_a_workers_node_is_removed_in_mid_run(
     nodes: Nodes, ray_environ: dict[str, str], tmp_path: Path
 ) -> None:
-    command = [*LAUNCH, "--ray-address", nodes.address, "--ps", "2", "--workers", "3", "--", "digits", "--steps", "200"]
+    command = [*LAUNCH, "--ray-address", nodes.address, "--ps", "2", "--workers", "3"]
+    command += ["--", "digits", "--steps", "200", "--interval-steps", "20"]
     with Launched(command, cwd=tmp_path, environ=ray_environ) as launched:
         launched.wait_for("3 workers train together")
         (run,) = (tmp_path / "runs").iterdir()

@@ -627,7 +627,8 @@ def test_commands_train_show_and_export_over_mutual_tls_with_tokens(files: Files
     flags += ["--reader-token-file", of_server.reader_token_file]
     reader = flags_of(files.security(Role.READER))
     with serving("--bind", "127.0.0.1:0", *map(str, flags)) as address:
-        train = ["-m", "ps_worker", "digits", "--ps-hosts", address, "--num-workers", "2", "--steps", "20"]
+        train = ["-m", "ps_worker", "digits", "--ps-hosts", address, "--num-workers", "2"]
+        train += ["--steps", "20", "--interval-steps", "20"]
         train += ["--interval-steps", "10"]
         with (
             Launched([*train, "--task-index", "0", *flags_of(files.security(Role.CHIEF))]) as chief,

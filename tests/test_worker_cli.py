@@ -84,7 +84,7 @@ MISTAKES = {
     "no environment": ((*WORKER, "digits"), "MA_PS_HOSTS, MA_NUM_WORKERS, MA_TASK_INDEX not set"),
     "interval": (
         (*WORKER, "digits", "--alone", "--steps", "30"),
-        "--steps 30 is not a multiple of --interval-steps 20",
+        "--steps 30 is not a multiple of --interval-steps 100",
     ),
     "learning rate": ((*WORKER, "digits", "--learning-rate", "nan"), "'nan' is not a number above 0"),
     "momentum": ((*WORKER, "digits", "--momentum", "1"), "'1' is not a number from 0 up and below 1"),
@@ -113,6 +113,16 @@ MISTAKES = {
         "--max-restarts: '-1' is not a whole number",
     ),
     "launch center is a file": ((*LAUNCH, "--checkpoint-dir", __file__, "--", "digits"), "Not a directory"),
+    "outer": (
+        (*WORKER, "digits", "--outer", "sgd:momentum=1"),
+        "--outer: OuterSGD: momentum is 1.0; it must be from 0",
+    ),
+    "outer unknown": (
+        (*WORKER, "digits", "--outer", "nesterov"),
+        "--outer: outer optimizer 'nesterov' is not known here, only average, sgd, adam",
+    ),
+    "launch outer": ((*LAUNCH, "--", "digits", "--outer", "adam"), "--outer: outer optimizer 'adam' needs lr, such as"),
+    "plain averages": ((*WORKER, "digits", *CLUSTER, "--plain-averages"), "--plain-averages needs --alone"),
     "all images": ((*WORKER, "digits", *CLUSTER, "--all-images"), "--all-images needs --alone"),
     "runs is a file": ((*LAUNCH, "--runs", __file__, "--", "digits"), __file__),
 }
@@ -139,6 +149,12 @@ def test_every_command_has_help(command: tuple[str, ...], capsys: pytest.Capture
     printed = capsys.readouterr()
     assert printed.out.startswith("usage: ")
     assert printed.err == ""
+
+
+@pytest.mark.parametrize("mistake", ["outer", "outer unknown", "launch outer"])
+@pytest.mark.usefixtures("as_alone")
+def test_a_wrong_outer_optimizer_is_a_usage_error(mistake: str) -> None:
+    assert exit_code(*MISTAKES[mistake][0]) == 2
 
 
 @pytest.mark.parametrize("mistake", ["no environment", "launch missing script"])

@@ -6,13 +6,16 @@ import argparse
 from dataclasses import dataclass
 
 from modelaverage.commands import flag_types
+from modelaverage.outer import outer_optimizer, text_of
 
-__all__ = ["ALONE", "ALONE_WITH_ALL", "DigitsConfig", "MODULES", "add_training_flags"]
+__all__ = ["ALONE", "ALONE_WITH_ALL", "DigitsConfig", "MODULES", "PLAIN", "add_training_flags"]
 
 ALONE = "alone"
 """The name of a worker that trains without a server on worker 0's share of the images."""
 ALONE_WITH_ALL = "alone-with-all"
 """The name of a worker that trains without a server on all images."""
+PLAIN = "plain"
+"""The name under which plain averages of all workers are shown, played in one process beside an outer optimizer."""
 
 MODULES = ("torch", "sklearn", "safetensors")
 """The packages that training needs and a plain installation does not have."""
@@ -29,17 +32,19 @@ class DigitsConfig:
         learning_rate: SGD's.
         momentum: SGD's; at least 0 and below 1.
         seed: for the initial values and the order of the images.
+        outer: text of the outer optimizer, which makes the next center of the average of a round.
 
     Raises:
         ValueError: ``steps`` is not a multiple of ``interval_steps``.
     """
 
     steps: int = 1200
-    interval_steps: int = 20
+    interval_steps: int = 100
     batch_size: int = 32
-    learning_rate: float = 0.03
+    learning_rate: float = 0.06
     momentum: float = 0.9
     seed: int = 3
+    outer: str = "sgd:lr=0.5,momentum=0.5,nesterov"
 
     def __post_init__(self) -> None:
         if self.steps % self.interval_steps:
@@ -56,6 +61,14 @@ class DigitsConfig:
     def to_argv(self) -> list[str]:
         """The flags that give this configuration."""
         return [f"--{name.replace('_', '-')}={getattr(self, name)}" for name in self.__dataclass_fields__]
+
+
+def _outer(text: str) -> str:
+    """An outer optimizer, as text with all its settings."""
+    try:
+        return text_of(outer_optimizer(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
@@ -102,4 +115,13 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         default=DigitsConfig.seed,
         metavar="N",
         help="of the initial values and of the order of the images (%(default)s)",
+    )
+    group.add_argument(
+        "--outer",
+        type=_outer,
+        default=DigitsConfig.outer,
+        metavar="TEXT",
+        help="outer optimizer, which turns center and average into the next center: average (the average itself), "
+        "sgd:lr=0.7,momentum=0.9,nesterov (DiLoCo), sgd:lr=1.0,momentum=0.5 (SlowMo), adam:lr=0.01 (FedAdam) "
+        "(%(default)s)",
     )

@@ -18,7 +18,6 @@ from ps_worker.demo.digits import (
     Images,
     Meter,
     Report,
-    accuracy,
     batches_of,
     initial_model,
     local_optimizer,
@@ -92,7 +91,7 @@ def play(config: DigitsConfig, num_workers: int, outer: OuterOptimizer, name: st
         meter.step_done(loss)
         if step % config.interval_steps == 0:
             center.round(players, step // config.interval_steps - 1)
-            meter.evaluated(accuracy(players[0].model, data.test))
+            meter.evaluated(players[0].model, data.test)
         meter.report_progress_at(step)
     return players[0].model
 

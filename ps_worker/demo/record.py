@@ -4,11 +4,24 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from ps_worker.events.parse import AccuracyEvent, Event, RoundEvent, ServerEvent, StepEvent, decode
 
-__all__ = ["Record"]
+__all__ = ["Record", "Score"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """How good a model is on the test images: the fraction (0 to 1) that it classifies correctly, and its mean
+    cross-entropy in nats."""
+
+    accuracy: float
+    loss: float
+
+    def __str__(self) -> str:
+        return f"{self.accuracy:.4f}, loss {self.loss:.4f}"
 
 
 class Record:
@@ -51,6 +64,13 @@ class Record:
     def last_of_servers(self) -> list[ServerEvent]:
         """The latest event of each parameter server that has one."""
         return [events[-1] for events in self.servers.values()]
+
+    def last_score(self, worker: str) -> Score | None:
+        """The latest score of a worker on the test images; None before the first."""
+        if not self.accuracies[worker]:
+            return None
+        last = self.accuracies[worker][-1]
+        return Score(last.accuracy, last.loss)
 
     def last_accuracy(self, worker: str) -> float | None:
         """The latest test accuracy (0 to 1) that a worker found; None before the first."""

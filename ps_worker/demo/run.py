@@ -1,4 +1,4 @@
-"""A run of the built-in workload: a cluster, then one worker alone, then the report."""
+"""A run of the built-in workload: a cluster, then what it is compared with, then the report."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from safetensors.numpy import save_file
 from ma_client import ParameterServerSession
 from modelaverage.errors import ModelAverageError
 from modelaverage.missing import Missing
+from modelaverage.outer import AVERAGE, text_of
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_worker.demo import run_files
-from ps_worker.demo.digits_config import ALONE, ALONE_WITH_ALL, DigitsConfig
+from ps_worker.demo.digits_config import ALONE, ALONE_WITH_ALL, PLAIN, DigitsConfig
 from ps_worker.demo.metrics_file import MetricsFile
 from ps_worker.demo.record import Record
 from ps_worker.demo.summary import Summary
@@ -41,7 +42,7 @@ class DemoConfig:
     """What to run.
 
     Args:
-        training: how the workers and the lone worker train.
+        training: how the workers train, and the lone processes that they are compared with.
         runs: where to make the run's directory.
     """
 
@@ -50,7 +51,7 @@ class DemoConfig:
 
 
 async def run_demo(config: DemoConfig, engine: Engine, processes: Processes) -> None:
-    """Runs the workload, shows it, and writes its files. The lone worker and the report run as local ``processes``.
+    """Runs the workload, shows it, and writes its files. The lone processes and the report run as local ``processes``.
 
     Raises:
         ProcessFailedError: a worker, a server or the report failed.
@@ -67,7 +68,10 @@ async def run_demo(config: DemoConfig, engine: Engine, processes: Processes) -> 
     finally:
         view.close()
         run_files.remove_if_empty(directory)
-    view.table("Handwritten digits, test images", [*summary.rows(), ("files", ", ".join(summary.files))])
+    view.table(
+        "Handwritten digits: accuracy and loss on the test images",
+        [*summary.rows(), ("files", ", ".join(summary.files))],
+    )
     view.say(f"written to {directory}{os.sep}")
 
 
@@ -93,8 +97,12 @@ class _Demo:
         count = cluster.num_servers
         self._stage = "the parameter server starts" if count == 1 else f"{count} parameter servers start"
         self._next_stage = ""
-        # With one worker, its share is all images.
-        self._alone = (ALONE, ALONE_WITH_ALL) if cluster.num_workers > 1 else (ALONE,)
+        lone = [ALONE]
+        if config.training.outer != text_of(AVERAGE):
+            lone.insert(0, PLAIN)
+        if cluster.num_workers > 1:  # with one worker, its share is all images
+            lone.append(ALONE_WITH_ALL)
+        self._alone = tuple(lone)
         self._workers = tuple(f"worker-{index}" for index in range(cluster.num_workers))
 
     async def run(self) -> Summary:
@@ -143,16 +151,15 @@ class _Demo:
 
     async def _train_alone(self) -> float:
         started_at_s = time.monotonic()
-        alone = "one worker trains alone" if len(self._alone) == 1 else "two workers train alone"
-        self._enter(f"{alone}: importing torch", alone)
-        # Both at the same time, on one core each: with two cores, the second run costs almost no time.
+        lone = f"for comparison: {', '.join(self._alone)}"
+        self._enter(f"{lone}: importing torch", lone)
+        # All at the same time, on one core each.
         await all_end_well([self._start_alone(name) for name in self._alone])
         return time.monotonic() - started_at_s
 
     def _start_alone(self, name: str) -> Child:
         command = [sys.executable, *self._worker_command(), "--alone", f"--num-workers={len(self._workers)}"]
-        if name == ALONE_WITH_ALL:
-            command.append("--all-images")
+        command += {ALONE_WITH_ALL: ["--all-images"], PLAIN: ["--plain-averages"]}.get(name, [])
         say = self._say(name)
         return self._processes.start(
             f"{name} worker", command, os.environ, say, say, EventPipe(EVENTS_FLAG, self._heard)
@@ -168,15 +175,16 @@ class _Demo:
         return ["-m", "ps_worker", "digits", *self._config.training.to_argv()]
 
     def _summary(self, servers: list[ServerEvent], total_s: float, cluster_s: float, alone_s: float) -> Summary:
-        center_accuracy = self._record.last_accuracy(self._workers[0])
-        alone_accuracy = self._record.last_accuracy(ALONE)
-        assert center_accuracy is not None
-        assert alone_accuracy is not None
+        center, alone = self._record.last_score(self._workers[0]), self._record.last_score(ALONE)
+        assert center is not None
+        assert alone is not None
         received_bytes = sum(server.received_bytes for server in servers)
         sent_bytes = sum(server.sent_bytes for server in servers)
         return Summary(
-            center_accuracy=center_accuracy,
-            alone_accuracy=alone_accuracy,
+            center=center,
+            plain=self._record.last_score(PLAIN),
+            alone=alone,
+            all_images=self._record.last_score(ALONE_WITH_ALL),
             rounds=min(server.global_step for server in servers),
             bytes_moved=received_bytes + sent_bytes,
             bytes_received=received_bytes,
@@ -187,7 +195,6 @@ class _Demo:
             waited_s={worker: sum(r.waited_s for r in self._record.rounds[worker]) for worker in self._workers},
             num_servers=len(servers),
             num_workers=len(self._workers),
-            all_accuracy=self._record.last_accuracy(ALONE_WITH_ALL),
             restarts={w.name: w.restarts for w in self._cluster.worker_states() if w.restarts},
             config=self._config.training,
             files=run_files.ALL,

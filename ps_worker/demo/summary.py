@@ -10,11 +10,13 @@ from pathlib import Path
 from modelaverage.commands.columns import size
 from modelaverage.names import shown
 from ps_worker.demo.digits_config import DigitsConfig
+from ps_worker.demo.record import Score
 
 __all__ = ["Summary"]
 
 # With more workers than this, a line has no room for their names.
 _EACH_WORKER = 2
+_SCORES = ("center", "plain", "alone", "all_images")
 
 
 @dataclass(frozen=True)
@@ -22,9 +24,10 @@ class Summary:
     """Every number of the table. Seconds run from a process's start to its end, and include its imports.
 
     Args:
-        center_accuracy: the fraction (0 to 1) of the test images that the center classifies correctly.
-        alone_accuracy: the same for a worker that trained alone for the same number of steps.
-        all_accuracy: the same for one that trained alone on all images; None: the run had one worker, which has them.
+        center: the score of the center.
+        plain: of a center of plain averages; None: the run's own was one.
+        alone: of a worker that trained alone for the same number of steps.
+        all_images: of one that trained alone on all images; None: the run had one worker, which has them.
         rounds: completed.
         bytes_moved: fragment bytes that the parameter servers received and sent.
         bytes_received: by all servers.
@@ -40,9 +43,10 @@ class Summary:
         files: names of the files in the run's directory.
     """
 
-    center_accuracy: float
-    alone_accuracy: float
-    all_accuracy: float | None
+    center: Score
+    plain: Score | None
+    alone: Score
+    all_images: Score | None
     rounds: int
     bytes_moved: int
     bytes_received: int
@@ -62,18 +66,19 @@ class Summary:
         servers = "the server" if self.num_servers == 1 else f"{self.num_servers} servers"
         part = "all images" if self.num_workers == 1 else f"1/{self.num_workers} of the images"
         workers = "1 worker" if self.num_workers == 1 else f"{self.num_workers} workers"
-        steps = f"{self.config.steps} steps"
-        rows = [
-            ("accuracy, averaged", f"{self.center_accuracy:.4f}  ({workers}, {steps} on {part})"),
-            ("accuracy, alone", f"{self.alone_accuracy:.4f}  (1 worker, {steps} on {part})"),
-        ]
-        if self.all_accuracy is not None:
-            rows.append(("accuracy, all data", f"{self.all_accuracy:.4f}  (1 worker, {steps} on all images)"))
+        each = "" if self.num_workers == 1 else " each"
+        rows = [("center", f"{self.center}  ({workers}, {part}{each})")]
+        if self.plain is not None:
+            rows.append(("plain average", f"{self.plain}  (the same without outer steps)"))
+        rows.append(("alone", f"{self.alone}  (1 worker, {part})"))
+        if self.all_images is not None:
+            rows.append(("alone, all images", f"{self.all_images}  (1 worker, all images)"))
+        rows.append(("outer optimizer", self.config.outer))
         if self.restarts:
             rows.append(("started again", _each(self.restarts)))
         return [
             *rows,
-            ("rounds", f"{self.rounds}"),
+            ("rounds", f"{self.rounds}  ({self.config.steps} steps, a round every {self.config.interval_steps})"),
             (
                 "bytes moved",
                 f"{size(self.bytes_moved)}  ({size(self.bytes_received)} to {servers}, {size(self.bytes_sent)} back)",
@@ -86,8 +91,14 @@ class Summary:
         ]
 
     def write(self, path: Path) -> None:
-        """Writes all of it as JSON. Raises OSError."""
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        """Writes all of it as JSON, each score as two numbers. Raises OSError."""
+        scores = {"center": self.center, "plain": self.plain, "alone": self.alone, "all": self.all_images}
+        numbers = dict[str, object]()
+        for name, score in scores.items():
+            numbers[f"{name}_accuracy"] = None if score is None else score.accuracy
+            numbers[f"{name}_loss"] = None if score is None else score.loss
+        rest = {name: value for name, value in asdict(self).items() if name not in _SCORES}
+        path.write_text(json.dumps({**numbers, **rest}, indent=2) + "\n", encoding="utf-8")
 
 
 def _waits(waited_s: Mapping[str, float]) -> str:

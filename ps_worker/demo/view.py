@@ -33,8 +33,8 @@ _NAME_COLUMNS = 24
 _NARROWEST = 8
 # Left out where a terminal is too narrow for all columns.
 _FIRST_TO_GO = (_BAR, "samples/s", "loss", "barrier wait", "step")
-# Lines of the title and of the table's frame; of everything with three workers; of one server.
-_FRAME_ROWS, _FEWEST_ROWS, _ROWS_OF_SERVER = 6, 12, 2
+# Lines of the title and of the table's frame; of everything with one worker and three lone processes; of one server.
+_FRAME_ROWS, _FEWEST_ROWS, _ROWS_OF_SERVER = 6, 13, 2
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Cast:
     Args:
         servers: the address of each parameter server, by its name; empty until they listen.
         workers: names of their workers, the chief first.
-        alone: names of the lone workers.
+        alone: names of the lone processes, which train without a server.
         steps: local steps of each.
     """
 

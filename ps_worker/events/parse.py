@@ -50,7 +50,16 @@ class RoundEvent:
 
 @dataclass(frozen=True)
 class AccuracyEvent:
-    """The fraction (0 to 1) of the test images that the center (chief) or the lone worker classifies correctly."""
+    """How good the center (chief) or the model of a lone worker is on the test images.
+
+    Args:
+        worker: its name.
+        unix_time_s: when.
+        step: local steps done.
+        global_step: rounds completed.
+        accuracy: the fraction (0 to 1) of the images that it classifies correctly.
+        loss: mean cross-entropy, in nats.
+    """
 
     kind: ClassVar[str] = "accuracy"
     worker: str
@@ -58,6 +67,7 @@ class AccuracyEvent:
     step: int
     global_step: int
     accuracy: float
+    loss: float
 
 
 @dataclass(frozen=True)
