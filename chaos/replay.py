@@ -1,7 +1,7 @@
 """Whether what the workers pushed explains every center that they received. Pure.
 
-The sum of a round is made in the order in which fragments come, so every element has to be, bit for bit, one of the
-averages that some order gives. With two workers there is one, with four twelve.
+A round is summed in the order in which fragments come, so every element has to be, bit for bit, one of the averages
+that some order gives. With two workers there is one, with four there are twelve.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def _check_contributors(centers: list[Received], workers: list[str]) -> Iterator
 
 
 def _check_told(worker: str, pushes: list[Push], counted: Values) -> Iterator[str]:
-    """Whether what a worker was told about its pushes fits the one that counted."""
+    """Whether what a worker was told about its pushes agrees with the push that counted."""
     committed = [push for push in pushes if push.told == "COMMITTED"]
     if len(committed) > 1:
         yield f"{worker} was told of {len(committed)} pushes that they were committed"
