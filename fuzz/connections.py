@@ -114,7 +114,7 @@ class ConnectionSequence(Sequence):
                 self._open(self._offers[-1]).greet(HALF_KEY_BYTES)
 
     def _connect(self) -> None:
-        """Opens a connection with a key, mostly the last one, else a void one; sends it at once, in pieces or in part."""
+        """Opens a connection with a key, mostly the last one, else a void one; at once, in pieces or in part."""
         if not self._offers:
             return
         offer = self._offers[-1] if self._rng.random() < 0.7 else self._rng.choice(self._offers)

@@ -19,7 +19,7 @@ __all__ = ["EndlessError", "VirtualLoop"]
 _T = TypeVar("_T")
 # Cancelled timers stay in the heap until there are this many of them.
 _CANCELLED_TIMERS = 200
-# A real clock does not stand still while something runs: every reading adds this.
+# A real clock does not stand still while timers run: each adds this much.
 _TICK_S = 1e-6
 
 

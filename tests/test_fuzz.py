@@ -189,7 +189,7 @@ def test_a_key_that_opens_twice_is_a_failure(monkeypatch: pytest.MonkeyPatch) ->
         return offer_to(self, place)
 
     monkeypatch.setattr(DataPort, "offer_to", offer_for_ever)
-    assert finds("data-connections", 100, "a stranger on the data port is answered", "nobody's last one")
+    assert finds("data-connections", 100, "a stranger on the data port is answered", "not the last one of any worker")
 
 
 def test_strangers_who_are_not_sent_away_are_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
