@@ -1,4 +1,4 @@
-"""What the table of the waits counts, and that its faults happen, and are over afterwards."""
+"""What the table of waits counts; its faults happen, and are over afterwards."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device
 
 TIMEOUT_S = 60
 HELP = ["ps_server --help", "ps_server serve --help", "ps_worker --help", "ps_worker.launch --help"]
-# `sh` closes what Python would not: descriptors of a child.
+# `sh` can close descriptors of a child, which Python would not.
 REDIRECTIONS = {"full": ">/dev/full", "closed": ">&-", "all closed": "<&- >&- 2>&-", "both full": ">/dev/full 2>&1"}
 LOSING = """
 import logging, os, resource, sys
@@ -60,7 +60,7 @@ def shell(command: tuple[str, ...], redirection: str) -> subprocess.CompletedPro
 
 
 def into_a_closed_pipe(command: tuple[str, ...], read_lines: int) -> tuple[int, str]:
-    """Its exit code and standard error when its reader leaves after this many lines."""
+    """The command's exit code and standard error when its reader leaves after this many lines."""
     with Launched(["-m", *command], read_lines=read_lines) as process:
         return process.ended(), "\n".join(process.errors)
 

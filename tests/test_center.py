@@ -101,7 +101,7 @@ def test_values_that_are_equal_on_one_two_or_four_workers_do_not_change_by_a_bit
 @fast
 @given(SEEDS)
 def test_values_that_are_equal_on_three_workers_change_by_one_rounding_at_most_and_do_not_drift(seed: int) -> None:
-    # (x + x + x) / 3 is the neighbour of x for a sixth of all x, and that one stays where it is.
+    # For a sixth of all x, (x + x + x) / 3 is the neighbour of x, which the next round does not change.
     values = random_arrays(ALL_DTYPES, np.random.default_rng(seed))
     center = center_of(ALL_DTYPES, values)
     whole_round(center, *[Pushed(values)] * 3)

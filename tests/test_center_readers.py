@@ -38,7 +38,8 @@ from tests.strategies import fast, manifests
 @fast
 @given(manifests(min_elements=1), st.integers(1, 6), SEEDS)
 def test_no_reader_sees_a_center_that_changes(manifest: Manifest, rounds: int, seed: int) -> None:
-    """Readers come and go at any time, also in the middle of a round; each sees the center it came for to the end."""
+    """Readers come and go at any time, even in the middle of a round; each sees the center that it opened to the
+    end."""
     chance = np.random.default_rng(seed)
     center = center_of(manifest, random_arrays(manifest, chance))
     expected = everything(center.current)
@@ -126,7 +127,7 @@ def test_a_buffer_that_is_read_is_replaced_once_and_dropped_when_its_reader_has_
 
 
 def readers_of(center: Center, ended: list[str], **paces: int) -> contextlib.ExitStack:
-    """Readers of the present center; each has read the bytes given for it."""
+    """Readers of the present center; each has read the number of bytes given for it."""
     stack = contextlib.ExitStack()
     for name, read_bytes in paces.items():
 

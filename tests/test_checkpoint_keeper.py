@@ -1,4 +1,4 @@
-"""What keeps the center on disk: order, slow and failing disks."""
+"""The checkpoint keeper: order, slow and failing disks."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ files.{function} = {"before" if function == "make_durable" else "after"}"""
 
 
 def failing_while_there_is(path: Path, function: str) -> str:
-    """A fault: this function of files.py says EIO as long as there is a file."""
+    """A fault: this function of files.py raises EIO as long as a certain file exists."""
     return f"""
 now = files.{function}
 def failing(*arguments):

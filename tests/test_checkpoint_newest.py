@@ -1,4 +1,4 @@
-"""A server continues from the newest usable checkpoint; which checkpoints stay."""
+"""A server continues from the newest usable checkpoint; pruning keeps the right ones."""
 
 from __future__ import annotations
 

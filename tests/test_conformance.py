@@ -29,7 +29,7 @@ def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def result_of(table: str, name: str) -> str:
-    """What the table says of a case."""
+    """The table's line for a case."""
     return next(line for line in table.splitlines() if line.startswith(f"{name} ")).split()[-1]
 
 

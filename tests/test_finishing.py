@@ -37,7 +37,7 @@ def model(value: float = 0.0) -> Model:
 
 
 class Workers:
-    """Sessions of a job, which push side by side."""
+    """Sessions of a job, which push at the same time."""
 
     def __init__(self, addresses: list[str], count: int) -> None:
         self._stack = ExitStack()
@@ -124,7 +124,7 @@ def test_a_new_process_of_a_worker_that_had_finished_counts_from_its_pull_on(sta
         found.sessions[1].finish()
         address = found.sessions[0].ps_hosts[0]
         with ParameterServerSession([address], worker_id="worker-1") as another:
-            another.pull(catch_up=False)  # who only watches
+            another.pull(catch_up=False)  # a reader
             assert found.sessions[0].status().workers_finished == 1
             another.pull()
             assert found.sessions[0].status().workers_finished == 0

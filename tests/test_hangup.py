@@ -16,7 +16,7 @@ from tests.launched import Launched
 from tests.test_server_process import ServerProcess
 
 CENTER = {"w": np.zeros(4, np.float32)}
-# Says when its handlers are there, and how it ends; "nohup" as its argument: it was started by that.
+# Prints when its handlers are set, and how it ends; with the argument "nohup" it runs as if started by nohup.
 UNWINDING = """
 import signal, sys, time
 if sys.argv[1] == "nohup":

@@ -1,4 +1,4 @@
-"""The standard services: health as orchestrators ask for it, reflection as generic clients use it."""
+"""The standard services: health as orchestrators query it, reflection as generic clients use it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SERVING, NOT_SERVING, UNKNOWN = (
 
 
 class HealthClient:
-    """Asks one server for its health, with nothing but the standard's messages."""
+    """Asks one server for its health, with only the standard's messages."""
 
     def __init__(self, address: str) -> None:
         self._channel = grpc.insecure_channel(

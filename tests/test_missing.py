@@ -53,7 +53,7 @@ def crowd(count: int = MANY) -> list[str]:
     return [f"a-{number:05d}" for number in range(count)]
 
 
-# Who is remembered.
+# Which workers are remembered.
 
 
 def test_a_client_that_only_pulls_never_displaces_a_worker_that_pushes() -> None:
@@ -138,7 +138,7 @@ def test_of_very_many_the_foremost_are_those_of_the_highest_rank_and_of_these_th
     ]
 
 
-# Who is named.
+# Which workers are named.
 
 
 def test_a_worker_that_has_pushed_is_named_whatever_readers_there_are() -> None:
@@ -335,7 +335,7 @@ def test_a_server_that_goes_on_from_a_checkpoint_knows_the_names_it_waits_for(
         until(lambda: client.worker("worker-0").waiting, "its push is whole")
         status = client.status()
         assert (list(status.waiting_for), status.waiting_for_unknown) == (["worker-1"], 0)
-        # Nobody has heard of it since: there is nothing to tell but its name.
+        # The server has not heard of it since, so it knows only its name.
         assert [worker.worker_id for worker in status.workers] == ["worker-0"]
         notice = stream.receive()
         while not notice.HasField("waiting"):

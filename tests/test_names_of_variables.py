@@ -1,4 +1,4 @@
-"""A variable has the same name on every worker, whichever of them wraps or compiles its model, and when."""
+"""A variable has the same name on every worker, no matter which of them wraps or compiles its model, and when."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Wrap = Callable[[torch.nn.Module], torch.nn.Module]
 
 
 class Net(torch.nn.Module):
-    """With a submodule of its own that is called as a wrapper's is."""
+    """A model with a submodule that has the same name as a wrapper's."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Outer optimizers through the center: a toy with momentum against a dumb oracle, whatever happens to its rounds."""
+"""Outer optimizers in the center: a toy with momentum against a simple oracle, whatever happens to its rounds."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ OTHER = {"w": np.arange(64, dtype=np.float32) + 100}
 
 
 class Server(ScriptedServer):
-    """Notes what pulls ask for."""
+    """Records what pulls ask for."""
 
     def __init__(self) -> None:
         self.asked: list[pb.PullRequest] = []
@@ -197,7 +197,7 @@ def test_an_initialization_that_is_given_up_for_another_way_is_made_again(server
         assert session.initialize(ARRAYS, timeout_s=20).initialized
 
 
-# In a namespace of its own, whose names and addresses it may change.
+# Runs in a separate namespace, in which it may change names and addresses.
 MOVING = """
 import os, signal, subprocess, sys, tempfile, threading, time
 import numpy as np

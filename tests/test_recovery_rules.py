@@ -1,5 +1,5 @@
-"""The decisions by which servers that have fallen behind come to the step of the others, in jobs of servers and workers
-that are only numbers: each server is a step and the name of its center, and makes a round when all have pushed."""
+"""The decisions by which servers that have fallen behind reach the step of the others. Servers and workers are only
+numbers here: a server is a step and the name of its center, and makes a round when all have pushed."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Server:
 
     Attributes:
         step: rounds completed.
-        center: who made its center: the step at which it was made first.
+        center: the name of its center: the step at which it was first made.
         pushes: by worker, what it pushes and the center that it gives back, if any.
     """
 
@@ -93,7 +93,7 @@ class Server:
         self.pushes[worker] = push, gives
 
     def round(self, workers: int) -> tuple[dict[int, bool], bool]:
-        """By worker, whether its push was refused as ahead; and whether the round was made."""
+        """Whether each worker's push was refused as ahead; and whether the round was made."""
         if len(self.pushes) < workers:
             return {}, False
         steps = {push.base_step for push, _ in self.pushes.values()}
@@ -114,7 +114,7 @@ class Server:
 
 @dataclass
 class Worker:
-    """What one worker holds of each server, and what it knows."""
+    """The center that one worker has of each server, and what it knows."""
 
     held: list[int]
     centers: list[str]
@@ -149,7 +149,7 @@ LATEST = 20
 
 
 def settled(start: Start, order: st.DataObject) -> tuple[list[Server], list[Worker]]:
-    """Lets the workers decide, in any order, until all have all centers of one step; fails if that takes too long."""
+    """Lets the workers decide, in any order, until all have the centers of one step; fails if that takes too long."""
     servers = [Server(LATEST - fallen, f"center {LATEST - fallen}") for fallen in start.fallen]
     workers = [
         Worker([LATEST - behind for behind in held], [f"center {LATEST - behind}" for behind in held], list(intact))

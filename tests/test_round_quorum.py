@@ -12,7 +12,7 @@ from tests.committing import CommittingRound as Round
 from tests.committing import Decided
 from tests.rounds import commit_of, dismissals, give, part, push, refused, whole
 
-# Rules by example. Workers a, b, c; three to be, two are enough, ten seconds of grace.
+# Rules by example. Workers a, b, c: three are announced, two are enough, and the grace period is ten seconds.
 
 
 def quorum(
@@ -31,7 +31,7 @@ def quorum(
 def after_a_round(
     *worker_ids: str, min_workers: int = 2, max_workers: int = 4, round_timeout_s: float | None = None
 ) -> Round:
-    """A round with a quorum that these workers have contributed to. It began and ended at 0 s; streams are below 0."""
+    """The round after a first one, which these workers made at 0 s on streams below 0; a quorum is enough."""
     round_ = quorum(len(worker_ids), min_workers, max_workers, round_timeout_s=round_timeout_s)
     for number, worker_id in enumerate(worker_ids, 1):
         whole(round_, -number, worker_id, step=0, now_s=0.0)

@@ -1,4 +1,4 @@
-"""Task indexes that the server assigns: which process gets which, and when another process may get it."""
+"""Task indexes that the server assigns: which process gets which index, and when another process may get it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Slot:
 
 
 class Oracle:
-    """The rules once more, by looking at every slot."""
+    """An oracle: the rules again, by a look at every slot."""
 
     def __init__(self, num_workers: int, closed_until_s: float) -> None:
         self.slots: list[Slot | None] = [None] * num_workers

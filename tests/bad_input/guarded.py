@@ -1,4 +1,4 @@
-"""A job that hostile input must not change, and what every refusal has in common."""
+"""A job that hostile input must not change, and the checks of a refusal."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ def test_a_bad_fragment_size_is_refused(bare: Job, size_bytes: int) -> None:
 
 
 def test_a_model_cut_into_far_too_many_fragments_is_refused(start_server: StartServer) -> None:
-    # Every fragment costs the server some memory, before any of them has come.
+    # Every fragment costs the server some memory even before it comes.
     with running(start_server, max_model_bytes=LONG) as job:
         manifest = one_variable(shape=(LONG // 8,))
         manifest.fragment_size_bytes = 8

@@ -107,7 +107,7 @@ def test_two_live_workers_with_one_id_are_told_apart(job: Job) -> None:
     first = job.admitted("a")
     second = job.open_push(job.header("a", incarnation=b"another process!"))
     assert_refused(second, StatusCode.ALREADY_EXISTS, "WORKER_ID_IN_USE", "'a'")
-    # The first goes on as if nothing had been.
+    # The first continues undisturbed.
     first.give(FRAGMENTS)
     first.half_close()
     b = job.client.open_push()

@@ -56,7 +56,7 @@ def test_waiting_at_the_barrier_is_no_stall(impatient: Job) -> None:
     impatient.initialize()
     first = impatient.client.open_push()
     first.push(impatient.header(), A)
-    # Another call that does stall, and began later, shows that the time has passed.
+    # A call that began later and does stall shows that the time has passed.
     assert_refused(impatient.open_push(), StatusCode.DEADLINE_EXCEEDED, "STREAM_STALLED")
     second = impatient.client.open_push()
     second.push(impatient.header("b"), B)
@@ -64,7 +64,7 @@ def test_waiting_at_the_barrier_is_no_stall(impatient: Job) -> None:
 
 
 def test_a_client_that_does_not_read_holds_up_nobody_but_itself(start_server: StartServer) -> None:
-    # Large enough that it does not fit what gRPC holds for a reader that is late.
+    # Too large for what gRPC buffers for a slow reader.
     model = {"w": np.zeros(4 << 20, np.float32)}
     size = 1 << 20
     whole = fragments_of(model, size)
@@ -85,7 +85,7 @@ def test_a_client_that_does_not_read_holds_up_nobody_but_itself(start_server: St
         assert (outcome.outcome, outcome.global_step) == (pb.OUTCOME_COMMITTED, STEP + 1)
         assert list(outcome.contributors) == ["a", "b"]
         assert center == b"".join(whole)
-        # One more call that stalls, and began later, shows that the time has passed.
+        # A call that began later and stalls shows that the time has passed.
         assert_refused(job.open_push(), StatusCode.DEADLINE_EXCEEDED, "STREAM_STALLED")
         assert_refused(silent, StatusCode.DEADLINE_EXCEEDED, "STREAM_STALLED", "1 s")
         assert_refused(pull, StatusCode.DEADLINE_EXCEEDED, "STREAM_STALLED", "1 s")

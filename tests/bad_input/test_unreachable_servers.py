@@ -27,7 +27,7 @@ def assert_fails_in_one_line(process: subprocess.CompletedProcess[str], *named: 
 
 @contextmanager
 def deaf() -> Iterator[str]:
-    """The address of something that listens, and never answers."""
+    """The address of a socket that listens and never answers."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -75,7 +75,7 @@ def test_a_ready_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 @contextmanager
 def nobody() -> Iterator[str]:
-    """An address where nobody listens."""
+    """An address where nothing listens."""
     with deaf() as address:
         pass
     yield address

@@ -23,7 +23,7 @@ from tests.launched import Launched
 from tests.raw_client import DEADLINE_S
 
 CENTER = {"w": np.arange(100, dtype=np.float32)}
-# The chief has a token of its own: so have workers, and who only reads.
+# The chief, workers and readers have different tokens.
 TOKENS = {
     Role.CHIEF: "chief-0123456789abcdef",
     Role.WORKER: "worker-0123456789abcdef",
@@ -34,7 +34,7 @@ SERVICE = "/modelaverage.v1.ParameterServer/"
 
 @dataclass(frozen=True)
 class Files:
-    """An authority, another one that nobody trusts, and tokens."""
+    """An authority, another one that no server or client trusts, and tokens."""
 
     directory: Path
     authority: Authority

@@ -28,7 +28,7 @@ def test_commands_train_show_and_export_over_mutual_tls_with_tokens(files: Files
         train += ["--interval-steps", "10"]
         with (
             Launched([*train, "--task-index", "0", *flags_of(files.security(Role.CHIEF))]) as chief,
-            # The other one is told by its environment.
+            # The other worker gets its settings from the environment.
             Launched([*train, "--task-index", "1"], environ=files.security(Role.WORKER).to_env()) as worker,
         ):
             assert [chief.ended(), worker.ended()] == [0, 0], chief.printed() + worker.printed()

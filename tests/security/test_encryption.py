@@ -47,7 +47,7 @@ def test_with_tls_no_tensor_is_in_plain_text_on_the_wire_and_without_it_is(
 
 
 def share_found(values: bytes, recorded: bytes) -> float:
-    """How many of the pieces of 32 bytes of ``values`` occur; frames' headers cut a few of them in two."""
+    """The share of the 32-byte pieces of ``values`` that occur; headers of frames cut a few of them in two."""
     pieces = [values[start : start + 32] for start in range(0, len(values), 32)]
     return sum(piece in recorded for piece in pieces) / len(pieces)
 
@@ -60,7 +60,7 @@ def test_behind_a_proxy_that_ends_tls_nothing_goes_beside_the_calls(
     monkeypatch.setattr(DataPort, "offer_to", lambda _, place: beside.append(f"asked for by {place.worker_id}"))
     monkeypatch.setattr(DataSocket, "open", lambda *_: beside.append("opened"))
     client = files.tls() if is_mutual else Tls(files.authority.ca)
-    # A server that would offer some: it has no TLS itself.
+    # A server that would offer a data connection, since it has no TLS itself.
     target = start_server(2, security=ServerSecurity(token_file=files.token(Role.WORKER))).address
     with TlsProxy(target, files.server, str(files.authority.ca) if is_mutual else None) as proxy:
         security = Security(client, token_file=files.token(Role.WORKER))
