@@ -81,7 +81,7 @@ def looked_at(directory: Path) -> Iterator[str]:
         yield address
 
 
-def test_a_look_whose_reader_goes_ends_quietly_as_shells_expect_it(tmp_path: Path) -> None:
+def test_a_status_whose_reader_goes_ends_quietly_as_shells_expect(tmp_path: Path) -> None:
     with looked_at(tmp_path) as address:
         for flags, read_lines in (
             ((), 0),
@@ -93,7 +93,7 @@ def test_a_look_whose_reader_goes_ends_quietly_as_shells_expect_it(tmp_path: Pat
             assert ended == (128 + signal.SIGPIPE, ""), flags
 
 
-def test_a_look_that_cannot_be_written_says_so_and_fails(tmp_path: Path) -> None:
+def test_a_status_that_cannot_be_written_says_so_and_fails(tmp_path: Path) -> None:
     with looked_at(tmp_path) as address:
         done = shell(("ps_server", "status", address), ">/dev/full")
         assert (done.returncode, done.stderr) == (
@@ -104,7 +104,7 @@ def test_a_look_that_cannot_be_written_says_so_and_fails(tmp_path: Path) -> None
         assert shell(("ps_server", "status", address), ">&- 2>&-").returncode == 0
 
 
-def test_an_export_is_written_whoever_reads_what_it_says(tmp_path: Path) -> None:
+def test_an_export_is_written_even_if_nobody_reads_its_output(tmp_path: Path) -> None:
     out = tmp_path / "center.safetensors"
     with looked_at(tmp_path) as address:
         for redirection in REDIRECTIONS.values():
@@ -173,7 +173,7 @@ if __name__ == "__main__":
 """
 
 
-def test_a_script_goes_on_when_nobody_reads_its_lines_and_is_otherwise_as_by_itself(tmp_path: Path) -> None:
+def test_a_script_goes_on_when_nobody_reads_its_lines_and_otherwise_runs_as_usual(tmp_path: Path) -> None:
     folder = tmp_path / "with space"
     folder.mkdir()
     (folder / "train.py").write_text(SCRIPT)

@@ -74,5 +74,5 @@ def test_the_limit_of_the_control_group_counts(
     assert default_max_model_bytes(tmp_path, MACHINE) == expected // 3
 
 
-def test_without_limits_it_is_the_machines(tmp_path: Path) -> None:
+def test_without_limits_the_memory_is_the_machines(tmp_path: Path) -> None:
     assert memory_bytes(tmp_path) >= memory_bytes() > 0

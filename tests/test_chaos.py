@@ -39,7 +39,7 @@ def test_the_same_seed_makes_the_same_faults_and_another_one_others() -> None:
     assert first_faults(7) != first_faults(8)
 
 
-def test_one_fault_comes_every_so_many_seconds() -> None:
+def test_faults_come_at_the_given_interval() -> None:
     assert [fault.at_s for fault in first_faults(0, every_s=0.5)] == [0.5 * number for number in range(1, 201)]
 
 
@@ -65,7 +65,7 @@ def test_without_squeezes_a_seed_makes_the_faults_that_it_always_made(seed: int,
     assert ", ".join(said) == expected
 
 
-def test_squeezes_strike_the_one_whom_they_should_besides_all_that_happens_anyhow() -> None:
+def test_squeezes_strike_their_process_and_leave_all_other_faults_as_they_are() -> None:
     faults = list(itertools.islice(sequence(3, ["server", *WORKERS], 1.0, squeezed="server"), 400))
     assert faults == list(itertools.islice(sequence(3, ["server", *WORKERS], 1.0, squeezed="server"), 400))
     squeezes = [fault for fault in faults if fault.kind in SQUEEZES]
@@ -237,7 +237,7 @@ def test_a_squeeze_without_its_limit_does_not_happen() -> None:
     assert (seated.seat.news(), seated.limit.done) == ([], [])
 
 
-def test_a_process_may_end_of_itself_only_while_it_lacks_something() -> None:
+def test_a_process_may_end_on_its_own_only_while_it_lacks_something() -> None:
     seated = Seated()
     seated.ends(1, 1.0)
     assert (len(seated.seat.deaths), len(seated.seat.squeezed_deaths)) == (1, 0)

@@ -85,7 +85,7 @@ files.make_durable = slowly"""
 
 
 @pytest.mark.parametrize("place", ["before it is looked at", "when its checksum is known"])
-def test_of_two_checkpoints_of_one_step_the_later_becomes_durable_though_it_comes_in_the_midst_of_the_other(
+def test_of_two_checkpoints_of_one_step_the_later_becomes_durable_even_if_it_comes_during_the_other(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun, go_on = tmp_path / "begun", tmp_path / "go on"

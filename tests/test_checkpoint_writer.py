@@ -158,7 +158,7 @@ files.make_durable = slow"""
     assert is_durable(tmp_path, 2)
 
 
-def test_who_finishes_waits_for_a_disk_that_hangs_as_long_as_it_says_and_says_what_is_not_there(
+def test_a_keeper_that_finishes_waits_for_a_hanging_disk_no_longer_than_told_and_says_what_is_missing(
     play: Play, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def body(keeper: Keeper) -> None:

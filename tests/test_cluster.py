@@ -234,7 +234,9 @@ def test_every_cluster_survives_the_way_through_any_environment(cluster: Cluster
 
 @given(specs(), st.data())
 @fast
-def test_whoever_tells_what_of_the_truth_gives_the_same_cluster(cluster: ClusterSpec, data: st.DataObject) -> None:
+def test_sources_that_each_tell_a_part_of_the_truth_give_the_same_cluster(
+    cluster: ClusterSpec, data: st.DataObject
+) -> None:
     hosts, count, index = cluster.ps_hosts, cluster.num_workers, cluster.task_index
     tellers: dict[str, dict[str, Any]] = {
         "ps_hosts": {"MA_PS_HOSTS": ",".join(hosts), "flag": hosts},

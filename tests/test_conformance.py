@@ -153,6 +153,6 @@ def test_a_line_that_is_no_answer_is_a_miss(line: str) -> None:
 
 
 @pytest.mark.parametrize("line", ["ok done 1 a", "ok committed 1", "ok committed x a", "ok committed 1  "])
-def test_an_end_of_a_push_that_is_none_is_a_miss(line: str) -> None:
+def test_an_unknown_outcome_of_a_push_is_a_miss(line: str) -> None:
     with pytest.raises(Miss):
         lines.read_pushed(line)

@@ -147,7 +147,7 @@ def test_a_connection_serves_one_push_after_another(job: Job) -> None:
 # Which workers get one.
 
 
-def test_only_who_would_like_one_is_offered_one(job: Job) -> None:
+def test_only_a_client_that_wants_a_connection_is_offered_one(job: Job) -> None:
     stream = job.client.open_push()
     stream.send(job.header("a"))
     assert not stream.receive().admission.HasField("data_connection")
@@ -168,7 +168,7 @@ def test_a_key_is_for_the_process_that_it_was_given_to(job: Job) -> None:
     assert begin(job, "a", incarnation=b"another process!").refusal().reason == LOST
 
 
-def test_who_connects_and_says_nothing_is_sent_away(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_connects_and_says_nothing_is_sent_away(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data_port, "_GREETING_TIMEOUT_S", 0.1)
     assert Wire(offer_to(job, "a"), hello=b"").answer == b""
     connected(job)

@@ -232,7 +232,7 @@ def test_a_center_that_does_not_come_as_it_should_is_not_written(
     server.stop(None).wait()
 
 
-def test_who_answers_but_does_not_know_the_call_is_named(out: Path, export: Export) -> None:
+def test_a_server_that_does_not_know_the_call_is_named(out: Path, export: Export) -> None:
     server = grpc.server(ThreadPoolExecutor(1))
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     server.start()

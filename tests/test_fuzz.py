@@ -331,7 +331,7 @@ def test_a_reader_is_called_when_as_many_bytes_have_come_as_are_wanted() -> None
     assert read == [b"abc"]
 
 
-def test_who_sends_waits_for_room() -> None:
+def test_a_sender_waits_for_room() -> None:
     loop, (ours, theirs) = VirtualLoop.create(), MemorySocket.pair()
     theirs.room_bytes = 2
     sent: asyncio.Task[None] = loop.create_task(loop.sock_sendall(ours, memoryview(b"xyz")))

@@ -84,7 +84,7 @@ def test_a_server_that_was_started_with_nohup_outlives_its_terminal() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_worker_unwinds_on_both(number: signal.Signals) -> None:
+def test_a_worker_unwinds_on_either_signal(number: signal.Signals) -> None:
     with Launched(["-c", UNWINDING, "terminal"]) as process:
         process.wait_for("ready True")
         process.process.send_signal(number)

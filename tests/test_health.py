@@ -133,7 +133,7 @@ def test_when_one_of_two_who_watch_goes_the_other_still_hears(start_server: Star
     assert watched.get(timeout=DEADLINE_S) == SERVING
 
 
-def test_an_unknown_name_is_not_found_and_who_watches_it_is_told_so(start_server: StartServer, ask: Any) -> None:
+def test_an_unknown_name_is_not_found_and_its_watchers_are_told_so(start_server: StartServer, ask: Any) -> None:
     health = ask(start_server(2).address)
     with pytest.raises(grpc.RpcError) as refused:
         health.check("nonsense")

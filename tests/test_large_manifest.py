@@ -121,7 +121,7 @@ def test_the_most_variables_that_there_may_be_do_not_hold_up_the_event_loop(star
     assert max(setting.work_s, pulling.work_s, again.work_s) < LONGEST_WORK_S
 
 
-def test_who_waits_for_the_event_loop_waits_less_than_the_manifest_takes(start_server: StartServer) -> None:
+def test_a_call_waits_for_the_event_loop_for_less_time_than_the_manifest_takes(start_server: StartServer) -> None:
     server, manifest = start_server(1), manifest_of(MAX_VARIABLES)
     with Client(server.address, manifest) as client:
         client.initialize()

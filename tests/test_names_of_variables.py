@@ -101,7 +101,7 @@ def test_buffers_that_are_no_part_of_the_state_dict_stay_local_under_a_wrapper_t
     assert names_of(wrap(model)) == NAMES
 
 
-def test_what_is_called_as_a_wrapper_calls_its_model_and_is_none_keeps_its_name() -> None:
+def test_a_module_that_only_has_the_name_of_a_wrappers_keeps_it() -> None:
     model = torch.nn.Module()
     model._orig_mod = torch.nn.Module()
     model._orig_mod.module = torch.nn.Linear(1, 1)

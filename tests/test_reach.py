@@ -95,7 +95,7 @@ def test_a_pull_that_broke_starts_over_at_another_process_of_the_server(server: 
     assert [request.first_fragment for request in server.asked] == [0, 0]
 
 
-def test_what_another_pull_left_behind_is_not_gone_on_with(server: Server) -> None:
+def test_a_pull_does_not_continue_what_another_pull_left_behind(server: Server) -> None:
     header, *fragments = center(ARRAYS)
     with ParameterServerSession([server.address], worker_id="a", reconnect_timeout_s=20) as session:
         server.pulls.put([header, *fragments[:2], Refusal("PERMISSION_DENIED")])

@@ -43,11 +43,11 @@ def test_a_server_without_a_center_is_lost() -> None:
         (ServerView(6, step=6, waited_s=LONG_S), Goal(7)),
     ],
 )
-def test_who_is_not_asked_or_only_reads_waits(view: ServerView, goal: Goal) -> None:
+def test_a_worker_that_is_not_asked_or_only_reads_waits(view: ServerView, goal: Goal) -> None:
     assert decide(view, goal, LONG_S) is Move.WAIT
 
 
-def test_who_has_waited_for_long_pushes_unasked() -> None:
+def test_a_worker_that_has_waited_for_long_pushes_unasked() -> None:
     assert decide(ServerView(6, step=6, waited_s=LONG_S + 0.1), Goal(7), LONG_S) == MakePush(Purpose.ABSTAIN, 6)
 
 

@@ -82,7 +82,7 @@ def test_that_one_has_finished_may_be_heard_before_its_connection_breaks() -> No
     assert isinstance(play.round.close(stream, play.now_s)[0], Restart)
 
 
-def test_the_time_of_grace_begins_when_all_who_are_left_have_pushed_but_one_more_than_announced() -> None:
+def test_the_grace_period_begins_when_all_announced_workers_that_are_left_have_pushed() -> None:
     play, a, b, c, d = one_more()
     all_together(play, a, b, c, d)  # the first round does not wait for d, and holds it
     all_together(play, a, b, c, d)
@@ -157,7 +157,7 @@ def test_in_a_new_run_none_of_the_last_one_has_finished() -> None:
     assert contributors(play) == ["abc"]
 
 
-def test_to_say_twice_that_one_has_finished_changes_nothing() -> None:
+def test_finishing_twice_changes_nothing() -> None:
     play, a, b, _ = strict()
     play.finish(a)
     play.finish_again(a)

@@ -132,7 +132,7 @@ def test_rule_6_a_round_commits_only_with_all_it_needs_less_those_that_have_fini
         assert min(plan.policy.min_workers, max(1, left)) <= len(whole) <= plan.policy.max_workers
 
 
-def test_before_the_time_of_grace_is_over_a_round_commits_only_with_all_it_waits_for() -> None:
+def test_before_the_grace_period_is_over_a_round_commits_only_with_all_it_waits_for() -> None:
     for number, (_, play) in enumerate(played()):
         assert play.early == [], number
 

@@ -136,7 +136,7 @@ def test_data_connections_of_several_addresses_are_announced_together() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_server_that_is_told_to_stop_refuses_who_waits_and_exits_with_0(number: signal.Signals) -> None:
+def test_a_server_that_is_told_to_stop_refuses_waiting_calls_and_exits_with_0(number: signal.Signals) -> None:
     with ServerProcess() as server, RawClient(server.address) as client:
         waiting_pull = client.open_pull()
         waiting_pull.send(pb.PullRequest(worker_id="early", wait_initialized=True))
@@ -297,7 +297,7 @@ class Impatient(ParameterServerSession):
     _timing = Timing(peer_silence_s=1.0)
 
 
-def test_a_server_that_no_longer_answers_is_noticed_by_who_waits_at_the_barrier() -> None:
+def test_a_server_that_no_longer_answers_is_noticed_by_a_worker_at_the_barrier() -> None:
     with (
         ServerProcess(num_workers=2) as server,
         Impatient([server.address], worker_id="chief", is_chief=True, reconnect_timeout_s=0) as session,

@@ -347,7 +347,7 @@ def test_a_center_that_came_by_catching_up_is_the_callers_own(make_job: MakeJob)
     assert [firsts(center) for center in centers] == [[3, 0], [3, 0]]
 
 
-def test_who_only_reads_waits_for_workers_to_bring_a_shard_up(make_job: MakeJob) -> None:
+def test_a_reader_waits_for_workers_to_bring_a_shard_up(make_job: MakeJob) -> None:
     job = make_job(2, STRICT)
     sessions = joined(job, 2)
     pushed(sessions, [of(job, 2, 2), of(job, 4, 4)])
@@ -435,7 +435,7 @@ class Hasty(ParameterServerSession):
     _timing = Timing(long_wait_s=0.0)
 
 
-def test_who_finds_a_round_full_waits_for_its_end(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_finds_a_round_full_waits_for_its_end(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
     refused, push = threading.Event(), OneServer.push
 
     def refusable(*arguments: Any) -> pb.PushOutcome:
@@ -501,7 +501,9 @@ def test_shards_that_run_on_while_they_are_read_are_read_all_at_once() -> None:
         one.connection.close()
 
 
-def test_with_a_quorum_who_is_late_on_one_shard_is_stale_and_goes_on_with_the_others(make_job: MakeJob) -> None:
+def test_with_a_quorum_a_worker_that_is_late_on_one_shard_is_stale_and_goes_on_with_the_others(
+    make_job: MakeJob,
+) -> None:
     job = make_job(2, RoundPolicy(2, 1, 2, grace_s=0.3))
     late, other = joined(job, 2)
     pushed([late, other], [of(job, 2, 2), of(job, 4, 4)])
@@ -520,7 +522,7 @@ def test_with_a_quorum_who_is_late_on_one_shard_is_stale_and_goes_on_with_the_ot
         assert firsts(result.center) == [3, 3]
 
 
-def test_with_a_quorum_who_is_late_by_rounds_on_one_shard_comes_to_the_common_step(make_job: MakeJob) -> None:
+def test_with_a_quorum_a_worker_that_is_late_by_rounds_on_one_shard_comes_to_the_common_step(make_job: MakeJob) -> None:
     job = make_job(2, RoundPolicy(2, 1, 2, grace_s=0.1))
     late, other = joined(job, 2)
     pushed([late, other], [of(job, 2, 2), of(job, 4, 4)])

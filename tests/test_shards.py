@@ -321,7 +321,7 @@ def test_a_chief_completes_what_its_predecessor_could_not(start_server: StartSer
     assert not chief.initialize(CENTER, global_step=STEP).initialized
 
 
-def test_a_server_that_lost_its_part_of_a_job_is_not_initialized_anew(
+def test_a_server_that_lost_its_part_of_a_job_is_not_initialized_again(
     start_server: StartServer, workers: Workers
 ) -> None:
     addresses = start(start_server, 2)

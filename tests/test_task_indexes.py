@@ -144,7 +144,7 @@ def test_processes_get_the_lowest_indexes_that_are_free_and_then_wait(start_serv
         assert index_of(third) == 0
 
 
-def test_who_has_waited_longest_is_served_first(start_server: StartServer) -> None:
+def test_the_process_that_has_waited_longest_is_served_first(start_server: StartServer) -> None:
     with RawClient(start_server(1).address) as raw:
         assert index_of(join(raw, "0")) == 0
         waiting = {}
@@ -156,7 +156,7 @@ def test_who_has_waited_longest_is_served_first(start_server: StartServer) -> No
             assert index_of(waiting[process]) == 0
 
 
-def test_a_broken_call_keeps_its_index_for_its_process_and_then_gives_it_to_who_waits(
+def test_a_broken_call_keeps_its_index_for_its_process_and_then_gives_it_to_a_waiting_one(
     start_server: StartServer,
 ) -> None:
     server = start_server(1, rejoin_timeout_s=1.0)

@@ -265,7 +265,7 @@ GRACE_S = 1.5
 
 
 @pytest.mark.parametrize("fragments", long_except([20], [0, 20]))
-def test_with_a_quorum_a_killed_worker_costs_one_time_of_grace(cluster: Cluster, fragments: int) -> None:
+def test_with_a_quorum_a_killed_worker_costs_one_grace_period(cluster: Cluster, fragments: int) -> None:
     cluster.serve(3, "--min-workers", "2", "--grace-s", str(GRACE_S))
     workers = cluster.start(3)
     assert round_of(workers) == (15, 1)

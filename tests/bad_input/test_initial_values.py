@@ -36,7 +36,7 @@ def test_a_manifest_with_no_variables_is_refused(bare: Job) -> None:
     assert_manifest_refused(bare, pb.Manifest(fragment_size_bytes=64), "no variables")
 
 
-def test_no_manifest_is_refused(bare: Job) -> None:
+def test_a_missing_manifest_is_refused(bare: Job) -> None:
     stream = bare.client.open_initialize()
     stream.send(pb.InitializeRequest(header=pb.InitializeHeader(worker_id="chief")))
     assert_refused(stream, StatusCode.INVALID_ARGUMENT, "MANIFEST_INVALID", "no variables")

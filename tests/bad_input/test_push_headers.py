@@ -24,7 +24,7 @@ def test_a_push_by_an_unknown_manifest_is_refused(job: Job) -> None:
     job.assert_still_serves()
 
 
-def test_a_push_by_no_manifest_is_refused(job: Job) -> None:
+def test_a_push_without_a_manifest_id_is_refused(job: Job) -> None:
     stream = job.open_push(push_header("", "a", base_step=STEP))
     assert_refused(stream, StatusCode.FAILED_PRECONDITION, "MANIFEST_UNKNOWN", "'a'", job.manifest_id)
     job.assert_still_serves()

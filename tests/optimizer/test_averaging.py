@@ -36,7 +36,7 @@ pytestmark = pytest.mark.in_memory
 # Locking.
 
 
-def test_the_local_update_waits_for_who_holds_the_lock(alone: Join) -> None:
+def test_the_local_update_waits_for_the_holder_of_the_lock(alone: Join) -> None:
     worker = alone(interval_steps=100)
     worker.give(w=1.0)
     with worker.opt.lock:
@@ -47,7 +47,7 @@ def test_the_local_update_waits_for_who_holds_the_lock(alone: Join) -> None:
     assert worker.values()["w"] == [0.0] * 3
 
 
-def test_the_install_waits_for_who_holds_the_lock(start_server: StartServer, join: Join) -> None:
+def test_the_install_waits_for_the_holder_of_the_lock(start_server: StartServer, join: Join) -> None:
     server = start_server(2)
     workers = [join(server, index=index, num_worker=2, session_class=Announced) for index in range(2)]
     start_all(workers)
@@ -262,7 +262,7 @@ class RunningMean(torch.nn.Module):
         return self.w * x
 
 
-def test_a_buffer_that_the_model_assigns_anew_is_averaged(start_server: StartServer, join: Join) -> None:
+def test_a_buffer_that_the_model_replaces_is_averaged(start_server: StartServer, join: Join) -> None:
     server = start_server(2)
     workers = [join(server, RunningMean(), index=index, num_worker=2) for index in range(2)]
     start_all(workers)

@@ -21,7 +21,7 @@ from tests.wiretap import Wiretap
 
 
 @pytest.mark.parametrize("is_encrypted", [False, True])
-def test_with_tls_no_tensor_is_in_plain_text_on_the_wire_and_without_it_is(
+def test_tensors_are_in_plain_text_on_the_wire_without_tls_and_not_with_it(
     start_server: StartServer, files: Files, is_encrypted: bool
 ) -> None:
     security, of_server = (
@@ -91,7 +91,7 @@ def test_channels_are_encrypted_with_tls_but_for_unix_sockets(
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "127.0.0.1:99999", "a..b:1", "unix:/nowhere", "nonsense", ":1"])
 @pytest.mark.parametrize("tls", [None, Tls()])
-def test_where_nobody_answers_the_trouble_is_not_with_certificates(address: str, tls: Tls | None) -> None:
+def test_where_nothing_answers_no_certificate_is_blamed(address: str, tls: Tls | None) -> None:
     assert problem(address, tls) is None
 
 

@@ -24,7 +24,7 @@ def test_loopback_needs_nothing(host: str) -> None:
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "2001:db8::1"])
-def test_elsewhere_something_keeps_strangers_out_or_it_is_said_that_nothing_does(host: str) -> None:
+def test_beyond_loopback_something_keeps_strangers_out_or_a_warning_says_that_nothing_does(host: str) -> None:
     with pytest.raises(SecurityError, match="--insecure"):
         check_exposure(host, host, PLAIN)
     for security, warning in (

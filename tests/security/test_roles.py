@@ -76,7 +76,7 @@ def test_a_call_needs_its_least_role_and_an_unknown_one_the_greatest(method: str
 
 
 @pytest.mark.parametrize("sent", [[], [""], ["other"], ["known", "known"], ["known "], ["\udcff"], ["knöwn"]])
-def test_none_but_exactly_one_known_token_will_do(sent: list[str]) -> None:
+def test_a_call_needs_exactly_one_known_token(sent: list[str]) -> None:
     error = check(Tokens({"known": Role.CHIEF}), METHODS[0], sent)
     assert error is not None
     assert error.reason is Reason.TOKEN_INVALID
