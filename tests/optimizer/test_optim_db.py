@@ -115,7 +115,7 @@ def train(model: Weights, optimizer: torch.optim.Optimizer, sparse: bool, needs_
         def closure(step: list[torch.Tensor | None] = step) -> float:
             loss = 0.0
             for parameter, gradient in zip(model.all, step, strict=True):
-                # Depends on the parameter's values, since some optimizers evaluate the loss more than once in a step.
+                # Depends on the parameter, since some optimizers evaluate the loss more than once in a step.
                 given = None if gradient is None else gradient.clone()
                 parameter.grad = given if given is None or sparse else given + 0.1 * parameter.detach()
                 loss += float(parameter.detach().square().sum())
