@@ -2,7 +2,7 @@
 
 For root on Linux (a user namespace's root will do) with ip and tc (iproute2), nsenter and unshare (util-linux). The
 namespaces have no names: each lives as long as a process in it, and all of those die with this one, however it ends.
-Nothing of the machine's own network is touched.
+The machine's own network is not touched.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ __all__ = ["INTERFACE", "Host", "Network", "port_to", "unavailable_because"]
 
 INTERFACE = "eth0"
 """The name of every host's interface to its link."""
-# The kernel hands packets of up to 64 KiB to the queue and splits those larger than the burst, at four times the cost.
-# 5 ms of packets are about what a port of a small switch holds.
+# The kernel hands packets of up to 64 KiB to the queue. It splits those that are larger than the burst, which costs
+# four times as much. 5 ms of packets are about what a port of a small switch holds.
 _BURST_BYTES = 131072
 _QUEUE = f"burst {_BURST_BYTES}b latency 5ms"
 # A slow link lets no more than this through at once.
 _SLOW_BURST_BYTES = 16384
 _TOOLS = ("ip", "tc", "nsenter", "unshare")
-# In a namespace that is gone at once: may we, and does the kernel have what we need?
+# Tried once in a namespace that ends immediately: is it allowed, and does the kernel support what we need?
 _PROBE = (
     "ip link add name bridge0 type bridge && ip link add name veth0 type veth peer name veth1 && "
     f"tc qdisc add dev veth0 root tbf rate 1gbit {_QUEUE}"
@@ -37,7 +37,7 @@ _PROBE = (
 
 
 def unavailable_because() -> str | None:
-    """Why this machine cannot have test hosts; None: it can."""
+    """Why this machine cannot have test hosts; None if it can."""
     if sys.platform != "linux":
         return "test hosts are network namespaces, which only Linux has"
     missing = [tool for tool in _TOOLS if shutil.which(tool) is None]
@@ -50,10 +50,10 @@ def unavailable_because() -> str | None:
 
 
 class Host:
-    """A network namespace with an address, once it is linked. It ends with `close`.
+    """A network namespace, which has an address once it is linked. `close` ends it.
 
     Raises:
-        OSError: there is no namespace to be had.
+        OSError: the namespace cannot be made.
     """
 
     def __init__(self, address: str = "") -> None:
@@ -75,7 +75,7 @@ class Host:
         subprocess.run(["nsenter", *self._enter, *command], check=True)
 
     def close(self) -> None:
-        """Ends what was started on this host, and so the host."""
+        """Ends all processes on this host, which ends the host."""
         for process in self._processes:
             process.kill()
         for process in self._processes:
@@ -88,7 +88,7 @@ class Host:
 
     def _start(self, command: list[str]) -> subprocess.Popen[str]:
         leashed = [sys.executable, "-I", "-S", str(Path(leash.__file__)), str(os.getpid()), *command]
-        # A session of its own: Ctrl-C is for this process, which ends what it has started.
+        # A new session, so that Ctrl-C reaches only this process, which then ends what it has started.
         process = subprocess.Popen(
             leashed, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, start_new_session=True
         )
@@ -97,23 +97,23 @@ class Host:
 
 
 class Network:
-    """``num_hosts`` hosts on one bridge; each can send and receive ``rate_mbit`` megabits a second at once.
+    """``num_hosts`` hosts on one bridge; each can send and, at the same time, receive ``rate_mbit`` megabits a second.
 
     Args:
-        num_hosts: 1 to 254; their addresses are 10.0.0.1 and on.
-        rate_mbit: of every link, either way.
-        congestion_control: of TCP on the hosts. "reno" is the one that every kernel has and every namespace may choose;
-            Linux's usual "cubic" behaves the same on ways so short.
-        queue_bytes: what may wait before every link, as in a slow modem; None: 5 ms of packets, as in a small switch.
-            Such a queue is in the switch, on the way to a host: in a sending host the kernel would keep it short (TCP
-            small queues). What a host sends is limited where it arrives.
+        num_hosts: 1 to 254; their addresses start at 10.0.0.1.
+        rate_mbit: of every link, in each direction.
+        congestion_control: of TCP on the hosts. Every kernel has "reno", and every namespace may choose it; Linux's
+            default, "cubic", behaves the same on such short paths.
+        queue_bytes: how much may queue before every link, as in a slow modem; None: 5 ms of packets, as in a small
+            switch. Such a queue is in the switch, on the way to a host: in a sending host the kernel would keep it
+            short (TCP small queues). What a host sends is limited where it arrives.
 
     Attributes:
         hosts: linked to the switch.
         switch: where the bridge is.
 
     Raises:
-        CalledProcessError: the machine cannot have them; `unavailable_because` says why, beforehand.
+        CalledProcessError: the machine cannot have them; `unavailable_because` tells the reason in advance.
 
     Example:
         >>> with Network(2, rate_mbit=1000) as network:
@@ -149,19 +149,19 @@ class Network:
         self._cleanup.close()
 
     def add_bridge(self, name: str) -> None:
-        """Another one at the switch."""
+        """Adds a host to the switch."""
         self.switch.run("ip", "link", "add", name, "type", "bridge")
         self.switch.run("ip", "link", "set", name, "up")
 
     def lose(self, port: str, from_bytes: int | None) -> None:
-        """Packets from this size on that leave the switch there are lost without a word; None: none are."""
-        # A bucket that is smaller than a packet never has enough for it.
+        """The switch silently drops packets of at least this size on that port; None: it drops none."""
+        # A token bucket that is smaller than a packet never lets it through.
         burst = _BURST_BYTES if from_bytes is None else max(8, from_bytes)
         queue = f"root tbf rate {self._rate_mbit}mbit burst {burst}b latency 5ms".split()
         self.switch.run("tc", "qdisc", "replace", "dev", port, *queue)
 
     def slow_down(self, rate_mbit: float, queue_bytes: int) -> None:
-        """From now on all links have this rate, and queues of this size before them."""
+        """Changes the rate of all links and the size of the queues before them."""
         limit = f"root tbf rate {rate_mbit}mbit burst {_SLOW_BURST_BYTES}b limit {queue_bytes}b".split()
         for host in self.hosts:
             self.switch.run("tc", "qdisc", "replace", "dev", port_to(host), *limit)
@@ -174,7 +174,7 @@ class Network:
         host.run("ip", "address", "add", f"{host.address}/24", "dev", INTERFACE)
         host.run("ip", "link", "set", "lo", "up")
         host.run("ip", "link", "set", INTERFACE, "up")
-        # The file shows the namespace of who opens it.
+        # The file belongs to the namespace of the process that opens it.
         host.run("sh", "-c", 'echo "$1" > /proc/sys/net/ipv4/tcp_congestion_control', "sh", self._congestion_control)
         # A queue limits what goes out: one at each end of the cable.
         switch.run("tc", "qdisc", "add", "dev", port, *f"root tbf rate {self._rate_mbit}mbit {self._queue}".split())

@@ -1,9 +1,9 @@
 """The cost of a round when links are the limit, compared with gloo's all-reduce on the same hosts: `make bench`.
 
-Hosts are network namespaces (bench/hosts.py) with links of 1 Gbit; each has a worker, a server, or both. How a round is
-measured says bench/turns.py; the slowest worker's time counts. All hosts share this machine's processors, so a row in
-which those are busy tells more of them than of the links. Shared memory is switched off: namespaces of one kernel could
-use it, hosts cannot; so a worker and the server beside it do not use it either.
+Hosts are network namespaces (bench/hosts.py) with links of 1 Gbit; each has a worker, a server, or both. bench/turns.py
+says how a round is measured; the slowest worker's time counts. All hosts share this machine's processors, so a row in
+which these are busy measures them more than the links. Shared memory is switched off, also between a worker and the
+server beside it: namespaces of one kernel could use it, separate hosts cannot.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from bench.processes import listening_at, serve_command
 from bench.stream import stream_mb_per_s
 from bench.turns import Turns, over_workers, take_turns, values_of
 
-# What is asked for is asked with these.
+# The required bounds apply to these settings.
 PARAMETERS = 10_000_000
 RATE_MBIT = 1000.0
 PS_PORT = 2222
@@ -46,7 +46,7 @@ class Case:
 
     @property
     def hosts(self) -> int:
-        """How many it takes."""
+        """The number of hosts that the row needs."""
         return self.workers if self.beside else self.workers + self.servers
 
 

@@ -37,7 +37,7 @@ _MANIFEST = Manifest((Variable("x", "float32", (PARAMETERS,)),))
 
 @dataclass(frozen=True)
 class Result:
-    """One row: the seconds of a round for a number of workers, and what the server needed."""
+    """One row: the seconds of a round for a number of workers, and what the server used."""
 
     workers: int
     round_ms: float

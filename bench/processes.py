@@ -15,7 +15,7 @@ __all__ = ["listening_at", "parameter_server", "peak_bytes", "resident_bytes", "
 
 @contextmanager
 def parameter_server(num_workers: int, *flags: str, unix_socket: bool = False) -> Iterator[tuple[str, int]]:
-    """A server process on a free port, or a Unix socket, with these flags besides: its address and its pid."""
+    """Starts a server on a free port or a Unix socket, with these extra flags; gives its address and its pid."""
     with tempfile.TemporaryDirectory() as directory:
         bind = f"unix:{directory}/socket" if unix_socket else "127.0.0.1:0"
         with subprocess.Popen(
@@ -28,18 +28,18 @@ def parameter_server(num_workers: int, *flags: str, unix_socket: bool = False) -
 
 
 def serve_command(bind: str, num_workers: int) -> list[str]:
-    """What starts a server."""
+    """The command that starts a server."""
     return [sys.executable, "-m", "ps_server", "serve", "--bind", bind, "--num-workers", str(num_workers)]
 
 
 def listening_at(server: subprocess.Popen[str]) -> str:
-    """The address at which a server that was started listens now."""
+    """The address at which a started server listens, once it does."""
     assert server.stdout is not None
     return server.stdout.readline().split()[-1]
 
 
 def resident_bytes(pid: int) -> int:
-    """Memory that a process has now."""
+    """The memory that a process uses now."""
     return _status_bytes(pid, "VmRSS")
 
 

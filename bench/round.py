@@ -1,7 +1,7 @@
 """The cost of a round, compared with gloo's all-reduce in the same processes: `make bench`.
 
-For every row, one parameter server and the workers run as processes on this machine; how a round is measured says
-bench/turns.py. The slowest worker's time counts.
+For every row, one parameter server and the workers run as processes on this machine. bench/turns.py says how a round is
+measured; the slowest worker's time counts.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def work(case: Case, rank: int, rounds: int, address: str, gloo_port: int, pipe:
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=case.workers)
     local, mean = values_of(rank, case.workers, case.parameters)
     reduced = torch.zeros(case.parameters)
-    # Once now, so that the buffers that gloo makes for itself do not count as ours.
+    # Once beforehand, so that gloo's own buffers do not count as ours.
     dist.all_reduce(reduced)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     idle_bytes = resident_bytes(os.getpid())
@@ -88,7 +88,7 @@ def work(case: Case, rank: int, rounds: int, address: str, gloo_port: int, pipe:
     round_turns, gloo_turns = take_turns(session, local, mean, reduced, rounds)
     extra_bytes = peak_bytes(os.getpid(), "modelaverage-center") - idle_bytes
     pipe.send(Sample(round_turns, gloo_turns, extra_bytes))
-    pipe.recv()  # the server's memory is looked at while all workers are there
+    pipe.recv()  # the server's memory is measured while all workers are connected
     session.close()
     dist.destroy_process_group()
 

@@ -90,7 +90,7 @@ class Result:
 
 
 class _Breaks(logging.Handler):
-    """Keeps what the session says: whatever it is, something did not go as it should."""
+    """Keeps what the session logs: it logs only what went wrong."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
@@ -144,7 +144,7 @@ def measure(cell: Cell) -> Result:
 
 
 def cells(quick: bool) -> list[Cell]:
-    """All of them, those that take longest first."""
+    """All cells, those that take longest first."""
     rates_mbit, models_mb = ((2.0, 10.0), (3,)) if quick else (RATES_MBIT, MODELS_MB)
     found = [
         Cell(rate_mbit, queue_bytes, model_mb, data_connection)
@@ -157,7 +157,7 @@ def cells(quick: bool) -> list[Cell]:
 
 
 def table(results: Sequence[tuple[Cell, Result]]) -> Table:
-    """The results for people."""
+    """The results as a table."""
     shown = Table(title="one worker, one server; seconds, and how many times the model's bytes through the bandwidth")
     columns = (
         "Mbit/s",
@@ -207,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
         address, cell = json.loads(arguments.worker)
         print(json.dumps(asdict(work(address, Cell(**cell)))))
         return 0
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # not without tidying up
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that everything is undone first
     reason = unavailable_because()
     if reason is not None:
         print(f"bench.slow_links: skipped: {reason}")

@@ -18,7 +18,7 @@ _TIMEOUT_S = 30.0
 
 
 def stream_mb_per_s(sender: Host, receiver: Host, size_bytes: int) -> float:
-    """Megabytes (10^6 bytes) a second at which so much comes from one host to another."""
+    """The rate, in megabytes (10^6 bytes) a second, at which this much data goes from one host to another."""
     command = [sys.executable, "-m", "bench.stream"]
     receiving = receiver.popen([*command, "receive", receiver.address])
     assert receiving.stdout is not None

@@ -27,7 +27,7 @@ class Seat:
     """What a process is told.
 
     Args:
-        rank: of a worker, from 0 on; None: it is the reader.
+        rank: the worker's number, from 0; None: the process is the reader.
         ps_host: the server's address.
         parameters: float32, of the model.
         one_host: whether workers may use shared memory, as if all were on one host; the reader then asks for centers
@@ -49,8 +49,8 @@ class Deed:
         from_s: when it began.
         to_s: when it ended.
         error: what it raised; None: nothing.
-        right: whether the values that came are those of their step.
-        beside: whether a worker's bytes do not go in messages by now.
+        right: whether the received values are those of their step.
+        beside: whether the worker's bytes go beside the messages by now.
     """
 
     what: str
@@ -79,17 +79,17 @@ class Transcript:
         self._changed = threading.Condition()
 
     def listen(self, who: str, process: subprocess.Popen[str]) -> None:
-        """From now on every line of its stdout is noted."""
+        """Records every further line of the process's stdout."""
         threading.Thread(target=self._listen, args=(who, process), daemon=True).start()
 
     @property
     def lines(self) -> list[Line]:
-        """All so far."""
+        """The lines so far."""
         with self._changed:
             return list(self._lines)
 
     def until(self, happened: Callable[[list[Line]], bool], timeout_s: float) -> bool:
-        """Waits until something is true of the lines; whether it is."""
+        """Waits until the condition holds for the lines; returns whether it does."""
         with self._changed:
             return self._changed.wait_for(lambda: happened(self._lines), timeout_s)
 
@@ -120,7 +120,7 @@ def _push(seat: Seat, rank: int, values: NDArray[np.float32]) -> Iterator[Deed]:
     from modelaverage.v1 import parameter_server_pb2 as pb
 
     worker_id, beside = f"worker-{rank}", False
-    # Namespaces of one kernel could use shared memory, hosts cannot.
+    # Namespaces of one kernel could use shared memory, separate hosts cannot.
     with ParameterServerSession(
         [seat.ps_host], worker_id=worker_id, is_chief=rank == 0, shared_memory=seat.one_host
     ) as session:
@@ -171,7 +171,7 @@ def _ask_and_never_read(ps_host: str) -> None:
     from modelaverage import wire
     from modelaverage.v1 import parameter_server_pb2 as pb
 
-    # A window of 64 KiB that does not grow: the server holds what is asked for.
+    # A window of 64 KiB that does not grow, so that the server has to keep most of what was asked for.
     options = [("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1), ("grpc.http2.bdp_probe", 0)]
     channel = grpc.insecure_channel(ps_host, options=options)
     pull = channel.unary_stream(f"/{wire.SERVICE}/Pull", pb.PullRequest.SerializeToString, bytes)

@@ -1,7 +1,7 @@
 """Faults for a job on test hosts (bench/hosts.py), each as a context during which it lasts.
 
-Whatever is not undone by the end of a process of its own (a mount, a frozen disk, a cgroup) is undone by another one,
-which waits for that end: however this program ends, nothing of it stays.
+Some faults (a mount, a frozen disk, a cgroup) outlive the process that causes them. A second process waits for the end
+of this program, however it comes, and undoes them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from bench.hosts import Host, Network, port_to
 __all__ = ["DATA_PORT", "FAULTS", "Fault", "Scene"]
 
 DATA_PORT = 2223
-# A link that carries less than what its ends think, as tunnels do whose messages about it are filtered away.
+# A link that carries smaller packets than its ends assume, like a tunnel whose ICMP messages are filtered.
 _HOLE_FROM_BYTES = 600
 _DISK_BYTES = 256 << 20
 _CGROUPS = Path("/sys/fs/cgroup/pids")  # as of cgroups v1
@@ -27,13 +27,13 @@ _CGROUPS = Path("/sys/fs/cgroup/pids")  # as of cgroups v1
 
 @dataclass
 class Scene:
-    """Where it happens.
+    """Where a fault happens.
 
     Args:
         network: the workers' hosts, and the server's, which is the last.
-        directory: for files; gone afterwards.
-        server_pid: set when it runs.
-        worker_pids: set when they run.
+        directory: for files; removed afterwards.
+        server_pid: set once the server runs.
+        worker_pids: set once the workers run.
     """
 
     network: Network
@@ -53,25 +53,25 @@ class Scene:
 
     @property
     def down(self) -> list[str]:
-        """The switch's ports that bytes from the server to workers pass."""
+        """The switch's ports through which bytes go from the server to workers."""
         return [port_to(host) for host in self.workers]
 
     @property
     def up(self) -> list[str]:
-        """Those that bytes to the server pass."""
+        """The switch's ports through which bytes go to the server."""
         return [port_to(self.server)]
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One of them.
+    """A fault.
 
     Args:
-        name: in the table.
+        name: its name in the table.
         lasts_s: how long it lasts.
         quick_s: the same with --quick.
-        happen: it happens to a running job as long as the context lasts.
-        prepare: what has to be there before the job starts; returns flags for the server.
+        happen: lets the fault happen to a running job while the context lasts.
+        prepare: sets up what has to exist before the job starts; returns flags for the server.
         one_host: as for `Seat`.
     """
 
@@ -96,7 +96,7 @@ def _losing(network: Network, ports: Sequence[str], from_bytes: int) -> Iterator
 
 
 def _detour(scene: Scene, senders: Sequence[Host], which: str) -> None:
-    """Bytes of data connections from these hosts go by another bridge, `detour`, and come back by its port `back`."""
+    """Bytes of data connections from these hosts take another bridge, `detour`, and return through its port `back`."""
     switch = scene.network.switch
     scene.network.add_bridge("detour")
     _ip(switch, "link add back type veth peer name forth")
@@ -154,7 +154,7 @@ def _limits(pid: int) -> list[str]:
 def _without_threads(pid: int) -> Iterator[None]:
     """The process keeps what it has, and gets none."""
     group = _CGROUPS / f"bench-waits-{os.getpid()}"
-    # A cgroup is removed once nobody is in it: its processes are moved, or have ended.
+    # A cgroup can be removed once it is empty: its processes have ended, or are moved out first.
     undo = 'for p in $(cat "$1/cgroup.procs"); do echo $p > "$1/../cgroup.procs"; done; rmdir "$1"'
     with _undone_by(undo, str(group)):
         group.mkdir()
@@ -192,7 +192,7 @@ def _frozen(scene: Scene) -> Iterator[None]:
 
 @contextmanager
 def _undone_by(script: str, argument: str) -> Iterator[None]:
-    """Shell commands are run at the end of this, or of this process."""
+    """Runs these shell commands at the end of the context, or when this process ends."""
     undoing = subprocess.Popen(
         ["sh", "-c", f"cat; {script}", "sh", argument],
         stdin=subprocess.PIPE,

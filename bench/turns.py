@@ -30,15 +30,15 @@ WARM_UPS = 2
 
 @dataclass(frozen=True)
 class Turns:
-    """One kind of a worker's rounds: the seconds of each, and the processor seconds that this machine spent meanwhile,
-    all processes and the kernel included."""
+    """One kind of a worker's rounds: the seconds of each, and the processor seconds that the whole machine, kernel
+    included, spent meanwhile."""
 
     round_s: list[float] = field(default_factory=list)
     busy_s: list[float] = field(default_factory=list)
 
     @contextmanager
     def turn(self, repeat: int) -> Iterator[None]:
-        """Times what is done within, which is ``repeat`` rounds."""
+        """Times the body of the context, which makes ``repeat`` rounds."""
         busy_before_s, began = _busy_s(), time.perf_counter()
         yield
         self.round_s.append((time.perf_counter() - began) / repeat)
@@ -46,11 +46,11 @@ class Turns:
 
     @property
     def busy(self) -> float:
-        """The share of the processors' time that they worked."""
+        """The share of the time that the processors were busy."""
         return sum(self.busy_s) / (sum(self.round_s) * (os.cpu_count() or 1))
 
     def after_warm_ups(self) -> Turns:
-        """What counts."""
+        """The time that counts."""
         return Turns(self.round_s[WARM_UPS:], self.busy_s[WARM_UPS:])
 
 
@@ -91,7 +91,7 @@ def take_turns(
 
 
 def over_workers(turns: Sequence[Turns]) -> tuple[float, float]:
-    """Of all workers' turns the slowest's seconds in each: their median, and (largest - smallest) / median."""
+    """The seconds of the slowest worker in each turn: their median, and (largest - smallest) / median."""
     slowest = [max(times) for times in zip(*(one.round_s for one in turns), strict=True)]
     median = statistics.median(slowest)
     return median, (max(slowest) - min(slowest)) / median

@@ -1,10 +1,10 @@
 """How long a job waits, and how long in silence, when something of it fails: `python -m bench.waits`.
 
 Two workers make rounds of some MB with a server, on hosts of their own (bench/hosts.py), and a reader pulls the center
-every second. Then one fault (bench/trouble.py) happens for a while. Told is: the longest silence, in which neither
-server nor workers logged, finished or refused anything; the longest push or pull, from its call to its end; what the
-one that waited said last in that time; how long after the fault rounds were made again; and whether every value that
-anybody got was right. For root on Linux; nothing of the machine stays changed.
+every second. Then one fault (bench/trouble.py) happens for a while. The table shows: the longest silence, in which
+neither server nor workers logged, finished or refused anything; the longest push or pull, from its call to its end; the
+last log line in that time of the process that waited; how long after the fault rounds were made again; and whether all
+values that were received were right. For root on Linux; nothing on the machine stays changed.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ class Result:
         wait_s: the longest wait.
         who: the process with the longest wait.
         said: its last log line during that wait.
-        ended: whether the wait did.
+        ended: whether the wait has ended.
         recovered_after_s: seconds from the end of the fault until all workers made rounds; None: never.
         errors: calls that raised.
-        right: whether all values were.
+        right: whether all received values were right.
     """
 
     fault: str
@@ -70,7 +70,7 @@ class Result:
 
 
 def measure(fault: Fault, lasts_s: float, transcript: Transcript) -> Result:
-    """Runs one row. Raises RuntimeError: the job did not even start."""
+    """Runs one row. Raises RuntimeError if the job does not even start."""
     with ExitStack() as cleanup:
         network = cleanup.enter_context(Network(WORKERS + 1, RATE_MBIT))
         directory = cleanup.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
@@ -110,7 +110,7 @@ def _all_beside(lines: Sequence[Line]) -> bool:
 
 
 def _recovered_at_s(lines: Sequence[Line], over_s: float) -> float | None:
-    """When every worker had made a round, and the reader had pulled, that began after the fault."""
+    """When every worker had made a round, and the reader a pull, that began after the fault."""
     ends_s = []
     for who in [*_WORKERS, "reader"]:
         deeds = [line.deed for line in lines if line.who == who and line.deed is not None]
@@ -122,9 +122,9 @@ def _recovered_at_s(lines: Sequence[Line], over_s: float) -> float | None:
 
 
 def evaluate(fault: str, lines: Sequence[Line], from_s: float, over_s: float, now_s: float, recovered: bool) -> Result:
-    """The row of a fault from ``from_s`` to ``over_s``, as told until ``now_s``, when the job had recovered or not."""
+    """The row of a fault that lasted from ``from_s`` to ``over_s``, by the reports until ``now_s``."""
     end_s = (_recovered_at_s(lines, over_s) or now_s) if recovered else now_s
-    # The reader is nobody's business but its own.
+    # No round waits for the reader.
     told_s = [line.at_s for line in lines if line.who != "reader" and from_s <= line.at_s <= end_s]
     moments_s = [from_s, *told_s, end_s]
     silence_s = max(after_s - before_s for before_s, after_s in itertools.pairwise(moments_s))
@@ -178,16 +178,16 @@ def table(results: Sequence[Result]) -> Table:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command."""
     parser = argparse.ArgumentParser(prog="python -m bench.waits", description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="faults that are sooner over")
+    parser.add_argument("--quick", action="store_true", help="shorter faults")
     parser.add_argument("--only", default="", metavar="TEXT", help="the faults whose name has this text")
-    parser.add_argument("--verbose", action="store_true", help="print what was said during the faults, too")
+    parser.add_argument("--verbose", action="store_true", help="also print what was logged during the faults")
     parser.add_argument("--json", type=Path, default=Path("runs/bench-waits.json"), help="results (%(default)s)")
     parser.add_argument("--seat", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.seat is not None:
         play(Seat(**json.loads(arguments.seat)))
         return 0
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # not without tidying up
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that everything is undone first
     reason = unavailable_because()
     if reason is not None:
         print(f"bench.waits: skipped: {reason}")

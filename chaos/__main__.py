@@ -1,10 +1,10 @@
 """Trains the digits while processes are killed and stopped at random, and checks that nothing is lost: `make chaos`.
 
-One parameter server and its workers run as processes. Every second one of them, by chance, is killed, or stopped for a
-while; whatever ended is started again. With --squeeze, the server may also have no more descriptors or threads than it
-has, for some seconds; not the workers, whose own log could not be written then. The workers log what they push and what
-they get; at the end every center has to be the average of one push of each worker, and as good a model as that of a run
-without faults.
+One parameter server and its workers run as processes. Every second, one of them is chosen at random and killed,
+or stopped for a while; a process that ended is started again. With --squeeze, for some seconds the server also
+gets no more descriptors or threads than it has; the workers are exempt, since they could not write their own log. The
+workers log what they push and what they get. At the end every center has to be the average of one push of each worker,
+and the model as good as that of a run without faults.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.outer != AVERAGE and arguments.workers != 2:
         parser.error("with --outer give --workers 2: more have several orders of summation, which are not replayed")
-    # gRPC's own log would be full of lost connections. A process that has threads cannot well be forked.
+    # gRPC's own log would be full of lost connections. A process that has threads cannot be forked safely.
     os.environ.update(GRPC_VERBOSITY="NONE", OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
     # Both processes, this one and the one that the others are forked from, import torch, at the same time.
     multiprocessing.get_context("forkserver").set_forkserver_preload(["chaos.preload"])

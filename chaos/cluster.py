@@ -28,7 +28,7 @@ SERVER = "server"
 _CHECKPOINTS = "checkpoints"
 _TICK_S = 0.01
 _PROGRESS_EVERY_S = 2.0
-# After this time without a round, the faults end. This tells a job that hangs from one with too many faults.
+# After this time without a round, the faults end. This distinguishes a job that hangs from one with too many faults.
 _CALM_AFTER_S = 30.0
 _GIVE_UP_AFTER_S = 90.0
 
@@ -54,20 +54,20 @@ class Plan:
 
 @dataclass(frozen=True)
 class Course:
-    """How it went.
+    """How a run went.
 
     Args:
         began_at_s: when all processes had been started, on the monotonic clock.
         ended_at_s: when the last worker was done.
         starts: of each process, by name.
         struck: the faults, with the times at which they happened.
-        deaths: processes that ended otherwise than by a fault.
-        squeezed_deaths: processes that ended by themselves because they lacked something, as they may.
-        lacks_limit: which limit this machine does not have, and why; empty if it has all, or none was wanted.
-        rounds_started_over: by the server, for the sake of pushes that broke off.
-        center: what the server has at the end; None if the run was given up.
+        deaths: processes that ended, but not by a fault.
+        squeezed_deaths: processes that ended on their own because they lacked something, which is allowed.
+        lacks_limit: which limit this machine cannot set, and why; empty if it can set all, or none was needed.
+        rounds_started_over: how often the server started a round over because a push broke off.
+        center: the server's center at the end; None if the run was given up.
         global_step: the center's.
-        gave_up: why; empty if it did not.
+        gave_up: why the run was given up; empty if it was not.
     """
 
     began_at_s: float
@@ -89,7 +89,7 @@ def workers_of(count: int) -> list[str]:
 
 
 def run(plan: Plan, faults: Iterator[Fault], on_progress: Callable[[int, int], None]) -> Course:
-    """Runs it to its end. Whatever happens, no process is left behind.
+    """Runs the plan to its end. Whatever happens, no process is left behind.
 
     Args:
         plan: what to run.
@@ -178,7 +178,7 @@ class _Cluster:
 
     def _start_worker(self, index: int, number: int) -> BaseProcess:
         cluster = ClusterSpec((self._address,), self._plan.workers, index)
-        # Descriptors are for segments and connections, too: the workers go all ways.
+        # Shared memory and connections need descriptors, too: the workers use all transports.
         way = WAYS[index % len(WAYS)] if self._plan.squeezes else None
         task = Task(cluster, number, self._plan.rounds, self._plan.directory, way, self._plan.outer)
         return fork(self._words(cluster.worker_id), work, task)
@@ -188,7 +188,7 @@ class _Cluster:
 
     def _pull(self) -> tuple[Values, int]:
         with ParameterServerSession([self._address], worker_id="chaos") as session:
-            center, step = session.pull(timeout_s=_CALM_AFTER_S, catch_up=False)  # it only looks
+            center, step = session.pull(timeout_s=_CALM_AFTER_S, catch_up=False)  # it only asks for the status
         return flat(center), step
 
     def _status(self) -> str:

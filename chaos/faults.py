@@ -28,11 +28,11 @@ class Fault:
     Args:
         at_s: seconds from the start of the run.
         process: the name of the process that it strikes.
-        kind: kill is SIGKILL; stop is SIGSTOP, and SIGCONT later; descriptors and threads: it gets no more of them than
-            it has and ``spare``.
+        kind: kill is SIGKILL; stop is SIGSTOP, and SIGCONT later; descriptors and threads: it gets at most ``spare``
+            more than it has.
         lasts_s: how long it lasts; 0 for a kill.
-        spare: how many more of what runs out it may have.
-        at_start: it strikes the next process, which is about to make most of its threads and connections.
+        spare: how many more descriptors or threads it may get.
+        at_start: the fault strikes the next process, which is about to make most of its threads and connections.
     """
 
     at_s: float
@@ -47,10 +47,10 @@ def sequence(seed: int, processes: Sequence[str], every_s: float, squeezed: str 
     """One fault every ``every_s`` seconds, without end; the same for the same arguments.
 
     Args:
-        seed: other seeds are other faults.
+        seed: another seed makes other faults.
         processes: the names of the processes that kills and stops strike.
         every_s: seconds.
-        squeezed: the process that runs out of descriptors and threads, too; None: no process.
+        squeezed: the process that also runs out of descriptors and threads; None: no process.
     """
     chance = random.Random(seed)
     at_s = every_s

@@ -1,5 +1,5 @@
-"""Processes that are forked from one that has imported all they need, so that they are back at once when they are
-killed. That one is `multiprocessing`'s fork server; preload.py is what it imports."""
+"""Processes that are forked from `multiprocessing`'s fork server, which has already imported all they need
+(preload.py). So a killed process is back at once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def fork(words: Path, function: Callable[[Argument], None], argument: Argument) -> BaseProcess:
-    """Starts a process that calls ``function``, and appends to the file ``words`` what it prints."""
+    """Starts a process that calls ``function``; what it prints is appended to the file ``words``."""
     process = multiprocessing.get_context("forkserver").Process(
         target=_begin, args=(words, function, argument), daemon=True
     )
@@ -37,14 +37,14 @@ def serve(arguments: list[str]) -> None:
 
 
 def serve_small(arguments: list[str]) -> None:
-    """The same, but models of any size lie in shared memory, and so need descriptors."""
+    """The same, but models of any size are in shared memory, which needs descriptors."""
     vars(server)["DEFAULT_SHARED_MEMORY_FROM_BYTES"] = 0
     serve(arguments)
 
 
 def die_with_parent() -> None:
-    """From now on this process is killed when the one that started it ends. A stopped process would stay for ever."""
-    # Where the kernel has no such thing, it may.
+    """Has this process killed when the one that started it ends; a stopped process would stay forever otherwise."""
+    # Where the kernel cannot do this, it stays.
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 

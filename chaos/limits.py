@@ -14,7 +14,7 @@ from chaos.faults import Kind
 
 __all__ = ["DescriptorLimit", "Limit", "ThreadLimit", "limit_with_spare", "limits"]
 
-# Of cgroup v1. A limit on a user's processes does not bind root, and counts all that the user has.
+# Of cgroup v1. A limit on a user's processes does not apply to root, and counts all processes of the user.
 _PIDS = Path("/sys/fs/cgroup/pids")
 _REMOVALS, _PAUSE_S = 20, 0.05
 
@@ -23,17 +23,17 @@ class Limit(Protocol):
     """A limit that a process can be put under while it runs."""
 
     def tighten(self, pid: int, spare: int) -> None:
-        """From now on the process gets ``spare`` more than it has, at most. Raises OSError: it is gone."""
+        """Limits the process to ``spare`` more than it has. Raises OSError if the process is gone."""
 
     def loosen(self, pid: int) -> None:
-        """As before. Nothing if the process is gone."""
+        """Restores the former limit. Does nothing if the process is gone."""
 
     def close(self) -> None:
-        """No process is under it any more."""
+        """Gives the limit up; no process is under it any more."""
 
 
 def limits(name: str) -> tuple[Mapping[Kind, Limit], str]:
-    """The limits that this machine has for a process; and why it lacks one, empty if it does not."""
+    """The limits that this machine can set for a process; and why it cannot set one, empty if it can set all."""
     found: dict[Kind, Limit] = {"descriptors": DescriptorLimit()}
     try:
         found["threads"] = ThreadLimit(name)
@@ -43,7 +43,7 @@ def limits(name: str) -> tuple[Mapping[Kind, Limit], str]:
 
 
 def limit_with_spare(numbers: Collection[int], spare: int) -> int:
-    """The limit on the numbers of descriptors with which a process that has these can open ``spare`` more, no more."""
+    """The limit on descriptor numbers that lets a process with these descriptors open exactly ``spare`` more."""
     free = (number for number in range(len(numbers) + spare + 1) if number not in numbers)
     for _ in range(spare):
         next(free)
@@ -81,12 +81,12 @@ class ThreadLimit:
         name: of the process, for the group's name.
 
     Raises:
-        OSError: there is no such controller, or it is not ours to use.
+        OSError: there is no such controller, or we may not use it.
     """
 
     def __init__(self, name: str) -> None:
         self._group = _PIDS / f"chaos-{os.getpid()}-{name}"
-        (_PIDS / "cgroup.procs").stat()  # else this would be any folder
+        (_PIDS / "cgroup.procs").stat()  # otherwise it could be any folder
         self._group.mkdir()
 
     def tighten(self, pid: int, spare: int) -> None:

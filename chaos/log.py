@@ -1,8 +1,8 @@
 """The workers' records, from which a run can be replayed: every push before it is made, and every center.
 
 In a directory, `values/` has the float32 values of the pushes and centers; the files' names have their hash, so equal
-values are one file. `events/` has JSON lines, one file for each process. All that a process wrote outlives its SIGKILL,
-but for a last line that is not whole.
+values are one file. `events/` has JSON lines, one file for each process. Everything that a process wrote survives its
+SIGKILL, except an incomplete last line.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class Push:
 
     Args:
         worker: its id.
-        process: the how-manieth process of this worker, from 1.
-        number: the how-manieth push of this process, from 1.
-        base_step: of the center that it was trained from.
+        process: the number of this process among those of the worker, from 1.
+        number: the number of this push among those of the process, from 1.
+        base_step: the step of the center that it was trained from.
         values: all variables, one after the other.
-        told: the outcome; None if the process did not live to hear it.
+        told: the outcome that the worker was told; None if the process ended before.
     """
 
     worker: str
@@ -58,15 +58,15 @@ class Push:
 
 @dataclass(frozen=True, eq=False)
 class Received:
-    """A center that came to a worker.
+    """A center that a worker received.
 
     Args:
         worker: its id.
-        process: the how-manieth process of this worker.
-        at_s: when, on the monotonic clock, which all processes of a machine share.
+        process: the number of the process among those of the worker, from 1.
+        at_s: when, on the monotonic clock that all processes of a machine share.
         global_step: the center's.
         values: all variables, one after the other.
-        contributors: of whom it is the average; None: it was pulled, and this was not told.
+        contributors: the workers of whose pushes it is the average; None: it was pulled, so the worker was not told.
     """
 
     worker: str
@@ -79,7 +79,7 @@ class Received:
 
 @dataclass(frozen=True)
 class TriedAgain:
-    """A call of a worker's session that failed and was made again, until it was answered.
+    """A call of a worker's session that failed and was repeated until it was answered.
 
     Args:
         worker: its id.
@@ -107,7 +107,7 @@ class WorkerLog:
     Args:
         directory: of the run's log.
         worker: its id.
-        process: the how-manieth process of this worker.
+        process: the number of the process among those of the worker, from 1.
     """
 
     def __init__(self, directory: Path, worker: str, process: int) -> None:
@@ -119,32 +119,32 @@ class WorkerLog:
         self._append(kind="begins")
 
     def pushing(self, number: int, base_step: int, values: Values) -> None:
-        """Returns when the push is written down and may be made."""
+        """Logs the push; returns when it is on file and may be made."""
         name = self._keep(f"push-{base_step:06d}", values)
         self._append(kind="pushing", number=number, base_step=base_step, values=name)
 
     def answered(
         self, number: int, outcome: str, global_step: int, contributors: tuple[str, ...], values: Values
     ) -> None:
-        """The push ended with this center."""
+        """Logs that the push ended with this center."""
         self._append(kind="told", number=number, outcome=outcome)
         name = self._keep(f"center-{global_step:06d}", values)
         self._append(kind="received", global_step=global_step, values=name, contributors=contributors)
 
     def pulled(self, global_step: int, values: Values) -> None:
-        """The center as it was pulled."""
+        """Logs a pulled center."""
         name = self._keep(f"center-{global_step:06d}", values)
         self._append(kind="received", global_step=global_step, values=name, contributors=None)
 
     def tried_again(self, why: str) -> None:
-        """A call is made again."""
+        """Logs that a call is repeated."""
         self._append(kind="tried again", why=why)
 
     def _keep(self, prefix: str, values: Values) -> str:
         name = f"{prefix}-{hashlib.sha256(values.tobytes()).hexdigest()[:16]}.npy"
         path = self._values / name
         if not path.exists():
-            # Renamed when it is whole; a process that is killed in between leaves a file that nobody reads.
+            # Renamed once it is complete; a process that is killed before leaves a file that nothing reads.
             beside = path.with_suffix(f".{os.getpid()}")
             with beside.open("wb") as file:
                 np.save(file, values)
@@ -158,7 +158,7 @@ class WorkerLog:
 
 
 def flat(variables: Mapping[str, NDArray[Any]]) -> Values:
-    """All variables, by name in the order of the alphabet, one after the other."""
+    """All variables, one after the other, sorted by name."""
     return np.concatenate([np.asarray(variables[name], np.float32).reshape(-1) for name in sorted(variables)])
 
 
@@ -178,7 +178,7 @@ def read(directory: Path) -> Log:
     """Everything, in the order in which it happened."""
     events = list[dict[str, Any]]()
     for path in (directory / "events").glob("*.jsonl"):
-        whole, _, _ = path.read_text().rpartition("\n")  # without a line in which the process was killed
+        whole, _, _ = path.read_text().rpartition("\n")  # without the line that a killed process left incomplete
         events += [json.loads(line) for line in whole.splitlines()]
     events.sort(key=lambda event: event["at_s"])
     told = {_push_of(event): event["outcome"] for event in events if event["kind"] == "told"}

@@ -15,7 +15,7 @@ from chaos.report import Report
 
 __all__ = ["draw"]
 
-# Told apart with any kind of colour vision.
+# Distinguishable with any kind of colour vision.
 _CURVE, _KILL = "#0072B2", "#222222"
 _LASTING: dict[Kind, tuple[str, str]] = {
     "stop": ("stopped", "#E69F00"),

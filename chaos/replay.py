@@ -1,9 +1,8 @@
 """Whether what the workers pushed explains every center that they received. Pure.
 
-The sum of a round is made in the order in which fragments come, so every element has to be, bit for bit, one of the
-averages that some order gives. With two workers there is one, with four twelve. An outer optimizer is
-replayed, too, with its state; the order in which an element was summed is then not always certain, so this works with
-two workers only.
+A round is summed in the order in which fragments come, so every element has to be, bit for bit, one of the averages
+that some order gives. With two workers there is one, with four there are twelve. An outer optimizer is replayed, too,
+with its state. The order in which an element was summed is not always certain, so this works with two workers only.
 """
 
 from __future__ import annotations
@@ -139,7 +138,7 @@ def _check_contributors(centers: list[Received], workers: list[str]) -> Iterator
 
 
 def _check_told(worker: str, pushes: list[Push], counted: Values) -> Iterator[str]:
-    """Whether what a worker was told about its pushes fits the one that counted."""
+    """Whether what a worker was told about its pushes agrees with the push that counted."""
     committed = [push for push in pushes if push.told == "COMMITTED"]
     if len(committed) > 1:
         yield f"{worker} was told of {len(committed)} pushes that they were committed"

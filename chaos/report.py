@@ -42,11 +42,11 @@ class Report:
         global_step: at the end.
         took_s: from the start of the processes to the last worker's end.
         undisturbed_s: the same, without faults.
-        rounds_explained: whose center is, to the bit, the average of one push of each worker.
-        rounds_with_a_choice: of those, rounds for which some worker had logged pushes that differ.
-        pushes: that were logged.
-        pushes_not_counted: that are in no center.
-        outcomes: what workers were told about their pushes; "none": the process did not live to hear it.
+        rounds_explained: the rounds whose center is, to the bit, the average of one push of each worker.
+        rounds_with_a_choice: those of them for which some worker had logged pushes that differ.
+        pushes: the number of logged pushes.
+        pushes_not_counted: those that are in no center.
+        outcomes: what workers were told about their pushes; "none": the process ended before.
         calls_tried_again: by the workers' sessions.
         rounds_started_over: by the server.
         longest_stretch_s: without a round.
@@ -54,8 +54,8 @@ class Report:
         undisturbed_accuracy: of that of a run without faults.
         starts: processes, by name.
         faults: with the times at which they happened.
-        squeezed_deaths: how processes ended that lacked descriptors or threads.
-        course: the rounds, in their order.
+        squeezed_deaths: how processes that lacked descriptors or threads ended.
+        course: the rounds, in order.
     """
 
     workers: int
@@ -82,11 +82,11 @@ class Report:
 
     @property
     def processes(self) -> list[str]:
-        """Their names, the server first."""
+        """The names of the processes, the server first."""
         return [SERVER, *workers_of(self.workers)]
 
     def as_json(self) -> dict[str, Any]:
-        """For a file."""
+        """The report as a JSON object."""
         return asdict(self)
 
 
@@ -133,7 +133,7 @@ def judge(plan: Plan, seed: int, course: Course, log: Log, calm: Course, accurac
 
 
 def table(report: Report) -> Table:
-    """The report for people."""
+    """The report as text."""
     shown = Table(title=f"chaos: {report.workers} workers, seed {report.seed}", show_header=False, title_justify="left")
     shown.add_column(no_wrap=True)
     shown.add_column(overflow="fold")

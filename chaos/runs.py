@@ -1,4 +1,4 @@
-"""A run without faults, then one with them, and what people see of them."""
+"""A run without faults, then one with faults, and what is printed of both."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Settings:
         workers: how many.
         rounds: planned.
         seed: of the faults.
-        squeeze: whether the server runs out of descriptors and threads now and then, too.
+        squeeze: whether the server also runs out of descriptors and threads now and then.
         faults_every_s: the time from one fault to the next.
         accuracy_points: by how many percentage points the test accuracy may differ from that of a run without faults.
         json: where the report goes; the picture goes beside it.

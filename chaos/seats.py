@@ -14,9 +14,9 @@ from chaos.limits import Limit
 
 __all__ = ["Seat"]
 
-# For this time after a shortage ends, it may still end the process or cost a checkpoint.
+# For this long after a shortage, its effects may still end the process or cost a checkpoint.
 _RECOVERS_S = 1.0
-# This long after its start, a process has what it needs to start, but not yet all that it needs to work.
+# This long after its start, a process has what it needs to start, but not yet everything that it needs to work.
 _AFTER_START_S = 0.3
 
 
@@ -24,15 +24,15 @@ class Seat:
     """One of the processes of the run, through all of its lives.
 
     Args:
-        name: what people call it.
-        start: starts it; gets the how-manieth process of this seat that is, from 1.
-        finishes: whether it is done when it ends with exit code 0.
-        limits: what it can be made to run out of.
+        name: its name in logs and reports.
+        start: starts a process; its argument counts the processes of this seat, from 1.
+        finishes: whether the seat is done when its process ends with exit code 0.
+        limits: what the process can be made to run out of.
 
     Attributes:
         starts: how often it was started.
-        deaths: what ended it that was no fault.
-        squeezed_deaths: how it ended by itself while it lacked something, or soon afterwards.
+        deaths: how it ended when no fault had ended it.
+        squeezed_deaths: how it ended on its own while it lacked something, or soon afterwards.
         done: whether it has finished.
     """
 
@@ -62,7 +62,7 @@ class Seat:
         self._process = start(1)
 
     def tend(self, now_s: float) -> None:
-        """Starts it again if it has ended, and lets it go on when it was stopped for long enough."""
+        """Restarts the process if it has ended, and continues it if it was stopped for long enough."""
         if self.done:
             return
         code = self._process.exitcode
@@ -88,7 +88,7 @@ class Seat:
         self._process = self._start(self.starts)
 
     def strike(self, fault: Fault, now_s: float) -> None:
-        """Lets the fault happen, now or at the next start. It does not once the seat is done, or without its limit."""
+        """Lets the fault happen, now or at the next start; nothing happens if the seat is done or has no such limit."""
         self._replace_killed()
         self.tend(now_s)
         if self.done:
@@ -112,7 +112,7 @@ class Seat:
         return happened
 
     def is_squeezed(self, now_s: float) -> bool:
-        """Whether it lacks something, or did a moment ago."""
+        """Whether the process lacks something, or did until a moment ago."""
         return bool(self._squeezed_until_s) or now_s < self._recovered_at_s
 
     def _squeeze(self, fault: Fault, now_s: float) -> None:
@@ -130,7 +130,7 @@ class Seat:
         self._recovered_at_s = now_s + _RECOVERS_S
 
     def spare(self) -> None:
-        """No more faults: it runs, or has finished, when this returns."""
+        """Ends all faults; when this returns, the process runs or has finished."""
         self._replace_killed()
         if self._goes_on_at_s is not None:
             self._go_on()

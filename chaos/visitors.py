@@ -1,4 +1,4 @@
-"""Connections from strangers that stay silent for a moment: each takes a descriptor from the server."""
+"""Connections that strangers open and leave silent for a moment: each takes a descriptor of the server."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Visitors:
         self._thread.start()
 
     def end(self) -> None:
-        """No more of them."""
+        """Stops opening connections."""
         self._over.set()
         self._thread.join()
 
@@ -40,6 +40,6 @@ class Visitors:
         while not self._over.is_set():
             with contextlib.ExitStack() as here:
                 for _ in range(chance.randint(_FEWEST_AT_ONCE, _MOST_AT_ONCE)):
-                    with contextlib.suppress(OSError):  # it is away, or has no room
+                    with contextlib.suppress(OSError):  # the server is away, or has no descriptor left
                         here.enter_context(socket.create_connection(self._address, _TIMEOUT_S))
                 self._over.wait(chance.uniform(0, _LONGEST_STAY_S))

@@ -35,12 +35,12 @@ _CONFIG = DigitsConfig(interval_steps=5)
 
 @dataclass(frozen=True)
 class Task:
-    """What a worker's process is told.
+    """The settings of a worker's process.
 
     Args:
         cluster: the server, and which worker this is.
-        process: the how-manieth process of this worker, from 1.
-        rounds: the `global_step` at which it is done.
+        process: the number of this process among those of the worker, from 1.
+        rounds: the `global_step` at which the worker is done.
         log: the directory of the run's log.
         way: the transport of its bytes; None: the session's choice.
         outer: the outer optimizer that the chief names.
@@ -84,14 +84,14 @@ def work(task: Task) -> None:
 
 
 def warm_up() -> None:
-    """What takes long and is the same for all workers; for the process that they are forked from."""
+    """Does what takes long and is the same for all workers, in the process that they are forked from."""
     torch.set_num_threads(1)
     _digits()
     _local_optimizer(_initial_model())  # the first one of a process imports half of torch
 
 
 def accuracy_of(center: Values) -> float:
-    """Which part (0 to 1) of the test images a center classifies right."""
+    """The share (0 to 1) of the test images that a center classifies correctly."""
     model, start = DigitsNet(), 0
     state = model.state_dict()
     for name in sorted(state):  # as `flat` orders them
@@ -103,7 +103,7 @@ def accuracy_of(center: Values) -> float:
 
 
 class _Order:
-    """The batches of every interval, the same whichever process asks for them."""
+    """The batches of every interval, which are the same for every process."""
 
     def __init__(self, part: Images, cluster: ClusterSpec) -> None:
         self._part = part
@@ -112,7 +112,7 @@ class _Order:
         self._next: int | None = None
 
     def interval(self, base_step: int) -> Iterator[Images]:
-        """What is trained on from the center of ``base_step``."""
+        """The batches with which the center of ``base_step`` is trained on."""
         if self._next != base_step:
             order = torch.Generator().manual_seed(self._seed)
             skipped = base_step * _CONFIG.interval_steps
@@ -122,7 +122,7 @@ class _Order:
 
 
 class _LoggedSession(ParameterServerSession):
-    """Writes down what it pushes, before it does, and every center that comes."""
+    """A session that logs every push before it makes it, and every center that it receives."""
 
     def __init__(self, cluster: ClusterSpec, log: WorkerLog, way: str | None) -> None:
         self._log = log

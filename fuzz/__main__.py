@@ -10,12 +10,12 @@ from fuzz.targets import TARGETS, target_named
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the targets one after the other; 1 if any of them found something."""
+    """Runs the targets one after the other; returns 1 if any of them found something."""
     parser = argparse.ArgumentParser(prog="python -m fuzz", description=__doc__)
     parser.add_argument("--inputs", type=int, default=1_000_000, help="for every handler (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="other seeds are other inputs (default: %(default)s)")
     parser.add_argument("--handler", choices=TARGETS, action="append", help="only this one; may be given again")
-    parser.add_argument("--number", type=int, help="plays this input again, after those that met the same service")
+    parser.add_argument("--number", type=int, help="plays this input again, after the earlier ones of its service")
     flags = parser.parse_args(arguments)
     results = []
     for name in flags.handler or TARGETS:

@@ -1,5 +1,5 @@
-"""Pushes whose bytes go on data connections, and hostile ones: strangers, keys that are void, bytes that are missing,
-too many or another push's, ends at any byte, readers that stop; beside all that happens in sequences.py.
+"""Pushes whose bytes go on data connections, and hostile ones: strangers, void keys, bytes that are missing, surplus or
+another push's, ends at any byte, readers that stop; on top of all that happens in sequences.py.
 
 What is sent under a push's number is that push's values, as far as it goes. So the witness's rules hold as they are.
 """
@@ -21,9 +21,9 @@ from ps_server.transports.data_port import _GREETING_TIMEOUT_S, _GREETINGS_AT_ON
 
 __all__ = ["ConnectionSequence"]
 
-# No push of the fuzzer has them.
+# Numbers that no push of the fuzzer has.
 _NO_NUMBERS = (2**32, 1 << 63, 2**64 - 1)
-# How long the server waits after it could not take a connection.
+# How long the server waits after it could not accept a connection.
 _PAUSE_S = 1.1
 
 
@@ -31,7 +31,7 @@ class ConnectionSequence(Sequence):
     """A server that listens for data connections."""
 
     has_connections = True
-    # The server wakes up for a part of what it waits for only now and then, and that is when it has heard of it.
+    # The server wakes up only now and then for a part of what it waits for; only then has it heard of that part.
     long_enough_s = LONG_ENOUGH_S + SILENCE_TIMEOUT_S / NOTICES_IN_SILENCE
 
     def __init__(self, rng: Random, endings: Counter[str]) -> None:
@@ -56,7 +56,7 @@ class ConnectionSequence(Sequence):
             (self._flood, 0.1),
         ]
 
-    # What pushes say.
+    # What push headers say.
 
     def _adorn(self, header: pb.PushHeader) -> None:
         rng = self._rng
@@ -78,13 +78,13 @@ class ConnectionSequence(Sequence):
         return push
 
     def _wire_for(self, push: Push) -> Wire | None:
-        """Where a client sends the bytes: on its own connection, or on any other of that worker's."""
+        """Where a client sends the bytes: on its own connection, or on any other of the same worker."""
         own = [wire for wire in self._usable() if wire.place == push.key[:2]]
         others = [wire for wire in self._usable() if wire.place is not None and wire.place[0] == push.key[0]]
         return own[-1] if own and self._rng.random() < 0.95 else self._rng.choice(others) if others else None
 
     def _usable(self) -> list[Wire]:
-        """Those that the client has; mostly only such as the server has not closed."""
+        """The client's connections; mostly only those that the server has not closed."""
         closed_too = self._rng.random() < 0.02
         return [
             wire
@@ -95,7 +95,7 @@ class ConnectionSequence(Sequence):
     # Events.
 
     def _push_together(self) -> None:
-        """Everybody for whom a round waits pushes, and sends everything."""
+        """Lets every worker that a round waits for push and send everything."""
         for worker_id in WORKER_IDS[: self._policy.num_workers]:
             push = self._begin_push(worker_id, is_good=self._rng.random() < 0.9)
             self.world.settle()
@@ -114,7 +114,7 @@ class ConnectionSequence(Sequence):
                 self._open(self._offers[-1]).greet(HALF_KEY_BYTES)
 
     def _connect(self) -> None:
-        """With a key, the last one, mostly, or one that is void; at once, in pieces, or only in part."""
+        """Opens a connection with a key, mostly the last one, else a void one; at once, in pieces or in part."""
         if not self._offers:
             return
         offer = self._offers[-1] if self._rng.random() < 0.7 else self._rng.choice(self._offers)
@@ -151,7 +151,7 @@ class ConnectionSequence(Sequence):
             wire.send(len(wire.left))
 
     def _begin_bytes(self, wire: Wire) -> None:
-        """Of the push that waits for them, mostly; or of a next one, or under another's number."""
+        """Sends bytes, mostly of the push that waits for them; else of a later one, or under another's number."""
         assert wire.offer is not None
         rng, place = self._rng, wire.offer.place
         waiting = [
@@ -165,7 +165,7 @@ class ConnectionSequence(Sequence):
         wire.begin(key, given, self._model.flat(given.value), self._model.manifest, number)
 
     def _wire_badly(self) -> None:
-        """More bytes than a push has. (Other bytes in the midst of it would be other values, and nobody could tell.)"""
+        """Sends more bytes than a push has. (Wrong bytes inside a push are other values, which nothing can detect.)"""
         wire = self._some_wire()
         if wire is not None and not wire.left:
             wire.send_badly(self._rng.choice((b"\xff", b"\xff" * 7, b"\xff" * 3000, *map(NUMBER.pack, _NO_NUMBERS))))
@@ -224,7 +224,7 @@ class ConnectionSequence(Sequence):
         self.world.listener.refuses = errno.EMFILE
 
     def _some_wire(self) -> Wire | None:
-        """One that is known, mostly one for which a push waits."""
+        """A known connection, mostly one that a push waits for."""
         usable = self._usable()
         waited_for = [wire for call, wire in self._by_push.items() if call in self._pushes and wire in usable]
         if waited_for and self._rng.random() < 0.8:
@@ -242,12 +242,12 @@ class ConnectionSequence(Sequence):
             self._check_whole_pushes()
 
     def _check_whole_pushes(self) -> None:
-        """A connection that is ready for another push has nothing of an earlier one in it that the server waits for."""
+        """On a connection that is ready for another push, the server waits for no bytes of an earlier one."""
         push_bytes = NUMBER.size + self._model.manifest.buffer_size_bytes
         for wire in self._wires:
             its = wire.socket.peer
             if not its.is_closed and wire.is_known and (its.taken_bytes - HALF_KEY_BYTES) % push_bytes:
-                raise Failure("a push is over, and its data connection goes on in the midst of it")
+                raise Failure("a push is over, and its data connection is still in the middle of it")
 
     def _hear_offers(self) -> None:
         known = {offer.key for offer in self._offers}
@@ -262,7 +262,8 @@ class ConnectionSequence(Sequence):
     def _beside(self, call: ClientCall, push: Push | None) -> bytes | None:
         if push is None or not push.is_beside or not call.completed:
             return b""
-        # The server has taken the last one that this process opened. Who has closed one does not know what came there.
+        # The server uses the last connection that this process opened. A client that has closed a connection does not
+        # know what came on it.
         wires = [wire for wire in self._wires if wire.offer is not None and wire.offer.place == push.key[:2]]
         if any(wire.is_gone for wire in wires):
             return None
@@ -283,7 +284,7 @@ class ConnectionSequence(Sequence):
         super()._end()
         self.world.listener.refuses = 0
         self.world.advance(_PAUSE_S)
-        if self._rng.random() < 0.3:  # strangers are sent away in their turn
+        if self._rng.random() < 0.3:  # strangers are sent away one after the other
             turns = 1 + self._strangers // _GREETINGS_AT_ONCE
             self.world.advance(_PAUSE_S + turns * _GREETING_TIMEOUT_S)
             if self.world.service.data_port._arriving:

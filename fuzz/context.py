@@ -26,7 +26,7 @@ _MAX_MESSAGE_WIRE_BYTES = 15 << 10
 
 
 class Failure(Exception):  # noqa: N818  # not an error of the fuzzer, but what it looks for
-    """The service did what it must not do."""
+    """The service broke a rule."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Refused:
 
 
 def _reasons_by_call() -> dict[str, set[Reason]]:
-    """Which reasons the protocol file allows a call to be refused with."""
+    """By call, the reasons that the protocol file allows it to be refused with."""
     protocol = Path(next(iter(modelaverage.__path__))) / "v1" / "parameter_server.proto"
     allowed: dict[str, set[Reason]] = {}
     for comment, name in re.findall(r"((?:  //.*\n)+)  rpc (\w+)\(", protocol.read_text(encoding="utf-8")):
@@ -54,7 +54,7 @@ _REASONS = _reasons_by_call()
 
 
 def _wire_bytes(message: str) -> int:
-    """The size of a status message: gRPC writes what is not ASCII as three characters a byte."""
+    """The size of a status message: gRPC writes every byte that is not ASCII as three characters."""
     return len(message) if message.isascii() else sum(1 if byte < 0x7F else 3 for byte in message.encode())
 
 
@@ -62,11 +62,11 @@ class FakeContext:
     """The part of gRPC's ServicerContext that a handler may use.
 
     Attributes:
-        written: the messages that came down.
+        written: the messages that the service sent.
         refused: how the call was aborted, if it was.
-        gone: whether the client has vanished; what is written then, raises as gRPC does.
+        gone: whether the client has vanished; a write then raises as gRPC's does.
         half_closed: whether the client has half-closed.
-        is_half_duplex: whether the client wants nothing before that.
+        is_half_duplex: whether the client wants no message before that.
     """
 
     def __init__(self, loop: VirtualLoop, rpc: str) -> None:
@@ -102,7 +102,7 @@ class FakeContext:
         return self._inbox.popleft()
 
     async def write(self, message: bytes) -> None:
-        """Returns when there is room for the next one."""
+        """Writes a message; returns when there is room for the next one."""
         if self._writer is not None:
             raise Failure("two writes at once")
         if self.refused is not None:
@@ -122,12 +122,12 @@ class FakeContext:
     async def abort(
         self, code: grpc.StatusCode, details: str = "", trailing_metadata: tuple[tuple[str, str], ...] = ()
     ) -> None:
-        """Ends the call with an error; checks that it is one of the table, said as it should be."""
+        """Ends the call with an error; checks that the error is in the table and its message is well formed."""
         if self.refused is not None:
             raise Failure("aborted twice")
         reason = Reason[told_reason(trailing_metadata)]
         self.refused = Refused(reason, details)
-        if reason is Reason.SERVER_OVERLOADED:  # nothing is short here: it is an exception that nobody expected
+        if reason is Reason.SERVER_OVERLOADED:  # no resource is short here, so this is an unexpected exception
             raise Failure(f"{self._rpc} raised something: {details}")
         if trailing_metadata != refusal_metadata(reason) or code.name != FAULTS[reason].status:
             raise Failure(f"{reason.name} came with {code.name} and {trailing_metadata}")
@@ -142,7 +142,7 @@ class FakeContext:
     # For the client.
 
     def deliver(self, message: bytes) -> None:
-        """A message has come."""
+        """Delivers a message."""
         self._inbox.append(message)
         self._wake(self._reader)
 
@@ -174,11 +174,11 @@ class FakeContext:
 
 
 class ClientCall:
-    """One call, made by a client that may do anything.
+    """One call of a client that may do anything.
 
     Args:
         loop: where the service runs.
-        rpc: which handler.
+        rpc: the call's name.
         method: the handler.
         request: the message of a handler that takes one.
     """
@@ -199,7 +199,7 @@ class ClientCall:
             self.context.deliver(message)
 
     def half_close(self) -> None:
-        """Says that nothing more comes."""
+        """Half-closes the call."""
         self.context.half_close()
 
     def vanish(self, max_steps: int, first_an_end: bool) -> None:
@@ -217,16 +217,16 @@ class ClientCall:
 
     @property
     def completed(self) -> bool:
-        """Whether the handler has returned, as opposed to raised."""
+        """Whether the handler has returned, without an exception."""
         return self._task.done() and not self._task.cancelled() and self._task.exception() is None
 
     @property
     def response(self) -> Any:
-        """What the handler has returned."""
+        """The handler's result."""
         return self._task.result()
 
     def verdict(self) -> str:
-        """How the call ended: the reason's name, or what else may happen. Raises Failure for what may not."""
+        """How the call ended: the reason's name, or another end that is allowed. Raises Failure for any other end."""
         context = self.context
         if self._task.cancelled():
             if not context.gone:

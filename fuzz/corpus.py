@@ -1,4 +1,4 @@
-"""Well-formed messages of every type: small models, and the messages of correct clients and the server about them."""
+"""Well-formed messages of every type: those that correct clients and the server exchange about small models."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ __all__ = [
 
 CENTER_VALUE = -1.0
 STEP = 7
-# Bytes between variables mean nothing, so they are nothing that an average could have.
+# Padding between variables has no meaning, so it gets bytes that no average can have.
 _PADDING = 0xA5
 INCARNATIONS = (b"0123456789abcdef", b"\x00" * 16, b"\xff" * 16)
 OUTER_TEXTS = (
@@ -106,7 +106,7 @@ def initialize_messages(
     fragment_size_bytes: int | None = None,
     outer: str = "",
 ) -> list[bytes]:
-    """What a chief says."""
+    """A chief's header."""
     header = pb.InitializeHeader(worker_id=worker_id, manifest=model.message, global_step=step, outer_optimizer=outer)
     if fragment_size_bytes is not None:
         header.manifest.fragment_size_bytes = fragment_size_bytes
@@ -114,7 +114,7 @@ def initialize_messages(
 
 
 def push_header(model: Model, worker_id: str, step: int, **fields: Any) -> pb.PushHeader:
-    """The header of a good push, but for what ``fields`` say otherwise."""
+    """The header of a good push, with ``fields`` changed."""
     right: dict[str, Any] = {"incarnation": INCARNATIONS[0], "push_id": 1, "manifest_id": model.manifest.id}
     return pb.PushHeader(**{"worker_id": worker_id, "base_step": step, **right, **fields})
 
@@ -205,7 +205,7 @@ def conversations(model: Model, step: int) -> dict[str, list[list[bytes]]]:
 
 
 def responses(model: Model, step: int) -> list[bytes]:
-    """What the server says: a client that sends it back is one more that the server has to bear."""
+    """Messages of the server: hostile clients send them back to it."""
     memory = pb.SharedMemory(path="/proc/123/fd/7", nonce=bytes(16))
     outcomes = [
         pb.PushOutcome(

@@ -68,7 +68,7 @@ _MAX_DEPTH = 4
 
 
 def with_other_fields(rng: Random, message_type: type[Message], data: bytes) -> bytes:
-    """The message with one or a few of its fields changed; bytes that are no message stay as they are."""
+    """The message with one or a few fields changed; bytes that cannot be parsed stay as they are."""
     try:
         message = message_type.FromString(data)
     except DecodeError:
@@ -84,7 +84,7 @@ def with_other_fields(rng: Random, message_type: type[Message], data: bytes) -> 
 
 
 def _messages(message: Message, depth: int) -> Iterator[Message]:
-    """The message and all that are in it."""
+    """The message and all messages inside it."""
     yield message
     for field, value in message.ListFields():
         if field.cpp_type == FieldDescriptor.CPPTYPE_MESSAGE and depth:

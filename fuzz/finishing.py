@@ -17,12 +17,12 @@ __all__ = ["Finishing"]
 class Finishing:
     """The workers that have finished at one server.
 
-    What it knows of them may be more than what is true (a goodbye counts for nothing while another process of that name
-    pushes), but never less.
+    It may list too many workers (a goodbye does not count while another process of that name pushes), but never too
+    few.
 
     Args:
         world: the server.
-        policy: for whom its rounds wait.
+        policy: whom its rounds wait for.
         endings: where to count the ends of jobs.
     """
 
@@ -46,11 +46,11 @@ class Finishing:
             self._goodbyes[call] = request
 
     def returned(self, call: ClientCall, worker_id: str) -> None:
-        """A worker pushes, or pulls to train: if its call is let in, it counts again."""
+        """A worker pushes, or pulls to train: if the call is admitted, the worker counts again."""
         self._returns[call] = worker_id, next(self._numbers)
 
     def least(self, contributors: Collection[str]) -> int:
-        """How many workers the round at least needs that has just committed. To be called before `check`."""
+        """The least number of workers that the round that has just committed needs. To be called before `check`."""
         job = self._world.job
         assert job is not None
         absent = (self._absent | job.round.finished).difference(contributors)
@@ -60,7 +60,7 @@ class Finishing:
         """Raises Failure if the round does not wait for a present worker, or waits for a finished one.
 
         Args:
-            has_committed: whether a round has, since the last look.
+            has_committed: whether a round has committed since the last check.
         """
         job = self._world.job
         if job is None:
@@ -82,7 +82,7 @@ class Finishing:
 
     def _hear_returns(self) -> None:
         for call, (worker_id, number) in list(self._returns.items()):
-            # A pull is let in when it has its header; what comes before are notices.
+            # A pull is admitted when it gets its header; only notices come before.
             is_in = bool(call.context.written) if call.rpc == "PushAndAverage" else call.done and call.completed
             if is_in and number > self._finished.get(worker_id, number):
                 del self._finished[worker_id], self._processes[worker_id]

@@ -13,7 +13,7 @@ from ps_server.rules.task_indexes import DEFAULT_REJOIN_TIMEOUT_S
 __all__ = ["PROCESSES", "Joins"]
 
 PROCESSES = (*INCARNATIONS, b"\x01" * 16, b"\x02" * 16)
-# So near to the end of the grace period either may be.
+# This close to the end of the grace period, either result is right.
 _ABOUT_S = 0.01
 
 
@@ -22,8 +22,8 @@ class _Asked:
     """One call.
 
     Attributes:
-        heard: how many of its messages were looked at.
-        told: the index that it was told.
+        heard: how many of its messages have been checked.
+        told: the index that the process was told.
     """
 
     process: bytes
@@ -50,18 +50,18 @@ class Joins:
         self._unsure_until_s = 0.0
 
     def asked(self, call: ClientCall, process: bytes, wanted: int | None) -> None:
-        """A process calls."""
+        """Records that a process calls."""
         self._calls[call] = _Asked(process, wanted)
         if len(process) == len(INCARNATIONS[0]) and (wanted is None or wanted < self._num_workers):
             self._latest[process] = call
 
     def left(self, process: bytes) -> None:
-        """A process says goodbye."""
+        """Records that a process says goodbye."""
         self._held.pop(process, None)
         self._kept.pop(process, None)
 
     def check(self) -> None:
-        """Raises Failure if two have the same index, or somebody waits while an index is free."""
+        """Raises Failure if two processes have the same index, or one waits while an index is free."""
         now_s = self._world.loop.time()
         for call, asked in list(self._calls.items()):
             self._hear(call, asked, now_s)
@@ -101,7 +101,7 @@ class Joins:
             return
         del self._latest[asked.process]
         index = self._held.pop(asked.process, None)
-        if not call.context.reads:  # it may have got an index and not heard of it, and have ended a while ago
+        if not call.context.reads:  # it may have been given an index without learning it, and have ended a while ago
             self._unsure_until_s = now_s + DEFAULT_REJOIN_TIMEOUT_S + _ABOUT_S
         elif index is not None:
             self._kept[asked.process] = index, now_s

@@ -19,24 +19,24 @@ __all__ = ["EndlessError", "VirtualLoop"]
 _T = TypeVar("_T")
 # Cancelled timers stay in the heap until there are this many of them.
 _CANCELLED_TIMERS = 200
-# No clock stands still while something runs.
+# A real clock does not stand still while timers run: each adds this much.
 _TICK_S = 1e-6
 
 
 class EndlessError(Exception):
-    """Something keeps itself busy: there is still something to do after more steps than any input needs."""
+    """The loop never comes to rest: there is still something to do after more steps than any input needs."""
 
 
 class VirtualLoop(asyncio.AbstractEventLoop):
     """As much of an event loop as tasks, futures and timers need.
 
     Attributes:
-        problems: what asyncio would have logged: exceptions in callbacks, and of tasks that nobody asked.
+        problems: what asyncio would have logged: exceptions in callbacks, and of tasks whose result nothing retrieved.
     """
 
     @classmethod
     def create(cls) -> VirtualLoop:
-        """A new one. (To mypy the class is abstract: it has only what is needed.)"""
+        """A new loop. (To mypy the class is abstract, since it has only the methods that are needed.)"""
         return cls()
 
     def __init__(self) -> None:
@@ -68,7 +68,7 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         raise EndlessError(f"still busy after {max_steps} steps")
 
     def advance(self, seconds: float, max_steps: int) -> None:
-        """Lets time pass; timers go off in their order, each at its own time."""
+        """Lets time pass; timers go off in order, each at its own time."""
         end_s = self._now_s + seconds
         for _ in range(max_steps):
             if not self._timers or self._timers[0][0] > end_s:
@@ -85,7 +85,7 @@ class VirtualLoop(asyncio.AbstractEventLoop):
 
     @property
     def watched(self) -> list[MemorySocket | Listener]:
-        """Sockets that somebody waits for."""
+        """Sockets with a registered reader or writer."""
         return [*self._readers, *self._writers]
 
     # What asyncio calls.
@@ -196,7 +196,7 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         if not self._readers and not self._writers:
             return
         for sock in self.watched:
-            if sock.is_closed:  # the next socket with its number would be taken for it
+            if sock.is_closed:  # otherwise the next socket with its number would be taken for it
                 self.problems.append({"message": "a socket was closed while it was watched"})
                 self.remove_reader(sock)
                 self._watch_no_longer(self._writers, sock)

@@ -59,12 +59,12 @@ def _splice(rng: Random, data: bytearray, others: Sequence[bytes]) -> None:
 
 
 def _merge(rng: Random, data: bytearray, others: Sequence[bytes]) -> None:
-    """To protobuf, two messages one after the other are one."""
+    """Appends a message: protobuf reads two messages in a row as one."""
     data += rng.choice(others)
 
 
 def _blow_up(rng: Random, data: bytearray, _: Sequence[bytes]) -> None:
-    """Puts a large number where a length, an index or a value may be."""
+    """Writes a large number where a length, an index or a value may be."""
     start = rng.randrange(len(data) + 1)
     data[start : start + rng.choice((0, 1, 1, 1, 2))] = rng.choice(_LENGTHS)
 
@@ -75,7 +75,7 @@ def _add_field(rng: Random, data: bytearray, _: Sequence[bytes]) -> None:
 
 
 def _nest(rng: Random, data: bytearray, _: Sequence[bytes]) -> None:
-    """Groups in groups: what parsers by recursion have died of."""
+    """Nests groups in groups, which has crashed recursive parsers."""
     at = rng.choice((0, len(data)))
     data[at:at] = rng.choice((b"\x0b", b"\x0b\x0c", b"\x7b")) * rng.choice((50, 101, 3000))
 
@@ -88,12 +88,12 @@ _CHANGES: tuple[Callable[[Random, bytearray, Sequence[bytes]], None], ...] = (
     *(_flip, _flip, _flip, _overwrite, _overwrite, _truncate, _cut, _insert, _duplicate),
     *(_splice, _splice, _merge, _blow_up, _blow_up, _blow_up, _add_field, _nest, _replace),
 )
-# A message does not grow for ever; gRPC would refuse it, too.
+# Messages do not grow without bound; gRPC would refuse them, too.
 _MAX_BYTES = 1 << 16
 
 
 def mutated(rng: Random, message: bytes, others: Sequence[bytes]) -> bytes:
-    """The message after a few changes; ``others`` are what it may be mixed with."""
+    """The message after a few changes; it may be mixed with ``others``."""
     data = bytearray(message)
     for _ in range(rng.choice((1, 1, 1, 2, 3, 6))):
         rng.choice(_CHANGES)(rng, data, others)

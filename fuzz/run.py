@@ -17,10 +17,10 @@ from fuzz.world import open_files, resident_bytes
 __all__ = ["Found", "MAX_GROWTH_BYTES", "Result", "run"]
 
 MAX_GROWTH_BYTES = 10 << 20
-# Part of the inputs after which the process is as large as it has to be.
+# The share of the inputs after which the process has reached its final size.
 _WARM_UP = 0.1
 _MAX_FAILURES = 10
-# The server has one event loop: who keeps it busy keeps everybody waiting. A hundred times what an input needs.
+# The server has one event loop: an input that keeps it busy keeps everyone waiting. A hundred times what one needs.
 _MAX_INPUT_S = 2.0
 
 
@@ -34,11 +34,11 @@ class Found:
 
 @dataclass
 class Result:
-    """What came of a run.
+    """The result of a run.
 
     Attributes:
         slowest_s: processor time of the input that needed most.
-        tables: by name, the most entries that a table had gained when a service ended.
+        tables: by name, the largest number of entries that a table had gained when a service ended.
     """
 
     name: str
@@ -63,7 +63,7 @@ def run(
     progress: Callable[[Result], None] = lambda _: None,
     progress_every_s: float = 2.0,
 ) -> Result:
-    """Plays ``inputs`` inputs from ``first`` on, after those of the same world that come before them."""
+    """Plays ``inputs`` inputs, starting with ``first``, after the earlier inputs of the same world."""
     result = Result(target.name, endings=target.endings)
     logging.disable(logging.CRITICAL)
     with warnings.catch_warnings():

@@ -1,7 +1,7 @@
 """Messages in legal and illegal orders, over several streams of several workers at once, at servers of all policies.
 
-Every push has values of its own, made from the worker's name and the number of the push. So whatever the server makes
-its center can be checked: it has to be the average of pushes that came whole.
+Every push has its own values, made from the worker's name and the number of the push. So every center of the server can
+be checked: it has to be the average of pushes that came whole.
 """
 
 from __future__ import annotations
@@ -75,10 +75,10 @@ class Push:
 
 
 class Sequences:
-    """Plays one sequence of events after the other, each at a server of its own.
+    """Plays one sequence of events after the other, each with a new server.
 
     Args:
-        seed: other seeds are other sequences.
+        seed: another seed makes other sequences.
         name: of the target.
         kind: what happens in them.
     """
@@ -108,11 +108,11 @@ class Sequences:
 
 
 class Sequence:
-    """One server, its clients, and what they know of each other."""
+    """One server, its clients, and what they know about each other."""
 
     has_connections = False
     long_enough_s = LONG_ENOUGH_S
-    """After this time of silence, it is no longer waited for."""
+    """A stream that has been silent for this long is no longer waited for."""
 
     def __init__(self, rng: Random, endings: Counter[str]) -> None:
         self._rng = rng
@@ -174,7 +174,7 @@ class Sequence:
         self._begin_push(self._rng.choice(WORKER_IDS[: self._policy.max_workers + 1]))
 
     def _begin_push(self, worker_id: str, is_good: bool = False) -> Push:
-        """The next push of a worker, or an earlier one; unless it has to be good, something may be wrong with it."""
+        """The next push of a worker, or an earlier one; it may be wrong in some way, unless it has to be good."""
         rng = self._rng
         incarnation = self._process_of(worker_id)
         last = self._last_push_ids.get((worker_id, incarnation), 1)
@@ -212,11 +212,11 @@ class Sequence:
         return push
 
     def _process_of(self, _worker_id: str) -> bytes:
-        """Which of a worker's processes it is that pushes."""
+        """The process of a worker that pushes."""
         return INCARNATIONS[self._rng.random() < 0.2]
 
     def _adorn(self, header: pb.PushHeader) -> None:
-        """For others to say more."""
+        """For subclasses to add to."""
 
     def _base_step(self, is_good: bool) -> int:
         rng, center = self._rng, self._witness.center
@@ -409,7 +409,7 @@ class Sequence:
         self._opened("GetStatus", b"")
 
     def _come_in_crowds(self) -> None:
-        """Many clients that connect and do nothing, under names of the maximum length."""
+        """Connects many clients that do nothing, under names of the maximum length."""
         for number in range(40):
             request = pb.PullRequest(worker_id=f"{number:4}" + 31 * "\U0001f9e0")
             self._opened("Pull", request.SerializeToString())
@@ -427,7 +427,7 @@ class Sequence:
         self._finishing.check(has_committed)
         if self._witness.model is not None and not self._initialized:
             self._initialized, self._model = True, self._witness.model
-            for given in self._witness.given.values():  # what came before was of another model
+            for given in self._witness.given.values():  # what came before belonged to another model
                 given.indexes.clear()
             self.world.count_from_here()
         for call in [call for call in self._calls if call.done]:
@@ -439,7 +439,7 @@ class Sequence:
         self.world.check_calls(len(self._calls))
 
     def _beside(self, _call: ClientCall, _push: Push | None) -> bytes | None:
-        """What has come of the answer to a push, but not in its call."""
+        """The part of the answer to a push that has come outside its call."""
         return b""
 
     # The end.
@@ -460,14 +460,14 @@ class Sequence:
         self._check()
 
     def _check_may_wait(self, call: ClientCall) -> None:
-        """Nobody but those who wait for others is still there when all the time for stalled streams has passed."""
+        """Checks that, after the timeout for stalled streams, only calls that wait for others are still open."""
         job = self.world.job
         if call.rpc == "Join" or (call.rpc == "Pull" and job is None):
             return
         push = self._pushes.get(call)
         if push is not None and job is not None:
             self._can_send(push)
-            # An earlier push of the worker may be whole, and this one waits for its round.
+            # An earlier push of the worker may be whole; then this one waits for the round to end.
             is_whole = push.next >= job.manifest.fragment_count or push.key[0] in job.round.complete
             if is_whole or (push.first is None and job.round._held):
                 return

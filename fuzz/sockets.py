@@ -1,4 +1,4 @@
-"""TCP connections in memory, as far as the server uses them: what comes when is the fuzzer's to say, not the kernel's.
+"""TCP connections in memory, as far as the server uses them: the fuzzer, not the kernel, decides what comes when.
 
 They do what Linux does with a socket that does not block: what has come can be read although the peer is gone, the
 first bytes that are sent to a peer that has closed vanish, and with SO_RCVLOWAT a socket is readable once there is
@@ -31,16 +31,16 @@ class MemorySocket:
 
     Attributes:
         peer: the other end.
-        inbox: what has come and was not read.
+        inbox: what has come and has not been read.
         room_bytes: how much the inbox takes before the sender has to wait.
-        taken_bytes: how much was read.
-        is_closed: whether this end was closed.
-        is_ended: nothing more will come: the peer has closed, or its direction.
-        is_reset: the connection is broken off.
+        taken_bytes: how much has been read.
+        is_closed: whether this end is closed.
+        is_ended: whether nothing more will come: the peer has closed its end, or its direction.
+        is_reset: whether the connection is broken off.
     """
 
     family = socket.AF_UNIX
-    """Of which the kernel does not say how fast it is."""
+    """A connection of which the kernel does not say how fast it is."""
 
     def __init__(self) -> None:
         self.peer = self
@@ -58,7 +58,7 @@ class MemorySocket:
         one.peer, other.peer = other, one
         return one, other
 
-    # What the loop asks.
+    # Used by the loop.
 
     @property
     def readable(self) -> bool:
@@ -70,7 +70,7 @@ class MemorySocket:
         """Whether a writer is woken up."""
         return len(self.peer.inbox) < self.peer.room_bytes or self.is_reset or self.peer.is_closed
 
-    # What a socket can do.
+    # The interface of a socket.
 
     def recv(self, size_bytes: int) -> bytes:
         """As a socket's."""
@@ -115,7 +115,7 @@ class MemorySocket:
         self.is_closed = self.peer.is_reset = True
 
     def close(self) -> None:
-        """As a socket's: unread bytes make it a reset."""
+        """As a socket's: with unread bytes it becomes a reset."""
         if self.inbox and not self.is_closed:
             self.reset()
         self.is_closed = self.peer.is_ended = True
@@ -157,8 +157,8 @@ class Listener:
     """Where clients connect.
 
     Attributes:
-        accepted: the server's ends of connections that it took and has not closed.
-        refuses: the error number with which connections cannot be taken; 0: they can.
+        accepted: the server's ends of connections that it accepted and has not closed.
+        refuses: the error number with which `accept` fails; 0: it succeeds.
     """
 
     def __init__(self) -> None:
@@ -168,7 +168,7 @@ class Listener:
         self._backlog: deque[MemorySocket] = deque()
 
     def connect(self) -> MemorySocket:
-        """A client's end of a new connection; it is reset if too many wait to be taken."""
+        """A client's end of a new connection; it is reset if too many wait to be accepted."""
         client, server = MemorySocket.pair()
         if self.is_closed or len(self._backlog) >= _BACKLOG:
             server.reset()
@@ -178,7 +178,7 @@ class Listener:
 
     @property
     def readable(self) -> bool:
-        """Whether somebody waits to be taken."""
+        """Whether a connection waits to be accepted."""
         return bool(self._backlog)
 
     def accept(self) -> tuple[MemorySocket, tuple[str, int]]:
@@ -198,7 +198,7 @@ class Listener:
         return "127.0.0.1", 40_000
 
     def close(self) -> None:
-        """Nobody is taken any more."""
+        """Accepts no connection any more."""
         self.is_closed = True
         for waiting in self._backlog:
             waiting.reset()

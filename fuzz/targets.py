@@ -49,9 +49,9 @@ class Target(Protocol):
     """Something to throw hostile input at. Input ``number`` is the same in every run with the same seed.
 
     Attributes:
-        name: for people.
+        name: its name in reports.
         inputs_per_world: after this many inputs, a new service replaces the old one.
-        inputs_each: how many of the requested inputs one input of this target counts for.
+        inputs_each: as how many of the requested inputs one input of this target counts.
         endings: how calls ended, and how often.
     """
 
@@ -67,7 +67,7 @@ class Target(Protocol):
         """One input. Raises Failure."""
 
     def finish(self) -> dict[str, int]:
-        """The world ends. By how many entries its tables have grown. Raises Failure if one did that must not."""
+        """Ends the world. Returns by how many entries its tables have grown; raises Failure if one must not grow."""
 
 
 class Bytes:
@@ -95,7 +95,7 @@ class Bytes:
         self._model = MODELS[self._number]
         self._policy, self._shared = rng.choice(_POLICIES), rng.random() < 0.3
         self._connections = rng.random() < 0.5
-        # Who initializes meets a server without a center; so does everybody else now and then.
+        # Initialize meets a server without a center; so does every other call now and then.
         self._initialized = rng.random() < (0.3 if self.name == "Initialize" else 0.95)
         self._renew()
 
@@ -141,7 +141,7 @@ class Bytes:
         return self._world.grown()
 
     def _messages(self, rng: Random) -> list[bytes]:
-        """A conversation, of which something is wrong nine times out of ten."""
+        """A conversation; in nine out of ten something is wrong."""
         talks = CONVERSATIONS[self._number]
         messages = list(rng.choice(talks[self.name]))
         others = self._others[self._model]
@@ -172,7 +172,7 @@ class Bytes:
         return messages
 
     def _check_may_wait(self, call: ClientCall) -> None:
-        """Only for others may a call wait longer than the timeout for stalled streams, or for its own process's end."""
+        """Checks that a call outlasts the stall timeout only if it waits for others or for the end of its process."""
         job = self._world.job
         if call.done or self.name == "Join" or (self.name == "Pull" and job is None):
             return
@@ -200,7 +200,7 @@ class Bytes:
 
 
 def _by_somebody_else(rng: Random, message: bytes) -> bytes:
-    """A push of another worker: one whose push is whole soon has nothing more to send."""
+    """A push of another worker, since a worker whose push is whole soon has nothing more to send."""
     with contextlib.suppress(DecodeError):
         request = pb.PushAndAverageRequest.FromString(message)
         request.header.worker_id = f"worker-{rng.randrange(1000)}"

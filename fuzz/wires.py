@@ -21,8 +21,8 @@ class Offer:
     """What an admission has offered.
 
     Attributes:
-        made: the number of the push that it answered; a later offer to the same worker makes it void.
-        is_used: whether it has opened a connection.
+        made: the number of the push that it answered; a later offer to the same worker voids it.
+        is_used: whether a connection was opened with it.
     """
 
     place: Place
@@ -32,12 +32,12 @@ class Offer:
 
     @property
     def hello(self) -> bytes:
-        """What opens the connection."""
+        """The greeting that opens the connection."""
         return self.key[:HALF_KEY_BYTES]
 
     @property
     def answer(self) -> bytes:
-        """What the server says then."""
+        """The server's answer to the greeting."""
         return self.key[HALF_KEY_BYTES:]
 
 
@@ -51,7 +51,7 @@ class Wire:
         hello: what is still to be sent of the greeting.
         is_void: when the greeting was whole, the server must not have known its key.
         sending: the push whose bytes go up; None: none, or no push's.
-        left: what is still to be sent of them.
+        left: the bytes of it that are still to be sent.
         is_straight: whether nothing but whole pushes has been sent.
         is_gone: closed by the client.
     """
@@ -73,7 +73,7 @@ class Wire:
 
     @property
     def place(self) -> Place | None:
-        """Whose connection it is for the server, too."""
+        """The worker whose connection it also is for the server."""
         return None if self.offer is None or not self.is_known else self.offer.place
 
     @property
@@ -82,13 +82,13 @@ class Wire:
         return self.offer is not None and self.offer.answer == self._came[:HALF_KEY_BYTES]
 
     def came(self) -> bytes:
-        """What has come after the server's answer, and is now read."""
+        """Reads what has come after the server's answer."""
         self._came += self.socket.inbox
         self.socket.inbox.clear()
         return bytes(self._came[HALF_KEY_BYTES:])
 
     def check(self) -> None:
-        """Raises Failure if the server says something that it must not."""
+        """Raises Failure if the server says something that is not allowed."""
         if self._reads:
             self.came()
         wanted = b"" if self.offer is None or self.is_void or self.hello else self.offer.answer
@@ -98,12 +98,12 @@ class Wire:
             self.offer.is_used = True
 
     def greet(self, size_bytes: int) -> None:
-        """Sends so much of the greeting."""
+        """Sends this many bytes of the greeting."""
         self._send(self.hello[:size_bytes])
         self.hello = self.hello[size_bytes:]
 
     def begin(self, key: Key, given: Given, flat: bytes, manifest: Manifest, number: int) -> None:
-        """From now on the bytes of a push go up, after its number, or a wrong one."""
+        """Begins to send the bytes of a push, after its number or a wrong one."""
         self.sending, self._pushed = key, given
         self.left = NUMBER.pack(number) + flat
         self.is_straight = self.is_straight and number == key[2]
@@ -111,7 +111,7 @@ class Wire:
         self._ends = [manifest.fragment_bounds(index)[1] for index in range(manifest.fragment_count)]
 
     def send(self, size_bytes: int) -> None:
-        """Sends so much of a push."""
+        """Sends this many bytes of the push."""
         if not self._can_send:
             return
         data, self.left = self.left[:size_bytes], self.left[size_bytes:]
@@ -128,13 +128,13 @@ class Wire:
         self._send(data)
 
     def set_reading(self, reading: bool) -> None:
-        """Whether the client takes what comes; if it does not, the server can send little more."""
+        """Sets whether the client reads what comes; if it does not, the server can send little more."""
         self._reads = reading
-        # The kernel takes so much from somebody who greets, always.
+        # The kernel always accepts this much from a client that greets.
         self.socket.room_bytes = PLENTY_BYTES if reading else HALF_KEY_BYTES
 
     def end(self, how: str) -> None:
-        """Closes it, half of it, or breaks it off."""
+        """Closes the connection or one direction, or breaks it off."""
         if self.is_gone or self.socket.is_reset:
             return
         if how == "half":

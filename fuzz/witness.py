@@ -27,10 +27,10 @@ _TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "float16": 2e-3, "bfloat16": 1e
 
 @dataclass
 class Given:
-    """What was sent of one push, over all its streams.
+    """What was sent of one push, on all its streams.
 
     Attributes:
-        indexes: of the fragments that were sent as they should be.
+        indexes: of the fragments that were sent correctly.
     """
 
     value: float
@@ -44,8 +44,8 @@ class Witness:
     """What is known of one server.
 
     Attributes:
-        model: what its center is made of; None while there is none.
-        center: as it was last seen.
+        model: the model of its center; None while there is no center.
+        center: the center as last seen.
         initials: what chiefs have sent: step, model and value.
         given: what workers have sent.
     """
@@ -67,8 +67,8 @@ class Witness:
         return self._centers.get(step)
 
     def look(self) -> bool:
-        """Whether a round has committed. Raises Failure if the center has changed, unless by a chief or by a round of
-        pushes that came whole."""
+        """Whether a round has committed. Raises Failure if the center has changed other than by a chief or by a round
+        of pushes that came whole."""
         before, after = self.center, self._world.center()
         if before == after:
             return False
@@ -78,7 +78,7 @@ class Witness:
         self._endings["(rounds committed)"] += before is not None
         if before is None:
             if not any(self._is_initial(after, *initial) for initial in self.initials):
-                raise Failure(f"the center is none that a chief has sent: {after}")
+                raise Failure(f"no chief has sent this center: {after}")
         elif after.step <= before.step:
             raise Failure(f"the center changed, but the step went from {before.step} to {after.step}")
         else:
@@ -139,11 +139,11 @@ class Witness:
                 raise Failure(f"{variable.name!r} is {array}, not the average {mean} of {names}")
 
     def hear(self, call: ClientCall, beside: bytes | None = None) -> None:
-        """Raises Failure unless what a call that is over has said is in order and true.
+        """Raises Failure unless everything that a finished call was sent is in order and true.
 
         Args:
             call: the call.
-            beside: what else has come of the answer to a push, on a data connection; None: nobody knows.
+            beside: the part of the answer to a push that came on a data connection; None: unknown.
         """
         match call.rpc:
             case "PushAndAverage":
@@ -159,7 +159,7 @@ class Witness:
                     raise Failure(f"a chief was told of a center that never was: {response}")
 
     def _check_push(self, call: ClientCall, beside: bytes | None) -> None:
-        """The messages have come in their order, and the center that came is the one that the outcome names."""
+        """Checks that the messages came in order, and that the center that came is the one that the outcome names."""
         count, flat, outcome = 0, b"", None
         for number, data in enumerate(call.context.written):
             message = pb.PushAndAverageResponse.FromString(data)
@@ -175,7 +175,7 @@ class Witness:
                 count += message.shared.count
             if message.HasField("outcome"):
                 outcome = message.outcome
-        # Of a call that fails while it waits to send its first message, that message comes, and the error beside it.
+        # A call that fails while it waits to send its first message sends that message, and the error with it.
         was_late = call.context.refused is not None and len(call.context.written) == 1
         if call.completed is (outcome is None) and not (outcome is not None and was_late):
             raise Failure(f"a push ended with the outcome {outcome}")
@@ -205,7 +205,7 @@ class Witness:
         notices = list(itertools.takewhile(lambda message: message.HasField("waiting"), messages))
         self._endings["(notices)"] += len(notices)
         if notices and not (request.accepts_notices and request.wait_initialized):
-            raise Failure("a pull is told that it waits, and did not want to know")
+            raise Failure("a pull is told that it waits, and did not ask for that")
         if call.completed:
             self._check_pulled(request, messages[len(notices) :])
 

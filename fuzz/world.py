@@ -26,11 +26,11 @@ __all__ = ["Center", "LONG_ENOUGH_S", "MAX_STEPS", "STALL_TIMEOUT_S", "World", "
 
 STALL_TIMEOUT_S = 10.0
 LONG_ENOUGH_S = STALL_TIMEOUT_S + 0.1
-# The longest input needs a tenth of it.
+# Ten times what the longest input needs.
 MAX_STEPS = 5000
-# A larger one would cost time, and find nothing that a small one does not.
+# A larger model would cost time and find nothing that a small one does not.
 _MAX_MODEL_BYTES = 32 << 10
-# What may be longer than it was when all calls have ended: what workers are known by, and what is left of their pushes.
+# Tables that may have grown when all calls have ended: those of the known workers, and of what is left of their pushes.
 _MAY_GROW = frozenset(
     {
         "_joining._indexes._holders",
@@ -58,7 +58,7 @@ _RPCS = ("Initialize", "Pull", "PushAndAverage", "Leave", "GetStatus", "Join")
 
 @dataclass(frozen=True)
 class Center:
-    """The center as it was at one time."""
+    """The center at one point in time."""
 
     step: int
     flat: bytes
@@ -71,11 +71,11 @@ class _Details(grpc.HandlerCallDetails):
 
 
 class World:
-    """A service, and time that passes when it is told to.
+    """A service, and a clock that the fuzzer moves.
 
     Args:
-        policy: for whom its rounds wait.
-        shared: whether its center lies in shared memory.
+        policy: whom its rounds wait for.
+        shared: whether its center is in shared memory.
         connections: whether workers may open data connections; `listener` is where.
     """
 
@@ -93,7 +93,7 @@ class World:
     def _start(self, limits: ServicePolicy, connections: bool) -> None:
         service = ParameterServerService(limits, self.loop.time)
         if connections:
-            listener: Any = self.listener  # what `DataPort.listen` does, but for the sockets
+            listener: Any = self.listener  # what `DataPort.listen` does, except for the sockets
             service.data_port._listeners.append(listener)
             service.data_port._begin(service.data_port._accept(listener))
         self._services.append(service)
@@ -105,7 +105,7 @@ class World:
 
     @property
     def job(self) -> Job | None:
-        """What there is once the center is initialized."""
+        """What exists once the center is initialized."""
         return self.service.job
 
     def open(self, rpc: str, request: bytes | None = None) -> ClientCall:
@@ -123,21 +123,21 @@ class World:
         self._check_problems()
 
     def vanish(self, call: ClientCall, first_an_end: bool) -> None:
-        """The client of a call is gone, and the call has to end."""
+        """Removes the client of a call, and checks that the call ends."""
         call.vanish(MAX_STEPS, first_an_end)
         self.settle()
         if not call.done:
             raise Failure(f"{call.rpc} does not end when its client is gone")
 
     def abandon(self) -> None:
-        """Ends whatever runs, and does not look how."""
+        """Ends whatever still runs, without a check."""
         for task in asyncio.all_tasks(self.loop):
             task.cancel()
         with contextlib.suppress(EndlessError):
             self.loop.settle(MAX_STEPS)
 
     def initialize(self, model: Model, step: int) -> Center:
-        """Sets the center as a good chief does."""
+        """Sets the center as a correct chief does."""
         call = self.open("Initialize")
         for message in initialize_messages(model, "chief", step):
             call.send(message)
@@ -157,7 +157,7 @@ class World:
         return Center(self.job.round.global_step, self.job.center.current.flat.tobytes())
 
     def check_calls(self, open_calls: int) -> None:
-        """Raises Failure if the service knows other calls than there are."""
+        """Raises Failure if the service's list of calls differs from the open calls."""
         if len(self.service._serving.calls) != open_calls:
             raise Failure(f"{open_calls} calls are open, and the service has {len(self.service._serving.calls)}")
         self._check_offers()
@@ -184,7 +184,7 @@ class World:
     def _check_offers(self) -> None:
         port = self.service.data_port
         if not set(port._offers) <= set(port._offered.values()):
-            raise Failure("there are offers of data connections that are nobody's last one")
+            raise Failure("there are offers of data connections that are not the last one of any worker")
         if max(len(port._offered), len(port._connections)) > self._max_workers:
             raise Failure(f"{len(port._offered)} offers and {len(port._connections)} data connections are too many")
 
@@ -196,18 +196,18 @@ class World:
             raise Failure(f"no call is open, but {len(left)} data connections are that nobody can use")
 
     def end_data_port(self) -> None:
-        """No data connections any more, as when the server ends."""
+        """Closes all data connections, as when the server ends."""
         self.loop.call_soon(self.service.data_port.close)
         self.settle()
         if self.loop.watched or [each for each in self.listener.accepted if not each.is_closed]:
             raise Failure("data connections outlive the server")
 
     def count_from_here(self) -> None:
-        """What the tables have now is what they have to have: `grown` tells what is more."""
+        """Takes the present size of the tables as the normal one, which `grown` compares with."""
         self._baseline = tables(self.service)
 
     def grown(self) -> dict[str, int]:
-        """By how many entries the tables are longer than they were. Raises Failure if one is that must not be."""
+        """By how many entries the tables have grown. Raises Failure if one has grown that must not."""
         gained = {name: size - self._baseline.get(name, 0) for name, size in tables(self.service).items()}
         grown = {name: entries for name, entries in gained.items() if entries > 0}
         for name, entries in grown.items():
@@ -243,12 +243,12 @@ def tables(root: object) -> dict[str, int]:
 
 
 def resident_bytes() -> int:
-    """Physical memory of this process, once the garbage is gone."""
+    """Physical memory of this process, after a garbage collection."""
     gc.collect()
     with open("/proc/self/statm") as statm:
         return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def open_files() -> int:
-    """File descriptors of this process."""
+    """The open file descriptors of this process."""
     return len(os.listdir("/proc/self/fd"))

@@ -29,6 +29,8 @@ __all__ = [
     "fragment",
     "random_arrays",
     "random_bits",
+    "random_center",
+    "random_push",
     "read",
     "whole_round",
 ]
@@ -73,6 +75,15 @@ def center_of(manifest: Manifest, values: Arrays) -> Center:
     for index in range(manifest.fragment_count):
         center.load(index, fragment(manifest, values, index))
     return center
+
+
+def random_center(manifest: Manifest = ALL_DTYPES, chance: np.random.Generator | None = None) -> Center:
+    return center_of(manifest, random_arrays(manifest, chance or np.random.default_rng(0)))
+
+
+def random_push(chance: np.random.Generator | int, manifest: Manifest = ALL_DTYPES, weight: float = 1.0) -> Pushed:
+    """A push of random values; ``chance`` may be a seed."""
+    return Pushed(random_arrays(manifest, np.random.default_rng(chance)), weight)
 
 
 def everything(buffer: Buffer) -> bytes:

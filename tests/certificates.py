@@ -1,4 +1,4 @@
-"""An authority for tests, and the certificates that it signs. Nothing of it is worth keeping secret."""
+"""An authority for tests, and the certificates that it signs. None of it is secret."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Identity:
 
 
 class Authority:
-    """Signs certificates. ``ca`` is the file that those need who trust it.
+    """Signs certificates. ``ca`` is the file for those who trust it.
 
-    ``signed_by``: an intermediate authority of that one; else it signs itself.
+    ``signed_by``: the authority above an intermediate one; None: it signs itself.
     """
 
     def __init__(self, directory: Path, name: str = "authority", signed_by: Authority | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints for tests: made by hand, written and read by path, and writers that fail where they are told."""
+"""Checkpoints for tests: made by hand, written and read by path, and writers that fail at a chosen place."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def checkpoint_of(manifest: Manifest, seed: int = 0, global_step: int = STEP, **
 
 
 def small(global_step: int = STEP, seed: int = 0) -> Checkpoint:
-    """Of the center of tests/jobs.py."""
+    """A checkpoint of the center of tests/jobs.py."""
     variables = tuple(Variable(name, dtype_name(array.dtype), array.shape) for name, array in CENTER.items())
     counted = {"a": (b"0123456789abcdef", 7)}
     return checkpoint_of(Manifest(variables, 64), seed, global_step, contributors=("a", "b"), counted=counted)
@@ -106,7 +106,7 @@ def durable(directory: Path, global_step: int = STEP, seed: int = 0) -> Path:
 
 
 def prune(newest: Path, keep: int) -> None:
-    """What is done after ``newest`` was made durable."""
+    """Prunes, as is done after ``newest`` was made durable."""
     with _opened(newest.parent) as directory:
         files.prune(directory, newest.name, keep)
 
@@ -128,14 +128,14 @@ def header_of(path: Path) -> dict[str, Any]:
 
 
 def content(found: Checkpoint) -> object:
-    """Something to compare."""
+    """The checkpoint as values that can be compared."""
     arrays = [(name, a.dtype, a.shape, a.tobytes()) for name, a in found.tensors.items()]
     outer = found.outer.name, dict(found.outer.settings)
     return found.manifest, arrays, found.global_step, found.contributors, found.counted, outer
 
 
 def steps(directory: Path) -> list[int]:
-    """Of all checkpoints, fresh or durable."""
+    """The steps of all checkpoints, fresh or durable."""
     return sorted(int(path.name.split(".")[0].removeprefix("center-")) for path in directory.glob("*.safetensors"))
 
 
@@ -162,7 +162,7 @@ def opened_keeper(policy: CheckpointPolicy) -> Iterator[Keeper]:
 
 
 def faulty_writer(fault: str) -> Any:
-    """What to put in the place of `writer_process.command`: checkpoint writers that first run ``fault``, Python that
+    """A substitute for `writer_process.command`: checkpoint writers that first run ``fault``, Python that
     may change what is in ``files`` and ``writer``."""
 
     def command(parent: int) -> list[str]:
@@ -180,7 +180,7 @@ def faulty_writer(fault: str) -> Any:
 
 
 def writers_of(server: int) -> list[int]:
-    """The ids of the checkpoint writers that a process has started and that live."""
+    """The ids of the living checkpoint writers that a process has started."""
     found = []
     for entry in Path("/proc").iterdir():
         try:

@@ -13,7 +13,7 @@ Decided: TypeAlias = Decision | Commit
 
 
 class CommittingRound(Round):
-    """As Round, but a `Prepare` has become the `Commit` that it asks for."""
+    """As Round, but each `Prepare` is replaced by the `Commit` that it asks for."""
 
     def open(self, stream: int, push: Push, now_s: float) -> list[Decided]:  # type: ignore[override]
         return self._committed(super().open(stream, push, now_s), now_s)

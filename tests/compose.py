@@ -23,7 +23,7 @@ TIMEOUT_S = 120.0
 
 
 def docker(*arguments: str, environ: Mapping[str, str] | None = None, timeout_s: float = TIMEOUT_S) -> str:
-    """What the command prints. Raises AssertionError with what it says if it fails."""
+    """The output of the command. Raises AssertionError with its output if it fails."""
     done = subprocess.run(
         ["docker", *arguments],
         env={**os.environ, **(environ or {})},
@@ -38,7 +38,7 @@ def docker(*arguments: str, environ: Mapping[str, str] | None = None, timeout_s:
 
 @functools.cache
 def no_engine() -> str:
-    """Why there is no engine with Compose to ask; empty if there is one."""
+    """Why no engine with Compose can be used; empty if one can."""
     if shutil.which("docker") is None:
         return "there is no docker command"
     for arguments in (["info"], ["compose", "version"]):
@@ -69,13 +69,13 @@ class Container:
 
 
 class Compose:
-    """A project; its containers, networks and volumes are gone after the context.
+    """A project; its containers, networks and volumes are removed after the context.
 
     Args:
         name: of the project.
         environ: what the file reads.
         files: besides compose.yaml.
-        profile: enabled; None: none.
+        profile: the profile to enable; None: none.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class Compose:
         self("up", "--detach", "--no-build", *arguments)
 
     def containers(self, service: str) -> list[Container]:
-        """Of a service, by number."""
+        """The containers of a service, by number."""
         names = self("ps", "--all", "--quiet", service).split()
         described: list[dict[str, Any]] = json.loads(docker("inspect", *names)) if names else []
         return sorted(
@@ -156,7 +156,7 @@ class Compose:
 
 
 def crash(container: Container) -> None:
-    """Its process is killed as the kernel does it when memory is out: nobody has asked the engine for it."""
+    """Kills the container's process as the kernel does when memory runs out, without asking the engine."""
     code = f"import os; os.kill({container.pid}, 9)"
     docker(
         *("run", "--rm", "--pid=host", "--user", "root", "--entrypoint", "python"),

@@ -1,4 +1,4 @@
-"""What tests of the shell need: a real server on a free port, in this process, on a thread of its own."""
+"""For tests of the shell: a real server on a free port, in this process, on its own thread."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.jobs import Job, running
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Logs may name files whose names are no text; a report crosses a process boundary as UTF-8."""
+    """Logs may contain file names that are not valid text; a report crosses a process boundary as UTF-8."""
     report = yield
     report.sections = [(name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections]
     return report
@@ -31,9 +31,9 @@ class RunningServer(Protocol):
     """A parameter server.
 
     Attributes:
-        address: where sessions find it.
-        metrics_address: where its metrics are; empty if it has none.
-        loop: on which it runs.
+        address: the address for sessions.
+        metrics_address: where its metrics are served; empty if they are not.
+        loop: the event loop that it runs on.
     """
 
     address: str
@@ -45,7 +45,7 @@ class RunningServer(Protocol):
 
 
 class _GrpcServer:
-    """One on a free port of loopback."""
+    """A server on a free port of loopback."""
 
     def __init__(self, policy: ServicePolicy, security: ServerSecurity, metrics_bind: str | None) -> None:
         self.address = self.metrics_address = ""

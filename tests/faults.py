@@ -29,7 +29,7 @@ HANG_S = 30.0
 
 
 def trained(center: Model, worker: int, step: int) -> Model:
-    """What a worker makes of the center in one interval; different for every worker and step."""
+    """The variables that a worker trains from the center in one interval; different for every worker and step."""
     return {
         name: value * np.float32(0.75) + np.random.default_rng((worker, step)).random(value.shape, np.float32)
         for name, value in center.items()
@@ -37,7 +37,7 @@ def trained(center: Model, worker: int, step: int) -> Model:
 
 
 def undisturbed(center: Model, workers: int, rounds: int, since: int = 0, outer: OuterOptimizer = AVERAGE) -> Model:
-    """The center after this many rounds, counted from the center of step ``since``."""
+    """The center after this many rounds, starting from the center of step ``since``."""
     states = {name: outer.init(value.reshape(-1)) for name, value in center.items()}
     for step in range(since, rounds):
         pushed = [trained(center, worker, step) for worker in range(workers)]
@@ -51,13 +51,13 @@ def undisturbed(center: Model, workers: int, rounds: int, since: int = 0, outer:
 
 
 class RestartedServer:
-    """`ps-server serve` on one port and one checkpoint directory, started again whenever it ends unasked.
+    """`ps-server serve` on one port and one checkpoint directory, started again when it ends without being told to.
 
     Args:
         directory: for its checkpoints.
-        arguments: more of the command's.
-        deaths: the moments at which it, and then each that takes its place, kills itself.
-        stop: the moment at which it, and not those that take its place, stands still.
+        arguments: further arguments of the command.
+        deaths: the moments at which it, and then each successor, kills itself.
+        stop: the moment at which it, but no successor, stops.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class RestartedServer:
         self._supervisor.join()
 
     def listens(self) -> None:
-        """Returns when it does."""
+        """Waits until it listens."""
         assert self._listening.wait(HANG_S), "the server did not start again"
 
     def kill(self) -> None:
@@ -101,12 +101,12 @@ class RestartedServer:
 
     @property
     def stands_still(self) -> bool:
-        """Whether it has come to the moment at which it stops."""
+        """Whether it has reached the moment at which it stops."""
         state = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()[0]
         return state == "T"
 
     def go_on(self) -> None:
-        """It stands still no longer; a signal that came before its stop would be lost."""
+        """Continues the stopped server; a signal that came before its stop would be lost."""
         assert self.stands_still
         os.kill(self._process.pid, signal.SIGCONT)
 
@@ -157,7 +157,7 @@ class Training:
     results: list[list[PushResult]] = field(default_factory=list)
 
     def run(self) -> list[Model]:
-        """Every worker's last center. ``results`` has the outcomes of all of its pushes."""
+        """Every worker's last center. ``results`` has the outcomes of all of the worker's pushes."""
         self.results = [[] for _ in range(self.workers)]
         with ThreadPoolExecutor(self.workers) as pool:
             futures: list[Future[Model]] = [pool.submit(self._work, worker) for worker in range(self.workers)]
@@ -165,11 +165,11 @@ class Training:
 
     @property
     def rounds_made(self) -> int:
-        """Rounds that some worker has heard of."""
+        """The number of rounds that some worker has heard of."""
         return max(map(len, self.results), default=0)
 
     def goes_on(self, done: threading.Event) -> bool:
-        """Waits until another round is made; whether one was, before the job was done or hung."""
+        """Waits for another round; returns whether one was made before the job was done or hung."""
         made, deadline_s = self.rounds_made, time.monotonic() + HANG_S
         while self.rounds_made == made and time.monotonic() < deadline_s:
             if done.wait(0.002):
@@ -197,7 +197,7 @@ class Training:
             return center
 
     def check(self, centers: list[Model]) -> None:
-        """No round was lost and none was counted twice: every center is that of an undisturbed run, to the bit."""
+        """Checks that no round was lost or counted twice: every center is that of an undisturbed run, to the bit."""
         expected = undisturbed(self.start, self.workers, self.rounds, outer=self.outer)
         for center in centers:
             for name, value in expected.items():

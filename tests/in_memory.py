@@ -1,4 +1,4 @@
-"""A parameter server in this process that sessions reach without gRPC and sockets, for tests that are about neither."""
+"""A parameter server in this process that sessions reach without gRPC or sockets, for tests that are about neither."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class ServerInMemory:
     """A server.
 
     Args:
-        policy: what it is told.
-        grace_s: how long calls that are under way may take to finish when it stops.
+        policy: of the service.
+        grace_s: how long running calls may take to finish when the server stops.
     """
 
     def __init__(self, policy: ServicePolicy, grace_s: float = 2.0) -> None:
@@ -61,7 +61,7 @@ class ServerInMemory:
             self.loop.close()
 
     def _do(self, function: Callable[[], Any]) -> Any:
-        """What the function returns, called on the loop."""
+        """Calls the function on the loop, and returns its result."""
 
         async def call() -> Any:
             result = function()
@@ -107,7 +107,7 @@ class _Context:
         self._changed = asyncio.Event()
 
     def serve(self, task: asyncio.Task[None]) -> None:
-        """The task is cancelled when the client cancels the call."""
+        """Has the task cancelled when the client cancels the call."""
 
         def changed() -> None:
             self._changed.set()

@@ -1,4 +1,4 @@
-"""A small job for tests: a center, workers that push to it, and raw clients that break off where they are told."""
+"""A small job for tests: a center, workers that push to it, and raw clients that break off at a chosen place."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class Job:
 
 @contextmanager
 def running(start_server: StartServer, policy: int | RoundPolicy = 2, **options: Any) -> Iterator[Job]:
-    """A job of a server of its own; ``options`` are `start_server`'s."""
+    """A job with its own server; ``options`` are `start_server`'s."""
     address = start_server(policy, **options).address
     with RawClient(address) as client:
         yield Job(client, address)

@@ -2,8 +2,8 @@
 
 python -m tests.killed_server SIGKILL MOMENT COUNT serve --bind ... : the COUNT-th time that MOMENT is reached
 
-With SIGSTOP it stands still there, until the test has it go on or kills it. What happens to files happens in the
-server's checkpoint writers; at a moment of theirs they send the signal.
+With SIGSTOP it stops there until the test continues or kills it. Files are written by the server's checkpoint writers,
+so at a moment that concerns files these send the signal.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tests.checkpoints import faulty_writer
 
 __all__ = ["BETWEEN_TWO_ANSWERS", "MOMENTS"]
 
-# By name: whose function, which one, and whether it still runs before the end comes.
+# By name: the function's owner, the function, and whether it still runs before the signal.
 MOMENTS: dict[str, tuple[Any, str, bool]] = {
     "before a header is taken": (Round, "open", False),
     "after a header is taken": (Round, "open", True),
@@ -57,7 +57,7 @@ def _has_outcome(message: bytes) -> bool:
 
 
 def arm_between_two_answers(count: int) -> None:
-    """The first outcome of the COUNT-th round goes out, the others never do."""
+    """Only the first outcome of the COUNT-th round is sent."""
     original = Call.write
     outcomes = 0
 
@@ -75,7 +75,7 @@ def arm_between_two_answers(count: int) -> None:
 
 
 def _deadly_to_the_server(name: str, count: int, number: int, runs_before: bool) -> str:
-    """A fault of a checkpoint writer; one that has killed its server does no more."""
+    """A fault of a checkpoint writer, which does nothing more once it has killed its server."""
     return f"""
 now, reached = files.{name}, 0
 def signal_server():

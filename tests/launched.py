@@ -1,4 +1,4 @@
-"""A command as a user starts it: what it prints, how it ends, and which processes it leaves behind."""
+"""A command as a user starts it: its output, its end, and the processes that it leaves behind."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ MARK = "MA_TEST_MARK"
 
 
 class Launched:
-    """A Python process with its own mark in the environment, which all of its descendants inherit.
+    """A Python process with a unique mark in its environment, which all its descendants inherit.
 
-    Of its output only ``read_lines`` lines are read, then the pipe is closed; None: all of them. ``environ`` is added
+    Only ``read_lines`` lines of its output are read, then the pipe is closed; None: all of them. ``environ`` is added
     to the environment.
     """
 
@@ -88,7 +88,7 @@ class Launched:
         self.process.stdin.flush()
 
     def wait_for(self, *texts: str) -> None:
-        """Returns when every one of ``texts`` was printed."""
+        """Waits until each of ``texts`` has been printed."""
         open_pipes = 2
         missing = set(texts)
         while missing and open_pipes:
@@ -107,11 +107,11 @@ class Launched:
         return code
 
     def printed(self) -> str:
-        """All of it."""
+        """The whole output."""
         return "\n".join([*self.lines, *self.errors])
 
     def descendants(self, part_of_command: str = "") -> list[int]:
-        """Pids of the processes that it has started, and those have; it itself is none of them."""
+        """Pids of all its descendants, without its own."""
         found = []
         for directory in Path("/proc").iterdir():
             try:

@@ -1,4 +1,4 @@
-"""Which cases of a parametrized test `make test` runs, and which ones only `make test-long`."""
+"""Which cases of a parametrized test run in `make test`, and which only in `make test-long`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def long_except(quick: Collection[Any], cases: Iterable[Any]) -> list[Any]:
     """The cases, for `pytest.mark.parametrize`, all but the quick ones marked `long`.
 
     Raises:
-        ValueError: a quick case is none of the cases.
+        ValueError: a quick case is not among the cases.
     """
     cases = list(cases)
     unknown = [case for case in quick if case not in cases]

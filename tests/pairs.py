@@ -1,4 +1,4 @@
-"""Two workers that make rounds, on a thread each, and whose averages are checked."""
+"""Two workers that make rounds, each on its own thread; their averages are checked."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["FRAGMENT_SIZE_BYTES", "MODEL", "Pair", "SETTINGS"]
 _TIMEOUT_S = 20.0
 FRAGMENT_SIZE_BYTES = 256
 MODEL: Arrays = {"w": np.arange(701, dtype=np.float32), "b": np.array(2.0), "e": np.zeros(0, np.float16)}
-# Small models travel on data connections, too, and after a break soon again.
+# Small models use data connections, too, and soon use them again after a break.
 SETTINGS = DataSettings(least_bytes=0, pause_s=0.0)
 
 
@@ -27,8 +27,8 @@ class Pair:
         address: of the server.
         settings: of their data connections.
         model: their center's initial values.
-        reconnect_timeout_s: 0: the server is always there.
-        security: None: there is none.
+        reconnect_timeout_s: 0: the server never goes away.
+        security: None: no TLS and no token.
         session_class: of the workers.
     """
 
@@ -69,7 +69,7 @@ class Pair:
         self.close()
 
     def round(self) -> list[PushResult]:
-        """A round; its results are checked."""
+        """Makes a round and checks its results."""
         local = [{name: v + v.dtype.type(2 * rank + self.rounds) for name, v in self._model.items()} for rank in (0, 1)]
         results = list(
             self._threads.map(lambda s, v: s.push_and_average(v, timeout_s=_TIMEOUT_S), self.sessions, local)
@@ -82,12 +82,12 @@ class Pair:
         return results
 
     def until_connected(self) -> None:
-        """Rounds until both have a data connection."""
+        """Makes rounds until both workers have a data connection."""
         until(lambda: self.round() != [] and self.transports == {pb.TRANSPORT_DATA_CONNECTION}, "both are connected")
 
     @property
     def transports(self) -> set[pb.Transport]:
-        """How their last pushes came, as the server says."""
+        """The transports of the workers' last pushes, as the server reports them."""
         return {worker.transport for worker in self.sessions[0].status().workers}
 
     def close(self) -> None:

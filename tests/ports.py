@@ -1,4 +1,4 @@
-"""Ports for servers that die and come back: nobody else gets them meanwhile."""
+"""Ports for servers that die and come back: no other process gets them meanwhile."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
 def lasting_port() -> int:
-    """A port of loopback on which nobody listens, and that the kernel gives to nobody who asks for any port.
+    """A port of loopback on which nothing listens, and which the kernel hands to no process that asks for any port.
 
-    Another test that runs beside this one could otherwise get it while its server is away.
+    Otherwise a test that runs at the same time could get it while the server is away.
     """
     end = int(_RANGE.read_text(encoding="ascii").split()[0]) if _RANGE.exists() else 32_768
     while True:

@@ -1,7 +1,6 @@
 """A client that speaks the protocol by hand, so that it can break every rule of it.
 
-It knows the .proto and nothing else: layout, fragments and messages are made here once more, apart from the code that
-they test.
+It knows only the .proto: it makes layout, fragments and messages again, independently of the code under test.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ M = TypeVar(
     pb.LeaveResponse,
 )
 
-# No call of a test lasts longer: what hangs fails.
+# No call of a test lasts longer, so a call that hangs fails.
 DEADLINE_S = 20.0
 FRAGMENT_SIZE_BYTES = 64
 _DATA_TYPES = {
@@ -89,7 +88,7 @@ def fragments_of(arrays: Arrays, fragment_size_bytes: int = FRAGMENT_SIZE_BYTES)
 
 
 def fragment(index: int, data: bytes) -> pb.PushAndAverageRequest:
-    """Also right for Initialize: on the wire, its message with a fragment is the same."""
+    """A message with a fragment; on the wire, that of Initialize is the same."""
     return pb.PushAndAverageRequest(fragment=pb.Fragment(index=index, data=data))
 
 
@@ -100,7 +99,7 @@ def initialize_header(manifest: pb.Manifest, worker_id: str = "chief", global_st
 
 
 def push_header(manifest_id: str, worker_id: str, **fields: Any) -> pb.PushAndAverageRequest:
-    """A right header, but for what ``fields`` say otherwise."""
+    """A correct header, with ``fields`` changed."""
     right: dict[str, Any] = {"incarnation": b"0123456789abcdef", "push_id": 1}
     return pb.PushAndAverageRequest(
         header=pb.PushHeader(worker_id=worker_id, manifest_id=manifest_id, **{**right, **fields})
@@ -117,7 +116,7 @@ class Refusal:
 
 
 class Stream(Generic[M]):
-    """One call of any kind, whose messages go when the test says so."""
+    """One call of any kind; the test decides when each message is sent."""
 
     def __init__(self, channel: grpc.Channel, rpc: str, response_type: type[M]) -> None:
         self._requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
@@ -144,11 +143,11 @@ class Stream(Generic[M]):
         return next(self._responses)
 
     def ended(self) -> bool:
-        """Waits for the server's side to end, and says whether it ended well, without a further message."""
+        """Waits for the server's side to end; returns whether it ended well and without a further message."""
         return next(self._responses, None) is None
 
     def refusal(self) -> Refusal:
-        """Waits for the call to fail, whatever comes down before."""
+        """Waits for the call to fail, whatever messages come before."""
         try:
             for _ in self._responses:
                 pass
@@ -174,7 +173,7 @@ class Stream(Generic[M]):
             self.send(fragment(index, fragments[index]))
 
     def push(self: Stream[pb.PushAndAverageResponse], header: pb.PushAndAverageRequest, arrays: Arrays) -> int:
-        """A whole push as it should be; returns the first fragment that was wanted."""
+        """Makes a whole, correct push; returns the first fragment that the server wanted."""
         self.send(header)
         first = self.admission()
         self.give(fragments_of(arrays), first)
@@ -195,7 +194,7 @@ class Stream(Generic[M]):
 
 
 class RawClient:
-    """A connection of its own to one server."""
+    """A client with its own connection to one server."""
 
     def __init__(self, address: str) -> None:
         self._channel = grpc.insecure_channel(
@@ -235,7 +234,7 @@ class RawClient:
     def open_leave(self) -> Stream[pb.LeaveResponse]:
         return self._open("Leave", pb.LeaveResponse)
 
-    # Whole calls as they should be.
+    # Whole, correct calls.
 
     def initialize(
         self, arrays: Arrays, global_step: int = 0, fragment_size_bytes: int = FRAGMENT_SIZE_BYTES
@@ -262,7 +261,7 @@ class RawClient:
         return stream.receive()
 
     def worker(self, worker_id: str) -> pb.WorkerStatus:
-        """What the status says of one worker; empty if it was not heard of."""
+        """The status of one worker; empty if the server has not heard of it."""
         return next((w for w in self.status().workers if w.worker_id == worker_id), pb.WorkerStatus())
 
 

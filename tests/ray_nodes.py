@@ -5,8 +5,8 @@ It answers with its address once it is there, and obeys the lines of its stdin:
     lose worker K   removes a node that has workers but none of the K servers
     lose server K   removes a node that has one of the K servers
 
-The servers are the first K bundles of the only placement group. It answers with the indices of the bundles that were
-there, and adds a node for the one that is gone. At the end of stdin it ends.
+The servers are the first K bundles of the only placement group. The answer has the indices of the bundles that were on
+the removed node; a new node replaces it. The process ends at the end of stdin.
 
 Answers are lines of stdout that begin with "ray_nodes:"; Ray prints there, too.
 """
@@ -20,12 +20,12 @@ import ray
 from ray.cluster_utils import Cluster
 
 NODES = 3
-CPUS = 3  # enough for two nodes to run all that the tests start
+CPUS = 3  # enough for two nodes to run everything that the tests start
 OBJECT_STORE_BYTES = 80 << 20
 
 
 class Nodes:
-    """A head, which runs nothing, since the driver is connected to it; and nodes with addresses of their own."""
+    """A head, which runs nothing because the driver is connected to it, and nodes with different addresses."""
 
     def __init__(self) -> None:
         self._made = 0
@@ -49,7 +49,7 @@ class Nodes:
         self._by_id[node.node_id] = node
 
     def lose(self, kind: str, servers: int) -> list[int]:
-        """The bundles that were on the node that is gone."""
+        """Removes a node; returns the bundles that were on it."""
         (group,) = (group for group in ray.util.placement_group_table().values() if group["state"] == "CREATED")
         bundles: dict[str, list[int]] = {}
         for bundle, node_id in group["bundles_to_node_id"].items():
@@ -63,7 +63,7 @@ class Nodes:
         return lost
 
     def replace(self) -> None:
-        """A new node, with an address that none has had."""
+        """Adds a node, with an address that has not been used before."""
         self._add(CPUS)
 
     def close(self) -> None:

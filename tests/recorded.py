@@ -1,4 +1,4 @@
-"""Environments of workers as their launchers set them, of the second of two workers where nothing else is said."""
+"""Environments of workers as launchers set them; where nothing else is said, of the second of two workers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["PS_HOSTS", "kubernetes", "slurm", "tf_config", "torchrun", "without_
 
 PS_HOSTS = "10.0.0.7:2222"
 
-# Everything of ours, of Slurm and of torchrun; the others' by name.
+# All variables of ours, of Slurm and of torchrun; those of others by name.
 _PREFIXES = ("MA_", "SLURM_", "TORCHELASTIC_")
 _NAMES = {"TF_CONFIG", "RANK", "WORLD_SIZE", "JOB_COMPLETION_INDEX"}
 
@@ -108,7 +108,7 @@ def torchrun(rank: int = 1) -> dict[str, str]:
 
 
 def kubernetes(index: int = 1, ps_hosts: str = PS_HOSTS) -> dict[str, str]:
-    """What a pod of an indexed Job `train` has whose manifest sets MA_PS_HOSTS and MA_NUM_WORKERS (Kubernetes 1.31)."""
+    """The environment of a pod of an indexed Job `train` that sets MA_PS_HOSTS and MA_NUM_WORKERS (Kubernetes 1.31)."""
     return {
         "HOME": "/home/modelaverage",
         "HOSTNAME": f"train-{index}",

@@ -1,8 +1,8 @@
 """Counts rooms, floors, arrows and circles of each package: `python -m tests.rooms [TREE]`.
 
-A room is a folder of the package or a module that stands directly in it; generated code is no room. An arrow joins two
-rooms of which one imports from the other, wherever in a module the import stands. Floors are counted along the longest
-chain of arrows; rooms of one circle share a floor. Arrows up are the fewest whose removal leaves no circle.
+A room is a folder of the package or a module directly in it; generated code is no room. An arrow joins a room to one
+that it imports from, at the top of a module or inside a function. Floors are counted along the longest chain of arrows;
+rooms of one circle share a floor. Arrows up are the smallest set whose removal leaves no circle.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import grimp
 __all__ = ["Arrows", "arrows_of", "arrows_up_of", "circles_of", "floors_of", "main"]
 
 PACKAGES = ("modelaverage", "ps_server", "ma_client", "ps_worker")
-# What is imported, by what imports it.
+# By importer, what it imports.
 Arrows = dict[str, set[str]]
 
 
@@ -37,7 +37,7 @@ def arrows_of(graph: grimp.ImportGraph, package: str, depth: int) -> Arrows:
 
 
 def reached_from(room: str, arrows: Arrows) -> set[str]:
-    """Every room that a chain of arrows leads to."""
+    """The rooms that chains of arrows from this room lead to."""
     found: set[str] = set()
     ahead = [room]
     while ahead:
@@ -66,13 +66,13 @@ def floors_of(arrows: Arrows, circles: Iterable[list[str]]) -> int:
 
 
 def arrows_up_of(arrows: Arrows, circle: list[str]) -> int:
-    """How few arrows of a circle point up, over all ways to stand its rooms on each other."""
+    """The smallest number of arrows of a circle that point up, over all orders of its rooms."""
     best = {0: 0}
     for _ in circle:
         longer: dict[int, int] = {}
         for standing, up in best.items():
             for bit, room in enumerate(circle):
-                if not standing >> bit & 1:  # it stands on those that stand already, so what it imports of others is up
+                if not standing >> bit & 1:  # placed on the rooms so far: its imports from all others point up
                     ups = sum(not standing >> other & 1 and name in arrows[room] for other, name in enumerate(circle))
                     key = standing | 1 << bit
                     longer[key] = min(longer.get(key, up + ups), up + ups)

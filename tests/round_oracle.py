@@ -16,7 +16,7 @@ __all__ = ["Answer", "Committed", "Finished", "Given", "Records", "value_of"]
 
 
 def value_of(push: Push, index: int) -> int:
-    """What fragment ``index`` of a push holds: another small number for every push and place."""
+    """The value of fragment ``index`` of a push: a different small number for every push and index."""
     return (int.from_bytes(push.incarnation, "big") * 100 + push.push_id) * 10 + index
 
 
@@ -59,7 +59,7 @@ class Committed:
         commit: what was decided.
         center: by fragment; None: nobody has set it yet.
         before: the center before.
-        whole: the pushes that were whole, those that abstain included.
+        whole: the pushes that were whole, including those that abstained.
         excused: workers that had finished, at some time in this round.
         from_step: `global_step` before.
     """
@@ -73,14 +73,14 @@ class Committed:
 
     @property
     def base_step(self) -> int:
-        """Of all its pushes."""
+        """The purposes of all its pushes."""
         (base_step,) = {push.base_step for push in self.whole}
         return base_step
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What an event led to, without the words."""
+    """What an event led to, without messages."""
 
     admitted: int | None = None
     held: bool = False
@@ -105,20 +105,20 @@ class Records:
     whole_at_s: dict[Push, float] = field(default_factory=dict)
     opened_at_s: dict[int, float] = field(default_factory=dict)  # by stream
     gone_at_s: dict[str, float] = field(default_factory=dict)  # of workers whose push broke off in the middle
-    waited_for: dict[str, bytes] = field(default_factory=dict)  # who showed up, and has not missed a round since
+    waited_for: dict[str, bytes] = field(default_factory=dict)  # showed up, and have not missed a round since
     missed: set[str] = field(default_factory=set)  # this round
     missed_at_s: float = 0.0
     finished: set[str] = field(default_factory=set)
     excused: set[str] = field(default_factory=set)  # had finished, at some time in this round
     knows_workers: bool = False
-    closed: bool = False  # all are there that it waits for
+    closed: bool = False  # everything that the round waits for is there
     base_step: int = 0
     started_at_s: float | None = None
     quorum_at_s: float | None = None
     counted: dict[str, Push] = field(default_factory=dict)
     late_s: list[float] = field(default_factory=list)
 
-    # Who is there.
+    # The workers that are there.
 
     def begun(self, worker_id: str) -> Push | None:
         """The push of this worker that is in the sums, in part or whole, or abstains."""
@@ -143,11 +143,11 @@ class Records:
         return {push.worker_id for push in self.given} - self.whole()
 
     def gone(self) -> set[str]:
-        """Workers whose push is partly in the sums, and which are not there to deliver the rest."""
+        """Workers whose push is partly in the sums, and that are not there to deliver the rest."""
         return self.halves() - self.live()
 
     def lost(self, name: str) -> bool:
-        """Whether it has said that it goes: what it lacks will never come."""
+        """Whether the worker has said goodbye, so that what its push lacks will never come."""
         return name in self.finished or (not self.policy.is_strict and name not in self.waited_for)
 
     def waiting_ids(self) -> set[str]:
@@ -178,7 +178,7 @@ class Records:
         return max(0.5, median_s + 4 * statistics.median([abs(value - median_s) for value in recent_s]))
 
     def left(self, workers: int) -> int:
-        """This many, or as many as have not finished."""
+        """This many workers, or all that have not finished if they are fewer."""
         return min(workers, max(1, self.policy.num_workers - len(self.finished - self.present())))
 
     @property
@@ -199,14 +199,14 @@ class Records:
         return since_s
 
     def patience_ends_at_s(self) -> float | None:
-        """When the round stops holding workers because of others that are gone."""
+        """When the round stops holding workers on account of others that are gone."""
         if not self.held or self.quorum_at_s is not None:
             return None
         since_s = [self.gone_at_s[worker_id] for worker_id in self.gone()] if self.closed else [self.missed_at_s]
         return min(since_s) + self.grace_s if since_s else None
 
     def due_at_s(self) -> float | None:
-        """When time alone changes something."""
+        """The next time at which time alone changes something."""
         due_at_s = [self.patience_ends_at_s()]
         if self.quorum_at_s is not None:
             due_at_s.append(self.quorum_at_s + self.grace_s)
@@ -294,7 +294,7 @@ class Records:
         return frozenset(stream for stream, since_s in self.waiting_since_s().items() if now_s >= since_s + timeout_s)
 
     def expected_fragment(self, index: int) -> Finished:
-        """What a finished fragment is made of, when all are there."""
+        """The contributions to a finished fragment, once all are there."""
         pushes = self.pushes()
         restoring = sorted((p for p in pushes if p.purpose is Purpose.RESTORE), key=lambda push: push.worker_id)
         if restoring:
@@ -305,7 +305,7 @@ class Records:
         return Finished(contents, sum(push.weight for push in contributing), self.untouched(), steps)
 
     def untouched(self) -> frozenset[int]:
-        """What all contributors left untouched, if the center is the one that they started from."""
+        """The variables that all contributors left untouched, if they started from the present center."""
         pushes = self.pushes()
         contributing = [push for push in pushes if push.purpose is Purpose.CONTRIBUTE]
         restores = any(push.purpose is Purpose.RESTORE for push in pushes)
@@ -327,7 +327,7 @@ class Records:
             self.base_step + 1, names, frozenset(whole), self.untouched(), verdicts, tuple(self.held), round_s
         )
 
-    # What happened.
+    # Events.
 
     def show_up(self, push: Push) -> None:
         self.come_back(push.worker_id)

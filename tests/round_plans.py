@@ -1,5 +1,5 @@
 """Plans for plays of the round: a job, and random events in phases. In each phase only some workers do anything; the
-others are late, or dead."""
+others are late or dead."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _plan_of(policy: RoundPolicy, fragment_count: int, purposes: tuple[Purpose, 
 
 
 def plans() -> st.SearchStrategy[Plan]:
-    """Short ones, for hypothesis to make shorter."""
+    """Short plans, which hypothesis shrinks."""
     policies = st.builds(
         _policy_of,
         st.sampled_from(_NUM_WORKERS),
@@ -79,7 +79,7 @@ def plans() -> st.SearchStrategy[Plan]:
 
 
 def random_plan(number: int) -> Plan:
-    """Longer ones; each number has its own."""
+    """Longer plans; each number gives another."""
     chance = random.Random(number)
     num_workers, min_workers, more = chance.choice(_NUM_WORKERS), chance.choice(_MIN_WORKERS), chance.randint(0, 1)
     policy = _policy_of(num_workers, min_workers, more, chance.choice(_GRACE_S), chance.choice(_ROUND_TIMEOUT_S))

@@ -1,4 +1,4 @@
-"""Plays events against a round, as the shell around it would, and compares what happens with the oracle."""
+"""Plays events against a round, as the shell around it does, and compares what happens with the oracle."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = ["EVENTS", "SECOND", "Event", "Play", "Process"]
 
 # Between two events. Times are multiples of it, so that sums are exact.
 _STEP_S = 0.25
-# The most times in a row that `expire` has something to do without an event in between.
+# How often in a row `expire` may have something to do without an event in between.
 _MOST_EXPIRIES = 20
 # Actors from here on are second processes.
 SECOND = 100
@@ -39,7 +39,7 @@ _MOST_VARIABLES = 3
 
 @dataclass
 class Process:
-    """A worker process as the server meets it. A restarted one has another incarnation."""
+    """A worker process as the server sees it. A restarted one has another incarnation."""
 
     worker_id: str
     incarnation: bytes
@@ -51,7 +51,7 @@ class Process:
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happens to one process; there are two under every worker id."""
+    """Something that happens to one process; every worker id has two processes."""
 
     kind: str
     actor: int
@@ -71,7 +71,7 @@ _FREQUENCIES = {
     "half_close": 2,
     "break_off": 5,
     "restart": 2,  # the server has not noticed yet that the old process is gone
-    "notice": 4,  # the server notices all that are gone
+    "notice": 4,  # the server notices all processes that are gone
     "pull": 3,
     "leave": 2,
     "leave_unnoticed": 1,  # the server hears the goodbye before it notices the end of the stream
@@ -85,7 +85,7 @@ _FREQUENCIES = {
     "too_early": 1,
     "busy": 2,  # the next event comes before the server has time for what is due
 }
-# The first process of an id, often; a second one under the same id, rarely.
+# Often the first process of an id, rarely the second one.
 _ACTORS = (*range(5), *range(5), *range(5), SECOND, SECOND + 1)
 EVENTS = [Event(kind, actor) for kind, times in _FREQUENCIES.items() for actor in _ACTORS for _ in range(times)]
 
@@ -97,7 +97,7 @@ class Play:
         policy: of the round.
         fragment_count: of the model.
         purposes: what pushes are for, in turn.
-        surplus: how many more workers there are than may take part.
+        surplus: how many workers there are beyond those that may take part.
         global_step: where the round begins.
     """
 
@@ -115,10 +115,10 @@ class Play:
         self.commits: list[Committed] = []
         self.centers: list[tuple[Finished | None, ...]] = []  # what a reader saw after each event
         self.steps = [global_step]
-        self.surprises: list[tuple[str, object, object]] = []  # what, expected, happened
-        self.changed: list[object] = []  # what should have changed nothing, and did
+        self.surprises: list[tuple[str, object, object]] = []  # what, what was expected, what happened
+        self.changed: list[object] = []  # events that should have changed nothing, and did
         self.early: list[Commit] = []  # committed without somebody, before the grace period was over
-        self.idle_expiries: list[float] = []  # nothing happened although it was due, or it is due again at once
+        self.idle_expiries: list[float] = []  # nothing happened although something was due, or it is due again at once
         self.seen: set[object] = set()
         self.words: list[str] = []  # causes of restarts, and what the dismissed were told
         self.taken: list[int] = []  # streams that were admitted or held
@@ -176,7 +176,7 @@ class Play:
         self._open(process, self._new_push(process, self.round.global_step + 2))
 
     def behind(self, process: Process) -> None:
-        """Makes this process one of those that were ahead together."""
+        """Adds this process to those that were ahead together."""
         process.push, process.base_step = None, self.records.base_step
 
     def give(self, process: Process, most: int = 1) -> None:
@@ -290,7 +290,7 @@ class Play:
             self._expire()
         self.now_s, self._busy = end_at_s, False
 
-    # What the shell does.
+    # The shell.
 
     def _open(self, process: Process, push: Push) -> None:
         self._streams += 1
@@ -495,7 +495,7 @@ class Play:
                 process.push, process.base_step = None, commit.global_step
 
     def _check(self) -> None:
-        """What holds after every event."""
+        """Checks what holds after every event."""
         records, round_ = self.records, self.round
         records.settle(self.now_s)
         self.steps.append(round_.global_step)
@@ -515,7 +515,7 @@ class Play:
         self._compare("waits", (wanted - records.whole(), max(0, records.needed - len(wanted))), round_.waits_for)
 
     def _visible(self) -> object:
-        """All that a push which is not in the round must not change."""
+        """Everything that a push outside the round must not change."""
         names = {process.worker_id for process in self.processes}
         given = {name: self.round.given(name) for name in names}
         streams = [stream for stream in range(self._streams + 1) if self.round.holds(stream)]
@@ -529,7 +529,7 @@ class Play:
         self.pull(process)
 
     def _give_up(self, process: Process) -> None:
-        """A push from ahead was refused: the worker goes on from the center that there is."""
+        """A push from ahead was refused: the worker continues from the present center."""
         process.push = None
         self.pull(process)
 

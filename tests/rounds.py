@@ -38,7 +38,7 @@ def give(round_: Round, stream: int, *indexes: int, now_s: float = 0.0) -> list[
 
 
 def take(round_: Round, stream: int, index: int) -> Accumulate:
-    """Gives one fragment; what it leads to is another test's."""
+    """Gives one fragment; other tests check what it leads to."""
     accumulate = round_.take_fragments(stream, index, index + 1, 0.0)[0]
     assert isinstance(accumulate, Accumulate)
     return accumulate

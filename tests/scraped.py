@@ -43,7 +43,7 @@ class Scrape:
 
     @property
     def names(self) -> set[str]:
-        """Names of all samples, those of the client library too."""
+        """Names of all samples, including the client library's own."""
         return {name for name, _ in self._samples}
 
 

@@ -1,7 +1,7 @@
-"""A job on several parameter servers in this process that end, forget and come back, and workers that do, too.
+"""A job on several parameter servers in this process; servers and workers end, forget and come back.
 
-What a worker gives is the center plus one number for all elements, which tells worker and base step, and every server
-has one variable. So what is torn shows as a variable whose elements differ, and a center tells whose pushes are in it.
+A worker pushes the center plus one number for all elements, which identifies worker and base step; every server has one
+variable. So a torn variable shows as one whose elements differ, and a center shows whose pushes are in it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from tests.raw_client import RawClient
 __all__ = ["FIRST_STEP", "HANG_S", "FaultyJob", "FaultyShard", "Round", "Seat", "answer_but_the_silent", "soon"]
 
 _T = TypeVar("_T")
-# What lasts longer hangs.
+# Anything that takes longer hangs.
 HANG_S = 30.0
 FIRST_STEP = 10
 _ELEMENTS, _FRAGMENT_SIZE_BYTES = 40, 64  # 5 fragments a variable
@@ -46,7 +46,7 @@ _ROUNDING = 1e-3
 
 
 def soon(condition: Callable[[], bool], timeout_s: float = HANG_S) -> bool:
-    """Whether the condition comes to hold within this time."""
+    """Whether the condition holds within this time."""
     deadline_s = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() >= deadline_s:
@@ -56,7 +56,7 @@ def soon(condition: Callable[[], bool], timeout_s: float = HANG_S) -> bool:
 
 
 class _Loop:
-    """One event loop on a thread, for all servers: gRPC loses events when one of several loops is closed."""
+    """One event loop on a thread for all servers: gRPC loses events when one of several loops is closed."""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
@@ -76,14 +76,14 @@ class FaultyShard:
     """A parameter server on one port, whose checkpoints may be lost.
 
     Args:
-        loop: where it runs.
+        loop: the loop that it runs on.
         directory: for its checkpoints; all of them are kept.
-        policy: for whom its rounds wait.
+        policy: whom its rounds wait for.
         every_rounds: how often it writes one.
         shared: whether it offers shared memory.
 
     Attributes:
-        silent: ids of workers that hear nothing of its commits, until it ends.
+        silent: ids of workers that it does not tell about its commits, until it ends.
     """
 
     def __init__(self, loop: _Loop, directory: Path, policy: RoundPolicy, every_rounds: int, shared: bool) -> None:
@@ -98,13 +98,13 @@ class FaultyShard:
 
     @property
     def status(self) -> pb.GetStatusResponse:
-        """Its own status."""
+        """The server's status."""
         with RawClient(self.address) as client:
             return client.status()
 
     @property
     def whole(self) -> set[str]:
-        """The workers whose push is whole in the round in progress."""
+        """The workers whose push in the current round is whole."""
         return {worker.worker_id for worker in self.status.workers if worker.waiting}
 
     @property
@@ -113,7 +113,7 @@ class FaultyShard:
         return sorted({_step_of(path) for path in self._files()})
 
     def start(self, at_most: int | None = None) -> None:
-        """Goes on from its newest checkpoint, or from the newest up to ``at_most``; later ones are lost."""
+        """Starts from its newest checkpoint, or from the newest up to ``at_most``; later ones are lost."""
         for path in self._files():
             if at_most is not None and _step_of(path) > at_most:
                 path.unlink()
@@ -148,13 +148,13 @@ def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.split(".")[0].removeprefix("center-"))
 
 
-# The server whose task this is.
+# The server that this task belongs to.
 _this_shard: ContextVar[FaultyShard] = ContextVar("_this_shard")
 _tell = outcomes.tell
 
 
 def answer_but_the_silent(outcomes: Mapping[Any, pb.PushOutcome], held: list[Any], sending: Any) -> None:
-    """Takes the place of the server's function that answers those whose round has committed."""
+    """Replaces the server's function that answers the workers whose round has committed."""
     silent = _this_shard.get().silent
     _tell({part: outcome for part, outcome in outcomes.items() if part.worker_id not in silent}, held, sending)
 
@@ -165,8 +165,8 @@ class Round:
 
     Args:
         life: how often the worker had been abandoned before.
-        base_step: from where it pushed.
-        global_step: where it came to.
+        base_step: the step that it pushed from.
+        global_step: the step that it reached.
         before: by shard, the center that it trained from.
         after: by shard, the center that it got.
         outcome: how its push ended.
@@ -183,13 +183,13 @@ class Round:
 
 
 class Seat:
-    """One worker of a job: a thread with a session, and after it was abandoned, another one.
+    """One worker of a job: a thread with a session, which is replaced after it was abandoned.
 
     Attributes:
         at: the step of the center that it has.
         center: by shard, that center.
-        goes_to: it waits with its pushes from this step on.
-        rounds: all that it has heard of.
+        goes_to: the step from which on it holds back its pushes.
+        rounds: all rounds that it has heard of.
         left_at: steps at which it was abandoned.
     """
 
@@ -209,12 +209,12 @@ class Seat:
         return [] if session is None else session._servers.steps
 
     def begin(self) -> None:
-        """A process of its own, as it were."""
+        """Starts the thread, which stands for a process."""
         self.lives.append(_Life(self))
         self.lives[-1].thread.start()
 
     def abandon(self) -> None:
-        """Its process is gone without a word, wherever it was."""
+        """Ends the worker silently, like a killed process, whatever it was doing."""
         self.left_at.add(self.at)
         self.lives[-1].end()
 
@@ -272,20 +272,20 @@ def _values_of(center: Mapping[str, NDArray[Any]]) -> tuple[float, ...]:
 
 
 class Watchful(ParameterServerSession):
-    """Looks soon whether a server has fallen back."""
+    """Checks more often whether a server has fallen back."""
 
     _timing = Timing(fall_back_interval_s=0.1)
 
 
 class FaultyJob:
-    """Shards and seats, and what they have to come to.
+    """Shards and seats, and the state that they have to reach.
 
     Args:
         directory: for the checkpoints.
         num_shards: how many servers.
-        policy: for whom rounds wait; there are as many seats as it has workers.
-        every_rounds: by shard, how often it writes a checkpoint; 1 where nothing is said.
-        shared: whether all bytes go by shared memory.
+        policy: whom rounds wait for; there are as many seats as it has workers.
+        every_rounds: by shard, how often it writes a checkpoint; 1 by default.
+        shared: whether all bytes go through shared memory.
         copy: whether workers copy the centers that they get. With a quorum they have to: rounds do not wait for them.
         session_class: of the workers.
     """
@@ -338,7 +338,7 @@ class FaultyJob:
             fragment_size_bytes=_FRAGMENT_SIZE_BYTES,
             connect_timeout_s=HANG_S,
             reconnect_timeout_s=HANG_S,
-            round_timeout_s=2 * HANG_S,  # so that a test that fails ends, too
+            round_timeout_s=2 * HANG_S,  # so that a failing test ends, too
             placement="round_robin",
         )
         self._sessions.append(session)
@@ -349,8 +349,8 @@ class FaultyJob:
         return {f"v{index}": np.zeros(_ELEMENTS) for index in range(len(self.shards))}
 
     def given(self, worker: int, step: int) -> float:
-        """What a worker adds to the center of this step. A mean of such numbers tells whose they are and of which step;
-        if it is that of all workers, it is exact."""
+        """What a worker adds to the center of this step. A mean of such numbers identifies the workers and the
+        step; the mean of all workers is exact."""
         return float(len(self.seats) * (4**worker + 100 * step))
 
     def may_push(self, step: int) -> bool:
@@ -361,11 +361,11 @@ class FaultyJob:
 
     @property
     def pushed_from(self) -> int:
-        """The latest step that somebody has, or will have, pushed from."""
+        """The latest step that a worker has pushed, or will have pushed, from."""
         return self._pushed_from
 
     def begin(self) -> None:
-        """Everybody sits down."""
+        """Starts all workers."""
         for seat in self.seats:
             seat.begin()
 
@@ -394,7 +394,7 @@ class FaultyJob:
                 assert following.base_step == one.global_step or following.life > one.life, f"{one}, {following}"
 
     def check_means(self, since: int) -> None:
-        """From this step on every round was the mean of one push of each worker."""
+        """Checks that from this step on every round was the mean of one push of each worker."""
         for one in self._rounds():
             if one.base_step >= since:
                 mean = self._mean(range(len(self.seats)), one.base_step)
@@ -405,8 +405,8 @@ class FaultyJob:
                 ), one
 
     def check_explained(self) -> None:
-        """On every shard, every round was the mean of one push of each worker that was not abandoned in it; and all
-        workers heard of the same centers."""
+        """Checks that on every shard, every round was the mean of one push of each worker that was not abandoned in it,
+        and that all workers heard of the same centers."""
         centers = dict[int, tuple[float, ...]]()
         for one in self._rounds():
             assert one.global_step == one.base_step + 1, one
@@ -428,7 +428,7 @@ class FaultyJob:
         return sum(self.given(worker, step) for worker in workers) / len(workers)
 
     def picture(self) -> str:
-        """Who waits for whom, and where."""
+        """Which shard waits for which workers, and where each worker is."""
         lines = ["the job hangs:"]
         for index, shard in enumerate(self.shards):
             status = shard.status

@@ -1,4 +1,4 @@
-"""A worker of a job on several servers as a process, that a test kills:
+"""A worker of a job on several servers, as a process that a test kills:
 
 python -m tests.shard_worker '{"worker": 0, "addresses": ["127.0.0.1:2222", "127.0.0.1:2223"], "rounds": 10}'
 
@@ -31,7 +31,7 @@ START: Model = {"a": np.zeros(192, np.float32), "b": np.ones((64, 3), np.float32
 _FRAGMENT_SIZE_BYTES = 256
 
 
-# In the test's process.
+# The test's side.
 
 
 class ShardWorker(Process):
@@ -40,8 +40,8 @@ class ShardWorker(Process):
     Args:
         worker: its number.
         addresses: of the servers.
-        rounds: the step that it goes to.
-        hold: index of a server, how many fragments it gets, and of the push from which base step.
+        rounds: the step at which it is done.
+        hold: index of a server, how many fragments it gets, and the base step of the push that is held back.
     """
 
     def __init__(
@@ -60,11 +60,11 @@ class ShardWorker(Process):
         self._process.send_signal(signal.SIGINT)
 
 
-# In the worker's process.
+# The worker's side.
 
 
 def _hold(address: str, count: int, base_step: int) -> None:
-    """Fragments from ``count`` on never leave for this server."""
+    """Never sends fragments from ``count`` on to this server."""
     original = Connection.push_and_average
 
     def push_and_average(self: Connection, header: Any, fragments: FragmentSource, *others: Any) -> Answer:

@@ -16,12 +16,12 @@ from modelaverage.v1 import parameter_server_pb2 as pb
 
 __all__ = ["Stopcock", "data_through"]
 
-# So much of what is sent to it may wait in it.
+# How much of what is sent to the relay may wait in it.
 _ROOM_BYTES = 64 << 10
 
 
 class Way:
-    """From one end to the other. While it is not ``open`` nothing gets through; what was underway comes later."""
+    """One direction. While it is not ``open``, nothing gets through; what was underway comes later."""
 
     def __init__(self) -> None:
         self.open = threading.Event()
@@ -29,7 +29,7 @@ class Way:
         self.chunk_bytes, self.pause_s = 1 << 16, 0.0
 
     def slow(self, chunk_bytes: int, pause_s: float) -> None:
-        """From now on it pauses each time it has taken this number of bytes."""
+        """Makes it pause each time it has taken this many bytes."""
         self.chunk_bytes, self.pause_s = chunk_bytes, pause_s
 
     def pass_on(self, source: socket.socket, target: socket.socket) -> None:
@@ -69,7 +69,7 @@ class Stopcock:
         self.up.open.set()
         self.down.open.set()
         for one in self._sockets:
-            with contextlib.suppress(OSError):  # it is closed on the other side already
+            with contextlib.suppress(OSError):  # the other side has closed it already
                 one.shutdown(socket.SHUT_RDWR)
         for thread in self._threads:
             thread.join(timeout=5)
@@ -93,7 +93,7 @@ class Stopcock:
 
 
 def data_through(stopcock: Stopcock, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From now on all data connections are opened through it."""
+    """Has all data connections opened through the relay."""
     open_directly = DataSocket.open
 
     def opened(host: str, offer: pb.DataConnection, settings: DataSettings) -> DataSocket:

@@ -1,4 +1,4 @@
-"""What the property tests draw from: settings, manifests."""
+"""Settings and strategies of the property tests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from modelaverage.manifest import DTYPES, Manifest, Variable
 
 __all__ = ["fast", "manifests", "thorough"]
 
-# Derandomized: a test that passes passes again, on every machine.
+# Derandomized, so that a test that passes once always passes, on every machine.
 fast = settings(derandomize=True, deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
 thorough = settings(fast, max_examples=300)
 

@@ -25,7 +25,7 @@ SOON = Timing(first_notice_s=SOON_S)
 
 
 class TalkativeSession(ParameterServerSession):
-    """Says at once what others say after seconds."""
+    """A session that logs its waits at once instead of after seconds."""
 
     _timing = SOON
 
@@ -42,7 +42,7 @@ def test_a_session_without_a_server_says_where_it_waits_and_for_how_long(caplog:
     with pytest.raises(ServerUnavailableError, match=f"no parameter server answers at {NOWHERE}"):
         TalkativeSession([NOWHERE], worker_id="worker-0", connect_timeout_s=0.4)
     said = [record for record in caplog.records if QUIET in record.getMessage()]
-    # At 0.05, 0.15 and 0.35 s; a machine that is busy may miss some.
+    # At 0.05, 0.15 and 0.35 s; a busy machine may miss some.
     assert 1 <= len(said) <= 3
     assert said[0].getMessage() == f"no parameter server answers at {QUIET} 0.4 s (0 s so far)"
     assert {record.levelno for record in said} == {logging.WARNING}

@@ -1,7 +1,7 @@
-"""A transport, an outer optimizer and a codec are each added with one file and one line: here is one of each.
+"""A transport, an outer optimizer and a codec are each added with one file and one line: an example of each.
 
-What would be the file is a class here (the toys of the other tests), and the line is the entry that a test makes in a
-registry. Nothing else is touched.
+The file is a class here (or a toy of the other tests), and the line is the entry that a test makes in a registry.
+Nothing else is touched.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ LOFTS: dict[bytes, Loft] = {}
 
 
 class Loft:
-    """Where the bytes of one worker's pushes rest on their way up and down."""
+    """Holds the bytes of one worker's pushes on their way up and down."""
 
     def __init__(self) -> None:
         self.up: deque[bytes] = deque()

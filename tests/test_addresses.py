@@ -23,7 +23,7 @@ GOOD = {
     "unix:/tmp/ps.sock": Address(path="/tmp/ps.sock"),
     "unix:ps.sock": Address(path="ps.sock"),
 }
-# What is wrong with it, and what to write instead.
+# By address: what is wrong with it, and what to write instead.
 BAD = {
     "http://ps:2222": ("begins with 'http://'", "write ps:2222"),
     "grpc://ps:2222/": ("begins with 'grpc://'", "write ps:2222"),
@@ -80,7 +80,7 @@ def test_an_address_is_not_missing_between_two_commas(text: str) -> None:
         split(text)
 
 
-# Who takes addresses. Each is given one, and returns or prints what is wrong.
+# Everything that takes an address. Each is given one, and returns or prints what is wrong with it.
 
 
 def _session(text: str) -> None:

@@ -55,7 +55,7 @@ def test_a_worker_that_has_finished_is_not_missed() -> None:
 def test_a_chief_that_ends_before_it_has_initialized_the_center_is_missed() -> None:
     now = pb.GetStatusResponse(phase=pb.PHASE_UNINITIALIZED)
     workers = [WorkerState("worker-0", -9), WorkerState("worker-1")]
-    assert missed([now], workers) == {}  # perhaps the other one does not use the server
+    assert missed([now], workers) == {}  # the other worker may not use the server
     now.workers.add(worker_id="worker-1")
     (said,) = missed([now], workers).values()
     assert said.startswith("worker-0 was ended by SIGKILL without having initialized the center; worker-1 waits")

@@ -1,4 +1,4 @@
-"""The test hosts of the bench: what their links let through, and that nothing of them outlives their context."""
+"""The test hosts of the bench: what their links let through, and that nothing outlives their context."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.launched import Launched, all_gone
 RATE_MBIT = 80
 RATE_BYTES_PER_S = RATE_MBIT * 1_000_000 // 8
 SIZE_BYTES = 8_000_000
-# Says what processes it has started, and waits.
+# Prints the processes that it has started, and waits.
 KEEPING = f"""
 import os, signal
 from pathlib import Path
@@ -56,7 +56,7 @@ def namespaces(pids: set[int]) -> set[str]:
 
 @contextmanager
 def nothing_remains() -> Iterator[None]:
-    """Of processes, which a namespace does not outlive, and among the machine's own interfaces."""
+    """Checks that no process is left, without which no namespace is, and no interface of the machine's own."""
     processes, interfaces = children(), os.listdir("/sys/class/net")
     yield
     assert children() <= processes

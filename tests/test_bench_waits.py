@@ -1,4 +1,4 @@
-"""What the table of the waits counts, and that its faults happen, and are over afterwards."""
+"""What the table of waits counts; its faults happen, and are over afterwards."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_longest_wait_is_a_call_and_the_longest_silence_is_between_two_words
     assert (row.ended, row.recovered_after_s, row.errors, row.right) == (True, 7.0, 1, True)
 
 
-def test_who_still_waits_has_no_end() -> None:
+def test_a_wait_that_still_lasts_has_no_end() -> None:
     row = evaluate("it", [*BEFORE, did("worker-0", 99, 101)], FROM_S, OVER_S, NOW_S, recovered=False)
     assert (row.wait_s, row.ended, row.silence_s, row.recovered_after_s) == (101.0, False, 99.0, None)
 

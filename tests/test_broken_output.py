@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device
 
 TIMEOUT_S = 60
 HELP = ["ps_server --help", "ps_server serve --help", "ps_worker --help", "ps_worker.launch --help"]
-# `sh` closes what Python would not: descriptors of a child.
+# `sh` can close descriptors of a child, which Python would not.
 REDIRECTIONS = {"full": ">/dev/full", "closed": ">&-", "all closed": "<&- >&- 2>&-", "both full": ">/dev/full 2>&1"}
 LOSING = """
 import logging, os, resource, sys
@@ -60,7 +60,7 @@ def shell(command: tuple[str, ...], redirection: str) -> subprocess.CompletedPro
 
 
 def into_a_closed_pipe(command: tuple[str, ...], read_lines: int) -> tuple[int, str]:
-    """Its exit code and standard error when its reader leaves after this many lines."""
+    """The command's exit code and standard error when its reader leaves after this many lines."""
     with Launched(["-m", *command], read_lines=read_lines) as process:
         return process.ended(), "\n".join(process.errors)
 
@@ -81,7 +81,7 @@ def looked_at(directory: Path) -> Iterator[str]:
         yield address
 
 
-def test_a_look_whose_reader_goes_ends_quietly_as_shells_expect_it(tmp_path: Path) -> None:
+def test_a_status_whose_reader_goes_ends_quietly_as_shells_expect(tmp_path: Path) -> None:
     with looked_at(tmp_path) as address:
         for flags, read_lines in (
             ((), 0),
@@ -93,7 +93,7 @@ def test_a_look_whose_reader_goes_ends_quietly_as_shells_expect_it(tmp_path: Pat
             assert ended == (128 + signal.SIGPIPE, ""), flags
 
 
-def test_a_look_that_cannot_be_written_says_so_and_fails(tmp_path: Path) -> None:
+def test_a_status_that_cannot_be_written_says_so_and_fails(tmp_path: Path) -> None:
     with looked_at(tmp_path) as address:
         done = shell(("ps_server", "status", address), ">/dev/full")
         assert (done.returncode, done.stderr) == (
@@ -104,7 +104,7 @@ def test_a_look_that_cannot_be_written_says_so_and_fails(tmp_path: Path) -> None
         assert shell(("ps_server", "status", address), ">&- 2>&-").returncode == 0
 
 
-def test_an_export_is_written_whoever_reads_what_it_says(tmp_path: Path) -> None:
+def test_an_export_is_written_even_if_nobody_reads_its_output(tmp_path: Path) -> None:
     out = tmp_path / "center.safetensors"
     with looked_at(tmp_path) as address:
         for redirection in REDIRECTIONS.values():
@@ -173,7 +173,7 @@ if __name__ == "__main__":
 """
 
 
-def test_a_script_goes_on_when_nobody_reads_its_lines_and_is_otherwise_as_by_itself(tmp_path: Path) -> None:
+def test_a_script_goes_on_when_nobody_reads_its_lines_and_otherwise_runs_as_usual(tmp_path: Path) -> None:
     folder = tmp_path / "with space"
     folder.mkdir()
     (folder / "train.py").write_text(SCRIPT)

@@ -29,6 +29,8 @@ from tests.centers import (
     fragment,
     random_arrays,
     random_bits,
+    random_center,
+    random_push,
     read,
     whole_round,
 )
@@ -52,8 +54,8 @@ def test_the_average_is_numpys_in_double_precision_up_to_rounding(
     manifest: Manifest, weights: list[float], seed: int
 ) -> None:
     chance = np.random.default_rng(seed)
-    pushes = [Pushed(random_arrays(manifest, chance), weight) for weight in weights]
-    center = center_of(manifest, random_arrays(manifest, chance))
+    pushes = [random_push(chance, manifest, weight) for weight in weights]
+    center = random_center(manifest, chance)
     whole_round(center, *pushes, seed=seed)
     for variable in manifest.variables:
         values = np.stack([push.values[variable.name].astype(np.longdouble) for push in pushes])
@@ -74,7 +76,7 @@ def test_the_average_of_two_is_bit_for_bit_the_same_in_any_order_of_arrival(
     manifest: Manifest, weights: tuple[float, float], seed: int
 ) -> None:
     chance = np.random.default_rng(seed)
-    pushes = [Pushed(random_arrays(manifest, chance), weight) for weight in weights]
+    pushes = [random_push(chance, manifest, weight) for weight in weights]
     results = set()
     for _ in range(3):
         center = Center(manifest)
@@ -101,7 +103,7 @@ def test_values_that_are_equal_on_one_two_or_four_workers_do_not_change_by_a_bit
 @fast
 @given(SEEDS)
 def test_values_that_are_equal_on_three_workers_change_by_one_rounding_at_most_and_do_not_drift(seed: int) -> None:
-    # (x + x + x) / 3 is the neighbour of x for a sixth of all x, and that one stays where it is.
+    # For a sixth of all x, (x + x + x) / 3 is the neighbour of x, which the next round does not change.
     values = random_arrays(ALL_DTYPES, np.random.default_rng(seed))
     center = center_of(ALL_DTYPES, values)
     whole_round(center, *[Pushed(values)] * 3)
@@ -257,7 +259,7 @@ def test_a_round_allocates_nothing_of_the_size_of_the_model(shared: bool) -> Non
 
 @pytest.mark.parametrize("size_bytes", [0, 63, 65, 128])
 def test_a_fragment_of_the_wrong_size_is_refused_and_changes_nothing(size_bytes: int) -> None:
-    center = center_of(ALL_DTYPES, random_arrays(ALL_DTYPES, np.random.default_rng(0)))
+    center = random_center()
     before = everything(center.current)
     for refuse in (partial(RAW.check_size, center.manifest), center.load):
         with pytest.raises(

@@ -27,6 +27,8 @@ from tests.centers import (
     fragment,
     random_arrays,
     random_bits,
+    random_center,
+    random_push,
     read,
     whole_round,
 )
@@ -38,13 +40,14 @@ from tests.strategies import fast, manifests
 @fast
 @given(manifests(min_elements=1), st.integers(1, 6), SEEDS)
 def test_no_reader_sees_a_center_that_changes(manifest: Manifest, rounds: int, seed: int) -> None:
-    """Readers come and go at any time, also in the middle of a round; each sees the center it came for to the end."""
+    """Readers come and go at any time, even in the middle of a round; each sees the center that it opened to the
+    end."""
     chance = np.random.default_rng(seed)
-    center = center_of(manifest, random_arrays(manifest, chance))
+    center = random_center(manifest, chance)
     expected = everything(center.current)
     readers: list[tuple[Any, Buffer, bytes]] = []
     for _ in range(rounds):
-        pushes = [Pushed(random_arrays(manifest, chance)) for _ in range(2)]
+        pushes = [random_push(chance, manifest) for _ in range(2)]
         order = arrivals(2, manifest.fragment_count, chance)
         given = [0, 0]
         for worker in order:
@@ -126,7 +129,7 @@ def test_a_buffer_that_is_read_is_replaced_once_and_dropped_when_its_reader_has_
 
 
 def readers_of(center: Center, ended: list[str], **paces: int) -> contextlib.ExitStack:
-    """Readers of the present center; each has read the bytes given for it."""
+    """Readers of the present center; each has read the number of bytes given for it."""
     stack = contextlib.ExitStack()
     for name, read_bytes in paces.items():
 
@@ -139,13 +142,13 @@ def readers_of(center: Center, ended: list[str], **paces: int) -> contextlib.Exi
 
 
 def test_of_three_old_centers_that_are_read_the_one_with_the_slowest_readers_is_given_up() -> None:
-    center, ended = center_of(ALL_DTYPES, random_arrays(ALL_DTYPES, np.random.default_rng(0))), list[str]()
+    center, ended = random_center(), list[str]()
     seen = dict[str, tuple[Buffer, bytes]]()
     with contextlib.ExitStack() as stack:
         for name, pace in (("quick", 900), ("slow", 10), ("slower", 20)):
             stack.enter_context(readers_of(center, ended, **{name: pace, f"{name}-too": 0}))
             seen[name] = center.current, everything(center.current)
-            whole_round(center, Pushed(random_arrays(ALL_DTYPES, np.random.default_rng(pace))))
+            whole_round(center, random_push(pace))
         assert sorted(ended) == ["slow", "slow-too"]
         assert center.next is seen["slow"][0]
         for name in ("quick", "slower"):
@@ -156,7 +159,7 @@ def test_of_three_old_centers_that_are_read_the_one_with_the_slowest_readers_is_
 @given(st.lists(st.sampled_from(["read", "leave", "round", "fail", "no memory"]), max_size=60), SEEDS)
 def test_no_more_than_two_old_centers_are_kept_and_none_of_them_changes(events: list[str], seed: int) -> None:
     manifest, chance = Manifest((Variable("w", "float32", (8,)),), 16), np.random.default_rng(seed)
-    center = center_of(manifest, random_arrays(manifest, chance))
+    center = random_center(manifest, chance)
     reading = dict[int, tuple[contextlib.ExitStack, Buffer, bytes]]()
     ended = list[str]()
     for number, event in enumerate(events):
@@ -166,7 +169,7 @@ def test_no_more_than_two_old_centers_are_kept_and_none_of_them_changes(events: 
         elif event == "leave" and reading:
             reading.pop(list(reading)[int(chance.integers(len(reading)))])[0].close()
         elif event != "leave":
-            push = Pushed(random_arrays(manifest, chance))
+            push = random_push(chance, manifest)
             before = center.current, everything(center.current)
             average(center, [push], arrivals(1, manifest.fragment_count, chance), [False])
             with pytest.MonkeyPatch.context() as patch:
@@ -195,18 +198,18 @@ def out_of_memory() -> Buffer:
 
 
 def test_a_reader_that_cannot_be_ended_is_never_in_the_way() -> None:
-    center = center_of(ALL_DTYPES, random_arrays(ALL_DTYPES, np.random.default_rng(0)))
+    center = random_center()
     before, kept = everything(center.current), center.current
     with center.reading(kept, Reader(0.0)):
         for number in range(MAX_OLD_BUFFERS + 2):
             with readers_of(center, [], reader=number):
-                whole_round(center, Pushed(random_arrays(ALL_DTYPES, np.random.default_rng(number))))
+                whole_round(center, random_push(number))
         assert everything(kept) == before
 
 
 def test_a_round_that_starts_over_leaves_alone_what_is_on_its_way_to_the_disk() -> None:
-    center = center_of(ALL_DTYPES, random_arrays(ALL_DTYPES, np.random.default_rng(0)))
-    first, second = (Pushed(random_arrays(ALL_DTYPES, np.random.default_rng(seed))) for seed in (1, 2))
+    center = random_center()
+    first, second = (random_push(seed) for seed in (1, 2))
     average(center, [first], arrivals(1, ALL_DTYPES.fragment_count, np.random.default_rng(0)), [False])
     kept, before = center.next, everything(center.next)
     with center.reading(kept, Reader(0.0)):

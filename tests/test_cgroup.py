@@ -10,12 +10,12 @@ from ps_server.machine.memory_limit import default_max_model_bytes, memory_bytes
 
 MACHINE = 64 << 30
 GIB = 1 << 30
-# What version 1 says where there is no limit.
+# The number that version 1 reports if there is no limit.
 BOUNDLESS = 9223372036854771712
 
 V2_MOUNT = "30 20 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate"
 V1_MOUNT = "33 20 0:29 / /sys/fs/cgroup/memory rw,nosuid - cgroup cgroup rw,memory"
-# A container with the host's group names: its own group is what is mounted.
+# A container with the host's group names: only its own group is mounted.
 V1_OWN_MOUNT = "33 20 0:29 /docker/abc /sys/fs/cgroup/memory ro,nosuid - cgroup cgroup rw,memory"
 HYBRID = "31 20 0:27 / /sys/fs/cgroup/unified rw,nosuid - cgroup2 cgroup2 rw"
 OTHER_V1 = "32 20 0:28 / /sys/fs/cgroup/pids rw,nosuid - cgroup cgroup rw,pids"
@@ -74,5 +74,5 @@ def test_the_limit_of_the_control_group_counts(
     assert default_max_model_bytes(tmp_path, MACHINE) == expected // 3
 
 
-def test_without_limits_it_is_the_machines(tmp_path: Path) -> None:
+def test_without_limits_the_memory_is_the_machines(tmp_path: Path) -> None:
     assert memory_bytes(tmp_path) >= memory_bytes() > 0

@@ -1,4 +1,4 @@
-"""The center's variables are fixed, the user's tensors are the user's: what changed is named at the next push."""
+"""The center's variables are fixed, but users may change their tensors: the next push names what changed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The room `chaos`: its faults are repeatable, its check finds what it is there to find, and a short run passes it."""
+"""The room `chaos`: its faults are repeatable, its check finds every error that it is for, and a short run passes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_the_same_seed_makes_the_same_faults_and_another_one_others() -> None:
     assert first_faults(7) != first_faults(8)
 
 
-def test_one_fault_comes_every_so_many_seconds() -> None:
+def test_faults_come_at_the_given_interval() -> None:
     assert [fault.at_s for fault in first_faults(0, every_s=0.5)] == [0.5 * number for number in range(1, 201)]
 
 
@@ -67,7 +67,7 @@ def test_without_squeezes_a_seed_makes_the_faults_that_it_always_made(seed: int,
     assert ", ".join(said) == expected
 
 
-def test_squeezes_strike_the_one_whom_they_should_besides_all_that_happens_anyhow() -> None:
+def test_squeezes_strike_their_process_and_leave_all_other_faults_as_they_are() -> None:
     faults = list(itertools.islice(sequence(3, ["server", *WORKERS], 1.0, squeezed="server"), 400))
     assert faults == list(itertools.islice(sequence(3, ["server", *WORKERS], 1.0, squeezed="server"), 400))
     squeezes = [fault for fault in faults if fault.kind in SQUEEZES]
@@ -80,7 +80,7 @@ def test_squeezes_strike_the_one_whom_they_should_besides_all_that_happens_anyho
     assert others == set(itertools.product(("server", *WORKERS), ("kill", "stop")))
 
 
-# What a process runs out of.
+# Limits.
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_a_limit_leaves_as_many_free_numbers_as_it_should(numbers: tuple[int, ..
 
 
 class Hungry:
-    """A process that takes as many descriptors or threads as it gets, when it is asked; ten at most, and keeps none."""
+    """A process that, when asked, takes as many descriptors or threads as it gets, at most ten, and returns them."""
 
     _CODE = """
 import sys, threading
@@ -167,7 +167,7 @@ def test_a_process_gets_no_more_than_it_has_and_is_spared_and_later_all_it_wants
 
 
 class FakeProcess:
-    """As much of a process as a seat asks for."""
+    """The part of a process that a seat needs."""
 
     pid = 1
 
@@ -176,7 +176,7 @@ class FakeProcess:
 
 
 class FakeLimit:
-    """A limit that is put down in a list."""
+    """A limit that records its calls in a list."""
 
     def __init__(self) -> None:
         self.done: list[str] = []
@@ -239,7 +239,7 @@ def test_a_squeeze_without_its_limit_does_not_happen() -> None:
     assert (seated.seat.news(), seated.limit.done) == ([], [])
 
 
-def test_a_process_may_end_of_itself_only_while_it_lacks_something() -> None:
+def test_a_process_may_end_on_its_own_only_while_it_lacks_something() -> None:
     seated = Seated()
     seated.ends(1, 1.0)
     assert (len(seated.seat.deaths), len(seated.seat.squeezed_deaths)) == (1, 0)
@@ -250,7 +250,7 @@ def test_a_process_may_end_of_itself_only_while_it_lacks_something() -> None:
     assert (len(seated.seat.deaths), len(seated.seat.squeezed_deaths)) == (2, 1)
 
 
-# The check. What a strict server's workers log; a test bends it.
+# The check: a log of a strict server's workers, in which a test changes something.
 
 
 def values(*key: int) -> Values:
@@ -264,7 +264,7 @@ def average(summands: list[Values]) -> Values:
 
 
 class Story:
-    """The log of a run: by default, a right one."""
+    """The log of a run, by default a correct one."""
 
     def __init__(self, workers: list[str]) -> None:
         self.workers = workers
@@ -465,7 +465,7 @@ def test_the_newest_checkpoint_is_the_one_of_the_largest_step(tmp_path: Path) ->
 
 @pytest.mark.parametrize(("rounds", "faults_every_s"), long_except([(10, 3.0)], [(10, 3.0), (30, 0.6)]))
 def test_a_short_run_loses_nothing(rounds: int, faults_every_s: float, tmp_path: Path) -> None:
-    """The accuracy of so short a run says nothing."""
+    """The accuracy is not checked: in such a short run it means nothing."""
     report = tmp_path / "chaos.json"
     command = ["-m", "chaos", "--workers", "2", "--rounds", str(rounds), "--seed", "90"]
     command += ["--faults-every-s", str(faults_every_s)]

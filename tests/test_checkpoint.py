@@ -34,7 +34,7 @@ from tests.test_server_process import ServerProcess
 
 @pytest.fixture
 def kept_job(start_server: StartServer, tmp_path: Path) -> Iterator[Job]:
-    """Of a server that keeps its center in `tmp_path / "center"`, every round."""
+    """The settings of a server that keeps its center in `tmp_path / "center"`, every round."""
     with job_of(start_server(2, checkpoints=CheckpointPolicy(tmp_path / "center"))) as job:
         yield job
 
@@ -87,7 +87,7 @@ def test_a_server_that_stops_twice_at_one_step_keeps_the_steps_before(
 
 @pytest.fixture
 def held_disk() -> Iterator[Callable[[], Callable[[], None]]]:
-    """From its call on nothing comes to the disk from this process's servers, until what it returns is called."""
+    """hold() -> go_on: stops the checkpoint writers of this process's servers until go_on() is called."""
     held = list[int]()
 
     def go_on() -> None:
@@ -139,7 +139,7 @@ def test_with_a_limit_rounds_go_on_without_a_disk_that_hangs_and_checkpoints_com
 ) -> None:
     with job_of(start_server(2, checkpoints=CheckpointPolicy(tmp_path, timeout_s=0.2))) as job:
         go_on = held_disk()
-        for number in range(4):  # more rounds than there are buffers: the one on its way to the disk stays as it is
+        for number in range(4):  # more rounds than there are buffers: the buffer on its way to the disk stays as it is
             push_all(job, STEP + number, of(10 + number))
         status = job.client.status()
         assert (status.global_step, status.checkpoint_step) == (STEP + 4, STEP)
@@ -186,7 +186,7 @@ def test_a_round_that_is_not_due_waits_for_no_disk(
         go_on()
 
 
-# A server that goes on.
+# A server that continues.
 
 
 def assert_goes_on(job: Job, step: int, center: bytes) -> None:

@@ -1,4 +1,4 @@
-"""What keeps the center on disk: order, slow and failing disks."""
+"""The checkpoint keeper: order, slow and failing disks."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ files.make_durable = slowly"""
 
 
 @pytest.mark.parametrize("place", ["before it is looked at", "when its checksum is known"])
-def test_of_two_checkpoints_of_one_step_the_later_becomes_durable_though_it_comes_in_the_midst_of_the_other(
+def test_of_two_checkpoints_of_one_step_the_later_becomes_durable_even_if_it_comes_during_the_other(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun, go_on = tmp_path / "begun", tmp_path / "go on"
@@ -123,7 +123,7 @@ files.{function} = {"before" if function == "make_durable" else "after"}"""
 
 
 def failing_while_there_is(path: Path, function: str) -> str:
-    """A fault: this function of files.py says EIO as long as there is a file."""
+    """A fault: this function of files.py raises EIO as long as a certain file exists."""
     return f"""
 now = files.{function}
 def failing(*arguments):

@@ -1,4 +1,4 @@
-"""A server continues from the newest usable checkpoint; which checkpoints stay."""
+"""A server continues from the newest usable checkpoint; pruning keeps the right ones."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_fresh_checkpoints_of_another_boot_are_passed_over_for_the_durable_one(
     assert [str(path) in message for path, message in zip(fresh[::-1], caplog.messages, strict=False)] == [True, True]
 
 
-def test_of_one_step_the_fresh_one_is_taken_for_it_is_the_later_and_if_it_is_damaged_the_durable_one(
+def test_of_one_step_the_fresh_one_is_taken_and_if_it_is_damaged_the_durable_one(
     tmp_path: Path,
 ) -> None:
     durable(tmp_path, 4, seed=1)
@@ -181,7 +181,7 @@ def test_a_writer_that_is_killed_in_the_middle_leaves_only_what_the_next_one_rem
     assert steps(tmp_path) == [2]
 
 
-def test_who_looks_while_a_server_is_at_work_gets_the_newest_one(
+def test_a_reader_of_the_directory_gets_the_newest_one_while_a_server_works(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     durable(tmp_path, 4)

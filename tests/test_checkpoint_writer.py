@@ -81,7 +81,7 @@ async def soon(condition: Callable[[], object]) -> None:
 
 @contextmanager
 def stopped(processes: list[int]) -> Iterator[None]:
-    """They stand still meanwhile, as if the disk held them."""
+    """Stops the writers during the context, as if the disk held them."""
     assert processes
     for process in processes:
         os.kill(process, signal.SIGSTOP)
@@ -158,7 +158,7 @@ files.make_durable = slow"""
     assert is_durable(tmp_path, 2)
 
 
-def test_who_finishes_waits_for_a_disk_that_hangs_as_long_as_it_says_and_says_what_is_not_there(
+def test_a_keeper_that_finishes_waits_for_a_hanging_disk_no_longer_than_told_and_says_what_is_missing(
     play: Play, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def body(keeper: Keeper) -> None:
@@ -242,7 +242,7 @@ def test_a_server_ends_on_time_though_the_disk_hangs(tmp_path: Path) -> None:
 
 @pytest.fixture
 def frozen_disk(tmp_path: Path) -> Iterator[tuple[Path, Callable[[str], None]]]:
-    """A disk of its own, and what freezes (-f) and thaws (-u) it."""
+    """A separate disk, and a function that freezes (-f) and thaws (-u) it."""
     image, mount = tmp_path / "image", tmp_path / "disk"
     mount.mkdir()
     if os.geteuid() != 0 or any(shutil.which(name) is None for name in ("mkfs.ext4", "mount", "fsfreeze")):
@@ -257,7 +257,7 @@ def frozen_disk(tmp_path: Path) -> Iterator[tuple[Path, Callable[[str], None]]]:
     def freeze(option: str) -> None:
         subprocess.run(["fsfreeze", option, str(mount)], check=True, timeout=20)
 
-    # Should this process be killed meanwhile, or be held itself, somebody still thaws it.
+    # Thaws the disk even if this process is killed or held meanwhile.
     thaw = subprocess.Popen(["sh", "-c", f"sleep 60; fsfreeze -u '{mount}'"], stderr=subprocess.DEVNULL)
     yield mount, freeze
     thaw.kill()
@@ -285,7 +285,7 @@ def test_a_disk_that_holds_its_writers_for_good_does_not_hold_the_server(
         assert code == 0
         assert "the server ends, and the checkpoint of global_step" in log
         assert "Traceback" not in log
-        # Its lock and its guard went with it, though a process that it has started is still there.
+        # Its lock and its guard are gone with it, although a process that it has started still exists.
         CheckpointHome(directory).close()
         assert "D" in map(state_of, writers)
         freeze("-u")
@@ -296,7 +296,7 @@ def test_a_disk_that_holds_its_writers_for_good_does_not_hold_the_server(
 
 
 def state_of(process: int) -> str:
-    """In a letter; empty if there is no such process."""
+    """The state of the process as a letter; empty if there is no such process."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0].replace("Z", "")
     except FileNotFoundError:
@@ -410,7 +410,7 @@ def test_a_server_that_cannot_start_its_writers_says_so_and_does_not_start(
         patch.setattr(writer_process, "command", lambda _: command)
         with pytest.raises(UnusableSettingError, match=f"--checkpoint-dir .* the checkpoint writer .*{why}"):
             start_server(2, checkpoints=CheckpointPolicy(tmp_path))
-    start_server(2, checkpoints=CheckpointPolicy(tmp_path))  # nothing was left that keeps it out
+    start_server(2, checkpoints=CheckpointPolicy(tmp_path))  # nothing is left that keeps it out
 
 
 def test_a_server_without_threads_for_its_writers_says_so_and_does_not_start(
@@ -433,7 +433,7 @@ def test_a_server_without_threads_for_its_writers_says_so_and_does_not_start(
     until(lambda: not writers_of(os.getpid()), "nothing runs on")
 
 
-# Whatever the machine refuses.
+# Refusals of the machine.
 
 
 def test_a_server_without_descriptors_still_writes_a_center_in_shared_memory(play: Play, tmp_path: Path) -> None:

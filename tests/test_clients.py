@@ -1,4 +1,4 @@
-"""The clients in other languages: each passes the conformance kit, and all stand in one barrier with Python's."""
+"""The clients in other languages: each passes the conformance kit, and all share one barrier with Python's."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TIMEOUT_S = 300
 
 
 def missing(language: str) -> str:
-    """What keeps a client from being built, or nothing."""
+    """Why the client cannot be built; empty if it can."""
     if not (CLIENTS / language / "client").exists():
         return f"examples/clients/{language} has no client"
     tools = [tool for tool in TOOLS[language] if shutil.which(tool) is None]
@@ -46,7 +46,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def built(language: str) -> list[str]:
-    """The client's command, once it is built, by one process at a time."""
+    """Builds the client, in one process at a time, and returns its command."""
     with (CLIENTS / language / "build").open() as script:
         fcntl.flock(script, fcntl.LOCK_EX)
         done = run(str(CLIENTS / language / "build"))
@@ -76,7 +76,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Simulation:
-    """What README.md says that the workers do, in numpy."""
+    """A numpy simulation of what README.md says that the workers do."""
 
     def __init__(self, digits: Path, workers: int) -> None:
         rows = np.loadtxt(digits, delimiter=",")
@@ -113,7 +113,7 @@ def assert_one_barrier(clients: Sequence[tuple[str, list[str]]], digits: Path) -
                 [*command, "train", "--server", server.address, "--worker-id", f"worker-{part}", "--data", str(digits)]
                 + ["--part", f"{part}/{count}", "--rounds", str(ROUNDS)]
                 + (["--chief"] if part == 0 else []),
-                # Threads that spin on cores they share cost more than all the rest.
+                # Threads that spin on shared cores cost more than everything else.
                 env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

@@ -44,7 +44,7 @@ def refusal(environ: Mapping[str, str], **flags: Any) -> str:
     return message
 
 
-# What each source tells.
+# What each source says.
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ NOBODY_CAN_READ_THIS = {
     "SLURM_JOB_NODELIST": "node[1-",
     "JOB_COMPLETION_INDEX": "none",
 }
-# Launchers that started the one that has told everything: `srun ma-launch`, torchrun in every pod and the like.
+# Launchers around the one that sets everything: `srun ma-launch`, torchrun in every pod and the like.
 AROUND = {
     "Slurm": slurm(0),
     "torchrun": torchrun(0),
@@ -234,7 +234,9 @@ def test_every_cluster_survives_the_way_through_any_environment(cluster: Cluster
 
 @given(specs(), st.data())
 @fast
-def test_whoever_tells_what_of_the_truth_gives_the_same_cluster(cluster: ClusterSpec, data: st.DataObject) -> None:
+def test_sources_that_each_tell_a_part_of_the_truth_give_the_same_cluster(
+    cluster: ClusterSpec, data: st.DataObject
+) -> None:
     hosts, count, index = cluster.ps_hosts, cluster.num_workers, cluster.task_index
     tellers: dict[str, dict[str, Any]] = {
         "ps_hosts": {"MA_PS_HOSTS": ",".join(hosts), "flag": hosts},
@@ -443,7 +445,7 @@ def test_slurms_short_form_of_nodes_is_read(text: str, names: str) -> None:
 
 
 def slow_nodes(text: str) -> Iterator[str]:
-    """A dumb oracle: replaces one bracket after the other by each of its numbers."""
+    """A simple oracle: replaces one bracket after the other by each of its numbers."""
     depth, names = 0, [""]
     for character in text:
         depth += (character == "[") - (character == "]")
@@ -495,7 +497,7 @@ def test_what_is_no_list_of_nodes_is_refused_at_once(text: str) -> None:
     assert all(names)
 
 
-# As tf.train.ClusterSpec has it.
+# The interface of tf.train.ClusterSpec.
 
 
 def test_a_cluster_answers_as_tensorflows_does() -> None:

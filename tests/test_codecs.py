@@ -36,7 +36,7 @@ def flat_of(manifest: Manifest, seed: int) -> NDArray[np.uint8]:
 
 
 def variables_of(manifest: Manifest, flat: NDArray[np.uint8]) -> list[memoryview]:
-    """The variables, each for itself."""
+    """The variables as separate arrays."""
     return [memoryview(array.tobytes()) for array in manifest.arrays(flat).values()]
 
 
@@ -233,7 +233,7 @@ def test_workers_with_different_codecs_are_in_one_average_and_each_is_answered_i
         if array.dtype.itemsize > 2:
             mean = (pushes[0][name] + manifest.arrays(decoded)[name]) / array.dtype.type(2)
             assert array.tobytes() == mean.astype(array.dtype).tobytes()
-    # One that comes too late gets the center in its own codec, too.
+    # A late push also gets the center in its own codec.
     stream = job.client.open_push()
     stream.send(job.header("b", codec="toy", base_step=STEP, push_id=2))
     stream.half_close()

@@ -22,7 +22,7 @@ _SCALARS = {
 
 
 def lines(file: FileDescriptor) -> Iterator[str]:
-    """Everything that a client may rely on, a line each."""
+    """Everything that a client may rely on, one line each."""
     for message in file.message_types_by_name.values():
         for field in message.fields:
             yield f"{message.name}.{field.name} = {field.number}: {_type(field)}"

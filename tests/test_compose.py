@@ -68,7 +68,7 @@ def test_what_is_killed_in_mid_run_comes_back_and_the_run_ends_as_if_nothing_had
     with Compose(project, {"ARGS": "--steps 1600 --interval-steps 20"}) as compose:
         compose.up()
         until(lambda: compose.step() >= 5, "the fifth round")
-        # Whatever dies by itself is started again by the engine.
+        # A container that dies on its own is started again by the engine.
         crash(compose.containers("worker")[0])
         crash(compose.containers("ps")[0])
         for service in ("worker", "ps"):

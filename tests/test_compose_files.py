@@ -1,4 +1,4 @@
-"""docker/compose*.yaml without an engine: the programs take their commands, and what they name is there."""
+"""docker/compose*.yaml without an engine: the programs accept their commands, and everything they name exists."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def result_of(table: str, name: str) -> str:
-    """What the table says of a case."""
+    """The table's line for a case."""
     return next(line for line in table.splitlines() if line.startswith(f"{name} ")).split()[-1]
 
 
@@ -153,6 +153,6 @@ def test_a_line_that_is_no_answer_is_a_miss(line: str) -> None:
 
 
 @pytest.mark.parametrize("line", ["ok done 1 a", "ok committed 1", "ok committed x a", "ok committed 1  "])
-def test_an_end_of_a_push_that_is_none_is_a_miss(line: str) -> None:
+def test_an_unknown_outcome_of_a_push_is_a_miss(line: str) -> None:
     with pytest.raises(Miss):
         lines.read_pushed(line)

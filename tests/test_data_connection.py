@@ -70,7 +70,7 @@ def closing() -> Iterator[None]:
 
 
 def offer_to(job: Job, worker_id: str) -> pb.DataConnection:
-    """What the server offers in the admission of a push that is then given up; nothing of it is in the round."""
+    """What the server offers in the admission of a push that is then given up, so that the round has nothing of it."""
     with RawClient(job.address) as client:
         stream = client.open_push()
         stream.send(job.header(worker_id, accepts_data_connection=True))
@@ -144,10 +144,10 @@ def test_a_connection_serves_one_push_after_another(job: Job) -> None:
         assert wire.receive(SIZE_BYTES) == flat_bytes(of(step + 1))
 
 
-# Who gets one.
+# Which workers get one.
 
 
-def test_only_who_would_like_one_is_offered_one(job: Job) -> None:
+def test_only_a_client_that_wants_a_connection_is_offered_one(job: Job) -> None:
     stream = job.client.open_push()
     stream.send(job.header("a"))
     assert not stream.receive().admission.HasField("data_connection")
@@ -168,7 +168,7 @@ def test_a_key_is_for_the_process_that_it_was_given_to(job: Job) -> None:
     assert begin(job, "a", incarnation=b"another process!").refusal().reason == LOST
 
 
-def test_who_connects_and_says_nothing_is_sent_away(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_connects_and_says_nothing_is_sent_away(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data_port, "_GREETING_TIMEOUT_S", 0.1)
     assert Wire(offer_to(job, "a"), hello=b"").answer == b""
     connected(job)
@@ -182,7 +182,7 @@ def test_a_worker_that_leaves_takes_its_connection_along(job: Job) -> None:
     assert wire.receive(1) == b""
 
 
-# Nothing is lost, and nothing changes, when one is.
+# When a connection is lost, nothing else is lost or changed.
 
 
 def test_a_push_on_a_connection_that_is_not_there_is_refused_and_may_come_in_messages(job: Job) -> None:
@@ -356,7 +356,7 @@ def test_a_session_that_cannot_reach_the_port_goes_on_in_messages_and_does_not_a
     assert len(tried) == 2  # one a worker
 
 
-# Offers that the client wants none of.
+# Offers that the client refuses.
 
 
 class Offering:

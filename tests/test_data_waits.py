@@ -33,7 +33,7 @@ from tests.raw_client import Arrays, until
 from tests.stopcock import Stopcock, data_through
 
 TIMEOUT_S = 20.0
-# Nobody waits for that in a test: where it is over in time, another limit has ended the wait.
+# Longer than any test: a wait that ends in time was ended by another limit.
 LONG_S = 600.0
 SILENCE_S = 1.0
 ON_DATA, IN_MESSAGES = {pb.TRANSPORT_DATA_CONNECTION}, {pb.TRANSPORT_TCP}
@@ -45,7 +45,7 @@ BIG: Arrays = {"w": np.arange(2 << 20, dtype=np.float32)}
 def relayed(
     address: str, monkeypatch: pytest.MonkeyPatch, settings: DataSettings, model: Arrays = MODEL
 ) -> Iterator[tuple[Pair, Stopcock]]:
-    """Two workers whose data connections, all open, go through one relay."""
+    """Two workers whose open data connections all go through one relay."""
     with Stopcock() as stopcock:
         data_through(stopcock, monkeypatch)
         with Pair(address, settings, model) as pair:
@@ -53,7 +53,7 @@ def relayed(
             yield pair, stopcock
 
 
-# Every push is over in bounded time, and the average is right.
+# Every push ends in bounded time, and the average is right.
 
 
 def test_a_center_that_does_not_come_after_the_outcome_comes_in_messages(
@@ -132,7 +132,7 @@ def test_after_the_pause_a_data_connection_is_tried_again(
         pair.until_connected()
 
 
-# The ends of a connection, alone.
+# The ends of a connection, on their own.
 
 
 def connected_pair() -> tuple[socket.socket, socket.socket]:
@@ -143,7 +143,7 @@ def connected_pair() -> tuple[socket.socket, socket.socket]:
 
 
 def connection_of(silence_timeout_s: float) -> tuple[DataSocket, socket.socket]:
-    """A client's end that is limited so, and the other one."""
+    """A client's end with these limits, and the other end."""
     ours, theirs = connected_pair()
     prepare(ours, silence_timeout_s)
     return DataSocket(ours, silence_timeout_s), theirs
@@ -239,7 +239,7 @@ def test_a_transfer_ends_whose_threads_did_not_all_start(monkeypatch: pytest.Mon
 
 
 def few_threads(patch: pytest.MonkeyPatch, left: int, failures: float = math.inf) -> None:
-    """A few more threads start, then a few do not, and then all do again."""
+    """A few more threads start, the next few fail to, and then all start again."""
     start, counting = threading.Thread.start, itertools.count()
 
     def refused(self: threading.Thread) -> None:

@@ -23,7 +23,7 @@ def project() -> dict[str, Any]:
 
 
 def wanted() -> list[Requirement]:
-    """What the project itself asks for: to be built, to run, and with each of its extras."""
+    """What the project requires: to be built, to run, and for each of its extras."""
     toml = project()
     texts = [*toml["build-system"]["requires"], *toml["project"]["dependencies"]]
     texts += [text for extra in toml["project"]["optional-dependencies"].values() for text in extra]
@@ -32,7 +32,7 @@ def wanted() -> list[Requirement]:
 
 
 def pins_on(environment: dict[str, str]) -> dict[str, list[Version]]:
-    """By name, the versions that constraints.txt allows there."""
+    """By name, the versions that constraints.txt allows in this environment."""
     found: dict[str, list[Version]] = {}
     for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
         if line and not line.startswith("#"):

@@ -1,4 +1,4 @@
-"""Descriptors: how many a server takes, what it says when there are too few, and how soon it answers again."""
+"""Descriptors: how many a server needs, what it logs when there are too few, and how soon it answers again."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/proc")
 
 INFINITY = resource.RLIM_INFINITY
 LIMIT = 48
-# By itself gRPC would take 30 s, and more for more that have piled up.
+# gRPC alone would take 30 s, and longer if more have piled up.
 ANSWER_TIMEOUT_S = 15.0
 # A client's first words in HTTP/2: gRPC takes it for a client.
 FIRST_WORDS = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
@@ -119,7 +119,7 @@ def flood(address: str, count: int, words: bytes) -> list[socket.socket]:
 def test_strangers_that_say_nothing_do_not_keep_a_server_deaf(tmp_path: Path) -> None:
     authority = Authority(tmp_path)
     own = authority.sign("server")
-    # With TLS gRPC would leave them two minutes for their first words, half a minute as it is set here.
+    # With TLS, gRPC gives them two minutes for their first bytes by default, half a minute as it is set here.
     flags = ("--num-workers", "1", "--tls-cert", str(own.cert), "--tls-key", str(own.key))
     with ExitStack() as stack:
         server, address = stack.enter_context(limited(tmp_path, LIMIT, LIMIT, *flags))
@@ -135,7 +135,7 @@ def test_a_server_answers_soon_after_hundreds_that_waited_have_gone(tmp_path: Pa
         server, address = stack.enter_context(limited(tmp_path, LIMIT, LIMIT, "--num-workers", "1"))
         held = flood(address, LIMIT, FIRST_WORDS)
         server.wait_for("all 48 descriptors are in use")
-        # They come, wait, give up: what gRPC would take one after the other, some 25 a second.
+        # They come, wait, and give up; gRPC would accept them one after the other, about 25 a second.
         for connection in flood(address, 1000, FIRST_WORDS) + held:
             connection.close()
         assert fetch(address, ANSWER_TIMEOUT_S, Access(Security())).num_workers == 1

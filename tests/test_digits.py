@@ -1,4 +1,4 @@
-"""The built-in workload: what a worker does, and a whole run with all that it shows and leaves behind."""
+"""The built-in workload: what a worker does, and a whole run with everything that it shows and leaves behind."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def train_as_chief(start_server: StartServer, config: DigitsConfig, directory: P
 
 
 def without_times(events: list[Event]) -> list[Event]:
-    """What does not depend on how fast this machine is."""
+    """The part of an event that does not depend on the speed of this machine."""
     fields = [json.loads(encode(event)) for event in events]
     return [decode(json.dumps({**f, **{k: 0 for k in f if k.endswith("_s")}})) for f in fields]
 
@@ -137,7 +137,7 @@ def test_a_play_in_one_process_ends_with_the_center_of_two_workers_and_their_ser
 def test_a_worker_that_is_started_again_makes_only_the_steps_that_are_left(
     start_server: StartServer, tmp_path: Path, steps_before: int
 ) -> None:
-    # Without momentum, which a restart loses, the center is that of a run without one.
+    # Momentum would be lost by the restart; without it, the center is that of an uninterrupted run.
     whole = DigitsConfig(steps=80, interval_steps=20, momentum=0)
     undisturbed, center = train_as_chief(start_server, whole, tmp_path)
     cluster = ClusterSpec((start_server(1).address,), num_workers=1, task_index=0)
@@ -147,7 +147,7 @@ def test_a_worker_that_is_started_again_makes_only_the_steps_that_are_left(
     train_in_cluster(whole, cluster, again.append, save_center=tmp_path / "center")
     if steps_before < whole.steps:
         assert without_times([*first, *again]) == without_times(undisturbed)
-    else:  # nothing is left but to say how good the center is
+    else:  # nothing is left to do but to report how good the center is
         assert without_times(again) == [event for event in without_times(undisturbed)[-2:] if event.kind == "accuracy"]
     assert (tmp_path / "center").read_bytes() == center
 
@@ -182,7 +182,7 @@ def test_flags_say_all_of_a_configuration() -> None:
     assert DigitsConfig.from_flags(parser.parse_args([])) == DigitsConfig()
 
 
-# What it tells
+# What it reports
 
 
 @pytest.mark.parametrize("event", EVENTS, ids=lambda event: event.kind)
@@ -380,7 +380,7 @@ def assert_metrics_have_the_whole_run(run: Path, summary: Summary) -> None:
     assert len(record.rounds["worker-1"]) == 10
     servers = record.last_of_servers()
     assert [server.global_step for server in servers] == [10, 10]
-    # Both have a part of the model, and together they have moved what the summary says.
+    # Both have a part of the model, and together they have moved the bytes of the summary.
     assert all(server.received_bytes > 0 for server in servers)
     assert sum(server.received_bytes for server in servers) == summary.bytes_received
     assert sum(server.sent_bytes for server in servers) == summary.bytes_sent

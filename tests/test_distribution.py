@@ -25,7 +25,7 @@ from ps_worker.launch import main as ma_launch_main
 from tests.distribution import ROOT, build, copy_of_the_tree, source_files
 
 NAME = "torch-model-average"
-TAKEN = "modelaverage"  # somebody else's on the package index
+TAKEN = "modelaverage"  # belongs to another project on the package index
 PACKAGES = {"ma_client", "modelaverage", "ps_server", "ps_worker"}
 RELATIVE_LINK = re.compile(r"\]\((?![a-z]+:|#)[^)]*\)")
 
@@ -133,7 +133,7 @@ def test_the_changelog_has_the_version(built: Built) -> None:
     assert sections[0].startswith("Unreleased" if ".dev" in version else version)
 
 
-# What is public.
+# The public names.
 
 
 def test_every_exception_is_exported() -> None:
@@ -167,7 +167,7 @@ def test_without_torch_the_optimizer_says_what_to_install() -> None:
     assert done.stderr.endswith(f"pip install '{NAME}[torch]'\n")
 
 
-# What is in it.
+# The contents.
 
 
 def test_the_wheel_has_the_packages_and_the_commands_and_nothing_else(built: Built) -> None:

@@ -33,11 +33,11 @@ LAUNCHERS: dict[str, Callable[[int, str], Mapping[str, str]]] = {
 
 
 def run_workers(environs: Sequence[Mapping[str, str]], *command: str) -> list[str]:
-    """What each worker of a job printed."""
+    """Runs a job; returns what each worker printed."""
     workers = [
         subprocess.Popen(
             [sys.executable, "-W", "error", *command],
-            # Threads that spin on cores they share cost more than all the rest; the launcher sees to it, too.
+            # Threads that spin on shared cores cost more than everything else; the launcher prevents it, too.
             env={**without_a_cluster(os.environ), **environ, "OMP_NUM_THREADS": "1"},
             cwd=ROOT,
             stdout=subprocess.PIPE,
@@ -57,7 +57,7 @@ def run_workers(environs: Sequence[Mapping[str, str]], *command: str) -> list[st
 
 
 def assert_trained(first: Sequence[str], second: Sequence[str]) -> None:
-    """The lines of two workers of train.py: all rounds, a loss that falls, and one good center."""
+    """Checks the lines of two workers of train.py: all rounds, a falling loss, and one good center."""
     for lines in (first, second):
         assert [line.split(":")[0] for line in lines[:-1]] == [f"round {number}" for number in range(1, 13)]
     losses = [float(line.split()[-1]) for line in first[:-1]]

@@ -79,7 +79,7 @@ def out(tmp_path: Path) -> Path:
 
 
 def assert_fails(answer: tuple[int, str, str], *named: object) -> None:
-    """With one line that names these things."""
+    """Checks that the command fails with one line that names these things."""
     code, printed, line = answer
     assert (code, printed, line.count("\n")) == (1, "", 1), line
     assert line.startswith("ps-server: ")
@@ -232,7 +232,7 @@ def test_a_center_that_does_not_come_as_it_should_is_not_written(
     server.stop(None).wait()
 
 
-def test_who_answers_but_does_not_know_the_call_is_named(out: Path, export: Export) -> None:
+def test_a_server_that_does_not_know_the_call_is_named(out: Path, export: Export) -> None:
     server = grpc.server(ThreadPoolExecutor(1))
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     server.start()
@@ -291,7 +291,7 @@ def test_a_name_that_the_format_cannot_hold_is_an_error(out: Path, export: Expor
 
 
 def sharded(directory: Path, arrays: Arrays, *steps: int) -> list[Path]:
-    """Directories of as many shards, the checkpoints of each ending at its step."""
+    """A directory for each shard, whose last checkpoint is of the given step."""
     variables = tuple(Variable(name, dtype_name(array.dtype), array.shape) for name, array in arrays.items())
     shards = place(Manifest(variables, 16), len(steps), "balanced", b"sixteen bytes...")
     values = Assembly(shards, ["?"] * len(steps)).cut([bytes_of(array) for array in arrays.values()])

@@ -1,4 +1,4 @@
-"""What docs/operations.md shows for an exported center: it loads into a model with tied and frozen weights."""
+"""The code of docs/operations.md for an exported center: it loads into a model with tied and frozen weights."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ Run = Callable[[dict[str, torch.Tensor]], torch.nn.Module]
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """run(center) -> the model that the page's code makes of an exported center."""
+    """run(center) -> the model that the page's code makes from an exported center."""
 
     def run_page(center: dict[str, torch.Tensor]) -> torch.nn.Module:
         save_file(center, tmp_path / "center.safetensors")

@@ -1,4 +1,4 @@
-"""What is lost when a server dies under its workers: nothing. Real processes, SIGKILL."""
+"""Nothing is lost when a server dies under its workers. Real processes, SIGKILL."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_server_killed_at_any_moment_of_a_round_costs_a_retry_and_not_a_round(
 
 
 class Impatient(ParameterServerSession):
-    """Hears of the end of a call later than of that of the data connection, as on a machine that is very busy."""
+    """A session that hears of the end of a call after that of the data connection, as on a very busy machine."""
 
     _timing = Timing(last_word_s=0.0)
 
@@ -95,7 +95,7 @@ def test_a_server_killed_again_and_again_loses_no_state_of_its_outer_optimizer(
 def kill_at_random_moments(
     directory: Path, kills: int, seed: int, shared_memory: bool, outer: OuterOptimizer = AVERAGE
 ) -> None:
-    """A job that makes rounds until the last kill, and then a few more."""
+    """Runs a job that makes rounds until the last kill, and then a few more."""
     chance = random.Random(seed)
     with RestartedServer(directory, "--num-workers", str(WORKERS)) as server:
         training = Training(server.address, LARGE, WORKERS, rounds=10**9, shared_memory=shared_memory, outer=outer)
@@ -103,7 +103,7 @@ def kill_at_random_moments(
 
         def kill() -> None:
             for _ in range(kills):
-                # At least one round with every server, then at any moment of the next few.
+                # After at least one round with every server, kills it at a random moment of the next few.
                 survived.append(training.goes_on(done))
                 done.wait(chance.uniform(0.0, 0.05))
                 server.kill()

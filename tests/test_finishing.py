@@ -37,7 +37,7 @@ def model(value: float = 0.0) -> Model:
 
 
 class Workers:
-    """Sessions of a job, which push side by side."""
+    """Sessions of a job, which push at the same time."""
 
     def __init__(self, addresses: list[str], count: int) -> None:
         self._stack = ExitStack()
@@ -82,7 +82,7 @@ def test_rounds_go_on_without_a_worker_that_has_finished(start_server: StartServ
         assert all(status.job_over for status in found.sessions[0].statuses())
 
 
-def test_who_waits_at_the_barrier_goes_on_when_the_last_one_missing_finishes(start_server: StartServer) -> None:
+def test_a_worker_at_the_barrier_goes_on_when_the_last_missing_worker_finishes(start_server: StartServer) -> None:
     with workers(start_server, 2) as found:
         waiting = found.begin(0, 5.0)
         until(lambda: found.sessions[1].status().phase == pb.PHASE_AVERAGING, "the push came")
@@ -90,7 +90,7 @@ def test_who_waits_at_the_barrier_goes_on_when_the_last_one_missing_finishes(sta
         assert waiting.result().contributors == ("worker-0",)
 
 
-def test_who_has_finished_can_wait_for_the_last_center_of_the_job(start_server: StartServer) -> None:
+def test_a_finished_worker_can_wait_for_the_last_center_of_the_job(start_server: StartServer) -> None:
     with workers(start_server, 2, servers=2) as found:
         first = found.sessions[1]
         first.finish()
@@ -104,7 +104,7 @@ def test_who_has_finished_can_wait_for_the_last_center_of_the_job(start_server: 
         assert first.pull()[0]["w"][0] == 8
 
 
-def test_looking_at_the_center_afterwards_brings_nobody_back_but_training_again_does(
+def test_a_later_pull_brings_no_finished_worker_back_but_training_again_does(
     start_server: StartServer,
 ) -> None:
     with workers(start_server, 2) as found:
@@ -124,7 +124,7 @@ def test_a_new_process_of_a_worker_that_had_finished_counts_from_its_pull_on(sta
         found.sessions[1].finish()
         address = found.sessions[0].ps_hosts[0]
         with ParameterServerSession([address], worker_id="worker-1") as another:
-            another.pull(catch_up=False)  # who only watches
+            another.pull(catch_up=False)  # a reader
             assert found.sessions[0].status().workers_finished == 1
             another.pull()
             assert found.sessions[0].status().workers_finished == 0

@@ -1,5 +1,5 @@
 """Processes forked from a worker: torch's DataLoader workers, and others that a script makes. They print nothing, and
-whatever they do with their parent's session, the parent continues to train."""
+the parent continues to train, whatever they do with its session."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.test_server_process import ServerProcess
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 
 TIMEOUT_S = 120
-# Rounds in another thread all the time: then gRPC would remark on every fork.
+# Another thread makes rounds all the time, so gRPC would log a message at every fork.
 BUSY = """
 import sys, threading, os, warnings
 warnings.simplefilter("ignore", DeprecationWarning)  # Python's own, from 3.12 on: this process has threads
@@ -124,7 +124,7 @@ session.close()
 
 
 def plain(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """As a user runs a script: without what the commands of this project set."""
+    """The environment of a user's script: without the variables that the commands of this project set."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("GRPC_")}
     return subprocess.run(
         [sys.executable, "-c", code, *arguments],

@@ -1,4 +1,4 @@
-"""The fuzzer of `make fuzz`: a short run of every target finds nothing, and a server that is broken is found out."""
+"""The fuzzer of `make fuzz`: a short run of every target finds nothing, and it finds every broken server."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_connections_meet_commits_beside_the_call_and_losses() -> None:
 
 
 def finds(name: str, inputs: int, *texts: str) -> bool:
-    """Whether a failure with one of these texts is found in the inputs; sequences of calls end with the first one."""
+    """Whether these inputs find a failure with one of these texts; a sequence of calls ends with its first failure."""
     at_once = 10 if name in INPUTS else inputs
     return any(
         text in failure.what
@@ -189,7 +189,7 @@ def test_a_key_that_opens_twice_is_a_failure(monkeypatch: pytest.MonkeyPatch) ->
         return offer_to(self, place)
 
     monkeypatch.setattr(DataPort, "offer_to", offer_for_ever)
-    assert finds("data-connections", 100, "a stranger on the data port is answered", "nobody's last one")
+    assert finds("data-connections", 100, "a stranger on the data port is answered", "not the last one of any worker")
 
 
 def test_strangers_who_are_not_sent_away_are_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,7 +235,7 @@ def test_memory_that_is_not_given_back_is_a_failure(monkeypatch: pytest.MonkeyPa
     kept = list[mmap]()
 
     def check(_: str) -> None:
-        kept.append(mmap(-1, 64 << 10))  # pages of its own: earlier tests may have left free memory behind
+        kept.append(mmap(-1, 64 << 10))  # separate pages, since earlier tests may have left free memory behind
         kept[-1].write(b"x" * (64 << 10))
 
     monkeypatch.setattr("ps_server.flow.service.check_worker_id", check)
@@ -331,7 +331,7 @@ def test_a_reader_is_called_when_as_many_bytes_have_come_as_are_wanted() -> None
     assert read == [b"abc"]
 
 
-def test_who_sends_waits_for_room() -> None:
+def test_a_sender_waits_for_room() -> None:
     loop, (ours, theirs) = VirtualLoop.create(), MemorySocket.pair()
     theirs.room_bytes = 2
     sent: asyncio.Task[None] = loop.create_task(loop.sock_sendall(ours, memoryview(b"xyz")))

@@ -1,4 +1,4 @@
-"""What TensorFlow 1.15's ModelAverageOptimizer did, step by step, this one does: one real client per worker."""
+"""This optimizer repeats TensorFlow 1.15's ModelAverageOptimizer step by step, with one real client per worker."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ class Worker:
         return torch.optim.SGD(self.model.parameters(), lr=lr, momentum=momentum)
 
     def start(self, initial: dict[str, Any], trained: set[str]) -> None:
-        """Everyone begins with the center; then whatever the original's worker began with instead, where it is trained:
-        what is changed here without a gradient is averaged, and the original leaves it alone."""
+        """Begins with the center, then sets the trained variables to what the original's worker began with. Not the
+        others: a variable that is changed without a gradient is averaged here, but the original leaves it alone."""
         hook = self.optimizer.make_session_run_hook()
         hook.begin()
         hook.after_create_session()
@@ -76,7 +76,7 @@ class Worker:
                 self.model.get_parameter(name).copy_(torch.tensor(initial[name], dtype=self.dtype))
 
     def step(self, t: int) -> Gradients:
-        """One local step; the gradients that were used."""
+        """Makes one local step; returns the gradients."""
         self.optimizer.zero_grad()
         grads = self.config["grads"]
         if grads["mode"] == "const":
@@ -125,7 +125,7 @@ class Replay:
         self._stack.__exit__(None, None, None)
 
     def step(self, t: int) -> list[Gradients]:
-        """Local step ``t`` of every worker at once; the gradients that each used."""
+        """Makes local step ``t`` of all workers at once; returns the gradients of each."""
         done = [self._pool.submit(worker.step, t) for worker in self.workers]
         return [future.result(timeout=30) for future in done]
 

@@ -1,4 +1,4 @@
-"""The golden messages for authors of clients: the library reads and writes the same, and every field is in one."""
+"""The golden messages for authors of clients: the library reads and writes the same bytes, and they have all fields."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A wrapper that averages gradients makes rounds useless: the log says so once, and nothing else."""
+"""A wrapper that averages gradients makes rounds useless: the log says so once, and in no other case."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PROCESSES = 4
 
 @contextlib.contextmanager
 def process_group(size: int) -> Iterator[None]:
-    """As one process of ``size`` sees it; what they exchange goes nowhere."""
+    """A process group as one of ``size`` processes sees it; nothing is really exchanged."""
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
     try:
         yield
@@ -55,7 +55,7 @@ class Composed(torch.nn.Module):
 
 
 class OfAFramework(DistributedDataParallel):
-    """As frameworks derive from it."""
+    """A subclass, as frameworks have one."""
 
 
 @pytest.mark.usefixtures("in_a_process_group")

@@ -16,7 +16,7 @@ from tests.launched import Launched
 from tests.test_server_process import ServerProcess
 
 CENTER = {"w": np.zeros(4, np.float32)}
-# Says when its handlers are there, and how it ends; "nohup" as its argument: it was started by that.
+# Prints when its handlers are set, and how it ends; with the argument "nohup" it runs as if started by nohup.
 UNWINDING = """
 import signal, sys, time
 if sys.argv[1] == "nohup":
@@ -84,7 +84,7 @@ def test_a_server_that_was_started_with_nohup_outlives_its_terminal() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_worker_unwinds_on_both(number: signal.Signals) -> None:
+def test_a_worker_unwinds_on_either_signal(number: signal.Signals) -> None:
     with Launched(["-c", UNWINDING, "terminal"]) as process:
         process.wait_for("ready True")
         process.process.send_signal(number)

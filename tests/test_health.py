@@ -1,4 +1,4 @@
-"""The standard services: health as orchestrators ask for it, reflection as generic clients use it."""
+"""The standard services: health as orchestrators query it, reflection as generic clients use it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SERVING, NOT_SERVING, UNKNOWN = (
 
 
 class HealthClient:
-    """Asks one server for its health, with nothing but the standard's messages."""
+    """Asks one server for its health, with only the standard's messages."""
 
     def __init__(self, address: str) -> None:
         self._channel = grpc.insecure_channel(
@@ -133,7 +133,7 @@ def test_when_one_of_two_who_watch_goes_the_other_still_hears(start_server: Star
     assert watched.get(timeout=DEADLINE_S) == SERVING
 
 
-def test_an_unknown_name_is_not_found_and_who_watches_it_is_told_so(start_server: StartServer, ask: Any) -> None:
+def test_an_unknown_name_is_not_found_and_its_watchers_are_told_so(start_server: StartServer, ask: Any) -> None:
     health = ask(start_server(2).address)
     with pytest.raises(grpc.RpcError) as refused:
         health.check("nonsense")

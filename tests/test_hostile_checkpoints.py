@@ -39,7 +39,7 @@ Head = dict[str, Any]
 
 
 def put(directory: Path, data: bytes) -> Path:
-    """Any bytes under the name that a durable checkpoint with them has."""
+    """Writes any bytes under the name that a durable checkpoint with these bytes would have."""
     path = directory / f"center-{EVIL:020d}.{zlib.crc32(data):08x}.safetensors"
     path.write_bytes(data)
     return path
@@ -50,7 +50,7 @@ def with_head(directory: Path, text: bytes, body: bytes = b"") -> Path:
 
 
 def forged(directory: Path, change: Callable[[Head], object]) -> Path:
-    """A checkpoint that is right but for what ``change`` does to its head."""
+    """Writes a correct checkpoint, except that ``change`` modifies its head."""
     path = write_fresh(directory, small(EVIL))
     head, whole = header_of(path), path.read_bytes()
     path.unlink()
@@ -60,7 +60,7 @@ def forged(directory: Path, change: Callable[[Head], object]) -> Path:
 
 
 def fields(**changed: object) -> Callable[[Path], Path]:
-    """With other metadata; what is not text is written as JSON, None is left out."""
+    """A checkpoint with other metadata; values that are not text are written as JSON, None is left out."""
 
     def make(directory: Path) -> Path:
         def change(head: Head) -> None:
@@ -76,7 +76,7 @@ def fields(**changed: object) -> Callable[[Path], Path]:
 
 
 def tensor(**changed: object) -> Callable[[Path], Path]:
-    """With another description of the variable `w`, which is float32[40]."""
+    """A checkpoint with another description of the variable `w`, which is float32[40]."""
 
     def make(directory: Path) -> Path:
         return forged(directory, lambda head: head["w"].update(changed))
@@ -85,18 +85,18 @@ def tensor(**changed: object) -> Callable[[Path], Path]:
 
 
 def a_shard(**changed: object) -> Callable[[Path], Path]:
-    """Of one server of two, with something wrong."""
+    """A checkpoint of one of two servers, with something wrong."""
     parts = [[number, 0, each["shape"]] for number, (name, each) in enumerate(ordered().items())]
     return fields(**{"shard": [0, 2, "00" * 16], "parts": parts, **changed})
 
 
 def ordered() -> Head:
-    """The variables as the manifest has them: name, and shape."""
+    """The variables as in the manifest: name and shape."""
     return {variable.name: {"shape": list(variable.shape)} for variable in small().manifest.variables}
 
 
 def special(make: Callable[[Path], object]) -> Callable[[Path], Path]:
-    """Something else than a file, under the name of a fresh checkpoint."""
+    """Makes something that is not a file, under the name of a fresh checkpoint."""
 
     def build(directory: Path) -> Path:
         path = directory / f"center-{EVIL:020d}.fresh.safetensors"
@@ -109,7 +109,7 @@ def special(make: Callable[[Path], object]) -> Callable[[Path], Path]:
 def a_socket(path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listening:
         before = Path.cwd()
-        os.chdir(path.parent)  # the name of a socket has to be short
+        os.chdir(path.parent)  # the path of a socket has to be short
         try:
             listening.bind(path.name)
         finally:
@@ -130,7 +130,7 @@ def a_link_to_a_good_one(path: Path) -> None:
 
 
 def sparse(size_bytes: int) -> Callable[[Path], Path]:
-    """A file without bytes, which says that it is long."""
+    """A sparse file: it is long but has no data."""
 
     def make(path: Path) -> None:
         with path.open("wb") as file:
@@ -140,7 +140,7 @@ def sparse(size_bytes: int) -> Callable[[Path], Path]:
 
 
 def too_large(directory: Path) -> Path:
-    """One that is right, but for its size: float16, which the server holds four times."""
+    """A checkpoint that is correct except for its size: float16, which the server holds four times."""
     size = MODEL_BYTES // 2
     about = {**header_of(write_fresh(directory, small(EVIL)))["__metadata__"], "variables": '["w"]'}
     (directory / f"center-{EVIL:020d}.fresh.safetensors").unlink()
@@ -362,7 +362,7 @@ def test_a_file_that_becomes_shorter_while_it_is_read_is_passed_over(
 
 
 def test_a_file_that_takes_too_much_memory_is_passed_over(tmp_path: Path) -> None:
-    """Really: in a process that may not have so much."""
+    """For real: in a process with limited memory."""
     durable(tmp_path, GOOD)
     size = 1 << 38
     text = json.dumps(
@@ -397,7 +397,7 @@ def test_a_server_passes_over_what_is_hostile_and_serves_the_one_before(tmp_path
             with RawClient(server.address) as client:
                 header, center = client.pull()
                 assert (header.global_step, center) == (GOOD, flat_bytes(small(GOOD).arrays))
-                # What is made of its metadata later is right, too.
+                # What is derived from its metadata later is right, too.
                 job = Job(client, server.address)
                 outcome, _ = job.push("a", dict(small(GOOD).arrays), base_step=GOOD - 1).answer()
                 assert (outcome.outcome, list(outcome.contributors)) == (pb.OUTCOME_STALE, ["a", "b"])

@@ -94,7 +94,7 @@ def test_a_round_that_is_due_waits_for_a_write_of_the_present_center_and_others_
 
 
 def prepared(keeping: KeepingPolicy, round_timeout_s: float | None = None) -> tuple[Round, list[Decision]]:
-    """A round that has one push, on stream 1, and what its last fragment led to."""
+    """A round with one push, on stream 1, and the decisions after its last fragment."""
     round_ = Round(RoundPolicy.strict(1, round_timeout_s), 1, keeping=keeping)
     round_.open(1, push("a"), 0.0)
     return round_, round_.take_fragments(1, 0, 1, 0.0)
@@ -137,7 +137,7 @@ def test_an_abandoned_round_does_not_hear_of_its_checkpoint_any_more() -> None:
 
 @dataclass
 class Disk:
-    """A dumb oracle: what the writes have put on the disk, and what a round may not do."""
+    """A simple oracle: what the writes have put on the disk, and what a round must not do."""
 
     policy: KeepingPolicy
     keeping: Keeping
@@ -161,7 +161,7 @@ class Disk:
         elif event.startswith("end") and self.under_way:
             token = (min if event == "end first" else max)(self.under_way)
             what = self.under_way.pop(token)
-            if what != "aside":  # the checkpoint of an older step does not take the place of a later one's
+            if what != "aside":  # the checkpoint of an older step does not replace that of a later one
                 self.is_void = what == "void"
             self.overdue &= bool(self.under_way)
             self.follow(self.keeping.kept(token, True, self.now_s))

@@ -23,7 +23,7 @@ Manifest = dict[str, Any]
 
 
 def built(folder: Path) -> list[Manifest]:
-    """What `kubectl kustomize` makes of a folder, as far as these use it: resources, and JSON patches for some."""
+    """What `kubectl kustomize` makes of a folder, as far as the manifests need it: resources, and JSON patches."""
     kustomization = yaml.safe_load((folder / "kustomization.yaml").read_text())
     manifests: list[Manifest] = []
     for name in kustomization["resources"]:

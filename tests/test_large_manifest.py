@@ -25,7 +25,7 @@ from tests.raw_client import DEADLINE_S, until
 
 SERVICE = "/modelaverage.v1.ParameterServer/"
 BEAT_S = 0.002
-# Of its own work, without waiting for its turn: so much, on a machine that is idle or not. Measured: 5 to 20 ms.
+# The limit on its own work, without waits for its turn, on an idle or a busy machine. Measured: 5 to 20 ms.
 LONGEST_WORK_S = 0.1
 
 
@@ -34,8 +34,8 @@ class Heart:
     """The longest times between two beats of a server's event loop.
 
     Attributes:
-        work_s: of its own work.
-        pause_s: by the clock: its work, and its waits for its turn at a processor and at Python's lock.
+        work_s: its own work.
+        pause_s: by the clock: its work, and its waits for a processor and for Python's lock.
     """
 
     work_s: float = 0.0
@@ -75,7 +75,7 @@ def manifest_of(count: int, fragment_size_bytes: int = 1 << 20) -> pb.Manifest:
 
 
 class Client:
-    """Sends bytes that were made before, and looks at none that come: this process's time is the server's, too."""
+    """Sends bytes that were made before, and parses no answer, since this process's time is also the server's."""
 
     def __init__(self, address: str, manifest: pb.Manifest) -> None:
         self._channel = grpc.insecure_channel(
@@ -121,12 +121,12 @@ def test_the_most_variables_that_there_may_be_do_not_hold_up_the_event_loop(star
     assert max(setting.work_s, pulling.work_s, again.work_s) < LONGEST_WORK_S
 
 
-def test_who_waits_for_the_event_loop_waits_less_than_the_manifest_takes(start_server: StartServer) -> None:
+def test_a_call_waits_for_the_event_loop_for_less_time_than_the_manifest_takes(start_server: StartServer) -> None:
     server, manifest = start_server(1), manifest_of(MAX_VARIABLES)
     with Client(server.address, manifest) as client:
         client.initialize()
         tries = list[tuple[float, float]]()
-        # One try may meet a machine that has no time for the event loop; ten do not.
+        # In one try the machine may have no time for the event loop; in ten tries it has.
         while len(tries) < 10 and not any(pause_s < took_s / 2 for pause_s, took_s in tries):
             began_s = time.perf_counter()
             wire.manifest_from_message(manifest)  # on this machine, as busy as it is
@@ -141,7 +141,7 @@ def test_the_most_fragments_of_a_small_model_do_not_hold_up_the_event_loop(start
     server = start_server(1)
     with Client(server.address, manifest_of(14_000, fragment_size_bytes=8)) as client, beating(server) as heart:
         assert pb.InitializeResponse.FromString(client.initialize()).initialized
-    assert heart.work_s < LONGEST_WORK_S / 3  # a nineteenth of the fragments that there may be
+    assert heart.work_s < LONGEST_WORK_S / 3  # a nineteenth of the largest number of fragments
 
 
 def test_while_a_manifest_is_read_others_are_answered(
@@ -156,7 +156,7 @@ def test_while_a_manifest_is_read_others_are_answered(
         return read(message)
 
     monkeypatch.setattr(wire, "manifest_from_message", slow)
-    # The client is not to blame for it, however long it takes.
+    # However long it takes, the client is not to blame.
     server = start_server(1, stall_timeout_s=1.0)
     with Client(server.address, manifest_of(1001)) as client:
         call = client._initialize.future(iter(client._messages), timeout=DEADLINE_S)

@@ -10,7 +10,7 @@ from ps_server.rules.quorum import Lateness
 from tests.strategies import fast
 
 
-def test_until_five_late_pushes_were_seen_the_time_of_grace_is_30_s() -> None:
+def test_until_five_late_pushes_were_seen_the_grace_period_is_30_s() -> None:
     lateness = Lateness()
     lateness.observe([1.0] * 4)
     assert lateness.grace_s == 30.0
@@ -18,13 +18,13 @@ def test_until_five_late_pushes_were_seen_the_time_of_grace_is_30_s() -> None:
     assert lateness.grace_s == 1.0
 
 
-def test_the_time_of_grace_is_the_median_and_four_times_the_median_absolute_deviation() -> None:
+def test_the_grace_period_is_the_median_and_four_times_the_median_absolute_deviation() -> None:
     lateness = Lateness()
     lateness.observe([1.0, 2.0, 3.0, 5.0, 100.0])
     assert lateness.grace_s == 3.0 + 4 * 2.0, "deviations 0, 1, 2, 2 and 97"
 
 
-def test_the_time_of_grace_is_never_less_than_half_a_second() -> None:
+def test_the_grace_period_is_never_less_than_half_a_second() -> None:
     lateness = Lateness()
     lateness.observe([0.01] * 9)
     assert lateness.grace_s == 0.5
@@ -41,7 +41,7 @@ def test_only_the_last_200_late_pushes_matter() -> None:
 
 @given(st.lists(st.floats(0, 1e6), min_size=5, max_size=50))
 @fast
-def test_at_least_half_of_those_who_were_late_would_be_waited_for(late_s: list[float]) -> None:
+def test_the_grace_period_covers_at_least_half_of_the_late_pushes(late_s: list[float]) -> None:
     lateness = Lateness()
     lateness.observe(late_s)
     assert sum(value <= lateness.grace_s for value in late_s) >= len(late_s) / 2

@@ -44,7 +44,7 @@ import signal
 print("waiting")
 signal.pause()
 """
-# Worker 1 does not want to go; worker 0 has started a process of its own.
+# Worker 1 ignores SIGTERM; worker 0 has started a child process.
 STUBBORN = """
 import signal, subprocess, sys
 from ma_client import ClusterSpec
@@ -65,7 +65,7 @@ signal.pause()
 """
 
 
-# Every process of worker 1 but its last one ends with an error.
+# Every process of worker 1 except the last one ends with an error.
 FAILING_AT_FIRST = """
 import os, sys
 from pathlib import Path
@@ -78,7 +78,7 @@ print(cluster.worker_id, "starts", len(starts.read_text()), os.environ.get("MA_F
 if cluster.task_index == 1 and len(starts.read_text()) <= int(sys.argv[2]):
     raise ValueError("the disk is full of cats")
 """
-# Worker 1 ends well after one round, without a word; worker 0 goes on.
+# Worker 1 ends after one round with exit code 0 and without a goodbye; worker 0 goes on.
 LEAVING = """
 import os
 import numpy as np
@@ -122,7 +122,7 @@ with ParameterServerSession.from_env() as session:
 
 @pytest.fixture
 def launch(tmp_path: Path) -> Iterator[Launch]:
-    """launch(SCRIPT TEXT, *ARGS, ps=K, workers=N, flags=[...], read_lines=N) -> ma-launch at work on it."""
+    """launch(SCRIPT TEXT, *ARGS, ps=K, workers=N, flags=[...], read_lines=N) -> a running ma-launch."""
     running: list[Launched] = []
 
     def start(
@@ -277,7 +277,7 @@ def test_output_that_nobody_reads_any_more_ends_the_run(launch: Launch) -> None:
     assert_nothing_left(launched)
 
 
-# Workers that end before the others, and those that start again
+# Workers that end before the others, and workers that start again
 
 
 def test_a_worker_that_fails_is_started_again_as_often_as_it_may_with_a_growing_pause(

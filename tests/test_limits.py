@@ -104,7 +104,7 @@ class Pair:
 
 
 class Reader:
-    """Somebody who pulls and takes only the header, on a connection of its own."""
+    """A reader that pulls on its own connection and takes only the header."""
 
     def __init__(self, address: str, stack: ExitStack) -> None:
         channel: Any = stack.enter_context(grpc.insecure_channel(address, _NO_READING_AHEAD))
@@ -113,7 +113,7 @@ class Reader:
         self.step = pb.PullResponse.FromString(next(self._pull)).header.global_step
 
     def reads_on(self) -> tuple[bytes, str]:
-        """Everything that still comes, and why it ends; empty: all has come."""
+        """Everything that still comes, and why the call ends; empty: everything has come."""
         came = bytearray()
         try:
             for data in self._pull:
@@ -166,7 +166,7 @@ def test_a_round_commits_right_where_there_is_no_memory_for_a_new_buffer(tmp_pat
         before = shared_bytes(server)
         reader = Reader(address, stack)
         used = int(Path(f"/proc/{server.process.pid}/statm").read_text().split()[0]) * resource.getpagesize()
-        # Less than a buffer: whatever the rounds themselves need is there already.
+        # Less than a buffer: the rounds already have everything else that they need.
         resource.prlimit(server.process.pid, resource.RLIMIT_AS, (used + MODEL_BYTES // 2, resource.RLIM_INFINITY))
         for value in range(10, 40, 10):
             pair.round(value)

@@ -1,4 +1,4 @@
-"""What a line of the log has in it: every event and its fields are in one table; with --log-json all of it is JSON."""
+"""Lines of the log: one table has every event and its fields; with --log-json every line is JSON."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def layout(manifest: Manifest) -> list[tuple[int, int] | None]:
 
 
 def values_of(manifest: Manifest) -> list[bytes]:
-    """Other bytes for every place of every variable; no zeros, so that padding shows."""
+    """Different bytes at every place of every variable; no zeros, so that padding shows."""
     return [
         bytes((number * 53 + byte) % 255 + 1 for byte in range(variable.size_bytes))
         for number, variable in enumerate(manifest.variables)
@@ -190,7 +190,7 @@ def test_an_id_is_the_same_in_every_process_and_version() -> None:
 
 @pytest.mark.parametrize("shard", [None, Shard(1, 3, bytes(range(16)))])
 def test_an_id_is_the_same_however_many_variables_there_are(shard: Shard | None) -> None:
-    # By the rule, which makes one text of all of them.
+    # Computed by the rule, which joins all of them into one text.
     for count in (1, 999, 1000, 1001, 2500):
         names = [f'v"{number}' for number in range(count)]
         parts = [None if shard is None else Part(number, 0, (2, 3)) for number in range(count)]

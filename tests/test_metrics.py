@@ -1,4 +1,4 @@
-"""What Prometheus reads: names, types and units, and values that are those of the status."""
+"""What Prometheus reads: names, types and units, and the same values as in the status."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_values_are_those_of_the_status(server: RunningServer) -> None:
     assert 0 < status.checkpoint_age_s < found["checkpoint_age_seconds"]
     assert found["received_fragments_total"] == 7 * COUNT
     assert found["sent_fragments_total"] == 6 * COUNT
-    assert found["checkpoint_seconds_count"] == 4  # that of the initial center, too
+    assert found["checkpoint_seconds_count"] == 4  # including that of the initial center
     workers = {worker.worker_id: worker for worker in status.workers}
     assert found.value("worker_loss", worker="a") == workers["a"].loss == 0.5
     assert found.labels("worker_loss", "worker") == {"a"}

@@ -1,4 +1,4 @@
-"""Tensors as numpy arrays: without a copy where that is possible, through memory that is used again elsewhere."""
+"""Tensors as numpy arrays: without a copy where that is possible, else through memory that is reused."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def crowd(count: int = MANY) -> list[str]:
     return [f"a-{number:05d}" for number in range(count)]
 
 
-# Who is remembered.
+# Which workers are remembered.
 
 
 def test_a_client_that_only_pulls_never_displaces_a_worker_that_pushes() -> None:
@@ -122,7 +122,7 @@ def test_a_call_looks_at_no_more_records_when_there_are_many(monkeypatch: pytest
     assert looks < 4 * 20_000
 
 
-def test_of_very_many_the_foremost_are_those_of_the_highest_rank_and_of_these_the_last_heard_of() -> None:
+def test_of_very_many_those_of_the_highest_rank_come_first_and_of_these_the_last_heard_of() -> None:
     roster = roster_of(readers=["r1", "r2"], pushers=["p1", "p2"])
     roster.heard_push_of("c", 0.0)
     roster.count({"c": 0.0})
@@ -138,7 +138,7 @@ def test_of_very_many_the_foremost_are_those_of_the_highest_rank_and_of_these_th
     ]
 
 
-# Who is named.
+# Which workers are named.
 
 
 def test_a_worker_that_has_pushed_is_named_whatever_readers_there_are() -> None:
@@ -289,7 +289,7 @@ def test_a_round_that_starts_over_names_few_of_those_it_does_not_wait_for() -> N
     assert len(cause) < 1200
 
 
-def test_whose_token_is_a_readers_is_never_waited_for(start_server: StartServer, tmp_path: Path) -> None:
+def test_a_client_with_a_readers_token_is_never_waited_for(start_server: StartServer, tmp_path: Path) -> None:
     tokens = {name: tmp_path / name for name in ("chief", "worker", "reader")}
     for name, path in tokens.items():
         path.write_text(f"{name}-0123456789abcdef")
@@ -335,7 +335,7 @@ def test_a_server_that_goes_on_from_a_checkpoint_knows_the_names_it_waits_for(
         until(lambda: client.worker("worker-0").waiting, "its push is whole")
         status = client.status()
         assert (list(status.waiting_for), status.waiting_for_unknown) == (["worker-1"], 0)
-        # Nobody has heard of it since: there is nothing to tell but its name.
+        # The server has not heard of it since, so it knows only its name.
         assert [worker.worker_id for worker in status.workers] == ["worker-0"]
         notice = stream.receive()
         while not notice.HasField("waiting"):

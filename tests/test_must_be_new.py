@@ -104,7 +104,7 @@ def test_a_center_restored_from_a_checkpoint_is_no_new_one(start_server: StartSe
 
 
 class AnswerLost(ParameterServerSession):
-    """Somebody sets the center between this session's look and its own attempt: itself, if an answer was lost."""
+    """The center is set between this session's look and its own attempt: by itself, if an answer was lost."""
 
     before = ZEROS
     step = 0

@@ -117,7 +117,7 @@ def test_a_plain_name_is_its_own_file_name() -> None:
     assert [file_name(name) for name in ("worker-0", "ps-1", ALONE)] == ["worker-0", "ps-1", ALONE]
 
 
-# Who is missing, in words.
+# The missing workers, in words.
 
 
 def test_what_is_missing_is_said_in_words() -> None:
@@ -143,7 +143,7 @@ def test_what_a_server_says_is_understood_and_cut_if_it_is_an_older_one() -> Non
     assert Missing.told(everybody) == Missing(tuple(f"w{n:05d}" for n in range(MAX_NAMES)), 10_000 - MAX_NAMES, 1)
 
 
-# Where people read it: the log.
+# Names in the log.
 
 
 def test_a_name_makes_no_line_of_its_own_in_the_log() -> None:
@@ -178,7 +178,7 @@ def test_a_name_is_one_label_value_for_prometheus(start_server: StartServer) -> 
     assert found["rounds_total"] == len(HOSTILE)
 
 
-# Where people read it: the demo, and what it leaves behind.
+# Names in the demo, and in the files that it leaves behind.
 
 
 def record_of(names: tuple[str, ...]) -> Record:

@@ -1,4 +1,4 @@
-"""A variable has the same name on every worker, whichever of them wraps or compiles its model, and when."""
+"""A variable has the same name on every worker, no matter which of them wraps or compiles its model, and when."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Wrap = Callable[[torch.nn.Module], torch.nn.Module]
 
 
 class Net(torch.nn.Module):
-    """With a submodule of its own that is called as a wrapper's is."""
+    """A model with a submodule that has the same name as a wrapper's."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ def test_buffers_that_are_no_part_of_the_state_dict_stay_local_under_a_wrapper_t
     assert names_of(wrap(model)) == NAMES
 
 
-def test_what_is_called_as_a_wrapper_calls_its_model_and_is_none_keeps_its_name() -> None:
+def test_a_module_that_only_has_the_name_of_a_wrappers_keeps_it() -> None:
     model = torch.nn.Module()
     model._orig_mod = torch.nn.Module()
     model._orig_mod.module = torch.nn.Linear(1, 1)

@@ -55,7 +55,7 @@ def test_a_worker_is_as_late_as_its_push_was_whole_after_the_first() -> None:
     for stream, (worker_id, at_s) in enumerate({"a": 5.0, "b": 5.5, "c": 9.0}.items()):
         seen.admitted(stream, True, 1.0)
         seen.whole(stream, worker_id, at_s)
-    seen.whole(3, "a", 12.0)  # a retry of a whole push does not make it later
+    seen.whole(3, "a", 12.0)  # a retry of a whole push does not make the push later
     assert seen.committed(("a", "b", "c"), 12.0) == {"a": 0.0, "b": 0.5, "c": 4.0}
 
 

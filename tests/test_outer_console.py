@@ -1,4 +1,4 @@
-"""What `ps-server status` and `ps-server export` show of outer optimizers."""
+"""Outer optimizers in `ps-server status` and `ps-server export`."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def clock() -> Clock:
 
 
 def failing(*errors: ModelAverageError) -> Callable[[], str]:
-    """Raises these errors, one a call, the last one for ever; None ends them."""
+    """Raises these errors, one in each call, the last one forever; None ends them."""
     left = list(errors)
 
     def call() -> str:

@@ -1,4 +1,4 @@
-"""Where a model's parts go and that they come back: properties over random models, and the examples of the issue."""
+"""Where the parts of a model go, and how they are joined again: properties over random models, and examples."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_balanced_shards_are_contiguous_fragments_whose_numbers_differ_by_one_at
     counts = [shard.fragment_count for shard in shards]
     assert sum(counts) == manifest.fragment_count
     assert max(counts) - min(counts) <= 1
-    # One behind the other, the shards' flat buffers are the model's.
+    # The shards' flat buffers, one after the other, are the model's.
     values = whole_bytes(manifest)
     assembly = Assembly(shards, addresses(count))
     buffers = [

@@ -41,7 +41,7 @@ def push(worker_id: str, process: int = 1, number: int = 1, step: int = 0) -> Pu
 
 
 def prepared(policy: RoundPolicy, base_step: int = 0) -> Round:
-    """A round of a and b, on streams 1 and 2, in which only the commit is missing."""
+    """A round of a and b, on streams 1 and 2, that lacks only the commit."""
     round_ = Round(policy, COUNT)
     last = list[Decision]()
     for stream, worker_id in ((1, "a"), (2, "b")):

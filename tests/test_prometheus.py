@@ -1,4 +1,4 @@
-"""A real Prometheus scrapes a running job; and what docker/ gives it and Grafana fits what a server serves."""
+"""A real Prometheus scrapes a running job; the files in docker/ for Prometheus and Grafana fit the server's metrics."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Prometheus:
         return self._log.read()
 
     def query(self, expression: str) -> list[dict[str, Any]]:
-        """What an instant query gives: metric and value of each series."""
+        """The result of an instant query: metric and value of each series."""
         url = f"http://{self._address}/api/v1/query?{urllib.parse.urlencode({'query': expression})}"
         try:
             with urllib.request.urlopen(url, timeout=10) as answer:

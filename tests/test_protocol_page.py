@@ -1,4 +1,4 @@
-"""What the protocol page says is what this library does: every byte of its examples, every reason, every limit."""
+"""The protocol page agrees with the library: every byte of its examples, every reason, every limit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Proxies: a client uses one only on request, and an error names the variable of one that is in the way."""
+"""Proxies: a client uses one only on request; if one is in the way, the error names its variable."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
 
 @pytest.fixture(params=VARIABLES)
 def variable(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """One that names a proxy where nobody is; the others are not set."""
+    """Sets this variable to the address of a proxy that does not exist; the other variables are unset."""
     for name in (*VARIABLES, "no_proxy", "no_grpc_proxy", "MA_USE_PROXY"):
         monkeypatch.delenv(name, raising=False)
     with socket.socket() as nobody:  # bound, and does not listen

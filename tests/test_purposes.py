@@ -12,7 +12,7 @@ from tests.jobs import CENTER, COUNT, STEP, Job, of, running
 from tests.raw_client import Arrays, flat_bytes, fragment, fragments_of
 
 ABSTAIN, RESTORE = pb.PURPOSE_ABSTAIN, pb.PURPOSE_RESTORE
-# No average of others has these bits: sums of them in float32 would lose the small ones.
+# No average of other values has these bits: a float32 sum would lose the small values.
 LOST: Arrays = {**of(7), "w": np.full(40, 1e-9, np.float32), "scale": np.array(np.nextafter(0.5, 1.0))}
 
 

@@ -1,4 +1,4 @@
-"""What a push header says of how the client reads: half-duplex, combined messages, codecs; over a real server."""
+"""What a push header says about how the client reads: half-duplex, combined messages, codecs; with a real server."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def written(job: Job, client: RawClient, worker_id: str, first: int = 0, **field
 
 
 def kinds(stream: PushStream) -> list[list[str]]:
-    """What each message has, until the end of the stream."""
+    """The parts of each message, until the end of the stream."""
     messages = list[pb.PushAndAverageResponse]()
     while not messages or not messages[-1].HasField("outcome"):
         messages.append(stream.receive())

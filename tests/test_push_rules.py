@@ -79,7 +79,7 @@ EVENTS = st.one_of(
 
 @st.composite
 def honest(draw: st.DrawFn, beside: bool) -> list[Event]:
-    """What a server sends that keeps to the protocol."""
+    """The events of a server that keeps to the protocol."""
     events: list[Event] = [Admitted(draw(st.integers(0, COUNT)))]
     outcome = draw(st.sampled_from(list(Outcome)))
     at = COUNT if beside and outcome is Outcome.COMMITTED else 0
@@ -95,7 +95,7 @@ def honest(draw: st.DrawFn, beside: bool) -> list[Event]:
 
 @st.composite
 def hostile(draw: st.DrawFn, beside: bool) -> list[Event]:
-    """The same with some events left out, put in, or exchanged."""
+    """The same events with some left out, added or exchanged."""
     events = draw(honest(beside))
     for _ in range(draw(st.integers(0, 3))):
         at = draw(st.integers(0, len(events)))
@@ -111,14 +111,14 @@ def hostile(draw: st.DrawFn, beside: bool) -> list[Event]:
 
 @dataclass
 class Oracle:
-    """What a center may be made of: it remembers all that it hears, and looks at it again with every event."""
+    """The oracle: it remembers every event, and evaluates all of them again after each."""
 
     beside: bool
     heard: list[Event] = field(default_factory=list)
 
     @property
     def fragments(self) -> list[int]:
-        """All that have come, in order."""
+        """All fragments that have come, in order."""
         return [
             index
             for event in self.heard

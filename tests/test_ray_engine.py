@@ -25,8 +25,8 @@ LAUNCH = ("-m", "ps_worker.launch", "--engine", "ray")
 LAUNCH_TIMEOUT_S = 120
 ONE_OF_EACH = ("--ps", "1", "--workers", "1")
 
-# Ten rounds, each of which adds 0.5 to every value, if there are two workers and nothing is lost or counted twice.
-# Before round 5 worker 1 waits for a file; the others wait for it, in the round.
+# Ten rounds; with two workers, each adds 0.5 to every value if nothing is lost or counted twice.
+# Before round 5 worker 1 waits for a file, and the others wait for it in the round.
 GATED = """
 import sys, time
 from pathlib import Path
@@ -62,7 +62,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Nodes:
-    """The cluster of `tests.ray_nodes`, and what runs on it."""
+    """The cluster of `tests.ray_nodes`, and the processes on it."""
 
     def __init__(self, process: Launched) -> None:
         self._process = process
@@ -82,7 +82,7 @@ class Nodes:
         return self._process.descendants(part_of_command)
 
     def worker(self, index: int, part_of_command: str) -> int:
-        """Its pid."""
+        """The pid of the process."""
         setting = f"MA_TASK_INDEX={index}\0".encode()
         workers = self.processes(part_of_command)
         (pid,) = (pid for pid in workers if setting in Path(f"/proc/{pid}/environ").read_bytes())
@@ -166,7 +166,7 @@ def test_digits_end_right_when_a_workers_node_is_removed_in_mid_run(
         for index in range(3):
             os.kill(
                 nodes.worker(index, "ps_worker digits"), signal.SIGSTOP
-            )  # or all rounds might be made before the node is gone
+            )  # otherwise all rounds might be made before the node is gone
         bundles = nodes.lose("worker", servers=2)
         for pid in nodes.processes("ps_worker digits"):
             os.kill(pid, signal.SIGCONT)
@@ -292,7 +292,7 @@ def test_a_killed_launcher_leaves_nothing_on_the_cluster(launch: RayLaunch, node
     assert all_gone(orphans, timeout_s=10)
 
 
-# Where scripts come from.
+# The source of scripts.
 
 
 @pytest.mark.long

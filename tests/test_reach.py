@@ -28,7 +28,7 @@ OTHER = {"w": np.arange(64, dtype=np.float32) + 100}
 
 
 class Server(ScriptedServer):
-    """Notes what pulls ask for."""
+    """Records what pulls ask for."""
 
     def __init__(self) -> None:
         self.asked: list[pb.PullRequest] = []
@@ -95,7 +95,7 @@ def test_a_pull_that_broke_starts_over_at_another_process_of_the_server(server: 
     assert [request.first_fragment for request in server.asked] == [0, 0]
 
 
-def test_what_another_pull_left_behind_is_not_gone_on_with(server: Server) -> None:
+def test_a_pull_does_not_continue_what_another_pull_left_behind(server: Server) -> None:
     header, *fragments = center(ARRAYS)
     with ParameterServerSession([server.address], worker_id="a", reconnect_timeout_s=20) as session:
         server.pulls.put([header, *fragments[:2], Refusal("PERMISSION_DENIED")])
@@ -197,7 +197,7 @@ def test_an_initialization_that_is_given_up_for_another_way_is_made_again(server
         assert session.initialize(ARRAYS, timeout_s=20).initialized
 
 
-# In a namespace of its own, whose names and addresses it may change.
+# Runs in a separate namespace, in which it may change names and addresses.
 MOVING = """
 import os, signal, subprocess, sys, tempfile, threading, time
 import numpy as np

@@ -1,4 +1,4 @@
-"""The README's own model, run as it stands: whatever the number of batches, the saved model has every step in it."""
+"""The README's own model, run as printed: for any number of batches, the saved model has every step in it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from tests.long_plays import long_except
 
 ROOT = Path(__file__).parent.parent
-# The gradient is the worker's x, 1 or 2, whatever the weight: each step counts, and can be counted.
+# The gradient is the worker's x, 1 or 2, whatever the weight, so the result tells how many steps each worker made.
 PRELUDE = """
 import os
 import torch
@@ -38,7 +38,7 @@ def the_model_of_the_readme() -> str:
     return found[1]
 
 
-# By the numbers of batches, the weight at the end.
+# The weight at the end, by the numbers of batches.
 WEIGHTS = {
     (90, 90): -0.1 * (90 * 1 + 90 * 2) / 2,
     (250, 250): -0.1 * (250 * 1 + 250 * 2) / 2,

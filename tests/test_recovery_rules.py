@@ -1,5 +1,5 @@
-"""The decisions by which servers that have fallen behind come to the step of the others, in jobs of servers and workers
-that are only numbers: each server is a step and the name of its center, and makes a round when all have pushed."""
+"""The decisions by which servers that have fallen behind reach the step of the others. Servers and workers are only
+numbers here: a server is a step and the name of its center, and makes a round when all have pushed."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def test_a_server_without_a_center_is_lost() -> None:
         (ServerView(6, step=6, waited_s=LONG_S), Goal(7)),
     ],
 )
-def test_who_is_not_asked_or_only_reads_waits(view: ServerView, goal: Goal) -> None:
+def test_a_worker_that_is_not_asked_or_only_reads_waits(view: ServerView, goal: Goal) -> None:
     assert decide(view, goal, LONG_S) is Move.WAIT
 
 
-def test_who_has_waited_for_long_pushes_unasked() -> None:
+def test_a_worker_that_has_waited_for_long_pushes_unasked() -> None:
     assert decide(ServerView(6, step=6, waited_s=LONG_S + 0.1), Goal(7), LONG_S) == MakePush(Purpose.ABSTAIN, 6)
 
 
@@ -81,7 +81,7 @@ class Server:
 
     Attributes:
         step: rounds completed.
-        center: who made its center: the step at which it was made first.
+        center: the name of its center: the step at which it was first made.
         pushes: by worker, what it pushes and the center that it gives back, if any.
     """
 
@@ -93,7 +93,7 @@ class Server:
         self.pushes[worker] = push, gives
 
     def round(self, workers: int) -> tuple[dict[int, bool], bool]:
-        """By worker, whether its push was refused as ahead; and whether the round was made."""
+        """Whether each worker's push was refused as ahead; and whether the round was made."""
         if len(self.pushes) < workers:
             return {}, False
         steps = {push.base_step for push, _ in self.pushes.values()}
@@ -114,7 +114,7 @@ class Server:
 
 @dataclass
 class Worker:
-    """What one worker holds of each server, and what it knows."""
+    """The center that one worker has of each server, and what it knows."""
 
     held: list[int]
     centers: list[str]
@@ -149,7 +149,7 @@ LATEST = 20
 
 
 def settled(start: Start, order: st.DataObject) -> tuple[list[Server], list[Worker]]:
-    """Lets the workers decide, in any order, until all have all centers of one step; fails if that takes too long."""
+    """Lets the workers decide, in any order, until all have the centers of one step; fails if that takes too long."""
     servers = [Server(LATEST - fallen, f"center {LATEST - fallen}") for fallen in start.fallen]
     workers = [
         Worker([LATEST - behind for behind in held], [f"center {LATEST - behind}" for behind in held], list(intact))

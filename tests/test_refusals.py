@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-# A play that waits for a timeout of its own takes two seconds; a loaded machine makes it some more.
+# A play that waits for one of its timeouts takes two seconds, and longer on a loaded machine.
 LONGEST_S = 25.0
 
 
@@ -24,7 +24,8 @@ def refuse(*flags: str) -> dict[str, Any]:
 def check(found: dict[str, Any]) -> None:
     assert found["wrong"] == []
     assert found["longest_s"] < LONGEST_S
-    # Not every call is reached: checkpoints that are foreign, connections of strangers, errors. A few depend on time.
+    # Some calls are never reached: those for foreign checkpoints, for strangers' connections, for errors. A few depend
+    # on time.
     assert found["reached"] > 0.45 * found["sites"]
     assert found["refused"] > 0.9 * found["plays"], "plays depend a little on time"
 

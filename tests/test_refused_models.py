@@ -1,4 +1,4 @@
-"""Tensors that are no plain arrays: refused by name, with what to do; or it stays local, and the log says so."""
+"""Tensors that are not plain arrays are refused by name, with advice; or they stay local, and the log says so."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.optimizer.workers import Join, sgd
 
 __all__ = ["alone", "join"]
 
-# torch's own, of what is old or new in it.
+# torch's own warnings about its old or new features.
 pytestmark = pytest.mark.filterwarnings("ignore")
 CPU = torch.device("cpu")
 
@@ -120,7 +120,7 @@ def test_a_distributed_tensor_is_refused_by_name() -> None:
     refused(with_weight(weight), "variable '1.weight' is a DTensor, of which each rank has a part")
 
 
-# What is no plain tensor.
+# Tensors that are not plain.
 
 
 class Scaled(torch.Tensor):
@@ -229,7 +229,7 @@ def test_a_trained_sparse_parameter_is_refused_by_name() -> None:
     refused(with_weight(NOT_AVERAGED["sparse_coo"]), "variable '1.weight' is sparse_coo, and only dense tensors")
 
 
-# What is averaged besides.
+# Additional variables.
 
 
 def test_also_average_takes_parameters_without_gradients_and_buffers_by_pattern() -> None:

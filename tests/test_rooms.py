@@ -1,4 +1,4 @@
-"""The count of rooms and arrows, on graphs that are small enough to count by hand."""
+"""The count of rooms and arrows, on graphs small enough to count by hand."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from tests.committing import CommittingRound as Round
 from tests.round_play import Play, Process
 from tests.rounds import push
 
-# Workers are w0 (a), w1 (b) and so on. A play compares every event with the oracle, too.
+# Workers are w0 (a), w1 (b) and so on. A play also compares every event with the oracle.
 
 STRICT = RoundPolicy.strict(3)
 ONE_MORE = RoundPolicy(3, 2, 4, grace_s=1.0)
@@ -26,14 +26,14 @@ def strict() -> tuple[Play, Process, Process, Process]:
 
 
 def one_more() -> tuple[Play, Process, Process, Process, Process]:
-    """Three workers were announced, two are enough, and there are four."""
+    """A round with three announced workers, of which two are enough, and four workers that come."""
     play = Play(ONE_MORE, 1, surplus=0)
     a, b, c, d, *_ = play.processes
     return play, a, b, c, d
 
 
 def all_together(play: Play, *processes: Process) -> None:
-    """Each begins before the first is whole."""
+    """Pushes of all these workers; each begins before the first is whole."""
     for process in processes:
         play.push(process)
     for process in processes:
@@ -41,7 +41,7 @@ def all_together(play: Play, *processes: Process) -> None:
 
 
 def contributors(play: Play) -> list[str]:
-    """Of every round so far, as letters."""
+    """The contributors of every round so far, as letters."""
     assert play.surprises == []
     return ["".join("abcd"[int(name[1:])] for name in c.commit.contributors) for c in play.commits]
 
@@ -82,7 +82,7 @@ def test_that_one_has_finished_may_be_heard_before_its_connection_breaks() -> No
     assert isinstance(play.round.close(stream, play.now_s)[0], Restart)
 
 
-def test_the_time_of_grace_begins_when_all_who_are_left_have_pushed_but_one_more_than_announced() -> None:
+def test_the_grace_period_begins_when_all_announced_workers_that_are_left_have_pushed() -> None:
     play, a, b, c, d = one_more()
     all_together(play, a, b, c, d)  # the first round does not wait for d, and holds it
     all_together(play, a, b, c, d)
@@ -157,7 +157,7 @@ def test_in_a_new_run_none_of_the_last_one_has_finished() -> None:
     assert contributors(play) == ["abc"]
 
 
-def test_to_say_twice_that_one_has_finished_changes_nothing() -> None:
+def test_finishing_twice_changes_nothing() -> None:
     play, a, b, _ = strict()
     play.finish(a)
     play.finish_again(a)

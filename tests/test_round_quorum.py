@@ -12,7 +12,7 @@ from tests.committing import CommittingRound as Round
 from tests.committing import Decided
 from tests.rounds import commit_of, dismissals, give, part, push, refused, whole
 
-# Rules by example. Workers a, b, c; three to be, two are enough, ten seconds of grace.
+# Rules by example. Workers a, b, c: three are announced, two are enough, and the grace period is ten seconds.
 
 
 def quorum(
@@ -31,7 +31,7 @@ def quorum(
 def after_a_round(
     *worker_ids: str, min_workers: int = 2, max_workers: int = 4, round_timeout_s: float | None = None
 ) -> Round:
-    """A round with a quorum that these workers have contributed to. It began and ended at 0 s; streams are below 0."""
+    """The round after a first one, which these workers made at 0 s on streams below 0; a quorum is enough."""
     round_ = quorum(len(worker_ids), min_workers, max_workers, round_timeout_s=round_timeout_s)
     for number, worker_id in enumerate(worker_ids, 1):
         whole(round_, -number, worker_id, step=0, now_s=0.0)
@@ -47,7 +47,7 @@ def expire_when_due(round_: Round, due_at_s: float) -> list[Decided]:
     return round_.expire(due_at_s)
 
 
-def test_a_round_with_its_quorum_waits_for_the_time_of_grace_and_commits_with_whom_it_has() -> None:
+def test_a_round_with_its_quorum_waits_for_the_grace_period_and_commits_with_whom_it_has() -> None:
     round_ = after_a_round("a", "b", "c")
     whole(round_, 1, "a", now_s=1.0)
     assert round_.due_at_s is None, "one push is no quorum"
@@ -68,7 +68,7 @@ def test_a_round_commits_at_once_when_all_for_whom_it_waits_are_whole() -> None:
     assert commit_of(whole(round_, 3, "c", now_s=3.0)).contributors == ("a", "b", "c")
 
 
-def test_the_time_of_grace_begins_with_the_quorum_and_is_not_prolonged() -> None:
+def test_the_grace_period_begins_with_the_quorum_and_is_not_prolonged() -> None:
     round_ = after_a_round("a", "b", "c", "d")
     whole(round_, 1, "a", now_s=1.0)
     whole(round_, 2, "b", now_s=3.0)
@@ -76,7 +76,7 @@ def test_the_time_of_grace_begins_with_the_quorum_and_is_not_prolonged() -> None
     assert commit_of(expire_when_due(round_, 13.0)).contributors == ("a", "b", "c")
 
 
-def test_the_first_round_waits_for_num_workers_and_then_for_the_time_of_grace() -> None:
+def test_the_first_round_waits_for_num_workers_and_then_for_the_grace_period() -> None:
     round_ = quorum()
     whole(round_, 1, "a", step=0, now_s=1.0)
     whole(round_, 2, "b", step=0, now_s=2.0)
@@ -265,7 +265,7 @@ def test_a_worker_that_was_given_up_takes_no_place_from_others() -> None:
     assert commit_of(whole(round_, 7, "b", now_s=12.0)).contributors == ("a", "b", "d")
 
 
-def test_nobody_is_held_for_longer_than_the_time_of_grace_because_of_a_push_that_broke_off() -> None:
+def test_nobody_is_held_for_longer_than_the_grace_period_because_of_a_push_that_broke_off() -> None:
     round_ = without_c()
     whole(round_, 3, "a", step=2, now_s=20.0)
     part(round_, 4, "b", step=2, now_s=20.0)
@@ -439,7 +439,7 @@ def test_those_who_are_ahead_are_refused_for_the_sake_of_a_held_worker_too() -> 
     assert refused(error) is Reason.BASE_STEP_AHEAD
 
 
-def test_the_time_of_grace_adapts_to_how_late_the_workers_are() -> None:
+def test_the_grace_period_adapts_to_how_late_the_workers_are() -> None:
     round_ = quorum(2, 1, fragment_count=1, grace_s=None)
     for step in range(5):
         now_s = 100.0 * step

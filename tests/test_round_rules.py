@@ -33,7 +33,7 @@ _DRIVEN = 120
 
 @cache
 def played() -> list[tuple[Plan, Play]]:
-    """What all rules are checked with."""
+    """The plans with which all rules are checked."""
     chosen = [random_plan(number) for number in range(_PLAYS)]
     return [(plan, plan.play()) for plan in chosen]
 
@@ -104,7 +104,7 @@ def test_rule_3_global_step_grows_by_one_with_every_commit_and_never_otherwise()
     for _, play in played():
         reached = play.steps[0]
         for committed in play.commits:
-            # All may agree on a step that the server, restored from an old checkpoint, has forgotten.
+            # All may agree on a step that a server that was restored from an old checkpoint has forgotten.
             assert committed.base_step >= reached
             reached = committed.base_step + 1
             assert committed.commit.global_step == reached
@@ -132,7 +132,7 @@ def test_rule_6_a_round_commits_only_with_all_it_needs_less_those_that_have_fini
         assert min(plan.policy.min_workers, max(1, left)) <= len(whole) <= plan.policy.max_workers
 
 
-def test_before_the_time_of_grace_is_over_a_round_commits_only_with_all_it_waits_for() -> None:
+def test_before_the_grace_period_is_over_a_round_commits_only_with_all_it_waits_for() -> None:
     for number, (_, play) in enumerate(played()):
         assert play.early == [], number
 
@@ -161,7 +161,7 @@ def test_the_random_interleavings_reach_every_decision_every_refusal_and_every_c
         assert any(cause in text for text in words), cause
 
 
-# Rule 7: who lives can go on. Who may be left: the first, the last or the second processes of the ids, or new ids.
+# Rule 7: living workers can go on. These may be the first, the last or the second processes of the ids, or new ids.
 _LIVE: dict[str, Callable[[Play, int], list[Process]]] = {
     "first": lambda play, count: play.processes[:count],
     "last": lambda play, count: play.processes[len(play.processes) // 2 :][-count:],
@@ -171,7 +171,8 @@ _LIVE: dict[str, Callable[[Play, int], list[Process]]] = {
 
 
 def drive_to_a_commit(play: Play, live: Sequence[Process]) -> float:
-    """These processes live and try again, all others are gone, and the server notices it. Returns how long it took."""
+    """Lets these processes live and try again; the server notices that all others are gone. Returns how long it
+    took."""
     for process in play.processes:
         if process not in live:
             play.break_off(process)

@@ -229,7 +229,7 @@ def test_a_restarted_worker_is_counted_once(job: Job) -> None:
     restarted.half_close()
     other = job.push("b", of(3))
     outcomes = [stream.answer() for stream in (restarted, other)]
-    # The push of the process that is gone was whole, so it stays.
+    # The push of the old process was whole, so it stays.
     assert [outcome.outcome for outcome, _ in outcomes] == [pb.OUTCOME_ALREADY_COUNTED, pb.OUTCOME_COMMITTED]
     for outcome, center in outcomes:
         assert list(outcome.contributors) == ["a", "b"]
@@ -326,7 +326,7 @@ def test_a_pull_that_waits_gets_the_center_once_the_chief_has_set_it(start_serve
 
 
 def test_a_slow_puller_sees_one_steps_center_while_rounds_commit(start_server: StartServer) -> None:
-    # Large enough that most of it has still to be read from the server's buffers when the rounds commit.
+    # Large enough that most of it is still unread in the server's buffers when the rounds commit.
     size = 1 << 20
     models = [{"w": np.full(4 << 20, value, np.float32)} for value in range(4)]
     with RawClient(start_server(1).address) as client:

@@ -33,8 +33,8 @@ class ServerProcess:
     """`ps-server serve` on a free port; killed at the end if it has not ended by then.
 
     Attributes:
-        line: the first one that it printed; empty if it ended without a word.
-        data_line: the one that says where data connections are; empty if none says so.
+        line: the first line that it printed; empty if it ended without output.
+        data_line: the line with the addresses of data connections; empty if there is none.
     """
 
     def __init__(self, *arguments: str, num_workers: int = 2) -> None:
@@ -136,7 +136,7 @@ def test_data_connections_of_several_addresses_are_announced_together() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_server_that_is_told_to_stop_refuses_who_waits_and_exits_with_0(number: signal.Signals) -> None:
+def test_a_server_that_is_told_to_stop_refuses_waiting_calls_and_exits_with_0(number: signal.Signals) -> None:
     with ServerProcess() as server, RawClient(server.address) as client:
         waiting_pull = client.open_pull()
         waiting_pull.send(pb.PullRequest(worker_id="early", wait_initialized=True))
@@ -287,17 +287,17 @@ def test_no_arguments_give_the_usage_as_a_process_too() -> None:
     assert "Traceback" not in process.stderr
 
 
-# How long a peer may be silent is a number of test_slow_links.py; here, that it counts.
+# test_slow_links.py checks how long a peer may be silent; these tests check that the limit has an effect.
 IMPATIENT = {"grpc.keepalive_timeout_ms": 1000, "grpc.http2.ping_timeout_ms": 1000}
 
 
 class Impatient(ParameterServerSession):
-    """Takes a server for gone that is silent for a second."""
+    """A session that takes a server for gone after a second of silence."""
 
     _timing = Timing(peer_silence_s=1.0)
 
 
-def test_a_server_that_no_longer_answers_is_noticed_by_who_waits_at_the_barrier() -> None:
+def test_a_server_that_no_longer_answers_is_noticed_by_a_worker_at_the_barrier() -> None:
     with (
         ServerProcess(num_workers=2) as server,
         Impatient([server.address], worker_id="chief", is_chief=True, reconnect_timeout_s=0) as session,
@@ -337,7 +337,7 @@ def test_a_worker_that_no_longer_answers_frees_its_id(
 
 
 def is_free(session: ParameterServerSession) -> bool:
-    """Whether a push under this id is let in; it ends at once, for nobody else pushes."""
+    """Whether a push under this id is admitted; an admitted one times out, since no other worker pushes."""
     try:
         session.push_and_average(of(2), timeout_s=0.3)
     except ConflictError as error:

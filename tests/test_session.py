@@ -1,4 +1,4 @@
-"""The session: numpy in, numpy out, and nothing of gRPC to be seen."""
+"""The session: numpy in, numpy out, and nothing of gRPC shows."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Pair:
         self.address, self.a, self.b, self._pool = address, a, b, pool
 
     def start(self, call: Callable[..., PushResult], *arguments: Any, **options: Any) -> Future[PushResult]:
-        """Calls it in a thread of its own; it is over within 20 s."""
+        """Calls the function in a separate thread; it has to end within 20 s."""
         return self._pool.submit(call, *arguments, **{"timeout_s": 20.0, **options})
 
     def round(self, a: dict[str, Array], b: dict[str, Array], **options: Any) -> tuple[PushResult, PushResult]:
@@ -103,7 +103,7 @@ def pair(start_server: StartServer) -> Iterator[Pair]:
         yield pair
 
 
-# What goes in and what comes out.
+# Values in and out.
 
 
 def test_a_round_averages_and_both_workers_get_the_center(pair: Pair) -> None:
@@ -367,7 +367,8 @@ def test_a_push_that_waits_in_vain_may_be_made_again(pair: Pair) -> None:
     assert_same(local, A)
     assert pair.a.base_step == 0
     first, second = pair.round(local, B)
-    # The server has the first try whole, and counts the worker once: the other one finds it counted, or its round over.
+    # The server has the whole first try, and counts the worker once: the second try finds it counted, or its round
+    # over.
     assert first.outcome in (Outcome.ALREADY_COUNTED, Outcome.STALE)
     assert second.outcome is Outcome.COMMITTED
     for result in (first, second):

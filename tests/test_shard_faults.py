@@ -1,4 +1,4 @@
-"""What is lost when one of several servers dies in the middle of a round, or a worker: nothing. Processes, SIGKILL."""
+"""Nothing is lost when one of several servers, or a worker, dies in the middle of a round. Processes, SIGKILL."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WORKERS, ROUNDS, MIDDLE = 2, 20, 10
 SMALL: Model = {"w": np.zeros(380, np.float32), "b": np.ones((), np.float32), "c": np.ones(3, np.float32)}
 # How often a moment comes in a round, at least.
 TIMES_A_ROUND = {"in the middle of the fragments": 6, BETWEEN_TWO_ANSWERS: 2}
-# Those in which a shard knows of a round what no other knows, or they what it does not.
+# Moments at which a shard knows something about a round that the others do not, or the reverse.
 TELLING = [
     "in the middle of the fragments",
     "before the checkpoint",
@@ -40,7 +40,7 @@ StartWorker = Callable[..., ShardWorker]
 
 @pytest.fixture
 def start_servers(tmp_path: Path) -> Iterator[StartServers]:
-    """start_servers([option], ..., [option]) -> as many servers, with options of `RestartedServer` each."""
+    """start_servers([option], ..., [option]) -> a server for each list of `RestartedServer` options."""
     with contextlib.ExitStack() as running:
 
         def start(*options: Mapping[str, object], flags: tuple[str, ...] = ()) -> list[RestartedServer]:
@@ -189,7 +189,7 @@ def test_a_worker_that_waits_at_the_barrier_waits_on_when_a_shard_comes_back(sta
 
 
 def kill_all(workers: list[ShardWorker], servers: list[RestartedServer]) -> None:
-    """The workers first, so that they do nothing with what the servers have forgotten; the servers come back."""
+    """Kills the workers first, so that they do not react to what the servers have forgotten; restarts the servers."""
     for worker in workers:
         worker.kill()
     for server in servers:
@@ -253,7 +253,7 @@ def test_a_worker_killed_when_one_shard_has_its_push_and_the_other_has_not_comes
     start_worker(0, addresses_of(servers), 10).comes_to(10)
     other.comes_to(10)
     assert steps(servers) == [10, 10]
-    # On the second shard, round 5 is the other worker's alone.
+    # On the second shard, round 5 has only the other worker's push.
     fifth = undisturbed(START, WORKERS, 5)
     sixth = {"a": undisturbed(fifth, WORKERS, 6, since=5)["a"], "b": trained(fifth, 1, 5)["b"]}
     expected, center = undisturbed(sixth, WORKERS, 10, since=6), center_of(servers)

@@ -1,5 +1,5 @@
-"""Rounds over several servers that end, forget and come back, under workers that do, too: nothing hangs, nothing is
-averaged twice, and all servers come to one step. Real servers and sessions in one process."""
+"""Rounds over several servers; servers and workers end, forget and come back. Nothing hangs, nothing is averaged twice,
+and all servers reach one step. Real servers and sessions in one process."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ def make_job(tmp_path: Path) -> Iterator[MakeJob]:
 
 @dataclass(frozen=True)
 class State:
-    """How a round from step 11 ended before all was lost that could be.
+    """How far a round from step 11 had come before processes ended.
 
     Args:
-        answered: worker and shard, where the worker heard that the round had committed; there, it has the center 12.
+        answered: pairs of worker and shard: from this shard the worker heard of the commit, and has its center 12.
         restored: by shard, from which checkpoint it came back; None: it never ended.
         replaced: the workers whose process ended.
         num_workers: how many there are.
@@ -76,7 +76,7 @@ class State:
 
     @property
     def is_possible(self) -> bool:
-        """Whether a worker has no answer yet, and every such worker will get one when it asks again."""
+        """Whether some workers have no answer yet, and all of these will get one when they ask again."""
         return len(self.answered) < len(self.places) and all(
             place in self.answered or self.restored[place[1]] is not None or place[0] in self.replaced
             for place in self.places
@@ -88,7 +88,7 @@ class State:
 
 
 def states(num_workers: int, num_shards: int, shared: bool = False) -> Iterator[State]:
-    """All that are possible."""
+    """All possible states."""
     places = list(itertools.product(range(num_workers), range(num_shards)))
     steps = (None, FIRST_STEP + 2, FIRST_STEP + 1, FIRST_STEP)
     for answered in subsets(places):
@@ -100,7 +100,7 @@ def states(num_workers: int, num_shards: int, shared: bool = False) -> Iterator[
 
 
 def some_states(seed: int, count: int) -> list[State]:
-    """This many, for jobs of two or three workers and shards."""
+    """This many random states, of jobs with two or three workers and shards."""
     chance = random.Random(seed)
     found = list[State]()
     while len(found) < count:
@@ -122,7 +122,7 @@ def subsets(of: Collection[Any]) -> Iterator[tuple[Any, ...]]:
 
 
 def recover(job: FaultyJob, state: State) -> None:
-    """Brings a job into a state, and checks that it comes out of it."""
+    """Brings a job into a state, and checks that it recovers."""
     for seat in job.seats:
         seat.goes_to = FIRST_STEP + 1
     job.begin()
@@ -154,7 +154,8 @@ def recover(job: FaultyJob, state: State) -> None:
 
 
 def is_reached(job: FaultyJob, state: State) -> bool:
-    """Whether the round has committed, those who heard of it everywhere push again, and nobody has anything to do."""
+    """Whether the round has committed, workers that heard of it on all shards push again, and nothing else is left to
+    do."""
     if [shard.status.global_step for shard in job.shards] != [FIRST_STEP + 2] * len(job.shards):
         return False
     for worker, seat in enumerate(job.seats):
@@ -197,10 +198,10 @@ def test_larger_jobs_come_out_of_hundreds_of_states(tmp_path: Path) -> None:
 
 @dataclass(frozen=True)
 class Play:
-    """What may happen in it.
+    """What may happen in a play.
 
     Args:
-        seed: of all that is left to chance.
+        seed: of all random choices.
         forgets: servers write checkpoints after 1 to 3 rounds, and come back from one of the last four.
         quorum: rounds go on without the late.
         faults: how often something happens.
@@ -233,14 +234,14 @@ def perform(play: Play, directory: Path) -> None:
 
 
 def go_on(job: FaultyJob, chance: random.Random) -> None:
-    """Some rounds, and any moment of the next; or a while in which there is none."""
+    """Waits for some rounds and a random moment of the next, or for a while if no round is made."""
     enough = job.pushed_from + chance.randint(0, 2)
     soon(lambda: job.pushed_from >= enough, timeout_s=0.5)
     time.sleep(chance.choice((0.0, 0.001, 0.003, 0.01, 0.03)))  # the moment of the fault
 
 
 def cause_faults(job: FaultyJob, play: Play, chance: random.Random) -> None:
-    """Ends some servers and workers and holds some workers up; brings all back, in any order."""
+    """Ends some servers and workers and delays some workers; brings all back, in any order."""
     faults = list[tuple[Callable[[], None], Callable[[], None]]]()
     for shard in job.shards:
         if chance.random() < 0.5:
@@ -257,7 +258,7 @@ def cause_faults(job: FaultyJob, play: Play, chance: random.Random) -> None:
         cause()
     chance.shuffle(faults)
     for _, undo in faults:
-        time.sleep(chance.choice((0.0, 0.0, 0.005, 0.05, 0.2)))  # how long it is away
+        time.sleep(chance.choice((0.0, 0.0, 0.005, 0.05, 0.2)))  # how long the server is away
         undo()
 
 
@@ -293,7 +294,7 @@ def test_twenty_long_plays_end_well(forgets: bool, quorum: bool, tmp_path: Path)
 
 
 def joined(job: FaultyJob, count: int) -> list[ParameterServerSession]:
-    """This many workers with the center."""
+    """This many workers that have the center."""
     sessions = [job.session(f"worker-{number}") for number in range(count)]
     sessions[0].initialize(job.start_values(), global_step=FIRST_STEP)
     for session in sessions:
@@ -321,7 +322,7 @@ def firsts(center: Mapping[str, NDArray[Any]]) -> list[float]:
 
 
 def whole(job: FaultyJob, shards: Sequence[int], *workers: str) -> bool:
-    """Whether these pushes come to be whole on these shards."""
+    """Whether these pushes become whole on these shards in time."""
     return soon(lambda: all(set(workers) <= job.shards[index].whole for index in shards))
 
 
@@ -346,7 +347,7 @@ def test_a_center_that_came_by_catching_up_is_the_callers_own(make_job: MakeJob)
     assert [firsts(center) for center in centers] == [[3, 0], [3, 0]]
 
 
-def test_who_only_reads_waits_for_workers_to_bring_a_shard_up(make_job: MakeJob) -> None:
+def test_a_reader_waits_for_workers_to_bring_a_shard_up(make_job: MakeJob) -> None:
     job = make_job(2, STRICT)
     sessions = joined(job, 2)
     pushed(sessions, [of(job, 2, 2), of(job, 4, 4)])
@@ -365,7 +366,7 @@ def test_who_only_reads_waits_for_workers_to_bring_a_shard_up(make_job: MakeJob)
 
 
 class Impatient(ParameterServerSession):
-    """Pushes soon, asked or not."""
+    """Pushes soon, whether asked or not."""
 
     _timing = Timing(fall_back_interval_s=0.1, long_wait_s=0.2)
 
@@ -381,7 +382,7 @@ def test_a_shard_that_takes_a_reader_for_the_missing_worker_is_brought_up(make_j
         assert soon(lambda: behind._servers.steps == [FIRST_STEP + 2, FIRST_STEP + 1])
         made_uneven(job)
         with RawClient(job.shards[1].address) as reader:
-            reader.pull()  # the only name that the shard knows besides that of the one who waits
+            reader.pull()  # the only name that the shard knows, apart from the waiting worker's
         assert whole(job, [1], "worker-1")
         next_round = threads.submit(ahead.push_and_average, of(job, 1, 1))
         assert late.result(HANG_S).global_step == FIRST_STEP + 2
@@ -422,19 +423,19 @@ def test_variables_are_not_untouched_from_a_center_that_is_lost(make_job: MakeJo
         assert firsts(ahead.push_and_average(of(job, 8, 9)).center) == [7, 6]
         made_uneven(job)
         following = threads.submit(ahead.push_and_average, of(job, 8, 6), untouched={"v1"})
-        # What the first worker knows of v1 is more than what the shard has kept.
+        # The first worker knows more of v1 than the shard has kept.
         assert firsts(late.result(HANG_S).center)[1] != 3
         behind.push_and_average(of(job, 6, 6))
         assert following.result(HANG_S).outcome is Outcome.COMMITTED
 
 
 class Hasty(ParameterServerSession):
-    """Pushes at once, asked or not."""
+    """Pushes at once, whether asked or not."""
 
     _timing = Timing(long_wait_s=0.0)
 
 
-def test_who_finds_a_round_full_waits_for_its_end(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_finds_a_round_full_waits_for_its_end(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
     refused, push = threading.Event(), OneServer.push
 
     def refusable(*arguments: Any) -> pb.PushOutcome:
@@ -500,7 +501,9 @@ def test_shards_that_run_on_while_they_are_read_are_read_all_at_once() -> None:
         one.connection.close()
 
 
-def test_with_a_quorum_who_is_late_on_one_shard_is_stale_and_goes_on_with_the_others(make_job: MakeJob) -> None:
+def test_with_a_quorum_a_worker_that_is_late_on_one_shard_is_stale_and_goes_on_with_the_others(
+    make_job: MakeJob,
+) -> None:
     job = make_job(2, RoundPolicy(2, 1, 2, grace_s=0.3))
     late, other = joined(job, 2)
     pushed([late, other], [of(job, 2, 2), of(job, 4, 4)])
@@ -519,7 +522,7 @@ def test_with_a_quorum_who_is_late_on_one_shard_is_stale_and_goes_on_with_the_ot
         assert firsts(result.center) == [3, 3]
 
 
-def test_with_a_quorum_who_is_late_by_rounds_on_one_shard_comes_to_the_common_step(make_job: MakeJob) -> None:
+def test_with_a_quorum_a_worker_that_is_late_by_rounds_on_one_shard_comes_to_the_common_step(make_job: MakeJob) -> None:
     job = make_job(2, RoundPolicy(2, 1, 2, grace_s=0.1))
     late, other = joined(job, 2)
     pushed([late, other], [of(job, 2, 2), of(job, 4, 4)])

@@ -141,7 +141,7 @@ def test_a_result_is_a_copy_or_cannot_be_written_to(
         one.push_and_average(random_model(2))
         assert all(result.center[name].tobytes() == kept[name].tobytes() for name in kept)
     else:
-        # What was given back may be pushed again, though it lies where the next center arrives.
+        # A result may be pushed again, although its memory is where the next center arrives.
         again = one.push_and_average(result.center, copy=False)
         assert all(again.center[name].tobytes() == kept[name].tobytes() for name in kept)
 
@@ -201,7 +201,7 @@ def test_a_push_that_is_not_whole_on_all_servers_within_its_time_can_be_made_aga
 def test_a_failure_at_one_server_ends_the_push_at_all(start_server: StartServer, workers: Workers) -> None:
     addresses = start(start_server, 2)
     one, _ = workers.join(addresses, 2, CENTER, fragment_size_bytes=64)
-    with RawClient(addresses[1]) as client:  # another process has this worker's name there
+    with RawClient(addresses[1]) as client:  # another process has this worker's id there
         manifest_id = client.status().manifest_id
         stream = client.open_push()
         stream.send(push_header(manifest_id, "worker-0", base_step=STEP))
@@ -214,7 +214,7 @@ def test_a_failure_at_one_server_ends_the_push_at_all(start_server: StartServer,
     assert one.worker_id in str(refused.value)
 
 
-# Who belongs together.
+# Servers and workers that belong together.
 
 
 def test_servers_in_the_wrong_order_are_refused(start_server: StartServer, workers: Workers) -> None:
@@ -275,7 +275,7 @@ def test_another_model_is_refused_by_the_name_of_its_variable(start_server: Star
     assert refused.value.reason is Reason.MANIFEST_MISMATCH
 
 
-# What people see.
+# Output.
 
 
 def test_the_status_command_shows_every_server(
@@ -293,11 +293,11 @@ def test_the_status_command_shows_every_server(
     assert len({status["shard"]["job_id"] for status in shown}) == 1
 
 
-# Initialization in pieces.
+# Interrupted initialization.
 
 
 def raw_initialize(address: str, model: Arrays, index: int, count: int, job: bytes, global_step: int = STEP) -> None:
-    """What a chief does that dies between two servers."""
+    """Does what a chief does that dies between two servers."""
     variables = tuple(Variable(n, dtype_name(a.dtype), a.shape) for n, a in model.items())
     shards = place(Manifest(variables, 64), count, "balanced", job)
     values = Assembly(shards, ["?"] * count).cut([bytes_of(array) for array in model.values()])[index]
@@ -321,7 +321,7 @@ def test_a_chief_completes_what_its_predecessor_could_not(start_server: StartSer
     assert not chief.initialize(CENTER, global_step=STEP).initialized
 
 
-def test_a_server_that_lost_its_part_of_a_job_is_not_initialized_anew(
+def test_a_server_that_lost_its_part_of_a_job_is_not_initialized_again(
     start_server: StartServer, workers: Workers
 ) -> None:
     addresses = start(start_server, 2)

@@ -130,7 +130,7 @@ def waits(watcher: RawClient, worker_id: str) -> bool:
 
 
 def test_all_in_shared_memory_are_summed_in_the_order_of_their_names(start_server: StartServer) -> None:
-    # Chosen so that every order of the three gives another float32 sum.
+    # Chosen so that every order of the three gives a different float32 sum.
     parts = [np.float32(1e8), np.float32(-1e8), np.float32(1.0)]
     expected = ((parts[0] + parts[1]) + parts[2]) / np.float32(3)
     assert expected != ((parts[1] + parts[2]) + parts[0]) / np.float32(3)
@@ -248,7 +248,7 @@ def test_a_segment_is_opened_only_at_its_address_with_its_nonce_and_size(tmp_pat
 
 
 def test_memory_that_could_be_taken_away_is_not_used() -> None:
-    # Reading a mapping behind the end of its file kills the process, so what may shrink is not mapped.
+    # Reading a mapping beyond the end of its file kills the process, so a file that may shrink is not mapped.
     descriptor = os.memfd_create("not sealed", os.MFD_ALLOW_SEALING)
     os.ftruncate(descriptor, 8192)
     address = SegmentAddress(f"/proc/{os.getpid()}/fd/{descriptor}", bytes(16))

@@ -1,4 +1,4 @@
-"""Slow links: how much is on its way, how long silence may be, and models over 0.5 Mbit/s between test hosts."""
+"""Slow links: how much may be in flight, how long silence may last, and models over 0.5 Mbit/s between test hosts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ps_server.machine.connections import Taking, taking
 from tests.raw_client import until
 
 on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel does not say")
-# The slowest link that has to work, and what waits before it: a queue of 1 MB, and a fragment that the kernel took.
+# The slowest link that has to work, and what waits before it: a queue of 1 MB, and a fragment in the kernel.
 SLOWEST_BYTES_PER_S = 0.5e6 / 8
 AHEAD_BYTES = 1_000_000 + (1 << 20)
 
@@ -33,7 +33,7 @@ def test_no_timer_is_shorter_than_a_ping_takes_on_the_slowest_link() -> None:
     options = dict(CHANNEL_OPTIONS)
     ping_s = AHEAD_BYTES / SLOWEST_BYTES_PER_S
     assert options["grpc.keepalive_timeout_ms"] / 1000 == SILENCE_TIMEOUT_S > ping_s
-    assert options["grpc.http2.ping_timeout_ms"] / 1000 > 2 * ping_s  # and its answer, as long again
+    assert options["grpc.http2.ping_timeout_ms"] / 1000 > 2 * ping_s  # and its answer takes as long again
 
 
 def test_a_peer_that_is_gone_is_noticed_within_a_minute() -> None:
@@ -42,12 +42,12 @@ def test_a_peer_that_is_gone_is_noticed_within_a_minute() -> None:
     assert options["grpc.http2.ping_timeout_ms"] <= 2 * GONE_AFTER_S * 1000
 
 
-# What goes on a data connection.
+# Bytes in flight on a data connection.
 
 
 @contextmanager
 def connected() -> Iterator[tuple[socket.socket, socket.socket]]:
-    """Both ends; the second takes little that it does not read."""
+    """Both ends; the second one buffers little."""
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         listener.bind(("127.0.0.1", 0))
@@ -69,7 +69,7 @@ def test_no_more_is_on_its_way_than_the_link_takes_in_a_second(monkeypatch: pyte
         while room_bytes := pace.room():
             sent_bytes += ours.send(bytes(min(room_bytes, 1 << 14)))
         assert 0.9 * 200_000 < pace.waiting_bytes < 1.1 * 200_000
-        # As it is taken, more may go.
+        # As bytes are taken, more may follow.
         theirs.settimeout(5)
         while not pace.room():
             sent_bytes -= len(theirs.recv(1 << 16))
@@ -115,7 +115,7 @@ def test_other_than_tcp_goes_as_fast_as_it_can() -> None:
         assert not Pace(ours).moves()
 
 
-# The last word on a refused call.
+# The last message of a refused call.
 
 
 @on_linux
@@ -153,7 +153,7 @@ def test_a_last_word_waits_as_long_as_bytes_move(taken: list[Taking | None], wai
         def look() -> Taking | None:
             found = next(looks, None)
             if found is taken[-1] and waits_for_it and not last_word.done():
-                last_word.set_exception(ZeroDivisionError)  # as abort ends, when it went out
+                last_word.set_exception(ZeroDivisionError)  # the way in which abort ends, once it was sent
             return found
 
         await while_taken(last_word, look, timeout_s=0.01, silence_timeout_s=0.1)
@@ -165,8 +165,8 @@ def test_a_last_word_waits_as_long_as_bytes_move(taken: list[Taking | None], wai
 # Test hosts.
 
 RATE_MBIT, QUEUE_BYTES, FAST_MBIT = 0.5, 1_000_000, 100
-# With these numbers of values the timers of before, 5 s for a ping, broke calls, or the server said of a worker that it
-# took nothing: 11.5, 6.4 and 11.2 s of that link.
+# With these numbers of values, earlier timers (5 s for a ping) broke calls, or the server logged that a worker took
+# nothing: 11.5, 6.4 and 11.2 s of that link.
 INITIALIZE, PUSH, ON_DATA_CONNECTION = ("initialize", 180_000), ("push", 100_000), ("push beside", 175_000)
 WORKER = """
 import json, logging, pathlib, sys, time
@@ -213,7 +213,7 @@ with ParameterServerSession(
 def over_a_slow_link(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[dict[tuple[str, int], Future[list[object]]]]:
-    """What the workers of jobs tell that run side by side, each over a link of its own."""
+    """The reports of the workers of jobs that run at the same time, each over a separate link."""
     reason = unavailable_because()
     if reason is not None:
         pytest.skip(reason)
@@ -243,7 +243,7 @@ def _play(doing: str, values: int, slow: Path) -> list[object]:
         found: list[object] = json.loads(working.communicate(timeout=60)[0])
         serving.terminate()
         by_server = serving.communicate(timeout=20)[0].splitlines()
-    # That a worker comes and goes, and when, is no trouble of the link.
+    # Lines about workers that come and go say nothing about the link.
     usual = ("data connections at", "has left without having finished", "there is no center yet")
     return [*found, [line for line in by_server if not any(words in line for words in usual)]]
 

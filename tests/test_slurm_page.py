@@ -1,4 +1,4 @@
-"""The script of docs/slurm.md runs: on one machine, with commands of Slurm's names that do what Slurm's would."""
+"""The script of docs/slurm.md runs: on one machine, with stand-ins for Slurm's commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What importing a package loads, and what every module, the table of errors and the protocol file have to have.
+"""What importing a package loads, and what every module, the table of errors and the protocol file must contain.
 
 Which room may import from which is declared in .importlinter; `make lint` checks it.
 """

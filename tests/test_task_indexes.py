@@ -1,4 +1,4 @@
-"""Task indexes that the server assigns: which process gets which, and when another process may get it."""
+"""Task indexes that the server assigns: which process gets which index, and when another process may get it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Slot:
 
 
 class Oracle:
-    """The rules once more, by looking at every slot."""
+    """An oracle: the rules again, by a look at every slot."""
 
     def __init__(self, num_workers: int, closed_until_s: float) -> None:
         self.slots: list[Slot | None] = [None] * num_workers
@@ -144,7 +144,7 @@ def test_processes_get_the_lowest_indexes_that_are_free_and_then_wait(start_serv
         assert index_of(third) == 0
 
 
-def test_who_has_waited_longest_is_served_first(start_server: StartServer) -> None:
+def test_the_process_that_has_waited_longest_is_served_first(start_server: StartServer) -> None:
     with RawClient(start_server(1).address) as raw:
         assert index_of(join(raw, "0")) == 0
         waiting = {}
@@ -156,7 +156,7 @@ def test_who_has_waited_longest_is_served_first(start_server: StartServer) -> No
             assert index_of(waiting[process]) == 0
 
 
-def test_a_broken_call_keeps_its_index_for_its_process_and_then_gives_it_to_who_waits(
+def test_a_broken_call_keeps_its_index_for_its_process_and_then_gives_it_to_a_waiting_one(
     start_server: StartServer,
 ) -> None:
     server = start_server(1, rejoin_timeout_s=1.0)

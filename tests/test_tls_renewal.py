@@ -1,4 +1,4 @@
-"""Certificates on a worker's side: renewed while it runs, and what is said of an intermediate one that is missing."""
+"""Certificates on a worker's side: they are renewed while it runs, and a missing intermediate one is named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/trainers.md and examples/trainers: other people's training loops, as a reader would run them."""
+"""docs/trainers.md and examples/trainers: third-party training loops, as a reader would run them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = {"accelerate": 12, "lightning": 12, "transformers": 8}  # and their rounds
 WORKERS = 2
 TIMEOUT_S = 180
-# Trainers talk to nobody, warn of what is theirs, and see one processor each.
+# Trainers use no network, do not fail on their own warnings, and see one processor each.
 ENVIRON = {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "default", "OMP_NUM_THREADS": "1"}
 
 
@@ -57,7 +57,7 @@ def test_a_trainer_that_averages_gradients_under_torchrun_is_warned_about(tmp_pa
     command = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
     command += ["--nproc-per-node", str(WORKERS), "--log-dir", str(tmp_path), "--redirects", "2"]
     with ServerProcess(num_workers=WORKERS) as server:
-        # On CPUs, accelerate has to be asked for what it does with GPUs by itself.
+        # On CPUs, accelerate has to be told what it does unasked on GPUs.
         environ = {**ENVIRON, "MA_PS_HOSTS": server.address, "ACCELERATE_USE_CPU": "true"}
         with Launched([*command, example("accelerate")], cwd=ROOT, environ=environ) as launched:
             assert launched.ended(TIMEOUT_S) == 0, launched.printed()

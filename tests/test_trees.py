@@ -1,4 +1,4 @@
-"""Nested dictionaries go in and come back as they are, whatever library the arrays are of."""
+"""Nested dictionaries come back as they went in, whatever library their arrays are from."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_tree_without_distinct_names_is_refused(tree: dict[str, Any], named: s
 
 
 class OnlyDLPack:
-    """An array of a library that numpy has never heard of."""
+    """An array of a library that numpy does not know."""
 
     def __init__(self, values: list[float]) -> None:
         self._tensor = torch.tensor(values)

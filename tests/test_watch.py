@@ -1,4 +1,4 @@
-"""`ps-server status --watch`: what it shows of servers that work, wait, go away and come back."""
+"""`ps-server status --watch`: how it shows servers that work, wait, go away and come back."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def without_styles(text: str) -> str:
 def test_who_is_being_waited_for_is_red_and_the_others_are_not() -> None:
     text = drawn(Seen("ps:2222", waiting()))
     red = [found for found in text.splitlines() if RED in found]
-    assert len(red) == 2  # whom it waits for, and that worker's line
+    assert len(red) == 2  # the worker that it waits for, and that worker's line
     assert all("worker-1" in found and "worker-0" not in found for found in red)
 
 
@@ -187,7 +187,7 @@ def test_a_very_long_name_leaves_the_columns_of_the_others() -> None:
 
 
 def crowd(count: int = 40) -> pb.GetStatusResponse:
-    """A strict job of many workers of long names on several hosts; the last two are missing."""
+    """A strict job of many workers with long names on several hosts; the last two are missing."""
     names = [f"trainer-deployment-7c9f8b5d4f-x2x7k.training.svc.cluster.local/{index}" for index in range(count)]
     status = pb.GetStatusResponse(
         phase=pb.PHASE_AVERAGING,

@@ -14,7 +14,7 @@ LONG_AGO_NS = 1_000_000_000 * 10**9
 
 
 class Watched:
-    """One watched file, and what was done about it."""
+    """One watched file, and a record of what was read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -38,7 +38,7 @@ def watched(tmp_path: Path) -> Watched:
 
 
 def rewrite(path: Path, text: str) -> None:
-    """In place, and the times that can be put back are put back."""
+    """Rewrites the file in place, and restores those of its times that can be restored."""
     times = os.stat(path)
     with path.open("r+") as file:
         file.write(text)
@@ -74,7 +74,7 @@ def test_a_rewrite_within_one_tick_of_the_file_systems_clock_is_seen(
 
 
 def test_a_rewrite_a_year_after_the_last_one_is_seen(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a file that has not changed for long the times alone are looked at."""
+    """For a file that has not changed for long, only its times are checked."""
     bytes_read = list[Path]()
     read_bytes = Path.read_bytes
 

@@ -1,7 +1,7 @@
-"""Where TensorFlow's ModelAverageOptimizer hangs, counts twice or starts over, and what this one does: row by row.
+"""Where TensorFlow's ModelAverageOptimizer hangs, counts twice or starts over, and what this one does instead.
 
-Server and workers are processes, and die by SIGKILL. What a worker trains is added to its local variables; what is
-added tells from an average whose pushes are in it.
+Server and workers are processes, and die by SIGKILL. A worker trains by adding a number to its local variables; from an
+average, these numbers tell whose pushes are in it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ W = TypeVar("W", bound=WorkerProcess)
 # 46 fragments of 64 bytes; most of them hold parts of one variable, some of two.
 SHAPES = {f"layer{number}.weight": (13, 9) for number in range(6)} | {"bias": (13,), "scale": ()}
 FRAGMENT_SIZE_BYTES = 64
-# Initial values of the workers, and what each adds in a step: a multiple of 6, so that averages are whole numbers.
+# Initial values of the workers, and what each adds in a step: multiples of 6, so that averages are whole numbers.
 INITIAL = (1.0, 100.0, 200.0)
 ADDED = (6.0, 12.0, 24.0)
 OF_0_AND_1, OF_ALL = 9.0, 14.0
@@ -49,7 +49,7 @@ INITIAL_OF_RESTARTED = 7000.0
 
 
 def value_of(model: Model) -> float:
-    """The number of which every variable is the ramp."""
+    """The number that every variable is a ramp of."""
     value = float(model["scale"])
     for name, expected in ramp(value, SHAPES).items():
         assert np.array_equal(model[name], expected), f"{name} is {model[name]}, but scale is {value}"
@@ -71,13 +71,13 @@ class ServerProcess(Process):
 
 
 class Pool:
-    """Workers' processes. Those that have outlived a test and wait for a command serve in the next one."""
+    """Workers' processes. A process that has survived a test and waits for a command is used in the next one."""
 
     def __init__(self) -> None:
         self._idle: dict[type[WorkerProcess], list[WorkerProcess]] = {WorkerProcess: [], TorchWorkerProcess: []}
 
     def take(self, kind: type[W], spare: int = 0) -> W:
-        """One of them, while ``spare`` more get ready."""
+        """Gives a process, and keeps ``spare`` more starting."""
         idle = cast("list[W]", self._idle[kind])
         worker = idle.pop() if idle else kind()
         while len(idle) < spare:
@@ -113,7 +113,7 @@ class Cluster:
         self._listens(ServerProcess("--num-workers", str(num_workers), *arguments, bind=f"127.0.0.1:{lasting_port()}"))
 
     def serve_again(self) -> None:
-        """Starts the server again, where it was, after it was killed."""
+        """Restarts the server at its address after it was killed."""
         self._listens(ServerProcess(*self.server.arguments, bind=self.server.address))
 
     def _listens(self, server: ServerProcess) -> None:
@@ -137,34 +137,34 @@ class Cluster:
         return workers
 
     def join(self, *indexes: int, initial: Sequence[float] = INITIAL, **options: Any) -> list[WorkerProcess]:
-        """Workers with initial values of their own. Worker 0 is the chief."""
+        """Workers with different initial values. Worker 0 is the chief."""
         common = {"shapes": SHAPES, "fragment_size_bytes": FRAGMENT_SIZE_BYTES}
         own = [{"worker_id": name_of(i), "is_chief": i == 0, "initial": initial[i]} for i in indexes]
         return self.workers(WorkerProcess, [{**common, **settings, **options} for settings in own], spare=2)
 
     def start(self, count: int, **options: Any) -> list[WorkerProcess]:
-        """This many workers that have pulled the center that the chief has set."""
+        """This many workers, which have pulled the chief's center."""
         workers = self.join(*range(count), **options)
         start_all(workers)
         return workers
 
     def restart(self, index: int, **options: Any) -> tuple[WorkerProcess, float, int]:
-        """A new process in the place of a worker that was killed; what it pulled: the center, and its step."""
+        """A new process that replaces a killed worker, and what it pulled: the center and its step."""
         (worker,) = self.join(index, initial=[INITIAL_OF_RESTARTED] * 3, **options)
         center, step = worker.start()
         return worker, value_of(center), step
 
     def waits(self, *indexes: int) -> None:
-        """Returns when these workers' pushes are whole."""
+        """Waits until these workers' pushes are whole."""
         until(lambda: all(self.client.worker(name_of(index)).waiting for index in indexes), f"{indexes} wait")
 
     def given(self, index: int, count: int) -> None:
-        """Returns when a worker has delivered this many fragments."""
+        """Waits until a worker has delivered this many fragments."""
         worker_id = name_of(index)
         until(lambda: self.client.worker(worker_id).fragments_given == count, f"{worker_id} gave {count} fragments")
 
     def check_no_traceback(self) -> None:
-        """Nothing that was not foreseen has happened in any process."""
+        """Checks that nothing unexpected has happened in any process."""
         for process in self._processes:
             assert "Traceback" not in process.errors, process.errors
 
@@ -192,19 +192,19 @@ def start_all(workers: Sequence[WorkerProcess]) -> None:
 
 
 def push_all(workers: Sequence[WorkerProcess]) -> list[Pushed]:
-    """All push at once; worker i adds ADDED[i]."""
+    """Lets all push at once; worker i adds ADDED[i]."""
     for worker, added in zip(workers, ADDED, strict=False):
         worker.begin_push(added)
     return [worker.pushed() for worker in workers]
 
 
 def round_of(workers: Sequence[WorkerProcess]) -> tuple[float, int]:
-    """One round in which all are counted; the center, and its step."""
+    """Makes one round in which all are counted; returns the center and its step."""
     return common(push_all(workers), range(len(workers)))
 
 
 def common(pushes: Sequence[Pushed], contributors: Sequence[int]) -> tuple[float, int]:
-    """The center and its step, the same for all these pushes, and made by these workers."""
+    """The center and its step; checks that all these pushes got the same, made by these workers."""
     first, *_ = pushes
     for pushed in pushes:
         assert pushed.contributors == [name_of(index) for index in contributors]
@@ -265,7 +265,7 @@ GRACE_S = 1.5
 
 
 @pytest.mark.parametrize("fragments", long_except([20], [0, 20]))
-def test_with_a_quorum_a_killed_worker_costs_one_time_of_grace(cluster: Cluster, fragments: int) -> None:
+def test_with_a_quorum_a_killed_worker_costs_one_grace_period(cluster: Cluster, fragments: int) -> None:
     cluster.serve(3, "--min-workers", "2", "--grace-s", str(GRACE_S))
     workers = cluster.start(3)
     assert round_of(workers) == (15, 1)
@@ -405,7 +405,7 @@ def test_a_worker_that_died_after_its_push_joins_the_round_in_progress(cluster: 
         step = pushes[0].global_step
         expected += OF_ALL
         assert common(pushes, range(3)) == (expected, step)
-        # The next one is in progress when it comes back.
+        # The next round is in progress when it comes back.
         workers[waits].begin_push(ADDED[waits])
         cluster.waits(waits)
         workers[dies], *pulled = cluster.restart(dies)
@@ -484,7 +484,7 @@ def test_a_server_that_lost_its_center_is_an_error_and_never_a_start_from_initia
         assert value_of(worker.local()) == 10 + added
     assert cluster.client.status().phase == pb.PHASE_UNINITIALIZED
 
-    # A restarted chief begins a new job. Workers of the old one are told, in any order of arrival.
+    # A restarted chief begins a new job. Workers of the old job are told so, in any order of arrival.
     workers[0].kill()
     workers[0], center, step = cluster.restart(0)
     assert (center, step) == (INITIAL_OF_RESTARTED, 0)
@@ -518,7 +518,7 @@ def test_global_step_counts_committed_rounds_only(cluster: Cluster) -> None:
     workers[0].begin_push(ADDED[0])
     cluster.waits(0)
     assert cluster.client.status().global_step == 5
-    # All but a fragment is there; and then the round starts over.
+    # All but one fragment is there when the round starts over.
     workers[1].begin_push(600, hold_after=45)
     cluster.given(1, 45)
     assert cluster.client.status().global_step == cluster.client.pull()[0].global_step == 5
@@ -717,7 +717,7 @@ def test_a_gradient_of_none_on_all_workers_leaves_the_variable_alone(cluster: Cl
     step_all(workers, {"w": [1.0, 1.0, 1.0]}, {"w": [3.0, 3.0, 3.0]})
     for worker in workers:
         assert worker.ask("state")["values"] == {"w": [-1.0, 0.0, 1.0], "b": [largest, 5.0]}
-    # But not where it is not what it was: unlike the original, this one looks at the bytes.
+    # But a changed variable is averaged: unlike the original, this optimizer compares the bytes.
     for worker, value in zip(workers, (10.0, 20.0), strict=True):
         worker.ask("assign", b=[value, value])
     step_all(workers, {"w": [1.0, 1.0, 1.0]}, {"w": [3.0, 3.0, 3.0]})
@@ -732,7 +732,7 @@ SLOTS = {"SGD": ["momentum_buffer"], "Adam": ["exp_avg", "exp_avg_sq", "step"]}
 
 
 class Reference:
-    """torch's own optimizer, with nothing around it."""
+    """torch's own optimizer, without a wrapper."""
 
     def __init__(self, optimizer: str) -> None:
         self.parameters = {name: torch.nn.Parameter(torch.tensor(values)) for name, values in START.items()}
@@ -761,7 +761,7 @@ def average(one: Reference, other: Reference) -> None:
 
 
 def gradients_of(worker: int, local_step: int) -> Values:
-    """Different ones for every worker and step."""
+    """Gradients that differ for every worker and step."""
     chance = np.random.default_rng((worker, local_step))
     return {name: chance.random(len(values), np.float32).tolist() for name, values in START.items()}
 

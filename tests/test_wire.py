@@ -1,4 +1,4 @@
-"""Hand-made fragment messages against the protobuf library: what is written, and whatever can be read."""
+"""Hand-made fragment messages against the protobuf library: what is written, and everything that can be read."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ fragment_indexes = st.one_of(st.sampled_from(INDEXES), st.integers(0, 2**32 - 1)
 
 
 def meaning(carrier: type[Carrier], data: bytes) -> object:
-    """What the library says that the bytes mean."""
+    """The bytes as the library reads them."""
     try:
         message = carrier.FromString(data)
     except DecodeError:
@@ -91,7 +91,7 @@ def test_the_parts_of_a_fragment_are_joined(index: int, parts: list[bytes]) -> N
 
 
 def test_a_fragment_without_bytes_means_to_the_library_what_it_means_here() -> None:
-    # There is none in a model; but what is written has to stay legal.
+    # No model has such a fragment, but what is written has to be legal.
     assert meaning(pb.PullResponse, wire.encode_fragment(7, ())) == (7, b"")
 
 
@@ -103,12 +103,12 @@ def test_a_read_fragment_is_a_view_of_the_message(carrier: type[Carrier]) -> Non
     assert read[1].obj is encoded
 
 
-# Reading. An encoder of its own makes every encoding that the format allows.
+# Reading. A separate encoder makes every encoding that the format allows.
 
 
 @st.composite
 def varints(draw: st.DrawFn, value: int) -> bytes:
-    """A varint, with up to nine bytes more than it needs, if ten hold them all."""
+    """A varint, with up to nine superfluous bytes, ten bytes in all at most."""
     out = bytearray()
     while value > 0x7F:
         out.append(value & 0x7F | 0x80)
@@ -252,8 +252,8 @@ def test_a_manifest_of_many_variables_is_encoded_as_the_library_does(shard: Shar
 
 
 def manifest_of_bytes(size_bytes: int) -> Manifest:
-    """One whose message has exactly this size; of long names, because they take the least time."""
-    beside = 11  # a variable's bytes besides its name, if that has 128 bytes or more
+    """A manifest whose message has exactly this size; with long names, which take the least time."""
+    beside = 11  # the bytes of a variable apart from its name, if that has 128 bytes or more
     names = [f"{number:04d}".ljust(1000, "n") for number in range(size_bytes // (1000 + beside) - 1)]
     left = size_bytes - 4 - len(names) * (1000 + beside)  # four bytes say the fragment size
     names += ["y" * (left // 2 - beside), "z" * (left - left // 2 - beside)]

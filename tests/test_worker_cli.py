@@ -42,7 +42,7 @@ def run(
 
 @pytest.fixture
 def as_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Undoes what a command does to the process that it thinks is its own."""
+    """Undoes what a command does to its process, since it runs in the test's process here."""
     for name in os.environ.keys() - without_a_cluster(os.environ).keys():
         monkeypatch.delenv(name)
     monkeypatch.setenv("GRPC_VERBOSITY", "NONE")
@@ -55,7 +55,7 @@ def as_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def exit_code(*command: str) -> int:
-    """That of a command in this process: half a second less than one in a process of its own."""
+    """The exit code of a command, run in this process, which is half a second faster than in its own."""
     main = ps_worker_main if command[: len(WORKER)] == WORKER else launch_main
     try:
         return main(list(command[2:]))

@@ -1,4 +1,4 @@
-"""A proxy that ends TLS: what comes encrypted goes on in plain text, as behind a load balancer."""
+"""A proxy that ends TLS: what comes in encrypted goes on in plain text, as behind a load balancer."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class TlsProxy:
     """Listens on loopback, and passes on to ``target`` (HOST:PORT) and back.
 
     Args:
-        target: what speaks no TLS.
-        identity: what it shows to clients.
+        target: an address without TLS.
+        identity: the certificate that it shows to clients.
         client_ca: a file with the authorities of the clients' certificates; None: clients need no certificate.
     """
 

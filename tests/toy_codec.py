@@ -1,4 +1,4 @@
-"""A toy codec: float32 as 16 bits, in blocks with their largest value; an example of an added codec."""
+"""A toy codec: float32 as 16 bits, in blocks that are scaled by their largest value; an example of an added codec."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A TCP proxy that writes down every byte that goes through it."""
+"""A TCP proxy that records every byte that goes through it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Wiretap"]
 
 
 class Wiretap:
-    """Listens on loopback, and passes on to ``target`` (HOST:PORT) and back whatever comes."""
+    """Listens on loopback, and relays everything to ``target`` (HOST:PORT) and back."""
 
     def __init__(self, target: str) -> None:
         where = parse(target)
@@ -32,7 +32,7 @@ class Wiretap:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for open_one in [self._listener, *self._sockets]:
-            with contextlib.suppress(OSError):  # it is closed on the other side already
+            with contextlib.suppress(OSError):  # the other side has closed it already
                 open_one.shutdown(socket.SHUT_RDWR)
             open_one.close()
         for thread in self._threads:
@@ -40,7 +40,7 @@ class Wiretap:
 
     @property
     def recorded(self) -> tuple[bytes, bytes]:
-        """What has gone to the server, and what has come from it."""
+        """The bytes sent to the server, and those received from it."""
         return bytes(self._up), bytes(self._down)
 
     def _start(self, target: object, *arguments: object) -> None:

@@ -1,4 +1,4 @@
-"""A worker as a process of its own, which a test tells what to do and can kill at a known moment.
+"""A worker as a separate process, which a test gives commands and can kill at a known moment.
 
 The process is this module as a script. It reads commands from its standard input, one JSON object a line, calls the
 method of that name, and answers each with one line: ``{"result": ...}`` or ``{"error": [exception, reason, message]}``.
@@ -43,23 +43,23 @@ __all__ = [
     "ramp",
 ]
 
-# For what can only go wrong: nothing waits this long in a test that passes.
+# The longest wait: only a test that fails waits this long.
 TIMEOUT_S = 20.0
-# On a machine that has much else to do, it takes long to import torch.
+# On a busy machine, it takes long to import torch.
 START_TIMEOUT_S = 120.0
 Model = Mapping[str, NDArray[np.float32]]
 Shapes = Mapping[str, Sequence[int]]
 
 
 def ramp(value: float, shapes: Shapes) -> dict[str, NDArray[np.float32]]:
-    """``value`` times 1, 2, 3 ...: what comes to a wrong place shows."""
+    """``value`` times 1, 2, 3 ..., so that a misplaced element shows."""
     return {
         name: np.float32(value) * np.arange(1, 1 + np.prod(shape), dtype=np.float32).reshape(shape)
         for name, shape in shapes.items()
     }
 
 
-# In the test's process.
+# The test's side.
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Pushed:
 
 
 class WorkerError(Exception):
-    """What a worker's call raised."""
+    """Raised for an exception in the worker's call."""
 
     def __init__(self, kind: str, reason: str | None, message: str) -> None:
         super().__init__(message)
@@ -106,18 +106,18 @@ class Process:
 
     @property
     def errors(self) -> str:
-        """What it has written to stderr so far."""
+        """Its stderr so far."""
         with self._more_errors:
             return "".join(self._errors)
 
     def forget_errors(self) -> None:
-        """What comes to stderr from now on counts."""
+        """Has later searches ignore what is on stderr so far."""
         with self._more_errors:
             self._errors.clear()
 
     @property
     def runs(self) -> bool:
-        """Whether it has not ended."""
+        """Whether it still runs."""
         return self._process.poll() is None
 
     def line(self, timeout_s: float = TIMEOUT_S) -> str:
@@ -146,7 +146,7 @@ class Process:
         self.end()
 
     def end(self) -> int:
-        """Waits for it to end, as it does when nobody can tell it anything any more; its exit code."""
+        """Closes its standard input and waits for its end; returns its exit code."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
@@ -177,7 +177,7 @@ class Process:
 class WorkerProcess(Process):
     """A worker; its commands are the methods of `_Worker`.
 
-    The first has to be `join`, and may come again, to make another worker of the same process.
+    The first command has to be `join`; a later `join` makes the process another worker.
     """
 
     _flags: tuple[str, ...] = ()
@@ -187,7 +187,7 @@ class WorkerProcess(Process):
         self._ready = self._at_work = False
 
     def get_ready(self) -> None:
-        """Returns when it can take a command at once."""
+        """Waits until it can take a command at once."""
         if not self._ready:
             assert self.line(START_TIMEOUT_S) == "ready\n"
             self._ready = True
@@ -198,13 +198,13 @@ class WorkerProcess(Process):
         return self.runs and not self._at_work
 
     def send(self, command: str, **arguments: Any) -> None:
-        """Gives a command; its `answer` is to be waited for."""
+        """Gives a command; `answer` waits for the answer."""
         assert not self._at_work
         self._at_work = True
         self.write(json.dumps([command, arguments]))
 
     def answer(self) -> Any:
-        """Waits for the answer to a command. Raises WorkerError if what it was told to do raised."""
+        """Waits for the answer to a command. Raises WorkerError if the command raised."""
         answer = json.loads(self.line())
         self._at_work = False
         if "error" in answer:
@@ -217,7 +217,7 @@ class WorkerProcess(Process):
         return self.answer()
 
     def start(self) -> tuple[Model, int]:
-        """What a worker does first; the center that it pulls, and its step."""
+        """Joins the job; returns the center that it pulls, and its step."""
         center, step = self.ask("start")
         return _from_json(center), step
 
@@ -252,7 +252,7 @@ def _from_json(model: Mapping[str, Any]) -> Model:
     return {name: np.array(values, np.float32) for name, values in model.items()}
 
 
-# In the worker's process.
+# The worker's side.
 
 
 def _to_json(model: Model) -> dict[str, Any]:
@@ -268,7 +268,7 @@ def _told(result: PushResult) -> dict[str, Any]:
 
 
 def _hold_after(count: int) -> None:
-    """The process never sends more than this many fragments of a push."""
+    """Keeps the process from sending more than this many fragments of a push."""
     original = wire.encode_fragment
 
     def encode(index: int, parts: Iterable[bytes | memoryview]) -> bytes:
@@ -291,12 +291,12 @@ class _Worker:
     def join(
         self, address: str, worker_id: str, initial: float, shapes: Shapes, initial_step: int = 0, **options: Any
     ) -> None:
-        """Opens its session, with initial values of its own."""
+        """Opens its session, with its own initial values."""
         self._session = ParameterServerSession([address], worker_id=worker_id, **options)
         self._local, self._local_step, self._initial_step = ramp(initial, shapes), 0, initial_step
 
     def start(self) -> tuple[dict[str, Any], int]:
-        """The chief initializes the center; everybody goes on from the center."""
+        """Initializes the center if it is the chief; continues from the center."""
         if self._session.is_chief:
             self._session.initialize(self._local, self._initial_step)
         center, step = self._session.pull(expected=self._local)
@@ -353,7 +353,7 @@ class _TorchWorker:
         settings: Mapping[str, Any] = MappingProxyType({"lr": 1.0}),
         interval_steps: int = 1,
     ) -> None:
-        """Makes a model, an optimizer of torch's, and what averages around it."""
+        """Makes a model, an optimizer of torch's, and the averaging optimizer around it."""
         import torch
 
         from ma_client import ModelAverageCustomGetter, ModelAverageOptimizer
@@ -368,7 +368,7 @@ class _TorchWorker:
         self._opt = ModelAverageOptimizer(local, num_worker, is_chief, getter, interval_steps, session=self._session)
 
     def start(self) -> None:
-        """What ``with opt.make_session_run_hook():`` does first."""
+        """Does what ``with opt.make_session_run_hook():`` does first."""
         self._opt.make_session_run_hook().after_create_session()
 
     def step(self, **gradients: list[float]) -> dict[str, Any] | None:

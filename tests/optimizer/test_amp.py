@@ -104,7 +104,7 @@ def test_a_scaler_that_is_not_enabled_changes_nothing(alone: Join) -> None:
 
 
 class WantsScaler(torch.optim.SGD):
-    """The older way: GradScaler hands itself over as a keyword, or is to be done without."""
+    """The older interface: GradScaler passes itself as a keyword, or the optimizer does without it."""
 
     _step_supports_amp_scaling = True
 
@@ -132,7 +132,7 @@ def test_float16_gradients_are_refused_as_grad_scaler_refuses_them(alone: Join) 
 
 def test_a_skipped_update_touches_nothing(start_server: StartServer, join: Join) -> None:
     server = start_server(3)
-    value = 0.1  # three of them, added and divided, are another number in float32
+    value = 0.1  # in float32, three of them added and divided by 3 are a different number
     workers = [join(server, Net(b=value), index=index, num_worker=3) for index in range(3)]
     start_all(workers)
     together(*(lambda worker=worker: train(worker.model, worker.opt, scaler(), [INFINITE]) for worker in workers))

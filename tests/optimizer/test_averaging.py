@@ -1,4 +1,4 @@
-"""What the optimizer averages, bit for bit, under which lock, and what it leaves behind when a round fails."""
+"""What the optimizer averages, bit for bit, under which lock, and what a failed round leaves behind."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.in_memory
 # Locking.
 
 
-def test_the_local_update_waits_for_who_holds_the_lock(alone: Join) -> None:
+def test_the_local_update_waits_for_the_holder_of_the_lock(alone: Join) -> None:
     worker = alone(interval_steps=100)
     worker.give(w=1.0)
     with worker.opt.lock:
@@ -47,7 +47,7 @@ def test_the_local_update_waits_for_who_holds_the_lock(alone: Join) -> None:
     assert worker.values()["w"] == [0.0] * 3
 
 
-def test_the_install_waits_for_who_holds_the_lock(start_server: StartServer, join: Join) -> None:
+def test_the_install_waits_for_the_holder_of_the_lock(start_server: StartServer, join: Join) -> None:
     server = start_server(2)
     workers = [join(server, index=index, num_worker=2, session_class=Announced) for index in range(2)]
     start_all(workers)
@@ -83,7 +83,7 @@ def test_the_lock_is_free_while_a_worker_waits_at_the_barrier(start_server: Star
 
 
 class WatchedLock:
-    """Looks at something whenever it was just taken and is just about to be released."""
+    """A lock that calls a function just after it is taken and just before it is released."""
 
     def __init__(self, look: Callable[[], object]) -> None:
         self._look = look
@@ -120,7 +120,7 @@ def test_without_use_locking_no_lock_is_taken(alone: Join) -> None:
 
 
 def average_of_equals(values: NDArray[np.float32], count: int) -> NDArray[np.float32]:
-    """Sum, then divide, as the server does it."""
+    """Sums, then divides, as the server does."""
     total = np.zeros_like(values)
     for _ in range(count):
         total += values
@@ -129,7 +129,7 @@ def average_of_equals(values: NDArray[np.float32], count: int) -> NDArray[np.flo
 
 
 def drifting_value(count: int) -> float:
-    """A number for which averaging ``count`` equal values gives another one, in float32."""
+    """A number such that in float32 the average of ``count`` equal values differs from it."""
     values = np.linspace(0.1, 1.0, 1000, dtype=np.float32)
     return float(values[average_of_equals(values, count) != values][0])
 
@@ -249,7 +249,7 @@ def test_without_average_buffers_exactly_what_is_trained_is_averaged(alone: Join
 
 
 class RunningMean(torch.nn.Module):
-    """Keeps a buffer as many people write it: by assigning a new tensor to it."""
+    """Updates a buffer as is common: by assigning a new tensor to it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -262,7 +262,7 @@ class RunningMean(torch.nn.Module):
         return self.w * x
 
 
-def test_a_buffer_that_the_model_assigns_anew_is_averaged(start_server: StartServer, join: Join) -> None:
+def test_a_buffer_that_the_model_replaces_is_averaged(start_server: StartServer, join: Join) -> None:
     server = start_server(2)
     workers = [join(server, RunningMean(), index=index, num_worker=2) for index in range(2)]
     start_all(workers)
@@ -319,7 +319,7 @@ def test_frozen_parameters_are_not_sent(start_server: StartServer, join: Join) -
 
 
 class Assorted(torch.nn.Module):
-    """Every element type and every odd shape in one model."""
+    """A model with every element type and every unusual shape."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -390,7 +390,7 @@ def test_parameters_on_a_gpu_are_averaged(start_server: StartServer, join: Join)
             assert torch.equal(parameter.detach(), torch.full_like(parameter, 3.5)), name
 
 
-# What does not fit, and what fails.
+# Misfits and failures.
 
 
 @pytest.mark.parametrize("index", [0, 1], ids=["chief", "other"])
@@ -432,7 +432,7 @@ def test_rounds_that_go_on_without_a_worker_never_tear_the_model_that_it_install
 
     together(lambda: slow.step(w=1.0, b=1.0), lambda: quick.step(w=1.0, b=1.0))
 
-    def two_rounds_more() -> None:  # after which the first average's memory has been written over
+    def two_rounds_more() -> None:  # after which the memory of the first average has been overwritten
         same_round.result()
         for _ in range(2):
             quick.step(w=8.0, b=8.0)

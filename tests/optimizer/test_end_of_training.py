@@ -1,4 +1,4 @@
-"""How a training ends: the rest is averaged, and others hear that this worker has finished."""
+"""The end of a training: the remaining steps are averaged, and other workers hear that this one has finished."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.in_memory
 
 
 class Watched(ParameterServerSession):
-    """Remembers what it was told to do, in order, and says how many workers still train as the test wants it."""
+    """A session that records its calls in order, and reports as many training workers as the test wants."""
 
     still_train = 0
     refuses: ModelAverageError | None = None
@@ -74,7 +74,7 @@ def watched(worker: Worker) -> Watched:
 
 @pytest.fixture
 def one(start_server: StartServer, join: Join) -> Worker:
-    """A worker of a job of one that has not begun, with rounds of 100 steps."""
+    """The worker of a job of one, with rounds of 100 steps; it has not begun."""
     return join(start_server(1), interval_steps=100, session_class=Watched)
 
 
@@ -226,7 +226,7 @@ def test_servers_that_cannot_be_told_are_an_error(one: Worker) -> None:
     assert one.opt.global_step == 1
 
 
-# What is said.
+# Log messages.
 
 
 @pytest.mark.parametrize(("still_train", "said"), [(1, "1 worker;"), (3, "3 workers;"), (0, None)])
@@ -260,7 +260,7 @@ def test_a_push_that_came_too_late_says_how_many_steps_are_lost(
 
 
 def overtaken(worker: Worker) -> None:
-    """A round commits without this worker: the next process under its name has made it."""
+    """A round commits without this worker: another process under its worker id makes it."""
     address = worker.session.ps_hosts[0]
     with ParameterServerSession([address], worker_id=worker.session.worker_id) as other:
         center, _ = other.pull(timeout_s=TIMEOUT_S)
@@ -343,7 +343,7 @@ def test_a_state_dict_of_before_there_were_last_rounds_is_read(one: Worker) -> N
     assert one.opt.global_step == 1
 
 
-# Again.
+# A second training.
 
 
 def test_a_hook_can_be_entered_again(one: Worker) -> None:
@@ -357,7 +357,7 @@ def test_a_hook_can_be_entered_again(one: Worker) -> None:
 
 @pytest.fixture
 def own_session(start_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Worker]:
-    """A worker that knows its cluster from the environment, and whose optimizer makes its session."""
+    """A worker that gets its cluster from the environment, and whose optimizer makes the session."""
     server: RunningServer = start_server(1)
 
     def make() -> Worker:

@@ -1,4 +1,4 @@
-"""What a worker says of its loss comes to the status, and costs nothing where it says nothing."""
+"""The loss that a worker reports is in the status; a worker that reports none pays nothing for it."""
 
 from __future__ import annotations
 

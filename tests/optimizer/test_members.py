@@ -1,4 +1,4 @@
-"""The optimizer's members that the original has, too, against a real server with one real session per worker."""
+"""The members that the optimizer shares with the original, with a real server and one real session per worker."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def test_if_all_abstain_the_center_stays_and_the_round_counts(start_server: Star
     assert [worker.opt.global_step for worker in workers] == [1, 1]
 
 
-def test_a_center_that_is_not_finite_itself_ends_the_training_of_who_would_abstain(
+def test_a_center_that_is_not_finite_itself_ends_the_training_of_a_worker_that_would_abstain(
     start_server: StartServer, join: Join
 ) -> None:
     server = start_server(1)

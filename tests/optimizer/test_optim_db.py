@@ -1,4 +1,4 @@
-"""torch's own list of optimizers, every variant: with rounds of one worker, bit for bit what each makes alone."""
+"""Every variant of torch's own list of optimizers: with rounds of one worker, each gives the same bits as alone."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STEPS, INTERVAL_STEPS = 6, 2
 
 
 class Echo:
-    """What the optimizer asks of a session, for one worker and without a server: the average of one is what it gave."""
+    """The part of a session that the optimizer uses, for one worker without a server: the average is what it gave."""
 
     worker_id, is_chief, num_workers = "worker-0", True, 1
 
@@ -68,7 +68,7 @@ class Weights(torch.nn.Module):
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """More are slower for tensors of this size, and on a loaded machine much slower."""
+    """Uses one thread: more are slower for tensors of this size, and much slower on a loaded machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -77,8 +77,8 @@ def one_thread() -> Iterator[None]:
 
 @cache
 def torchs_list() -> tuple[Any, int]:
-    """torch's list, and how many variants torch counts in it for a CPU. What it imports for tests of its own, and what
-    that does to torch's flags, is left out."""
+    """torch's list, and the number of its variants for a CPU. A module of torch's own tests has it, which needs a stub of
+    `expecttest` and freezes torch's flags; both are dealt with here."""
     sys.modules.setdefault("expecttest", cast("types.ModuleType", types.SimpleNamespace(TestCase=unittest.TestCase)))
     from torch.testing._internal import common_optimizers
 
@@ -89,7 +89,7 @@ def torchs_list() -> tuple[Any, int]:
 
 
 def variants(info: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every setting of one optimizer: by itself, and with each way of doing it (foreach, fused, ...)."""
+    """Every setting of one optimizer: the plain one, and with each implementation (foreach, fused, ...)."""
     ways = [*info.supported_impls, *(["capturable"] if info.has_capturable_arg else [])]
     for case in info.optim_inputs_func(device="cpu"):
         assert case.params is None
@@ -99,7 +99,7 @@ def variants(info: Any) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def gradients(model: Weights, sparse: bool) -> Iterator[list[torch.Tensor | None]]:
-    """By step, a gradient for each parameter; in one step, one has none."""
+    """For each step, a gradient for each parameter; in one step, one parameter has none."""
     random = torch.Generator().manual_seed(2)
     for step in range(STEPS):
         found = list[torch.Tensor | None]()
@@ -115,7 +115,7 @@ def train(model: Weights, optimizer: torch.optim.Optimizer, sparse: bool, needs_
         def closure(step: list[torch.Tensor | None] = step) -> float:
             loss = 0.0
             for parameter, gradient in zip(model.all, step, strict=True):
-                # Depends on where the parameter is, for optimizers that look more than once.
+                # Depends on the parameter, since some optimizers evaluate the loss more than once in a step.
                 given = None if gradient is None else gradient.clone()
                 parameter.grad = given if given is None or sparse else given + 0.1 * parameter.detach()
                 loss += float(parameter.detach().square().sum())
@@ -129,7 +129,7 @@ def train(model: Weights, optimizer: torch.optim.Optimizer, sparse: bool, needs_
 
 
 def exact(value: Any) -> Any:
-    """Something that is equal exactly if the bits are."""
+    """A value that is equal exactly if the bits are."""
     if isinstance(value, torch.Tensor):
         dense = value.detach().to_dense() if value.is_sparse else value.detach()
         return str(value.dtype), tuple(value.shape), dense.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
@@ -152,7 +152,7 @@ def outcome_of(run: Callable[[], tuple[Weights, torch.optim.Optimizer]]) -> Any:
 
 
 def compare(info: Any, kwargs: dict[str, Any], session: Any) -> tuple[Any, Any]:
-    """What one variant makes alone, and with rounds."""
+    """The results of one variant alone, and with rounds."""
     sparse = info.only_supports_sparse_grads
 
     def local(model: Weights) -> torch.optim.Optimizer:

@@ -1,4 +1,4 @@
-"""A schedule is a file and a line: this toy installs each average a step late and keeps what was trained meanwhile."""
+"""A schedule is a file and a line: this toy installs each average a step late and keeps the training meanwhile."""
 
 from __future__ import annotations
 

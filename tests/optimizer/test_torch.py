@@ -115,7 +115,7 @@ def test_a_parameter_that_is_unfrozen_after_the_start_is_named(start_server: Sta
 
 
 def restart(worker: Worker, again: Worker) -> None:
-    """Saves a worker to a file and goes on from it in another one, as after a restart of its process."""
+    """Saves a worker to a file and loads it into another one, as after a restart of its process."""
     file = io.BytesIO()
     torch.save({"model": worker.model.state_dict(), "optimizer": worker.opt.state_dict()}, file)
     worker.session.close()

@@ -1,4 +1,4 @@
-"""What torch and people do with optimizers, beside stepping them, and what they may expect of this one."""
+"""What torch and users do with optimizers besides stepping them, and what they may expect of this one."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def test_groups_with_parameters_of_another_model_are_refused(alone: Join) -> Non
 
 
 class ScheduleFree(torch.optim.SGD):
-    """Has two modes, as schedule-free optimizers have."""
+    """An optimizer with two modes, like schedule-free optimizers."""
 
     mode = "none yet"
 
@@ -241,7 +241,7 @@ def test_integers_of_any_type_are_taken(number: Any, alone: Join, start_server: 
 @pytest.mark.parametrize("value", [True, np.True_, 2.0, "2", None, np.int64(0), -1])
 def test_what_is_no_whole_number_is_refused(name: str, value: object, start_server: StartServer, join: Join) -> None:
     if name == "num_worker" and value is None:
-        return  # that is: as the environment says
+        return  # which means: from the environment
     with pytest.raises(ValueError, match=f"{name} {value} is not a whole number from 1 up"):
         join(start_server(1), **{name: value})
 
@@ -284,7 +284,7 @@ def test_global_step_hooks_run_once_for_each_step(alone: Join) -> None:
 
 
 class Loud(ModelAverageOptimizer):
-    """Somebody's own, with a step around the step."""
+    """A user's subclass, whose step wraps the inherited step."""
 
     def step(self, closure: Any = None) -> Any:
         return super().step(closure)

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.in_memory
 
 
 class Telling(ParameterServerSession):
-    """Remembers which variables every push called untouched."""
+    """A session that records which variables each push called untouched."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -37,7 +37,7 @@ class Telling(ParameterServerSession):
 
 
 def told(worker: Worker) -> set[str]:
-    """What the last push called untouched."""
+    """The variables that the last push called untouched."""
     assert isinstance(worker.session, Telling)
     return worker.session.untouched[-1]
 
@@ -57,7 +57,7 @@ def pair(start_server: StartServer, join: Join) -> Callable[..., list[Worker]]:
 
 @pytest.fixture
 def telling(start_server: StartServer, join: Join) -> Callable[..., Worker]:
-    """The started worker of a job of one, whose pushes can be asked what they called untouched."""
+    """start(model, ...) -> the started worker of a job of one, whose session records untouched variables."""
 
     def start(model: torch.nn.Module | None = None, **options: Any) -> Worker:
         worker = join(start_server(1), model, session_class=Telling, **options)
@@ -67,7 +67,7 @@ def telling(start_server: StartServer, join: Join) -> Callable[..., Worker]:
     return start
 
 
-# Gradients that nobody sees.
+# Gradients that are gone before a round.
 
 
 def test_gradients_that_are_freed_in_the_step_do_not_make_a_variable_untouched(
@@ -81,7 +81,7 @@ def test_gradients_that_are_freed_in_the_step_do_not_make_a_variable_untouched(
 
 
 def fuse_into_backward(worker: Worker) -> None:
-    """torch's recipe: one optimizer a parameter, which steps, and frees the gradient, as soon as that has come."""
+    """torch's recipe: one optimizer per parameter, which steps and frees the gradient as soon as it is there."""
     own = {parameter: torch.optim.SGD([parameter], lr=1.0) for parameter in worker.model.parameters()}
 
     def step(parameter: torch.Tensor) -> None:
@@ -325,7 +325,7 @@ def test_a_session_without_a_center_knows_of_nothing_that_is_unchanged(start_ser
 
 
 class Unsearchable(list[int]):
-    """Numbers as they come in a message: to look for one takes as long as there are."""
+    """Numbers as in a message, in which a search takes time proportional to their count."""
 
     def __contains__(self, number: object) -> bool:
         raise AssertionError("searched one by one, which takes time that grows with the square of their count")

@@ -1,4 +1,4 @@
-"""The weight of a worker's pushes: a number, or what was counted since the last round."""
+"""The weight of a worker's pushes: a number, or a count since the last round."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.in_memory
 
 
 class Counter:
-    """Counts samples, and begins again when it is asked."""
+    """Counts samples, and restarts the count when it is asked."""
 
     def __init__(self, count: float = 0.0) -> None:
         self.count = count
@@ -27,7 +27,7 @@ class Counter:
 
 
 class FailsOnce(ParameterServerSession):
-    """Its first push does not reach the server."""
+    """A session whose first push does not reach the server."""
 
     has_failed = False
 

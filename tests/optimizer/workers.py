@@ -14,9 +14,9 @@ from numpy.typing import ArrayLike, NDArray
 from ma_client import ModelAverageOptimizer, Outcome, ParameterServerSession, PushResult
 from tests.conftest import RunningServer
 
-# For what can only go wrong: nothing waits this long in a test that passes.
+# The longest wait for something that has to happen: only a test that fails waits this long.
 TIMEOUT_S = 20.0
-# For what must not happen: a test that passes always waits this long.
+# The wait for something that must not happen: a test that passes always waits this long.
 QUIET_S = 0.2
 T = TypeVar("T")
 
@@ -54,10 +54,10 @@ class Worker:
     def start(self) -> None:
         hook = self.opt.make_session_run_hook()
         hook.begin()
-        Running(hook.after_create_session).result()  # which waits for the chief: not for ever, in a test
+        Running(hook.after_create_session).result()  # which waits for the chief, though not forever in a test
 
     def give(self, **gradients: float) -> None:
-        """These gradients, in every element; None for the other parameters."""
+        """Sets these gradients, the same number in every element, and None for the other parameters."""
         for name, parameter in self.model.named_parameters():
             parameter.grad = torch.full_like(parameter, gradients[name]) if name in gradients else None
 
@@ -73,7 +73,7 @@ Join = Callable[..., Worker]
 
 
 class Running(Generic[T]):
-    """A call on a thread of its own."""
+    """A call on its own thread."""
 
     def __init__(self, function: Callable[[], T]) -> None:
         self._function = function
@@ -100,7 +100,7 @@ class Running(Generic[T]):
 
 
 def together(*calls: Callable[[], T]) -> list[T]:
-    """All calls at once, each on a thread of its own; what they return."""
+    """Makes all calls at once, each on its own thread; returns their results."""
     return [running.result() for running in [Running(call) for call in calls]]
 
 
@@ -148,7 +148,7 @@ class Impatient(ParameterServerSession):
 
 
 class Overtaken(ParameterServerSession):
-    """Between a push and the reading of its average, ``meanwhile`` happens."""
+    """A session that calls ``meanwhile`` between a push and the reading of its average."""
 
     meanwhile: Callable[[], None] | None = None
 
@@ -160,7 +160,7 @@ class Overtaken(ParameterServerSession):
 
 
 class Announced(ParameterServerSession):
-    """Says when a push begins and when its answer is there."""
+    """A session that tells when a push begins and when its answer is there."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)

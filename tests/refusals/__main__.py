@@ -1,4 +1,4 @@
-"""Refuses every call of the server's core, one after the other, in plays of several rounds; prints what came of it.
+"""Refuses every call of the server's core, one after the other, in plays of several rounds; prints the results.
 
 python -m tests.refusals [--every] : with --every each error at several times of each call, else one error once
 """
@@ -24,7 +24,7 @@ from tests.refusals.play import PLAYS, Wrong, play  # noqa: E402
 
 
 def hits(count: int, every: bool, turn: int) -> list[int]:
-    """Which of ``count`` times to choose."""
+    """The chosen times out of ``count``."""
     some = sorted({1, (count + 1) // 2, count})
     return some if every else [some[turn % len(some)]]
 
@@ -48,7 +48,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.refusals", description=__doc__)
     parser.add_argument("--every", action="store_true")
     parser.add_argument("--play", choices=sorted(PLAYS))
-    parser.add_argument("--site", help="only calls whose place contains this text")
+    parser.add_argument("--site", help="only calls at places that contain this text")
     arguments = parser.parse_args()
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
@@ -91,4 +91,4 @@ def main() -> int:
 if __name__ == "__main__":
     status = main()
     sys.stdout.flush()
-    os._exit(status)  # a thread whose start was refused halfway may wait for ever
+    os._exit(status)  # a thread whose start was refused halfway may wait forever

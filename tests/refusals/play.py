@@ -1,4 +1,4 @@
-"""A job of a few rounds on a real event loop, without gRPC: every value that anybody gets is known beforehand.
+"""A job of a few rounds on a real event loop, without gRPC: every value that a client gets is known beforehand.
 
 Worker w pushes the number `10 s + 2 w + 1` everywhere from base step s. So the center of each step is known, whatever
 fails and however often pushes are made again. One play has an outer optimizer: its center depends on all rounds before.
@@ -51,7 +51,7 @@ _PAUSE_S = 0.002
 
 
 class Wrong(Exception):  # noqa: N818  # what this test looks for
-    """Somebody got a value that is not the center, or nobody an end."""
+    """A client got a value that is not the center, or a call does not end."""
 
 
 class Died(Exception):  # noqa: N818
@@ -64,10 +64,10 @@ class Kind:
 
     Args:
         ways: how each worker's bytes travel: inline, follows, half (duplex), shared, data.
-        policy: for whom rounds wait.
+        policy: whom rounds wait for.
         keeps: whether there are checkpoints.
-        readers: whether somebody pulls in every round, and takes nothing of it until the end.
-        breaks: whether a third worker begins a push in each round and is gone in the middle.
+        readers: whether a reader pulls in every round, and reads nothing until the end.
+        breaks: whether in each round a third worker begins a push and disappears in the middle.
         outer: the outer optimizer that the chief names.
     """
 
@@ -111,10 +111,10 @@ class Result:
     """How a play went.
 
     Args:
-        died: how often the server ended its process, and was started again.
-        retries: calls that were refused, or failed, and were made again.
+        died: how often the server ended its process and was restarted.
+        retries: calls that were refused, or failed, and were repeated.
         took_s: seconds.
-        started: False: the server said at once that it could not.
+        started: False if the server said at once that it could not start.
     """
 
     died: int = 0
@@ -136,12 +136,12 @@ def _flat(value: float) -> bytes:
 
 
 class Context:
-    """gRPC's side of a call, as a handler sees it."""
+    """gRPC's side of a call, as the handler sees it."""
 
     def __init__(self) -> None:
         self.up: asyncio.Queue[bytes | None] = asyncio.Queue()
         self.down: asyncio.Queue[bytes] = asyncio.Queue()
-        self.takes = asyncio.Event()  # unset: whatever is written waits
+        self.takes = asyncio.Event()  # unset: writes wait
         self.takes.set()
         self.refused: tuple[Reason, str] | None = None
 
@@ -172,7 +172,7 @@ class Refused(Exception):  # noqa: N818
 
 
 class Server:
-    """A service whose process may end, and is started again from its checkpoints."""
+    """A service whose process may end, and is restarted from its checkpoints."""
 
     def __init__(self, kind: Kind, directory: Path) -> None:
         self.kind, self.directory, self.result = kind, directory, Result()
@@ -203,7 +203,7 @@ class Server:
         raise Died(why)
 
     def close(self) -> None:
-        """What the end of the process would end."""
+        """Ends everything that the end of the process would end."""
         service, self.service = self.service, None
         if service is not None:
             service.close()
@@ -235,7 +235,7 @@ class Server:
 
     @staticmethod
     def ended(context: Context, task: asyncio.Task[Any]) -> Any:
-        """What a call has returned. Raises Refused."""
+        """The result of a call. Raises Refused."""
         if task.cancelled():
             raise Refused(None, "the server is gone")
         error = task.exception()
@@ -253,7 +253,7 @@ class _Details(grpc.HandlerCallDetails):
 
 
 async def next_message(context: Context, task: asyncio.Task[Any]) -> bytes | None:
-    """What comes down next; None when the call has ended."""
+    """The next message from the server; None when the call has ended."""
     getting = asyncio.ensure_future(context.down.get())
     await asyncio.wait((getting, task), return_when=asyncio.FIRST_COMPLETED)
     if getting.done():
@@ -263,7 +263,7 @@ async def next_message(context: Context, task: asyncio.Task[Any]) -> bytes | Non
 
 
 class Worker:
-    """A client that does what the protocol says: it makes a push again until it has its outcome."""
+    """A client that follows the protocol: it repeats a push until it has its outcome."""
 
     def __init__(self, server: Server, number: int, way: str) -> None:
         self.server, self.number, self.way = server, number, way
@@ -398,7 +398,7 @@ class Worker:
                 center[begin:stop] = self.average.body[begin:stop].tobytes()
             if message.HasField("outcome"):
                 if generation is not None and self.generation_of_average() != generation:
-                    raise Refused(None, "a later round has written over the average")
+                    raise Refused(None, "a later round has overwritten the average")
                 return center, message.outcome
         self.server.ended(context, task)
         raise Wrong("a push ended without an outcome")
@@ -409,7 +409,7 @@ class Worker:
             context.up.put_nowait(wire.encode_fragment(index, (flat[begin:end],)))
 
     def lend(self, admission: pb.PushAdmission) -> int | None:
-        """Opens what the server lends; the generation of the average."""
+        """Opens the memory that the server lends; returns the generation of the average."""
         opened = list[Segment | None]()
         for memory, writable in ((admission.contribution, True), (admission.average, False)):
             address = SegmentAddress(memory.path, memory.nonce)
@@ -421,7 +421,7 @@ class Worker:
         return self.generation_of_average()
 
     def generation_of_average(self) -> int:
-        """The worker is another process than the one that is refused things."""
+        """The generation of the average. The worker is another process than the one that is refused things."""
         assert self.average is not None
         with PROBE.elsewhere():
             return self.average.generation
@@ -445,7 +445,7 @@ class Worker:
             connection.close()
 
     async def through(self, connection: socket.socket, flat: memoryview) -> bytearray:
-        """All of a push up, all of a center down."""
+        """Sends a whole push and receives a whole center."""
         loop = asyncio.get_running_loop()
         await loop.sock_sendall(connection, NUMBER.pack(self.push_id) + bytes(flat))
         center = bytearray()
@@ -458,7 +458,7 @@ class Worker:
 
 
 async def read_center(server: Server, context: Context, task: asyncio.Task[Any]) -> int:
-    """Reads a pulled center; its step. Raises Refused."""
+    """Reads a pulled center; returns its step. Raises Refused."""
     center, header = bytearray(MANIFEST.buffer_size_bytes), None
     while (data := await next_message(context, task)) is not None:
         message = pb.PullResponse.FromString(data)
@@ -475,7 +475,7 @@ async def read_center(server: Server, context: Context, task: asyncio.Task[Any])
 
 
 async def readers(server: Server, workers: asyncio.Future[Any]) -> None:
-    """In every round somebody pulls, takes the header only, and the rest when the workers are done."""
+    """In every round pulls, reads only the header, and reads the rest when the workers are done."""
     slow: list[tuple[Context, asyncio.Task[Any]]] = []
     seen = 0
     while not workers.done():
@@ -486,7 +486,7 @@ async def readers(server: Server, workers: asyncio.Future[Any]) -> None:
             first = await next_message(context, task)
             context.takes.clear()
             if first is not None:
-                context.down.put_nowait(first)  # to be read once more, with the rest
+                context.down.put_nowait(first)  # to be read again, with the rest
             slow.append((context, task))
         await asyncio.sleep(_PAUSE_S)
     for context, task in slow:
@@ -496,7 +496,7 @@ async def readers(server: Server, workers: asyncio.Future[Any]) -> None:
 
 
 async def breaker(server: Server, workers: asyncio.Future[Any]) -> None:
-    """A third worker whose process is always gone in the middle of its push."""
+    """A third worker whose process always disappears in the middle of its push."""
     worker = Worker(server, 9, "inline")
     while not workers.done() and worker.push_id < 3:
         worker.push_id += 1
@@ -554,7 +554,7 @@ async def _play(kind: Kind, directory: Path, result_of: list[Server]) -> None:
         await asyncio.wait_for(server.stop(), LIMIT_S)
     except (OSError, MemoryError, RuntimeError):
         if not PROBE.refused:
-            raise  # else it ends in another way, which is also an end
+            raise  # otherwise it ends in another way, which is allowed
 
 
 async def _end(server: Server) -> None:
@@ -570,7 +570,7 @@ def play(name: str) -> Result:
     directory = Path(tempfile.mkdtemp(prefix="play-"))
     servers: list[Server] = []
     loop = asyncio.new_event_loop()
-    loop.set_exception_handler(lambda *_: None)  # exceptions in callbacks are what is played here
+    loop.set_exception_handler(lambda *_: None)  # exceptions in callbacks are part of the play
     try:
         began_at_s = loop.time()
         loop.run_until_complete(_play(PLAYS[name], directory, servers))

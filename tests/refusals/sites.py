@@ -87,18 +87,18 @@ class Probe:
         self._on = False
 
     def arm(self, site: int | None, hit: int = 1, error: str = "MemoryError") -> None:
-        """From now on counts; the ``hit``-th time that ``site`` is reached, it fails. None: it only counts."""
+        """Starts counting; the ``hit``-th time that ``site`` is reached, it fails. None: only counts."""
         self.hits.clear()
         self.refused, self._on = False, True
         self._target, self._error = None if site is None else (site, hit), ERRORS[error]
 
     def disarm(self) -> None:
-        """From now on it does nothing."""
+        """Stops counting and refusing."""
         self._on = False
 
     @contextmanager
     def elsewhere(self) -> Iterator[None]:
-        """What happens in this context happens in another process."""
+        """Exempts what happens in this context, as if it happened in another process."""
         was_on, self._on = self._on, False
         try:
             yield
@@ -152,7 +152,7 @@ class _Finder(MetaPathFinder):
 
 
 def install() -> None:
-    """From now on these modules are imported with probes."""
+    """Has these modules imported with probes."""
     loaded = sorted(sys.modules.keys() & set(MODULES))
     assert not loaded, f"{loaded} came too early"
     any_builtins: Any = builtins
