@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import socket
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -22,17 +22,19 @@ from rich.table import Table
 from bench.processes import parameter_server, peak_bytes, resident_bytes
 from bench.turns import Turns, over_workers, take_turns, values_of
 
+NESTEROV = "sgd:lr=0.7,momentum=0.9,nesterov"
 TRANSPORTS = ("shared memory", "unix socket", "tcp, messages", "tcp")
 """The last one: with a data connection for what is worth it."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row: how the bytes travel, how many float32 parameters, how many workers."""
+    """One row: how the bytes travel, how many float32 parameters, how many workers, the outer optimizer as text."""
 
     transport: str
     parameters: int
     workers: int
+    outer: str = "average"
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,13 @@ class Sample:
 @dataclass(frozen=True)
 class Result:
     """One row of the table. Spread is (largest - smallest) / median; memory is the peak over the same process idle, a
-    worker's without the model itself; shared pages count where `peak_bytes` says."""
+    worker's without the model itself; shared pages count where `peak_bytes` says. The center is in the server's, with
+    the outer optimizer's state."""
 
     transport: str
     parameters: int
     workers: int
+    outer: str
     round_ms: float
     round_spread: float
     gloo_ms: float
@@ -69,6 +73,7 @@ def work(case: Case, rank: int, rounds: int, address: str, gloo_port: int, pipe:
     import torch.distributed as dist
 
     from ma_client import ParameterServerSession
+    from modelaverage.outer import AVERAGE, outer_optimizer
 
     torch.set_num_threads(1)
     store = f"tcp://127.0.0.1:{gloo_port}"
@@ -82,10 +87,13 @@ def work(case: Case, rank: int, rounds: int, address: str, gloo_port: int, pipe:
     session = ParameterServerSession(
         [address], worker_id=f"worker-{rank}", is_chief=rank == 0, shared_memory=case.transport == "shared memory"
     )
+    outer = outer_optimizer(case.outer)
     if rank == 0:
-        session.initialize({"x": local})
-    session.pull(copy=False)
-    round_turns, gloo_turns = take_turns(session, local, mean, reduced, rounds)
+        session.initialize({"x": local}, outer_optimizer=outer)
+    first, _ = session.pull(copy=False)
+    # Only what an outer optimizer's results are compared with costs memory of its own.
+    center = None if outer == AVERAGE else first["x"].copy()
+    round_turns, gloo_turns = take_turns(session, local, mean, reduced, rounds, outer, center)
     extra_bytes = peak_bytes(os.getpid(), "modelaverage-center") - idle_bytes
     pipe.send(Sample(round_turns, gloo_turns, extra_bytes))
     pipe.recv()  # the server's memory is measured while all workers are connected
@@ -125,6 +133,7 @@ def measure(case: Case, rounds: int) -> Result:
         transport=case.transport,
         parameters=case.parameters,
         workers=case.workers,
+        outer=case.outer,
         round_ms=round_s * 1e3,
         round_spread=round_spread,
         gloo_ms=gloo_s * 1e3,
@@ -139,7 +148,7 @@ def measure(case: Case, rounds: int) -> Result:
 def table(results: list[Result]) -> Table:
     """The results for people."""
     shown = Table(title="one averaging round on this machine; ratios are what counts")
-    for column in ("transport", "parameters", "workers", "round ms", "spread", "gloo ms", "spread", "ratio"):
+    for column in ("transport", "parameters", "workers", "outer", "round ms", "spread", "gloo ms", "spread", "ratio"):
         shown.add_column(column, justify="right")
     for column in ("wire MB/round", "server + MB", "worker + MB"):
         shown.add_column(column, justify="right")
@@ -148,6 +157,7 @@ def table(results: list[Result]) -> Table:
             r.transport,
             f"{r.parameters:,}",
             str(r.workers),
+            r.outer.partition(":")[0],
             f"{r.round_ms:.2f}",
             f"{r.round_spread:.0%}",
             f"{r.gloo_ms:.2f}",
@@ -170,11 +180,15 @@ def main(argv: list[str] | None = None) -> int:
     parameters = (1_000, 1_000_000, 10_000_000) if arguments.quick else (1_000, 1_000_000, 10_000_000, 50_000_000)
     workers = (2,) if arguments.quick else (2, 4, 8)
     cases = [Case(t, p, w) for p in parameters for w in workers for t in TRANSPORTS]
+    beside = Case("shared memory", 10_000_000, 2)  # the same round with an outer optimizer
+    cases.insert(cases.index(beside) + 1, replace(beside, outer=NESTEROV))
     if not arguments.quick:
         cases.append(Case("tcp", 10_000_000, 16))  # the server's memory is the same as with two
-    console, results = Console(width=140), []
+    console, results = Console(width=150), []
     for case in cases:
-        console.print(f"{case.transport}: {case.parameters:,} parameters, {case.workers} workers", style="dim")
+        console.print(
+            f"{case.transport}: {case.parameters:,} parameters, {case.workers} workers, {case.outer}", style="dim"
+        )
         results.append(measure(case, arguments.rounds))
     console.print(table(results))
     arguments.json.parent.mkdir(parents=True, exist_ok=True)

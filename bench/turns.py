@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from modelaverage.outer import AVERAGE, OuterOptimizer
+
 if TYPE_CHECKING:
     import torch
 
@@ -66,20 +68,29 @@ def take_turns(
     mean: NDArray[np.float32],
     reduced: torch.Tensor,
     rounds: int,
+    outer: OuterOptimizer = AVERAGE,
+    center: NDArray[np.float32] | None = None,
 ) -> tuple[Turns, Turns]:
-    """All of a worker's rounds, with the server and with gloo, which works in the memory of ``reduced``."""
+    """All of a worker's rounds, with the server and with gloo, which works in the memory of ``reduced``.
+
+    With an outer optimizer, every result is compared with its steps from ``center`` on, the first center.
+    """
     import torch
     import torch.distributed as dist
 
     ours, gloo = Turns(), Turns()
     # Rounds of a tiny model are timed many at a time: a barrier's own jitter is longer than one of them.
     repeat = max(1, 50_000 // local.size)
+    expected = mean if center is None else center
+    state = outer.init(expected)
     for number in range(WARM_UPS + rounds):
         dist.barrier()
         with ours.turn(repeat):
             for _ in range(repeat):
                 result = session.push_and_average({"x": local}, copy=False)
-        assert np.array_equal(result.center["x"], mean), f"round {number} is wrong"
+        for step in range(number * repeat, (number + 1) * repeat):
+            expected, state = outer.update(expected, mean, state, step)
+        assert np.array_equal(result.center["x"], expected), f"round {number} is wrong"
         reduced.copy_(torch.from_numpy(local))
         dist.barrier()
         with gloo.turn(repeat):

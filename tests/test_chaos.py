@@ -22,7 +22,6 @@ from chaos.log import Push, Received, Values, WorkerLog, newest_checkpoint, read
 from chaos.replay import replay
 from chaos.seats import Seat
 from modelaverage.outer import OuterSGD
-from tests.long_plays import long_except
 
 ROOT = Path(__file__).parents[1]
 ROUNDS = 3
@@ -463,7 +462,8 @@ def test_the_newest_checkpoint_is_the_one_of_the_largest_step(tmp_path: Path) ->
 # A run.
 
 
-@pytest.mark.parametrize(("rounds", "faults_every_s"), long_except([(10, 3.0)], [(10, 3.0), (30, 0.6)]))
+@pytest.mark.long
+@pytest.mark.parametrize(("rounds", "faults_every_s"), [(10, 3.0), (30, 0.6)])
 def test_a_short_run_loses_nothing(rounds: int, faults_every_s: float, tmp_path: Path) -> None:
     """The accuracy is not checked: in such a short run it means nothing."""
     report = tmp_path / "chaos.json"

@@ -38,8 +38,9 @@ __all__ = ["Center", "Finish", "MAX_OLD_BUFFERS"]
 
 _T = TypeVar("_T")
 _THREADS = min(4, os.cpu_count() or 1)
-_BLOCK = 1 << 15
-"""Elements that an outer optimizer gets at once: what it computes on the way stays in the processor's cache."""
+_BLOCK = 1 << 17
+"""Elements that an outer optimizer gets at once. Fewer fit the processor's cache better, but the threads then wait for
+one another: every operation of NumPy takes Python's lock again when it ends."""
 MAX_OLD_BUFFERS = 2
 """The most old centers kept for their readers."""
 
@@ -272,13 +273,14 @@ class Center:
 
     def _step(self, center: Values, average: Values, state: Slots, out: Values, next_state: Slots, step: int) -> None:
         """The outer optimizer's step for a piece, block by block; ``out`` may be the memory of ``average``."""
-        exact = state.get(MASTER, center)
+        exact, next_exact = state.get(MASTER, center), next_state.get(MASTER, out)
         for start in range(0, len(average), _BLOCK):
             here = slice(start, start + _BLOCK)
             block = {slot: array[here] for slot, array in state.items()}
-            made, slots = self.outer.update(exact[here], average[here], block, step)
-            out[here] = made
-            _store({slot: array[here] for slot, array in next_state.items()}, slots, made)
+            next_block = {slot: array[here] for slot, array in next_state.items()}
+            self.outer.update_into(exact[here], average[here], block, step, next_exact[here], next_block)
+            if next_exact is not out:
+                out[here] = next_exact[here]
 
 
 def _store(into: Mapping[str, Values], slots: Mapping[str, Values], exact: Values) -> None:

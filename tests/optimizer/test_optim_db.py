@@ -77,8 +77,8 @@ def one_thread() -> Iterator[None]:
 
 @cache
 def torchs_list() -> tuple[Any, int]:
-    """torch's list, and the number of its variants for a CPU. A module of torch's own tests has it, which needs a stub of
-    `expecttest` and freezes torch's flags; both are dealt with here."""
+    """torch's list, and the number of its variants for a CPU. The list is in a module of torch's own tests, which needs
+    a stub of `expecttest` and freezes torch's flags; both are dealt with here."""
     sys.modules.setdefault("expecttest", cast("types.ModuleType", types.SimpleNamespace(TestCase=unittest.TestCase)))
     from torch.testing._internal import common_optimizers
 

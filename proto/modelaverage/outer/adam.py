@@ -52,19 +52,31 @@ class OuterAdam(OuterOptimizer):
         """``m`` and ``v``."""
         return ("m", "v")
 
-    def update(self, center: Values, average: Values, state: Slots, step: int) -> tuple[Values, Slots]:  # noqa: ARG002
+    def update(self, center: Values, average: Values, state: Slots, step: int) -> tuple[Values, Slots]:
         """The formulas above."""
-        beta1, beta2 = self.betas
+        return self._updated(center, average, state, step)
+
+    def update_into(
+        self,
+        center: Values,
+        average: Values,
+        state: Slots,
+        step: int,  # noqa: ARG002
+        into: Values,
+        into_slots: Slots,
+    ) -> None:
+        """The same, with as few passes over memory as NumPy allows."""
+        (beta1, beta2), m, v = self.betas, into_slots["m"], into_slots["v"]
         moved = average - center
-        m = beta1 * state["m"]
-        m += (1 - beta1) * moved
-        v = beta2 * state["v"]
+        np.multiply(state["m"], beta1, out=m)
+        np.multiply(moved, 1 - beta1, out=into)
+        m += into
+        np.multiply(state["v"], beta2, out=v)
         moved *= moved
         moved *= 1 - beta2
         v += moved
-        root = np.sqrt(v)
+        root = np.sqrt(v, out=moved)
         root += self.eps
-        np.divide(m, root, out=root)
-        root *= self.lr
-        root += center
-        return root, {"m": m, "v": v}
+        np.divide(m, root, out=into)
+        into *= self.lr
+        into += center

@@ -81,6 +81,28 @@ class OuterOptimizer:
         """
         raise NotImplementedError
 
+    def update_into(
+        self, center: Values, average: Values, state: Slots, step: int, into: Values, into_slots: Slots
+    ) -> None:
+        """`update`, whose results are written to memory that is given; the same bits. Override it to save copies.
+
+        Args:
+            center, average, state, step: see `update`.
+            into: for the next center; may be the memory of ``average``, otherwise it overlaps nothing. Of the dtype of
+                ``average``, or of 16 bits if the variable is and there is no master.
+            into_slots: for the next state; all of `slots`, and perhaps others.
+        """
+        made, slots = self.update(center, average, state, step)
+        into[...] = made
+        for slot in self.slots:
+            into_slots[slot][...] = slots[slot]
+
+    def _updated(self, center: Values, average: Values, state: Slots, step: int) -> tuple[Values, Slots]:
+        """What `update_into` writes, in new memory: an `update` for those that override it."""
+        into, slots = np.empty_like(average), {slot: np.empty_like(average) for slot in self.slots}
+        self.update_into(center, average, state, step, into, slots)
+        return into, slots
+
 
 def check_setting(outer: OuterOptimizer, setting: str, value: object, is_right: bool, wanted: str) -> None:
     """Raises ValueError unless ``is_right``; ``wanted`` says what a right value is."""

@@ -63,17 +63,31 @@ class OuterSGD(OuterOptimizer):
         """``momentum``, unless it is 0."""
         return (_MOMENTUM,) if self.momentum else ()
 
-    def update(self, center: Values, average: Values, state: Slots, step: int) -> tuple[Values, Slots]:  # noqa: ARG002
+    def update(self, center: Values, average: Values, state: Slots, step: int) -> tuple[Values, Slots]:
         """The formulas above."""
+        return self._updated(center, average, state, step)
+
+    def update_into(
+        self,
+        center: Values,
+        average: Values,
+        state: Slots,
+        step: int,  # noqa: ARG002
+        into: Values,
+        into_slots: Slots,
+    ) -> None:
+        """The same, with as few passes over memory as NumPy allows."""
         moved = center - average
         if not self.momentum:
-            moved *= self.lr
-            return center - moved, state
-        momentum = self.momentum * state[_MOMENTUM]
-        momentum += moved
-        if self.nesterov:
-            moved += self.momentum * momentum
-            moved *= self.lr
+            np.multiply(moved, self.lr, out=into)
         else:
-            np.multiply(momentum, self.lr, out=moved)
-        return center - moved, {_MOMENTUM: momentum}
+            momentum = into_slots[_MOMENTUM]
+            np.multiply(state[_MOMENTUM], self.momentum, out=momentum)
+            momentum += moved
+            if self.nesterov:
+                np.multiply(momentum, self.momentum, out=into)
+                into += moved
+                into *= self.lr
+            else:
+                np.multiply(momentum, self.lr, out=into)
+        np.subtract(center, into, out=into)
