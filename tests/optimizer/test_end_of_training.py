@@ -287,8 +287,9 @@ def test_steps_that_a_push_had_that_failed_here_and_was_counted_are_not_lost(
     for _ in range(more):
         first.step(w=1.0, b=1.0)  # the push that counts left b alone
     if waits:
+        wait_for_status(server, lambda status: status.connected_workers == 0)  # the push that failed here has ended
         again = Running(first.opt.average)
-        wait_for_status(server, lambda status: any(w.worker_id == "worker-0" and w.waiting for w in status.workers))
+        wait_for_status(server, lambda status: status.connected_workers == 1)
         second.opt.average()
         again.result()
     else:
