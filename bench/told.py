@@ -107,7 +107,7 @@ class Transcript:
 
 
 def play(seat: Seat) -> None:
-    """A process of the job, until it is killed: prints its deeds as JSON, and whatever it logs."""
+    """A process of the job, until it is killed: prints its calls as JSON, and whatever it logs."""
     logging.basicConfig(stream=sys.stdout, level=logging.WARNING, format="%(message)s")
     values = np.arange(seat.parameters, dtype=np.float32) % 1024
     for deed in _read(seat, values) if seat.rank is None else _push(seat, seat.rank, values):

@@ -1,4 +1,4 @@
-"""How long a job waits, and how long in silence, when something of it fails: `python -m bench.waits`.
+"""How long a job waits, and how long in silence, when a part of it fails: `python -m bench.waits`.
 
 Two workers make rounds of some MB with a server, on hosts of their own (bench/hosts.py), and a reader pulls the center
 every second. Then one fault (bench/trouble.py) happens for a while. The table shows: the longest silence, in which

@@ -159,7 +159,7 @@ class _Cluster:
         )
 
     def _may_strike(self, fault: Fault, now_s: float) -> bool:
-        """A server that could not write a checkpoint answers all the same, and says that a kill would lose rounds."""
+        """A server that could not write a checkpoint still answers, and says that a kill would lose rounds."""
         if (fault.process, fault.kind) != (SERVER, "kill") or not self._plan.squeezes:
             return True
         kept = newest_checkpoint(self._plan.directory / _CHECKPOINTS)

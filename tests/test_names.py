@@ -238,7 +238,7 @@ def test_the_report_has_any_name_in_its_picture_and_a_directory_for_each(
 def test_the_report_of_a_run_that_made_no_round_says_nothing(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        # The center was there, and the lone worker trains all the same.
+        # The center was there, and the lone worker trains anyway.
         told: list[Event] = [
             AccuracyEvent("worker-0", 1.0, 40, 2, 0.975, 0.125),
             StepEvent(ALONE, 1.0, 40, 0.25, 1234.5, 0.0, 0),

@@ -43,7 +43,7 @@ class ServerProcess:
             [*command, "--num-workers", str(num_workers), *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            bufsize=0,  # else the first line takes a second one with it, and communicate() never sees that
+            bufsize=0,  # otherwise the first line takes a second one with it, and communicate() never sees that
         )
         assert self._process.stdout is not None
         # If it never prints a line, killing it ends the wait.

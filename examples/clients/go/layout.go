@@ -6,7 +6,7 @@ import (
 	pb "modelaverage/v1"
 )
 
-// alignment: every variable starts at a multiple of so many bytes in the flat buffer.
+// alignment: every variable starts at a multiple of this many bytes in the flat buffer.
 const alignment = 8
 
 // dataTypes has the data types by their names in the conformance kit's lines.

@@ -341,7 +341,7 @@ def _a_shard_is_refused(stage: Stage) -> None:
 
 
 @case
-def _a_pull_that_is_made_again_starts_anew(stage: Stage) -> None:
+def _a_pull_that_is_made_again_starts_over(stage: Stage) -> None:
     server = stage.scripted()
     worker = stage.worker(server.address)
     server.pulls.put([*center(like(_MODEL, 1), 7)[:3], _AWAY])
