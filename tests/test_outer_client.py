@@ -71,6 +71,7 @@ def test_a_worker_that_names_another_is_refused_with_both_named(wrong: OuterOpti
         ) as caught:
             refused(outer_optimizer=wrong)
         assert caught.value.reason is Reason.OUTER_OPTIMIZER_MISMATCH
+        assert any(address in str(caught.value) for address in job.addresses)
     other.pull()  # the refusals have changed nothing
     assert other.base_step == 0
 
@@ -171,3 +172,24 @@ def test_if_all_abstain_the_center_stays_and_the_round_counts(job: Job) -> None:
     assert {name: array.tobytes() for name, array in result.center.items()} == {
         n: a.tobytes() for n, a in START.items()
     }
+
+
+def test_servers_that_have_different_ones_are_named(start_server: StartServer) -> None:
+    addresses = [start_server(1).address for _ in range(2)]
+    with ParameterServerSession(addresses, worker_id="a", is_chief=True) as chief:
+        chief.initialize(START, outer_optimizer=DILOCO)
+        _, other = chief._servers
+        asked = other.center_header
+
+        def says_another(*arguments: Any) -> Any:
+            header = asked(*arguments)
+            header.outer_optimizer = "sgd:lr=1.0,momentum=0.5"
+            return header
+
+        other.center_header = says_another  # type: ignore[method-assign, assignment]
+        said = (
+            rf"{addresses[1]} has the outer optimizer sgd:lr=1.0,momentum=0.5, that at {addresses[0]} has {DILOCO_TEXT}"
+        )
+        for call in (chief.pull, lambda: chief.initialize(START)):
+            with pytest.raises(ConflictError, match=said):
+                call()

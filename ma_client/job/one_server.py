@@ -9,6 +9,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from ma_client.job.outer_naming import with_address
 from ma_client.job.patience import Patience
 from ma_client.transports.connection import Connection
 from ma_client.transports.lent_memory import Loan
@@ -112,12 +113,15 @@ class OneServer:
     ) -> pb.InitializeResponse:
         """Sends an initial center to the server; ``staging`` has its manifest."""
         manifest = staging.manifest
-        response = self._patience.call(
-            lambda: self.connection.initialize(
-                header, lambda index: RAW.encode_variables(manifest, index, values), manifest.fragment_count, deadline
-            ),
-            deadline,
-        )
+
+        def attempt() -> pb.InitializeResponse:
+            def encode(index: int) -> Sequence[memoryview]:
+                return RAW.encode_variables(manifest, index, values)
+
+            return self.connection.initialize(header, encode, manifest.fragment_count, deadline)
+
+        with with_address(self.connection.address):
+            response = self._patience.call(attempt, deadline)
         if response.initialized:
             self.adopt(staging, response.manifest_id)
             self.step = response.global_step
@@ -127,7 +131,8 @@ class OneServer:
         """The header of the center, without its values."""
         request = self._pull_request(wait_initialized)
         request.header_only = True
-        return self._patience.call(lambda: self.connection.center_header(request, deadline), deadline)
+        with with_address(self.connection.address):
+            return self._patience.call(lambda: self.connection.center_header(request, deadline), deadline)
 
     def pull(
         self,
@@ -173,7 +178,8 @@ class OneServer:
                 began_at_s = time.monotonic()
             self.connection.pull(request, staging_for, deadline)
 
-        self._patience.call(attempt, deadline)
+        with with_address(self.connection.address):
+            self._patience.call(attempt, deadline)
         self.step, self.elsewhere, self._loan = step, None, None
 
     def _first_to_pull(self, arriving: Staging, began_at_s: float, deadline: Deadline) -> int:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from modelaverage.errors import ConflictError, InvalidRequestError, Reason
 from modelaverage.outer import AVERAGE, OuterOptimizer, outer_optimizer, text_of
 
-__all__ = ["check_has", "check_same", "in_force", "named"]
+__all__ = ["check_has", "check_same", "in_force", "named", "with_address"]
 
 
 def named(outer: OuterOptimizer | str | None) -> str:
@@ -61,3 +62,14 @@ def check_same(told: Sequence[str], addresses: Sequence[str]) -> None:
                 f"has {in_force(told[0])}; they are not of one job",
                 Reason.OUTER_OPTIMIZER_MISMATCH,
             )
+
+
+@contextmanager
+def with_address(address: str) -> Iterator[None]:
+    """A context in which the error of a server that refuses an outer optimizer gets the server's address."""
+    try:
+        yield
+    except ConflictError as error:
+        if error.reason is not Reason.OUTER_OPTIMIZER_MISMATCH or address in str(error):
+            raise
+        raise ConflictError(f"the parameter server at {address}: {error}", error.reason, error.status) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from modelaverage.errors import InvalidRequestError
 from modelaverage.logs import event
 from modelaverage.names import listed
+from modelaverage.outer.base import summed_in
 
 __all__ = ["NonfiniteGuard", "POLICIES"]
 
@@ -47,19 +49,22 @@ class NonfiniteGuard:
         self._policy = policy
         self._state = state
         self._named = named
-        self._was_said = False
+        self._was_said = self._drop_was_said = False
 
-    def lets_push(self, values: Mapping[str, NDArray[np.generic]], worker_id: str, local_step: int) -> bool:
-        """Whether these local variables may be pushed; False: this worker abstains.
+    def lets_push(
+        self, values: Mapping[str, NDArray[np.generic]], untouched: Collection[str], worker_id: str, local_step: int
+    ) -> bool:
+        """Whether these local variables may be pushed; False: this worker abstains. Those in ``untouched`` are as they
+        came from the center and are not looked at: a buffer may be infinite on purpose, as a mask is.
 
         Raises:
             InvalidRequestError: they are not finite, and the policy is ``raise``.
         """
         if self._policy == "allow":
             return True
-        bad = _not_finite(values)
+        bad = _counts({name: array for name, array in values.items() if name not in untouched}, np.isfinite)
         if not bad:
-            self._was_said = False
+            self._was_said = self._drop_was_said = False
             return True
         found = (
             f"{sum(bad.values())} values of {_listed(bad)} are not finite (NaN, infinite) at local step {local_step}"
@@ -76,14 +81,17 @@ class NonfiniteGuard:
         self._was_said = True
         return False
 
-    def abstained(self, center: Mapping[str, NDArray[np.generic]], worker_id: str) -> None:
+    def abstained(self, center: Mapping[str, NDArray[np.generic]], untouched: Collection[str], worker_id: str) -> None:
         """This worker abstained because of its values, and has installed this center. Drops the local optimizer's state
         of every parameter whose state is not finite either: torch makes it again at the next step.
+
+        Variables in ``untouched``, as in `lets_push`, may be infinite, but not NaN.
 
         Raises:
             InvalidRequestError: the center is not finite, so every worker would abstain for ever.
         """
-        bad = _not_finite(center)
+        bad = _counts({name: array for name, array in center.items() if name not in untouched}, np.isfinite)
+        bad |= _counts({name: center[name] for name in untouched if name in center}, _is_number)
         if bad:
             raise InvalidRequestError(
                 f"{sum(bad.values())} values of {_listed(bad)} are not finite in the center itself, so all workers "
@@ -93,7 +101,8 @@ class NonfiniteGuard:
         spoilt = [parameter for parameter, slots in state.items() if not all(map(_is_finite, slots.values()))]
         for parameter in spoilt:
             state[parameter].clear()
-        if spoilt:
+        if spoilt and not self._drop_was_said:
+            self._drop_was_said = True
             shown = [names.get(parameter, "a parameter") for parameter in spoilt]
             _log.warning(
                 "%s: the local optimizer's state of %s was not finite, and begins again",
@@ -103,14 +112,25 @@ class NonfiniteGuard:
             )
 
 
-def _not_finite(values: Mapping[str, NDArray[np.generic]]) -> dict[str, int]:
-    """How many values are not finite, by variable; only variables that have such."""
+def _counts(
+    values: Mapping[str, NDArray[np.generic]], is_right: Callable[[NDArray[np.generic]], NDArray[np.bool_]]
+) -> dict[str, int]:
+    """How many values are not right, by variable; only variables that have such. ``is_right`` holds for finite ones."""
     found = dict[str, int]()
     for name, array in values.items():
-        finite = np.isfinite(array)
-        if not finite.all():
-            found[name] = finite.size - int(np.count_nonzero(finite))
+        with np.errstate(all="ignore"):  # a sum of finite values may overflow; then they are looked at one by one
+            total = np.add.reduce(array, axis=None, dtype=summed_in(array.dtype))
+        if math.isfinite(total):  # as a sum with NaN or infinity is not
+            continue
+        wrong = array.size - int(np.count_nonzero(is_right(array)))
+        if wrong:
+            found[name] = wrong
     return found
+
+
+def _is_number(array: NDArray[np.generic]) -> NDArray[np.bool_]:
+    are_numbers: NDArray[np.bool_] = np.logical_not(np.isnan(array))
+    return are_numbers
 
 
 def _is_finite(slot: Any) -> bool:

@@ -95,9 +95,9 @@ class Rounds:
                 "leave it trainable until the hook has begun, and freeze it then"
             )
         session = self.replica.session
-        is_finite = self._guard.lets_push(values, session.worker_id, progress.local_step)
-        weight = self._weighing.ask()
         untouched = self.replica.untouched(values)
+        is_finite = self._guard.lets_push(values, untouched, session.worker_id, progress.local_step)
+        weight = self._weighing.ask(session.worker_id)
         steps, before = progress.steps_since_round, progress.count_push()
         return OwnContribution(
             values, untouched, session.base_step, steps, before, progress.local_step, self.loss, weight, is_finite
@@ -137,7 +137,8 @@ class Rounds:
         self.last = result
         self._weighing.used(contribution.weight)
         if not contribution.is_finite:
-            self._guard.abstained(self.replica.variables.gather(), self.replica.session.worker_id)
+            center, worker_id = self.replica.variables.gather(), self.replica.session.worker_id
+            self._guard.abstained(center, contribution.untouched, worker_id)
 
     def _say_what_is_lost(self, result: PushResult, contribution: OwnContribution) -> None:
         """This push was not used. An earlier one from the same base step, which failed here, may be in the center: then

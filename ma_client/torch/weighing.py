@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 
 from modelaverage.checks import check_weight
+from modelaverage.errors import InvalidRequestError, Reason
 
 __all__ = ["Weighing"]
 
@@ -29,21 +31,32 @@ class Weighing:
         if callable(weight):
             self._count = weight
             return
-        if isinstance(weight, bool) or not isinstance(weight, int | float):
+        if isinstance(weight, bool) or not isinstance(weight, numbers.Real):
             raise TypeError(f"weight is {weight!r:.80}; give a number, or a function that returns one")
-        check_weight(weight)
         self._weight = float(weight)
+        check_weight(self._weight)
 
-    def ask(self) -> float:
-        """The weight of a contribution that is made now.
+    def ask(self, worker_id: str) -> float:
+        """The weight of a contribution that is made now. What the function raises goes through.
+
+        Args:
+            worker_id: named in errors.
 
         Raises:
-            InvalidRequestError: WEIGHT_INVALID: what the function has counted is neither 0 nor from 1e-9 to 1e9.
+            InvalidRequestError: WEIGHT_INVALID: what the function has counted is no number, or neither 0 nor from 1e-9
+                to 1e9.
         """
         if self._count is not None:
-            counted = self._weight + float(self._count())
-            if counted != 0:
-                check_weight(counted)
+            told = self._count()
+            try:
+                counted = self._weight + float(told)
+                if counted != 0:
+                    check_weight(counted)
+            except (TypeError, ValueError):
+                message = f"{worker_id}: the weight function returned {told!r:.80}, which is not a number"
+                raise InvalidRequestError(message, Reason.WEIGHT_INVALID) from None
+            except InvalidRequestError as error:
+                raise InvalidRequestError(f"{worker_id}: {error}", error.reason) from None
             self._weight = counted
         return self._weight
 

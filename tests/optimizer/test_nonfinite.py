@@ -13,7 +13,7 @@ import torch
 
 from modelaverage.errors import InvalidRequestError
 from tests.conftest import StartServer
-from tests.optimizer.workers import Join, Worker, center_of, start_all, together
+from tests.optimizer.workers import Join, Net, Worker, center_of, start_all, together
 
 pytestmark = pytest.mark.in_memory
 
@@ -124,3 +124,53 @@ def test_raise_ends_the_step_before_anything_is_pushed(start_server: StartServer
 def test_a_policy_that_does_not_exist_is_refused_at_once(start_server: StartServer, join: Join) -> None:
     with pytest.raises(ValueError, match="nonfinite is 'skip'; choose one of allow, abstain, raise"):
         join(start_server(1), nonfinite="skip")
+
+
+class Masked(Net):
+    """With a buffer that is infinite on purpose, as in attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.full((3, 3), -math.inf).triu(1))
+
+
+@pytest.mark.parametrize("policy", ["abstain", "raise"])
+def test_a_mask_of_infinities_is_no_reason_to_abstain(policy: str, alone: Join) -> None:
+    worker = alone(Masked(), nonfinite=policy)
+    for _ in range(2):
+        worker.step(w=1.0, b=1.0)
+        assert worker.opt.last_round is not None
+        assert worker.opt.last_round.contributors == ("worker-0",)
+
+
+def test_a_worker_with_a_mask_abstains_because_of_the_rest(alone: Join) -> None:
+    worker = alone(Masked(), nonfinite="abstain")
+    worker.step(w=math.nan, b=1.0)
+    assert worker.values() == {"w": [1.0] * 3, "b": [2.0] * 3}
+    assert worker.opt.last_round is not None
+    assert worker.opt.last_round.contributors == ()
+
+
+def test_a_frozen_parameter_that_is_nan_in_the_center_ends_the_training(alone: Join) -> None:
+    worker = alone(Net(b=math.nan), nonfinite="abstain")
+    with pytest.raises(InvalidRequestError, match="3 values of 'b' are not finite in the center itself"):
+        worker.step(w=math.nan)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_values_whose_sum_overflows_are_finite_all_the_same(dtype: torch.dtype, alone: Join) -> None:
+    model = Net().to(dtype)
+    with torch.no_grad():
+        model.w.fill_(torch.finfo(dtype).max)
+    worker = alone(model, nonfinite="raise")
+    worker.step(b=1.0, w=0.0)
+    assert worker.opt.global_step == 1
+
+
+def test_dropped_state_is_logged_once_for_an_episode(
+    start_server: StartServer, join: Join, caplog: pytest.LogCaptureFixture
+) -> None:
+    workers = pair(start_server, join, nonfinite="abstain", local=adam)
+    for value in (math.nan, math.nan, 1.0, math.nan):
+        both(workers, value, 1.0)
+    assert sum("begins again" in record.getMessage() for record in caplog.records) == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ma_client import ParameterServerSession, PushResult
@@ -95,10 +96,24 @@ def test_what_is_no_weight_is_refused_at_once(weight: Any, start_server: StartSe
         join(start_server(1), weight=weight)
 
 
+@pytest.mark.parametrize("weight", [np.float32(3.0), np.int64(3), lambda: np.float32(3.0)])
+def test_numbers_of_numpy_are_weights(weight: Any, start_server: StartServer, join: Join) -> None:
+    first, second = pair(start_server, join, {"weight": weight}, {})
+    together(lambda: first.step(w=4.0), lambda: second.step(w=8.0))
+    assert first.values()["w"] == [-4.0] * 3
+
+
+@pytest.mark.parametrize("told", ["many", None])
+def test_a_function_that_returns_no_number_is_refused(told: Any, alone: Join) -> None:
+    worker = alone(weight=lambda: told)
+    with pytest.raises(InvalidRequestError, match=f"worker-0: the weight function returned {told!r}, which is not a"):
+        worker.step(w=4.0)
+
+
 def test_a_function_that_fails_leaves_the_round_to_be_made_again(alone: Join) -> None:
     tokens = Counter(-1.0)
     worker = alone(weight=tokens)
-    with pytest.raises(InvalidRequestError, match="weight -1 is not usable"):
+    with pytest.raises(InvalidRequestError, match="worker-0: weight -1 is not usable"):
         worker.step(w=4.0)
     assert worker.values()["w"] == [-3.0] * 3
     tokens.count = 2.0
