@@ -111,7 +111,7 @@ class Rounds:
         """
         return self.replica.session.push_and_average(
             contribution.values,
-            contribution.weight if contribution.is_finite else 0.0,
+            weight=contribution.weight if contribution.is_finite else 0.0,
             local_step=contribution.local_step,
             loss=contribution.loss,
             interval_steps=self._interval_steps,
