@@ -16,7 +16,7 @@ __all__ = ["ANSWER_TIMEOUT_S", "Program"]
 # Enough for a process to start and for gRPC to reconnect, on a busy machine.
 ANSWER_TIMEOUT_S = 20.0
 _END_TIMEOUT_S = 10.0
-_LAST_WORDS_TIMEOUT_S = 1.0
+_LAST_WORDS_TIMEOUT_S = 5.0
 _STDERR_LINES = 5
 
 
@@ -90,6 +90,7 @@ class Program:
             came = f"it is still running {_END_TIMEOUT_S:g} s after the end of its input"
             raise Miss(f"{self.worker_id} exits", came) from None
         if code:
+            self._listener.join(_LAST_WORDS_TIMEOUT_S)
             raise Miss(f"{self.worker_id} exits with 0", f"{code}{self.last_words()}")
         if (line := self._lines.get(timeout=_END_TIMEOUT_S)) is not None:
             raise Miss(f"one line from {self.worker_id} for each command", f"another line: {short(line)}")
