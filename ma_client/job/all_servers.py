@@ -18,7 +18,6 @@ from ma_client.transports.connection import Connection
 from ma_client.transports.registry import TransportSettings
 from modelaverage.access.channels import Access
 from modelaverage.errors import ConflictError, ModelAverageError
-from modelaverage.purpose import Purpose
 from modelaverage.runtime.deadline import Deadline
 from modelaverage.v1 import parameter_server_pb2 as pb
 
@@ -115,8 +114,7 @@ class AllServers:
         """Makes one round: pushes to all servers, and returns when all have committed it and are at one step."""
         self._process.check()
         if len(self._servers) == 1:
-            purpose = Purpose.CONTRIBUTE if parts[0].weight else Purpose.ABSTAIN
-            return [self._servers[0].push(base_step, parts[0], copy, deadline, purpose)]
+            return [self._servers[0].push(base_step, parts[0], copy, deadline, parts[0].purpose)]
         meeting = Meeting(len(self._servers))
 
         def take_part(index: int, server: OneServer) -> pb.PushOutcome:

@@ -34,7 +34,7 @@ def push_again(server: OneServer, base_step: int, local: LocalPart, copy: bool, 
     worker has seen. Unless all workers agree to drop those rounds, the server first gets back the center from which
     this worker started. If that center is gone, too, the local variables made from it take its place, and none of them
     counts as untouched."""
-    purpose = Purpose.CONTRIBUTE if local.weight else Purpose.ABSTAIN
+    purpose = local.purpose
     while True:
         try:
             return server.push(base_step, local, copy, deadline, purpose)

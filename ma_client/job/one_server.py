@@ -70,6 +70,11 @@ class LocalPart:
     loss: float | None = None
     interval_steps: int = 0
 
+    @property
+    def purpose(self) -> Purpose:
+        """The purpose of a push of these variables in a round."""
+        return Purpose.CONTRIBUTE if self.weight else Purpose.ABSTAIN
+
 
 class OneServer:
     """One server of a job, for one worker. Used by one thread at a time.
