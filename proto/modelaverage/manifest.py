@@ -359,6 +359,14 @@ class Manifest:
             pieces.append(values[piece.variable][piece.start * itemsize : (piece.start + piece.count) * itemsize])
         return pieces
 
+    def piece_arrays(self, index: int, flat: NDArray[np.uint8]) -> list[NDArray[np.generic]]:
+        """The values of each piece of fragment ``index`` in a flat buffer (uint8, `buffer_size_bytes`); views,
+        one-dimensional."""
+        return [
+            flat[begin:end].view(DTYPES[self.variables[piece.variable].dtype])
+            for piece, (begin, end) in zip(self.pieces[index], self.piece_bounds(index), strict=True)
+        ]
+
     def padded(self, index: int, pieces: Sequence[memoryview]) -> list[memoryview]:
         """What fragment ``index`` consists of, in order: the bytes of its pieces, and padding."""
         parts, at = list[memoryview](), 0

@@ -14,17 +14,23 @@ from modelaverage.manifest import DTYPES, MAX_FRAGMENT_SIZE_BYTES, MAX_RUN, Mani
 __all__ = ["Codec"]
 
 
+_Array = NDArray[np.generic]
+
+
 class Codec(ABC):
     """Encodes and decodes the fragments of any manifest. A codec defines four members; the others use them.
 
-    A codec has no state and is deterministic: equal values give equal bytes, so a repeated push sends the same bytes.
-    The size of an encoded fragment depends only on the manifest, never on the values; it is at least one byte, and at
-    most twice the size of the raw fragment. A codec writes variables that it does not support, such as dtypes other
-    than float32 and small variables, raw.
+    A codec carries the change of a fragment: what it encodes is relative to the *base*, a center that sender and
+    receiver both have, bit for bit. `raw` ignores the base.
+
+    A codec has no state and is deterministic: equal values and bases give equal bytes, so a repeated push sends the
+    same bytes. Values that equal the base bit for bit are decoded to the base bit for bit. The size of an encoded
+    fragment depends only on the manifest, never on the values; it is at least one byte, and at most twice the size of
+    the raw fragment. A codec writes variables that it does not support, such as small ones, raw.
 
     Attributes:
-        in_place: whether the encoded bytes of a fragment equal its bytes in the flat buffer, so that a transport may
-            send from the buffer and receive into it.
+        in_place: whether the encoded bytes of a fragment equal its bytes in the flat buffer, whatever the base, so that
+            a transport may send from the buffer and receive into it.
     """
 
     in_place: bool = False
@@ -32,65 +38,67 @@ class Codec(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """The codec's name in push headers."""
+        """The codec's name in messages and arguments."""
 
     @abstractmethod
     def size_bytes(self, manifest: Manifest, index: int) -> int:
         """The size of encoded fragment ``index``."""
 
     @abstractmethod
-    def encode(self, manifest: Manifest, index: int, pieces: Sequence[memoryview]) -> Sequence[memoryview]:
+    def encode(
+        self, manifest: Manifest, index: int, values: Sequence[_Array], base: Sequence[_Array]
+    ) -> Sequence[memoryview]:
         """Encodes fragment ``index``.
 
         Args:
             manifest: the layout of the variables.
             index: the fragment.
-            pieces: the bytes of each of ``manifest.pieces[index]``, little-endian, at any alignment.
+            values: the values of each of ``manifest.pieces[index]``: one-dimensional, of the variable's dtype, at any
+                alignment. 16-bit variables may be given as float32; what is written raw is rounded.
+            base: the base of each piece, of the variable's dtype.
 
         Returns:
-            Pieces of bytes to be joined, `size_bytes` in total. They may be views of ``pieces``.
+            Pieces of bytes to be joined, `size_bytes` in total. They may be views of ``values``.
         """
 
     @abstractmethod
-    def decode(self, manifest: Manifest, index: int, data: memoryview) -> Sequence[NDArray[np.generic]]:
-        """The values of each of ``manifest.pieces[index]``: one-dimensional, of the variable's dtype (16-bit types may
-        be decoded as float32). They may be views of ``data``.
+    def decode(self, manifest: Manifest, index: int, data: memoryview, base: Sequence[_Array]) -> Sequence[_Array]:
+        """The values of each of ``manifest.pieces[index]``: one-dimensional, of the variable's dtype (16-bit variables
+        may be decoded as float32). They may be views of ``data``, never of ``base``.
 
         Args:
             manifest: the layout of the variables.
             index: the fragment.
             data: an encoded fragment of the right size (`check_size`), at any alignment.
+            base: the base of each piece, of the variable's dtype.
         """
 
     # Conversion from and to variables and flat buffers.
 
-    def encode_variables(self, manifest: Manifest, index: int, values: Sequence[memoryview]) -> Sequence[memoryview]:
-        """Encodes fragment ``index`` of a model whose variables are separate arrays; ``values`` are their bytes, in
-        manifest order. Otherwise like `encode`."""
-        return self.encode(manifest, index, manifest.piece_bytes(index, values))
+    def encode_variables(
+        self, manifest: Manifest, index: int, variables: Sequence[memoryview], base: NDArray[np.uint8]
+    ) -> Sequence[memoryview]:
+        """Encodes fragment ``index`` of a model whose variables are separate arrays.
 
-    def encode_run(self, manifest: Manifest, flat: NDArray[np.uint8], first: int, end: int) -> Sequence[memoryview]:
-        """Encodes fragments ``first`` to ``end`` - 1 of a flat buffer (uint8, `buffer_size_bytes`)."""
-        parts = list[memoryview]()
-        for index in range(first, end):
-            pieces = [flat[begin:stop].data for begin, stop in manifest.piece_bounds(index)]
-            parts.extend(self.encode(manifest, index, pieces))
-        return parts
-
-    def decode_run(self, manifest: Manifest, flat: NDArray[np.uint8], first: int, data: memoryview) -> int:
-        """Decodes an encoded fragment or run into a flat buffer. Returns the index after the last fragment.
-
-        Raises:
-            ProtocolError: FRAGMENT_SIZE_WRONG; nothing was written.
+        Args:
+            manifest: the layout of the variables.
+            index: the fragment.
+            variables: the bytes of every variable, in manifest order.
+            base: the base, a flat buffer (uint8, `buffer_size_bytes`).
         """
-        end = first
-        for index, part in self.split_run(manifest, first, data):
-            pieces = manifest.pieces[index]
-            bounds = manifest.piece_bounds(index)
-            for piece, (begin, stop), values in zip(pieces, bounds, self.decode(manifest, index, part), strict=True):
-                flat[begin:stop].view(DTYPES[manifest.variables[piece.variable].dtype])[:] = values
-            end = index + 1
-        return end
+        values = [
+            np.frombuffer(data, DTYPES[manifest.variables[piece.variable].dtype])
+            for piece, data in zip(manifest.pieces[index], manifest.piece_bytes(index, variables), strict=True)
+        ]
+        return self.encode(manifest, index, values, manifest.piece_arrays(index, base))
+
+    def decode_into(
+        self, manifest: Manifest, flat: NDArray[np.uint8], index: int, data: memoryview, base: NDArray[np.uint8]
+    ) -> None:
+        """Decodes fragment ``index`` (of the right size) into a flat buffer. ``flat`` may be ``base``."""
+        values = self.decode(manifest, index, data, manifest.piece_arrays(index, base))
+        for room, decoded in zip(manifest.piece_arrays(index, flat), values, strict=True):
+            room[...] = decoded
 
     # Sizes.
 

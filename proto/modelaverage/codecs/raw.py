@@ -12,6 +12,9 @@ from modelaverage.manifest import DTYPES, Manifest
 
 __all__ = ["RAW", "Raw"]
 
+_Array = NDArray[np.generic]
+_NO_BASE: NDArray[np.uint8] = np.zeros(0, np.uint8)
+
 
 class Raw(Codec):
     """Every element in its memory representation, little-endian. Encoded parts and decoded values are views."""
@@ -28,25 +31,55 @@ class Raw(Codec):
         start, end = manifest.fragment_bounds(index)
         return end - start
 
-    def encode(self, manifest: Manifest, index: int, pieces: Sequence[memoryview]) -> Sequence[memoryview]:
-        """The pieces, with padding between them."""
+    def encode(
+        self,
+        manifest: Manifest,
+        index: int,
+        values: Sequence[_Array],
+        base: Sequence[_Array],  # noqa: ARG002
+    ) -> Sequence[memoryview]:
+        """The values, with padding between them."""
+        pieces = [
+            each.astype(DTYPES[manifest.variables[piece.variable].dtype], copy=False).view(np.uint8).data
+            for piece, each in zip(manifest.pieces[index], values, strict=True)
+        ]
         return manifest.padded(index, pieces)
 
-    def decode(self, manifest: Manifest, index: int, data: memoryview) -> Sequence[NDArray[np.generic]]:
+    def decode(
+        self,
+        manifest: Manifest,
+        index: int,
+        data: memoryview,
+        base: Sequence[_Array] = (),  # noqa: ARG002
+    ) -> Sequence[_Array]:
         """Views of ``data``."""
         return [
             np.frombuffer(data, DTYPES[manifest.variables[piece.variable].dtype], piece.count, piece.offset_bytes)
             for piece in manifest.pieces[index]
         ]
 
-    # Shortcuts that do not need the pieces.
+    # Shortcuts that do not need the pieces, nor a base.
 
-    def encode_run(self, manifest: Manifest, flat: NDArray[np.uint8], first: int, end: int) -> Sequence[memoryview]:
-        """One view of the flat buffer."""
-        return [flat[manifest.fragment_bounds(first)[0] : manifest.fragment_bounds(end - 1)[1]].data]
+    def encode_variables(
+        self,
+        manifest: Manifest,
+        index: int,
+        variables: Sequence[memoryview],
+        base: NDArray[np.uint8] = _NO_BASE,  # noqa: ARG002
+    ) -> Sequence[memoryview]:
+        """Views of the variables."""
+        return manifest.fragment_parts(index, variables)
+
+    def encode_run(self, manifest: Manifest, flat: NDArray[np.uint8], first: int, end: int) -> memoryview:
+        """Fragments ``first`` to ``end`` - 1 of a flat buffer; a view."""
+        return flat[manifest.fragment_bounds(first)[0] : manifest.fragment_bounds(end - 1)[1]].data
 
     def decode_run(self, manifest: Manifest, flat: NDArray[np.uint8], first: int, data: memoryview) -> int:
-        """One copy."""
+        """Copies a fragment or a run into a flat buffer. Returns the index after the last fragment.
+
+        Raises:
+            ProtocolError: FRAGMENT_SIZE_WRONG; nothing was written.
+        """
         end = self.run_end(manifest, first, len(data))
         if end is None:
             self.check_size(manifest, first, data)
