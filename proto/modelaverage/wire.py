@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
+from modelaverage.chosen import NOTHING_CHOSEN, Chosen
 from modelaverage.errors import Reason, refusal
 from modelaverage.manifest import (
     MAX_NAME_BYTES,
@@ -120,24 +121,27 @@ class PullHeader:
 
     Args:
         manifest: the manifest of the center.
-        outer: its outer optimizer, as text; empty: `average`.
+        chosen: the job's choices.
 
     Raises:
         InvalidRequestError: MANIFEST_INVALID: no message can carry it.
     """
 
-    def __init__(self, manifest: Manifest, outer: str = "") -> None:
+    def __init__(self, manifest: Manifest, chosen: Chosen = NOTHING_CHOSEN) -> None:
         encoded, manifest_id = encode_manifest(manifest), manifest.id.encode()
         self._fixed = b"".join(
             (b"\x0a", _varint(len(encoded)), encoded, b"\x12", _varint(len(manifest_id)), manifest_id)
         )
-        self._outer = b"\x2a" + _varint(len(outer.encode())) + outer.encode() if outer else b""
+        told = chosen.told
+        self._chosen = pb.CenterHeader(outer_optimizer=told.outer_optimizer, compression=told.compression).SerializeToString()
 
-    def encode(self, global_step: int, num_workers: int) -> bytes:
-        """The `PullResponse` with the header of a center of this step."""
+    def encode(self, global_step: int, num_workers: int, center_id: int = 0) -> bytes:
+        """The `PullResponse` with the header of a center of this step. ``center_id`` 0: not told."""
         numbers = b"\x18" + _varint(global_step) if global_step else b""
         numbers += b"\x20" + _varint(num_workers) if num_workers else b""
-        rest = numbers + self._outer
+        rest = numbers + self._chosen
+        if center_id:
+            rest += b"\x39" + center_id.to_bytes(8, "little")
         return b"".join((b"\x0a", _varint(len(self._fixed) + len(rest)), self._fixed, rest))
 
 
