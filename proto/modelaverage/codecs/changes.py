@@ -1,7 +1,7 @@
 """What the lossy codecs share: which variables are coded, and the order of pieces in a fragment.
 
-A piece is coded or raw. What is coded is the change, ``base - value`` in float32; the decoded value is ``base`` less the
-decoded change. So a change of zero gives the base bit for bit (x - 0.0 is x, for -0.0 too), whatever else was rounded.
+A piece is coded or raw. What is coded is the change, ``base - value`` in float32; the decoded value is ``base`` less
+the decoded change. So a change of zero gives the base bit for bit: x - 0.0 is x, for x = -0.0 too.
 """
 
 from __future__ import annotations
