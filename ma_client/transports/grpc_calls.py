@@ -109,8 +109,11 @@ class GrpcCalls:
     def _ask(self, rpc: str, requests: Requests, deadline: Deadline, late: str, **options: Any) -> bytes:
         with self._faults(deadline, late):
             call = self._calls[rpc].future(requests, timeout=deadline.left_s, metadata=self._access.metadata, **options)
-            with self._ending(call):
+            try:
+                self._begin(call)
                 answer: bytes = call.result()
+            finally:
+                self._end(call)
             self.heard()
         return answer
 
@@ -119,8 +122,11 @@ class GrpcCalls:
         """See `Calls`."""
         with self._faults(deadline, late):
             call = self._calls[rpc](requests, timeout=deadline.left_s, metadata=self._access.metadata)
-            with self._ending(call):
+            try:
+                self._begin(call)
                 yield _Heard(call, self.heard)
+            finally:
+                self._end(call)
 
     def heard(self) -> None:
         """See `Calls`."""
@@ -161,17 +167,15 @@ class GrpcCalls:
         if self._reach.failed(lasted_s):
             self._channel_is_lost = True  # a new channel makes longer attempts
 
-    @contextmanager
-    def _ending(self, call: grpc.Call) -> Iterator[None]:
-        """Ends the call with this context, or when `stop` is called."""
-        try:
-            self._under_way = call
-            if self.stopped.is_set():
-                call.cancel()  # type: ignore[no-untyped-call]
-            yield
-        finally:
-            self._under_way = None
+    def _begin(self, call: grpc.Call) -> None:
+        """From here to `_end`, `stop` ends the call."""
+        self._under_way = call
+        if self.stopped.is_set():
             call.cancel()  # type: ignore[no-untyped-call]
+
+    def _end(self, call: grpc.Call) -> None:
+        self._under_way = None
+        call.cancel()  # type: ignore[no-untyped-call]
 
     @contextmanager
     def _faults(self, deadline: Deadline, late: str) -> Iterator[None]:

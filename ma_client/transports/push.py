@@ -15,6 +15,8 @@ from modelaverage.outcome import Outcome
 
 __all__ = ["AwaitRest", "ClientPush", "Decide", "Done", "Keep", "PushFailed", "Retry", "Send", "State", "retry_after"]
 
+_OUTCOMES = {outcome.value: outcome for outcome in Outcome}  # by number on the wire
+
 
 class State(enum.Enum):
     """The state of a push."""
@@ -128,10 +130,9 @@ class ClientPush:
         """The server has sent the outcome, given as its number on the wire."""
         if self.state is not State.ADMITTED:
             return self._broken("sent an outcome before the admission")
-        known = {one.value: one for one in Outcome}
-        if outcome not in known:
+        if outcome not in _OUTCOMES:
             return self._broken("sent an outcome that this client does not know")
-        self._outcome = known[outcome]
+        self._outcome = _OUTCOMES[outcome]
         if self.received == self._fragment_count:
             return self._done()
         if not self._beside:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import queue
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,32 +80,28 @@ class Pushing:
             staging: receives the center.
             deadline: for the whole push.
         """
-        # A copy, because a retry may use another transport.
-        header = pb.PushHeader.FromString(header.SerializeToString())
+        request = pb.PushAndAverageRequest(header=header)  # a copy, because a retry may use another transport
         has_fragments = header.purpose != pb.PURPOSE_ABSTAIN
         # After a successful push, the round has nothing of this worker, so the server will need all fragments.
         may_follow, self._may_follow = self._may_follow and has_fragments, False
         opening = OutgoingPush(header.push_id, fragments, staging, codec_named(header.codec), has_fragments, may_follow)
         staging.begin()
-        with self._opened_lanes(opening) as lanes:
-            late = f"the round did not commit (base step {header.base_step})"
-            self._announce(lanes, header)
-            requests = _Requests(header, lanes.lane)
-            push = ClientPush(self._calls.address, staging.manifest.fragment_count, lanes.lane.is_beside)
-            with self._calls.exchange("PushAndAverage", requests.messages(), deadline, late) as call:
-                try:
-                    lanes.lane.begun(call.cancel)
-                    for data in call:
-                        outcome = self._take(data, push, lanes, requests, deadline)
-                        if outcome is not None:
-                            staging.is_filled()
-                            lanes.is_done = True
-                            return Answer(outcome, lanes.lane.loan)
-                    _carried_out(push.ended())
-                finally:
-                    call.cancel()
-                    requests.end()
-        raise AssertionError("a push ends with an outcome or an exception")
+        lanes = _PushLanes(opening, self._begun(opening))
+        try:
+            self._announce(lanes, request.header)
+            outcome = self._call(request, lanes, deadline)
+            staging.is_filled()
+            lanes.is_done = True
+            return Answer(outcome, lanes.lane.loan)
+        except ModelAverageError as fault:
+            instead = lanes.end(fault, self._calls.stopped.is_set())
+            if instead is not None:
+                raise instead from None
+            for transport in self._transports:
+                transport.failed(fault)
+            raise
+        finally:
+            lanes.end(None, self._calls.stopped.is_set())
 
     def close(self) -> None:
         """Closes the transports; no push follows."""
@@ -119,22 +114,30 @@ class Pushing:
             transport.announce(header, lanes.opening, is_free)
         lanes.lane.announce(header)
 
-    @contextmanager
-    def _opened_lanes(self, opening: OutgoingPush) -> Iterator[_PushLanes]:
-        """Opens a lane on the first transport that accepts the push, or in messages. It ends with the context."""
-        begun = (transport.begin(opening) for transport in self._transports)
-        lanes = _PushLanes(opening, next((lane for lane in begun if lane is not None), None))
+    def _begun(self, opening: OutgoingPush) -> ClientLane | None:
+        """Opens a lane on the first transport that accepts the push; None: it begins in messages."""
+        for transport in self._transports:
+            lane = transport.begin(opening)
+            if lane is not None:
+                return lane
+        return None
+
+    def _call(self, request: pb.PushAndAverageRequest, lanes: _PushLanes, deadline: Deadline) -> pb.PushOutcome:
+        """Makes the call of a push, which opens with this request."""
+        staging, requests = lanes.opening.staging, _Requests(request, lanes.lane)
+        push = ClientPush(self._calls.address, staging.manifest.fragment_count, lanes.lane.is_beside)
+        late = f"the round did not commit (base step {requests.base_step})"
         try:
-            yield lanes
-        except ModelAverageError as fault:
-            instead = lanes.end(fault, self._calls.stopped.is_set())
-            if instead is not None:
-                raise instead from None
-            for transport in self._transports:
-                transport.failed(fault)
-            raise
+            with self._calls.exchange("PushAndAverage", requests.messages(), deadline, late) as call:
+                lanes.lane.begun(call.cancel)
+                for data in call:
+                    outcome = self._take(data, push, lanes, requests, deadline)
+                    if outcome is not None:
+                        return outcome
+                _carried_out(push.ended())
         finally:
-            lanes.end(None, self._calls.stopped.is_set())
+            requests.end()  # after the call, which would half-close otherwise
+        raise AssertionError("a push ends with an outcome or an exception")
 
     def _take(
         self, data: bytes, push: ClientPush, lanes: _PushLanes, requests: _Requests, deadline: Deadline
@@ -202,16 +205,19 @@ class _PushLanes:
     def end(self, fault: ModelAverageError | None, is_stopped: bool) -> ModelAverageError | None:
         """Ends all lanes. Returns a more precise exception to raise instead of the fault, if a lane has one."""
         lanes, self._lanes = self._lanes, []
-        instead = [lane.end(Ending(fault, self.is_done, is_stopped)) for lane in lanes]
-        return next((error for error in instead if error is not None), None)
+        ending, instead = Ending(fault, self.is_done, is_stopped), None
+        for lane in lanes:
+            error = lane.end(ending)
+            instead = error if instead is None else instead
+        return instead
 
 
 class _Requests:
     """The messages that the call sends; created on the sending thread."""
 
-    def __init__(self, header: pb.PushHeader, lane: ClientLane) -> None:
-        self.base_step = header.base_step
-        self._opening = pb.PushAndAverageRequest(header=header).SerializeToString()
+    def __init__(self, opening: pb.PushAndAverageRequest, lane: ClientLane) -> None:
+        self.base_step = opening.header.base_step
+        self._opening = opening.SerializeToString()
         self._lane = lane
         self._admitted: queue.SimpleQueue[tuple[int, ClientLane] | None] = queue.SimpleQueue()
 

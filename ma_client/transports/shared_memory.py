@@ -24,13 +24,16 @@ class ClientSharedMemory(ClientTransport):
         self._is_wanted = is_wanted
         self._lent = LentMemory()
         self._next: Segment | None = None  # memory that the next push may fill at once
+        self._opening: OutgoingPush | None = None
         self._lane: ClientMemoryLane | None = None
 
     def begin(self, opening: OutgoingPush) -> ClientLane | None:
         """See `ClientTransport`. After a successful push, its memory may be filled again before the admission."""
         ready, self._next = self._next, None
-        self._lane = ClientMemoryLane(opening, ready, self._keep) if opening.has_fragments else None
-        return None if ready is None else self._lane
+        self._opening, self._lane = opening, None
+        if ready is not None and opening.has_fragments:
+            self._lane = ClientMemoryLane(opening, ready, self._keep)
+        return self._lane
 
     def announce(self, header: pb.PushHeader, opening: OutgoingPush, is_free: bool) -> None:  # noqa: ARG002
         """See `ClientTransport`."""
@@ -38,11 +41,15 @@ class ClientSharedMemory(ClientTransport):
 
     def admitted(self, admission: pb.PushAdmission, is_free: bool) -> ClientLane | None:  # noqa: ARG002
         """See `ClientTransport`."""
-        lane = self._lane
-        if lane is None:
+        opening = self._opening
+        if opening is None or not opening.has_fragments:
             return None
-        lane.loan_offered = self._lent.accept(admission, lane.opening.manifest)
-        return None if lane.loan_offered is None else lane
+        loan = self._lent.accept(admission, opening.manifest)
+        if loan is None:
+            return None
+        lane = ClientMemoryLane(opening, None, self._keep) if self._lane is None else self._lane
+        lane.loan_offered = loan
+        return lane
 
     def _keep(self, segment: Segment) -> None:
         self._next = segment

@@ -77,6 +77,8 @@ class Reason(enum.Enum):
     CODEC_UNKNOWN = 30
     OUTER_OPTIMIZER_INVALID = 31
     OUTER_OPTIMIZER_MISMATCH = 32
+    COMPRESSION_MISMATCH = 33
+    BASE_UNKNOWN = 34
 
 
 class Action(enum.Enum):
@@ -191,6 +193,8 @@ FAULTS: dict[Reason, Fault] = {
     Reason.CODEC_UNKNOWN: _BAD_VALUE,
     Reason.OUTER_OPTIMIZER_INVALID: _BAD_VALUE,
     Reason.OUTER_OPTIMIZER_MISMATCH: Fault("FAILED_PRECONDITION", ConflictError),
+    Reason.COMPRESSION_MISMATCH: Fault("FAILED_PRECONDITION", ConflictError),
+    Reason.BASE_UNKNOWN: _OTHER_CENTER,
 }
 
 _BY_ACTION: dict[str, type[ModelAverageError]] = {

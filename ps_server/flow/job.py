@@ -263,12 +263,12 @@ class Job:
             def add(decision: Accumulate) -> None:
                 given = Contribution(push.worker_id, decision.weight, coded[decision.index], codec)
                 to_sum = self.center.defer if run.stays else self.center.accumulate
-                with self._averaging():
-                    try:
-                        found = to_sum(decision.index, given, decision.how is Addition.START)
-                    except ModelAverageError as error:  # too late to refuse: the ledger counts the fragment
-                        raise RuntimeError(f"fragment {decision.index} could not be added: {error}") from error
-                    self._roster.note_nonfinite(found)
+                from_s = self.clock()
+                try:
+                    found = to_sum(decision.index, given, decision.how is Addition.START)
+                except ModelAverageError as error:  # too late to refuse: the ledger counts the fragment
+                    raise RuntimeError(f"fragment {decision.index} could not be added: {error}") from error
+                self._averaged(from_s, found)
 
             self._apply(decisions, push, add)
 
@@ -278,10 +278,8 @@ class Job:
         if not owes:
             self.observations.whole(stream, push.worker_id, now_s)
 
-    @contextmanager
-    def _averaging(self) -> Iterator[None]:
-        from_s = self.clock()
-        yield
+    def _averaged(self, from_s: float, nonfinite: Mapping[str, int]) -> None:
+        self._roster.note_nonfinite(nonfinite)
         self.observations.averaged(from_s, self.clock())
 
     # Atomic events.
@@ -393,8 +391,8 @@ class Job:
 
     def _finish(self, finishes: list[Finish]) -> None:
         if finishes:
-            with self._averaging():
-                self._roster.note_nonfinite(self.center.finish(finishes, self.round.global_step))
+            from_s = self.clock()
+            self._averaged(from_s, self.center.finish(finishes, self.round.global_step))
             self.average.finished = finishes[-1].index + 1
             self._wake(self.average)
 
@@ -431,7 +429,7 @@ class Job:
     # Time.
 
     def _set_timers(self) -> None:
-        self._timers.set(self.round.due_at_s, bool(self.round.complete))
+        self._timers.set(self.round.due_at_s, self.round.has_complete)
 
     def _expire(self) -> None:
         try:

@@ -286,9 +286,10 @@ class ParameterServerService:
         record.may_push = record.may_push or caller_role.get() is not Role.READER
 
     def _require_job(self) -> Job:
-        if self.job is None:
+        job = self.job
+        if job is None:
             raise refusal(
                 Reason.NOT_INITIALIZED,
                 "there is no center yet: the chief has to initialize it, or pull and wait for it",
             )
-        return self.job
+        return job

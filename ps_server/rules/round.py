@@ -347,6 +347,11 @@ class Round:
         return frozenset(worker_id for worker_id, entry in self._entries.items() if entry.whole_at_s is not None)
 
     @property
+    def has_complete(self) -> bool:
+        """Whether any push in the round in progress is whole."""
+        return self._whole > 0
+
+    @property
     def full(self) -> bool:
         """Whether every worker that the round waits for has a whole push or an attached stream."""
         return self._state is not RoundState.OPEN and all(

@@ -80,6 +80,8 @@ class ErrorReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ERROR_REASON_CODEC_UNKNOWN: _ClassVar[ErrorReason]
     ERROR_REASON_OUTER_OPTIMIZER_INVALID: _ClassVar[ErrorReason]
     ERROR_REASON_OUTER_OPTIMIZER_MISMATCH: _ClassVar[ErrorReason]
+    ERROR_REASON_COMPRESSION_MISMATCH: _ClassVar[ErrorReason]
+    ERROR_REASON_BASE_UNKNOWN: _ClassVar[ErrorReason]
 DATA_TYPE_UNSPECIFIED: DataType
 DATA_TYPE_FLOAT32: DataType
 DATA_TYPE_FLOAT64: DataType
@@ -136,6 +138,8 @@ ERROR_REASON_READER_TOO_SLOW: ErrorReason
 ERROR_REASON_CODEC_UNKNOWN: ErrorReason
 ERROR_REASON_OUTER_OPTIMIZER_INVALID: ErrorReason
 ERROR_REASON_OUTER_OPTIMIZER_MISMATCH: ErrorReason
+ERROR_REASON_COMPRESSION_MISMATCH: ErrorReason
+ERROR_REASON_BASE_UNKNOWN: ErrorReason
 
 class Variable(_message.Message):
     __slots__ = ("name", "data_type", "shape", "part")
@@ -196,35 +200,39 @@ class InitializeRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[InitializeHeader, _Mapping]] = ..., fragment: _Optional[_Union[Fragment, _Mapping]] = ...) -> None: ...
 
 class InitializeHeader(_message.Message):
-    __slots__ = ("worker_id", "manifest", "global_step", "outer_optimizer")
+    __slots__ = ("worker_id", "manifest", "global_step", "outer_optimizer", "compression")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     GLOBAL_STEP_FIELD_NUMBER: _ClassVar[int]
     OUTER_OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
+    COMPRESSION_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     manifest: Manifest
     global_step: int
     outer_optimizer: str
-    def __init__(self, worker_id: _Optional[str] = ..., manifest: _Optional[_Union[Manifest, _Mapping]] = ..., global_step: _Optional[int] = ..., outer_optimizer: _Optional[str] = ...) -> None: ...
+    compression: str
+    def __init__(self, worker_id: _Optional[str] = ..., manifest: _Optional[_Union[Manifest, _Mapping]] = ..., global_step: _Optional[int] = ..., outer_optimizer: _Optional[str] = ..., compression: _Optional[str] = ...) -> None: ...
 
 class InitializeResponse(_message.Message):
-    __slots__ = ("initialized", "global_step", "manifest_id", "num_workers", "shard", "outer_optimizer")
+    __slots__ = ("initialized", "global_step", "manifest_id", "num_workers", "shard", "outer_optimizer", "compression")
     INITIALIZED_FIELD_NUMBER: _ClassVar[int]
     GLOBAL_STEP_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_ID_FIELD_NUMBER: _ClassVar[int]
     NUM_WORKERS_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
     OUTER_OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
+    COMPRESSION_FIELD_NUMBER: _ClassVar[int]
     initialized: bool
     global_step: int
     manifest_id: str
     num_workers: int
     shard: Shard
     outer_optimizer: str
-    def __init__(self, initialized: bool = ..., global_step: _Optional[int] = ..., manifest_id: _Optional[str] = ..., num_workers: _Optional[int] = ..., shard: _Optional[_Union[Shard, _Mapping]] = ..., outer_optimizer: _Optional[str] = ...) -> None: ...
+    compression: str
+    def __init__(self, initialized: bool = ..., global_step: _Optional[int] = ..., manifest_id: _Optional[str] = ..., num_workers: _Optional[int] = ..., shard: _Optional[_Union[Shard, _Mapping]] = ..., outer_optimizer: _Optional[str] = ..., compression: _Optional[str] = ...) -> None: ...
 
 class PullRequest(_message.Message):
-    __slots__ = ("worker_id", "wait_initialized", "header_only", "accepts_notices", "will_train", "first_fragment", "continued_step", "outer_optimizer")
+    __slots__ = ("worker_id", "wait_initialized", "header_only", "accepts_notices", "will_train", "first_fragment", "continued_step", "outer_optimizer", "compression")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     WAIT_INITIALIZED_FIELD_NUMBER: _ClassVar[int]
     HEADER_ONLY_FIELD_NUMBER: _ClassVar[int]
@@ -233,6 +241,7 @@ class PullRequest(_message.Message):
     FIRST_FRAGMENT_FIELD_NUMBER: _ClassVar[int]
     CONTINUED_STEP_FIELD_NUMBER: _ClassVar[int]
     OUTER_OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
+    COMPRESSION_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     wait_initialized: bool
     header_only: bool
@@ -241,7 +250,8 @@ class PullRequest(_message.Message):
     first_fragment: int
     continued_step: int
     outer_optimizer: str
-    def __init__(self, worker_id: _Optional[str] = ..., wait_initialized: bool = ..., header_only: bool = ..., accepts_notices: bool = ..., will_train: bool = ..., first_fragment: _Optional[int] = ..., continued_step: _Optional[int] = ..., outer_optimizer: _Optional[str] = ...) -> None: ...
+    compression: str
+    def __init__(self, worker_id: _Optional[str] = ..., wait_initialized: bool = ..., header_only: bool = ..., accepts_notices: bool = ..., will_train: bool = ..., first_fragment: _Optional[int] = ..., continued_step: _Optional[int] = ..., outer_optimizer: _Optional[str] = ..., compression: _Optional[str] = ...) -> None: ...
 
 class PullResponse(_message.Message):
     __slots__ = ("header", "fragment", "waiting")
@@ -260,18 +270,22 @@ class ChiefNotice(_message.Message):
     def __init__(self, waited_s: _Optional[float] = ...) -> None: ...
 
 class CenterHeader(_message.Message):
-    __slots__ = ("manifest", "manifest_id", "global_step", "num_workers", "outer_optimizer")
+    __slots__ = ("manifest", "manifest_id", "global_step", "num_workers", "outer_optimizer", "compression", "center_id")
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_ID_FIELD_NUMBER: _ClassVar[int]
     GLOBAL_STEP_FIELD_NUMBER: _ClassVar[int]
     NUM_WORKERS_FIELD_NUMBER: _ClassVar[int]
     OUTER_OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
+    COMPRESSION_FIELD_NUMBER: _ClassVar[int]
+    CENTER_ID_FIELD_NUMBER: _ClassVar[int]
     manifest: Manifest
     manifest_id: str
     global_step: int
     num_workers: int
     outer_optimizer: str
-    def __init__(self, manifest: _Optional[_Union[Manifest, _Mapping]] = ..., manifest_id: _Optional[str] = ..., global_step: _Optional[int] = ..., num_workers: _Optional[int] = ..., outer_optimizer: _Optional[str] = ...) -> None: ...
+    compression: str
+    center_id: int
+    def __init__(self, manifest: _Optional[_Union[Manifest, _Mapping]] = ..., manifest_id: _Optional[str] = ..., global_step: _Optional[int] = ..., num_workers: _Optional[int] = ..., outer_optimizer: _Optional[str] = ..., compression: _Optional[str] = ..., center_id: _Optional[int] = ...) -> None: ...
 
 class PushAndAverageRequest(_message.Message):
     __slots__ = ("header", "fragment", "shared")
@@ -284,7 +298,7 @@ class PushAndAverageRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[PushHeader, _Mapping]] = ..., fragment: _Optional[_Union[Fragment, _Mapping]] = ..., shared: _Optional[_Union[SharedFragments, _Mapping]] = ...) -> None: ...
 
 class PushHeader(_message.Message):
-    __slots__ = ("worker_id", "incarnation", "push_id", "is_chief", "base_step", "local_step", "weight", "manifest_id", "untouched_variables", "accepts_shared_memory", "fragments_follow", "accepts_runs", "loss", "accepts_data_connection", "uses_data_connection", "interval_steps", "purpose", "half_duplex", "accepts_combined", "accepts_transports", "uses_transport", "codec")
+    __slots__ = ("worker_id", "incarnation", "push_id", "is_chief", "base_step", "local_step", "weight", "manifest_id", "untouched_variables", "accepts_shared_memory", "fragments_follow", "accepts_runs", "loss", "accepts_data_connection", "uses_data_connection", "interval_steps", "purpose", "half_duplex", "accepts_combined", "accepts_transports", "uses_transport", "codec", "base_center_id")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     PUSH_ID_FIELD_NUMBER: _ClassVar[int]
@@ -307,6 +321,7 @@ class PushHeader(_message.Message):
     ACCEPTS_TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
     USES_TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     CODEC_FIELD_NUMBER: _ClassVar[int]
+    BASE_CENTER_ID_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     incarnation: bytes
     push_id: int
@@ -329,7 +344,8 @@ class PushHeader(_message.Message):
     accepts_transports: _containers.RepeatedScalarFieldContainer[str]
     uses_transport: str
     codec: str
-    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[bytes] = ..., push_id: _Optional[int] = ..., is_chief: bool = ..., base_step: _Optional[int] = ..., local_step: _Optional[int] = ..., weight: _Optional[float] = ..., manifest_id: _Optional[str] = ..., untouched_variables: _Optional[_Iterable[int]] = ..., accepts_shared_memory: bool = ..., fragments_follow: bool = ..., accepts_runs: bool = ..., loss: _Optional[float] = ..., accepts_data_connection: bool = ..., uses_data_connection: bool = ..., interval_steps: _Optional[int] = ..., purpose: _Optional[_Union[Purpose, str]] = ..., half_duplex: bool = ..., accepts_combined: bool = ..., accepts_transports: _Optional[_Iterable[str]] = ..., uses_transport: _Optional[str] = ..., codec: _Optional[str] = ...) -> None: ...
+    base_center_id: int
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[bytes] = ..., push_id: _Optional[int] = ..., is_chief: bool = ..., base_step: _Optional[int] = ..., local_step: _Optional[int] = ..., weight: _Optional[float] = ..., manifest_id: _Optional[str] = ..., untouched_variables: _Optional[_Iterable[int]] = ..., accepts_shared_memory: bool = ..., fragments_follow: bool = ..., accepts_runs: bool = ..., loss: _Optional[float] = ..., accepts_data_connection: bool = ..., uses_data_connection: bool = ..., interval_steps: _Optional[int] = ..., purpose: _Optional[_Union[Purpose, str]] = ..., half_duplex: bool = ..., accepts_combined: bool = ..., accepts_transports: _Optional[_Iterable[str]] = ..., uses_transport: _Optional[str] = ..., codec: _Optional[str] = ..., base_center_id: _Optional[int] = ...) -> None: ...
 
 class PushAndAverageResponse(_message.Message):
     __slots__ = ("admission", "fragment", "outcome", "shared", "waiting")
@@ -346,18 +362,20 @@ class PushAndAverageResponse(_message.Message):
     def __init__(self, admission: _Optional[_Union[PushAdmission, _Mapping]] = ..., fragment: _Optional[_Union[Fragment, _Mapping]] = ..., outcome: _Optional[_Union[PushOutcome, _Mapping]] = ..., shared: _Optional[_Union[SharedFragments, _Mapping]] = ..., waiting: _Optional[_Union[WaitingNotice, _Mapping]] = ...) -> None: ...
 
 class PushAdmission(_message.Message):
-    __slots__ = ("first_needed_fragment", "contribution", "average", "data_connection", "offers")
+    __slots__ = ("first_needed_fragment", "contribution", "average", "data_connection", "offers", "codec")
     FIRST_NEEDED_FRAGMENT_FIELD_NUMBER: _ClassVar[int]
     CONTRIBUTION_FIELD_NUMBER: _ClassVar[int]
     AVERAGE_FIELD_NUMBER: _ClassVar[int]
     DATA_CONNECTION_FIELD_NUMBER: _ClassVar[int]
     OFFERS_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
     first_needed_fragment: int
     contribution: SharedMemory
     average: SharedMemory
     data_connection: DataConnection
     offers: _containers.RepeatedCompositeFieldContainer[TransportOffer]
-    def __init__(self, first_needed_fragment: _Optional[int] = ..., contribution: _Optional[_Union[SharedMemory, _Mapping]] = ..., average: _Optional[_Union[SharedMemory, _Mapping]] = ..., data_connection: _Optional[_Union[DataConnection, _Mapping]] = ..., offers: _Optional[_Iterable[_Union[TransportOffer, _Mapping]]] = ...) -> None: ...
+    codec: str
+    def __init__(self, first_needed_fragment: _Optional[int] = ..., contribution: _Optional[_Union[SharedMemory, _Mapping]] = ..., average: _Optional[_Union[SharedMemory, _Mapping]] = ..., data_connection: _Optional[_Union[DataConnection, _Mapping]] = ..., offers: _Optional[_Iterable[_Union[TransportOffer, _Mapping]]] = ..., codec: _Optional[str] = ...) -> None: ...
 
 class WaitingNotice(_message.Message):
     __slots__ = ("waiting_for", "waiting_for_unknown", "round_age_s", "waiting_for_omitted", "missing", "finished", "finished_omitted", "workers_training")
@@ -388,20 +406,22 @@ class MissingWorker(_message.Message):
     def __init__(self, has_left: bool = ..., last_seen_age_s: _Optional[float] = ...) -> None: ...
 
 class PushOutcome(_message.Message):
-    __slots__ = ("outcome", "global_step", "contributors", "waited_s", "untouched_variables", "nonfinite_values")
+    __slots__ = ("outcome", "global_step", "contributors", "waited_s", "untouched_variables", "nonfinite_values", "center_id")
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
     GLOBAL_STEP_FIELD_NUMBER: _ClassVar[int]
     CONTRIBUTORS_FIELD_NUMBER: _ClassVar[int]
     WAITED_S_FIELD_NUMBER: _ClassVar[int]
     UNTOUCHED_VARIABLES_FIELD_NUMBER: _ClassVar[int]
     NONFINITE_VALUES_FIELD_NUMBER: _ClassVar[int]
+    CENTER_ID_FIELD_NUMBER: _ClassVar[int]
     outcome: Outcome
     global_step: int
     contributors: _containers.RepeatedScalarFieldContainer[str]
     waited_s: float
     untouched_variables: _containers.RepeatedScalarFieldContainer[int]
     nonfinite_values: int
-    def __init__(self, outcome: _Optional[_Union[Outcome, str]] = ..., global_step: _Optional[int] = ..., contributors: _Optional[_Iterable[str]] = ..., waited_s: _Optional[float] = ..., untouched_variables: _Optional[_Iterable[int]] = ..., nonfinite_values: _Optional[int] = ...) -> None: ...
+    center_id: int
+    def __init__(self, outcome: _Optional[_Union[Outcome, str]] = ..., global_step: _Optional[int] = ..., contributors: _Optional[_Iterable[str]] = ..., waited_s: _Optional[float] = ..., untouched_variables: _Optional[_Iterable[int]] = ..., nonfinite_values: _Optional[int] = ..., center_id: _Optional[int] = ...) -> None: ...
 
 class LeaveRequest(_message.Message):
     __slots__ = ("worker_id", "incarnation", "finished")
@@ -442,7 +462,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("phase", "global_step", "num_workers", "waiting_for", "waiting_for_unknown", "round_age_s", "workers", "model_size_bytes", "manifest_id", "received_bytes", "sent_bytes", "uptime_s", "last_round_s", "rounds_restarted", "stale_pushes", "shared_bytes", "min_workers", "rounds_without_all", "checkpoint_step", "checkpoint_problem", "shard", "rounds_committed", "rounds_per_minute", "pushes_retried", "connected_workers", "checkpoint_age_s", "workers_omitted", "waiting_for_omitted", "checkpoint_writing_s", "workers_finished", "job_over", "outer_optimizer")
+    __slots__ = ("phase", "global_step", "num_workers", "waiting_for", "waiting_for_unknown", "round_age_s", "workers", "model_size_bytes", "manifest_id", "received_bytes", "sent_bytes", "uptime_s", "last_round_s", "rounds_restarted", "stale_pushes", "shared_bytes", "min_workers", "rounds_without_all", "checkpoint_step", "checkpoint_problem", "shard", "rounds_committed", "rounds_per_minute", "pushes_retried", "connected_workers", "checkpoint_age_s", "workers_omitted", "waiting_for_omitted", "checkpoint_writing_s", "workers_finished", "job_over", "outer_optimizer", "compression", "received_raw_bytes", "sent_raw_bytes")
     PHASE_FIELD_NUMBER: _ClassVar[int]
     GLOBAL_STEP_FIELD_NUMBER: _ClassVar[int]
     NUM_WORKERS_FIELD_NUMBER: _ClassVar[int]
@@ -475,6 +495,9 @@ class GetStatusResponse(_message.Message):
     WORKERS_FINISHED_FIELD_NUMBER: _ClassVar[int]
     JOB_OVER_FIELD_NUMBER: _ClassVar[int]
     OUTER_OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
+    COMPRESSION_FIELD_NUMBER: _ClassVar[int]
+    RECEIVED_RAW_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SENT_RAW_BYTES_FIELD_NUMBER: _ClassVar[int]
     phase: Phase
     global_step: int
     num_workers: int
@@ -507,7 +530,10 @@ class GetStatusResponse(_message.Message):
     workers_finished: int
     job_over: bool
     outer_optimizer: str
-    def __init__(self, phase: _Optional[_Union[Phase, str]] = ..., global_step: _Optional[int] = ..., num_workers: _Optional[int] = ..., waiting_for: _Optional[_Iterable[str]] = ..., waiting_for_unknown: _Optional[int] = ..., round_age_s: _Optional[float] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., model_size_bytes: _Optional[int] = ..., manifest_id: _Optional[str] = ..., received_bytes: _Optional[int] = ..., sent_bytes: _Optional[int] = ..., uptime_s: _Optional[float] = ..., last_round_s: _Optional[float] = ..., rounds_restarted: _Optional[int] = ..., stale_pushes: _Optional[int] = ..., shared_bytes: _Optional[int] = ..., min_workers: _Optional[int] = ..., rounds_without_all: _Optional[int] = ..., checkpoint_step: _Optional[int] = ..., checkpoint_problem: _Optional[str] = ..., shard: _Optional[_Union[Shard, _Mapping]] = ..., rounds_committed: _Optional[int] = ..., rounds_per_minute: _Optional[float] = ..., pushes_retried: _Optional[int] = ..., connected_workers: _Optional[int] = ..., checkpoint_age_s: _Optional[float] = ..., workers_omitted: _Optional[int] = ..., waiting_for_omitted: _Optional[int] = ..., checkpoint_writing_s: _Optional[float] = ..., workers_finished: _Optional[int] = ..., job_over: bool = ..., outer_optimizer: _Optional[str] = ...) -> None: ...
+    compression: str
+    received_raw_bytes: int
+    sent_raw_bytes: int
+    def __init__(self, phase: _Optional[_Union[Phase, str]] = ..., global_step: _Optional[int] = ..., num_workers: _Optional[int] = ..., waiting_for: _Optional[_Iterable[str]] = ..., waiting_for_unknown: _Optional[int] = ..., round_age_s: _Optional[float] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., model_size_bytes: _Optional[int] = ..., manifest_id: _Optional[str] = ..., received_bytes: _Optional[int] = ..., sent_bytes: _Optional[int] = ..., uptime_s: _Optional[float] = ..., last_round_s: _Optional[float] = ..., rounds_restarted: _Optional[int] = ..., stale_pushes: _Optional[int] = ..., shared_bytes: _Optional[int] = ..., min_workers: _Optional[int] = ..., rounds_without_all: _Optional[int] = ..., checkpoint_step: _Optional[int] = ..., checkpoint_problem: _Optional[str] = ..., shard: _Optional[_Union[Shard, _Mapping]] = ..., rounds_committed: _Optional[int] = ..., rounds_per_minute: _Optional[float] = ..., pushes_retried: _Optional[int] = ..., connected_workers: _Optional[int] = ..., checkpoint_age_s: _Optional[float] = ..., workers_omitted: _Optional[int] = ..., waiting_for_omitted: _Optional[int] = ..., checkpoint_writing_s: _Optional[float] = ..., workers_finished: _Optional[int] = ..., job_over: bool = ..., outer_optimizer: _Optional[str] = ..., compression: _Optional[str] = ..., received_raw_bytes: _Optional[int] = ..., sent_raw_bytes: _Optional[int] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
     __slots__ = ("worker_id", "is_chief", "local_step", "fragments_given", "waiting", "last_seen_age_s", "nonfinite_values", "pushes_counted", "lateness_s", "loss", "transport", "peer", "has_finished", "has_left", "interval_steps")
