@@ -21,7 +21,7 @@ _Bytes = NDArray[np.uint8]
 
 
 class Bfloat16(Changes):
-    """Each change rounded to the nearest bfloat16 (ties to even): its error is at most 2^-9 of the change.
+    """Each change rounded to the nearest bfloat16 (ties to even): its error is at most 2^-8 of the change.
 
     The base counts as 0 where it is not finite. A finite value has a finite change, clipped to the largest bfloat16,
     and is decoded to a finite value, clipped to the largest float32.
