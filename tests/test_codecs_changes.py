@@ -97,14 +97,14 @@ def any_bits(dtype: str, count: int, seed: int) -> Array:
     some = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, large, -large, 1e-5, -1e-41, 1.0], np.float32)
     few = chance.random(count) < chance.choice([0.0, 0.01, 0.5])
     values[few] = chance.choice(some, int(few.sum())).astype(DTYPES[dtype])
-    return values
+    return np.asarray(values)
 
 
 def wide(values: Array) -> NDArray[np.float64]:
     """As float64."""
     with np.errstate(invalid="ignore"):  # A signaling NaN.
-        widened: NDArray[np.float32] = values.astype(np.float32)
-    return widened.astype(np.float64)
+        widened: NDArray[np.float64] = values.astype(np.float32).astype(np.float64)
+    return widened
 
 
 def in_blocks(values: Array) -> Array:
