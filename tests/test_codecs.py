@@ -1,8 +1,12 @@
-"""Codecs: `raw` is the flat buffer and copies nothing; a toy, whose coded sizes depend on the pieces, fits the seam."""
+"""What holds for every codec, a toy included; `raw` is the flat buffer and copies nothing.
+
+tests/test_codecs_changes.py has the rules of the codecs that round.
+"""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -23,7 +27,22 @@ from tests.strategies import fast, manifests
 from tests.toy_codec import ToyCodec
 
 TOY = ToyCodec()
-codecs = pytest.mark.parametrize("codec", [RAW, TOY], ids=lambda codec: codec.name)
+codecs = pytest.mark.parametrize("codec", [*CODECS.values(), TOY], ids=lambda codec: codec.name)
+
+
+def all_manifests(min_elements: int = 0) -> st.SearchStrategy[Manifest]:
+    """Also some with variables that are large enough to be coded."""
+    kinds = st.lists(
+        st.tuples(st.sampled_from(sorted(DTYPES)), st.sampled_from([3, 1024, 1500])), min_size=1, max_size=3
+    )
+    larger = st.builds(
+        lambda kinds, size_bytes: Manifest(
+            tuple(Variable(f"v{number}", dtype, (size,)) for number, (dtype, size) in enumerate(kinds)), size_bytes
+        ),
+        kinds,
+        st.sampled_from([64, 264, 1000, 8192]),
+    )
+    return manifests(min_elements) | larger
 
 
 def flat_of(manifest: Manifest, seed: int) -> NDArray[np.uint8]:
@@ -40,8 +59,14 @@ def variables_of(manifest: Manifest, flat: NDArray[np.uint8]) -> list[memoryview
     return [memoryview(array.tobytes()) for array in manifest.arrays(flat).values()]
 
 
-def coded(codec: Codec, manifest: Manifest, flat: NDArray[np.uint8], first: int, end: int) -> memoryview:
-    return memoryview(b"".join(codec.encode_run(manifest, flat, first, end)))
+def coded(
+    codec: Codec, manifest: Manifest, flat: NDArray[np.uint8], base: NDArray[np.uint8], first: int, end: int
+) -> memoryview:
+    """A run of a flat buffer, encoded."""
+    parts = list[memoryview]()
+    for index in range(first, end):
+        parts += codec.encode(manifest, index, manifest.piece_arrays(index, flat), manifest.piece_arrays(index, base))
+    return memoryview(b"".join(parts))
 
 
 def a_run(manifest: Manifest, data: st.DataObject) -> tuple[int, int]:
@@ -54,55 +79,97 @@ def a_run(manifest: Manifest, data: st.DataObject) -> tuple[int, int]:
 
 @codecs
 @fast
-@given(manifest=manifests(min_elements=1), seed=SEEDS, data=st.data())
+@given(manifest=all_manifests(min_elements=1), seed=SEEDS, data=st.data())
 def test_sizes_are_what_is_encoded_from_wherever_the_values_lie(
     codec: Codec, manifest: Manifest, seed: int, data: st.DataObject
 ) -> None:
     first, end = a_run(manifest, data)
     flat = flat_of(manifest, seed)
+    base = flat_of(manifest, seed + 1)
     variables = variables_of(manifest, flat)
-    run = coded(codec, manifest, flat, first, end)
-    apart = [b"".join(codec.encode_variables(manifest, index, variables)) for index in range(first, end)]
+    run = coded(codec, manifest, flat, base, first, end)
+    apart = [b"".join(codec.encode_variables(manifest, index, variables, base)) for index in range(first, end)]
     assert b"".join(apart) == run
     assert [len(each) for each in apart] == [codec.size_bytes(manifest, index) for index in range(first, end)]
     assert len(run) == codec.run_size_bytes(manifest, first, end)
     assert max(map(len, apart)) <= codec.max_size_bytes(manifest)
+    assert all(1 <= len(each) <= 2 * RAW.size_bytes(manifest, first + number) for number, each in enumerate(apart))
     split = [(index, bytes(part)) for index, part in codec.split_run(manifest, first, run)]
     assert split == list(zip(range(first, end), apart, strict=True))
 
 
 @codecs
 @fast
-@given(manifest=manifests(min_elements=1), seed=SEEDS, data=st.data())
+@given(manifest=all_manifests(min_elements=1), seed=SEEDS, data=st.data())
 def test_what_is_decoded_into_a_flat_buffer_is_what_is_decoded_piece_by_piece_and_nothing_else_is_written(
     codec: Codec, manifest: Manifest, seed: int, data: st.DataObject
 ) -> None:
     first, end = a_run(manifest, data)
-    run = coded(codec, manifest, flat_of(manifest, seed), first, end)
-    room = flat_of(manifest, seed + 1)
-    expected = room.copy()
+    base = flat_of(manifest, seed + 1)
+    run = coded(codec, manifest, flat_of(manifest, seed), base, first, end)
+    room = flat_of(manifest, seed + 2)
+    expected, in_place = room.copy(), base.copy()
     for index, part in codec.split_run(manifest, first, run):
-        values = codec.decode(manifest, index, part)
+        values = codec.decode(manifest, index, part, manifest.piece_arrays(index, base))
         for piece, bounds, array in zip(manifest.pieces[index], manifest.piece_bounds(index), values, strict=True):
             dtype = DTYPES[manifest.variables[piece.variable].dtype]
+            assert array.shape == (piece.count,)
+            assert array.dtype in (dtype, np.float32)
+            assert not np.shares_memory(array, base)
             expected[slice(*bounds)] = array.astype(dtype).view(np.uint8)
-    assert codec.decode_run(manifest, room, first, run) == end
+        codec.decode_into(manifest, room, index, part, base)
+        codec.decode_into(manifest, in_place, index, part, in_place)
     assert room.tobytes() == expected.tobytes()
+    for index in range(first, end):
+        for begin, stop in manifest.piece_bounds(index):
+            assert in_place[begin:stop].tobytes() == expected[begin:stop].tobytes()
 
 
 @codecs
 @fast
-@given(manifest=manifests(min_elements=1), seed=SEEDS)
+@given(manifest=all_manifests(min_elements=1), seed=SEEDS)
 def test_equal_values_are_coded_to_equal_bytes(codec: Codec, manifest: Manifest, seed: int) -> None:
-    flat = flat_of(manifest, seed)
-    for index in range(manifest.fragment_count):
-        once = coded(codec, manifest, flat, index, index + 1)
-        assert coded(codec, manifest, flat.copy(), index, index + 1) == once
+    flat, base = flat_of(manifest, seed), flat_of(manifest, seed + 1)
+    for index in range(min(MAX_RUN, manifest.fragment_count)):
+        once = coded(codec, manifest, flat, base, index, index + 1)
+        assert coded(codec, manifest, flat.copy(), base.copy(), index, index + 1) == once
 
 
 @codecs
 @fast
-@given(manifest=manifests(), data=st.data())
+@given(manifest=all_manifests(min_elements=1), seed=SEEDS, data=st.data())
+def test_values_that_equal_the_base_are_decoded_to_its_bits(
+    codec: Codec, manifest: Manifest, seed: int, data: st.DataObject
+) -> None:
+    first, end = a_run(manifest, data)
+    base = flat_of(manifest, seed)
+    for number, values in enumerate(manifest.arrays(base).values()):
+        values.reshape(-1)[number::3] = -0.0
+    run, decoded = coded(codec, manifest, base, base, first, end), base.copy()
+    for index, part in codec.split_run(manifest, first, run):
+        codec.decode_into(manifest, decoded, index, part, base)
+    assert decoded.tobytes() == base.tobytes()
+
+
+@codecs
+@fast
+@given(manifest=all_manifests(min_elements=1), seed=SEEDS, data=st.data())
+def test_16_bit_variables_may_be_given_as_float32(
+    codec: Codec, manifest: Manifest, seed: int, data: st.DataObject
+) -> None:
+    first, end = a_run(manifest, data)
+    flat, base = flat_of(manifest, seed), flat_of(manifest, seed + 1)
+    for index in range(first, end):
+        values, bases = manifest.piece_arrays(index, flat), manifest.piece_arrays(index, base)
+        wide = [each.astype(np.float32) if each.dtype.itemsize == 2 else each for each in values]
+        assert b"".join(codec.encode(manifest, index, wide, bases)) == coded(
+            codec, manifest, flat, base, index, index + 1
+        )
+
+
+@codecs
+@fast
+@given(manifest=all_manifests(), data=st.data())
 def test_only_whole_consecutive_coded_fragments_are_a_run(
     codec: Codec, manifest: Manifest, data: st.DataObject
 ) -> None:
@@ -115,7 +182,7 @@ def test_only_whole_consecutive_coded_fragments_are_a_run(
 
 @codecs
 def test_a_run_is_no_longer_than_a_message_may_be(codec: Codec) -> None:
-    long = Manifest((Variable("v", "float32", (3 << 20,)),), 1 << 20)
+    long = Manifest((Variable("v", "float32", (5 << 20,)),), 1 << 20)
     most = MAX_FRAGMENT_SIZE_BYTES // codec.size_bytes(long, 0)
     assert codec.run_end(long, 0, codec.run_size_bytes(long, 0, most)) == most
     assert codec.run_end(long, 0, codec.run_size_bytes(long, 0, most + 1)) is None
@@ -127,7 +194,7 @@ def test_a_run_is_no_longer_than_a_message_may_be(codec: Codec) -> None:
 @codecs
 def test_what_lies_in_memory_is_split_however_long_it_is(codec: Codec) -> None:
     manifest = Manifest((Variable("v", "float32", (MAX_RUN * 8 + 1,)),), 8)
-    data = coded(codec, manifest, flat_of(manifest, 0), 1, manifest.fragment_count)
+    data = coded(codec, manifest, flat_of(manifest, 0), flat_of(manifest, 1), 1, manifest.fragment_count)
     found = list(codec.split_range(manifest, 1, data))
     assert [index for index, _ in found] == list(range(1, manifest.fragment_count))
     assert b"".join(part for _, part in found) == data
@@ -138,14 +205,19 @@ def test_what_lies_in_memory_is_split_however_long_it_is(codec: Codec) -> None:
 def test_a_coded_fragment_of_the_wrong_size_is_refused_and_nothing_is_written(codec: Codec, change: int) -> None:
     manifest = Manifest((Variable("v", "float32", (20,)), Variable("w", "float16", (3,))), 40)
     flat = flat_of(manifest, 0)
-    data = memoryview(bytes(coded(codec, manifest, flat, 0, 1)) + b"x")[: codec.size_bytes(manifest, 0) + change]
-    gives = {"raw": "the manifest gives it 40", "toy": "codec toy gives it 28"}[codec.name]
+    data = memoryview(bytes(coded(codec, manifest, flat, flat, 0, 1)) + b"x")[: codec.size_bytes(manifest, 0) + change]
+    gives = {
+        "raw": "the manifest gives it 40",
+        "toy": "codec toy gives it 28",
+    }.get(codec.name, f"codec {codec.name} gives it 40")
     before = flat.tobytes()
-    for refuse in (
+    refusals: list[Callable[[], object]] = [
         lambda: codec.check_size(manifest, 0, data),
         lambda: list(codec.split_run(manifest, 0, data)),
-        lambda: codec.decode_run(manifest, flat, 0, data),
-    ):
+    ]
+    if codec is RAW:
+        refusals.append(lambda: RAW.decode_run(manifest, flat, 0, data))
+    for refuse in refusals:
         with pytest.raises(ProtocolError, match=f"fragment 0 has {len(data)} bytes; {gives}") as error:
             refuse()
         assert error.value.reason is Reason.FRAGMENT_SIZE_WRONG
@@ -161,8 +233,21 @@ def test_raw_bytes_are_the_flat_buffers(manifest: Manifest, seed: int, data: st.
     first, end = a_run(manifest, data)
     flat = flat_of(manifest, seed)
     start, stop = manifest.fragment_bounds(first)[0], manifest.fragment_bounds(end - 1)[1]
-    assert coded(RAW, manifest, flat, first, end) == flat[start:stop].tobytes()
+    assert coded(RAW, manifest, flat, flat, first, end) == flat[start:stop].tobytes()
+    assert RAW.encode_run(manifest, flat, first, end) == flat[start:stop].tobytes()
     assert RAW.run_end(manifest, first, stop - start) == Codec.run_end(RAW, manifest, first, stop - start)
+
+
+@fast
+@given(manifests(min_elements=1), SEEDS, st.data())
+def test_a_raw_run_is_copied_to_its_place_and_nowhere_else(manifest: Manifest, seed: int, data: st.DataObject) -> None:
+    first, end = a_run(manifest, data)
+    flat, room = flat_of(manifest, seed), flat_of(manifest, seed + 1)
+    start, stop = manifest.fragment_bounds(first)[0], manifest.fragment_bounds(end - 1)[1]
+    expected = room.copy()
+    expected[start:stop] = flat[start:stop]
+    assert RAW.decode_run(manifest, room, first, RAW.encode_run(manifest, flat, first, end)) == end
+    assert room.tobytes() == expected.tobytes()
 
 
 @fast
@@ -170,7 +255,7 @@ def test_raw_bytes_are_the_flat_buffers(manifest: Manifest, seed: int, data: st.
 def test_raw_copies_nothing(manifest: Manifest, seed: int) -> None:
     flat = flat_of(manifest, seed)
     variables = [np.frombuffer(data, np.uint8) for data in variables_of(manifest, flat)]
-    (whole,) = RAW.encode_run(manifest, flat, 0, manifest.fragment_count)
+    whole = RAW.encode_run(manifest, flat, 0, manifest.fragment_count)
     assert np.shares_memory(np.frombuffer(whole, np.uint8), flat)
     for index in range(manifest.fragment_count):
         start, stop = manifest.fragment_bounds(index)
@@ -190,7 +275,9 @@ def test_a_push_that_names_no_codec_is_raw() -> None:
 
 
 def test_a_codec_that_is_not_known_is_refused_by_name() -> None:
-    with pytest.raises(InvalidRequestError, match="codec 'toy' is not known here, only 'raw'; push raw") as error:
+    with pytest.raises(
+        InvalidRequestError, match="codec 'toy' is not known here, only 'raw', 'bfloat16', 'int8', 'int4'; push raw"
+    ) as error:
         codec_named("toy")
     assert error.value.reason is Reason.CODEC_UNKNOWN
 

@@ -6,6 +6,9 @@ To add one, write it in its own file (see `base.Codec`) and add a line to `CODEC
 from __future__ import annotations
 
 from modelaverage.codecs.base import Codec
+from modelaverage.codecs.bfloat16 import BFLOAT16
+from modelaverage.codecs.int4 import INT4
+from modelaverage.codecs.int8 import INT8
 from modelaverage.codecs.raw import RAW
 from modelaverage.errors import Reason, refusal
 from modelaverage.names import listed
@@ -14,6 +17,9 @@ __all__ = ["CODECS", "Codec", "RAW", "codec_named"]
 
 CODECS: dict[str, Codec] = {
     RAW.name: RAW,
+    BFLOAT16.name: BFLOAT16,
+    INT8.name: INT8,
+    INT4.name: INT4,
 }
 """Every codec of this version."""
 
