@@ -133,7 +133,9 @@ class PullHeader:
             (b"\x0a", _varint(len(encoded)), encoded, b"\x12", _varint(len(manifest_id)), manifest_id)
         )
         told = chosen.told
-        self._chosen = pb.CenterHeader(outer_optimizer=told.outer_optimizer, compression=told.compression).SerializeToString()
+        self._chosen = pb.CenterHeader(
+            outer_optimizer=told.outer_optimizer, compression=told.compression
+        ).SerializeToString()
 
     def encode(self, global_step: int, num_workers: int, center_id: int = 0) -> bytes:
         """The `PullResponse` with the header of a center of this step. ``center_id`` 0: not told."""

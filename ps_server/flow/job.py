@@ -401,24 +401,25 @@ class Job:
             self.average.finished = finishes[-1].index + 1
             self._wake(self.average)
 
-    def check_base(self, header: pb.PushHeader) -> None:
+    def check_base(self, header: pb.PushHeader, codec: Codec) -> None:
         """Checks that the server has the center that the fragments of a push are relative to. A stale push gets another
         center anyway.
 
         Raises:
             ConflictError: BASE_UNKNOWN.
         """
-        if not header.codec or header.base_step < self.round.global_step:
+        if codec is RAW or header.base_step < self.round.global_step:
             return
         known, named = self.center.current.center_id, header.base_center_id
         if not self.average.is_coded or not named or named != known:
-            raise _base_unknown(header.worker_id, header.codec)
+            raise _base_unknown(header.worker_id, codec.name)
 
     def _end_coded_pushes(self) -> None:
         """The round restores a center, which is no change of the current one: pushes in a codec must be raw."""
         self.average.is_coded = False
-        for push in self._pushes.values():
-            if push.average is self.average and push.codec is not RAW and not push.lane.is_shared:
+        for stream, push in self._pushes.items():
+            waits = self.round.holds(stream) and not push.is_held
+            if waits and push.codec is not RAW and not push.lane.is_shared:
                 push.call.fail(_base_unknown(push.worker_id, push.codec.name))
 
     def _kept(self, token: int, is_written: bool) -> None:
