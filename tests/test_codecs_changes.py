@@ -396,8 +396,9 @@ class Oracle:
 
     @staticmethod
     def _scale(changes: list[np.float32], levels: int) -> np.float32:
-        scale = np.float32(max((abs(change) for change in changes), default=np.float32(0)) / np.float32(levels))
-        return np.float32(0) if scale < LEAST_NORMAL else scale
+        largest = max((float(abs(change)) for change in changes), default=0.0)
+        scale: np.float32 = np.float32(largest) / np.float32(levels)
+        return scale if scale >= LEAST_NORMAL else np.float32(0)
 
     @staticmethod
     def _code(change: np.float32, scale: np.float32) -> int:
