@@ -121,7 +121,7 @@ class Blocks(Changes):
 
     def _decode_special(self, codes: _Codes, scale: _Floats, base: _Floats, largest: float) -> _Floats:
         """Values of special blocks, shape (n, 128). The finite ones stay finite in the variable's dtype."""
-        change = np.clip(codes * np.abs(scale)[:, None], -_LARGEST_CHANGE, _LARGEST_CHANGE)
+        change = codes * np.abs(scale)[:, None]
         values = np.clip(finite_or_zero(base) - change, -np.float32(largest), np.float32(largest))
         values = np.where(np.abs(codes) == self.levels, np.copysign(np.float32(np.inf), codes), values)
         return np.where(codes == -self.levels - 1, nan_like(base), values)
