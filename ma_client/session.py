@@ -16,8 +16,8 @@ from ma_client.job.all_servers import AllServers
 from ma_client.job.center_arrays import CenterArrays, variables_of
 from ma_client.job.farewell import wait_until_all_have_finished
 from ma_client.job.initialization import Proposal, initialize
+from ma_client.job.naming import named
 from ma_client.job.one_server import LocalPart, WorkerIdentity
-from ma_client.job.outer_naming import in_force, named
 from ma_client.job.remarks import NonfiniteRemark, say_center_goes_on
 from ma_client.job.results import InitializeResult, PushResult, push_result
 from ma_client.job.session_settings import SessionSettings
@@ -30,6 +30,7 @@ from ma_client.values.raw import bytes_of
 from modelaverage.access.channels import Access
 from modelaverage.access.security import Security
 from modelaverage.checks import check_global_step, check_weight
+from modelaverage.chosen import Chosen
 from modelaverage.errors import InvalidRequestError, NotInitializedError, Reason
 from modelaverage.outer import OuterOptimizer
 from modelaverage.runtime.deadline import Deadline
@@ -128,6 +129,8 @@ class ParameterServerSession:
         """Addresses of the parameter servers."""
         self.outer_optimizer: str | None = None
         """The outer optimizer of the servers, as text; None before the first initialize or pull."""
+        self.compression: str | None = None
+        """The codec of the job, such as ``int8``; ``raw``: no compression; None before the first initialize or pull."""
         self._settings = settings
         self._has_initialized = self._has_finished = False
         self._one_thread = OneThread(worker_id)
@@ -223,6 +226,7 @@ class ParameterServerSession:
         must_be_new: bool | None = None,
         other_names: Mapping[str, Sequence[str]] = MappingProxyType({}),
         outer_optimizer: OuterOptimizer | str | None = None,
+        compression: str | None = None,
     ) -> InitializeResult:
         """Sets the center variables if they are not set yet. Only the chief may call it.
 
@@ -239,20 +243,22 @@ class ParameterServerSession:
             outer_optimizer: turns the center and the average of every round into the next center: `OuterSGD`,
                 `OuterAdam`, `OuterAverage`, or one of them as text, such as ``"sgd:lr=0.7,momentum=0.9,nesterov"``.
                 None: that of a center that is there, or the plain average for a new one.
+            compression: how fragments are encoded, both ways: ``"int8"``, ``"int4"``, ``"bfloat16"`` or ``"none"``.
+                None: that of a center that is there, or none for a new one.
 
         Raises:
-            InvalidRequestError: MANIFEST_INVALID, GLOBAL_STEP_INVALID, OUTER_OPTIMIZER_INVALID; this session is not the
-                chief's; the file ``init_from`` cannot be read, lacks one of these variables, or has it with another
-                shape.
+            InvalidRequestError: MANIFEST_INVALID, GLOBAL_STEP_INVALID, OUTER_OPTIMIZER_INVALID, CODEC_UNKNOWN; this
+                session is not the chief's; the file ``init_from`` cannot be read, lacks one of these variables, or has
+                it with another shape.
             ConflictError: MANIFEST_MISMATCH, naming the first variable that differs from the servers', or the server
-                that does not belong to the others; OUTER_OPTIMIZER_MISMATCH, naming both; or there is a center, and it
-                must be new. Nothing was changed.
+                that does not belong to the others; OUTER_OPTIMIZER_MISMATCH, COMPRESSION_MISMATCH, naming both; or
+                there is a center, and it must be new. Nothing was changed.
             NotInitializedError: a server has lost its part of a center that has been averaged already.
         """
         if not self.is_chief:
             raise InvalidRequestError(f"{self.worker_id!r} is not the chief: only the chief initializes the center")
         check_global_step(global_step)
-        outer = named(outer_optimizer)
+        chosen = named(outer_optimizer, compression)
         arrays = self._center.flat(variables)
         settings = self._settings
         if settings.init_from is not None:
@@ -269,11 +275,12 @@ class ParameterServerSession:
             settings.placement,
             settings.fragment_size_bytes,
             must_be_new,
-            outer,
+            chosen,
         )
         done = initialize(self._servers, self.ps_hosts, proposal, deadline)
         self._has_initialized = True
-        self.num_workers, self.outer_optimizer = done.num_workers, in_force(done.outer)
+        self.num_workers = done.num_workers
+        self._note(done.chosen)
         if done.assembly is not None:
             self._center.take(done.assembly)
             self.base_step = done.global_step
@@ -291,6 +298,7 @@ class ParameterServerSession:
         copy: bool = True,
         catch_up: bool = True,
         outer_optimizer: OuterOptimizer | str | None = None,
+        compression: str | None = None,
     ) -> tuple[Mapping[str, Any], int]:
         """Reads the center variables. Their `global_step` is the base step of what is trained from them.
 
@@ -303,6 +311,7 @@ class ParameterServerSession:
                 middle of a round, and waits for this worker: the session then pushes there, to abstain or to give back
                 the center that the server has lost. False, for a process that only watches: wait until others helped.
             outer_optimizer: the one that the center must have; as `initialize` takes it. None: any.
+            compression: the one that the job must have; as `initialize` takes it. None: any.
 
         Returns:
             The center variables by name, and `global_step`. The variables are nested as those that this session was
@@ -312,14 +321,14 @@ class ParameterServerSession:
             NotInitializedError: there is no center, and ``wait_initialized`` is False.
             DeadlineExceededError: there was none within ``timeout_s``.
             ConflictError: MANIFEST_MISMATCH, naming the first variable in which ``expected`` differs, or the server
-                that does not belong to the others; OUTER_OPTIMIZER_MISMATCH, naming both.
+                that does not belong to the others; OUTER_OPTIMIZER_MISMATCH, COMPRESSION_MISMATCH, naming both.
         """
         deadline = Deadline(timeout_s)
         shape = None if expected is None else self._center.flat(expected)
         will_train = catch_up and not self._has_finished
-        wanted = named(outer_optimizer)
+        wanted = named(outer_optimizer, compression)
         for server in self._servers:
-            server.outer_named = wanted
+            server.named = wanted
         if len(self._servers) == 1:
             self._servers.each(
                 lambda _, server: server.pull(
@@ -427,10 +436,14 @@ class ParameterServerSession:
         self.base_step = step
         return step
 
+    def _note(self, told: Chosen) -> None:
+        """The servers have these choices."""
+        self.outer_optimizer, self.compression = told.in_force.outer_optimizer, told.in_force.compression
+
     def _adopt(self, headers: Sequence[pb.CenterHeader], expected: Mapping[str, NDArray[Any]] | None) -> None:
         """These are the centers of the servers, from now on. Raises ConflictError unless they belong together."""
         self.num_workers = self._center.adopt(headers, expected)
-        self.outer_optimizer = in_force(headers[0].outer_optimizer)
+        self._note(Chosen.of(headers[0]))
 
 
 def _servers_of(settings: SessionSettings, timing: Timing) -> AllServers:

@@ -10,6 +10,9 @@ import numpy as np
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from ma_client.transports.base import OutgoingPush
+from ma_client.transports.staging import Staging
+from modelaverage.codecs import RAW
 from modelaverage.manifest import DTYPES, Manifest, Variable
 from ps_server.center.buffers import Buffer
 from ps_server.center.center import Center, Finish
@@ -33,6 +36,7 @@ __all__ = [
     "random_push",
     "read",
     "whole_round",
+    "zeros",
 ]
 
 Array = NDArray[Any]
@@ -128,3 +132,9 @@ def whole_round(center: Center, *pushes: Pushed, seed: int = 0) -> int:
     nonfinite = average(center, pushes, order, [bool(chance.integers(2)) for _ in pushes])
     commit(center)
     return nonfinite
+
+
+def zeros(staging: Staging) -> OutgoingPush:
+    """A raw push of zeros, number 1."""
+    variables = [memoryview(bytes(variable.size_bytes)) for variable in staging.manifest.variables]
+    return OutgoingPush(1, variables, staging, RAW, True, True)

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from ma_client import ParameterServerSession
+from ma_client.transports.base import OutgoingPush
 from ma_client.transports.connection import Connection
 from ma_client.transports.pushing import Answer
-from ma_client.transports.staging import FragmentSource
 from tests.faults import HANG_S, Model, trained
 from tests.worker_process import START_TIMEOUT_S, Process
 
@@ -67,15 +67,24 @@ def _hold(address: str, count: int, base_step: int) -> None:
     """Never sends fragments from ``count`` on to this server."""
     original = Connection.push_and_average
 
-    def push_and_average(self: Connection, header: Any, fragments: FragmentSource, *others: Any) -> Answer:
-        def source(index: int) -> Any:
-            if self.address == address and header.base_step == base_step and index >= count:
-                threading.Event().wait()
-            return fragments(index)
+    held = list[Sequence[memoryview]]()
 
-        return original(self, header, source, *others)
+    def push_and_average(self: Connection, header: Any, variables: Sequence[memoryview], *others: Any) -> Answer:
+        if self.address == address and header.base_step == base_step:
+            held.append(variables)
+        return original(self, header, variables, *others)
+
+    def holding(encoded: Any) -> Any:
+        def fragment(self: OutgoingPush, index: int) -> Any:
+            if index >= count and any(self.variables is each for each in held):
+                threading.Event().wait()
+            return encoded(self, index)
+
+        return fragment
 
     Connection.push_and_average = push_and_average  # type: ignore[assignment, method-assign]
+    OutgoingPush.fragment = holding(OutgoingPush.fragment)  # type: ignore[method-assign]
+    OutgoingPush.raw_fragment = holding(OutgoingPush.raw_fragment)  # type: ignore[method-assign]
 
 
 def _work(worker: int, addresses: Sequence[str], rounds: int) -> None:

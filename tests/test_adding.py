@@ -6,7 +6,6 @@ Nothing else is touched.
 
 from __future__ import annotations
 
-import secrets
 from collections import deque
 from collections.abc import Callable, Iterator
 
@@ -16,14 +15,9 @@ import pytest
 from ma_client import ParameterServerSession
 from ma_client.transports import registry as client_registry
 from ma_client.transports.base import ClientLane, ClientTransport, Ending, OutgoingPush
-from ma_client.transports.connection import Connection
-from ma_client.transports.staging import Memory, Staging
 from modelaverage import codecs, outer
-from modelaverage.access.channels import Access
-from modelaverage.access.security import Security
 from modelaverage.errors import ModelAverageError
 from modelaverage.manifest import Manifest, Variable
-from modelaverage.runtime.deadline import Deadline
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.checkpoints.fields import Checkpoint
 from ps_server.flow.service import ParameterServerService
@@ -133,7 +127,7 @@ class ClientPigeonLane(ClientLane):
         self._loft, self._staging = loft, opening.staging
         loft.down.clear()
         count = opening.staging.manifest.fragment_count
-        loft.up.extend(b"".join(opening.fragments(index)) for index in range(count))
+        loft.up.extend(b"".join(opening.fragment(index)) for index in range(count))
 
     def announce(self, header: pb.PushHeader) -> None:
         header.uses_transport = "pigeons"
@@ -203,30 +197,17 @@ def test_a_codec_is_a_file_and_a_line(start_server: StartServer, monkeypatch: py
     toy = ToyCodec()
     monkeypatch.setitem(codecs.CODECS, toy.name, toy)  # the line
     server = start_server(1)
-    values = np.arange(COUNT, dtype=np.float32)
-    with ParameterServerSession([server.address], worker_id="a", is_chief=True, fragment_size_bytes=512) as session:
-        session.initialize({"w": values})
-        status = session.status()
-        connection = Connection(server.address, Access(Security()))
-        manifest = Manifest((Variable("w", "float32", (COUNT,)),), 512)
-        staging = Staging(manifest, Memory(manifest.buffer_size_bytes))
-        pushed = values * 2
-        header = pb.PushHeader(
-            worker_id="b",
-            incarnation=secrets.token_bytes(16),
-            push_id=1,
-            manifest_id=status.manifest_id,
-            accepts_runs=True,
-            accepts_combined=True,
-            codec=toy.name,
-        )
-        connection.push_and_average(
-            header,
-            lambda index: toy.encode_variables(manifest, index, [pushed.view(np.uint8).data]),
-            staging,
-            Deadline(20.0),
-        )
-        connection.close()
-        np.testing.assert_allclose(staging.arrays["w"], pushed, atol=0.05)
-        moved = session.status().received_bytes - status.received_bytes
-    assert 0.5 < moved / values.nbytes < 0.65
+    values = np.linspace(-1, 1, COUNT, dtype=np.float32)
+    with ParameterServerSession(
+        [server.address], worker_id="a", is_chief=True, fragment_size_bytes=512, shared_memory=False
+    ) as session:
+        session.initialize({"w": values}, compression=toy.name)
+        session.pull()
+        before = session.status()
+        result = session.push_and_average({"w": values * 2})
+        after = session.status()
+    np.testing.assert_allclose(result.center["w"], values * 2, atol=1e-3)
+    for field in ("received", "sent"):
+        moved, raw = (getattr(after, name) - getattr(before, name) for name in (f"{field}_bytes", f"{field}_raw_bytes"))
+        assert raw == values.nbytes
+        assert 0.5 < moved / raw < 0.65

@@ -26,6 +26,7 @@ from modelaverage.manifest import Manifest, Variable
 from modelaverage.runtime.deadline import Deadline
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.transports import data_port
+from tests.centers import zeros
 from tests.conftest import StartServer
 from tests.jobs import CENTER, COUNT, STEP, Job, of
 from tests.pairs import MODEL, SETTINGS, Pair
@@ -329,7 +330,7 @@ def test_a_center_is_whole_until_the_next_one_begins_to_come(monkeypatch: pytest
     manifest = Manifest((Variable("w", "float32", (4,)),), 8)
     staging = Staging(manifest, Memory(manifest.buffer_size_bytes))
     with theirs:
-        transfer = Transfer(DataSocket(ours), 1, lambda _: [memoryview(bytes(8))], staging)
+        transfer = Transfer(DataSocket(ours), zeros(staging))
         transfer.start()
         assert len(theirs.recv(24, socket.MSG_WAITALL)) == 24
         assert not staging.is_torn
@@ -395,7 +396,7 @@ def test_a_data_connection_that_was_not_asked_for_is_not_opened(least_bytes: int
         connection = Connection(f"127.0.0.1:{port}", Access(Security()), ways)
         staging = Staging(manifest, Memory(manifest.buffer_size_bytes))
         header = pb.PushHeader(push_id=1)
-        connection.push_and_average(header, lambda _: [memoryview(b"2 floats")], staging, Deadline(TIMEOUT_S))
+        connection.push_and_average(header, [memoryview(b"2 floats")], staging, Deadline(TIMEOUT_S))
         assert [header.accepts_data_connection for header in offering.headers] == [asks]
         opening = [
             thread for thread in threading.enumerate() if thread not in before and thread.name == "data-connection"

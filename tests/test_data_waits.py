@@ -27,6 +27,7 @@ from modelaverage.runtime.data_sockets import prepare
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.transports.data_connection import DataConnection as ServersEnd
 from ps_server.transports.data_port import DataPort, Place
+from tests.centers import zeros
 from tests.conftest import StartServer
 from tests.pairs import MODEL, SETTINGS, Pair
 from tests.raw_client import Arrays, until
@@ -172,7 +173,7 @@ def test_the_wait_for_the_rest_of_a_center_ends_when_nothing_comes_and_says_so(c
     connection, theirs = connection_of(0.2)
     staging = staging_of(2)
     with theirs:
-        transfer = Transfer(connection, 1, lambda _: [memoryview(bytes(8))], staging)
+        transfer = Transfer(connection, zeros(staging))
         transfer.start()
         theirs.sendall(bytes(came))
         assert not transfer.wait(lambda: True)
@@ -228,7 +229,7 @@ def test_a_transfer_ends_whose_threads_did_not_all_start(monkeypatch: pytest.Mon
         connection, theirs = connection_of(LONG_S)
         with theirs, monkeypatch.context() as patch:
             few_threads(patch, started)
-            transfer = Transfer(connection, 1, lambda _: [memoryview(bytes(8))], staging_of(1))
+            transfer = Transfer(connection, zeros(staging_of(1)))
             with pytest.raises(RuntimeError, match="new thread"):
                 transfer.start()
             transfer.end()

@@ -9,10 +9,12 @@ from numpy.typing import NDArray
 
 from ma_client.job.all_servers import AllServers
 from ma_client.job.assembly import Assembly
-from ma_client.job.outer_naming import check_has, check_same
+from ma_client.job.naming import check_has, check_same
+from ma_client.job.one_server import known_codec
 from ma_client.values.raw import bytes_of, same_bytes
 from ma_client.values.trees import Paths, as_arrays, nest, paths_of
 from modelaverage import wire
+from modelaverage.chosen import Chosen
 from modelaverage.errors import ConflictError, InvalidRequestError, NotInitializedError, Reason
 from modelaverage.manifest import Manifest, Variable, dtype_name, first_difference
 from modelaverage.v1 import parameter_server_pb2 as pb
@@ -63,11 +65,11 @@ class CenterArrays:
                     f"the parameter server at {address} was started with --num-workers {header.num_workers}, that at "
                     f"{self._addresses[0]} with {headers[0].num_workers}"
                 )
-        check_same([header.outer_optimizer for header in headers], self._addresses)
+        check_same([Chosen.of(header) for header in headers], self._addresses)
         for header, server, address in zip(headers, self._servers, self._addresses, strict=True):
-            check_has(server.outer_named, header.outer_optimizer, address)
+            check_has(server.named, Chosen.of(header), address)
         for server, staging, header in zip(self._servers, assembly.stagings, headers, strict=True):
-            server.adopt(staging, header.manifest_id)
+            server.adopt(staging, header.manifest_id, known_codec(header.compression))
         self._assembly = assembly
         return headers[0].num_workers
 

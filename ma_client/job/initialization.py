@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 from ma_client.job.all_servers import AllServers
 from ma_client.job.assembly import Assembly
-from ma_client.job.one_server import OneServer
-from ma_client.job.outer_naming import check_has, check_same, in_force
+from ma_client.job.naming import check_has, check_same
+from ma_client.job.one_server import OneServer, known_codec
 from ma_client.transports.staging import Staging
 from ma_client.values.raw import bytes_of
 from modelaverage import wire
+from modelaverage.chosen import NOTHING_CHOSEN, Chosen
 from modelaverage.errors import ConflictError, NotInitializedError, Reason
 from modelaverage.manifest import Manifest, Shard, Variable, first_difference
 from modelaverage.placement import default_fragment_size_bytes, place
@@ -34,7 +35,7 @@ class Proposal:
         placement: assigns parts of the model to servers.
         fragment_size_bytes: None: chosen by the size of the model and the number of servers.
         must_be_new: whether an existing center is an error.
-        outer: the outer optimizer, as text; empty: that of an existing center, or `average`.
+        chosen: the job's choices; empty: those of an existing center, or the defaults.
     """
 
     worker_id: str
@@ -44,7 +45,7 @@ class Proposal:
     placement: str
     fragment_size_bytes: int | None
     must_be_new: bool
-    outer: str = ""
+    chosen: Chosen = NOTHING_CHOSEN
 
     def manifest(self, num_shards: int) -> Manifest:
         """The manifest of the whole model."""
@@ -63,14 +64,14 @@ class CenterSet:
         global_step: the number of completed rounds.
         num_workers: how many workers a round waits for.
         assembly: the shards, if this call set all of them.
-        outer: the outer optimizer of the center, as servers tell it.
+        chosen: the job's choices, as servers tell them.
     """
 
     by_this_call: bool
     global_step: int
     num_workers: int
     assembly: Assembly | None
-    outer: str
+    chosen: Chosen
 
 
 def initialize(servers: AllServers, addresses: Sequence[str], proposal: Proposal, deadline: Deadline) -> CenterSet:
@@ -79,7 +80,8 @@ def initialize(servers: AllServers, addresses: Sequence[str], proposal: Proposal
     Raises:
         InvalidRequestError: MANIFEST_INVALID: a manifest is too long for a message; nothing was sent.
         ConflictError: MANIFEST_MISMATCH: another model is in force, or the servers do not belong together;
-            OUTER_OPTIMIZER_MISMATCH: the center has another outer optimizer; or the center exists but must be new.
+            OUTER_OPTIMIZER_MISMATCH, COMPRESSION_MISMATCH: the center has another one; or the center exists but must be
+            new.
         NotInitializedError: a server has lost its part of a center that has already been averaged.
     """
     there = _centers_there(servers, deadline) if len(servers) > 1 or proposal.must_be_new else [None]
@@ -87,12 +89,12 @@ def initialize(servers: AllServers, addresses: Sequence[str], proposal: Proposal
     if headers and proposal.must_be_new:
         steps = {address: header.global_step for address, header in zip(addresses, there, strict=True) if header}
         raise _not_new(*steps.popitem())
-    outer = _outer(proposal.outer, addresses, there)
+    chosen = _chosen(proposal.chosen, addresses, there)
     if len(headers) == len(servers):
         manifests = [wire.manifest_from_message(header.manifest) for header in headers]
         _check_variables(proposal.variables, Assembly(manifests, addresses).manifest.variables)
         step = max(header.global_step for header in headers)
-        return CenterSet(False, step, headers[0].num_workers, None, headers[0].outer_optimizer)
+        return CenterSet(False, step, headers[0].num_workers, None, Chosen.of(headers[0]))
     if any(header.global_step != proposal.global_step for header in headers):
         lost = next(address for address, header in zip(addresses, there, strict=True) if header is None)
         raise NotInitializedError(
@@ -111,11 +113,11 @@ def initialize(servers: AllServers, addresses: Sequence[str], proposal: Proposal
             worker_id=proposal.worker_id,
             manifest=messages[index],
             global_step=proposal.global_step,
-            outer_optimizer=outer,
+            **chosen.texts,
         )
         response = server.initialize(header, values[index], assembly.stagings[index], deadline)
         _check_shard(response, shards[index].shard, addresses[index])
-        check_has(outer, response.outer_optimizer, addresses[index])
+        check_has(chosen, Chosen.of(response), addresses[index])
         return response
 
     # The first server goes first: its center determines the job's id.
@@ -130,19 +132,20 @@ def initialize(servers: AllServers, addresses: Sequence[str], proposal: Proposal
         first.global_step,
         first.num_workers,
         assembly if all_set else None,
-        first.outer_optimizer,
+        Chosen.of(first),
     )
 
 
-def _outer(wanted: str, addresses: Sequence[str], there: Sequence[pb.CenterHeader | None]) -> str:
-    """The outer optimizer to send: the wanted one, or that of the centers that are there. Raises ConflictError if they
+def _chosen(wanted: Chosen, addresses: Sequence[str], there: Sequence[pb.CenterHeader | None]) -> Chosen:
+    """The choices to send: the wanted ones, or those of the centers that are there. Raises ConflictError if they
     differ."""
-    told = {address: header.outer_optimizer for address, header in zip(addresses, there, strict=True) if header}
+    told = {address: Chosen.of(header) for address, header in zip(addresses, there, strict=True) if header}
     if not told:
         return wanted
     check_same(list(told.values()), list(told))
-    check_has(wanted, *reversed(next(iter(told.items()))))
-    return in_force(next(iter(told.values())))
+    address, first = next(iter(told.items()))
+    check_has(wanted, first, address)
+    return first.in_force
 
 
 def _check_ours(
@@ -155,7 +158,7 @@ def _check_ours(
 ) -> None:
     """Checks that a center which appeared during this call is its own (the answer was lost). Raises ConflictError."""
     if answer.global_step == proposal.global_step:
-        server.adopt(staging, answer.manifest_id)
+        server.adopt(staging, answer.manifest_id, known_codec(answer.compression))
         server.pull(False, deadline)
         if all(bytes_of(a) == value for a, value in zip(staging.arrays.values(), proposal.values, strict=True)):
             return

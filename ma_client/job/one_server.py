@@ -9,7 +9,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from ma_client.job.outer_naming import with_address
+from ma_client.job.naming import with_address
 from ma_client.job.patience import Patience
 from ma_client.transports.connection import Connection
 from ma_client.transports.lent_memory import Loan
@@ -17,7 +17,8 @@ from ma_client.transports.push import Retry, retry_after
 from ma_client.transports.pushing import Answer
 from ma_client.transports.staging import Staging
 from ma_client.values.raw import bytes_of
-from modelaverage.codecs import RAW, codec_named
+from modelaverage.chosen import NOTHING_CHOSEN
+from modelaverage.codecs import CODECS, RAW, Codec
 from modelaverage.errors import (
     ConflictError,
     ModelAverageError,
@@ -28,7 +29,7 @@ from modelaverage.purpose import Purpose
 from modelaverage.runtime.deadline import Deadline
 from modelaverage.v1 import parameter_server_pb2 as pb
 
-__all__ = ["LocalPart", "OneServer", "WorkerIdentity"]
+__all__ = ["LocalPart", "OneServer", "WorkerIdentity", "known_codec"]
 
 # A round restarts when a worker dies. This many restarts in a row have another cause, and retries do not help.
 _MAX_ROUND_RESTARTS = 100
@@ -87,14 +88,14 @@ class OneServer:
     Attributes:
         step: the `global_step` of the center that this worker has from the server; None before the first.
         elsewhere: that center's variables by name, if it did not arrive in ``staging``.
-        outer_named: the outer optimizer that pulls name, as text; empty: none.
+        named: what pulls name of the job's choices.
     """
 
     def __init__(self, connection: Connection, worker: WorkerIdentity, reconnect_timeout_s: float) -> None:
         self.connection = connection
         self.step: int | None = None
         self.elsewhere: Mapping[str, NDArray[Any]] | None = None
-        self.outer_named = ""
+        self.named = NOTHING_CHOSEN
         self._worker = worker
         self._patience = Patience(
             reconnect_timeout_s,
@@ -108,10 +109,12 @@ class OneServer:
         self._is_copied = True  # whether callers no longer read the center in place
         self._staging: Staging | None = None
         self._manifest_id = ""
+        self._codec: Codec = RAW
+        self._center_id = 0  # of the center of `step`; 0: unknown, or the codec is raw
 
-    def adopt(self, staging: Staging, manifest_id: str) -> None:
-        """Sets the manifest of the center, and the staging that receives it."""
-        self._staging, self._manifest_id = staging, manifest_id
+    def adopt(self, staging: Staging, manifest_id: str, codec: Codec) -> None:
+        """Sets the manifest of the center, the staging that receives it, and the codec of the job."""
+        self._staging, self._manifest_id, self._codec = staging, manifest_id, codec
 
     def initialize(
         self, header: pb.InitializeHeader, values: Sequence[memoryview], staging: Staging, deadline: Deadline
@@ -128,8 +131,8 @@ class OneServer:
         with with_address(self.connection.address):
             response = self._patience.call(attempt, deadline)
         if response.initialized:
-            self.adopt(staging, response.manifest_id)
-            self.step = response.global_step
+            self.adopt(staging, response.manifest_id, known_codec(response.compression))
+            self.step, self._center_id = response.global_step, 0
         return response
 
     def center_header(self, wait_initialized: bool, deadline: Deadline) -> pb.CenterHeader:
@@ -152,15 +155,15 @@ class OneServer:
         Raises:
             ConflictError: MANIFEST_MISMATCH: the center that arrived was not adopted.
         """
-        step, began_at_s = 0, time.monotonic()
+        step, center_id, began_at_s = 0, 0, time.monotonic()
         arriving: Staging | None = None  # the staging that this pull has begun to fill
         request = self._pull_request(wait_initialized)
         request.will_train = will_train
 
         def staging_for(header: pb.CenterHeader) -> Staging:
-            nonlocal step, arriving
+            nonlocal step, center_id, arriving
             goes_on = request.first_fragment > 0 and request.continued_step == header.global_step
-            step, before, arriving = header.global_step, arriving, None
+            step, center_id, before, arriving = header.global_step, header.center_id, arriving, None
             if heard is not None and not goes_on:
                 heard(header)
             staging = self._staging
@@ -185,7 +188,7 @@ class OneServer:
 
         with with_address(self.connection.address):
             self._patience.call(attempt, deadline)
-        self.step, self.elsewhere, self._loan = step, None, None
+        self.step, self._center_id, self.elsewhere, self._loan = step, center_id, None, None
 
     def _first_to_pull(self, arriving: Staging, began_at_s: float, deadline: Deadline) -> int:
         """The fragment at which a broken pull that began at ``began_at_s`` resumes; 0: it starts over."""
@@ -224,12 +227,9 @@ class OneServer:
         staging = self._staging
         assert staging is not None
         header, values = self._push_header(base_step, local, purpose), [] if local is None else local.values
-        codec = codec_named(header.codec)
 
         def attempt() -> tuple[Answer, Mapping[str, NDArray[Any]] | None]:
-            answer = self.connection.push_and_average(
-                header, lambda index: codec.encode_variables(staging.manifest, index, values), staging, deadline
-            )
+            answer = self.connection.push_and_average(header, values, staging, deadline)
             return answer, answer.elsewhere(copy)
 
         restarts = 0
@@ -239,12 +239,15 @@ class OneServer:
             except NotInitializedError as error:
                 raise self.lost(error) from None
             except ModelAverageError as error:
+                if error.reason is Reason.BASE_UNKNOWN and header.codec:
+                    header.codec, header.base_center_id = "", 0
+                    continue
                 # Another worker caused the restart; the same push is still valid.
                 restarts += 1
                 if retry_after(error) is not Retry.AT_ONCE or restarts > _MAX_ROUND_RESTARTS:
                     raise
             else:
-                self.step = answer.outcome.global_step
+                self.step, self._center_id = answer.outcome.global_step, answer.outcome.center_id
                 self._loan, self._is_copied = answer.loan, copy
                 return answer.outcome
 
@@ -305,7 +308,8 @@ class OneServer:
             worker_id=self._worker.worker_id,
             wait_initialized=wait_initialized,
             accepts_notices=wait_initialized,
-            outer_optimizer=self.outer_named,
+            outer_optimizer=self.named.outer_optimizer,
+            compression=self.named.compression,
         )
 
     def _push_header(self, base_step: int, local: LocalPart | None, purpose: Purpose) -> pb.PushHeader:
@@ -329,7 +333,16 @@ class OneServer:
             header.local_step, header.interval_steps = local.local_step, local.interval_steps
             if local.loss is not None:
                 header.loss = local.loss
+        # What is relative to a center is sent only from that center, bit for bit.
+        has_base = self._loan is None and self._staging is not None and self._staging.is_whole
+        if has_base and self._center_id and purpose is not Purpose.RESTORE:
+            header.codec, header.base_center_id = self._codec.name, self._center_id
         return header
+
+
+def known_codec(told: str) -> Codec:
+    """The codec that a server told; `raw` for one that this version does not know: pushes may always be raw."""
+    return CODECS.get(told, RAW)
 
 
 def _copied(arrays: Mapping[str, NDArray[Any]]) -> list[memoryview]:

@@ -98,10 +98,13 @@ class ModelAverageOptimizer(TensorFlowMembers):
         *,
         session: ParameterServerSession | None = None,
         outer_optimizer: OuterOptimizer | str | None = None,
+        compression: str | None = None,
         weight: float | Callable[[], float] = 1.0,
         nonfinite: str = "allow",
     ) -> None:
-        settings = settings_of(num_worker, is_chief, interval_steps, use_locking, name, session, outer_optimizer)
+        settings = settings_of(
+            num_worker, is_chief, interval_steps, use_locking, name, session, outer_optimizer, compression
+        )
         weighing = Weighing(weight)
         guard = NonfiniteGuard(nonfinite, lambda: opt.state, lambda: self._parameters.names)
         # The base class wants a group of its own; from then on, groups, state and defaults are the local optimizer's.
@@ -116,7 +119,7 @@ class ModelAverageOptimizer(TensorFlowMembers):
         self._shown = ShownGlobalStep()
         self._holder = SessionHolder(session, settings.is_chief)
         replica = Replica(
-            self._holder, self._variables, self._progress, settings.num_worker, self._shown.show, settings.outer
+            self._holder, self._variables, self._progress, settings.num_worker, self._shown.show, settings.chosen
         )
         self._rounds = Rounds(replica, settings.interval_steps, weighing, guard)
         self._schedule = schedule_for(settings, self._rounds)

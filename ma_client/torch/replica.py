@@ -12,6 +12,7 @@ from ma_client.session import ParameterServerSession
 from ma_client.torch.local_variables import LocalVariables
 from ma_client.torch.progress import Progress
 from ma_client.torch.session_holder import SessionHolder
+from modelaverage.chosen import NOTHING_CHOSEN, Chosen
 
 __all__ = ["Replica"]
 
@@ -25,7 +26,7 @@ class Replica:
         progress: counts steps, and starts again with every center that is installed.
         num_worker: how many workers a round has to wait for.
         when_installed: called with `global_step` after each install.
-        outer: the outer optimizer that the center must have, as text; empty: any.
+        chosen: what the job must have; empty: anything.
     """
 
     def __init__(
@@ -35,14 +36,14 @@ class Replica:
         progress: Progress,
         num_worker: int,
         when_installed: Callable[[int], None],
-        outer: str = "",
+        chosen: Chosen = NOTHING_CHOSEN,
     ) -> None:
         self.holder = holder
         self.variables = variables
         self.progress = progress
         self._num_worker = num_worker
         self._when_installed = when_installed
-        self.outer = outer
+        self.chosen = chosen
 
     @property
     def session(self) -> ParameterServerSession:
@@ -56,7 +57,12 @@ class Replica:
             ValueError: the server averages another number of workers than ``num_worker``.
             ModelAverageError: see `ParameterServerSession.pull`.
         """
-        center, _ = self.session.pull(expected=self.variables.gather(), copy=False, outer_optimizer=self.outer or None)
+        center, _ = self.session.pull(
+            expected=self.variables.gather(),
+            copy=False,
+            outer_optimizer=self.chosen.outer_optimizer or None,
+            compression=self.chosen.compression or None,
+        )
         if self.session.num_workers != self._num_worker:
             raise ValueError(
                 f"num_worker is {self._num_worker}, but the server was started with --num-workers "

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ma_client.cluster.spec import ClusterSpec
-from ma_client.job.outer_naming import named
+from ma_client.job.naming import named
 from ma_client.session import ParameterServerSession
+from modelaverage.chosen import NOTHING_CHOSEN, Chosen
 from modelaverage.outer import OuterOptimizer
 
 __all__ = ["OptimizerSettings", "settings_of"]
@@ -25,7 +26,7 @@ class OptimizerSettings:
     interval_steps: int
     use_locking: bool
     name: str
-    outer: str = ""
+    chosen: Chosen = NOTHING_CHOSEN
 
 
 def settings_of(
@@ -36,17 +37,19 @@ def settings_of(
     name: str,
     session: ParameterServerSession | None,
     outer_optimizer: OuterOptimizer | str | None = None,
+    compression: str | None = None,
 ) -> OptimizerSettings:
     """Checks the arguments; takes ``num_worker`` and ``is_chief`` from the environment where they are None.
 
     Raises:
         ValueError: a number is not a whole number from 1 up, or the session was made with another ``is_chief``.
-        InvalidRequestError: OUTER_OPTIMIZER_INVALID: the text names no outer optimizer, or a wrong setting.
-        TypeError: ``outer_optimizer`` is something else.
+        InvalidRequestError: OUTER_OPTIMIZER_INVALID: the text names no outer optimizer, or a wrong setting;
+            CODEC_UNKNOWN: ``compression`` names no codec.
+        TypeError: ``outer_optimizer`` or ``compression`` is something else.
         ClusterError: the environment does not describe the cluster.
     """
     interval_steps = _whole("interval_steps", interval_steps)
-    outer = named(outer_optimizer)
+    chosen = named(outer_optimizer, compression)
     if num_worker is None or is_chief is None:
         cluster = ClusterSpec.from_env()
         num_worker = cluster.num_workers if num_worker is None else num_worker
@@ -54,7 +57,7 @@ def settings_of(
     num_worker = _whole("num_worker", num_worker)
     if session is not None and session.is_chief != is_chief:
         raise ValueError(f"is_chief is {is_chief}, but the session was made with is_chief={session.is_chief}")
-    return OptimizerSettings(num_worker, bool(is_chief), interval_steps, use_locking, name, outer)
+    return OptimizerSettings(num_worker, bool(is_chief), interval_steps, use_locking, name, chosen)
 
 
 def _whole(name: str, value: object) -> int:

@@ -42,7 +42,8 @@ class Training:
             values,
             global_step=holder.global_step,
             other_names=others,
-            outer_optimizer=self._replica.outer or None,
+            outer_optimizer=self._replica.chosen.outer_optimizer or None,
+            compression=self._replica.chosen.compression or None,
         )
         if done.initialized:  # the center has what was trained before
             self._replica.progress.steps_since_round = 0

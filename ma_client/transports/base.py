@@ -8,12 +8,12 @@ that uses it gets a `ClientLane`. A transport without header fields of its own i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ma_client.transports.lent_memory import Loan
-from ma_client.transports.staging import FragmentSource, Staging
-from modelaverage.codecs import Codec
+from ma_client.transports.staging import Staging
+from modelaverage.codecs import RAW, Codec
 from modelaverage.errors import ModelAverageError
 from modelaverage.manifest import Manifest
 from modelaverage.v1 import parameter_server_pb2 as pb
@@ -27,15 +27,15 @@ class OutgoingPush:
 
     Args:
         push_id: its number.
-        fragments: the bytes of every fragment, as parts.
-        staging: receives the center, unless a transport puts it elsewhere.
-        codec: encodes fragments in messages.
+        variables: the bytes of the local variables, in manifest order; empty if it has no fragments.
+        staging: receives the center, unless a transport puts it elsewhere; until then it has the base of the codec.
+        codec: encodes fragments, except in shared memory.
         has_fragments: False: the push sends no fragments; only the center is received.
         may_follow: the server is known to need all fragments, so they may be sent before it asks.
     """
 
     push_id: int
-    fragments: FragmentSource
+    variables: Sequence[memoryview]
     staging: Staging
     codec: Codec
     has_fragments: bool
@@ -45,6 +45,14 @@ class OutgoingPush:
     def manifest(self) -> Manifest:
         """The manifest of the model."""
         return self.staging.manifest
+
+    def fragment(self, index: int) -> Sequence[memoryview]:
+        """A fragment, encoded, as parts to be joined."""
+        return self.codec.encode_variables(self.manifest, index, self.variables, self.staging.flat)
+
+    def raw_fragment(self, index: int) -> Sequence[memoryview]:
+        """A fragment as it lies in memory, as parts to be joined."""
+        return RAW.encode_variables(self.manifest, index, self.variables)
 
 
 class ClientLane:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from ma_client.transports.calls import Calls
@@ -141,10 +141,10 @@ class Connection:
         return header.header
 
     def push_and_average(
-        self, header: pb.PushHeader, fragments: FragmentSource, staging: Staging, deadline: Deadline
+        self, header: pb.PushHeader, variables: Sequence[memoryview], staging: Staging, deadline: Deadline
     ) -> Answer:
         """Makes one push; see `Pushing.push`."""
-        return self._pushing.push(header, fragments, staging, deadline)
+        return self._pushing.push(header, variables, staging, deadline)
 
     def join(self, request: pb.JoinRequest) -> Iterator[pb.JoinResponse]:
         """The server's messages about this process's task index; open until `stop` or an error."""

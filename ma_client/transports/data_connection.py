@@ -42,7 +42,7 @@ class ClientDataTransport(ClientTransport):
         connection = self._link.take() if opening.may_follow else None
         if connection is None:
             return None
-        transfer = Transfer(connection, opening.push_id, opening.fragments, opening.staging, self._timing)
+        transfer = Transfer(connection, opening, self._timing)
         try:
             transfer.start()
         except RuntimeError as error:

@@ -10,8 +10,8 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 
+from ma_client.transports.base import OutgoingPush
 from ma_client.transports.data_settings import DataSettings
-from ma_client.transports.staging import FragmentSource, Staging
 from ma_client.transports.timing import TIMING, Timing
 from modelaverage.logs import event
 from modelaverage.runtime.data_sockets import (
@@ -171,9 +171,7 @@ class Transfer:
 
     Args:
         connection: the connection; this object owns it until `end`.
-        number: the number of the push.
-        fragments: the bytes of every fragment, as parts.
-        staging: receives the center.
+        opening: the push.
         timing: timeouts.
 
     Attributes:
@@ -187,9 +185,7 @@ class Transfer:
     def __init__(
         self,
         connection: DataSocket,
-        number: int,
-        fragments: FragmentSource,
-        staging: Staging,
+        opening: OutgoingPush,
         timing: Timing = TIMING,
     ) -> None:
         self.connection = connection
@@ -200,20 +196,10 @@ class Transfer:
         self.problem: Exception | None = None
         self._due_since_s: float | None = None  # since when bytes must arrive; sent bytes must move from the start
         self._notice_s = self._first_notice_s = connection.silence_timeout_s / NOTICES_IN_SILENCE
-        room = staging.room()
-
-        def send() -> None:
-            connection.begin()
-            connection.send([NUMBER.pack(number)])
-            for index in range(staging.manifest.fragment_count):
-                connection.send(fragments(index))
-
-        def receive() -> None:
-            connection.receive(room, staging.begin_to_fill, self._notice)
-
+        self._opening = opening
         self._threads = [
             threading.Thread(target=self._run, args=(work,), name="data-transfer", daemon=True)
-            for work in (send, receive)
+            for work in (self._send, self._receive)
         ]
 
     def start(self) -> None:
@@ -259,6 +245,23 @@ class Transfer:
         peer, self._notice_s = self.connection.peer, 2 * self._notice_s + self._first_notice_s
         what = event("data_connection_waits", worker=None, peer=peer, waited_s=silent_s)
         _log.warning("nothing has moved on the data connection to %s for %.0f s", peer, silent_s, extra=what)
+
+    def _send(self) -> None:
+        self.connection.begin()
+        self.connection.send([NUMBER.pack(self._opening.push_id)])
+        for index in range(self._opening.manifest.fragment_count):
+            self.connection.send(self._opening.fragment(index))
+
+    def _receive(self) -> None:
+        staging, manifest, codec = self._opening.staging, self._opening.manifest, self._opening.codec
+        if codec.in_place:
+            self.connection.receive(staging.room(), staging.begin_to_fill, self._notice)
+            return
+        room = memoryview(bytearray(codec.max_size_bytes(manifest)))
+        for index in range(manifest.fragment_count):
+            data = room[: codec.size_bytes(manifest, index)]
+            self.connection.receive(data, unheard=self._notice)
+            staging.put(index, data, codec)
 
     def _run(self, work: Callable[[], None]) -> None:
         try:

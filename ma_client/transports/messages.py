@@ -30,4 +30,4 @@ class ClientMessagesLane(ClientLane):
         """See `ClientLane`."""
         # One by one: in a run, the average of the first fragment would have to wait for the last.
         for index in range(first, self._opening.manifest.fragment_count):
-            yield wire.encode_fragment(index, self._opening.fragments(index))
+            yield wire.encode_fragment(index, self._opening.fragment(index))

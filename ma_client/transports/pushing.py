@@ -15,10 +15,10 @@ from ma_client.transports.calls import Calls
 from ma_client.transports.lent_memory import Loan
 from ma_client.transports.messages import ClientMessagesLane
 from ma_client.transports.push import AwaitRest, ClientPush, Decide, Done, PushFailed
-from ma_client.transports.staging import FragmentSource, Staging
+from ma_client.transports.staging import Staging
 from modelaverage import wire
-from modelaverage.codecs import codec_named
-from modelaverage.errors import ModelAverageError
+from modelaverage.codecs import RAW, Codec, codec_named
+from modelaverage.errors import ModelAverageError, ProtocolError
 from modelaverage.logs import event
 from modelaverage.missing import Missing
 from modelaverage.names import listed
@@ -69,14 +69,18 @@ class Pushing:
         self._transports = transports
         self._may_follow = False  # whether the next push may send fragments before its admission
 
-    def push(self, header: pb.PushHeader, fragments: FragmentSource, staging: Staging, deadline: Deadline) -> Answer:
+    def push(
+        self, header: pb.PushHeader, variables: Sequence[memoryview], staging: Staging, deadline: Deadline
+    ) -> Answer:
         """Makes one push: sends the requested fragments while receiving the finished ones.
 
-        The staging buffer holds the new center only if this returns, unless the answer has a loan.
+        The staging buffer holds the new center only if this returns, unless the answer has a loan. If the push fails
+        and its codec has a base, the staging buffer still holds that.
 
         Args:
-            header: the push header, without the fields of transports.
-            fragments: the bytes to send.
+            header: the push header, without the fields of transports. A codec other than `raw` needs a whole center in
+                the staging buffer.
+            variables: the bytes of the local variables, in manifest order.
             staging: receives the center.
             deadline: for the whole push.
         """
@@ -84,8 +88,9 @@ class Pushing:
         has_fragments = header.purpose != pb.PURPOSE_ABSTAIN
         # After a successful push, the round has nothing of this worker, so the server will need all fragments.
         may_follow, self._may_follow = self._may_follow and has_fragments, False
-        opening = OutgoingPush(header.push_id, fragments, staging, codec_named(header.codec), has_fragments, may_follow)
-        staging.begin()
+        codec = codec_named(header.codec)
+        opening = OutgoingPush(header.push_id, variables, staging, codec, has_fragments, may_follow)
+        staging.begin(keeps_old=not codec.in_place)
         lanes = _PushLanes(opening, self._begun(opening))
         try:
             self._announce(lanes, request.header)
@@ -102,6 +107,8 @@ class Pushing:
             raise
         finally:
             lanes.end(None, self._calls.stopped.is_set())
+            if not lanes.is_done:
+                staging.roll_back()
 
     def close(self) -> None:
         """Closes the transports; no push follows."""
@@ -145,14 +152,14 @@ class Pushing:
         """Handles one message of the server; returns the outcome if the push is done."""
         message = wire.read_fragment(pb.PushAndAverageResponse, data)
         if isinstance(message, tuple):
-            self._keep(push, lanes.opening, *message)
+            self._keep(push, lanes, *message)
             return None
         if message.HasField("admission"):
             _carried_out(push.admitted(message.admission.first_needed_fragment))
             self._admit(message.admission, lanes)
             requests.admit(message.admission.first_needed_fragment, lanes.lane)
         if message.HasField("fragment"):
-            self._keep(push, lanes.opening, message.fragment.index, memoryview(message.fragment.data))
+            self._keep(push, lanes, message.fragment.index, memoryview(message.fragment.data))
         elsewhere = lanes.lane.down(message)
         if elsewhere is not None:
             _carried_out(push.came(*elsewhere))
@@ -170,6 +177,12 @@ class Pushing:
 
     def _admit(self, admission: pb.PushAdmission, lanes: _PushLanes) -> None:
         """Passes the offers to the transports. One may take over the fragments if none have been sent."""
+        if admission.codec not in ("", lanes.opening.codec.name):
+            raise ProtocolError(
+                f"{self._calls.address} sends its center in codec {admission.codec[:40]!a}; this push is in "
+                f"{lanes.opening.codec.name}"
+            )
+        lanes.codec_down = codec_named(admission.codec)
         is_free = True
         for transport in self._transports:
             lane = transport.admitted(admission, is_free)
@@ -180,9 +193,10 @@ class Pushing:
             lanes.change_to(None)
 
     @staticmethod
-    def _keep(push: ClientPush, opening: OutgoingPush, index: int, data: memoryview) -> None:
-        _carried_out(push.came(index, opening.staging.count(index, data, opening.codec)))
-        opening.staging.put(index, data, opening.codec)
+    def _keep(push: ClientPush, lanes: _PushLanes, index: int, data: memoryview) -> None:
+        staging, codec = lanes.opening.staging, lanes.codec_down
+        _carried_out(push.came(index, staging.count(index, data, codec)))
+        staging.put(index, data, codec)
 
 
 class _PushLanes:
@@ -191,6 +205,7 @@ class _PushLanes:
     def __init__(self, opening: OutgoingPush, begun: ClientLane | None) -> None:
         self.opening = opening
         self.is_done = False
+        self.codec_down: Codec = RAW  # of the center in messages; the admission says otherwise
         self._messages = ClientMessagesLane(opening)
         self.lane: ClientLane = self._messages if begun is None else begun
         self._lanes = [self.lane]

@@ -74,7 +74,7 @@ class ClientMemoryLane(ClientLane):
         self._ready = ready
         self._filled = 0
         self._is_used = False
-        self._copying = Copying(opening.manifest, opening.fragments)
+        self._copying = Copying(opening.manifest, opening.raw_fragment)
 
     @property
     def loan(self) -> Loan | None:

@@ -67,6 +67,8 @@ class Staging:
         self.is_torn = False
         self._has_come = False
         self._received = 0
+        self._old: NDArray[np.uint8] | None = None  # the bytes that the arriving center has replaced, from the first on
+        self._old_end = 0
 
     @property
     def is_whole(self) -> bool:
@@ -76,11 +78,31 @@ class Staging:
     @property
     def arrays(self) -> Mapping[str, NDArray[Any]]:
         """The variables in it, by name; read-only views."""
-        return read_only(self.manifest.arrays(self._memory.bytes[self._start : self._end]))
+        return read_only(self.manifest.arrays(self.flat))
 
-    def begin(self) -> None:
-        """A new center begins to arrive."""
+    @property
+    def flat(self) -> NDArray[np.uint8]:
+        """The flat buffer; uint8."""
+        return self._memory.bytes[self._start : self._end]
+
+    def begin(self, keeps_old: bool = False) -> None:
+        """A new center begins to arrive.
+
+        Args:
+            keeps_old: keep what it replaces, so that `roll_back` can restore the old center.
+        """
         self._received = 0
+        self._old_end = 0
+        if not keeps_old:
+            self._old = None
+        elif self._old is None:
+            self._old = np.empty(self._end - self._start, np.uint8)
+
+    def roll_back(self) -> None:
+        """The center does not arrive completely: restores the old one if it was kept."""
+        if self._old is not None and self.is_torn:
+            self.flat[: self._old_end] = self._old[: self._old_end]
+            self._old_end, self.is_torn = 0, False
 
     @property
     def received(self) -> int:
@@ -111,13 +133,22 @@ class Staging:
         return end - index
 
     def put(self, index: int, data: memoryview, codec: Codec = RAW) -> None:
-        """Writes whole fragments to their place."""
+        """Writes whole fragments to their place, the next ones in order. The old center is the codec's base."""
+        flat = self.flat
+        if self._old is not None:
+            end = self.manifest.fragment_bounds(index + self.count(index, data, codec) - 1)[1]
+            self._old[self._old_end : end] = flat[self._old_end : end]
+            self._old_end = end
         self.is_torn = True
-        codec.decode_run(self.manifest, self._memory.bytes[self._start : self._end], index, data)
+        if codec is RAW:
+            RAW.decode_run(self.manifest, flat, index, data)
+            return
+        for each, part in codec.split_run(self.manifest, index, data):
+            codec.decode_into(self.manifest, flat, each, part, flat)
 
     def room(self) -> memoryview:
         """Memory for the whole next center. Call `begin_to_fill` before writing, and `is_filled` after."""
-        return self._memory.bytes[self._start : self._end].data
+        return self.flat.data
 
     def begin_to_fill(self) -> None:
         """Marks the previous center as overwritten."""

@@ -26,7 +26,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "listening": ("addresses",),
     "data_port_listening": ("addresses",),
     "metrics_listening": ("address",),
-    "center_initialized": ("worker", "peer", "round", "variables", "size_bytes", "outer_optimizer"),
+    "center_initialized": ("worker", "peer", "round", "variables", "size_bytes", "outer_optimizer", "compression"),
     "call_refused": ("rpc", "reason", "worker", "peer"),
     "connection_cut": ("peer", "reason"),
     "call_failed": ("rpc", "worker", "peer", "cause"),  # not caused by the client

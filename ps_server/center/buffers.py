@@ -1,4 +1,5 @@
-"""The memory of a center: a flat buffer, the outer optimizer's state for it, and its readers."""
+"""The memory of a center: a flat buffer, how it differs from the center before, the outer optimizer's state for it, and
+its readers."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from modelaverage.codecs import Codec
+from modelaverage.codecs import RAW, Codec
 from modelaverage.errors import ModelAverageError
 from modelaverage.manifest import Manifest
 from modelaverage.outer import AVERAGE, OuterOptimizer
@@ -45,8 +46,12 @@ class Buffer:
         manifest: the layout of the buffer.
         segment: the shared memory that holds it; None: private memory of this process.
         outer: the outer optimizer, whose state lies in private memory.
+        codec: the codec of the job, in which the change from the center before is kept.
 
     Attributes:
+        center_id: names these bits; 0 with the codec `raw`.
+        changes: every fragment in the job's codec, relative to the center before; None: it is not known so. Empty with
+            the codec `raw`.
         readers: its current readers.
         flat: the whole buffer; uint8, `buffer_size_bytes`.
         arrays: the variables in it, by name; views.
@@ -54,7 +59,9 @@ class Buffer:
         state: the outer optimizer's state for this center.
     """
 
-    def __init__(self, manifest: Manifest, segment: Segment | None, outer: OuterOptimizer = AVERAGE) -> None:
+    def __init__(
+        self, manifest: Manifest, segment: Segment | None, outer: OuterOptimizer = AVERAGE, codec: Codec = RAW
+    ) -> None:
         self._manifest = manifest
         self.readers = set[Reader]()
         self.segment = segment
@@ -68,10 +75,16 @@ class Buffer:
             for pieces in manifest.pieces
         ]
         self.state = OuterState(manifest, outer)
+        self.center_id = 0
+        self.changes: list[memoryview | None] = [] if codec is RAW else [None] * manifest.fragment_count
 
     def encoded(self, codec: Codec, first: int, end: int) -> Sequence[memoryview]:
-        """Fragments ``first`` to ``end`` - 1, encoded by the codec, as pieces of bytes to be joined."""
-        return codec.encode_run(self._manifest, self.flat, first, end)
+        """Fragments ``first`` to ``end`` - 1 in the codec: `raw` or the job's. Pieces of bytes to be joined."""
+        if codec is RAW:
+            return [RAW.encode_run(self._manifest, self.flat, first, end)]
+        changes = self.changes[first:end]
+        assert None not in changes
+        return [change for change in changes if change is not None]
 
     @property
     def in_use(self) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import secrets
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -22,7 +23,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from modelaverage.codecs import RAW
+from modelaverage.codecs import RAW, Codec
 from modelaverage.errors import Reason, refusal
 from modelaverage.manifest import Manifest
 from modelaverage.outer import AVERAGE, OuterOptimizer
@@ -70,6 +71,7 @@ class Center:
         shared: whether buffers lie in shared memory. Raises OSError if the system has none.
         reserve: descriptors for that memory if the system has no others left.
         outer: computes the next center from the current one and an average.
+        codec: the codec of the job. The next center is what the codec makes of it, relative to the current one.
 
     Attributes:
         current: the current center.
@@ -82,9 +84,11 @@ class Center:
         shared: bool = False,
         reserve: Reserve | None = None,
         outer: OuterOptimizer = AVERAGE,
+        codec: Codec = RAW,
     ) -> None:
         self.manifest = manifest
         self.outer = outer
+        self.codec = codec
         self._shared = shared
         self._reserve = Reserve(0) if reserve is None else reserve
         self.current = self._new_buffer()
@@ -94,9 +98,12 @@ class Center:
         self._threads: ThreadPoolExecutor | None = None
 
     @staticmethod
-    def memory_bytes(manifest: Manifest, outer: OuterOptimizer = AVERAGE) -> int:
-        """The memory that a center of this manifest needs: two buffers, two optimizer states, and the sums."""
+    def memory_bytes(manifest: Manifest, outer: OuterOptimizer = AVERAGE, codec: Codec = RAW) -> int:
+        """The memory that a center of this manifest needs: two buffers, two optimizer states, two changes in the codec,
+        and the sums."""
         buffer_bytes = manifest.buffer_size_bytes + OuterState.memory_bytes(manifest, outer)
+        if codec is not RAW:
+            buffer_bytes += codec.run_size_bytes(manifest, 0, manifest.fragment_count)
         return 2 * buffer_bytes + Sums.memory_bytes(manifest)
 
     # Loading a center.
@@ -105,6 +112,7 @@ class Center:
         """Sets a fragment of the current center and initializes its optimizer state. Raises ProtocolError
         (FRAGMENT_SIZE_WRONG)."""
         RAW.check_size(self.manifest, index, data)
+        self.current.center_id = self._fresh_id()
         values = RAW.decode(self.manifest, index, data)
         for part, given, state in zip(self.current.parts[index], values, self.current.state.pieces(index), strict=True):
             part[...] = given
@@ -116,8 +124,11 @@ class Center:
         self,
         arrays: Mapping[str, NDArray[np.generic]],
         state: Mapping[str, Mapping[str, NDArray[np.generic]]],
+        center_id: int = 0,
     ) -> None:
-        """Sets the current center and its state, given by name with the right shapes and dtypes; see `OuterState`."""
+        """Sets the current center and its state, given by name with the right shapes and dtypes; see `OuterState`.
+        ``center_id`` 0: no worker knows this center."""
+        self.current.center_id = center_id or self._fresh_id()
         for name, array in self.current.arrays.items():
             array[...] = arrays[name]
         self.current.state.load(state)
@@ -126,11 +137,11 @@ class Center:
 
     def accumulate(self, index: int, contribution: Contribution, first: bool) -> Counter[str]:
         """Adds a contribution to the sum of fragment ``index``, or starts the sum with it; see `Sums.accumulate`."""
-        return self._sums.accumulate(self.next, index, contribution, first)
+        return self._sums.accumulate(self.next, index, contribution, first, self.current)
 
     def defer(self, index: int, contribution: Contribution, first: bool) -> Counter[str]:
         """Like `accumulate`, for bytes that stay valid until the round is over; see `Sums.defer`."""
-        return self._sums.defer(self.next, index, contribution, first)
+        return self._sums.defer(self.next, index, contribution, first, self.current)
 
     def finish(self, finishes: Sequence[Finish], step: int = 0) -> Counter[str]:
         """Turns the sums of these fragments into fragments of the next center.
@@ -142,6 +153,8 @@ class Center:
         Returns:
             How many of the values summed here were not finite, by worker id.
         """
+        if self.next.center_id == 0:
+            self.next.center_id = self._fresh_id()
         threads = None if len(finishes) == 1 else self._running_threads()
         if threads is None:
             return self._finish(finishes, step)
@@ -162,6 +175,7 @@ class Center:
             OSError, MemoryError: its average is being written to disk, and there is no memory for another buffer.
         """
         self._sums.clear()
+        self.next.center_id = 0
         if any(reader.end is None for reader in self.next.readers):
             room = self._new_buffer()
             self._old, self.next = [*self._old, self.next], room
@@ -219,19 +233,25 @@ class Center:
         before = self.current, self.next, self._old
         self.current, self.next, self._old = self.next, room, old
         try:
-            return then()
+            result = then()
         except BaseException:
             self.current, self.next, self._old = before
             raise
+        room.center_id = 0
+        return result
 
     # Internals.
 
     def _new_buffer(self) -> Buffer:
         if not self._shared:
-            return Buffer(self.manifest, None, self.outer)
+            return Buffer(self.manifest, None, self.outer, self.codec)
         size_bytes = self.manifest.buffer_size_bytes
         create = functools.partial(Segment.create, size_bytes, for_clients_to_write=False)
-        return Buffer(self.manifest, self._reserve.open(create), self.outer)
+        return Buffer(self.manifest, self._reserve.open(create), self.outer, self.codec)
+
+    def _fresh_id(self) -> int:
+        """A name for the bits of a center that no other center of this job has."""
+        return 0 if self.codec is RAW else secrets.randbits(63) + 1
 
     def _running_threads(self) -> ThreadPoolExecutor | None:
         """Threads that share the work; None: the system has no threads left."""
@@ -250,7 +270,8 @@ class Center:
                 nonfinite, kept = Counter[str](), frozenset(piece.variable for piece in pieces)
             else:
                 kept = finish.untouched
-                nonfinite = self._sums.average(self.next, index, finish.total_weight, but=kept)
+                nonfinite = self._sums.average(self.next, index, finish.total_weight, kept, self.current)
+            exact = list[Values]()  # before rounding to 16 bits
             for piece, average, center, out, state, next_state in zip(
                 pieces,
                 self._sums.of(self.next, index),
@@ -263,13 +284,31 @@ class Center:
                 if piece.variable in kept:
                     out[...] = center
                     _store(next_state, state, state.get(MASTER, center))
+                    exact.append(out)
                 elif finish.steps and self.outer != AVERAGE:
                     self._step(center, average, state, out, next_state, step)
+                    exact.append(next_state.get(MASTER, out))
                 else:
                     if average is not out:
                         out[...] = average
                     _store(next_state, state, average)
+                    exact.append(average)
+            if self.codec is not RAW:
+                self._code(finish, exact)
         return nonfinite
+
+    def _code(self, finish: Finish, exact: Sequence[Values]) -> None:
+        """Replaces a finished fragment by what the codec makes of its exact values, and keeps the coded change."""
+        index, base = finish.index, self.current.parts[finish.index]
+        self.next.changes[index] = None
+        if not finish.steps:
+            return  # a center that workers have already: its bits must stay
+        change = memoryview(b"".join(self.codec.encode(self.manifest, index, exact, base)))
+        for part, values in zip(
+            self.next.parts[index], self.codec.decode(self.manifest, index, change, base), strict=True
+        ):
+            part[...] = values
+        self.next.changes[index] = change
 
     def _step(self, center: Values, average: Values, state: Slots, out: Values, next_state: Slots, step: int) -> None:
         """The outer optimizer's step for a piece, block by block; ``out`` may be the memory of ``average``."""

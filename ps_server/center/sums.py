@@ -66,7 +66,9 @@ class Sums:
         """The memory that sums take in addition to the next buffer."""
         return sum(2 * v.size_bytes for v in manifest.variables if DTYPES[v.dtype].itemsize == 2)
 
-    def accumulate(self, into: Buffer, index: int, contribution: Contribution, first: bool) -> Counter[str]:
+    def accumulate(
+        self, into: Buffer, index: int, contribution: Contribution, first: bool, base: Buffer
+    ) -> Counter[str]:
         """Adds weight * values to the sum of fragment ``index``. The ``first`` contribution starts the sum and discards
         earlier and deferred contributions.
 
@@ -75,6 +77,7 @@ class Sums:
             index: the fragment.
             contribution: the values to add.
             first: whether it starts the sum.
+            base: the center that encoded contributions are relative to.
 
         Returns:
             How many of the values added now were not finite, by worker id. They are added unchanged.
@@ -86,10 +89,10 @@ class Sums:
         nonfinite = Counter[str]()
         for position, each in enumerate([*waiting, contribution]):
             starts = position == 0 if waiting else first
-            nonfinite[each.worker_id] += self._add(into, index, each, starts)
+            nonfinite[each.worker_id] += self._add(into, index, each, starts, base)
         return nonfinite
 
-    def defer(self, into: Buffer, index: int, contribution: Contribution, first: bool) -> Counter[str]:
+    def defer(self, into: Buffer, index: int, contribution: Contribution, first: bool, base: Buffer) -> Counter[str]:
         """Like `accumulate`, for bytes that stay valid until the round is over. While all contributions to a fragment
         are deferred, `average` sums them at the end."""
         if first:
@@ -97,7 +100,7 @@ class Sums:
         elif index in self._deferred:
             self._deferred[index].append(contribution)
         else:
-            return self.accumulate(into, index, contribution, first)
+            return self.accumulate(into, index, contribution, first, base)
         return Counter()
 
     def clear(self) -> None:
@@ -109,7 +112,9 @@ class Sums:
         else float32."""
         return [part if wide is None else wide for part, wide in zip(into.parts[index], self._wide[index], strict=True)]
 
-    def average(self, into: Buffer, index: int, total_weight: float, but: Collection[int]) -> Counter[str]:
+    def average(
+        self, into: Buffer, index: int, total_weight: float, but: Collection[int], base: Buffer
+    ) -> Counter[str]:
         """Divides the sum of fragment ``index`` by ``total_weight``, except for the variables in ``but``. Division, not
         multiplication by a reciprocal, keeps equal values of two or four workers exact, and others to the last bit. If
         all contributions are deferred, they are summed now, in the order of worker ids.
@@ -118,7 +123,7 @@ class Sums:
             How many of the values summed here were not finite, by worker id.
         """
         deferred = sorted(self._deferred.pop(index, []), key=lambda contribution: contribution.worker_id)
-        by_contribution = [self._values(index, contribution) for contribution in deferred]
+        by_contribution = [self._values(index, contribution, base) for contribution in deferred]
         weights = [contribution.weight for contribution in deferred]
         nonfinite = Counter[str]()
         for number, (piece, total) in enumerate(zip(self._manifest.pieces[index], self.of(into, index), strict=True)):
@@ -132,17 +137,17 @@ class Sums:
                 nonfinite.update({c.worker_id: _count_nonfinite(v) for c, v in zip(deferred, values, strict=True)})
         return nonfinite
 
-    def _add(self, into: Buffer, index: int, contribution: Contribution, first: bool) -> int:
+    def _add(self, into: Buffer, index: int, contribution: Contribution, first: bool, base: Buffer) -> int:
         nonfinite = 0
         with np.errstate(all="ignore"):
-            for total, values in zip(self.of(into, index), self._values(index, contribution), strict=True):
+            for total, values in zip(self.of(into, index), self._values(index, contribution, base), strict=True):
                 _add_weighted(total, values, contribution.weight, first)
                 if not np.isfinite(values).all():
                     nonfinite += _count_nonfinite(values)
         return nonfinite
 
-    def _values(self, index: int, contribution: Contribution) -> Sequence[_Array]:
-        return contribution.codec.decode(self._manifest, index, contribution.data)
+    def _values(self, index: int, contribution: Contribution, base: Buffer) -> Sequence[_Array]:
+        return contribution.codec.decode(self._manifest, index, contribution.data, base.parts[index])
 
 
 def _sum(total: _Array, values: list[_Array], weights: list[float]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from modelaverage.checks import INCARNATION_BYTES, STEP_LIMIT, check_incarnation, check_worker_id
+from modelaverage.codecs import CODECS, RAW, Codec
 from modelaverage.manifest import (
     DTYPES,
     MAX_DIMENSIONS,
@@ -25,6 +26,7 @@ from modelaverage.manifest import (
     Variable,
     dtype_name,
 )
+from modelaverage.names import listed
 from modelaverage.outer import AVERAGE, OuterOptimizer, outer_optimizer, text_of
 from modelaverage.outer.base import slots_of, summed_in
 from modelaverage.runtime.shared_memory import Segment
@@ -60,6 +62,8 @@ class Checkpoint:
         segment: the shared memory whose body is the flat buffer with the arrays; None: private memory.
         outer: the outer optimizer that computes the next centers.
         state: its state for this center, by slot and variable; see `ps_server.center.state.OuterState`.
+        codec: the codec of the job.
+        center_id: names the bits of the center; 0 with the codec `raw`.
     """
 
     manifest: Manifest
@@ -71,6 +75,8 @@ class Checkpoint:
     segment: Segment | None = None
     outer: OuterOptimizer = AVERAGE
     state: Mapping[str, Mapping[str, NDArray[Any]]] = field(default_factory=dict)
+    codec: Codec = RAW
+    center_id: int = 0
 
     @property
     def tensors(self) -> dict[str, NDArray[Any]]:
@@ -108,6 +114,9 @@ def fields_of(checkpoint: Checkpoint, boot: str) -> dict[str, str]:
     }
     if checkpoint.outer != AVERAGE:
         fields["outer"] = text_of(checkpoint.outer)
+    if checkpoint.codec is not RAW:
+        fields["compression"] = checkpoint.codec.name
+        fields["center_id"] = str(checkpoint.center_id)
     shard = checkpoint.manifest.shard
     if shard is not None:
         parts = [variable.part for variable in checkpoint.manifest.variables]
@@ -127,6 +136,8 @@ class Content:
         finished: workers that no round waits for.
         outer: the outer optimizer.
         state: by slot and variable, the name of the tensor that holds it.
+        codec: the codec of the job.
+        center_id: names the bits of the center; 0 with the codec `raw`.
     """
 
     manifest: Manifest
@@ -135,6 +146,8 @@ class Content:
     finished: frozenset[str]
     outer: OuterOptimizer
     state: dict[str, dict[str, str]]
+    codec: Codec
+    center_id: int
 
 
 def content_of(head: Head, step: int, is_fresh: bool) -> Content:
@@ -179,7 +192,8 @@ def content_of(head: Head, step: int, is_fresh: bool) -> Content:
     finished = strict_json.list_of(strict_json.parse(about.get("finished", "[]")), "finished", _MAX_COUNTED, _worker_id)
     manifest = Manifest(variables, fragment_size_bytes, shard)
     check_sendable(manifest)
-    return Content(manifest, tuple(contributors), counted, frozenset(finished), outer, state)
+    codec, center_id = _codec_of(about)
+    return Content(manifest, tuple(contributors), counted, frozenset(finished), outer, state, codec, center_id)
 
 
 def _outer_of(about: Mapping[str, str]) -> OuterOptimizer:
@@ -193,6 +207,22 @@ def _outer_of(about: Mapping[str, str]) -> OuterOptimizer:
     if text_of(outer) != about["outer"] or outer == AVERAGE:
         raise ValueError(f"no server writes its outer optimizer as {about['outer']!a}")
     return outer
+
+
+def _codec_of(about: Mapping[str, str]) -> tuple[Codec, int]:
+    """The codec of the job and the center's id; `raw` and 0 if a file names none."""
+    if ("compression" in about) != ("center_id" in about):
+        raise ValueError("it says compression or center_id, but not both")
+    if "compression" not in about:
+        return RAW, 0
+    codec = CODECS.get(about["compression"])
+    if codec is None:
+        raise CheckpointError(
+            f"its compression {about['compression'][:40]!a} is not known here, only {listed(list(CODECS))}"
+        )
+    if codec is RAW:
+        raise ValueError("no server writes the compression raw")
+    return codec, strict_json.whole_number_in_text(about["center_id"], "center_id", 0, _MAX_PUSH_ID)
 
 
 def _state_of(

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from modelaverage.codecs import Codec
 from modelaverage.logs import event
 from modelaverage.manifest import DTYPES, Manifest
 from modelaverage.outer import OuterOptimizer
@@ -135,7 +136,7 @@ def _read(descriptor: int, step: int, kind: str, max_model_bytes: int | None) ->
         raise CheckpointError(f"its {size_bytes} bytes are more than --max-model-bytes {max_model_bytes} allows")
     head = read_head(descriptor, size_bytes)
     content = content_of(head, step, kind == files.FRESH)
-    _check_memory(content.manifest, content.outer, max_model_bytes)
+    _check_memory(content.manifest, content.outer, content.codec, max_model_bytes)
     body = np.empty(head.body_size_bytes, np.uint8)
     checksum = zlib.crc32(head.content)
     with body.data as view:
@@ -161,6 +162,8 @@ def _read(descriptor: int, step: int, kind: str, max_model_bytes: int | None) ->
         content.counted,
         content.finished,
         outer=content.outer,
+        codec=content.codec,
+        center_id=content.center_id,
         state=state,
     )
 
@@ -170,12 +173,12 @@ def _array(body: NDArray[np.uint8], head: Head, name: str) -> NDArray[Any]:
     return body[tensor.begin : tensor.end].view(DTYPES[tensor.dtype]).reshape(tensor.shape)
 
 
-def _check_memory(manifest: Manifest, outer: OuterOptimizer, max_model_bytes: int | None) -> None:
+def _check_memory(manifest: Manifest, outer: OuterOptimizer, codec: Codec, max_model_bytes: int | None) -> None:
     """Raises CheckpointError or ModelAverageError unless Initialize would take it."""
-    needs_bytes = Center.memory_bytes(manifest, outer)
+    needs_bytes = Center.memory_bytes(manifest, outer, codec)
     if max_model_bytes is not None and needs_bytes > 2 * max_model_bytes:
         raise CheckpointError(
-            f"a model of {manifest.size_bytes} bytes with outer optimizer {outer.name} needs {needs_bytes} bytes of "
+            f"a model of {manifest.size_bytes} bytes with {outer.name} and {codec.name} needs {needs_bytes} bytes of "
             f"memory, over twice --max-model-bytes {max_model_bytes}"
         )
 

@@ -138,6 +138,8 @@ def _metrics(sample: MetricsSample) -> Iterator[Metric]:
 
     yield counter("received_bytes", "Bytes of fragments received, however they came.", traffic.received_bytes)
     yield counter("sent_bytes", "Bytes of fragments sent, however they went.", traffic.sent_bytes)
+    yield counter("received_raw_bytes", "What received_bytes would be without compression.", traffic.received_raw_bytes)
+    yield counter("sent_raw_bytes", "What sent_bytes would be without compression.", traffic.sent_raw_bytes)
     yield counter("shared_memory_bytes", "How many of both were in shared memory.", traffic.shared_bytes)
     yield counter("received_fragments", "Fragments of pushes that came into an average.", seen.fragments_received)
     yield counter("sent_fragments", "Fragments of averages sent, once for each worker.", seen.fragments_sent)

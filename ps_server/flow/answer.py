@@ -5,7 +5,7 @@ The caller must hold every buffer that is read here (`Center.reading`).
 
 from __future__ import annotations
 
-from modelaverage.codecs import RAW, Codec
+from modelaverage.codecs import RAW
 from modelaverage.manifest import Manifest
 from modelaverage.outcome import Outcome
 from modelaverage.v1 import parameter_server_pb2 as pb
@@ -18,13 +18,11 @@ from ps_server.seen.observations import Observations
 __all__ = ["send_average", "send_buffer", "send_center"]
 
 
-async def send_buffer(
-    call: Call, first_message: bytes, buffer: Buffer, reader: Reader, indexes: range, codec: Codec = RAW
-) -> None:
-    """Sends a message, then these fragments of a buffer."""
+async def send_buffer(call: Call, first_message: bytes, buffer: Buffer, reader: Reader, indexes: range) -> None:
+    """Sends a message, then these fragments of a buffer, raw."""
     await call.write(first_message)
     for index in indexes:
-        reader.read_bytes += await call.write_fragment(index, buffer.encoded(codec, index, index + 1))
+        reader.read_bytes += await call.write_fragment(index, buffer.encoded(RAW, index, index + 1))
 
 
 async def send_center(
@@ -33,9 +31,12 @@ async def send_center(
     """Answers a push that is not in the round: a whole center of ``count`` fragments, then the outcome."""
     first_message = pb.PushAndAverageResponse(admission=pb.PushAdmission(first_needed_fragment=count))
     last_word = pb.PushOutcome(
-        outcome=pb.Outcome.Name(outcome.value), global_step=global_step, contributors=contributors
+        outcome=pb.Outcome.Name(outcome.value),
+        global_step=global_step,
+        contributors=contributors,
+        center_id=buffer.center_id,
     )
-    await send_buffer(push.call, first_message.SerializeToString(), buffer, push.reader, range(count), push.codec)
+    await send_buffer(push.call, first_message.SerializeToString(), buffer, push.reader, range(count))
     await push.call.write(pb.PushAndAverageResponse(outcome=last_word).SerializeToString())
 
 
@@ -56,7 +57,8 @@ async def send_average(
             first, sent = sent, lane.end_of_range(sent, average.finished, push.manner.takes_runs)
             size_bytes = (RAW if lane.is_shared else push.codec).run_size_bytes(manifest, first, sent)
             push.reader.read_bytes += size_bytes
-            call.count(sent_bytes=size_bytes, is_shared=lane.is_shared)
+            raw_bytes = RAW.run_size_bytes(manifest, first, sent)
+            call.count_sent(size_bytes, raw_bytes, is_shared=lane.is_shared)
             observations.fragments_sent += sent - first
             part = await lane.send(coded, first, sent)
             message += part

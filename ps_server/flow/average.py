@@ -18,10 +18,12 @@ _MESSAGES_KEPT = 8
 
 @dataclass
 class Average:
-    """An average, complete or not: the first ``finished`` fragments of ``buffer`` may be sent."""
+    """An average, complete or not: the first ``finished`` fragments of ``buffer`` may be sent, raw and, if it
+    ``is_coded``, in the job's codec."""
 
     buffer: Buffer
     finished: int = 0
+    is_coded: bool = True
 
     def __post_init__(self) -> None:
         buffer = self.buffer

@@ -127,12 +127,19 @@ class Call:
                 return fragment.index, memoryview(fragment.data)
         raise refusal(Reason.MESSAGE_OUT_OF_ORDER, "another message came where a fragment belongs")
 
-    def count(self, received_bytes: int = 0, sent_bytes: int = 0, is_shared: bool = False) -> None:
-        """Counts bytes of fragments moved in this call or on its data connection."""
-        self._traffic.received_bytes += received_bytes
-        self._traffic.sent_bytes += sent_bytes
-        if is_shared:
-            self._traffic.shared_bytes += received_bytes + sent_bytes
+    def count_received(self, size_bytes: int, raw_bytes: int, is_shared: bool = False) -> None:
+        """Counts bytes of fragments that arrived in this call or beside it. ``raw_bytes``: their size if all were
+        raw."""
+        self._traffic.received_bytes += size_bytes
+        self._traffic.received_raw_bytes += raw_bytes
+        self._traffic.shared_bytes += size_bytes if is_shared else 0
+
+    def count_sent(self, size_bytes: int, raw_bytes: int, is_shared: bool = False) -> None:
+        """Counts bytes of fragments that were sent in this call or beside it. ``raw_bytes``: their size if all were
+        raw."""
+        self._traffic.sent_bytes += size_bytes
+        self._traffic.sent_raw_bytes += raw_bytes
+        self._traffic.shared_bytes += size_bytes if is_shared else 0
 
     async def write(self, message: bytes) -> None:
         """Sends one message. Returns when gRPC has room for the next: a slow client holds up only its own call."""
@@ -151,7 +158,7 @@ class Call:
         """Sends one fragment, its parts joined; they are copied before this first waits. Returns its size."""
         size_bytes = sum(map(len, parts))
         await self.write(wire.encode_fragment(index, parts))
-        self.count(sent_bytes=size_bytes)
+        self.count_sent(size_bytes, size_bytes)
         return size_bytes
 
     async def read_aside(self, aside: Aside, reading: Awaitable[None]) -> None:

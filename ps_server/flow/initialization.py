@@ -13,17 +13,18 @@ from numpy.typing import NDArray
 
 from modelaverage import wire
 from modelaverage.checks import check_global_step, check_worker_id
-from modelaverage.codecs import RAW
+from modelaverage.chosen import Chosen
+from modelaverage.codecs import RAW, Codec, codec_named
 from modelaverage.errors import Reason, refusal
 from modelaverage.logs import event
 from modelaverage.manifest import MAX_VARIABLES, Manifest, first_difference
-from modelaverage.outer import AVERAGE, OuterOptimizer, on_the_wire, text_of
+from modelaverage.outer import AVERAGE, OuterOptimizer, outer_optimizer, text_of
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.center.center import Center
 from ps_server.checkpoints.reading import Checkpoint
 from ps_server.flow.call import Call
 from ps_server.flow.job import Job, Surroundings
-from ps_server.flow.naming import check_named, outer_named
+from ps_server.flow.naming import check_named, chosen_of, named
 from ps_server.flow.pulls import WaitForChief
 from ps_server.machine.helper_thread import HelperThread, no_collections
 from ps_server.machine.reserve import Reserve
@@ -81,8 +82,8 @@ class Initialization:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Restores the job from a checkpoint."""
         manifest = checkpoint.manifest
-        center = self._empty_center(manifest, checkpoint.outer)
-        center.load_arrays(checkpoint.arrays, checkpoint.state)
+        center = self._empty_center(manifest, checkpoint.outer, checkpoint.codec)
+        center.load_arrays(checkpoint.arrays, checkpoint.state, checkpoint.center_id)
         round_ = Round(
             self._policy,
             manifest.fragment_count,
@@ -92,7 +93,7 @@ class Initialization:
             frozenset(checkpoint.finished),
             self._keeping,
         )
-        self._begin(center, wire.PullHeader(manifest, on_the_wire(checkpoint.outer)), round_)
+        self._begin(center, wire.PullHeader(manifest, chosen_of(checkpoint.outer, checkpoint.codec).told.texts), round_)
 
     async def receive(self, call: Call) -> pb.InitializeResponse:
         """Serves a call of the chief: takes the center that it sends, or answers that one exists.
@@ -104,17 +105,18 @@ class Initialization:
         call.worker_id = header.worker_id
         check_worker_id(header.worker_id)
         check_global_step(header.global_step)
-        outer = outer_named(header.outer_optimizer)
+        wanted = named(header)
+        outer, codec = _outer_of(wanted), codec_named(wanted.compression)
         many = _MANY_VARIABLES < len(header.manifest.variables) <= MAX_VARIABLES
-        manifest, pull_header = await self._beside_the_loop(call, many, lambda: _read_manifest(header))
+        manifest, pull_header = await self._beside_the_loop(call, many, lambda: _read_manifest(header, wanted))
         is_first = False
         if self.job is None:
             self.chiefs.add(call)
             try:
-                values = await self._receive_values(call, manifest, outer or AVERAGE)
+                values = await self._receive_values(call, manifest, outer, codec)
             finally:
                 self.chiefs.discard(call)
-            create = partial(self._new_center, manifest, values, outer or AVERAGE)
+            create = partial(self._new_center, manifest, values, outer, codec)
             center = await self._beside_the_loop(call, _is_large(manifest), create)
             del create
             del values
@@ -122,12 +124,12 @@ class Initialization:
                 round_ = Round(self._policy, manifest.fragment_count, header.global_step, keeping=self._keeping)
                 self._begin(center, pull_header, round_)
                 is_first = True
-                _log_initialized(header, manifest, center.outer, call.peer)
+                _log_initialized(header, manifest, center, call.peer)
         job = self.job
         assert job is not None
         if not is_first:
             await self._check_same(call, manifest, job.manifest, many)
-            check_named(outer, job.center.outer)
+            check_named(wanted, job.chosen)
         record = self._around.roster.heard_of(header.worker_id, self._around.clock())
         record.is_chief = record.may_push = True
         if is_first:
@@ -138,7 +140,7 @@ class Initialization:
             manifest_id=job.manifest.id,
             num_workers=self._policy.num_workers,
             shard=wire.shard_to_message(job.manifest.shard),
-            outer_optimizer=on_the_wire(job.center.outer),
+            **job.chosen.told.texts,
         )
 
     @property
@@ -170,15 +172,17 @@ class Initialization:
         call.expecting = True
         return result
 
-    async def _receive_values(self, call: Call, manifest: Manifest, outer: OuterOptimizer) -> NDArray[np.uint8]:
+    async def _receive_values(
+        self, call: Call, manifest: Manifest, outer: OuterOptimizer, codec: Codec
+    ) -> NDArray[np.uint8]:
         """The flat buffer that the chief sends. Memory is committed only as bytes arrive, so a header alone costs
         nothing."""
-        memory_bytes = Center.memory_bytes(manifest, outer)
+        memory_bytes = Center.memory_bytes(manifest, outer, codec)
         if memory_bytes > 2 * self._max_model_bytes:
             raise refusal(
                 Reason.MANIFEST_INVALID,
-                f"a model of {manifest.size_bytes} bytes with outer optimizer {outer.name} needs {memory_bytes} bytes "
-                f"of memory, over twice the server's --max-model-bytes {self._max_model_bytes}",
+                f"a model of {manifest.size_bytes} bytes with {outer.name} and {codec.name} needs "
+                f"{memory_bytes} bytes of memory, over twice the server's --max-model-bytes {self._max_model_bytes}",
             )
         values = np.zeros(manifest.buffer_size_bytes, np.uint8)
         for expected in range(manifest.fragment_count):
@@ -189,7 +193,7 @@ class Initialization:
                     f"the stream ended after {expected} of {manifest.fragment_count} fragments; initialize again",
                 )
             index, data = fragment
-            call.count(received_bytes=len(data))
+            call.count_received(len(data), len(data))
             check_fragment_order(index, expected, manifest.fragment_count)
             RAW.check_size(manifest, index, data)
             RAW.decode_run(manifest, values, index, data)
@@ -199,39 +203,42 @@ class Initialization:
             )
         return values
 
-    def _new_center(self, manifest: Manifest, values: NDArray[np.uint8], outer: OuterOptimizer) -> Center | None:
+    def _new_center(
+        self, manifest: Manifest, values: NDArray[np.uint8], outer: OuterOptimizer, codec: Codec
+    ) -> Center | None:
         """A center with these values, a flat buffer; None if there is a job already."""
         if self.job is not None:
             return None
         with no_collections() if _is_large(manifest) else nullcontext():
-            center = self._empty_center(manifest, outer)
+            center = self._empty_center(manifest, outer, codec)
             for index in range(manifest.fragment_count):
                 start, end = manifest.fragment_bounds(index)
                 center.load(index, values[start:end].data)
         return center
 
-    def _empty_center(self, manifest: Manifest, outer: OuterOptimizer) -> Center:
+    def _empty_center(self, manifest: Manifest, outer: OuterOptimizer, codec: Codec) -> Center:
         if manifest.buffer_size_bytes >= self._shared_memory_from_bytes:
             try:
-                return Center(manifest, True, self._reserve, outer)
+                return Center(manifest, True, self._reserve, outer, codec)
             except OSError as error:
                 _log.warning(
                     "no shared memory for the center: %s; all bytes go inline",
                     error,
                     extra=event("no_shared_memory", worker=None),
                 )
-        return Center(manifest, outer=outer)
+        return Center(manifest, outer=outer, codec=codec)
 
 
-def _log_initialized(header: pb.InitializeHeader, manifest: Manifest, outer: OuterOptimizer, peer: str) -> None:
+def _log_initialized(header: pb.InitializeHeader, manifest: Manifest, center: Center, peer: str) -> None:
     _log.debug(
-        "center initialized by %r: %s%d variables, %d bytes, global_step %d, outer optimizer %s",
+        "center initialized by %r: %s%d variables, %d bytes, global_step %d, outer optimizer %s, compression %s",
         header.worker_id,
         "" if manifest.shard is None else f"{manifest.shard}, ",
         len(manifest.variables),
         manifest.size_bytes,
         header.global_step,
-        text_of(outer),
+        text_of(center.outer),
+        center.codec.name,
         extra=event(
             "center_initialized",
             worker=header.worker_id,
@@ -239,15 +246,20 @@ def _log_initialized(header: pb.InitializeHeader, manifest: Manifest, outer: Out
             round=header.global_step,
             variables=len(manifest.variables),
             size_bytes=manifest.size_bytes,
-            outer_optimizer=text_of(outer),
+            outer_optimizer=text_of(center.outer),
+            compression=center.codec.name,
         ),
     )
 
 
-def _read_manifest(header: pb.InitializeHeader) -> tuple[Manifest, wire.PullHeader]:
+def _outer_of(chosen: Chosen) -> OuterOptimizer:
+    return outer_optimizer(chosen.outer_optimizer) if chosen.outer_optimizer else AVERAGE
+
+
+def _read_manifest(header: pb.InitializeHeader, wanted: Chosen) -> tuple[Manifest, wire.PullHeader]:
     """Raises InvalidRequestError (MANIFEST_INVALID), also if no pull could be answered with it."""
     manifest = wire.manifest_from_message(header.manifest)
-    return manifest, wire.PullHeader(manifest, on_the_wire(outer_named(header.outer_optimizer) or AVERAGE))
+    return manifest, wire.PullHeader(manifest, wanted.told.texts)
 
 
 def _is_large(manifest: Manifest) -> bool:

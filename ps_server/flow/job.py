@@ -23,13 +23,13 @@ from modelaverage.logs import event
 from modelaverage.manifest import Manifest
 from modelaverage.missing import Missing
 from modelaverage.outcome import Outcome
-from modelaverage.outer import on_the_wire
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.center.buffers import Buffer, Reader
 from ps_server.center.center import Center, Finish
 from ps_server.center.sums import Contribution
 from ps_server.checkpoints.keeper import Keeper
 from ps_server.flow.average import Average
+from ps_server.flow.naming import chosen_of
 from ps_server.flow.open_push import OpenPush
 from ps_server.flow.outcomes import log_commit, outcomes_of, tell
 from ps_server.flow.timers import RoundTimers, log_wait
@@ -98,6 +98,7 @@ class Job:
 
     def __init__(self, center: Center, pull_header: wire.PullHeader, round_: Round, around: Surroundings) -> None:
         self.center = center
+        self.chosen = chosen_of(center.outer, center.codec)
         self.pull_header = pull_header
         self.round = round_
         self.average = Average(center.next)
@@ -182,7 +183,7 @@ class Job:
             missing=self.missing() if round_.under_way else None,
             complete=round_.complete,
             given=round_.given,
-            outer_optimizer=on_the_wire(self.center.outer),
+            chosen=self.chosen.told,
         )
 
     # Readers.
@@ -247,6 +248,8 @@ class Job:
         with self._as_a_whole():
             codec = RAW if run.stays else push.codec
             coded = _split(self.manifest, codec, run)
+            raw_bytes = RAW.run_size_bytes(self.manifest, run.first, run.first + len(coded))
+            push.call.count_received(len(run.data), raw_bytes, is_shared=run.stays)
             first, end = max(run.first, unneeded), run.first + max(1, len(coded))
             if first >= end:
                 return
@@ -393,8 +396,30 @@ class Job:
         if finishes:
             from_s = self.clock()
             self._averaged(from_s, self.center.finish(finishes, self.round.global_step))
+            if not all(finish.steps for finish in finishes):
+                self._end_coded_pushes()
             self.average.finished = finishes[-1].index + 1
             self._wake(self.average)
+
+    def check_base(self, header: pb.PushHeader) -> None:
+        """Checks that the server has the center that the fragments of a push are relative to. A stale push gets another
+        center anyway.
+
+        Raises:
+            ConflictError: BASE_UNKNOWN.
+        """
+        if not header.codec or header.base_step < self.round.global_step:
+            return
+        known, named = self.center.current.center_id, header.base_center_id
+        if not self.average.is_coded or not named or named != known:
+            raise _base_unknown(header.worker_id, header.codec)
+
+    def _end_coded_pushes(self) -> None:
+        """The round restores a center, which is no change of the current one: pushes in a codec must be raw."""
+        self.average.is_coded = False
+        for push in self._pushes.values():
+            if push.average is self.average and push.codec is not RAW and not push.lane.is_shared:
+                push.call.fail(_base_unknown(push.worker_id, push.codec.name))
 
     def _kept(self, token: int, is_written: bool) -> None:
         """A write has ended."""
@@ -413,7 +438,7 @@ class Job:
         commit = self.center.commit(room, lambda: self.round.commit(now_s))
         nonfinite = self._roster.take_nonfinite()
         self.average = Average(self.center.next)
-        outcomes = outcomes_of(commit, self._pushes, nonfinite)
+        outcomes = outcomes_of(commit, self._pushes, nonfinite, self.center.current.center_id)
         held = [self._pushes[stream] for stream in commit.held]
         for transport in self._transports:
             transport.keep_only(commit.present)
@@ -469,6 +494,14 @@ class Job:
     def _leave_transports(self, worker_id: str, incarnation: bytes) -> None:
         for transport in self._transports:
             transport.leave(worker_id, incarnation)
+
+
+def _base_unknown(worker_id: str, codec: str) -> ModelAverageError:
+    return refusal(
+        Reason.BASE_UNKNOWN,
+        f"{worker_id!r} pushes in codec {codec}, relative to a center that is not the one that this round starts from; "
+        "push again raw",
+    )
 
 
 def _split(manifest: Manifest, codec: Codec, run: Run) -> Mapping[int, memoryview]:

@@ -18,7 +18,7 @@ _log = logging.getLogger("ps_server")
 
 
 def outcomes_of(
-    commit: Commit, pushes: Mapping[int, OpenPush], nonfinite: Mapping[str, int]
+    commit: Commit, pushes: Mapping[int, OpenPush], nonfinite: Mapping[str, int], center_id: int
 ) -> dict[OpenPush, pb.PushOutcome]:
     """The outcome for every attached push.
 
@@ -26,11 +26,13 @@ def outcomes_of(
         commit: the commit of the round.
         pushes: by stream.
         nonfinite: by worker, how many of the values that it pushed were not finite.
+        center_id: names the bits of the new center.
     """
     common = pb.PushOutcome(
         global_step=commit.global_step,
         contributors=commit.contributors,
         untouched_variables=sorted(commit.untouched),
+        center_id=center_id,
     )
     outcomes = dict[OpenPush, pb.PushOutcome]()
     for stream, verdict in commit.verdicts.items():

@@ -24,7 +24,7 @@ async def send_pulled(job: Job, call: Call, request: pb.PullRequest) -> None:
     """Answers a pull: header, then every fragment that the request names, all of one step."""
     reader = Reader(job.clock(), call.fail)
     with job.reading(reader) as (buffer, step):
-        header = job.pull_header.encode(step, job.round.policy.num_workers)
+        header = job.pull_header.encode(step, job.round.policy.num_workers, buffer.center_id)
         count = 0 if request.header_only else job.manifest.fragment_count
         first = request.first_fragment if request.continued_step == step else 0
         await send_buffer(call, header, buffer, reader, range(first, count))

@@ -12,6 +12,7 @@ from ps_server.flow.answer import send_average, send_center
 from ps_server.flow.average import Coded
 from ps_server.flow.call import Call
 from ps_server.flow.job import Job
+from ps_server.flow.naming import check_push_codec
 from ps_server.flow.open_push import Manner, OpenPush, push_of
 from ps_server.machine.reserve import Reserve
 from ps_server.rules.decisions import Admit, CenterFollows, Hold
@@ -37,6 +38,8 @@ async def serve_push(
     """
     wanted = push_of(header, job.manifest)
     codec = codec_named(header.codec)
+    check_push_codec(codec, job.center.codec)
+    job.check_base(header)
     opening = Opening(header, call, job.manifest, codec)
     lane = _lane(opening, transports)
     push = OpenPush(
@@ -60,7 +63,7 @@ async def serve_push(
                     await job.released(push)
                     await _send_center(job, push, Outcome.STALE)
                 case Admit(first_needed):
-                    admission = pb.PushAdmission(first_needed_fragment=first_needed)
+                    admission = pb.PushAdmission(first_needed_fragment=first_needed, codec=header.codec)
                     if push.manner.is_half_duplex:
                         await _exchange_in_turn(job, push, admission)
                         return
@@ -108,7 +111,6 @@ async def _exchange_in_turn(job: Job, push: OpenPush, admission: pb.PushAdmissio
 async def _receive(job: Job, push: OpenPush, unneeded: int) -> None:
     """Adds fragments to the average until the client has sent all; ignores those below ``unneeded``."""
     while (run := await push.lane.receive()) is not None:
-        push.call.count(received_bytes=len(run.data), is_shared=run.stays)
         job.take(push, run, unneeded)
     push.call.expecting = False
     job.round.check_complete(push.call.number)
@@ -120,7 +122,7 @@ async def _pass_over_fragments(push: OpenPush) -> None:
     if push.manner.is_half_duplex:
         push.call.expecting = True
         while (run := await push.lane.receive()) is not None:
-            push.call.count(received_bytes=len(run.data), is_shared=run.stays)
+            push.call.count_received(len(run.data), len(run.data), is_shared=run.stays)
     push.call.expecting = False
 
 

@@ -22,7 +22,7 @@ from ps_server.flow.caller import caller_role
 from ps_server.flow.initialization import Initialization
 from ps_server.flow.job import Job, Surroundings
 from ps_server.flow.joining import Joining
-from ps_server.flow.naming import check_named, outer_named
+from ps_server.flow.naming import check_named, named
 from ps_server.flow.pulls import WaitForChief, send_pulled
 from ps_server.flow.push import serve_push
 from ps_server.flow.serving import GOING_DOWN, Serving
@@ -204,12 +204,12 @@ class ParameterServerService:
             message = wire.parse(pb.PullRequest, request)
             call.worker_id = message.worker_id
             check_worker_id(message.worker_id)
-            named = outer_named(message.outer_optimizer)
+            wanted = named(message)
             if message.wait_initialized:
                 self._heard_pull_of(message.worker_id)
                 await self._waiting.wait(call, message.accepts_notices)
             job = self._require_job()
-            check_named(named, job.center.outer)
+            check_named(wanted, job.chosen)
             self._heard_pull_of(message.worker_id)
             if message.will_train and caller_role.get() is not Role.READER:
                 job.come_back(message.worker_id)

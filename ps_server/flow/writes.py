@@ -113,6 +113,8 @@ class Writes:
                     buffer.segment,
                     self._center.outer,
                     buffer.state.arrays,
+                    self._center.codec,
+                    buffer.center_id,
                 )
                 is_written = await self._keeper.write(checkpoint)
                 if is_written:

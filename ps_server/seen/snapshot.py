@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from modelaverage import wire
+from modelaverage.chosen import NOTHING_CHOSEN, Chosen
 from modelaverage.manifest import Manifest
 from modelaverage.missing import Missing
 from modelaverage.v1 import parameter_server_pb2 as pb
@@ -36,7 +37,7 @@ class JobSeen:
         missing: the workers that the round waits for; None: no round is in progress.
         complete: workers whose push in that round is whole.
         given: how many fragments a worker has delivered in that round.
-        outer_optimizer: the center's outer optimizer, as text; empty: `average`.
+        chosen: the job's choices, as servers tell them.
     """
 
     manifest: Manifest
@@ -48,7 +49,7 @@ class JobSeen:
     missing: Missing | None
     complete: frozenset[str]
     given: Callable[[str], int]
-    outer_optimizer: str = ""
+    chosen: Chosen = NOTHING_CHOSEN
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,8 @@ def status_of(
         min_workers=server.min_workers,
         received_bytes=traffic.received_bytes,
         sent_bytes=traffic.sent_bytes,
+        received_raw_bytes=traffic.received_raw_bytes,
+        sent_raw_bytes=traffic.sent_raw_bytes,
         shared_bytes=traffic.shared_bytes,
         uptime_s=now_s - server.started_at_s,
         rounds_committed=observations.rounds_committed,
@@ -141,7 +144,7 @@ def _add_job(status: pb.GetStatusResponse, job: JobSeen) -> None:
     status.workers_finished = job.workers_finished
     status.job_over = job.is_over
     status.connected_workers = job.connected_workers
-    status.outer_optimizer = job.outer_optimizer
+    status.outer_optimizer, status.compression = job.chosen.outer_optimizer, job.chosen.compression
     status.round_age_s = job.round_age_s
     status.phase = pb.PHASE_IDLE if job.missing is None else pb.PHASE_AVERAGING
     if job.missing is not None:

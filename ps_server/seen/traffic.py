@@ -9,8 +9,11 @@ __all__ = ["Traffic"]
 
 @dataclass
 class Traffic:
-    """Bytes of fragments moved by all calls, and how many of them in shared memory."""
+    """Bytes of fragments moved by all calls, how many of them in shared memory, and how many there would be if all
+    fragments were raw."""
 
     received_bytes: int = 0
     sent_bytes: int = 0
     shared_bytes: int = 0
+    received_raw_bytes: int = 0
+    sent_raw_bytes: int = 0

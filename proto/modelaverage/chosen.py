@@ -1,0 +1,102 @@
+"""What the chief chooses for a job, as text on the wire. Servers keep it and tell it with the center; a worker may name
+what it expects."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Protocol
+
+from modelaverage.codecs import RAW, codec_named
+from modelaverage.errors import Reason
+from modelaverage.outer import AVERAGE, outer_optimizer, text_of
+
+__all__ = ["CHOICES", "Choice", "Chosen", "NOTHING_CHOSEN"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One thing to choose.
+
+    Args:
+        field: its field in `Chosen` and in messages.
+        noun: for people.
+        default: what is in force if the chief chooses nothing. Servers leave it empty.
+        mismatch: the reason to refuse a call that names another one.
+    """
+
+    field: str
+    noun: str
+    default: str
+    mismatch: Reason
+
+
+CHOICES = (
+    Choice("outer_optimizer", "outer optimizer", text_of(AVERAGE), Reason.OUTER_OPTIMIZER_MISMATCH),
+    Choice("compression", "compression", RAW.name, Reason.COMPRESSION_MISMATCH),
+)
+
+
+class _Message(Protocol):
+    """A message with the fields of `Chosen`."""
+
+    outer_optimizer: str
+    compression: str
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The choices for a job. An empty text names nothing.
+
+    Args:
+        outer_optimizer: such as ``sgd:lr=0.7,momentum=0.9,nesterov``.
+        compression: the name of the codec.
+    """
+
+    outer_optimizer: str = ""
+    compression: str = ""
+
+    @classmethod
+    def of(cls, message: _Message) -> Chosen:
+        """The choices in a message."""
+        return cls(message.outer_optimizer, message.compression)
+
+    @property
+    def texts(self) -> Mapping[str, str]:
+        """By field, for a message."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
+
+    @property
+    def in_force(self) -> Chosen:
+        """With the default for what is empty."""
+        texts = self.texts
+        return replace(self, **{c.field: texts[c.field] or c.default for c in CHOICES})
+
+    @property
+    def told(self) -> Chosen:
+        """As servers tell it: empty where it is the default, the only one of older servers."""
+        return replace(
+            self, **{c.field: "" if self.texts[c.field] == c.default else self.texts[c.field] for c in CHOICES}
+        )
+
+    @property
+    def normal(self) -> Chosen:
+        """In the form that other texts can be compared with.
+
+        Raises:
+            ValueError: this version does not know the outer optimizer, or a setting is wrong.
+            InvalidRequestError: CODEC_UNKNOWN.
+        """
+        outer = text_of(outer_optimizer(self.outer_optimizer)) if self.outer_optimizer else ""
+        return Chosen(outer, codec_named(self.compression).name if self.compression else "")
+
+    def differences(self, in_force: Chosen) -> Iterator[tuple[Choice, str, str]]:
+        """Each choice that is named here and is not the one in force: the choice, and both texts."""
+        others = in_force.in_force.texts
+        for choice in CHOICES:
+            text = self.texts[choice.field]
+            if text and text != others[choice.field]:
+                yield choice, text, others[choice.field]
+
+
+NOTHING_CHOSEN = Chosen()
