@@ -51,11 +51,19 @@ class CompressedJob:
     Args:
         addresses: of the servers.
         codec: the codec that the chief chooses.
+        session_class: of all sessions.
         options: of all sessions.
     """
 
-    def __init__(self, addresses: Sequence[str], codec: str = "int8", **options: Any) -> None:
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        codec: str = "int8",
+        session_class: type[ParameterServerSession] = ParameterServerSession,
+        **options: Any,
+    ) -> None:
         self.addresses, self.codec = list(addresses), codec
+        self._session_class = session_class
         self._options = options
         self._sessions = ExitStack()
         self.workers = dict[int, ParameterServerSession]()
@@ -69,7 +77,7 @@ class CompressedJob:
 
     def join(self, worker: int, pulls: bool = True, outer: OuterOptimizer = AVERAGE, **options: Any) -> None:
         """A worker joins; worker 0 is the chief."""
-        session = ParameterServerSession(
+        session = self._session_class(
             self.addresses,
             worker_id=f"worker-{worker}",
             is_chief=worker == 0,
@@ -95,7 +103,7 @@ class CompressedJob:
         """One round of all workers; checks the bits that it leaves."""
         results = together(
             *(
-                lambda worker=worker: self.push(worker, step, weight=weights.get(worker, 1.0), **options)  # type: ignore[misc]
+                lambda worker=worker: self.push(worker, step, weight=weights.get(worker, 1.0), **options)
                 for worker in self.workers
             )
         )

@@ -314,7 +314,8 @@ class Foreign:
         stream = self.open(values, **fields)
         if fields.get("half_duplex"):
             stream.admission()
-        outcome, data = stream.answer()
+        answer: tuple[pb.PushOutcome, bytes] = stream.answer()
+        outcome, data = answer
         flat, at = self.flat.copy(), 0
         for index in range(self.manifest.fragment_count):
             size_bytes = self.codec.size_bytes(self.manifest, index)
@@ -339,8 +340,9 @@ def test_a_foreign_client_gets_the_same_bits(codec: str, half_duplex: bool, star
         with Foreign(job.addresses[0], "foreign", codec) as foreign:
             for step in range(3):
                 values = local(MODEL, 7, step)
-                outcome, _ = together(lambda: foreign.push(values, half_duplex=half_duplex), lambda: job.push(0, step))  # noqa: B023
-                assert outcome.outcome == pb.OUTCOME_COMMITTED
+                pushing = Running(lambda: job.push(0, step))  # noqa: B023
+                assert foreign.push(values, half_duplex=half_duplex).outcome == pb.OUTCOME_COMMITTED
+                pushing.result()
                 assert manifest_bits(foreign.manifest, foreign.flat) == job.check()
 
 
