@@ -7,26 +7,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from ma_client import DataSettings, ParameterServerSession, PushResult
 from ma_client.transports.pushing import Pushing
 from modelaverage.outer import AVERAGE, OuterOptimizer
+from tests.compressed_worker import MODEL, Arrays, local
 from tests.optimizer.workers import together
 
 __all__ = ["DATA", "MESSAGES", "MODEL", "SHARED", "CompressedJob", "Seen", "bits", "local", "seen_by"]
 
-Arrays = Mapping[str, NDArray[Any]]
-MODEL: Arrays = {
-    "w": np.linspace(-1.0, 1.0, 6000, dtype=np.float32).reshape(60, 100),
-    "scale": np.array(0.5),
-    "h": np.linspace(-2.0, 2.0, 4000).astype(np.float16),
-    "few": np.arange(37, dtype=np.float32),
-    "b": np.linspace(-2.0, 2.0, 4100).astype(ml_dtypes.bfloat16),
-}
 MESSAGES: dict[str, Any] = {"shared_memory": False}
 SHARED: dict[str, Any] = {"shared_memory": True}
 DATA: dict[str, Any] = {"shared_memory": False, "data_connections": DataSettings(least_bytes=0)}
@@ -34,15 +25,6 @@ DATA: dict[str, Any] = {"shared_memory": False, "data_connections": DataSettings
 
 def bits(center: Arrays) -> dict[str, bytes]:
     return {name: np.asarray(array).tobytes() for name, array in center.items()}
-
-
-def local(center: Arrays, worker: int, step: int) -> dict[str, NDArray[Any]]:
-    """What a worker has made of the center."""
-    chance = np.random.default_rng((worker, step))
-    return {
-        name: (np.asarray(array).astype(np.float64) * 0.9 + chance.normal(size=array.shape)).astype(array.dtype)
-        for name, array in center.items()
-    }
 
 
 class CompressedJob:
