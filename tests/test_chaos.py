@@ -16,12 +16,15 @@ import numpy as np
 import pytest
 
 from chaos.__main__ import main
+from chaos.coding import Coding
 from chaos.faults import SQUEEZES, Fault, Kind, sequence
 from chaos.limits import DescriptorLimit, Limit, ThreadLimit, limit_with_spare
 from chaos.log import Push, Received, Values, WorkerLog, newest_checkpoint, read
 from chaos.replay import replay
 from chaos.seats import Seat
-from modelaverage.outer import OuterSGD
+from modelaverage.codecs import CODECS
+from modelaverage.manifest import Manifest, Variable
+from modelaverage.outer import AVERAGE, OuterSGD
 
 ROOT = Path(__file__).parents[1]
 ROUNDS = 3
@@ -313,16 +316,48 @@ def test_an_outer_optimizer_is_replayed_and_a_state_that_was_lost_is_found() -> 
     assert f"round {ROUNDS}: none of 1 choices" in problem
 
 
+def test_coded_pushes_are_replayed_and_one_wrong_bit_is_found() -> None:
+    """Each worker's fragments come coded or raw, as a transport or a lost base makes them."""
+    manifest = Manifest((Variable("a", "float32", (1100,)), Variable("z", "float32", (1500,))), 1024)
+    coding, story = Coding(CODECS["int8"], manifest), Story(WORKERS[:3])
+    chance = np.random.default_rng(0)
+    story.received = [
+        replace(each, values=chance.standard_normal(2600).astype(np.float32)) if each.global_step == 0 else each
+        for each in story.received[:1]
+    ]
+    center = story.received[0].values
+    for step in range(ROUNDS):
+        given = list[Values]()
+        for number, push in enumerate(story.pushes_of(step)):
+            pushed = replace(push, values=center + np.float32(0.1) * chance.standard_normal(2600).astype(np.float32))
+            story.pushes[story.pushes.index(push)] = pushed
+            decoded = coding.through(pushed.values, center)
+            assert 0 < np.abs(decoded - pushed.values).max() < 0.01
+            raw_from = (0, 1100 + 436, 2600)[(number + step) % 3]  # where a fragment begins
+            given.append(np.concatenate([decoded[:raw_from], pushed.values[raw_from:]]))
+        center = coding.through(average(given), center)
+        story.received += [Received(w, 1, step + 1.0, step + 1, center, tuple(story.workers)) for w in story.workers]
+    arguments = story.workers, ROUNDS, AVERAGE, coding
+    found = replay(story.pushes, story.received, *arguments)
+    assert (found.problems, found.rounds_explained) == ([], ROUNDS)
+    assert len(replay(story.pushes, story.received, *arguments[:2]).problems) == ROUNDS
+    wrong = center.copy()
+    wrong[2000:2001].view(np.uint32)[...] ^= 1
+    story.set_center(ROUNDS, wrong)
+    (problem,) = replay(story.pushes, story.received, *arguments).problems
+    assert f"round {ROUNDS}: none of 1 choices" in problem
+
+
 @pytest.mark.parametrize(
     ("flags", "why"),
     [
+        (["--workers", "2", "--outer", "sgd:lr=0.5", "--compression", "int8"], "give --outer or --compression"),
+        (["--compression", "zip"], "invalid choice: 'zip'"),
         (["--outer", "sgd:lr=0.5"], "give --workers 2"),
         (["--outer", "yogi"], "outer optimizer 'yogi' is not known here"),
     ],
 )
-def test_an_outer_optimizer_that_cannot_be_replayed_is_refused(
-    flags: list[str], why: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_cannot_be_replayed_is_refused(flags: list[str], why: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(flags)
     assert why in capsys.readouterr().err
@@ -463,13 +498,15 @@ def test_the_newest_checkpoint_is_the_one_of_the_largest_step(tmp_path: Path) ->
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("rounds", "faults_every_s"), [(10, 3.0), (30, 0.6)])
-def test_a_short_run_loses_nothing(rounds: int, faults_every_s: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("rounds", "faults_every_s", "flags"), [(10, 3.0, []), (30, 0.6, []), (30, 0.6, ["--compression", "int4"])]
+)
+def test_a_short_run_loses_nothing(rounds: int, faults_every_s: float, flags: list[str], tmp_path: Path) -> None:
     """The accuracy is not checked: in such a short run it means nothing."""
     report = tmp_path / "chaos.json"
     command = ["-m", "chaos", "--workers", "2", "--rounds", str(rounds), "--seed", "90"]
     command += ["--faults-every-s", str(faults_every_s)]
-    command += ["--accuracy-points", "100", "--json", str(report)]
+    command += ["--accuracy-points", "100", "--json", str(report), *flags]
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""

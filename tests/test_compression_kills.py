@@ -114,8 +114,8 @@ def test_whatever_is_killed_all_hold_the_same_bits_after_every_round(
             for kill in range(kills):
                 centers.comes_to(max(centers.step + 1, kill * (rounds - 5) // kills))
                 time.sleep(chance.uniform(0.0, WAIT_S))  # at any moment of the round
-                victim = chance.choice([*shards, *workers])
-                victim.kill()
+                victims: list[RestartedServer | Worker] = [*shards, *workers]
+                chance.choice(victims).kill()
                 if policy is QUORUM and kill == kills // 2:  # a newcomer in the middle of the run
                     workers.append(begin(len(workers), "messages"))
         finally:
