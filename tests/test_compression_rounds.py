@@ -143,6 +143,19 @@ def test_if_all_abstain_the_center_stays_and_the_next_round_is_coded(start_serve
         assert seen.take() == {("worker-0", "int8"): 1, ("worker-1", "int8"): 1}
 
 
+@pytest.mark.in_memory(False)
+def test_a_coded_push_that_is_itself_the_last_to_abstain_is_told_so(start_server: StartServer, seen: Seen) -> None:
+    """Its header ends the round, before the server has sent it anything."""
+    with CompressedJob(started(start_server, 2)) as job:
+        for worker in range(2):
+            job.join(worker)
+        for step in range(5):
+            job.round(step, {0: 0.0, 1: 0.0})
+        pushes = seen.take()
+        assert {how for _, how in pushes} == {"int8!", "raw"}
+        assert sum(pushes.values()) == 20
+
+
 def test_a_worker_that_pulls_in_between_goes_on_coded(start_server: StartServer, seen: Seen) -> None:
     with CompressedJob(started(start_server, 2)) as job:
         for worker in range(2):
