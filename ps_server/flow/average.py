@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from modelaverage import wire
 from modelaverage.codecs import Codec
@@ -37,8 +38,7 @@ class Average:
         return message
 
 
-@dataclass(frozen=True)
-class Coded:
+class Coded(NamedTuple):
     """An average encoded by a codec."""
 
     average: Average

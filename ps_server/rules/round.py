@@ -209,9 +209,8 @@ class Round:
     def come_back(self, worker_id: str) -> None:
         """A worker is about to push: rounds wait for it, even if it had finished. If the job was over, this begins a
         new run, in which no worker has finished."""
-        present = self._entries.keys()
-        self._quorum.come_back(worker_id, present)
-        if self._state is RoundState.OPEN and self._whole < self._quorum.enough(present):
+        self._quorum.come_back(worker_id, self._entries.keys())
+        if self._quorum.enough_at_s is not None and self._state is RoundState.OPEN and not self._has_enough:
             self._quorum.enough_at_s = None  # one more push is needed now
 
     # The end of a round.
@@ -503,16 +502,13 @@ class Round:
     @property
     def _grace_over_at_s(self) -> float | None:
         """When the grace period ends."""
-        since_s: float | None = None
-        if self._state is RoundState.PREPARED:
+        since_s = self._quorum.enough_at_s
+        if since_s is None and self._held:
+            broken_at_s = (entry.detached_at_s for entry in self._entries.values() if entry.is_broken)
+            since_s = min(broken_at_s, default=None) if self._state is RoundState.CLOSED else self._quorum.barred_at_s
+        if since_s is None or self._state is RoundState.PREPARED:
             return None
-        if self._quorum.enough_at_s is not None:
-            since_s = self._quorum.enough_at_s
-        elif self._held and self._state is RoundState.CLOSED:
-            since_s = min((entry.detached_at_s for entry in self._entries.values() if entry.is_broken), default=None)
-        elif self._held:
-            since_s = self._quorum.barred_at_s
-        return None if since_s is None else since_s + self._quorum.grace_s
+        return since_s + self._quorum.grace_s
 
     def _waiting_since_s(self) -> dict[int, float]:
         """By idle stream, since when it has waited."""
