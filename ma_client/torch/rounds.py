@@ -154,7 +154,7 @@ class Rounds:
     def install_under(self, result: PushResult, contribution: OwnContribution) -> None:
         """Like `install`, but keeps what was trained since the contribution: the local variables become the center plus
         how far they have moved since. A worker that abstained because its values are not finite keeps nothing."""
-        if self.replica.progress.steps_since_round > contribution.steps and contribution.is_finite:
+        if contribution.is_finite:
             now = self.replica.variables.gather()
             moved = {name: _moved(result.center[name], contribution.values[name], now[name]) for name in now}
             result = replace(result, center=moved)

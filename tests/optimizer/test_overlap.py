@@ -13,13 +13,14 @@ from numpy.typing import ArrayLike
 
 from ma_client import (
     DeadlineExceededError,
-    ModelAverageOptimizer,
-    OuterSGD,
+    ModelAverageError,
     Outcome,
+    OuterSGD,
     ParameterServerSession,
     PushResult,
-    ServerUnavailableError,
 )
+from ma_client.job.ticket import PushTicket
+from ps_server.rules.policy import RoundPolicy
 from tests.conftest import StartServer
 from tests.optimizer.workers import TIMEOUT_S, Join, Running, center_of, start_all, together
 from tests.raw_client import until
@@ -99,7 +100,8 @@ def test_with_an_outer_optimizer_and_a_codec_all_workers_end_with_the_same_bits(
     workers = [
         join(
             server,
-            rank,
+            index=rank,
+            num_worker=2,
             interval_steps=2,
             overlap_steps=1,
             outer_optimizer=OuterSGD(lr=0.7, momentum=0.9, nesterov=True),
@@ -141,9 +143,9 @@ def test_sixteen_bit_variables_are_moved_in_float32() -> None:
 
 
 def test_a_failed_round_is_raised_by_a_later_step_and_leaves_the_local_variables(
-    start_server: StartServer, join: Join
+    start_server: StartServer, join: Join, caplog: pytest.LogCaptureFixture
 ) -> None:
-    first, second = two(start_server, join, interval_steps=2, overlap_steps=2, round_timeout_s=0.3)
+    first, second = two(start_server, join, interval_steps=2, overlap_steps=2, session_class=ShortWait)
     for _ in range(2):
         first.step(w=1.0)
     until(lambda: not under_way(first), "the round has failed")
@@ -151,13 +153,14 @@ def test_a_failed_round_is_raised_by_a_later_step_and_leaves_the_local_variables
         first.step(w=1.0)
     assert first.values()["w"] == [-2.0] * 3
     assert first.opt.local_step == 3
-    # Everything that was trained is in the next round.
-    for _ in range(4):
-        second.step(w=1.0) if second.opt.local_step < 2 else None
+    # The push stays in the round, as after any wait that was given up.
+    for _ in range(2):
+        second.step(w=1.0)
     first.step(w=1.0)
     first.opt.wait()
     second.opt.wait()
-    assert first.values()["w"] == [(-3.0 - 1.0) / 2] * 3
+    assert first.values() == second.values() == {"w": [-1.0] * 3, "b": [2.0] * 3}
+    assert "2 local steps since its last round are lost" in caplog.text
 
 
 @pytest.mark.parametrize("call", ["state_dict", "average", "finish"])
@@ -180,15 +183,15 @@ def test_closing_the_session_ends_the_round_under_way(start_server: StartServer,
     first, _ = two(start_server, join, interval_steps=1, overlap_steps=1)
     first.step(w=1.0)
     Running(first.session.close).result()
-    with pytest.raises(ServerUnavailableError):
+    with pytest.raises(ModelAverageError, match="cancelled"):
         first.opt.wait()
 
 
 def test_a_stale_push_loses_its_own_steps_and_keeps_those_after_it(
     start_server: StartServer, join: Join, caplog: pytest.LogCaptureFixture
 ) -> None:
-    server = start_server(2, min_workers=1, grace_s=0.0)
-    first, second = (join(server, rank, interval_steps=2, overlap_steps=2) for rank in range(2))
+    server = start_server(RoundPolicy(2, 1, 2, 0.0))
+    first, second = (join(server, index=rank, num_worker=2, interval_steps=2, overlap_steps=2) for rank in range(2))
     start_all([first, second])
     first.step(w=1.0)
     for _ in range(2):
@@ -200,14 +203,21 @@ def test_a_stale_push_loses_its_own_steps_and_keeps_those_after_it(
     assert first.opt.last_round is not None
     assert first.opt.last_round.outcome is Outcome.STALE
     assert first.values()["w"] == [-5.0 - 10.0] * 3
-    assert "2 steps" in caplog.text
+    assert "2 local steps" in caplog.text
 
 
 @pytest.mark.parametrize("overlap_steps", [-1, 3, 1.5, True])
 def test_an_overlap_that_cannot_be_is_refused(overlap_steps: Any, start_server: StartServer, join: Join) -> None:
     server = start_server(1)
     with pytest.raises(ValueError, match="overlap_steps"):
-        join(server, 0, interval_steps=2, overlap_steps=overlap_steps)
+        join(server, interval_steps=2, overlap_steps=overlap_steps)
+
+
+class ShortWait(ParameterServerSession):
+    """Waits for others for a short time only."""
+
+    def begin_push(self, variables: Mapping[str, Any], weight: float = 1.0, **options: Any) -> PushTicket:
+        return super().begin_push(variables, weight, **{**options, "timeout_s": 0.3})
 
 
 class Slow(ParameterServerSession):
@@ -227,36 +237,27 @@ class Slow(ParameterServerSession):
         return late
 
 
-def test_what_is_pushed_is_what_was_there_at_the_interval(start_server: StartServer) -> None:
+def test_what_is_pushed_is_what_was_there_at_the_interval(start_server: StartServer, join: Join) -> None:
     server = start_server(1)
-    model = torch.nn.Linear(2, 2)
-    with Slow([server.address], worker_id="a", is_chief=True) as session:
-        getter, local = with_getter(model)
-        opt = ModelAverageOptimizer(local, 1, True, getter, 1, session=session, overlap_steps=1)
-        opt.begin()
-        model.weight.grad = torch.ones_like(model.weight)
-        opt.step()
-        pushed = model.weight.detach().clone()
-        local.step()  # meanwhile
-        session.go.set()
-        opt.wait()
-    np.testing.assert_array_equal(center_of(server)["weight"], pushed.numpy())
-
-
-def with_getter(model: torch.nn.Module) -> tuple[Any, torch.optim.Optimizer]:
-    from ma_client import ModelAverageCustomGetter
-
-    return ModelAverageCustomGetter(model), torch.optim.SGD(model.parameters(), lr=1.0)
+    worker = join(server, session_class=Slow, overlap_steps=1)
+    worker.start()
+    worker.step(w=1.0)
+    worker.local.step()  # meanwhile
+    assert isinstance(worker.session, Slow)
+    worker.session.go.set()
+    worker.opt.wait()
+    assert center_of(server)["w"].tolist() == [0.0] * 3
+    assert worker.values()["w"] == [-1.0] * 3
 
 
 def alone(start_server: StartServer, join: Join, **options: Any) -> list[Any]:
-    workers = [join(start_server(1), 0, **options)]
+    workers = [join(start_server(1), **options)]
     start_all(workers)
     return workers
 
 
 def two(start_server: StartServer, join: Join, **options: Any) -> list[Any]:
     server = start_server(2)
-    workers = [join(server, rank, **options) for rank in range(2)]
+    workers = [join(server, index=rank, num_worker=2, **options) for rank in range(2)]
     start_all(workers)
     return workers
