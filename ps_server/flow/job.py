@@ -408,7 +408,7 @@ class Job:
         Raises:
             ConflictError: BASE_UNKNOWN.
         """
-        if not header.codec or header.base_step < self.round.global_step:
+        if header.codec in ("", RAW.name) or header.base_step < self.round.global_step:
             return
         known, named = self.center.current.center_id, header.base_center_id
         if not self.average.is_coded or not named or named != known:
