@@ -253,7 +253,7 @@ def test_what_is_made_once_for_all_pulls_is_what_the_library_writes(
         center_id=center_id,
     )
     expected = pb.PullResponse(header=header).SerializeToString()
-    written = wire.PullHeader(manifest, Chosen(outer, compression))
+    written = wire.PullHeader(manifest, Chosen(outer, compression).told.texts)
     assert written.encode(global_step, num_workers, center_id) == expected
 
 
@@ -262,7 +262,7 @@ def test_the_header_of_a_center_without_choices_is_what_it_was_before_there_were
     before = pb.CenterHeader(
         manifest=wire.manifest_to_message(manifest), manifest_id=manifest.id, global_step=7, num_workers=2
     )
-    defaults = wire.PullHeader(manifest, Chosen("average", "raw"))
+    defaults = wire.PullHeader(manifest, Chosen("average", "raw").told.texts)
     assert defaults.encode(7, 2) == pb.PullResponse(header=before).SerializeToString()
 
 
@@ -295,7 +295,7 @@ def test_a_manifest_that_is_sendable_fits_the_largest_headers_and_one_byte_more_
         worker_id="w" * MAX_WORKER_ID_BYTES, manifest=wire.manifest_to_message(manifest), global_step=2**63 - 1
     )
     for message in (
-        wire.PullHeader(manifest, Chosen("o" * MAX_TEXT_BYTES, max(CODECS, key=len))).encode(
+        wire.PullHeader(manifest, Chosen("o" * MAX_TEXT_BYTES, max(CODECS, key=len)).texts).encode(
             2**63 - 1, 2**32 - 1, 2**64 - 1
         ),
         pb.InitializeRequest(header=initialize).SerializeToString(),
