@@ -149,7 +149,7 @@ def test_a_center_with_another_codec_than_the_chiefs_is_a_failure(monkeypatch: p
     assert finds("Initialize", 1000, "was named, and the center has raw")
 
 
-def test_pushes_in_codecs_are_admitted_and_refused() -> None:
+def test_pushes_in_codecs_are_refused_with_their_reasons() -> None:
     endings = played("PushAndAverage", 1500).endings
     assert endings["BASE_UNKNOWN"] > 3
     assert endings["CODEC_UNKNOWN"] > 50
