@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from modelaverage.chosen import CHOICES, Chosen
-from modelaverage.codecs import RAW
+from modelaverage.codecs import CODECS, RAW
 from modelaverage.errors import ConflictError, InvalidRequestError, Reason
+from modelaverage.names import listed
 from modelaverage.outer import OuterOptimizer, text_of
 
 __all__ = ["NO_COMPRESSION", "check_has", "check_same", "named", "with_address"]
@@ -34,9 +35,20 @@ def named(outer: OuterOptimizer | str | None, compression: str | None = None) ->
         raise TypeError(f'compression is {compression!r:.80}; give a text such as "int8", or None')
     try:
         text = text_of(outer) if isinstance(outer, OuterOptimizer) else outer or ""
-        return Chosen(text, RAW.name if compression == NO_COMPRESSION else compression or "").normal
+        return Chosen(text, _codec_name(compression or "")).normal
     except ValueError as error:
         raise InvalidRequestError(str(error), Reason.OUTER_OPTIMIZER_INVALID) from None
+
+
+def _codec_name(compression: str) -> str:
+    if compression == NO_COMPRESSION:
+        return RAW.name
+    if compression and compression not in CODECS:
+        known = [NO_COMPRESSION if name == RAW.name else name for name in CODECS]
+        raise InvalidRequestError(
+            f"compression {compression[:40]!r} is not known here, only {listed(known)}", Reason.CODEC_UNKNOWN
+        )
+    return compression
 
 
 def check_has(wanted: Chosen, told: Chosen, address: str) -> None:
@@ -54,7 +66,7 @@ def check_has(wanted: Chosen, told: Chosen, address: str) -> None:
         )
         raise ConflictError(
             f"the center at {address} has the {choice.noun} {theirs}, and this worker names {ours}; give all workers "
-            f"the same one, or none{instead}",
+            f"the same one, or leave it out{instead}",
             choice.mismatch,
         )
 
