@@ -349,7 +349,7 @@ class Job:
             The answer to the header of the push, if the decisions contain one.
         """
         answer: Decision | None = None
-        finished = list[Finish]()
+        finished: list[Finish] = []
         for decision in decisions:
             match decision:
                 case FinishFragment(index, total_weight, untouched, steps):
