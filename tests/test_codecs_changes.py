@@ -396,8 +396,9 @@ class Oracle:
 
     @staticmethod
     def _scale(changes: list[np.float32], levels: int) -> np.float32:
-        scale = np.float32(max((abs(change) for change in changes), default=np.float32(0)) / np.float32(levels))
-        return np.float32(0) if scale < LEAST_NORMAL else scale
+        largest = max((float(abs(change)) for change in changes), default=0.0)
+        scale: np.float32 = np.float32(largest) / np.float32(levels)
+        return scale if scale >= LEAST_NORMAL else np.float32(0)
 
     @staticmethod
     def _code(change: np.float32, scale: np.float32) -> int:
@@ -406,7 +407,6 @@ class Oracle:
     def decode(self, data: bytes, base: Array) -> Iterator[np.float32]:
         count = -(-len(base) // 128)
         scales, packed = struct.unpack(f"<{count}I", data[: 4 * count]), data[4 * count :]
-        most = np.float32(LARGEST["float32"])
         for at, center in enumerate(np.float32(value) for value in base):
             block, i = divmod(at, 128)
             if self.four_bits:
@@ -422,7 +422,7 @@ class Oracle:
             elif abs(code) == self.levels:
                 yield np.float32(np.inf if code > 0 else -np.inf)
             else:
-                change = max(-most, min(most, np.float32(code) * np.float32(scale)))
+                change = np.float32(code) * np.float32(scale)
                 limit = np.float32(LARGEST[self.dtype])
                 value = (center if np.isfinite(center) else np.float32(0)) - change
                 yield max(-limit, min(limit, value))
@@ -443,6 +443,30 @@ def test_the_bytes_are_those_of_a_plain_description(codec: Codec, dtype: str, ki
         expected = np.array(list(oracle.decode(data, base)), np.float32)
         (found,) = codec.decode(piece.manifest, 1, memoryview(data), [base])
     assert found.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("codec", "element_3", "start"),
+    [
+        (BFLOAT16, 1.0, "00 3f 80 be 00 be 00 00"),
+        (INT8, 1.0, "04 02 81 3b 7f c0 e0 00"),
+        (INT4, 1.0, "25 49 92 3d 37 0d 0e 00"),
+        (BFLOAT16, np.nan, "00 3f 80 be 00 be c0 7f"),
+        (INT8, np.nan, "21 08 82 bb 7e c1 e1 80"),
+        (INT4, np.nan, "ab aa aa bd 36 0d 0e 08"),
+    ],
+)
+def test_the_examples_of_the_page(codec: Codec, element_3: float, start: str) -> None:
+    """A piece of 70 elements in docs/protocol.md; five of them have changed."""
+    base, values = np.ones(70, np.float32), np.ones(70, np.float32)
+    values[[0, 1, 2, 3, 64]] = 0.5, 1.25, 1.125, element_3, 0.75
+    data = Piece(codec, "float32", 70).encode(values, base)
+    expected = bytearray(bytes.fromhex(start).ljust({"bfloat16": 140, "int8": 132, "int4": 68}[codec.name], b"\0"))
+    if codec is BFLOAT16:
+        expected[128:130] = b"\x80\x3e"
+    elif codec is INT8:
+        expected[4 + 64] = 64 if element_3 == 1.0 else 63
+    assert data == expected
 
 
 def test_bfloat16_is_the_upper_half_of_a_float32_rounded_to_even() -> None:

@@ -11,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from ma_client import ConflictError, InvalidRequestError, OuterAdam, OuterAverage, OuterSGD, ParameterServerSession
+from modelaverage.chosen import NOTHING_CHOSEN
 from modelaverage.errors import Reason
 from modelaverage.outer import OuterOptimizer
 from tests.conftest import RunningServer, StartServer
@@ -110,8 +111,8 @@ def test_an_interrupted_initialization_is_completed_with_the_same_outer_optimize
 def test_a_server_that_knows_only_the_average_is_found_out(
     start_server: StartServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ps_server.flow.initialization.outer_named", lambda _: None)
-    monkeypatch.setattr("ps_server.flow.service.outer_named", lambda _: None)
+    for module in ("initialization", "service"):
+        monkeypatch.setattr(f"ps_server.flow.{module}.named", lambda _: NOTHING_CHOSEN)
     server = start_server(1)
     with ParameterServerSession([server.address], worker_id="a", is_chief=True) as chief:
         with pytest.raises(ConflictError, match=r"has the outer optimizer average, .* names sgd:.* must be updated"):

@@ -11,8 +11,9 @@ import pytest
 import safetensors
 import safetensors.numpy
 
+from modelaverage.chosen import Chosen
 from modelaverage.manifest import Manifest
-from modelaverage.outer import AVERAGE, OuterAdam, OuterOptimizer, OuterSGD, on_the_wire, text_of
+from modelaverage.outer import AVERAGE, OuterAdam, OuterOptimizer, OuterSGD, text_of
 from modelaverage.placement import PLACEMENTS, place
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.__main__ import main
@@ -35,7 +36,7 @@ NESTEROV = OuterSGD(0.7, 0.9, nesterov=True)
 @pytest.mark.parametrize("outer", [AVERAGE, NESTEROV, OuterAdam(0.1)])
 def test_the_status_has_the_outer_optimizer(outer: OuterOptimizer) -> None:
     status = waiting()
-    status.outer_optimizer = on_the_wire(outer)
+    status.outer_optimizer = Chosen(text_of(outer)).told.outer_optimizer
     for text in (as_text(status), without_styles(drawn(Seen("ps:2222", status)))):
         (found,) = (words for row in text.splitlines() if (words := row.strip("│ ")).startswith("outer "))
         assert found.split() == ["outer", text_of(outer)]

@@ -7,12 +7,12 @@ form; any other legal encoding (fields in another order, unknown fields) is left
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
-from modelaverage.chosen import NOTHING_CHOSEN, Chosen
 from modelaverage.errors import Reason, refusal
 from modelaverage.manifest import (
     MAX_NAME_BYTES,
@@ -121,25 +121,26 @@ class PullHeader:
 
     Args:
         manifest: the manifest of the center.
-        chosen: the job's choices.
+        told: what is told of the job's choices: texts by field of `CenterHeader`.
 
     Raises:
         InvalidRequestError: MANIFEST_INVALID: no message can carry it.
     """
 
-    def __init__(self, manifest: Manifest, chosen: Chosen = NOTHING_CHOSEN) -> None:
+    def __init__(self, manifest: Manifest, told: Mapping[str, str] = MappingProxyType({})) -> None:
         encoded, manifest_id = encode_manifest(manifest), manifest.id.encode()
         self._fixed = b"".join(
             (b"\x0a", _varint(len(encoded)), encoded, b"\x12", _varint(len(manifest_id)), manifest_id)
         )
-        told = chosen.told
-        self._chosen = pb.CenterHeader(outer_optimizer=told.outer_optimizer, compression=told.compression).SerializeToString()
+        self._told = pb.CenterHeader(
+            outer_optimizer=told.get("outer_optimizer", ""), compression=told.get("compression", "")
+        ).SerializeToString()
 
     def encode(self, global_step: int, num_workers: int, center_id: int = 0) -> bytes:
         """The `PullResponse` with the header of a center of this step. ``center_id`` 0: not told."""
         numbers = b"\x18" + _varint(global_step) if global_step else b""
         numbers += b"\x20" + _varint(num_workers) if num_workers else b""
-        rest = numbers + self._chosen
+        rest = numbers + self._told
         if center_id:
             rest += b"\x39" + center_id.to_bytes(8, "little")
         return b"".join((b"\x0a", _varint(len(self._fixed) + len(rest)), self._fixed, rest))

@@ -299,15 +299,13 @@ class Center:
 
     def _code(self, finish: Finish, exact: Sequence[Values]) -> None:
         """Replaces a finished fragment by what the codec makes of its exact values, and keeps the coded change."""
-        index, base = finish.index, self.current.parts[finish.index]
+        index = finish.index
         self.next.changes[index] = None
         if not finish.steps:
             return  # a center that workers have already: its bits must stay
-        change = memoryview(b"".join(self.codec.encode(self.manifest, index, exact, base)))
-        for part, values in zip(
-            self.next.parts[index], self.codec.decode(self.manifest, index, change, base), strict=True
-        ):
-            part[...] = values
+        parts = self.codec.encode(self.manifest, index, exact, self.current.parts[index])
+        change = memoryview(b"".join(parts))
+        self.codec.decode_into(self.manifest, self.next.flat, index, change, self.current.flat)
         self.next.changes[index] = change
 
     def _step(self, center: Values, average: Values, state: Slots, out: Values, next_state: Slots, step: int) -> None:

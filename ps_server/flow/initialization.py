@@ -93,7 +93,7 @@ class Initialization:
             frozenset(checkpoint.finished),
             self._keeping,
         )
-        self._begin(center, wire.PullHeader(manifest, chosen_of(checkpoint.outer, checkpoint.codec)), round_)
+        self._begin(center, wire.PullHeader(manifest, chosen_of(checkpoint.outer, checkpoint.codec).told.texts), round_)
 
     async def receive(self, call: Call) -> pb.InitializeResponse:
         """Serves a call of the chief: takes the center that it sends, or answers that one exists.
@@ -259,7 +259,7 @@ def _outer_of(chosen: Chosen) -> OuterOptimizer:
 def _read_manifest(header: pb.InitializeHeader, wanted: Chosen) -> tuple[Manifest, wire.PullHeader]:
     """Raises InvalidRequestError (MANIFEST_INVALID), also if no pull could be answered with it."""
     manifest = wire.manifest_from_message(header.manifest)
-    return manifest, wire.PullHeader(manifest, wanted)
+    return manifest, wire.PullHeader(manifest, wanted.told.texts)
 
 
 def _is_large(manifest: Manifest) -> bool:

@@ -23,9 +23,10 @@ import grpc.aio
 import numpy as np
 
 from modelaverage import wire
+from modelaverage.chosen import Chosen
 from modelaverage.errors import FAULTS, Reason, refusal_metadata, told_reason
 from modelaverage.manifest import Manifest, Variable
-from modelaverage.outer import AVERAGE, OuterOptimizer, OuterSGD, on_the_wire
+from modelaverage.outer import AVERAGE, OuterOptimizer, OuterSGD, text_of
 from modelaverage.runtime.data_sockets import NUMBER, halves
 from modelaverage.runtime.shared_memory import Segment, SegmentAddress
 from modelaverage.v1 import parameter_server_pb2 as pb
@@ -301,7 +302,7 @@ class Worker:
 
     async def initialize(self) -> None:
         context, task = self.server.call("Initialize")
-        outer = on_the_wire(self.server.kind.outer)
+        outer = Chosen(text_of(self.server.kind.outer)).told.outer_optimizer
         header = pb.InitializeHeader(worker_id="0", manifest=wire.manifest_to_message(MANIFEST), outer_optimizer=outer)
         context.up.put_nowait(pb.InitializeRequest(header=header).SerializeToString())
         flat = memoryview(_flat(INITIAL))

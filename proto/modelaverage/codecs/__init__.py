@@ -1,6 +1,7 @@
 """Codecs by name. A codec is an encoding of a fragment's elements on the wire.
 
-To add one, write it in its own file (see `base.Codec`) and add a line to `CODECS`.
+To add one, write it in its own file (see `base.Codec`; for one that rounds, `changes.Changes`) and add a line to
+`CODECS`.
 """
 
 from __future__ import annotations

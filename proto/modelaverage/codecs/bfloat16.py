@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from modelaverage.codecs.changes import HUGE, LARGEST, STEP, Changes, finite_or_zero, nan_like, steps, widened
+from modelaverage.codecs.changes import HUGE, LARGEST, STEP_ELEMENTS, Changes, finite_or_zero, nan_like, steps, widened
 from modelaverage.manifest import DTYPES
 
 __all__ = ["BFLOAT16", "Bfloat16"]
@@ -41,7 +41,7 @@ class Bfloat16(Changes):
     def encode_piece(self, dtype: str, values: _Array, base: _Array, coded: _Bytes) -> None:  # noqa: ARG002
         """Differences, rounded; with care where one is huge or not finite."""
         codes = coded.view(_BFLOAT16)
-        scratch = np.empty(min(STEP, len(values)), np.float32)
+        scratch = np.empty(min(STEP_ELEMENTS, len(values)), np.float32)
         for part in steps(len(values)):
             ours, theirs = widened(values[part]), widened(base[part])
             change = np.subtract(theirs, ours, out=scratch[: len(ours)])
@@ -52,7 +52,7 @@ class Bfloat16(Changes):
     def decode_piece(self, dtype: str, coded: _Bytes, base: _Array, values: _Array) -> None:  # noqa: ARG002
         """Differences; with care where one may not be finite."""
         codes = coded.view(_BFLOAT16)
-        scratch = np.empty((2, min(STEP, len(values))), np.float32)
+        scratch = np.empty((2, min(STEP_ELEMENTS, len(values))), np.float32)
         for part in steps(len(values)):
             theirs = widened(base[part])
             change, found = scratch[:, : len(theirs)]

@@ -10,7 +10,7 @@ from abc import abstractmethod
 import numpy as np
 from numpy.typing import NDArray
 
-from modelaverage.codecs.changes import HUGE, LARGEST, STEP, Changes, finite_or_zero, nan_like, steps, widened
+from modelaverage.codecs.changes import HUGE, LARGEST, STEP_ELEMENTS, Changes, finite_or_zero, nan_like, steps, widened
 
 __all__ = ["BLOCK", "Blocks"]
 
@@ -121,7 +121,7 @@ class Blocks(Changes):
 
     def _decode_special(self, codes: _Codes, scale: _Floats, base: _Floats, largest: float) -> _Floats:
         """Values of special blocks, shape (n, 128). The finite ones stay finite in the variable's dtype."""
-        change = np.clip(codes * np.abs(scale)[:, None], -_LARGEST_CHANGE, _LARGEST_CHANGE)
+        change = codes * np.abs(scale)[:, None]  # Finite for what an encoder wrote: 126 * (largest / 126) is.
         values = np.clip(finite_or_zero(base) - change, -np.float32(largest), np.float32(largest))
         values = np.where(np.abs(codes) == self.levels, np.copysign(np.float32(np.inf), codes), values)
         return np.where(codes == -self.levels - 1, nan_like(base), values)
@@ -131,7 +131,7 @@ class _Scratch:
     """Temporary arrays of one call."""
 
     def __init__(self, count: int) -> None:
-        blocks = _blocks(min(STEP, count))
+        blocks = _blocks(min(STEP_ELEMENTS, count))
         self._floats = np.empty((2, blocks, BLOCK), np.float32)
         self._codes = np.empty((blocks, BLOCK), np.int8)
 

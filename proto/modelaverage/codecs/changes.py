@@ -15,7 +15,17 @@ from numpy.typing import NDArray
 from modelaverage.codecs.base import Codec
 from modelaverage.manifest import DTYPES, Manifest, Piece
 
-__all__ = ["Changes", "HUGE", "LARGEST", "LEAST_ELEMENTS", "finite_or_zero", "nan_like", "steps", "widened"]
+__all__ = [
+    "Changes",
+    "HUGE",
+    "LARGEST",
+    "LEAST_ELEMENTS",
+    "STEP_ELEMENTS",
+    "finite_or_zero",
+    "nan_like",
+    "steps",
+    "widened",
+]
 
 LEAST_ELEMENTS = 1024
 """Variables of fewer elements are raw: biases and norms are sensitive, and coding them would save little."""
@@ -26,7 +36,8 @@ LARGEST = {"float32": 3.4028234663852886e38, "bfloat16": 3.3895313892515355e38, 
 HUGE = {"float32": 2.0**100, "bfloat16": 2.0**100, "float16": 2.0**7}
 """A change of this magnitude is treated with care: rounded, it might turn a finite value into an infinite one."""
 
-STEP = 1 << 15  # Elements that are coded at once: the temporary arrays fit into the cache of a core.
+STEP_ELEMENTS = 1 << 15
+"""Elements that are coded at once: the temporary arrays fit into the cache of a core."""
 
 _Array = NDArray[np.generic]
 _Floats = NDArray[np.float32]
@@ -153,7 +164,7 @@ class Changes(Codec):
 
 def steps(count: int) -> Iterator[slice]:
     """Cuts ``count`` elements into parts whose temporary arrays fit into a core's cache; whole blocks but the last."""
-    return (slice(start, min(start + STEP, count)) for start in range(0, count, STEP))
+    return (slice(start, min(start + STEP_ELEMENTS, count)) for start in range(0, count, STEP_ELEMENTS))
 
 
 def widened(array: _Array) -> _Floats:

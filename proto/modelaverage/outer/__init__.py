@@ -20,7 +20,6 @@ __all__ = [
     "OuterAverage",
     "OuterOptimizer",
     "OuterSGD",
-    "on_the_wire",
     "outer_optimizer",
     "text_of",
 ]
@@ -35,8 +34,3 @@ OUTER_OPTIMIZERS: dict[str, type[OuterOptimizer]] = {each.name: each for each in
 def outer_optimizer(named: str) -> OuterOptimizer:
     """The outer optimizer that a text names, such as ``sgd:lr=0.7,momentum=0.9,nesterov``. Raises ValueError."""
     return text.parse_outer(named, OUTER_OPTIMIZERS)
-
-
-def on_the_wire(outer: OuterOptimizer) -> str:
-    """The text with which a server names its outer optimizer; empty for `average`, the only one of older servers."""
-    return "" if outer == AVERAGE else text_of(outer)
