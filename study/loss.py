@@ -45,6 +45,10 @@ _TRIED = {"digits": (0.005, 0.01, 0.02, 0.04, 0.06), "text": (2e-3, 4e-3, 8e-3, 
 _TUNING_SEED = 100
 
 
+_WIDTH = 140
+"""Columns of a terminal that the table needs; files and pipes get as many."""
+
+
 @dataclass(frozen=True)
 class Scale:
     """How much is done.
@@ -98,6 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     codecs = [name for name in CODECS if name in {RAW.name, *arguments.codecs}]
     os.nice(19)  # it takes long, and waits for nothing
     console = Console()
+    console.width = max(_WIDTH, console.width)
     try:
         trainings = list[Training]()
         for task in (TASKS[name]() for name in arguments.tasks):

@@ -97,4 +97,4 @@ class PlayedServer:
 
 
 def _bytes_of(variables: Variables) -> list[memoryview]:
-    return [memoryview(array.reshape(-1).view(np.uint8)) for array in variables.values()]
+    return [array.reshape(-1).view(np.uint8).data for array in variables.values()]

@@ -18,11 +18,12 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from study.tasks.base import LearningTask, Samples
 
-__all__ = ["ByteTransformer", "TextTask", "standard_library"]
+__all__ = ["ByteTransformer", "CONTEXT", "TextTask", "standard_library"]
 
 CONTEXT = 64
 """Bytes in a sequence."""
@@ -35,8 +36,7 @@ _HELD_OUT_SEQUENCES = 256
 _WARM_UP_PART = 0.05
 _LEAST_FACTOR = 0.1
 # Packages of every supported version, besides the single modules; without tests and tables.
-_PACKAGES = ("asyncio", "collections", "concurrent", "email", "html", "http", "importlib", "json", "logging")
-_PACKAGES += ("multiprocessing", "unittest", "urllib", "xml")
+_PACKAGES = "asyncio collections concurrent email html http importlib json logging multiprocessing unittest urllib xml"
 
 
 def standard_library() -> tuple[bytes, bytes]:
@@ -49,7 +49,7 @@ def standard_library() -> tuple[bytes, bytes]:
     """
     root = Path(sysconfig.get_path("stdlib"))
     paths = [path for path in root.glob("*.py") if not path.name.startswith("_sysconfigdata")]
-    for package in _PACKAGES:
+    for package in _PACKAGES.split():
         paths += (root / package).rglob("*.py")
     if not paths:
         raise FileNotFoundError(f"no source of the standard library lies in {root}")
@@ -139,9 +139,7 @@ class TextTask(LearningTask):
             yield _sequences(share, places.integers(0, len(share) - CONTEXT, _BATCH))
 
 
-def _sequences(
-    text: np.ndarray[tuple[int], np.dtype[np.uint8]], places: np.ndarray[tuple[int], np.dtype[np.int64]]
-) -> Samples:
+def _sequences(text: NDArray[np.uint8], places: NDArray[np.int64]) -> Samples:
     """The sequences that begin at these places; the target of each byte is the next one."""
     found = torch.from_numpy(text[places[:, None] + np.arange(CONTEXT + 1)].astype(np.int64))
     return Samples(found[:, :-1], found[:, 1:])
