@@ -10,6 +10,7 @@ from ma_client.process import forking as _forking  # noqa: F401
 # isort: split
 from ma_client.cluster.spec import ClusterError, ClusterSpec
 from ma_client.job.results import InitializeResult, PushResult
+from ma_client.job.ticket import PushTicket
 from ma_client.session import ParameterServerSession
 from ma_client.transports.data_settings import DataSettings
 from modelaverage import __version__ as __version__
@@ -56,6 +57,7 @@ __all__ = [
     "ParameterServerSession",
     "ProtocolError",
     "PushResult",
+    "PushTicket",
     "Reason",
     "RetryPushError",
     "Security",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import uuid
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any
@@ -21,6 +22,7 @@ from ma_client.job.one_server import LocalPart, WorkerIdentity
 from ma_client.job.remarks import NonfiniteRemark, say_center_goes_on
 from ma_client.job.results import InitializeResult, PushResult, push_result
 from ma_client.job.session_settings import SessionSettings
+from ma_client.job.ticket import PushTicket
 from ma_client.process.one_thread import OneThread, by_one_thread
 from ma_client.transports.absence import connect
 from ma_client.transports.data_settings import DATA_SETTINGS, DataSettings
@@ -381,20 +383,86 @@ class ParameterServerSession:
                 (ROUND_TIMED_OUT, naming the missing).
             ServerUnavailableError: the server stayed away for ``reconnect_timeout_s``.
         """
+        push = self._prepared(variables, weight, local_step, loss, interval_steps, untouched, timeout_s, copy)
+        return push()
+
+    def begin_push(
+        self,
+        variables: Mapping[str, Any],
+        weight: float = 1.0,
+        *,
+        local_step: int = 0,
+        loss: float | None = None,
+        interval_steps: int = 0,
+        untouched: Collection[str] = (),
+        timeout_s: float | None = None,
+        copy: bool = True,
+        snapshot: bool = True,
+    ) -> PushTicket:
+        """Begins a round like `push_and_average`, and returns at once. Until the ticket is done, the session makes no
+        other call but `close`.
+
+        Args:
+            variables: as in `push_and_average`.
+            weight: as in `push_and_average`; so are the others that are not named here.
+            timeout_s: counts from now.
+            snapshot: copy the variables first, so that they may change at once. False: they may change when the ticket
+                is done.
+
+        Raises:
+            InvalidRequestError, NotInitializedError, ConflictError: as `push_and_average`. What happens later is raised
+                by the ticket's `result`.
+            ServerUnavailableError: no threads are left.
+        """
+        with self._one_thread.doing("begin_push"):
+            if snapshot:
+                variables = {name: array.copy() for name, array in self._center.flat(variables).items()}
+            push = self._prepared(variables, weight, local_step, loss, interval_steps, untouched, timeout_s, copy)
+        is_begun = threading.Event()
+
+        def in_background() -> PushResult:
+            try:
+                with self._one_thread.doing("begin_push", "a push is under way; wait for its ticket's result() first"):
+                    is_begun.set()
+                    return push()
+            finally:
+                is_begun.set()
+
+        ticket = PushTicket(in_background, self.worker_id)
+        is_begun.wait()  # from here on, other calls are refused
+        return ticket
+
+    def _prepared(
+        self,
+        variables: Mapping[str, Any],
+        weight: float,
+        local_step: int,
+        loss: float | None,
+        interval_steps: int,
+        untouched: Collection[str],
+        timeout_s: float | None,
+        copy: bool,
+    ) -> Callable[[], PushResult]:
+        """Checks the arguments of a push; returns what makes it."""
         if weight != 0:
             check_weight(weight)
         deadline = Deadline(self._settings.round_timeout_s if timeout_s is None else timeout_s)
-        if self.base_step is None:
+        base_step = self.base_step
+        if base_step is None:
             raise NotInitializedError("pull the center (or initialize it) before the push", Reason.NOT_INITIALIZED)
         parts = [
             LocalPart(values, untouched_here, weight, local_step, loss, min(interval_steps, _LARGEST_INTERVAL))
             for values, untouched_here in self._center.cut(variables, untouched)
         ]
         self._has_finished = False
-        outcomes = self._servers.push(self.base_step, parts, copy, deadline)
-        self._nonfinite.note(sum(outcome.nonfinite_values for outcome in outcomes), self.base_step)
-        kept = self._center.untouched_by_all(outcomes)
-        return push_result(outcomes, self._center.read(copy), self._common_step(), kept)
+
+        def push() -> PushResult:
+            outcomes = self._servers.push(base_step, parts, copy, deadline)
+            self._nonfinite.note(sum(outcome.nonfinite_values for outcome in outcomes), base_step)
+            kept = self._center.untouched_by_all(outcomes)
+            return push_result(outcomes, self._center.read(copy), self._common_step(), kept)
+
+        return push
 
     @by_one_thread
     def check_intact(self) -> None:

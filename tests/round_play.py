@@ -506,6 +506,7 @@ class Play:
             self._compare("nothing left to finish", given, self._finished)
         self._compare("due", records.due_at_s(), round_.due_at_s)
         self._compare("complete", records.whole(), round_.complete)
+        self._compare("has complete", bool(records.whole()), round_.has_complete)
         self._compare("finished", (records.finished, records.job_is_over), (round_.finished, round_.job_is_over))
         for stream in (*records.attached, *records.held):
             self._compare("holds", True, round_.holds(stream))

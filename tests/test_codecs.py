@@ -14,15 +14,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from ma_client import ParameterServerSession
 from modelaverage import wire
 from modelaverage.codecs import CODECS, RAW, Codec, codec_named
 from modelaverage.errors import InvalidRequestError, ProtocolError, Reason
 from modelaverage.manifest import DTYPES, MAX_FRAGMENT_SIZE_BYTES, MAX_RUN, Manifest, Variable
+from modelaverage.outer.base import summed_in
 from modelaverage.v1 import parameter_server_pb2 as pb
 from tests.centers import SEEDS, random_arrays
 from tests.conftest import StartServer
-from tests.jobs import CENTER, STEP, Job
-from tests.raw_client import RawClient, fragments_of
+from tests.jobs import CENTER, Job
+from tests.optimizer.workers import Running
+from tests.raw_client import FRAGMENT_SIZE_BYTES, RawClient, flat_bytes, push_header
 from tests.strategies import fast, manifests
 from tests.toy_codec import ToyCodec
 
@@ -287,46 +290,52 @@ def test_a_codec_that_is_not_known_is_refused_by_name() -> None:
 
 @pytest.fixture
 def job(start_server: StartServer) -> Job:
-    """Two workers, and a server that knows the toy."""
+    """Two workers."""
     server = start_server(2)
     return Job(RawClient(server.address), server.address)
 
 
-def test_workers_with_different_codecs_are_in_one_average_and_each_is_answered_in_its_own(
-    job: Job, monkeypatch: pytest.MonkeyPatch
+def test_workers_with_different_codecs_are_in_one_average_and_have_the_same_center(
+    start_server: StartServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(CODECS, "toy", TOY)
-    manifest = wire.manifest_from_message(job.client.pull()[0].manifest)
-    chance = np.random.default_rng(0)
-    pushes = [
-        {name: np.asarray(chance.normal(size=a.shape)).astype(a.dtype) for name, a in CENTER.items()} for _ in range(2)
+    server, chance = start_server(2), np.random.default_rng(0)
+    sent = {name: np.asarray(chance.normal(size=a.shape)).astype(a.dtype) for name, a in CENTER.items()}
+    pushed = {name: np.asarray(chance.normal(size=a.shape)).astype(a.dtype) for name, a in CENTER.items()}
+    client = RawClient(server.address)
+    with (
+        ParameterServerSession(
+            [server.address], worker_id="b", is_chief=True, fragment_size_bytes=FRAGMENT_SIZE_BYTES, shared_memory=False
+        ) as coded_worker,
+    ):
+        coded_worker.initialize(CENTER, compression="toy")
+        center, _ = coded_worker.pull()
+        header, _ = client.pull()
+        result = Running(lambda: coded_worker.push_and_average(pushed))
+        stream = client.open_push()
+        stream.push(push_header(header.manifest_id, "a", codec="raw"), sent)
+        outcome, came = stream.answer()
+        got = result.result().center
+    assert outcome.outcome == pb.OUTCOME_COMMITTED
+    assert came == flat_bytes(got)
+    manifest = wire.manifest_from_message(header.manifest)
+    base = np.frombuffer(bytearray(flat_bytes(center)), np.uint8)
+    flat = np.frombuffer(bytearray(flat_bytes(pushed)), np.uint8)
+    decoded, expected = base.copy(), base.copy()
+    for index in range(manifest.fragment_count):
+        TOY.decode_into(manifest, decoded, index, coded(TOY, manifest, flat, base, index, index + 1), base)
+    means = [
+        ((array.astype(wide := summed_in(array.dtype)) + sent[name].astype(wide)) / wide.type(2))
+        for name, array in manifest.arrays(decoded).items()
     ]
-    flats = [np.frombuffer(b"".join(fragments_of(values)), np.uint8) for values in pushes]
-    toy = [bytes(coded(TOY, manifest, flats[1], index, index + 1)) for index in range(manifest.fragment_count)]
-    decoded = flats[1].copy()
-    TOY.decode_run(manifest, decoded, 0, memoryview(b"".join(toy)))
-    streams = []
-    for name, codec, fragments in (("a", "", fragments_of(pushes[0])), ("b", "toy", toy)):
-        stream, first = job.admitted(name, codec=codec)
-        stream.give(fragments, first)
-        stream.half_close()
-        streams.append(stream)
-    answers = [stream.answer() for stream in streams]
-    assert [outcome.outcome for outcome, _ in answers] == [pb.OUTCOME_COMMITTED] * 2
-    center = np.frombuffer(bytearray(job.center()), np.uint8)
-    assert answers[0][1] == center.tobytes()
-    assert answers[1][1] == coded(TOY, manifest, center, 0, manifest.fragment_count)
-    for name, array in manifest.arrays(center).items():
-        if array.dtype.itemsize > 2:
-            mean = (pushes[0][name] + manifest.arrays(decoded)[name]) / array.dtype.type(2)
-            assert array.tobytes() == mean.astype(array.dtype).tobytes()
-    # A late push also gets the center in its own codec.
-    stream = job.client.open_push()
-    stream.send(job.header("b", codec="toy", base_step=STEP, push_id=2))
-    stream.half_close()
-    outcome, came = stream.answer()
-    assert outcome.outcome == pb.OUTCOME_STALE
-    assert came == answers[1][1]
+    for index in range(manifest.fragment_count):
+        exact = [
+            means[piece.variable].reshape(-1)[piece.start : piece.start + piece.count]
+            for piece in manifest.pieces[index]
+        ]
+        change = TOY.encode(manifest, index, exact, manifest.piece_arrays(index, base))
+        TOY.decode_into(manifest, expected, index, memoryview(b"".join(change)), base)
+    assert came == expected.tobytes()
 
 
 def test_a_push_of_a_codec_that_is_not_known_is_refused_and_changes_nothing(job: Job) -> None:

@@ -146,8 +146,14 @@ def _in_order(arrays: Mapping[str, _Array], manifest: Manifest) -> dict[str, _Ar
     """The arrays in manifest order. Raises ConflictError, naming the first variable that does not fit."""
     known = {variable.name: variable for variable in manifest.variables}
     ordered = {name: arrays[name] for name in known if name in arrays}
+    if len(ordered) == len(known) == len(arrays) and all(_fits(ordered[name], known[name]) for name in known):
+        return ordered
     ordered.update(arrays)
     difference = first_difference(variables_of(ordered), manifest.variables, "here", "in the center")
     if difference is not None:
         raise ConflictError(f"{difference}; give all workers the same model", Reason.MANIFEST_MISMATCH)
     return ordered
+
+
+def _fits(array: _Array, variable: Variable) -> bool:
+    return array.shape == variable.shape and dtype_name(array.dtype) == variable.dtype

@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from modelaverage.chosen import CHOICES, Chosen
-from modelaverage.codecs import RAW
+from modelaverage.chosen import CHOICES, Chosen, codec_of
 from modelaverage.errors import ConflictError, InvalidRequestError, Reason
 from modelaverage.outer import OuterOptimizer, text_of
 
-__all__ = ["NO_COMPRESSION", "check_has", "check_same", "named", "with_address"]
+__all__ = ["check_has", "check_same", "named", "with_address"]
 
-NO_COMPRESSION = "none"
-"""People's name for `raw`."""
 _MISMATCHES = tuple(choice.mismatch for choice in CHOICES)
 
 
@@ -33,8 +30,11 @@ def named(outer: OuterOptimizer | str | None, compression: str | None = None) ->
     if not isinstance(compression, str | None):
         raise TypeError(f'compression is {compression!r:.80}; give a text such as "int8", or None')
     try:
-        text = text_of(outer) if isinstance(outer, OuterOptimizer) else outer or ""
-        return Chosen(text, RAW.name if compression == NO_COMPRESSION else compression or "").normal
+        codec = codec_of(compression) if compression else ""
+    except ValueError as error:
+        raise InvalidRequestError(str(error), Reason.CODEC_UNKNOWN) from None
+    try:
+        return Chosen(text_of(outer) if isinstance(outer, OuterOptimizer) else outer or "", codec).normal
     except ValueError as error:
         raise InvalidRequestError(str(error), Reason.OUTER_OPTIMIZER_INVALID) from None
 
@@ -54,7 +54,7 @@ def check_has(wanted: Chosen, told: Chosen, address: str) -> None:
         )
         raise ConflictError(
             f"the center at {address} has the {choice.noun} {theirs}, and this worker names {ours}; give all workers "
-            f"the same one, or none{instead}",
+            f"the same one, or leave it out{instead}",
             choice.mismatch,
         )
 

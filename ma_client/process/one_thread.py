@@ -14,6 +14,7 @@ __all__ = ["OneThread", "by_one_thread"]
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
+_ONE_EACH = "a session is for one thread at a time; open another one for this thread, or hold a lock around every call"
 
 
 class OneThread:
@@ -27,19 +28,23 @@ class OneThread:
     def __init__(self, owner: str) -> None:
         self._owner = owner
         self._lock = threading.RLock()
-        self._under_way = ("", "")  # the thread and its call
+        self._under_way = ("", "", "")  # the thread, its call, and what to do instead
 
     @contextmanager
-    def doing(self, what: str) -> Iterator[None]:
-        """Raises SessionInUseError if another thread is in a call."""
+    def doing(self, what: str, instead: str = _ONE_EACH) -> Iterator[None]:
+        """Raises SessionInUseError if another thread is in a call.
+
+        Args:
+            what: the call.
+            instead: what others should do that call meanwhile.
+        """
         if not self._lock.acquire(blocking=False):
-            thread, call = self._under_way
+            thread, call, hint = self._under_way
             raise SessionInUseError(
                 f"thread {threading.current_thread().name!r} called {what} on the session of {self._owner!r} while "
-                f"thread {thread!r} was in its {call}: a session is for one thread at a time; "
-                "open another one for this thread, or hold a lock around every call"
+                f"thread {thread!r} was in its {call}: {hint}"
             )
-        outer, self._under_way = self._under_way, (threading.current_thread().name, what)
+        outer, self._under_way = self._under_way, (threading.current_thread().name, what, instead)
         try:
             yield
         finally:

@@ -69,6 +69,11 @@ class ModelAverageOptimizer(TensorFlowMembers):
         outer_optimizer: turns the center and the average of a round into the next center, on the servers: `OuterSGD`,
             `OuterAdam` or `OuterAverage`, or its text. The chief chooses it; a worker that gives another one is
             refused. None: that of the center, or the plain average for a new one. docs/training.md says which to use.
+        overlap_steps: how many steps training may go on while a round is under way, from 0 (training waits for the
+            round) to ``interval_steps``. The average is installed when it is there, at the latest after these steps:
+            then `step` waits. What was trained meanwhile is kept, on top of it. If the push was not used (STALE), that
+            holds, too; only the steps before the push are lost. A round that fails is raised by a later `step`. Needs
+            the memory of one more model.
         weight: this worker's share in the average, from 1e-9 to 1e9; or a function that returns what was counted since
             its last call, such as tokens or samples: the push then weighs what was counted since the last round, and
             counts only at the barrier if that is 0.
@@ -99,11 +104,20 @@ class ModelAverageOptimizer(TensorFlowMembers):
         session: ParameterServerSession | None = None,
         outer_optimizer: OuterOptimizer | str | None = None,
         compression: str | None = None,
+        overlap_steps: int = 0,
         weight: float | Callable[[], float] = 1.0,
         nonfinite: str = "allow",
     ) -> None:
         settings = settings_of(
-            num_worker, is_chief, interval_steps, use_locking, name, session, outer_optimizer, compression
+            num_worker,
+            is_chief,
+            interval_steps,
+            use_locking,
+            name,
+            session,
+            outer_optimizer,
+            compression,
+            overlap_steps,
         )
         weighing = Weighing(weight)
         guard = NonfiniteGuard(nonfinite, lambda: opt.state, lambda: self._parameters.names)
@@ -337,6 +351,17 @@ class ModelAverageOptimizer(TensorFlowMembers):
             ValueError: a parameter is trained that was frozen when the center was made.
         """
         self._schedule.average()
+
+    @not_compiled
+    def wait(self) -> None:
+        """Ends the round that is under way, if ``overlap_steps`` lets training go on during rounds: afterwards its
+        average is installed. `state_dict`, `load_state_dict`, `average`, the pull at the start and the end of training
+        do it by themselves.
+
+        Raises:
+            ModelAverageError: the round failed; the local variables are untouched.
+        """
+        self._schedule.wait()
 
     def close(self) -> None:
         """Closes the session if this optimizer made it. `begin` opens another one."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from ma_client.job.results import PushResult
+from ma_client.job.ticket import PushTicket
 from ma_client.torch.gradient_sync import warn_if_gradients_are_shared
 from ma_client.torch.nonfinite import NonfiniteGuard
 from ma_client.torch.replica import Replica
@@ -17,6 +19,7 @@ from ma_client.torch.steps_said import say_not_used
 from ma_client.torch.weighing import Weighing
 from modelaverage.errors import RetryPushError
 from modelaverage.outcome import Outcome
+from modelaverage.outer.base import summed_in
 
 __all__ = ["OwnContribution", "Rounds"]
 
@@ -26,7 +29,8 @@ class OwnContribution:
     """What a worker gives to one round.
 
     Args:
-        values: the local variables by name; they may be the tensors' own memory, as `LocalVariables.gather` says.
+        values: the local variables by name; a snapshot, or what may be the tensors' own memory, as
+            `LocalVariables.gather` says.
         untouched: names of those that hold the bytes of the center from which they started.
         base_step: the `global_step` of that center.
         steps: how many local steps since the last round the values have in them.
@@ -76,8 +80,9 @@ class Rounds:
         if loss is not None:
             self.loss = float(loss.detach() if isinstance(loss, torch.Tensor) else loss)
 
-    def gather(self) -> OwnContribution:
-        """What this worker has for a round now, and is about to push.
+    def gather(self, snapshot: bool = False) -> OwnContribution:
+        """What this worker has for a round now, and is about to push. ``snapshot``: as copies, which training does not
+        change.
 
         Raises:
             ValueError: a parameter is trained that was frozen when the center was made.
@@ -88,6 +93,8 @@ class Rounds:
         if self.last is None:  # again, because trainers wrap the model after the hook has begun
             warn_if_gradients_are_shared(variables.getter.model)
         values = variables.gather()
+        if snapshot:
+            values = {name: array.copy() for name, array in values.items()}
         late = progress.touched - values.keys()
         if late:
             raise ValueError(
@@ -109,21 +116,25 @@ class Rounds:
         Raises:
             ModelAverageError: the round failed; see `ParameterServerSession.push_and_average`.
         """
-        return self.replica.session.push_and_average(
-            contribution.values,
-            weight=contribution.weight if contribution.is_finite else 0.0,
-            local_step=contribution.local_step,
-            loss=contribution.loss,
-            interval_steps=self._interval_steps,
-            untouched=contribution.untouched,
-            copy=False,
-        )
+        return self.replica.session.push_and_average(contribution.values, **self._about(contribution))
+
+    def begin_push(self, contribution: OwnContribution) -> PushTicket:
+        """Like `push`, but returns at once. The contribution must be a snapshot. Until the ticket is done, the session
+        makes no other call."""
+        return self.replica.session.begin_push(contribution.values, **self._about(contribution), snapshot=False)
+
+    def _about(self, contribution: OwnContribution) -> dict[str, Any]:
+        return {
+            "weight": contribution.weight if contribution.is_finite else 0.0,
+            "local_step": contribution.local_step,
+            "loss": contribution.loss,
+            "interval_steps": self._interval_steps,
+            "untouched": contribution.untouched,
+            "copy": False,
+        }
 
     def install(self, result: PushResult, contribution: OwnContribution) -> None:
-        """Replaces the local variables by the center that came back; warns of steps that are lost by that.
-
-        A schedule that trains on during a round puts what was trained meanwhile into ``result.center`` before.
-        """
+        """Replaces the local variables by the center that came back; warns of steps that are lost by that."""
         if result.outcome is Outcome.COMMITTED:
             kept = result.untouched & contribution.untouched
         else:  # what was pushed was not used, and says nothing about this center
@@ -140,6 +151,15 @@ class Rounds:
             center, worker_id = self.replica.variables.gather(), self.replica.session.worker_id
             self._guard.abstained(center, contribution.untouched, worker_id)
 
+    def install_under(self, result: PushResult, contribution: OwnContribution) -> None:
+        """Like `install`, but keeps what was trained since the contribution: the local variables become the center plus
+        how far they have moved since. A worker that abstained because its values are not finite keeps nothing."""
+        if contribution.is_finite:
+            now = self.replica.variables.gather()
+            moved = {name: _moved(result.center[name], contribution.values[name], now[name]) for name in now}
+            result = replace(result, center=moved)
+        self.install(result, contribution)
+
     def _say_what_is_lost(self, result: PushResult, contribution: OwnContribution) -> None:
         """This push was not used. An earlier one from the same base step, which failed here, may be in the center: then
         only the steps after it are lost."""
@@ -151,3 +171,12 @@ class Rounds:
         counted = contribution.steps_pushed_before if was_counted else None
         if counted is None or contribution.steps > counted:
             say_not_used(session, result.outcome, contribution.steps - (counted or 0))
+
+
+def _moved(center: NDArray[Any], before: NDArray[Any], now: NDArray[Any]) -> NDArray[Any]:
+    """``center`` plus the way from ``before`` to ``now``; exactly the center where nothing has moved."""
+    exact = summed_in(center.dtype)
+    with np.errstate(all="ignore"):
+        back = np.subtract(before, now, dtype=exact)
+        found: NDArray[Any] = np.subtract(center, back, dtype=exact)  # x - 0.0 is x, also for -0.0
+        return found.astype(center.dtype, copy=False)

@@ -9,7 +9,7 @@ that uses it gets a `ClientLane`. A transport without header fields of its own i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from ma_client.transports.lent_memory import Loan
 from ma_client.transports.staging import Staging
@@ -21,8 +21,7 @@ from modelaverage.v1 import parameter_server_pb2 as pb
 __all__ = ["ClientLane", "ClientTransport", "Ending", "OutgoingPush"]
 
 
-@dataclass(frozen=True)
-class OutgoingPush:
+class OutgoingPush(NamedTuple):
     """What is known of a push before its header is sent.
 
     Args:
@@ -96,8 +95,7 @@ class ClientLane:
         """Ends the push. Returns a more precise exception to raise instead of the fault, if there is one."""
 
 
-@dataclass(frozen=True)
-class Ending:
+class Ending(NamedTuple):
     """How a push ended.
 
     Args:

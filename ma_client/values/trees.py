@@ -24,7 +24,7 @@ def paths_of(tree: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     Raises:
         InvalidRequestError: a key is not a string, or two leaves have the same name.
     """
-    paths = dict[str, tuple[str, ...]]()
+    paths: dict[str, tuple[str, ...]] = {}
     for path in _paths(tree, ()):
         name = _SEPARATOR.join(path)
         if name in paths:

@@ -340,7 +340,8 @@ class Manifest:
 
     def piece_bounds(self, index: int) -> list[tuple[int, int]]:
         """First byte and end in the flat buffer of each piece of fragment ``index``."""
-        bounds, start = list[tuple[int, int]](), self.fragment_bounds(index)[0]
+        bounds: list[tuple[int, int]] = []
+        start = self.fragment_bounds(index)[0]
         for piece in self.pieces[index]:
             begin = start + piece.offset_bytes
             bounds.append((begin, begin + piece.count * DTYPES[self.variables[piece.variable].dtype].itemsize))
@@ -353,7 +354,7 @@ class Manifest:
             index: the fragment.
             values: the bytes of each variable, in manifest order.
         """
-        pieces = list[memoryview]()
+        pieces: list[memoryview] = []
         for piece in self.pieces[index]:
             itemsize = DTYPES[self.variables[piece.variable].dtype].itemsize
             pieces.append(values[piece.variable][piece.start * itemsize : (piece.start + piece.count) * itemsize])
@@ -369,7 +370,8 @@ class Manifest:
 
     def padded(self, index: int, pieces: Sequence[memoryview]) -> list[memoryview]:
         """What fragment ``index`` consists of, in order: the bytes of its pieces, and padding."""
-        parts, at = list[memoryview](), 0
+        parts: list[memoryview] = []
+        at = 0
         for piece, data in zip(self.pieces[index], pieces, strict=True):
             if piece.offset_bytes > at:
                 parts.append(_PADDING[: piece.offset_bytes - at])

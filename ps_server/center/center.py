@@ -261,13 +261,17 @@ class Center:
         return self._threads
 
     def _finish(self, finishes: Sequence[Finish], step: int) -> Counter[str]:
-        return sum((self._finish_one(finish, step) for finish in finishes), Counter[str]())
+        nonfinite: Counter[str] = Counter()
+        for finish in finishes:
+            nonfinite.update(self._finish_one(finish, step))
+        return nonfinite
 
     def _finish_one(self, finish: Finish, step: int) -> Counter[str]:
         index, pieces = finish.index, self.manifest.pieces[finish.index]
         with np.errstate(all="ignore"):
             if finish.total_weight == 0.0:
-                nonfinite, kept = Counter[str](), frozenset(piece.variable for piece in pieces)
+                nonfinite: Counter[str] = Counter()
+                kept = frozenset(piece.variable for piece in pieces)
             else:
                 kept = finish.untouched
                 nonfinite = self._sums.average(self.next, index, finish.total_weight, kept, self.current)

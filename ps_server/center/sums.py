@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +22,7 @@ __all__ = ["Contribution", "Sums"]
 _Array = NDArray[np.generic]
 
 
-@dataclass(frozen=True)
-class Contribution:
+class Contribution(NamedTuple):
     """A worker's bytes for one fragment.
 
     Args:
@@ -86,7 +85,7 @@ class Sums:
         waiting = self._deferred.pop(index, [])
         if first:
             waiting = []
-        nonfinite = Counter[str]()
+        nonfinite: Counter[str] = Counter()
         for position, each in enumerate([*waiting, contribution]):
             starts = position == 0 if waiting else first
             nonfinite[each.worker_id] += self._add(into, index, each, starts, base)
@@ -125,7 +124,7 @@ class Sums:
         deferred = sorted(self._deferred.pop(index, []), key=lambda contribution: contribution.worker_id)
         by_contribution = [self._values(index, contribution, base) for contribution in deferred]
         weights = [contribution.weight for contribution in deferred]
-        nonfinite = Counter[str]()
+        nonfinite: Counter[str] = Counter()
         for number, (piece, total) in enumerate(zip(self._manifest.pieces[index], self.of(into, index), strict=True)):
             if piece.variable in but:
                 continue

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from modelaverage import wire
 from modelaverage.codecs import Codec
@@ -13,7 +13,7 @@ from ps_server.center.buffers import Buffer
 
 __all__ = ["Average", "Coded"]
 
-_MESSAGES_KEPT = 8
+_MESSAGES_KEPT = 8  # per average
 
 
 @dataclass
@@ -24,17 +24,21 @@ class Average:
     buffer: Buffer
     finished: int = 0
     is_coded: bool = True
+    _messages: dict[tuple[Codec, int, int], bytes] = field(default_factory=dict, init=False)
 
-    def __post_init__(self) -> None:
-        buffer = self.buffer
-        # Workers at the same pace receive the same messages, so each is built once.
-        self.message = lru_cache(_MESSAGES_KEPT)(
-            lambda codec, first, end: wire.encode_fragment(first, buffer.encoded(codec, first, end))
-        )
+    def message(self, codec: Codec, first: int, end: int) -> bytes:
+        """Fragments ``first`` to ``end`` - 1 as one message of the call. Workers at the same pace receive the same
+        messages, so each is built once."""
+        message = self._messages.get((codec, first, end))
+        if message is None:
+            message = wire.encode_fragment(first, self.buffer.encoded(codec, first, end))
+            self._messages[codec, first, end] = message
+            if len(self._messages) > _MESSAGES_KEPT:
+                del self._messages[next(iter(self._messages))]
+        return message
 
 
-@dataclass(frozen=True)
-class Coded:
+class Coded(NamedTuple):
     """An average encoded by a codec."""
 
     average: Average

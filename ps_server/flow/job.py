@@ -352,7 +352,7 @@ class Job:
             ConflictError: BASE_UNKNOWN: all decisions were carried out, and the push has to come again raw.
         """
         answer: Decision | None = None
-        finished = list[Finish]()
+        finished: list[Finish] = []
         for decision in decisions:
             match decision:
                 case FinishFragment(index, total_weight, untouched, steps):

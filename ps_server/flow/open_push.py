@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from modelaverage.codecs import RAW, Codec
 from modelaverage.errors import Reason, refusal
@@ -19,9 +20,11 @@ from ps_server.transports.base import Lane
 
 __all__ = ["Manner", "OpenPush", "push_of"]
 
+# By number on the wire; a header without one contributes.
+_PURPOSES = {0: Purpose.CONTRIBUTE, **{purpose.value: purpose for purpose in Purpose}}
 
-@dataclass(frozen=True)
-class Manner:
+
+class Manner(NamedTuple):
     """Options of a client for its push.
 
     Args:
@@ -87,14 +90,14 @@ class OpenPush:
 
 
 def _purpose_of(header: pb.PushHeader) -> Purpose:
-    try:
-        return Purpose(header.purpose or pb.PURPOSE_CONTRIBUTE)
-    except ValueError:
+    purpose = _PURPOSES.get(header.purpose)
+    if purpose is None:
         known = ", ".join(f"{purpose.value} ({purpose.name})" for purpose in Purpose)
         raise refusal(
             Reason.MESSAGE_MALFORMED,
             f"{header.worker_id[:128]!r} pushes with purpose {header.purpose}; the server knows {known}",
-        ) from None
+        )
+    return purpose
 
 
 def push_of(header: pb.PushHeader, manifest: Manifest) -> Push:

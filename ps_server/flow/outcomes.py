@@ -34,7 +34,7 @@ def outcomes_of(
         untouched_variables=sorted(commit.untouched),
         center_id=center_id,
     )
-    outcomes = dict[OpenPush, pb.PushOutcome]()
+    outcomes: dict[OpenPush, pb.PushOutcome] = {}
     for stream, verdict in commit.verdicts.items():
         push = pushes[stream]
         outcome = pb.PushOutcome(outcome=pb.Outcome.Name(verdict.outcome.value), waited_s=verdict.waited_s)
@@ -56,6 +56,8 @@ def tell(outcomes: Mapping[OpenPush, pb.PushOutcome], held: Iterable[OpenPush], 
 
 def log_commit(commit: Commit) -> None:
     """Logs the step reached and the contributors."""
+    if not _log.isEnabledFor(logging.DEBUG):  # a line for every round, with many names
+        return
     _log.debug(
         "global_step %d: averaged %s",
         commit.global_step,

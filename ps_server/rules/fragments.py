@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from modelaverage.errors import Reason, refusal
 from modelaverage.purpose import Purpose
-from ps_server.rules.decisions import Accumulate, Addition, FinishFragment
+from ps_server.rules.decisions import Accumulate, Addition, Decision, FinishFragment
 from ps_server.rules.entry import Entry
 
 __all__ = ["Fragments", "check_fragment_order"]
@@ -65,15 +65,15 @@ class Fragments:
         entry.wanted += 1
         return Accumulate(index, weight, how)
 
-    def finish(self, entries: Collection[Entry], givers: int, is_base: bool) -> list[FinishFragment]:
-        """The fragments that are now finished because all ``givers`` have delivered them.
+    def finish(self, entries: Collection[Entry], givers: int, is_base: bool) -> list[Decision]:
+        """A `FinishFragment` for each fragment that is now finished because all ``givers`` have delivered it.
 
         Args:
             entries: all entries of the round, which is closed to others.
             givers: how many of them send fragments.
             is_base: see `result`.
         """
-        decisions: list[FinishFragment] = []
+        decisions: list[Decision] = []
         while self.finished < self.count and self._gifts[self.finished] == givers:
             decisions.append(FinishFragment(self.finished, *self.result(entries, is_base)))
             self.finished += 1

@@ -209,9 +209,8 @@ class Round:
     def come_back(self, worker_id: str) -> None:
         """A worker is about to push: rounds wait for it, even if it had finished. If the job was over, this begins a
         new run, in which no worker has finished."""
-        present = self._entries.keys()
-        self._quorum.come_back(worker_id, present)
-        if self._state is RoundState.OPEN and self._whole < self._quorum.enough(present):
+        self._quorum.come_back(worker_id, self._entries.keys())
+        if self._quorum.enough_at_s is not None and self._state is RoundState.OPEN and not self._has_enough:
             self._quorum.enough_at_s = None  # one more push is needed now
 
     # The end of a round.
@@ -239,7 +238,8 @@ class Round:
         assert not self._keeping.is_waiting
         _, untouched, _ = self._fragments.result(self._entries.values(), self._is_base)
         global_step, contributors, counted = self.as_committed()
-        verdicts, late_s = {}, list[float]()
+        verdicts: dict[int, Verdict] = {}
+        late_s: list[float] = []
         for entry in self._entries.values():
             assert entry.whole_at_s is not None
             assert self._quorum.enough_at_s is not None
@@ -462,17 +462,14 @@ class Round:
         """Advances the round after a change in its workers, or once ``entry`` may be whole."""
         if self._state is RoundState.PREPARED:
             return []
-        if entry is not None and entry.wanted == self.fragment_count and entry.state is not EntryState.WHOLE:
+        if entry is not None and entry.wanted == self.fragment_count and entry.whole_at_s is None:
             entry.whole_at_s = now_s
             self._whole += 1
             self._abstaining += entry.abstains
         present = self._entries.keys()
         if self._state is RoundState.OPEN and self._quorum.is_complete(present):
             self._state = RoundState.CLOSED
-        enough = self._quorum.enough(present)
-        if self._state is RoundState.CLOSED:  # a finished worker may have returned too late for this round
-            enough = min(enough, len(present))
-        if self._whole >= enough and self._quorum.enough_at_s is None:
+        if self._quorum.enough_at_s is None and self._has_enough:
             self._quorum.enough_at_s = now_s
         decisions = self._finish_fragments()
         if self._state is RoundState.CLOSED and self._whole == len(present):
@@ -480,12 +477,20 @@ class Round:
             decisions += self._keeping.prepare(self._base_step + 1, now_s)
         return decisions
 
+    @property
+    def _has_enough(self) -> bool:
+        """Whether enough pushes are whole for the grace period to begin."""
+        enough = self._quorum.enough(self._entries.keys())
+        if self._state is RoundState.CLOSED:  # a finished worker may have returned too late for this round
+            enough = min(enough, len(self._entries))
+        return self._whole >= enough
+
     def _finish_fragments(self) -> list[Decision]:
         """Finishes the fragments that all workers have delivered, once the set of workers is settled."""
         if self._state is RoundState.OPEN:
             return []
         givers = len(self._entries) - self._abstaining
-        return [*self._fragments.finish(self._entries.values(), givers, self._is_base)]
+        return self._fragments.finish(self._entries.values(), givers, self._is_base)
 
     @property
     def _is_base(self) -> bool:
@@ -497,16 +502,13 @@ class Round:
     @property
     def _grace_over_at_s(self) -> float | None:
         """When the grace period ends."""
-        since_s: float | None = None
-        if self._state is RoundState.PREPARED:
+        since_s = self._quorum.enough_at_s
+        if since_s is None and self._held:
+            broken_at_s = (entry.detached_at_s for entry in self._entries.values() if entry.is_broken)
+            since_s = min(broken_at_s, default=None) if self._state is RoundState.CLOSED else self._quorum.barred_at_s
+        if since_s is None or self._state is RoundState.PREPARED:
             return None
-        if self._quorum.enough_at_s is not None:
-            since_s = self._quorum.enough_at_s
-        elif self._held and self._state is RoundState.CLOSED:
-            since_s = min((entry.detached_at_s for entry in self._entries.values() if entry.is_broken), default=None)
-        elif self._held:
-            since_s = self._quorum.barred_at_s
-        return None if since_s is None else since_s + self._quorum.grace_s
+        return since_s + self._quorum.grace_s
 
     def _waiting_since_s(self) -> dict[int, float]:
         """By idle stream, since when it has waited."""

@@ -7,8 +7,7 @@ side of that one push. The lane delivers ascending runs of encoded fragments and
 from __future__ import annotations
 
 from collections.abc import Awaitable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from modelaverage.codecs import Codec
 from modelaverage.errors import ModelAverageError
@@ -22,8 +21,8 @@ Content = tuple[int, memoryview] | pb.SharedFragments
 """The content of a push message: the first index and the bytes of a run, or a reference to fragments elsewhere."""
 
 
-@dataclass(frozen=True)
-class Run:
+# Named tuples, because a frozen dataclass takes several times as long to make, and there is one for every message.
+class Run(NamedTuple):
     """Consecutive fragments of a push.
 
     Args:
@@ -80,8 +79,7 @@ class PushCall(Protocol):
         """Waits until bytes are sent outside the call's stream."""
 
 
-@dataclass(frozen=True)
-class Opening:
+class Opening(NamedTuple):
     """A push whose header has arrived.
 
     Args:

@@ -43,15 +43,16 @@ def test_the_constructor_has_the_originals_parameters_and_the_new_ones_are_keywo
         "session": None,
         "outer_optimizer": None,
         "compression": None,
+        "overlap_steps": 0,
         "weight": 1.0,
         "nonfinite": "allow",
     }
     assert list(parameters) == [
         *("opt", "num_worker", "is_chief", "ma_custom_getter", "interval_steps", "use_locking", "name"),
-        *("session", "outer_optimizer", "compression", "weight", "nonfinite"),
+        *("session", "outer_optimizer", "compression", "overlap_steps", "weight", "nonfinite"),
     ]
     kinds = [parameter.kind for parameter in parameters.values()]
-    assert kinds == [inspect.Parameter.POSITIONAL_OR_KEYWORD] * 7 + [inspect.Parameter.KEYWORD_ONLY] * 5
+    assert kinds == [inspect.Parameter.POSITIONAL_OR_KEYWORD] * 7 + [inspect.Parameter.KEYWORD_ONLY] * 6
 
 
 @pytest.mark.parametrize("settings", [{"interval_steps": 0}, {"interval_steps": -1}, {"num_worker": 0}])
