@@ -113,7 +113,7 @@ class Kind:
         """Raises Wrong unless these bytes are the center of this step."""
         expected = self.center_of(step)
         for name, array in self.manifest.arrays(np.frombuffer(bytes(flat), np.uint8)).items():
-            if not (np.abs(array - expected) <= _NEAR * (self.codec is not RAW)).all():
+            if not (np.abs(array.astype(np.float64) - expected) <= _NEAR * (self.codec is not RAW)).all():
                 raise Wrong(f"{what}: {name} is {array.tolist()} at step {step}, where {expected} belongs")
 
 
@@ -323,7 +323,8 @@ class Worker:
         context, task = self.server.call("Initialize")
         chosen = Chosen(text_of(self.kind.outer), self.kind.codec.name).told
         manifest = wire.manifest_to_message(self.manifest)
-        header = pb.InitializeHeader(worker_id="0", manifest=manifest, **chosen.texts)
+        header = pb.InitializeHeader(worker_id="0", manifest=manifest)
+        header.outer_optimizer, header.compression = chosen.outer_optimizer, chosen.compression
         context.up.put_nowait(pb.InitializeRequest(header=header).SerializeToString())
         flat = memoryview(self.kind.flat(INITIAL))
         for index in range(self.manifest.fragment_count):
