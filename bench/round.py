@@ -20,21 +20,25 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.processes import parameter_server, peak_bytes, resident_bytes
-from bench.turns import Turns, over_workers, take_turns, values_of
+from bench.turns import Turns, over_workers, take_turns, tolerance_of, values_of
 
 NESTEROV = "sgd:lr=0.7,momentum=0.9,nesterov"
 TRANSPORTS = ("shared memory", "unix socket", "tcp, messages", "tcp")
 """The last one: with a data connection for what is worth it."""
+CODED_TRANSPORTS = TRANSPORTS[-2:]
+COMPRESSIONS = ("int8", "int4")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row: how the bytes travel, how many float32 parameters, how many workers, the outer optimizer as text."""
+    """One row: how the bytes travel, how many float32 parameters, how many workers, the outer optimizer as text, the
+    compression."""
 
     transport: str
     parameters: int
     workers: int
     outer: str = "average"
+    compression: str = "none"
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class Result:
     parameters: int
     workers: int
     outer: str
+    compression: str
     round_ms: float
     round_spread: float
     gloo_ms: float
@@ -89,11 +94,13 @@ def work(case: Case, rank: int, rounds: int, address: str, gloo_port: int, pipe:
     )
     outer = outer_optimizer(case.outer)
     if rank == 0:
-        session.initialize({"x": local}, outer_optimizer=outer)
+        session.initialize({"x": local}, outer_optimizer=outer, compression=case.compression)
     first, _ = session.pull(copy=False)
     # Only what an outer optimizer's results are compared with costs memory of its own.
     center = None if outer == AVERAGE else first["x"].copy()
-    round_turns, gloo_turns = take_turns(session, local, mean, reduced, rounds, outer, center)
+    round_turns, gloo_turns = take_turns(
+        session, local, mean, reduced, rounds, outer, center, tolerance_of(case.compression, case.workers)
+    )
     extra_bytes = peak_bytes(os.getpid(), "modelaverage-center") - idle_bytes
     pipe.send(Sample(round_turns, gloo_turns, extra_bytes))
     pipe.recv()  # the server's memory is measured while all workers are connected
@@ -134,6 +141,7 @@ def measure(case: Case, rounds: int) -> Result:
         parameters=case.parameters,
         workers=case.workers,
         outer=case.outer,
+        compression=case.compression,
         round_ms=round_s * 1e3,
         round_spread=round_spread,
         gloo_ms=gloo_s * 1e3,
@@ -148,9 +156,9 @@ def measure(case: Case, rounds: int) -> Result:
 def table(results: list[Result]) -> Table:
     """The results for people."""
     shown = Table(title="one averaging round on this machine; ratios are what counts")
-    for column in ("transport", "parameters", "workers", "outer", "round ms", "spread", "gloo ms", "spread", "ratio"):
+    for column in ("transport", "parameters", "workers", "outer", "coded", "round ms", "spread", "gloo ms", "spread"):
         shown.add_column(column, justify="right")
-    for column in ("wire MB/round", "server + MB", "worker + MB"):
+    for column in ("ratio", "wire MB/round", "server + MB", "worker + MB"):
         shown.add_column(column, justify="right")
     for r in results:
         shown.add_row(
@@ -158,6 +166,7 @@ def table(results: list[Result]) -> Table:
             f"{r.parameters:,}",
             str(r.workers),
             r.outer.partition(":")[0],
+            "" if r.compression == "none" else r.compression,
             f"{r.round_ms:.2f}",
             f"{r.round_spread:.0%}",
             f"{r.gloo_ms:.2f}",
@@ -182,12 +191,18 @@ def main(argv: list[str] | None = None) -> int:
     cases = [Case(t, p, w) for p in parameters for w in workers for t in TRANSPORTS]
     beside = Case("shared memory", 10_000_000, 2)  # the same round with an outer optimizer
     cases.insert(cases.index(beside) + 1, replace(beside, outer=NESTEROV))
+    for transport in CODED_TRANSPORTS:
+        raw = Case(transport, 10_000_000, 2)  # the same round in fewer bytes
+        at = cases.index(raw) + 1
+        cases[at:at] = [replace(raw, compression=compression) for compression in COMPRESSIONS]
     if not arguments.quick:
         cases.append(Case("tcp", 10_000_000, 16))  # the server's memory is the same as with two
-    console, results = Console(width=150), []
+    console, results = Console(width=160), []
     for case in cases:
         console.print(
-            f"{case.transport}: {case.parameters:,} parameters, {case.workers} workers, {case.outer}", style="dim"
+            f"{case.transport}: {case.parameters:,} parameters, {case.workers} workers, {case.outer}, "
+            f"compression {case.compression}",
+            style="dim",
         )
         results.append(measure(case, arguments.rounds))
     console.print(table(results))

@@ -348,7 +348,7 @@ def _status(arguments: argparse.Namespace) -> int:
         print(status.as_json(answers))
     elif answers:
         columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-        if differ := status.outer_optimizers_of(seen):
+        for differ in status.differing_choices(seen):
             print(f"{differ}\n")
         print("\n\n".join(status.as_text(answer, columns) for answer in answers))
     return 0 if len(answers) == len(arguments.addresses) else 1

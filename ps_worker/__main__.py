@@ -48,6 +48,7 @@ examples:
   ps-worker digits --alone                                                            half of the images, no server
   ps-worker digits --alone --all-images                                               all of them
   ps-worker digits --ps-hosts ... --outer sgd:lr=0.7,momentum=0.9,nesterov            the same for all workers
+  ps-worker digits --ps-hosts ... --compression int8                                  a quarter of the bytes
 """
 _CLUSTER_HELP = """\
 What is not given here is taken from the environment: MA_PS_HOSTS, MA_NUM_WORKERS and MA_TASK_INDEX; TF_CONFIG;
@@ -194,7 +195,7 @@ def _digits(arguments: argparse.Namespace) -> None:
     require(MODULES)
     if arguments.events_fd is None and not arguments.log_json:
         if cluster is not None:
-            print(f"ps-worker: outer optimizer {config.outer}")
+            print(f"ps-worker: outer optimizer {config.outer}, compression {config.compression}")
         print("ps-worker: importing torch ...", flush=True)
     from ps_worker.demo import digits
     from ps_worker.demo.play import play

@@ -49,6 +49,7 @@ examples:
   ma-launch --workers 4 --runs /tmp/runs -- digits --steps 400 --interval-steps 50 --seed 1
   ma-launch --workers 4 -- digits --outer sgd:lr=0.7,momentum=0.9,nesterov
   ma-launch --workers 4 -- digits --outer average
+  ma-launch --workers 4 -- digits --compression int8
 """
 _DIGITS = "digits"
 _AUTO = "auto"

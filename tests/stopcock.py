@@ -27,6 +27,8 @@ class Way:
         self.open = threading.Event()
         self.open.set()
         self.chunk_bytes, self.pause_s = 1 << 16, 0.0
+        self.passed_bytes = 0
+        self._counting = threading.Lock()
 
     def slow(self, chunk_bytes: int, pause_s: float) -> None:
         """Makes it pause each time it has taken this many bytes."""
@@ -36,6 +38,8 @@ class Way:
         with contextlib.suppress(OSError):
             while data := source.recv(self.chunk_bytes):
                 self.open.wait()
+                with self._counting:
+                    self.passed_bytes += len(data)
                 target.sendall(data)
                 time.sleep(self.pause_s)
         with contextlib.suppress(OSError):

@@ -171,10 +171,43 @@ def test_a_worker_with_another_outer_optimizer_is_refused_with_both_named(start_
         train_in_cluster(replace(config, outer="average"), cluster, lambda _: None)
 
 
+def test_a_worker_with_another_compression_is_refused_with_both_named(start_server: StartServer) -> None:
+    cluster = ClusterSpec((start_server(1).address,), num_workers=1, task_index=0)
+    config = DigitsConfig(steps=20, interval_steps=20, compression="int8")
+    train_in_cluster(config, cluster, lambda _: None)
+    with pytest.raises(ConflictError, match=r"compression int8, and this call names int4"):
+        train_in_cluster(replace(config, compression="int4"), cluster, lambda _: None)
+
+
+@pytest.mark.parametrize(("compression", "most"), [("bfloat16", 0.6), ("int8", 0.35), ("int4", 0.25)])
+def test_compression_saves_most_bytes_of_a_run_and_teaches_the_digits(
+    compression: str, most: float, start_server: StartServer
+) -> None:
+    server = start_server(1)
+    cluster = ClusterSpec((server.address,), num_workers=1, task_index=0)
+    events: list[Event] = []
+    train_in_cluster(DigitsConfig(steps=400, interval_steps=20, compression=compression), cluster, events.append)
+    with ParameterServerSession(cluster.ps_hosts, worker_id="observer") as observer:
+        status = observer.status()
+    assert status.compression == compression
+    assert status.received_bytes / status.received_raw_bytes < most
+    assert status.sent_bytes / status.sent_raw_bytes < most
+    accuracy = Record(events).last_accuracy("worker-0")
+    assert accuracy is not None
+    assert accuracy > 0.95
+
+
 def test_flags_say_all_of_a_configuration() -> None:
     outer = text_of(OuterAdam(lr=0.5, betas=(0.25, 0.75)))
     config = DigitsConfig(
-        steps=60, interval_steps=30, batch_size=8, learning_rate=0.5, momentum=0.25, seed=7, outer=outer
+        steps=60,
+        interval_steps=30,
+        batch_size=8,
+        learning_rate=0.5,
+        momentum=0.25,
+        seed=7,
+        outer=outer,
+        compression="int4",
     )
     parser = argparse.ArgumentParser()
     add_training_flags(parser)
@@ -234,6 +267,8 @@ def summary_of(num_workers: int) -> Summary:
         bytes_moved=9 << 20,
         bytes_received=4_820_000,
         bytes_sent=4_820_000,
+        bytes_received_raw=19_280_000,
+        bytes_sent_raw=9_640_000,
         total_s=121.24,
         cluster_s=110.44,
         alone_s=17.66,
@@ -299,6 +334,12 @@ def test_the_table_compares_the_center_with_plain_averages_and_with_lone_workers
         ("started again", "worker-1 2"),
         ("rounds", f"60  ({config.steps} steps, a round every {config.interval_steps})"),
     ]
+    coded = replace(summary_of(2), config=replace(config, compression="int4"))
+    rows = dict(coded.rows())
+    assert rows["plain average"].endswith("(the same without outer steps and compression)")
+    assert rows["compression"] == "int4"
+    assert rows["bytes moved"] == "9.2 MiB  (4.6 MiB to the server, 4.6 MiB back)"
+    assert rows["before coding"] == "27.6 MiB  (18.4 MiB to the server, 9.2 MiB back)"
     # The only worker has all images, and its center is a plain average.
     only = replace(summary_of(1), plain=None, all_images=None, restarts={})
     assert [label for label, _ in only.rows()][:4] == ["center", "alone", "outer optimizer", "rounds"]

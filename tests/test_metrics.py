@@ -69,7 +69,14 @@ def test_values_are_those_of_the_status(server: RunningServer) -> None:
     assert {phase for phase in found.labels("phase", "phase") if found.value("phase", phase=phase)} == {"averaging"}
     for name in ("global_step", "num_workers", "min_workers", "connected_workers", "model_size_bytes"):
         assert found[name] == getattr(status, name), name
-    for name in ("received_bytes", "sent_bytes", "rounds_restarted", "stale_pushes"):
+    for name in (
+        "received_bytes",
+        "sent_bytes",
+        "received_raw_bytes",
+        "sent_raw_bytes",
+        "rounds_restarted",
+        "stale_pushes",
+    ):
         assert found[f"{name}_total"] == getattr(status, name), name
     assert found["rounds_total"] == status.rounds_committed == 3
     assert found["retried_pushes_total"] == status.pushes_retried == 0

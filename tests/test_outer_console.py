@@ -20,7 +20,7 @@ from ps_server.__main__ import main
 from ps_server.center.center import Center
 from ps_server.checkpoints.fields import Checkpoint
 from ps_server.checkpoints.keeper import CheckpointPolicy
-from ps_server.console.status import Seen, as_text, outer_optimizers_of
+from ps_server.console.status import Seen, as_text, differing_choices
 from ps_server.console.watch import line
 from tests.centers import ALL_DTYPES, Array, Arrays, random_arrays
 from tests.checkpoints import write_fresh
@@ -67,7 +67,7 @@ def shard(address: str, outer: str, job_id: bytes = b"x" * 16) -> Seen:
 def test_servers_of_one_job_with_different_outer_optimizers_are_an_alarm() -> None:
     servers = [shard("ps0:1", ""), shard("ps1:1", "sgd:lr=0.5")]
     said = "OUTER OPTIMIZERS DIFFER within one job: ps0:1 has average; ps1:1 has sgd:lr=0.5"
-    assert outer_optimizers_of(servers) == said
+    assert differing_choices(servers) == [said]
     assert said in without_styles(drawn(*servers))
     assert len(without_styles(drawn(*servers, height=24)).splitlines()) <= 24
 
@@ -83,7 +83,7 @@ def test_servers_of_one_job_with_different_outer_optimizers_are_an_alarm() -> No
     ],
 )
 def test_servers_that_agree_and_servers_of_other_jobs_are_none(servers: list[Seen]) -> None:
-    assert outer_optimizers_of(servers) == ""
+    assert differing_choices(servers) == []
 
 
 def test_the_command_shows_it_and_says_where_servers_differ(

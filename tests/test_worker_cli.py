@@ -122,6 +122,11 @@ MISTAKES = {
         "--outer: outer optimizer 'nesterov' is not known here, only average, sgd, adam",
     ),
     "launch outer": ((*LAUNCH, "--", "digits", "--outer", "adam"), "--outer: outer optimizer 'adam' needs lr, such as"),
+    "compression": (
+        (*WORKER, "digits", "--compression", "zip"),
+        "--compression: compression 'zip' is not known here, only none, bfloat16, int8, int4",
+    ),
+    "launch compression": ((*LAUNCH, "--", "digits", "--compression", "INT8"), "--compression: compression 'INT8' is"),
     "plain averages": ((*WORKER, "digits", *CLUSTER, "--plain-averages"), "--plain-averages needs --alone"),
     "all images": ((*WORKER, "digits", *CLUSTER, "--all-images"), "--all-images needs --alone"),
     "runs is a file": ((*LAUNCH, "--runs", __file__, "--", "digits"), __file__),
@@ -151,9 +156,9 @@ def test_every_command_has_help(command: tuple[str, ...], capsys: pytest.Capture
     assert printed.err == ""
 
 
-@pytest.mark.parametrize("mistake", ["outer", "outer unknown", "launch outer"])
+@pytest.mark.parametrize("mistake", ["outer", "outer unknown", "launch outer", "compression", "launch compression"])
 @pytest.mark.usefixtures("as_alone")
-def test_a_wrong_outer_optimizer_is_a_usage_error(mistake: str) -> None:
+def test_a_wrong_outer_optimizer_or_compression_is_a_usage_error(mistake: str) -> None:
     assert exit_code(*MISTAKES[mistake][0]) == 2
 
 

@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from modelaverage.chosen import CHOICES, Chosen
-from modelaverage.codecs import CODECS, RAW
+from modelaverage.chosen import CHOICES, Chosen, codec_of
 from modelaverage.errors import ConflictError, InvalidRequestError, Reason
-from modelaverage.names import listed
 from modelaverage.outer import OuterOptimizer, text_of
 
-__all__ = ["NO_COMPRESSION", "check_has", "check_same", "named", "with_address"]
+__all__ = ["check_has", "check_same", "named", "with_address"]
 
-NO_COMPRESSION = "none"
-"""People's name for `raw`."""
 _MISMATCHES = tuple(choice.mismatch for choice in CHOICES)
 
 
@@ -34,21 +30,13 @@ def named(outer: OuterOptimizer | str | None, compression: str | None = None) ->
     if not isinstance(compression, str | None):
         raise TypeError(f'compression is {compression!r:.80}; give a text such as "int8", or None')
     try:
-        text = text_of(outer) if isinstance(outer, OuterOptimizer) else outer or ""
-        return Chosen(text, _codec_name(compression or "")).normal
+        codec = codec_of(compression) if compression else ""
+    except ValueError as error:
+        raise InvalidRequestError(str(error), Reason.CODEC_UNKNOWN) from None
+    try:
+        return Chosen(text_of(outer) if isinstance(outer, OuterOptimizer) else outer or "", codec).normal
     except ValueError as error:
         raise InvalidRequestError(str(error), Reason.OUTER_OPTIMIZER_INVALID) from None
-
-
-def _codec_name(compression: str) -> str:
-    if compression == NO_COMPRESSION:
-        return RAW.name
-    if compression and compression not in CODECS:
-        known = [NO_COMPRESSION if name == RAW.name else name for name in CODECS]
-        raise InvalidRequestError(
-            f"compression {compression[:40]!r} is not known here, only {listed(known)}", Reason.CODEC_UNKNOWN
-        )
-    return compression
 
 
 def check_has(wanted: Chosen, told: Chosen, address: str) -> None:

@@ -7,11 +7,24 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
-from modelaverage.codecs import RAW, codec_named
+from modelaverage.codecs import CODECS, RAW, codec_named
 from modelaverage.errors import Reason
+from modelaverage.names import printable
 from modelaverage.outer import AVERAGE, outer_optimizer, text_of
 
-__all__ = ["CHOICES", "Choice", "Chosen", "NOTHING_CHOSEN"]
+__all__ = [
+    "CHOICES",
+    "COMPRESSIONS",
+    "Choice",
+    "Chosen",
+    "NOTHING_CHOSEN",
+    "NO_COMPRESSION",
+    "codec_of",
+    "compression_of",
+]
+
+NO_COMPRESSION = "none"
+"""People's name for `raw`."""
 
 
 @dataclass(frozen=True)
@@ -100,3 +113,20 @@ class Chosen:
 
 
 NOTHING_CHOSEN = Chosen()
+
+
+def compression_of(codec: str) -> str:
+    """People's name for what a codec does, as text for a terminal; the empty name is `raw`."""
+    return NO_COMPRESSION if codec in ("", RAW.name) else printable(codec)
+
+
+def codec_of(compression: str) -> str:
+    """The codec for what a person writes. Raises ValueError unless there is one."""
+    name = RAW.name if compression == NO_COMPRESSION else compression
+    if name not in CODECS:
+        raise ValueError(f"compression {compression[:40]!r} is not known here, only {', '.join(COMPRESSIONS)}")
+    return name
+
+
+COMPRESSIONS = tuple(map(compression_of, CODECS))
+"""People's names for this version's codecs."""

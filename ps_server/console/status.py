@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from google.protobuf.message import Message
 from modelaverage import wire
 from modelaverage.access import proxies
 from modelaverage.access.channels import Access
+from modelaverage.chosen import CHOICES, compression_of
 from modelaverage.commands.columns import fitted, listed_within, shortened, size, width
 from modelaverage.missing import Missing
 from modelaverage.names import printable, shown
@@ -27,11 +28,13 @@ __all__ = [
     "Seen",
     "as_json",
     "as_text",
+    "compression_in",
+    "differing_choices",
     "fetch",
     "intervals_of",
     "missing_of",
+    "moved_of",
     "outer_optimizer_of",
-    "outer_optimizers_of",
     "phase_of",
     "plain",
     "shard_of",
@@ -42,6 +45,8 @@ __all__ = [
 # A checkpoint that takes longer to write is shown as a problem.
 _HANGS_FROM_S = 5.0
 _TITLE_COLUMNS = 13
+# Rows that are wrapped; the others are shortened.
+_SENTENCES = ("checkpoint", "moved")
 _INDENT = "  "
 # Nothing is made narrower than this.
 _NARROWEST = 12
@@ -132,14 +137,13 @@ def as_text(status: pb.GetStatusResponse, columns: int | None = None) -> str:
         columns: how wide they may be; None: any width.
     """
     room = None if columns is None else max(_NARROWEST, columns - _TITLE_COLUMNS)
-    moved = f"{size(status.received_bytes)} received, {size(status.sent_bytes)} sent"
     trouble = [f"{status.rounds_restarted} rounds restarted", f"{status.stale_pushes} stale pushes"]
     rows = [
         ("phase", phase_of(status)),
         ("global_step", str(status.global_step)),
         ("workers", fitted(workers_in_round(status), room)),
         ("model", fitted([f"{size(status.model_size_bytes)}{shard_of(status)}"], room)),
-        ("moved", moved),
+        ("moved", ", ".join(moved_of(status))),
         ("up", fitted([f"{status.uptime_s:.1f} s", f"last round {status.last_round_s:.3f} s", *trouble], room)),
     ]
     if status.checkpoint_problem:
@@ -153,10 +157,12 @@ def as_text(status: pb.GetStatusResponse, columns: int | None = None) -> str:
         rows.append(("waiting for", f"{missing}{since}"))
     if outer := outer_optimizer_of(status):
         rows.append(("outer", fitted([outer], room)))
+    if compression := compression_in(status):
+        rows.append(("compression", fitted([compression], room)))
     lines = [
         line
         for title, text in rows
-        for line in (_wrapped(title, text, room) if title == "checkpoint" else [f"{title:<{_TITLE_COLUMNS}}{text}"])
+        for line in (_wrapped(title, text, room) if title in _SENTENCES else [f"{title:<{_TITLE_COLUMNS}}{text}"])
     ]
     if differ := intervals_of(status, columns):
         lines.append(differ)
@@ -212,6 +218,16 @@ def intervals_of(status: pb.GetStatusResponse, columns: int | None = None) -> st
     return head + listed_within(names, 0, show, room)
 
 
+def moved_of(status: pb.GetStatusResponse) -> list[str]:
+    """The bytes of fragments received and sent: on the wire, and before coding where that is another number."""
+    found = list[str]()
+    for what in ("received", "sent"):
+        moved, raw = getattr(status, f"{what}_bytes"), getattr(status, f"{what}_raw_bytes")
+        before = f" ({size(raw)} before coding)" if raw not in (0, moved) else ""  # 0: of an older server
+        found.append(f"{size(moved)} {what}{before}")
+    return found
+
+
 def outer_optimizer_of(status: pb.GetStatusResponse) -> str:
     """The outer optimizer of the server's center; empty if there is no center yet."""
     if status.phase == pb.PHASE_UNINITIALIZED:
@@ -219,19 +235,27 @@ def outer_optimizer_of(status: pb.GetStatusResponse) -> str:
     return printable(status.outer_optimizer or AVERAGE.name)
 
 
-def outer_optimizers_of(servers: Sequence[Seen]) -> str:
-    """A warning if the centers of servers of one job have different outer optimizers; otherwise empty."""
+def compression_in(status: pb.GetStatusResponse) -> str:
+    """How workers and server encode a round's bytes, "none" for raw; empty if there is no center yet."""
+    return "" if status.phase == pb.PHASE_UNINITIALIZED else compression_of(status.compression)
+
+
+_SHOWN = {"outer_optimizer": outer_optimizer_of, "compression": compression_in}
+
+
+def differing_choices(servers: Sequence[Seen]) -> list[str]:
+    """A warning for each choice, such as the outer optimizer, that is not the same on all servers of one job."""
+    return [warning for choice in CHOICES if (warning := _differing(servers, choice.noun, _SHOWN[choice.field]))]
+
+
+def _differing(servers: Sequence[Seen], noun: str, shown_of: Callable[[pb.GetStatusResponse], str]) -> str:
     jobs = dict[bytes, dict[str, str]]()
     for server in servers:
-        if (
-            server.status is not None
-            and server.status.HasField("shard")
-            and (outer := outer_optimizer_of(server.status))
-        ):
-            jobs.setdefault(server.status.shard.job_id, {})[server.address] = outer
+        if server.status is not None and server.status.HasField("shard") and (text := shown_of(server.status)):
+            jobs.setdefault(server.status.shard.job_id, {})[server.address] = text
     differing = [found for found in jobs.values() if len(set(found.values())) > 1]
-    each = "; ".join(f"{address} has {outer}" for found in differing for address, outer in found.items())
-    return each and f"OUTER OPTIMIZERS DIFFER within one job: {each}"
+    each = "; ".join(f"{address} has {text}" for found in differing for address, text in found.items())
+    return each and f"{noun.upper()}S DIFFER within one job: {each}"
 
 
 def workers_in_round(status: pb.GetStatusResponse) -> list[str]:

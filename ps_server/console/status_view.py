@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
 
+from modelaverage.chosen import NO_COMPRESSION
 from modelaverage.commands.columns import fitted, shortened, size, width
 from modelaverage.names import printable
 from modelaverage.v1 import parameter_server_pb2 as pb
@@ -56,14 +57,10 @@ def picture(servers: Sequence[Seen], at: str, height: int | None = None) -> Rend
     head.no_wrap, head.overflow = True, "ellipsis"
     if away:
         head.append(f"  {away} away", _ALARM)
-    warning = (
-        [Text(differ, _ALARM, no_wrap=True, overflow="ellipsis")]
-        if (differ := words.outer_optimizers_of(servers))
-        else []
-    )
-    head_rows = _HEAD_ROWS + len(warning)
+    warnings = [Text(differ, _ALARM, no_wrap=True, overflow="ellipsis") for differ in words.differing_choices(servers)]
+    head_rows = _HEAD_ROWS + len(warnings)
     rows = None if height is None else (height - head_rows) // max(1, len(servers)) - _FRAME_ROWS
-    return Group(head, *warning, *(_ServerPanel(server, rows) for server in servers))
+    return Group(head, *warnings, *(_ServerPanel(server, rows) for server in servers))
 
 
 @dataclass(frozen=True)
@@ -106,6 +103,7 @@ class _ServerPanel:
 def _summary(status: pb.GetStatusResponse, columns: int, console: Console) -> tuple[list[Text], list[Text]]:
     """The summary's lines: those that are always shown, and the rest."""
     room = max(_NARROWEST, columns - _TITLE_COLUMNS)
+    compression = words.compression_in(status)
     lines = list[Text]()
 
     def add(title: str, content: str | Text) -> None:
@@ -136,10 +134,16 @@ def _summary(status: pb.GetStatusResponse, columns: int, console: Console) -> tu
         if count
     ]
     add("rounds", fitted([f"{status.rounds_committed} committed", *trouble], room))
-    moved = f"{size(status.received_bytes)} received, {size(status.sent_bytes)} sent"
-    add("model", fitted([size(status.model_size_bytes), moved], room, "; "))
+    model, moved = size(status.model_size_bytes), ", ".join(words.moved_of(status))
+    if compression in ("", NO_COMPRESSION):
+        add("model", fitted([model, moved], room, "; "))
+    else:
+        add("model", fitted([model], room))
+        add("moved", moved)
     if outer := words.outer_optimizer_of(status):
         add("outer", fitted([outer], room))
+    if compression:
+        add("compression", fitted([compression], room))
     if not status.checkpoint_problem and status.HasField("checkpoint_age_s"):
         add("checkpoint", f"step {status.checkpoint_step}, {age(status.checkpoint_age_s)} ago")
     return vital, lines

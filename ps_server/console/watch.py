@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 
+from modelaverage.chosen import NO_COMPRESSION
 from modelaverage.names import printable
 from modelaverage.outer import AVERAGE
 from modelaverage.runtime.output import wait_while_read
@@ -69,11 +70,11 @@ def _samples(addresses: Sequence[str], fetch: _Fetch, interval_s: float) -> Iter
 
 def _print_changes(samples: Iterator[list[Seen]]) -> None:
     shown: dict[str, tuple[object, ...]] = {}
-    warned = ""
+    warned = list[str]()
     for servers in samples:
-        if (differ := status.outer_optimizers_of(servers)) != warned:
-            warned = differ
-            if differ:
+        warned, before = status.differing_choices(servers), warned
+        for differ in warned:
+            if differ not in before:
                 print(_in_columns(f"{time.strftime('%H:%M:%S')}  {differ}"), flush=True)
         for server in servers:
             news = _news(server)
@@ -127,6 +128,8 @@ def line(server: Seen) -> str:
     ]
     if (outer := status.outer_optimizer_of(now)) not in ("", AVERAGE.name):
         parts.append(f"outer {outer}")
+    if (compression := status.compression_in(now)) not in ("", NO_COMPRESSION):
+        parts.append(f"compression {compression}")
     if now.workers_finished:
         parts.append(status.workers_in_round(now)[0])
     if now.phase == pb.PHASE_UNINITIALIZED:

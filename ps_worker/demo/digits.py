@@ -152,7 +152,8 @@ def train_in_cluster(
         security: as the session's.
 
     Raises:
-        ModelAverageError: the server does not answer, a round failed, or the center has another outer optimizer.
+        ModelAverageError: the server does not answer, a round failed, or the center has another outer optimizer or
+            compression.
         ValueError: the worker's share is smaller than a batch, or the server averages another number of workers.
     """
     torch.set_num_threads(1)
@@ -177,6 +178,7 @@ def train_in_cluster(
             interval_steps=config.interval_steps,
             session=session,
             outer_optimizer=config.outer,
+            compression=config.compression,
         )
         with optimizer.make_session_run_hook():
             steps_done = min(config.steps, optimizer.global_step * config.interval_steps)

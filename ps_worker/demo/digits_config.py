@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
+from modelaverage.chosen import COMPRESSIONS, NO_COMPRESSION, codec_of, compression_of
 from modelaverage.commands import flag_types
 from modelaverage.outer import outer_optimizer, text_of
 
@@ -15,7 +16,8 @@ ALONE = "alone"
 ALONE_WITH_ALL = "alone-with-all"
 """The name of a worker that trains without a server on all images."""
 PLAIN = "plain"
-"""The name under which plain averages of all workers are shown, played in one process beside an outer optimizer."""
+"""The name under which plain averages of all workers are shown, played in one process beside an outer optimizer or
+compression."""
 
 MODULES = ("torch", "sklearn", "safetensors")
 """The packages that training needs and a plain installation does not have."""
@@ -33,6 +35,7 @@ class DigitsConfig:
         momentum: SGD's; at least 0 and below 1.
         seed: for the initial values and the order of the images.
         outer: text of the outer optimizer, which makes the next center of the average of a round.
+        compression: how the models are encoded on the wire; "none": as they are.
 
     Raises:
         ValueError: ``steps`` is not a multiple of ``interval_steps``.
@@ -45,6 +48,7 @@ class DigitsConfig:
     momentum: float = 0.9
     seed: int = 3
     outer: str = "sgd:lr=0.5,momentum=0.5,nesterov"
+    compression: str = NO_COMPRESSION
 
     def __post_init__(self) -> None:
         if self.steps % self.interval_steps:
@@ -67,6 +71,14 @@ def _outer(text: str) -> str:
     """An outer optimizer, as text with all its settings."""
     try:
         return text_of(outer_optimizer(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _compression(text: str) -> str:
+    """People's name of a compression."""
+    try:
+        return compression_of(codec_of(text))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
@@ -124,4 +136,11 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         help="outer optimizer, which turns center and average into the next center: average (the average itself), "
         "sgd:lr=0.7,momentum=0.9,nesterov (DiLoCo), sgd:lr=1.0,momentum=0.5 (SlowMo), adam:lr=0.01 (FedAdam) "
         "(%(default)s)",
+    )
+    group.add_argument(
+        "--compression",
+        type=_compression,
+        default=DigitsConfig.compression,
+        metavar="NAME",
+        help=f"how the models are encoded on the wire: {', '.join(COMPRESSIONS)} (%(default)s)",
     )

@@ -14,6 +14,7 @@ from rich.console import Console
 from safetensors.numpy import save_file
 
 from ma_client import ParameterServerSession
+from modelaverage.chosen import NO_COMPRESSION
 from modelaverage.errors import ModelAverageError
 from modelaverage.missing import Missing
 from modelaverage.outer import AVERAGE, text_of
@@ -98,7 +99,7 @@ class _Demo:
         self._stage = "the parameter server starts" if count == 1 else f"{count} parameter servers start"
         self._next_stage = ""
         lone = [ALONE]
-        if config.training.outer != text_of(AVERAGE):
+        if config.training.outer != text_of(AVERAGE) or config.training.compression != NO_COMPRESSION:
             lone.insert(0, PLAIN)
         if cluster.num_workers > 1:  # with one worker, its share is all images
             lone.append(ALONE_WITH_ALL)
@@ -189,6 +190,8 @@ class _Demo:
             bytes_moved=received_bytes + sent_bytes,
             bytes_received=received_bytes,
             bytes_sent=sent_bytes,
+            bytes_received_raw=sum(server.received_raw_bytes for server in servers),
+            bytes_sent_raw=sum(server.sent_raw_bytes for server in servers),
             total_s=total_s,
             cluster_s=cluster_s,
             alone_s=alone_s,
@@ -252,4 +255,6 @@ def _sample(server: str, status: pb.GetStatusResponse) -> ServerEvent:
         sent_bytes=status.sent_bytes,
         waiting_for=missing.names,
         waiting_for_omitted=missing.omitted,
+        received_raw_bytes=status.received_raw_bytes,
+        sent_raw_bytes=status.sent_raw_bytes,
     )

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from modelaverage.chosen import NO_COMPRESSION
 from modelaverage.commands.columns import size
 from modelaverage.names import shown
+from modelaverage.outer import AVERAGE, text_of
 from ps_worker.demo.digits_config import DigitsConfig
 from ps_worker.demo.record import Score
 
@@ -25,13 +27,15 @@ class Summary:
 
     Args:
         center: the score of the center.
-        plain: of a center of plain averages; None: the run's own was one.
+        plain: of a center of plain averages without compression; None: the run's own was one.
         alone: of a worker that trained alone for the same number of steps.
         all_images: of one that trained alone on all images; None: the run had one worker, which has them.
         rounds: completed.
         bytes_moved: fragment bytes that the parameter servers received and sent.
         bytes_received: by all servers.
         bytes_sent: by all servers.
+        bytes_received_raw: what ``bytes_received`` would be without compression.
+        bytes_sent_raw: what ``bytes_sent`` would be.
         total_s: of the whole run.
         cluster_s: of the servers' workers.
         alone_s: of the lone worker.
@@ -51,6 +55,8 @@ class Summary:
     bytes_moved: int
     bytes_received: int
     bytes_sent: int
+    bytes_received_raw: int
+    bytes_sent_raw: int
     total_s: float
     cluster_s: float
     alone_s: float
@@ -69,26 +75,44 @@ class Summary:
         each = "" if self.num_workers == 1 else " each"
         rows = [("center", f"{self.center}  ({workers}, {part}{each})")]
         if self.plain is not None:
-            rows.append(("plain average", f"{self.plain}  (the same without outer steps)"))
+            rows.append(("plain average", f"{self.plain}  (the same without {self._without()})"))
         rows.append(("alone", f"{self.alone}  (1 worker, {part})"))
         if self.all_images is not None:
             rows.append(("alone, all images", f"{self.all_images}  (1 worker, all images)"))
         rows.append(("outer optimizer", self.config.outer))
+        if self.config.compression != NO_COMPRESSION:
+            rows.append(("compression", self.config.compression))
         if self.restarts:
             rows.append(("started again", _each(self.restarts)))
+        steps, interval_steps = self.config.steps, self.config.interval_steps
+        rows.append(("rounds", f"{self.rounds}  ({steps} steps, a round every {interval_steps})"))
+
+        def moved(received: int, sent: int) -> str:
+            return f"{size(received + sent)}  ({size(received)} to {servers}, {size(sent)} back)"
+
+        rows.append(("bytes moved", moved(self.bytes_received, self.bytes_sent)))
+        if self.config.compression != NO_COMPRESSION:
+            rows.append(("before coding", moved(self.bytes_received_raw, self.bytes_sent_raw)))
         return [
             *rows,
-            ("rounds", f"{self.rounds}  ({self.config.steps} steps, a round every {self.config.interval_steps})"),
-            (
-                "bytes moved",
-                f"{size(self.bytes_moved)}  ({size(self.bytes_received)} to {servers}, {size(self.bytes_sent)} back)",
-            ),
             ("barrier wait", _waits(self.waited_s)),
             (
                 "seconds",
                 f"{self.total_s:.1f}  ({self.cluster_s:.1f} together, {self.alone_s:.1f} alone, with their start)",
             ),
         ]
+
+    def _without(self) -> str:
+        """What the center has and the plain average has not."""
+        config = self.config
+        return " and ".join(
+            what
+            for what, is_there in (
+                ("outer steps", config.outer != text_of(AVERAGE)),
+                ("compression", config.compression != NO_COMPRESSION),
+            )
+            if is_there
+        )
 
     def write(self, path: Path) -> None:
         """Writes all of it as JSON, each score as two numbers. Raises OSError."""

@@ -83,6 +83,8 @@ class ServerEvent:
         sent_bytes: to the workers.
         waiting_for: names of workers that the round waits for.
         waiting_for_omitted: how many more it waits for, whose names are left out.
+        received_raw_bytes: what ``received_bytes`` would be without compression.
+        sent_raw_bytes: what ``sent_bytes`` would be.
     """
 
     kind: ClassVar[str] = "server"
@@ -94,6 +96,8 @@ class ServerEvent:
     sent_bytes: int
     waiting_for: tuple[str, ...]
     waiting_for_omitted: int = 0
+    received_raw_bytes: int = 0
+    sent_raw_bytes: int = 0
 
 
 Event = StepEvent | RoundEvent | AccuracyEvent | ServerEvent
