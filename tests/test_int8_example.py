@@ -29,7 +29,7 @@ Array = NDArray[Any]
 DTYPES = [np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
 NAMES = {np.dtype(np.float32): "float32", np.dtype(np.float16): "float16", np.dtype(ml_dtypes.bfloat16): "bfloat16"}
 ODD = [0.0, -0.0, np.nan, np.inf, -np.inf, 3.4e38, -3.4e38, 2.0**100, 1e-45, 2.0**-126, 65504.0, 2.0**7, 1.0]
-MODEL = {
+MODEL: dict[str, Array] = {
     "w": np.linspace(-1, 1, 5001, dtype=np.float32).reshape(3, 1667),
     "empty": np.zeros((0, 3), np.float32),
     "b": np.arange(5, dtype=np.float32),

@@ -45,7 +45,17 @@ def test_every_call_that_is_refused_once_in_one_way_leaves_committed_rounds_righ
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "play", ["messages", "half-duplex", "shared memory", "data connections", "quorum", "checkpoints", "outer optimizer"]
+    "play",
+    [
+        "messages",
+        "half-duplex",
+        "shared memory",
+        "data connections",
+        "quorum",
+        "checkpoints",
+        "outer optimizer",
+        "compression",
+    ],
 )
 def test_every_call_that_is_refused_in_every_way_at_several_times_leaves_committed_rounds_right(play: str) -> None:
     found = refuse("--every", "--play", play)

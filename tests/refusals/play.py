@@ -24,6 +24,8 @@ import numpy as np
 
 from modelaverage import wire
 from modelaverage.chosen import Chosen
+from modelaverage.codecs import RAW, Codec, codec_named
+from modelaverage.codecs.int8 import INT8
 from modelaverage.errors import FAULTS, Reason, refusal_metadata, told_reason
 from modelaverage.manifest import Manifest, Variable
 from modelaverage.outer import AVERAGE, OuterOptimizer, OuterSGD, text_of
@@ -44,12 +46,15 @@ __all__ = ["PLAYS", "Kind", "Result", "Wrong", "play"]
 MANIFEST = Manifest(
     (Variable("a", "float32", (5,)), Variable("b", "float16", (3,)), Variable("c", "float32", (9,))), 16
 )
+CODED_MANIFEST = Manifest((Variable("a", "float32", (1100,)), Variable("c", "float32", (9,))), 2048)
 ROUNDS = 4
 INITIAL = -1.0
 # A play takes some hundredths of a second; one that takes this long hangs, even on a loaded machine.
 LIMIT_S = 30.0
 _STALL_TIMEOUT_S = 1.0
 _PAUSE_S = 0.002
+# All changes of a round are the same, so they are multiples of the scale, but for its rounding.
+_NEAR = 1e-4
 
 
 class Wrong(Exception):  # noqa: N818  # what this test looks for
@@ -71,6 +76,7 @@ class Kind:
         readers: whether a reader pulls in every round, and reads nothing until the end.
         breaks: whether in each round a third worker begins a push and disappears in the middle.
         outer: the outer optimizer that the chief names.
+        codec: the compression that the chief names. Worker 0 pushes in it, the others raw.
     """
 
     ways: tuple[str, ...]
@@ -79,6 +85,12 @@ class Kind:
     readers: bool = False
     breaks: bool = False
     outer: OuterOptimizer = AVERAGE
+    codec: Codec = RAW
+
+    @property
+    def manifest(self) -> Manifest:
+        """Of the center."""
+        return MANIFEST if self.codec is RAW else CODED_MANIFEST
 
     def center_of(self, step: int) -> float:
         """What the center has everywhere at a step. All values are exact in float16."""
@@ -90,11 +102,18 @@ class Kind:
             center, state = (average, {}) if self.outer == AVERAGE else formula(self.outer, center, average, state)
         return float(center[0])
 
+    def flat(self, value: float) -> bytes:
+        """The flat buffer of a model that has this value everywhere."""
+        buffer = np.zeros(self.manifest.buffer_size_bytes, np.uint8)
+        for array in self.manifest.arrays(buffer).values():
+            array[...] = value
+        return buffer.tobytes()
+
     def check(self, what: str, step: int, flat: bytes | bytearray | memoryview) -> None:
         """Raises Wrong unless these bytes are the center of this step."""
         expected = self.center_of(step)
-        for name, array in MANIFEST.arrays(np.frombuffer(bytes(flat), np.uint8)).items():
-            if not (array == expected).all():
+        for name, array in self.manifest.arrays(np.frombuffer(bytes(flat), np.uint8)).items():
+            if not (np.abs(array.astype(np.float64) - expected) <= _NEAR * (self.codec is not RAW)).all():
                 raise Wrong(f"{what}: {name} is {array.tolist()} at step {step}, where {expected} belongs")
 
 
@@ -106,6 +125,7 @@ PLAYS = {
     "quorum": Kind(("inline", "shared"), RoundPolicy(3, 2, 3, grace_s=0.01), breaks=True),
     "checkpoints": Kind(("follows", "shared"), keeps=True),
     "outer optimizer": Kind(("follows", "shared"), keeps=True, outer=OuterSGD(0.5, 0.5)),
+    "compression": Kind(("inline", "shared"), keeps=True, codec=INT8),
 }
 
 
@@ -126,16 +146,9 @@ class Result:
     started: bool = True
 
 
-def values_of(worker: int, step: int) -> bytes:
+def value_of(worker: int, step: int) -> float:
     """What a worker pushes from a base step."""
-    return _flat(10.0 * step + 2.0 * worker + 1.0)
-
-
-def _flat(value: float) -> bytes:
-    buffer = np.zeros(MANIFEST.buffer_size_bytes, np.uint8)
-    for array in MANIFEST.arrays(buffer).values():
-        array[...] = value
-    return buffer.tobytes()
+    return 10.0 * step + 2.0 * worker + 1.0
 
 
 class Context:
@@ -270,6 +283,9 @@ class Worker:
 
     def __init__(self, server: Server, number: int, way: str) -> None:
         self.server, self.number, self.way = server, number, way
+        self.kind, self.manifest = server.kind, server.kind.manifest
+        self.center = b""  # that of `center_id`
+        self.center_id = 0
         self.incarnation = bytes([number]) * 16
         self.push_id = 0
         self.segment: Segment | None = None
@@ -292,9 +308,12 @@ class Worker:
                 return await attempt()
             except Refused as refused:
                 self.server.result.retries += 1
+                if refused.reason is Reason.BASE_UNKNOWN:
+                    self.center_id = 0  # the next attempt is raw
                 if refused.reason in (
                     Reason.MANIFEST_MISMATCH,
                     Reason.OUTER_OPTIMIZER_MISMATCH,
+                    Reason.COMPRESSION_MISMATCH,
                     Reason.BASE_STEP_AHEAD,
                 ):
                     raise Wrong(str(refused)) from None
@@ -302,12 +321,14 @@ class Worker:
 
     async def initialize(self) -> None:
         context, task = self.server.call("Initialize")
-        outer = Chosen(text_of(self.server.kind.outer)).told.outer_optimizer
-        header = pb.InitializeHeader(worker_id="0", manifest=wire.manifest_to_message(MANIFEST), outer_optimizer=outer)
+        chosen = Chosen(text_of(self.kind.outer), self.kind.codec.name).told
+        manifest = wire.manifest_to_message(self.manifest)
+        header = pb.InitializeHeader(worker_id="0", manifest=manifest)
+        header.outer_optimizer, header.compression = chosen.outer_optimizer, chosen.compression
         context.up.put_nowait(pb.InitializeRequest(header=header).SerializeToString())
-        flat = memoryview(_flat(INITIAL))
-        for index in range(MANIFEST.fragment_count):
-            begin, end = MANIFEST.fragment_bounds(index)
+        flat = memoryview(self.kind.flat(INITIAL))
+        for index in range(self.manifest.fragment_count):
+            begin, end = self.manifest.fragment_bounds(index)
             context.up.put_nowait(wire.encode_fragment(index, (flat[begin:end],)))
         context.up.put_nowait(None)
         await asyncio.wait((task,))
@@ -316,7 +337,9 @@ class Worker:
     async def pull(self) -> int:
         request = pb.PullRequest(worker_id=str(self.number), wait_initialized=True).SerializeToString()
         context, task = self.server.call("Pull", request)
-        return await read_center(self.server, context, task)
+        header, self.center = await read_center(self.server, context, task)
+        self.center_id = header.center_id
+        return int(header.global_step)
 
     async def leave(self) -> None:
         request = pb.LeaveRequest(worker_id=str(self.number), incarnation=self.incarnation).SerializeToString()
@@ -327,13 +350,13 @@ class Worker:
     async def push(self, step: int) -> int:
         """Returns the step of the center that came."""
         connection, self.connection = self.connection, None
-        flat = memoryview(values_of(self.number, step))
+        flat = memoryview(self.kind.flat(value_of(self.number, step)))
         header = pb.PushHeader(
             worker_id=str(self.number),
             incarnation=self.incarnation,
             push_id=self.push_id,
             base_step=step,
-            manifest_id=MANIFEST.id,
+            manifest_id=self.manifest.id,
             accepts_shared_memory=self.way == "shared",
             fragments_follow=self.way == "follows",
             half_duplex=self.way == "half",
@@ -341,13 +364,15 @@ class Worker:
             accepts_data_connection=self.way == "data" and connection is None,
             uses_data_connection=connection is not None,
         )
+        if self.center_id and self.number == 0:
+            header.codec, header.base_center_id = self.kind.codec.name, self.center_id
         context, task = self.server.call("PushAndAverage")
         context.up.put_nowait(pb.PushAndAverageRequest(header=header).SerializeToString())
         moving: list[asyncio.Task[Any]] = []
         if connection is not None:
             moving = [asyncio.ensure_future(self.through(connection, flat))]
         elif self.way in ("follows", "half"):
-            self.give(context, flat, 0)
+            self.give(context, flat, 0, header.codec)
             if self.way == "half":
                 context.up.put_nowait(None)
         try:
@@ -355,7 +380,8 @@ class Worker:
             if moving:
                 (center,) = await asyncio.wait_for(asyncio.gather(*moving), 5.0)
                 self.connection, connection = connection, None
-            self.server.kind.check(f"worker {self.number} got", outcome.global_step, center)
+            self.kind.check(f"worker {self.number} got", outcome.global_step, center)
+            self.center, self.center_id = bytes(center), outcome.center_id
             return int(outcome.global_step)
         except (OSError, asyncio.TimeoutError):
             raise Refused(None, "the data connection broke") from None
@@ -372,32 +398,36 @@ class Worker:
     async def answer(
         self, context: Context, task: asyncio.Task[Any], flat: memoryview, header: pb.PushHeader
     ) -> tuple[bytearray, pb.PushOutcome]:
-        center = bytearray(MANIFEST.buffer_size_bytes)
+        center = bytearray(self.manifest.buffer_size_bytes)
         generation: int | None = None
+        codec_down = RAW.name
         while (data := await next_message(context, task)) is not None:
             message = pb.PushAndAverageResponse.FromString(data)
             if message.HasField("admission"):
                 first = message.admission.first_needed_fragment
+                codec_down = message.admission.codec
                 if message.admission.HasField("data_connection"):
                     self.offer = message.admission.data_connection
                 if message.admission.HasField("contribution"):
                     generation = self.lend(message.admission)
-                if generation is not None and first < MANIFEST.fragment_count:
+                if generation is not None and first < self.manifest.fragment_count:
                     assert self.segment is not None
                     self.segment.body[:] = np.frombuffer(flat, np.uint8)
-                    put = pb.SharedFragments(first=first, count=MANIFEST.fragment_count - first)
+                    put = pb.SharedFragments(first=first, count=self.manifest.fragment_count - first)
                     context.up.put_nowait(pb.PushAndAverageRequest(shared=put).SerializeToString())
                 elif not (header.fragments_follow or header.half_duplex or header.uses_data_connection):
-                    self.give(context, flat, first)
+                    self.give(context, flat, first, header.codec)
                 if not header.half_duplex:
                     context.up.put_nowait(None)
             if message.HasField("fragment"):
-                begin = MANIFEST.fragment_bounds(message.fragment.index)[0]
-                center[begin : begin + len(message.fragment.data)] = message.fragment.data
+                self.take(center, message.fragment, codec_down)
             if message.HasField("shared"):
                 assert self.average is not None
                 end = message.shared.first + message.shared.count - 1
-                begin, stop = MANIFEST.fragment_bounds(message.shared.first)[0], MANIFEST.fragment_bounds(end)[1]
+                begin, stop = (
+                    self.manifest.fragment_bounds(message.shared.first)[0],
+                    self.manifest.fragment_bounds(end)[1],
+                )
                 center[begin:stop] = self.average.body[begin:stop].tobytes()
             if message.HasField("outcome"):
                 if generation is not None and self.generation_of_average() != generation:
@@ -406,10 +436,19 @@ class Worker:
         self.server.ended(context, task)
         raise Wrong("a push ended without an outcome")
 
-    def give(self, context: Context, flat: memoryview, first: int) -> None:
-        for index in range(first, MANIFEST.fragment_count):
-            begin, end = MANIFEST.fragment_bounds(index)
-            context.up.put_nowait(wire.encode_fragment(index, (flat[begin:end],)))
+    def give(self, context: Context, flat: memoryview, first: int, codec: str) -> None:
+        values, base = (np.frombuffer(each, np.uint8) for each in (flat, self.center or flat))
+        for index in range(first, self.manifest.fragment_count):
+            with PROBE.elsewhere():
+                pieces, theirs = (self.manifest.piece_arrays(index, each) for each in (values, base))
+                data = b"".join(codec_named(codec).encode(self.manifest, index, pieces, theirs))
+            context.up.put_nowait(wire.encode_fragment(index, (data,)))
+
+    def take(self, center: bytearray, fragment: pb.Fragment, codec: str) -> None:
+        """Puts a fragment of the center that comes to its place."""
+        flat, base = np.frombuffer(center, np.uint8), np.frombuffer(self.center or bytes(len(center)), np.uint8)
+        with PROBE.elsewhere():
+            codec_named(codec).decode_into(self.manifest, flat, fragment.index, memoryview(fragment.data), base)
 
     def lend(self, admission: pb.PushAdmission) -> int | None:
         """Opens the memory that the server lends; returns the generation of the average."""
@@ -417,7 +456,7 @@ class Worker:
         for memory, writable in ((admission.contribution, True), (admission.average, False)):
             address = SegmentAddress(memory.path, memory.nonce)
             with PROBE.elsewhere():
-                opened.append(Segment.open(address, MANIFEST.buffer_size_bytes, writable))
+                opened.append(Segment.open(address, self.manifest.buffer_size_bytes, writable))
         if None in opened:
             return None
         self.segment, self.average = opened
@@ -460,21 +499,22 @@ class Worker:
         return center
 
 
-async def read_center(server: Server, context: Context, task: asyncio.Task[Any]) -> int:
-    """Reads a pulled center; returns its step. Raises Refused."""
-    center, header = bytearray(MANIFEST.buffer_size_bytes), None
+async def read_center(server: Server, context: Context, task: asyncio.Task[Any]) -> tuple[pb.CenterHeader, bytes]:
+    """Reads a pulled center; returns its header and flat buffer. Raises Refused."""
+    manifest = server.kind.manifest
+    center, header = bytearray(manifest.buffer_size_bytes), None
     while (data := await next_message(context, task)) is not None:
         message = pb.PullResponse.FromString(data)
         if message.HasField("header"):
             header = message.header
         else:
-            begin = MANIFEST.fragment_bounds(message.fragment.index)[0]
+            begin = manifest.fragment_bounds(message.fragment.index)[0]
             center[begin : begin + len(message.fragment.data)] = message.fragment.data
     await asyncio.wait((task,))
     server.ended(context, task)
     assert header is not None
     server.kind.check("a reader got", header.global_step, center)
-    return int(header.global_step)
+    return header, bytes(center)
 
 
 async def readers(server: Server, workers: asyncio.Future[Any]) -> None:
@@ -583,8 +623,9 @@ def play(name: str) -> Result:
             kept = load_latest(directory)
             if kept is None or kept.global_step != ROUNDS:
                 raise Wrong(f"on the disk is {kept and kept.global_step} after a clean stop at step {ROUNDS}")
-            buffer = np.zeros(MANIFEST.buffer_size_bytes, np.uint8)
-            for array, values in zip(MANIFEST.arrays(buffer).values(), kept.arrays.values(), strict=True):
+            manifest = PLAYS[name].manifest
+            buffer = np.zeros(manifest.buffer_size_bytes, np.uint8)
+            for array, values in zip(manifest.arrays(buffer).values(), kept.arrays.values(), strict=True):
                 array[...] = values
             PLAYS[name].check("on the disk is", kept.global_step, buffer.tobytes())
         return servers[0].result

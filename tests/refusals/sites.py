@@ -29,6 +29,8 @@ MODULES = (
     "ps_server.center.state",
     "ps_server.center.sums",
     "modelaverage.codecs.base",
+    "modelaverage.codecs.changes",
+    "modelaverage.codecs.blocks",
     "modelaverage.codecs.raw",
     "ps_server.checkpoints.reading",
     "ps_server.checkpoints.fields",
