@@ -34,7 +34,7 @@ bench: $(VENV)/dev.stamp ## compare a round with gloo's all-reduce; QUICK=--quic
 	@$(if $(QUICK),,$(BIN)/pytest -m slow)
 
 chaos: $(VENV)/dev.stamp ## kill and stop processes for 200 rounds, check that nothing is lost; SEED=1, SQUEEZE=--squeeze, OUTER="sgd:lr=0.7,momentum=0.9,nesterov" (2 workers)
-	@$(BIN)/python -m chaos --seed $(or $(SEED),0) $(SQUEEZE) $(if $(OUTER),--workers 2 --outer $(OUTER))
+	@$(BIN)/python -m chaos --seed $(or $(SEED),0) $(SQUEEZE) $(if $(OUTER),--workers 2 --outer $(OUTER)) $(if $(COMPRESSION),--compression $(COMPRESSION))
 
 fuzz: $(VENV)/dev.stamp ## send a million hostile inputs to handlers and data connections; INPUTS=10000 for fewer
 	@$(BIN)/python -m fuzz --inputs $(or $(INPUTS),1000000)

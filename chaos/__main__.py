@@ -17,6 +17,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 from chaos.replay import MAX_WORKERS
+from modelaverage.codecs import CODECS, RAW
 from modelaverage.commands import flag_types
 from modelaverage.outer import AVERAGE, OuterOptimizer, outer_optimizer
 
@@ -57,11 +58,19 @@ def main(argv: list[str] | None = None) -> int:
         help="the outer optimizer, such as sgd:lr=0.7,momentum=0.9,nesterov; needs --workers 2 (average)",
     )
     parser.add_argument(
+        "--compression",
+        choices=["none", *(name for name in CODECS if name != RAW.name)],
+        default="none",
+        help="the codec of the job; the workers then use different transports (%(default)s)",
+    )
+    parser.add_argument(
         "--json", type=Path, default=Path("runs/chaos.json"), help="the report; a picture lies beside it (%(default)s)"
     )
     arguments = parser.parse_args(argv)
     if arguments.outer != AVERAGE and arguments.workers != 2:
         parser.error("with --outer give --workers 2: more have several orders of summation, which are not replayed")
+    if arguments.outer != AVERAGE and arguments.compression != "none":
+        parser.error("give --outer or --compression: which of the pushes were coded is not certain enough for a state")
     # gRPC's own log would be full of lost connections. A process that has threads cannot be forked safely.
     os.environ.update(GRPC_VERBOSITY="NONE", OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
     # Both processes, this one and the one that the others are forked from, import torch, at the same time.

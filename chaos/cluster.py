@@ -18,8 +18,9 @@ from chaos.limits import limits
 from chaos.log import Values, flat, newest_checkpoint, newest_step
 from chaos.seats import Seat
 from chaos.visitors import Visitors
-from chaos.worker import WAYS, Task, work
+from chaos.worker import FRAGMENT_SIZE_BYTES, NO_COMPRESSION, WAYS, Task, work
 from ma_client import ClusterSpec, ParameterServerSession
+from modelaverage.manifest import Manifest, Variable, dtype_name
 from modelaverage.outer import AVERAGE, OuterOptimizer
 
 __all__ = ["Course", "Plan", "SERVER", "run", "workers_of"]
@@ -43,6 +44,7 @@ class Plan:
         directory: where the log, the checkpoints and what the processes print will lie.
         squeezes: whether the server is made to run out of descriptors and threads, too.
         outer: the outer optimizer that the chief names.
+        compression: the codec that it names; with one, each worker uses another transport.
     """
 
     workers: int
@@ -50,6 +52,7 @@ class Plan:
     directory: Path
     squeezes: bool = False
     outer: OuterOptimizer = AVERAGE
+    compression: str = NO_COMPRESSION
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class Course:
         lacks_limit: which limit this machine cannot set, and why; empty if it can set all, or none was needed.
         rounds_started_over: how often the server started a round over because a push broke off.
         center: the server's center at the end; None if the run was given up.
+        manifest: the center's; None if the run was given up.
         global_step: the center's.
         gave_up: why the run was given up; empty if it was not.
     """
@@ -79,6 +83,7 @@ class Course:
     lacks_limit: str
     rounds_started_over: int
     center: Values | None
+    manifest: Manifest | None
     global_step: int
     gave_up: str
 
@@ -142,7 +147,7 @@ class _Cluster:
                 if now_s - newer_at_s > _GIVE_UP_AFTER_S:
                     gave_up = f"no round for {now_s - newer_at_s:.0f} s; the server says:\n{self._status()}"
         self._server.spare()  # the last fault may have struck it
-        center, step = (None, step) if gave_up else self._pull()
+        center, manifest, step = (None, None, step) if gave_up else self._pull()
         log = self._words(SERVER).read_text()
         return Course(
             began_at_s,
@@ -154,6 +159,7 @@ class _Cluster:
             self._lacks_limit,
             log.count("starts over"),
             center,
+            manifest,
             step,
             gave_up,
         )
@@ -178,18 +184,20 @@ class _Cluster:
 
     def _start_worker(self, index: int, number: int) -> BaseProcess:
         cluster = ClusterSpec((self._address,), self._plan.workers, index)
-        # Shared memory and connections need descriptors, too: the workers use all transports.
-        way = WAYS[index % len(WAYS)] if self._plan.squeezes else None
-        task = Task(cluster, number, self._plan.rounds, self._plan.directory, way, self._plan.outer)
+        # Shared memory and connections need descriptors, too, and carry codecs in their own way.
+        plan = self._plan
+        way = WAYS[index % len(WAYS)] if plan.squeezes or plan.compression != NO_COMPRESSION else None
+        task = Task(cluster, number, plan.rounds, plan.directory, way, plan.outer, plan.compression)
         return fork(self._words(cluster.worker_id), work, task)
 
     def _words(self, name: str) -> Path:
         return self._plan.directory / f"{name}.log"
 
-    def _pull(self) -> tuple[Values, int]:
+    def _pull(self) -> tuple[Values, Manifest, int]:
         with ParameterServerSession([self._address], worker_id="chaos") as session:
             center, step = session.pull(timeout_s=_CALM_AFTER_S, catch_up=False)  # it only asks for the status
-        return flat(center), step
+        variables = tuple(Variable(name, dtype_name(array.dtype), array.shape) for name, array in center.items())
+        return flat(center), Manifest(variables, FRAGMENT_SIZE_BYTES), step
 
     def _status(self) -> str:
         command = [sys.executable, "-m", "ps_server", "status", self._address]

@@ -3,6 +3,9 @@
 A round is summed in the order in which fragments come, so every element has to be, bit for bit, one of the averages
 that some order gives. With two workers there is one, with four there are twelve. An outer optimizer is replayed, too,
 with its state. The order in which an element was summed is not always certain, so this works with two workers only.
+
+With a codec, a fragment of a push comes coded or raw (from a worker that has lost the base, or in shared memory), so
+both are tried; the center is what the codec makes of it, relative to the center before.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from chaos.coding import Coding
 from chaos.log import Push, Received, Values
 from modelaverage.outer import AVERAGE, OuterOptimizer
 
@@ -47,6 +51,7 @@ def replay(
     workers: Sequence[str],
     rounds: int,
     outer: OuterOptimizer = AVERAGE,
+    coding: Coding | None = None,
 ) -> Replay:
     """Replays the rounds 1 to ``rounds`` of a strict server.
 
@@ -55,9 +60,10 @@ def replay(
         received: likewise.
         workers: the workers that must be in every round.
         rounds: the planned `global_step`.
-        outer: the outer optimizer of the run; `average` unless there are two workers.
+        outer: the outer optimizer of the run; `average` unless there are two workers and no codec.
+        coding: the codec of the run; None: none.
     """
-    assert outer == AVERAGE or len(workers) == 2
+    assert outer == AVERAGE or (len(workers) == 2 and coding is None)
     result = Replay()
     pushes_from, centers_of = defaultdict[int, list[Push]](list), defaultdict[int, list[Received]](list)
     for push in pushes:
@@ -71,7 +77,8 @@ def replay(
         result.problems.append("not every worker began with the same center")
     outer_step = _OuterStep(outer, [center.values for center in centers_of[0]])
     for step in range(rounds):
-        problems = _replay_round(result, pushes_from[step], centers_of[step + 1], sorted(workers), outer_step)
+        made = _Made(outer_step, coding, [center.values for center in centers_of[step]])
+        problems = _replay_round(result, pushes_from[step], centers_of[step + 1], sorted(workers), made)
         result.problems += [f"round {step + 1}: {problem}" for problem in problems]
     return result
 
@@ -96,8 +103,37 @@ class _OuterStep:
             self._center, self._state = self._outer.update(self._center, average, self._state, 0)
 
 
+class _Made:
+    """The centers that a round may make of pushes."""
+
+    def __init__(self, outer: _OuterStep, coding: Coding | None, before: Sequence[Values]) -> None:
+        self._outer = outer
+        self._coding = coding if before else None
+        self._base = before[0] if before else np.zeros(0, np.float32)
+        self._decoded = dict[int, tuple[Values, ...]]()
+
+    def of(self, choice: Sequence[Values]) -> Iterator[Values]:
+        """The next center, for every way in which the pushes may have come and been summed."""
+        for given in itertools.product(*map(self._ways, choice)):
+            for average in _averages(given):
+                made = self._outer.after(average)
+                yield made if self._coding is None else self._coding.through(made, self._base)
+
+    def advance(self, choice: Sequence[Values]) -> None:
+        """The round has been made of these pushes."""
+        self._outer.advance(_averages(choice)[0])
+
+    def _ways(self, pushed: Values) -> tuple[Values, ...]:
+        """A push as it may have come: coded, raw."""
+        if self._coding is None:
+            return (pushed,)
+        if id(pushed) not in self._decoded:  # the caller keeps the pushes of a round
+            self._decoded[id(pushed)] = self._coding.through(pushed, self._base), pushed
+        return self._decoded[id(pushed)]
+
+
 def _replay_round(
-    result: Replay, pushes: list[Push], centers: list[Received], workers: list[str], outer: _OuterStep
+    result: Replay, pushes: list[Push], centers: list[Received], workers: list[str], made: _Made
 ) -> Iterator[str]:
     """The problems of one round; counts it in ``result``."""
     yield from _check_contributors(centers, workers)
@@ -107,12 +143,12 @@ def _replay_round(
         return
     candidates = [_distinct(push.values for push in pushes if push.worker == worker) for worker in workers]
     choices = list(itertools.product(*candidates))
-    explaining = [choice for choice in choices if _explains(choice, values[0], outer)]
+    explaining = [choice for choice in choices if _explains(choice, values[0], made)]
     if len(explaining) != 1:
         if explaining:
             yield f"{len(explaining)} choices of one push of each worker explain the center"
         elif choices:
-            closest = min(float(np.abs(outer.after(_averages(choice)[0]) - values[0]).max()) for choice in choices)
+            closest = min(float(np.abs(next(made.of(choice)) - values[0]).max()) for choice in choices)
             yield (
                 f"none of {len(choices)} choices of one push of each worker explains the center; the closest is off by "
                 f"{closest:.3g}"
@@ -121,7 +157,7 @@ def _replay_round(
             missing = [worker for worker, found in zip(workers, candidates, strict=True) if not found]
             yield f"it has a center, but no push of {', '.join(missing)} was logged"
         return
-    outer.advance(_averages(explaining[0])[0])
+    made.advance(explaining[0])
     result.rounds_explained += 1
     result.rounds_with_a_choice += len(choices) > 1
     for worker, counted in zip(workers, explaining[0], strict=True):
@@ -148,11 +184,13 @@ def _check_told(worker: str, pushes: list[Push], counted: Values) -> Iterator[st
         yield f"{worker} was told that a push was stale, but it counted"
 
 
-def _explains(choice: Sequence[Values], center: Values, outer: _OuterStep) -> bool:
+def _explains(choice: Sequence[Values], center: Values, made: _Made) -> bool:
     wrong = np.ones(center.shape, bool)
-    for average in _averages(choice):
-        wrong &= outer.after(average).view(np.uint32) != center.view(np.uint32)
-    return not wrong.any()
+    for possible in made.of(choice):
+        wrong &= possible.view(np.uint32) != center.view(np.uint32)
+        if not wrong.any():
+            return True
+    return False
 
 
 def _averages(choice: Sequence[Values]) -> list[Values]:

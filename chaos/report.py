@@ -11,10 +11,12 @@ import numpy as np
 from rich.table import Table
 
 from chaos.cluster import SERVER, Course, Plan, workers_of
+from chaos.coding import Coding
 from chaos.faults import SQUEEZES, Fault, Kind
 from chaos.log import Log
 from chaos.replay import replay
-from chaos.worker import accuracy_of
+from chaos.worker import NO_COMPRESSION, accuracy_of
+from modelaverage.codecs import codec_named
 
 __all__ = ["Report", "Round", "judge", "table"]
 
@@ -101,7 +103,10 @@ def judge(plan: Plan, seed: int, course: Course, log: Log, calm: Course, accurac
         calm: how a run without faults went.
         accuracy_points: by how many percentage points the test accuracy may differ from that one's.
     """
-    replayed = replay(log.pushes, log.received, workers_of(plan.workers), plan.rounds, plan.outer)
+    coding = None
+    if plan.compression != NO_COMPRESSION and course.manifest is not None:
+        coding = Coding(codec_named(plan.compression), course.manifest)
+    replayed = replay(log.pushes, log.received, workers_of(plan.workers), plan.rounds, plan.outer, coding)
     rounds = _course(course, log)
     last_s = course.ended_at_s - course.began_at_s
     times_s = [0.0, *(each.at_s for each in rounds), last_s]

@@ -16,6 +16,7 @@ from chaos import cluster, log
 from chaos.faults import sequence
 from chaos.picture import draw
 from chaos.report import Report, judge, table
+from chaos.worker import NO_COMPRESSION
 from modelaverage.outer import AVERAGE, OuterOptimizer
 
 __all__ = ["Settings", "run"]
@@ -34,6 +35,7 @@ class Settings:
         accuracy_points: by how many percentage points the test accuracy may differ from that of a run without faults.
         json: where the report goes; the picture goes beside it.
         outer: the outer optimizer that the chief names.
+        compression: the codec that it names.
     """
 
     workers: int
@@ -44,6 +46,7 @@ class Settings:
     accuracy_points: float
     json: Path
     outer: OuterOptimizer = AVERAGE
+    compression: str = NO_COMPRESSION
 
 
 def run(settings: Settings) -> bool:
@@ -72,7 +75,13 @@ def run(settings: Settings) -> bool:
 
 
 def _both(settings: Settings, directory: Path, console: Console) -> Report:
-    plan = cluster.Plan(settings.workers, settings.rounds, directory / "calm", outer=settings.outer)
+    plan = cluster.Plan(
+        settings.workers,
+        settings.rounds,
+        directory / "calm",
+        outer=settings.outer,
+        compression=settings.compression,
+    )
     console.print("without faults:", style="dim")
     calm = cluster.run(plan, iter(()), _progress(console))
     plan = replace(plan, directory=directory / "struck", squeezes=settings.squeeze)

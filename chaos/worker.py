@@ -17,18 +17,19 @@ from torch import nn
 
 from chaos.log import Values, WorkerLog, flat
 from ma_client import ClusterSpec, ModelAverageCustomGetter, ModelAverageOptimizer, ParameterServerSession, PushResult
+from ma_client.job.naming import NO_COMPRESSION
 from ma_client.transports.data_settings import DATA_SETTINGS, DataSettings
 from modelaverage.outer import AVERAGE, OuterOptimizer
 from ps_worker.demo.digits import DigitsData, DigitsNet, Images, accuracy
 from ps_worker.demo.digits_config import DigitsConfig
 
-__all__ = ["WAYS", "Task", "Way", "accuracy_of", "warm_up", "work"]
+__all__ = ["FRAGMENT_SIZE_BYTES", "NO_COMPRESSION", "WAYS", "Task", "Way", "accuracy_of", "warm_up", "work"]
 
 Way = Literal["shared memory", "data connection", "messages"]
 WAYS: tuple[Way, ...] = ("shared memory", "data connection", "messages")
 
 # Ten fragments, so that a push can break off in the middle.
-_FRAGMENT_SIZE_BYTES = 4096
+FRAGMENT_SIZE_BYTES = 4096
 # Short intervals, so that much of the time goes into rounds.
 _CONFIG = DigitsConfig(interval_steps=5)
 
@@ -44,6 +45,7 @@ class Task:
         log: the directory of the run's log.
         way: the transport of its bytes; None: the session's choice.
         outer: the outer optimizer that the chief names.
+        compression: the codec that it names.
     """
 
     cluster: ClusterSpec
@@ -52,6 +54,7 @@ class Task:
     log: Path
     way: Way | None = None
     outer: OuterOptimizer = AVERAGE
+    compression: str = NO_COMPRESSION
 
 
 def work(task: Task) -> None:
@@ -73,6 +76,7 @@ def work(task: Task) -> None:
             interval_steps=_CONFIG.interval_steps,
             session=session,
             outer_optimizer=task.outer,
+            compression=task.compression,
         )
         with optimizer.make_session_run_hook():
             while optimizer.global_step < task.rounds:
@@ -131,7 +135,7 @@ class _LoggedSession(ParameterServerSession):
             cluster.ps_hosts,
             worker_id=cluster.worker_id,
             is_chief=cluster.is_chief,
-            fragment_size_bytes=_FRAGMENT_SIZE_BYTES,
+            fragment_size_bytes=FRAGMENT_SIZE_BYTES,
             shared_memory=way in (None, "shared memory"),
             data_connections=DataSettings(least_bytes=0) if way == "data connection" else DATA_SETTINGS,
         )

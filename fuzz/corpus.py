@@ -12,11 +12,14 @@ from google.protobuf.message import Message
 from numpy.typing import NDArray
 
 from modelaverage import wire
+from modelaverage.codecs import codec_named
 from modelaverage.manifest import Manifest, Variable
 from modelaverage.v1 import parameter_server_pb2 as pb
 
 __all__ = [
+    "CENTER_ID",
     "CENTER_VALUE",
+    "COMPRESSIONS",
     "CONVERSATIONS",
     "INCARNATIONS",
     "MODELS",
@@ -33,6 +36,8 @@ __all__ = [
 ]
 
 CENTER_VALUE = -1.0
+CENTER_ID = 0x0123456789ABCDEF
+"""Of the center that a push in a codec is relative to."""
 STEP = 7
 # Padding between variables has no meaning, so it gets bytes that no average can have.
 _PADDING = 0xA5
@@ -44,6 +49,7 @@ OUTER_TEXTS = (
     "sgd:lr=1e999",
     "of:the=future",
 )
+COMPRESSIONS = ("int8", "raw", "bfloat16", "int4", "INT8", "of-the-future: \u00fc")
 WORKER_IDS = ("a", "b", "worker-3", "\u00fc", "\U0001f9e0" * 32)
 
 
@@ -77,6 +83,21 @@ class Model:
         """The messages that carry them."""
         return tuple(wire.encode_fragment(index, (piece,)) for index, piece in enumerate(self.pieces(value)))
 
+    @lru_cache(128)  # noqa: B019
+    def coded_fragments(self, value: float, codec: str) -> tuple[bytes, ...]:
+        """The messages that carry the change from the center to ``value`` in a codec."""
+        manifest = self.manifest
+        base, values = (np.frombuffer(self.flat(each), np.uint8) for each in (CENTER_VALUE, value))
+        return tuple(
+            wire.encode_fragment(
+                index,
+                codec_named(codec).encode(
+                    manifest, index, manifest.piece_arrays(index, values), manifest.piece_arrays(index, base)
+                ),
+            )
+            for index in range(manifest.fragment_count)
+        )
+
 
 MODELS = tuple(
     Model(Manifest(tuple(Variable(*variable) for variable in variables), size_bytes))
@@ -94,6 +115,7 @@ MODELS = tuple(
         (8, ("x", "bfloat16", (5,)), ("y", "float64", (3,)), ("z", "float16", (1,))),
         (1024, ("long", "float32", (700,)), ("short", "float16", (2, 1, 1, 1))),
         (8, ("empty", "float32", (0,))),
+        (1024, ("coded", "float32", (1030,)), ("half", "float16", (1024,)), ("double", "float64", (3,))),
     )
 )
 
@@ -105,9 +127,12 @@ def initialize_messages(
     value: float = CENTER_VALUE,
     fragment_size_bytes: int | None = None,
     outer: str = "",
+    compression: str = "",
 ) -> list[bytes]:
-    """A chief's header."""
-    header = pb.InitializeHeader(worker_id=worker_id, manifest=model.message, global_step=step, outer_optimizer=outer)
+    """A chief's header and fragments."""
+    header = pb.InitializeHeader(
+        worker_id=worker_id, manifest=model.message, global_step=step, outer_optimizer=outer, compression=compression
+    )
     if fragment_size_bytes is not None:
         header.manifest.fragment_size_bytes = fragment_size_bytes
     return [pb.InitializeRequest(header=header).SerializeToString(), *model.fragments(value)]
@@ -151,6 +176,18 @@ def _pushes(model: Model, step: int) -> list[list[bytes]]:
         ({"accepts_combined": True, "fragments_follow": True, "accepts_runs": True}, fragments),
         ({"codec": "raw"}, fragments),
         ({"codec": "of-the-future", "accepts_transports": ["memory"], "uses_transport": "memory"}, fragments),
+        *(
+            ({"codec": codec, "base_center_id": CENTER_ID, "half_duplex": codec == "int4"}, body)
+            for codec in ("int8", "int4", "bfloat16")
+            for body in ([*model.coded_fragments(2.0, codec)], [*model.coded_fragments(3.0, codec)], fragments)
+        ),
+        *(
+            ({"codec": "int8", "base_center_id": center_id, "base_step": at}, [*model.coded_fragments(2.0, "int8")])
+            for center_id, at in ((0, step), (2**64 - 1, step), (CENTER_ID, step + 1), (CENTER_ID, step - 1))
+        ),
+        ({"codec": "int8", "base_center_id": CENTER_ID, "purpose": pb.PURPOSE_RESTORE}, fragments),
+        ({"codec": "int8", "base_center_id": CENTER_ID, "accepts_shared_memory": True}, all_shared),
+        ({"base_center_id": CENTER_ID}, fragments),
         ({"accepts_data_connection": True}, fragments),
         ({"uses_data_connection": True}, fragments),
         ({"base_step": step - 1, "interval_steps": 50}, []),
@@ -185,6 +222,7 @@ def conversations(model: Model, step: int) -> dict[str, list[list[bytes]]]:
         pb.PullRequest(worker_id=WORKER_IDS[0], wait_initialized=True, accepts_notices=True),
         pb.PullRequest(worker_id=WORKER_IDS[1], will_train=True),
         *(pb.PullRequest(worker_id="b", outer_optimizer=outer) for outer in OUTER_TEXTS),
+        *(pb.PullRequest(worker_id="b", compression=compression) for compression in COMPRESSIONS),
         *(pb.PullRequest(worker_id="b", first_fragment=1, continued_step=at) for at in (step, step - 1)),
         pb.PullRequest(worker_id="b", first_fragment=2**32 - 1, continued_step=step, header_only=True),
     ]
@@ -194,6 +232,7 @@ def conversations(model: Model, step: int) -> dict[str, list[list[bytes]]]:
         for worker_id, at in (("chief", step), (WORKER_IDS[-1], 0), ("b", 2**63 - 1))
     ]
     initializes += [initialize_messages(model, "chief", step, 4.0, outer=outer) for outer in OUTER_TEXTS]
+    initializes += [initialize_messages(model, "chief", step, 4.0, compression=name) for name in COMPRESSIONS]
     return {
         "Initialize": initializes,
         "Pull": [[message] for message in _serialized(pulls)],
@@ -209,18 +248,25 @@ def responses(model: Model, step: int) -> list[bytes]:
     memory = pb.SharedMemory(path="/proc/123/fd/7", nonce=bytes(16))
     outcomes = [
         pb.PushOutcome(
-            outcome=outcome, global_step=step, contributors=["a", "b"], waited_s=0.5, untouched_variables=[0]
+            outcome=outcome,
+            global_step=step,
+            contributors=["a", "b"],
+            waited_s=0.5,
+            untouched_variables=[0],
+            center_id=CENTER_ID,
         )
         for outcome in (pb.OUTCOME_COMMITTED, pb.OUTCOME_STALE, pb.OUTCOME_ALREADY_COUNTED)
     ]
     offers = [pb.TransportOffer(transport="memory", details=b"\x00\x01")]
-    admission = pb.PushAdmission(first_needed_fragment=1, contribution=memory, average=memory, offers=offers)
+    admission = pb.PushAdmission(
+        first_needed_fragment=1, contribution=memory, average=memory, offers=offers, codec="int8"
+    )
     missing = [pb.MissingWorker(has_left=True, last_seen_age_s=7.0)]
     waiting = pb.WaitingNotice(
         waiting_for=["a"], waiting_for_unknown=2, round_age_s=5, missing=missing, finished=["b"], workers_training=3
     )
     center = pb.CenterHeader(manifest=model.message, manifest_id=model.manifest.id, global_step=step, num_workers=2)
-    center.outer_optimizer = OUTER_TEXTS[1]
+    center.outer_optimizer, center.compression, center.center_id = OUTER_TEXTS[1], "int8", CENTER_ID
     status = pb.GetStatusResponse(
         phase=pb.PHASE_AVERAGING, global_step=step, workers=[pb.WorkerStatus(worker_id="a", is_chief=True)]
     )

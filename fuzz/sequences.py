@@ -153,7 +153,7 @@ class Sequence:
         """Plays it from the first to the last event."""
         if self._rng.random() < 0.9:
             self._witness.initials.append((STEP, self._model, CENTER_VALUE))
-            self.world.initialize(self._model, STEP)
+            self.world.initialize(self._model, STEP, "int8" if self._rng.random() < 0.3 else "")
             self._check()
         events, weights = zip(*self._events, strict=True)
         happened = list[str]()

@@ -17,6 +17,7 @@ from fuzz.fields import with_other_fields
 from fuzz.mutate import mutated
 from fuzz.sequences import Sequence, Sequences
 from fuzz.world import LONG_ENOUGH_S, Center, World
+from modelaverage.codecs import codec_named
 from modelaverage.outer import AVERAGE, outer_optimizer
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.rules.policy import RoundPolicy
@@ -97,6 +98,7 @@ class Bytes:
         self._connections = rng.random() < 0.5
         # Initialize meets a server without a center; so does every other call now and then.
         self._initialized = rng.random() < (0.3 if self.name == "Initialize" else 0.95)
+        self._compression = rng.choice(("", "int8", "int8", "bfloat16"))
         self._renew()
 
     @property
@@ -107,7 +109,7 @@ class Bytes:
         self._worlds = [World(self._policy, self._shared, self._connections)]
         self._center: Center | None = None
         if self._initialized:
-            self._center = self._world.initialize(self._model, STEP)
+            self._center = self._world.initialize(self._model, STEP, self._compression)
 
     def play(self, number: int) -> None:
         """See Target."""
@@ -218,6 +220,8 @@ def _check_initialized(world: World, messages: list[bytes]) -> None:
         raise Failure(f"the center was initialized at {job.round.global_step} by {parsed[0]}")
     if job.center.outer != (outer_optimizer(header.outer_optimizer) if header.outer_optimizer else AVERAGE):
         raise Failure(f"{header.outer_optimizer!r} was named, and the center has {job.center.outer}")
+    if job.center.codec is not codec_named(header.compression):
+        raise Failure(f"{header.compression!r} was named, and the center has {job.center.codec.name}")
     flat = b"".join(message.fragment.data for message in parsed[1:])
     if [message.fragment.index for message in parsed[1:]] != list(range(job.manifest.fragment_count)):
         raise Failure("the center was initialized by a stream that is not whole")

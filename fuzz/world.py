@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 
 from fuzz.context import ClientCall, Failure, Method
-from fuzz.corpus import Model, initialize_messages
+from fuzz.corpus import CENTER_ID, Model, initialize_messages
 from fuzz.loop import EndlessError, VirtualLoop
 from fuzz.sockets import Listener
 from modelaverage import wire
@@ -43,6 +43,7 @@ _MAY_GROW = frozenset(
         "_initialization._around.roster._nonfinite",
         "_initialization._around.roster.records",
         "_initialization.job._remarks._intervals",
+        "_initialization.job.average._messages",
         "_initialization.job.center._sums._deferred",
         "_initialization.job.round._entries",
         "_initialization.job.round._fragments._restoring",
@@ -136,15 +137,18 @@ class World:
         with contextlib.suppress(EndlessError):
             self.loop.settle(MAX_STEPS)
 
-    def initialize(self, model: Model, step: int) -> Center:
-        """Sets the center as a correct chief does."""
+    def initialize(self, model: Model, step: int, compression: str = "") -> Center:
+        """Sets the center as a correct chief does. With a codec, its id is CENTER_ID."""
         call = self.open("Initialize")
-        for message in initialize_messages(model, "chief", step):
+        for message in initialize_messages(model, "chief", step, compression=compression):
             call.send(message)
         call.half_close()
         self.settle()
         if not call.done or call.verdict() != "(ok)":
             raise Failure("a good chief is refused")
+        if compression:
+            assert self.job is not None
+            self.job.center.current.center_id = CENTER_ID  # else random, and no input would be the same again
         self.count_from_here()
         center = self.center()
         assert center is not None

@@ -6,12 +6,21 @@ import itertools
 import sys
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from examples.clients.python import client
 from ma_client import ParameterServerSession
+from ma_client.job import center_arrays
+from ma_client.job.naming import named
 from ma_client.transports.connection import Connection
 from ma_client.transports.push import ClientPush, Keep
 from ma_client.transports.pushing import Answer
+from ma_client.transports.staging import Staging
 from modelaverage import errors, wire
+from modelaverage.chosen import Chosen
+from modelaverage.codecs import codec_named
+from modelaverage.codecs.int8 import INT8
 from modelaverage.errors import ModelAverageError, ProtocolError, ServerUnavailableError
 from modelaverage.manifest import Manifest
 from modelaverage.v1 import parameter_server_pb2 as pb
@@ -158,6 +167,86 @@ def accepts_combined_messages_and_takes_one_thing_of_each() -> None:
     replace(wire, "read_fragment", read)
 
 
+# Outer optimizers.
+
+
+def insists_on_the_average() -> None:
+    def initialize(self: ParameterServerSession, *arguments: Any) -> Any:
+        return session_initialize(self, *arguments, outer_optimizer="average")
+
+    session_initialize = ParameterServerSession.initialize
+    replace(ParameterServerSession, "initialize", initialize)
+
+
+def takes_only_outer_optimizers_that_it_knows() -> None:
+    def note(_: ParameterServerSession, told: Chosen) -> None:
+        named(told.outer_optimizer or None)
+
+    replace(ParameterServerSession, "_note", note)
+
+
+# Compression.
+
+
+def encodes_relative_to_nothing() -> None:
+    def encode(manifest: Manifest, index: int, variables: Any, base: NDArray[np.uint8]) -> Any:
+        return encode_variables(manifest, index, variables, np.zeros_like(base))
+
+    encode_variables = INT8.encode_variables
+    replace(INT8, "encode_variables", encode)
+
+
+def decodes_relative_to_nothing() -> None:
+    def decode(
+        manifest: Manifest, flat: NDArray[np.uint8], index: int, data: memoryview, base: NDArray[np.uint8]
+    ) -> None:
+        decode_into(manifest, flat, index, data, np.zeros_like(base))
+
+    decode_into = INT8.decode_into
+    replace(INT8, "decode_into", decode)
+
+
+def always_names_its_first_base() -> None:
+    first = list[int]()
+
+    def push(self: Connection, header: pb.PushHeader, *arguments: Any) -> Answer:
+        first.append(header.base_center_id)
+        header.base_center_id = first[0]
+        return push_and_average(self, header, *arguments)
+
+    replace(Connection, "push_and_average", push)
+
+
+def takes_every_center_for_coded() -> None:
+    def read(message_type: type[Any], data: bytes) -> Any:
+        message = read_fragment(message_type, data)
+        if isinstance(message, pb.PushAndAverageResponse) and message.HasField("admission"):
+            message.admission.codec = INT8.name
+        return message
+
+    read_fragment = wire.read_fragment
+    replace(wire, "read_fragment", read)
+
+
+def loses_its_base_when_a_push_breaks() -> None:
+    replace(Staging, "roll_back", lambda _: None)
+
+
+def pushes_in_its_codec_whatever_the_server_says() -> None:
+    coded: dict[int, tuple[str, int]] = {}
+
+    def push(self: Connection, header: pb.PushHeader, *arguments: Any) -> Answer:
+        first = header.codec, header.base_center_id
+        header.codec, header.base_center_id = coded.setdefault(header.push_id, first)
+        return push_and_average(self, header, *arguments)
+
+    replace(Connection, "push_and_average", push)
+
+
+def takes_only_codecs_that_it_knows() -> None:
+    replace(center_arrays, "known_codec", codec_named)
+
+
 # What is broken, and the case that has to notice.
 FAULTS = {
     does_not_try_again: "a_push_is_made_again_when_the_page_says_so",
@@ -177,6 +266,15 @@ FAULTS = {
     never_finishes: "a_worker_that_has_finished_is_not_waited_for",
     finishes_when_it_leaves: "a_push_says_who_pushes_what",
     counts_in_doubles: "global_step_may_exceed_2_to_the_53",
+    insists_on_the_average: "the_servers_outer_optimizer_makes_the_center",
+    takes_only_outer_optimizers_that_it_knows: "an_outer_optimizer_that_the_client_does_not_know_changes_nothing",
+    decodes_relative_to_nothing: "raw_and_coded_pushes_stand_in_one_round",
+    encodes_relative_to_nothing: "a_raw_push_in_a_job_with_a_codec_counts_exactly",
+    always_names_its_first_base: "a_codec_is_spoken_as_the_header_says",
+    takes_every_center_for_coded: "a_push_in_a_codec_may_be_answered_by_a_raw_center",
+    loses_its_base_when_a_push_breaks: "a_push_that_breaks_after_a_part_of_its_center_keeps_its_base",
+    pushes_in_its_codec_whatever_the_server_says: "a_base_that_the_server_does_not_have_is_no_end",
+    takes_only_codecs_that_it_knows: "a_codec_that_the_client_does_not_know_changes_nothing",
 }
 
 

@@ -17,7 +17,7 @@ from fuzz.loop import EndlessError, VirtualLoop
 from fuzz.run import MAX_GROWTH_BYTES, Result, run
 from fuzz.sockets import MemorySocket
 from fuzz.targets import TARGETS, target_named
-from modelaverage.codecs import Codec
+from modelaverage.codecs import RAW, Codec
 from modelaverage.errors import Reason, refusal
 from modelaverage.runtime.data_sockets import NUMBER
 from ps_server.center.sums import Sums
@@ -132,7 +132,7 @@ def test_a_server_that_is_wrong_about_who_has_finished_is_found_out(
     room: type, name: str, broken: Callable[..., Any], found: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(room, name, broken)
-    assert finds("sequences", 60, found)
+    assert finds("sequences", 300, found)
 
 
 def test_a_process_that_finishes_for_another_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,6 +142,17 @@ def test_a_process_that_finishes_for_another_is_a_failure(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(Round, "finish", finish)
     assert finds("sequences", 300, "by the word of a process that is not the one that pushes")
+
+
+def test_a_center_with_another_codec_than_the_chiefs_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ps_server.flow.initialization.codec_named", lambda _: RAW)
+    assert finds("Initialize", 1000, "was named, and the center has raw")
+
+
+def test_pushes_in_codecs_are_refused_with_their_reasons() -> None:
+    endings = played("PushAndAverage", 1500).endings
+    assert endings["BASE_UNKNOWN"] > 3
+    assert endings["CODEC_UNKNOWN"] > 50
 
 
 def test_a_server_that_takes_another_pushs_bytes_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,8 @@ import pytest
 
 from modelaverage import missing, wire
 from modelaverage.checks import MAX_WORKER_ID_BYTES
+from modelaverage.codecs import CODECS, RAW
+from modelaverage.codecs.changes import LEAST_ELEMENTS
 from modelaverage.errors import FAULTS, Action, Reason
 from modelaverage.manifest import (
     MAX_DIMENSIONS,
@@ -121,3 +123,50 @@ def test_the_page_has_every_outer_optimizer_with_its_settings_and_their_defaults
         needed = ",".join(f"{setting}=1" for setting, default in said if default == "none")
         assert list(made.settings) == [setting for setting, _ in said]
         assert made == outer_optimizer(f"{name}:{needed}" if needed else name)
+
+
+# Codecs.
+
+CODED = {name: codec for name, codec in CODECS.items() if codec is not RAW}
+CODECS_SECTION = PAGE.partition("## 9. Codecs")[2]
+
+
+def test_the_page_has_every_codec_with_its_size() -> None:
+    rows = dict(re.findall(r"^\| `([a-z0-9]+)` \| ([0-9nb]+) bytes \| ", CODECS_SECTION, re.MULTILINE))
+    assert rows.keys() == CODED.keys()
+    n = LEAST_ELEMENTS + 1
+    sizes = {"2n": 2 * n, "132b": 132 * -(-n // 128), "68b": 68 * -(-n // 128)}
+    manifest = Manifest((Variable("w", "float32", (n,)),), 1 << 13)
+    assert {name: codec.size_bytes(manifest, 0) for name, codec in CODED.items()} == {
+        name: sizes[size] for name, size in rows.items()
+    }
+
+
+def test_the_page_says_which_variables_are_coded() -> None:
+    assert f"at least {LEAST_ELEMENTS:,} elements" in CODECS_SECTION
+    for dtype in ("float32", "bfloat16", "float16", "float64"):
+        for name, codec in CODED.items():
+            raw, elements = Variable("w", dtype, (LEAST_ELEMENTS,)).size_bytes, LEAST_ELEMENTS
+            is_coded = codec.size_bytes(Manifest((Variable("w", dtype, (elements,)),), 1 << 14), 0) < raw
+            assert is_coded == (dtype == "float32" or (dtype in ("bfloat16", "float16") and name != "bfloat16"))
+    small = Manifest((Variable("w", "float32", (LEAST_ELEMENTS - 1,)),), 1 << 14)
+    assert {codec.size_bytes(small, 0) for codec in CODED.values()} == {4 * (LEAST_ELEMENTS - 1)}
+
+
+@pytest.mark.parametrize("is_special", [False, True])
+def test_the_examples_of_the_codecs_are_what_the_library_writes(is_special: bool) -> None:
+    # Fragments of 280 bytes: the first piece has 70 elements.
+    manifest = Manifest((Variable("w", "float32", (LEAST_ELEMENTS,)),), 280)
+    base = np.ones(70, np.float32)
+    values = base.copy()
+    values[[0, 1, 2, 64]] = 0.5, 1.25, 1.125, 0.75
+    if is_special:
+        values[3] = np.nan
+    *blocks, last = re.findall(r"```text\n([^`]+)\n```", CODECS_SECTION)
+    examples = last.splitlines() if is_special else [blocks[1], blocks[2], blocks[0]]
+    for name, text in zip(("int8", "int4", "bfloat16"), examples, strict=True):
+        encoded = b"".join(CODED[name].encode(manifest, 0, [values], [base]))
+        begin = bytes.fromhex(text.partition("...")[0])
+        assert encoded[: len(begin)] == begin
+        # What is left out are zeros.
+        assert encoded.replace(b"\0", b"") == bytes.fromhex(text.replace("...", "")).replace(b"\0", b"")

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from modelaverage import wire
 from modelaverage.checks import MAX_WORKER_ID_BYTES
+from modelaverage.chosen import Chosen
+from modelaverage.codecs import CODECS
 from modelaverage.errors import InvalidRequestError, ProtocolError, Reason
 from modelaverage.manifest import (
     MAX_FRAGMENT_SIZE_BYTES,
@@ -25,6 +27,7 @@ from modelaverage.manifest import (
 )
 from modelaverage.missing import Missing
 from modelaverage.names import MAX_NAMES
+from modelaverage.outer.text import MAX_TEXT_BYTES
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.rules.policy import MAX_WORKERS
 from tests.strategies import fast, manifests, thorough
@@ -227,17 +230,40 @@ def test_a_manifest_comes_back_as_it_went(manifest: Manifest) -> None:
 
 
 @fast
-@given(manifests(), st.integers(0, 2**63 - 1), st.integers(0, 2**32 - 1))
+@given(
+    manifests(),
+    st.integers(0, 2**63 - 1),
+    st.integers(0, 2**32 - 1),
+    st.integers(0, 2**64 - 1),
+    st.sampled_from(["", "average", "sgd:lr=0.7"]),
+    st.sampled_from(["", "raw", "int8"]),
+)
 def test_what_is_made_once_for_all_pulls_is_what_the_library_writes(
-    manifest: Manifest, global_step: int, num_workers: int
+    manifest: Manifest, global_step: int, num_workers: int, center_id: int, outer: str, compression: str
 ) -> None:
     message = wire.manifest_to_message(manifest)
     assert wire.encode_manifest(manifest) == message.SerializeToString()
     header = pb.CenterHeader(
-        manifest=message, manifest_id=manifest.id, global_step=global_step, num_workers=num_workers
+        manifest=message,
+        manifest_id=manifest.id,
+        global_step=global_step,
+        num_workers=num_workers,
+        outer_optimizer="" if outer == "average" else outer,  # what older servers have is not told
+        compression="" if compression == "raw" else compression,
+        center_id=center_id,
     )
     expected = pb.PullResponse(header=header).SerializeToString()
-    assert wire.PullHeader(manifest).encode(global_step, num_workers) == expected
+    written = wire.PullHeader(manifest, Chosen(outer, compression).told.texts)
+    assert written.encode(global_step, num_workers, center_id) == expected
+
+
+def test_the_header_of_a_center_without_choices_is_what_it_was_before_there_were_any() -> None:
+    manifest = Manifest((Variable("w", "float32", (2,)),), 16)
+    before = pb.CenterHeader(
+        manifest=wire.manifest_to_message(manifest), manifest_id=manifest.id, global_step=7, num_workers=2
+    )
+    defaults = wire.PullHeader(manifest, Chosen("average", "raw").told.texts)
+    assert defaults.encode(7, 2) == pb.PullResponse(header=before).SerializeToString()
 
 
 @pytest.mark.parametrize("shard", [None, Shard(4095, 4096, b"j" * 16)])
@@ -269,7 +295,9 @@ def test_a_manifest_that_is_sendable_fits_the_largest_headers_and_one_byte_more_
         worker_id="w" * MAX_WORKER_ID_BYTES, manifest=wire.manifest_to_message(manifest), global_step=2**63 - 1
     )
     for message in (
-        wire.PullHeader(manifest).encode(2**63 - 1, 2**32 - 1),
+        wire.PullHeader(manifest, Chosen("o" * MAX_TEXT_BYTES, max(CODECS, key=len)).texts).encode(
+            2**63 - 1, 2**32 - 1, 2**64 - 1
+        ),
         pb.InitializeRequest(header=initialize).SerializeToString(),
     ):
         assert len(message) <= GRPC_LIMIT_BYTES

@@ -54,7 +54,7 @@ def check_has(wanted: Chosen, told: Chosen, address: str) -> None:
         )
         raise ConflictError(
             f"the center at {address} has the {choice.noun} {theirs}, and this worker names {ours}; give all workers "
-            f"the same one, or none{instead}",
+            f"the same one, or leave it out{instead}",
             choice.mismatch,
         )
 

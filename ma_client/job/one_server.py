@@ -335,7 +335,7 @@ class OneServer:
                 header.loss = local.loss
         # What is relative to a center is sent only from that center, bit for bit.
         has_base = self._loan is None and self._staging is not None and self._staging.is_whole
-        if has_base and self._center_id and purpose is not Purpose.RESTORE:
+        if has_base and self._center_id and self._codec is not RAW and purpose is not Purpose.RESTORE:
             header.codec, header.base_center_id = self._codec.name, self._center_id
         return header
 

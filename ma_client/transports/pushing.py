@@ -94,10 +94,12 @@ class Pushing:
         lanes = _PushLanes(opening, self._begun(opening))
         try:
             self._announce(lanes, request.header)
-            outcome = self._call(request, lanes, deadline)
+            answer = Answer(self._call(request, lanes, deadline), lanes.lane.loan)
+            if answer.loan is not None:
+                staging.roll_back()  # its first fragments may have come in messages; this push may have to be repeated
             staging.is_filled()
             lanes.is_done = True
-            return Answer(outcome, lanes.lane.loan)
+            return answer
         except ModelAverageError as fault:
             instead = lanes.end(fault, self._calls.stopped.is_set())
             if instead is not None:

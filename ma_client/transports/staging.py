@@ -138,7 +138,7 @@ class Staging:
         if self._old is not None:
             end = self.manifest.fragment_bounds(index + self.count(index, data, codec) - 1)[1]
             self._old[self._old_end : end] = flat[self._old_end : end]
-            self._old_end = end
+            self._old_end = max(end, self._old_end)
         self.is_torn = True
         if codec is RAW:
             RAW.decode_run(self.manifest, flat, index, data)

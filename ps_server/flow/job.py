@@ -347,6 +347,9 @@ class Job:
 
         Returns:
             The answer to the header of the push, if the decisions contain one.
+
+        Raises:
+            ConflictError: BASE_UNKNOWN: all decisions were carried out, and the push has to come again raw.
         """
         answer: Decision | None = None
         finished: list[Finish] = []
@@ -360,7 +363,7 @@ class Job:
                         add(decision)
                 case Admit():
                     assert push is not None
-                    answer, push.average = decision, self.average
+                    answer, push.average, push.is_admitted = decision, self.average, True
                     self._observe_admission(push, decision.first_needed)
                 case CenterFollows():
                     answer = decision
@@ -380,46 +383,50 @@ class Job:
                 case TimeOut(streams, waited_s):
                     self._time_out(streams, waited_s)
                 case KeepFirst(token):
-                    self._finish(finished)
+                    self._finish(finished, push)
                     finished = []
                     assert self._writes is not None
                     self._writes.begin(token, self.center.next, self.round.as_committed)
                 case Prepare():
-                    self._finish(finished)
+                    self._finish(finished, push)
                     finished = []
                     self._commit()
-        self._finish(finished)
+        self._finish(finished, push)
         self._set_timers()
+        if push is not None and push.needs_changes and not push.average.is_coded:
+            # Its task runs this. Cancelled, the task would lose the error in its next write.
+            raise _base_unknown(push.worker_id, push.codec)
         return answer
 
-    def _finish(self, finishes: list[Finish]) -> None:
+    def _finish(self, finishes: list[Finish], push: OpenPush | None) -> None:
         if finishes:
             from_s = self.clock()
             self._averaged(from_s, self.center.finish(finishes, self.round.global_step))
             if not all(finish.steps for finish in finishes):
-                self._end_coded_pushes()
+                self._end_coded_pushes(push)
             self.average.finished = finishes[-1].index + 1
             self._wake(self.average)
 
-    def check_base(self, header: pb.PushHeader) -> None:
+    def check_base(self, header: pb.PushHeader, codec: Codec) -> None:
         """Checks that the server has the center that the fragments of a push are relative to. A stale push gets another
         center anyway.
 
         Raises:
             ConflictError: BASE_UNKNOWN.
         """
-        if not header.codec or header.base_step < self.round.global_step:
+        if codec is RAW or header.base_step < self.round.global_step:
             return
         known, named = self.center.current.center_id, header.base_center_id
         if not self.average.is_coded or not named or named != known:
-            raise _base_unknown(header.worker_id, header.codec)
+            raise _base_unknown(header.worker_id, codec)
 
-    def _end_coded_pushes(self) -> None:
-        """The round restores a center, which is no change of the current one: pushes in a codec must be raw."""
+    def _end_coded_pushes(self, but: OpenPush | None) -> None:
+        """The round makes no step, so its center is no change of the current one: pushes in a codec must be raw.
+        ``but`` is the push whose event this is."""
         self.average.is_coded = False
         for push in self._pushes.values():
-            if push.average is self.average and push.codec is not RAW and not push.lane.is_shared:
-                push.call.fail(_base_unknown(push.worker_id, push.codec.name))
+            if push is not but and push.average is self.average and push.needs_changes:
+                push.call.fail(_base_unknown(push.worker_id, push.codec))
 
     def _kept(self, token: int, is_written: bool) -> None:
         """A write has ended."""
@@ -496,11 +503,11 @@ class Job:
             transport.leave(worker_id, incarnation)
 
 
-def _base_unknown(worker_id: str, codec: str) -> ModelAverageError:
+def _base_unknown(worker_id: str, codec: Codec) -> ModelAverageError:
     return refusal(
         Reason.BASE_UNKNOWN,
-        f"{worker_id!r} pushes in codec {codec}, relative to a center that is not the one that this round starts from; "
-        "push again raw",
+        f"{worker_id!r} pushes in codec {codec.name}, relative to a center that is not the one that this round starts "
+        "from; push again raw",
     )
 
 

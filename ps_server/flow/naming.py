@@ -36,7 +36,7 @@ def check_named(wanted: Chosen, in_force: Chosen) -> None:
         raise refusal(
             choice.mismatch,
             f"the center has the {choice.noun} {theirs}, and this call names {ours}; give all workers the same one, or "
-            "none",
+            "leave it out",
         )
 
 

@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from modelaverage.codecs import Codec
+from modelaverage.codecs import RAW, Codec
 from modelaverage.errors import Reason, refusal
 from modelaverage.manifest import Manifest
 from modelaverage.purpose import Purpose
@@ -62,6 +62,7 @@ class OpenPush:
         reader: reads the average.
         outcome: set when its round has committed and the outcome may be sent.
         sending: the responses of that round.
+        is_admitted: whether its round has admitted it.
         is_held: whether it waits for the end of a round that it is not in.
         notice: a notice to be sent.
         progress: set when there is something to send.
@@ -77,9 +78,15 @@ class OpenPush:
     reader: Reader
     outcome: pb.PushOutcome | None = None
     sending: Sending | None = None
+    is_admitted: bool = False
     is_held: bool = False
     notice: pb.WaitingNotice | None = None
     progress: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def needs_changes(self) -> bool:
+        """Whether it gets the average as changes from the center before."""
+        return self.is_admitted and self.codec is not RAW and not self.lane.is_shared
 
 
 def _purpose_of(header: pb.PushHeader) -> Purpose:

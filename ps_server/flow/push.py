@@ -39,7 +39,7 @@ async def serve_push(
     wanted = push_of(header, job.manifest)
     codec = codec_named(header.codec)
     check_push_codec(codec, job.center.codec)
-    job.check_base(header)
+    job.check_base(header, codec)
     opening = Opening(header, call, job.manifest, codec)
     lane = _lane(opening, transports)
     push = OpenPush(

@@ -82,6 +82,7 @@ class Guarded:
             worker.last_seen_age_s = 0
         status.uptime_s = 0
         status.ClearField("sent_bytes")  # of the pull above
+        status.ClearField("sent_raw_bytes")
         return center["w"].tobytes(), status
 
     def refuses(self, security: Security, *words: str, reason: Reason | None = None) -> None:

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from modelaverage.codecs import Codec, codec_named
 from modelaverage.conformance.lines import Arrays
 from modelaverage.manifest import Manifest, Variable, dtype_name
 
-__all__ = ["average", "fragments_of", "like", "manifest_of", "mixed", "size_bytes_of", "unflatten", "vector"]
+__all__ = [
+    "average",
+    "coded_fragments_of",
+    "decoded",
+    "fragments_of",
+    "like",
+    "manifest_of",
+    "mixed",
+    "size_bytes_of",
+    "unflatten",
+    "vector",
+]
 
 
 def manifest_of(arrays: Arrays, fragment_size_bytes: int = 64) -> Manifest:
@@ -25,6 +38,31 @@ def fragments_of(arrays: Arrays, fragment_size_bytes: int = 64) -> list[bytes]:
     manifest = manifest_of(arrays, fragment_size_bytes)
     values = [memoryview(array.tobytes()) for array in arrays.values()]
     return [b"".join(manifest.fragment_parts(index, values)) for index in range(manifest.fragment_count)]
+
+
+def coded_fragments_of(arrays: Arrays, base: Arrays, fragment_size_bytes: int, codec: str) -> list[bytes]:
+    """The fragments in a codec, relative to ``base``."""
+    manifest, encoder = manifest_of(arrays, fragment_size_bytes), codec_named(codec)
+    values = [memoryview(array.tobytes()) for array in arrays.values()]
+    flat = _flat(manifest, base)
+    return [
+        b"".join(encoder.encode_variables(manifest, index, values, flat)) for index in range(manifest.fragment_count)
+    ]
+
+
+def decoded(codec: Codec, manifest: Manifest, fragments: Sequence[bytes], base: bytes) -> bytes:
+    """The flat buffer that these fragments describe; ``base`` is one, too."""
+    flat, theirs = np.zeros(manifest.buffer_size_bytes, np.uint8), np.frombuffer(base, np.uint8)
+    for index, data in enumerate(fragments):
+        codec.decode_into(manifest, flat, index, memoryview(data), theirs)
+    return flat.tobytes()
+
+
+def _flat(manifest: Manifest, arrays: Arrays) -> NDArray[np.uint8]:
+    flat = np.zeros(manifest.buffer_size_bytes, np.uint8)
+    for room, array in zip(manifest.arrays(flat).values(), arrays.values(), strict=True):
+        room[...] = array
+    return flat
 
 
 def unflatten(manifest: Manifest, flat: bytes) -> Arrays:

@@ -21,6 +21,7 @@ from modelaverage.v1.parameter_server_pb2_grpc import ParameterServerServicer, a
 
 __all__ = [
     "GotPush",
+    "InCodec",
     "MANIFEST_ID",
     "READ",
     "Refusal",
@@ -74,15 +75,33 @@ class GotPush:
     half_closed: bool = False
 
     @property
+    def is_coded(self) -> bool:
+        """Whether its fragments are in a codec."""
+        return self.header.codec not in ("", "raw")
+
+    @property
     def follows(self) -> bool:
         """Whether the client sends fragments without waiting for the admission: then every attempt sends all."""
         return self.header.fragments_follow or self.header.half_duplex
 
 
+@dataclass(frozen=True)
+class InCodec:
+    """In the script of a push: a step that depends on the codec of its header.
+
+    Args:
+        coded: if the push is in a codec; None: nothing.
+        raw: if it is raw; None: nothing.
+    """
+
+    coded: pb.PushAndAverageResponse | Refusal | None
+    raw: pb.PushAndAverageResponse | Refusal | None = None
+
+
 READ = None
 """In the script of a push: read until the client half-closes. A half-duplex client is sent nothing before that."""
 _PullScript = Sequence[pb.PullResponse | Refusal]
-_PushScript = Sequence["pb.PushAndAverageResponse | Refusal | None"]
+_PushScript = Sequence["pb.PushAndAverageResponse | Refusal | InCodec | None"]
 
 
 class ScriptedServer(ParameterServerServicer):
@@ -99,6 +118,7 @@ class ScriptedServer(ParameterServerServicer):
         initializations: how to answer each Initialize: None accepts it.
         phase: what a status says.
         outer_optimizer: what a status and the answer to an Initialize name.
+        compression: the same, for the codec of the job.
         left: the calls of Leave.
     """
 
@@ -107,7 +127,7 @@ class ScriptedServer(ParameterServerServicer):
         self.pushes: queue.SimpleQueue[_PushScript] = queue.SimpleQueue()
         self.initializations: queue.SimpleQueue[Refusal | None] = queue.SimpleQueue()
         self.phase: pb.Phase = pb.PHASE_IDLE
-        self.outer_optimizer = ""
+        self.outer_optimizer = self.compression = ""
         self.left: queue.SimpleQueue[pb.LeaveRequest] = queue.SimpleQueue()
         self._got: queue.SimpleQueue[GotPush] = queue.SimpleQueue()
         self._got_center: queue.SimpleQueue[tuple[pb.InitializeHeader, bytes]] = queue.SimpleQueue()
@@ -147,6 +167,7 @@ class ScriptedServer(ParameterServerServicer):
             manifest_id=MANIFEST_ID,
             num_workers=1,
             outer_optimizer=self.outer_optimizer,
+            compression=self.compression,
         )
 
     def Pull(self, request: pb.PullRequest, context: Any) -> Iterator[pb.PullResponse]:  # noqa: N802
@@ -170,6 +191,10 @@ class ScriptedServer(ParameterServerServicer):
         _note(got, first)
         try:
             for step in self.pushes.get(timeout=_WAIT_S):
+                if isinstance(step, InCodec):
+                    step = step.coded if got.is_coded else step.raw
+                    if step is None:
+                        continue
                 if isinstance(step, Refusal):
                     _refuse(context, step)
                 if not got.half_closed and (step is READ or got.header.half_duplex):
@@ -187,7 +212,12 @@ class ScriptedServer(ParameterServerServicer):
     def GetStatus(self, _: pb.GetStatusRequest, __: Any) -> pb.GetStatusResponse:  # noqa: N802
         """Always answers: some clients ask for the status first."""
         return pb.GetStatusResponse(
-            phase=self.phase, global_step=7, num_workers=1, min_workers=1, outer_optimizer=self.outer_optimizer
+            phase=self.phase,
+            global_step=7,
+            num_workers=1,
+            min_workers=1,
+            outer_optimizer=self.outer_optimizer,
+            compression=self.compression,
         )
 
 
@@ -197,6 +227,8 @@ def center(
     fragment_size_bytes: int = 64,
     manifest_id: str = MANIFEST_ID,
     outer_optimizer: str = "",
+    compression: str = "",
+    center_id: int = 0,
 ) -> list[pb.PullResponse]:
     """The script of a pull: the header and every fragment."""
     header = pb.CenterHeader(
@@ -205,6 +237,8 @@ def center(
         global_step=global_step,
         num_workers=1,
         outer_optimizer=outer_optimizer,
+        compression=compression,
+        center_id=center_id,
     )
     fragments = fragments_of(arrays, fragment_size_bytes)
     return [
@@ -230,10 +264,13 @@ def fragment(arrays: Arrays, index: int, fragment_size_bytes: int = 64) -> pb.Pu
 
 
 def outcome(
-    global_step: int = 8, how: pb.Outcome = pb.OUTCOME_COMMITTED, contributors: tuple[str, ...] = ("a",)
+    global_step: int = 8,
+    how: pb.Outcome = pb.OUTCOME_COMMITTED,
+    contributors: tuple[str, ...] = ("a",),
+    center_id: int = 0,
 ) -> pb.PushAndAverageResponse:
     """The outcome of a push."""
-    message = pb.PushOutcome(outcome=how, global_step=global_step, contributors=contributors)
+    message = pb.PushOutcome(outcome=how, global_step=global_step, contributors=contributors, center_id=center_id)
     return pb.PushAndAverageResponse(outcome=message)
 
 

@@ -79,7 +79,8 @@ class ParameterServerServicer(object):
         center is already set, the server answers at once, without waiting for fragments, and nothing changes.
 
         Errors: MANIFEST_INVALID, MANIFEST_MISMATCH (other variables than those in force), OUTER_OPTIMIZER_*,
-        GLOBAL_STEP_INVALID, WORKER_ID_INVALID, MESSAGE_OUT_OF_ORDER, FRAGMENT_*, STREAM_STALLED.
+        CODEC_UNKNOWN, COMPRESSION_MISMATCH, GLOBAL_STEP_INVALID, WORKER_ID_INVALID, MESSAGE_OUT_OF_ORDER, FRAGMENT_*,
+        STREAM_STALLED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -89,7 +90,8 @@ class ParameterServerServicer(object):
         """Reads the center variables. The stream is one header, then every fragment in ascending order, unless the request
         asks for the header only. All of it belongs to one `global_step`, even if rounds commit meanwhile.
 
-        Errors: NOT_INITIALIZED, WORKER_ID_INVALID, OUTER_OPTIMIZER_*, STREAM_STALLED, READER_TOO_SLOW.
+        Errors: NOT_INITIALIZED, WORKER_ID_INVALID, OUTER_OPTIMIZER_*, CODEC_UNKNOWN, COMPRESSION_MISMATCH, STREAM_STALLED,
+        READER_TOO_SLOW.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -115,7 +117,7 @@ class ParameterServerServicer(object):
         Errors: NOT_INITIALIZED, MANIFEST_UNKNOWN, WORKER_ID_INVALID, WORKER_ID_IN_USE, INCARNATION_INVALID,
         WEIGHT_INVALID, BASE_STEP_AHEAD, GLOBAL_STEP_INVALID, UNTOUCHED_INVALID, ROUND_FULL, ROUND_RESTARTED,
         ROUND_TIMED_OUT, PUSH_SUPERSEDED, MESSAGE_OUT_OF_ORDER, FRAGMENT_*, STREAM_STALLED, DATA_CONNECTION_LOST,
-        READER_TOO_SLOW, CODEC_UNKNOWN.
+        READER_TOO_SLOW, CODEC_UNKNOWN, BASE_UNKNOWN.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
