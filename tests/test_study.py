@@ -1,0 +1,169 @@
+"""A play has the bits of a job with sessions, kept trainings are used again, and the comparison says what it should."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from ma_client import ParameterServerSession, PushResult
+from modelaverage.codecs import codec_named
+from modelaverage.outer import outer_optimizer
+from ps_worker.demo.digits_config import DigitsConfig
+from ps_worker.demo.play import play as play_of_the_demo
+from ps_worker.events.parse import AccuracyEvent, Event
+from study import loss
+from study.compare import rows_of
+from study.kept import KeptArms, Training
+from study.play import Arm, Measured, play
+from study.server import PlayedServer
+from study.tasks import TASKS
+from tests.conftest import StartServer
+from tests.optimizer.workers import together
+
+OUTER = "sgd:lr=0.7,momentum=0.9,nesterov"
+ROUNDS = 3
+ARM = Arm("digits", "raw", OUTER, 5, 0.05, seed=0, steps=10, num_workers=2, measure_every_steps=5)
+Arrays = Mapping[str, NDArray[Any]]
+
+
+def moved(center: Arrays, worker: int, step: int) -> dict[str, NDArray[Any]]:
+    """What a worker has made of the center."""
+    chance = np.random.default_rng((worker, step))
+    return {n: (v + 0.01 * chance.normal(size=v.shape)).astype(v.dtype) for n, v in center.items()}
+
+
+# The play is the system.
+
+
+@pytest.mark.in_memory
+@pytest.mark.parametrize("codec", ["raw", "bfloat16", "int8", "int4"])
+def test_a_played_job_has_the_bits_and_bytes_of_one_with_sessions(start_server: StartServer, codec: str) -> None:
+    start = moved({"w": np.zeros((300, 1000), np.float32), "b": np.zeros(100, np.float32)}, 9, 0)
+    server = start_server(2)
+    sessions = [ParameterServerSession([server.address], worker_id=f"w{i}", is_chief=i == 0) for i in range(2)]
+    with sessions[0], sessions[1]:
+        sessions[0].initialize(start, outer_optimizer=OUTER, compression="none" if codec == "raw" else codec)
+        pulled = [session.pull()[0] for session in sessions]  # each then has a base
+        center = pulled[0]
+        before = sessions[0].statuses()[0]
+        played = PlayedServer(start, outer_optimizer(OUTER), codec_named(codec))
+        up_bytes = down_bytes = 0
+        for step in range(ROUNDS):
+            workers = [moved(center, number, step) for number in range(2)]
+
+            def push(number: int, workers: list[dict[str, NDArray[Any]]] = workers) -> PushResult:
+                return sessions[number].push_and_average(workers[number])
+
+            center = together(lambda: push(0), lambda: push(1))[0].center
+            found = played.round(workers)
+            up_bytes, down_bytes = up_bytes + found.up, down_bytes + found.down
+            arrays = played.manifest.arrays(played.center)
+            for name, values in center.items():
+                assert values.tobytes() == arrays[name].tobytes() == workers[0][name].tobytes()
+        after = sessions[0].statuses()[0]
+        assert after.received_bytes - before.received_bytes == 2 * up_bytes
+        assert after.sent_bytes - before.sent_bytes == 2 * down_bytes
+
+
+def test_without_a_codec_the_digits_are_those_of_the_demo() -> None:
+    config = DigitsConfig(steps=10, interval_steps=5, learning_rate=0.05, seed=0)
+    events = list[Event]()
+    play_of_the_demo(config, 2, outer_optimizer(OUTER), "played", events.append)
+    losses = [event.loss for event in events if isinstance(event, AccuracyEvent)]
+    assert [each.held_out_loss for each in play(TASKS["digits"](), ARM)] == losses
+    assert len(losses) == 2
+
+
+def test_a_codec_changes_the_training_a_little_and_the_bytes_much() -> None:
+    arm = Arm("text", "raw", "average", 5, 0.01, seed=0, steps=10, num_workers=2, measure_every_steps=5)
+    task = TASKS["text"]()
+    raw, coded = (list(play(task, replace(arm, codec=codec)))[-1] for codec in ("raw", "int4"))
+    assert raw.held_out_loss != coded.held_out_loss
+    assert coded.held_out_loss == pytest.approx(raw.held_out_loss, abs=0.05)
+    assert coded.held_out_loss < np.log(256) - 0.5  # it learns
+    assert coded.up_bytes < raw.up_bytes / 6
+
+
+def test_steps_that_no_measurement_ends_are_refused() -> None:
+    with pytest.raises(ValueError, match="12 steps, measured every 5, a round every 5"):
+        replace(ARM, steps=12)
+
+
+# What is kept.
+
+
+def test_the_command_makes_only_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(loss, "_QUICK", loss.Scale({"digits": 50, "text": 50}, seeds=1))
+    monkeypatch.setattr(os, "nice", int)  # the other tests of this process go on at the same priority
+    made = list[str]()
+
+    def counted(task: Any, arm: Arm) -> Any:
+        made.append(arm.codec)
+        return play(task, arm)
+
+    monkeypatch.setattr(loss, "play", counted)
+    command = ["--quick", "--tasks", "digits", "--runs", str(tmp_path)]
+    assert loss.main([*command, "--codecs", "int4"]) == 0
+    assert sorted(made) == ["int4", "int4", "raw", "raw"]
+    made.clear()
+    assert loss.main([*command, "--codecs", "int8"]) == 0
+    assert made == ["int8", "int8"]
+    written = json.loads((tmp_path / "quick" / "loss.json").read_text())
+    assert [row["codec"] for row in written["rows"]] == ["raw", "int8", "raw", "int8"]
+    assert (tmp_path / "quick" / "loss.png").stat().st_size > 10_000
+    assert "one seed: no noise known" in capsys.readouterr().out
+
+
+def trained(codec: str, seed: int, held_out_loss: float) -> Training:
+    sizes = (1000, 1000) if codec == "raw" else (200, 300)
+    measured = Measured(5, 1, 0.5, 3.0, 1, 1), Measured(10, 2, 0.25, held_out_loss, *sizes)
+    return Training(replace(ARM, codec=codec, seed=seed), "here", 1.0, measured)
+
+
+def test_a_training_is_found_again_only_for_its_arm_and_data(tmp_path: Path) -> None:
+    kept, training = KeptArms(tmp_path), trained("int8", 0, 1.0)
+    assert kept.load(training.arm, "here") is None
+    kept.keep(training)
+    assert kept.load(training.arm, "here") == training
+    assert kept.load(training.arm, "elsewhere") is None
+    assert kept.load(replace(training.arm, steps=20), "here") is None
+    (file,) = tmp_path.iterdir()
+    file.write_text(file.read_text()[:-9])
+    assert kept.load(training.arm, "here") is None
+
+
+# The comparison.
+
+
+def test_a_difference_is_noise_up_to_the_spread_of_raw() -> None:
+    raws = [trained("raw", seed, loss) for seed, loss in enumerate((1.0, 1.1, 1.2))]
+    within = [trained("int8", seed, loss) for seed, loss in enumerate((1.09, 1.19, 1.29))]
+    worse = [trained("int4", seed, loss) for seed, loss in enumerate((1.2, 1.3, 1.4))]
+    better = [trained("bfloat16", seed, loss) for seed, loss in enumerate((0.85, 0.95, 1.05))]
+    raw, *others = rows_of([*raws, *within, *worse, *better])
+    assert raw.held_out_loss == pytest.approx(1.1)
+    assert raw.held_out_spread == pytest.approx(0.1)
+    assert [row.verdict for row in others] == [
+        "within noise (+0.90 of it)",
+        "worse (+2.00 of it)",
+        "better (-1.50 of it)",
+    ]
+    assert others[0].difference == pytest.approx(0.09)
+    assert others[0].difference_spread == pytest.approx(0.0, abs=1e-9)
+    assert (others[0].up_bytes, others[0].down_bytes, others[0].raw_up_bytes) == (200, 300, 1000)
+
+
+def test_a_seed_counts_only_if_raw_has_it_too() -> None:
+    rows = rows_of([trained("raw", 0, 1.0), trained("int8", 0, 1.5), trained("int8", 1, 9.0), trained("int4", 2, 1.0)])
+    assert [(row.codec, row.seeds) for row in rows] == [("raw", (0,)), ("int8", (0,))]
+    assert rows[1].difference == 0.5
