@@ -124,7 +124,7 @@ MISTAKES = {
     "launch outer": ((*LAUNCH, "--", "digits", "--outer", "adam"), "--outer: outer optimizer 'adam' needs lr, such as"),
     "compression": (
         (*WORKER, "digits", "--compression", "zip"),
-        "--compression: compression 'zip' is not known here, only 'none', 'bfloat16', 'int8', 'int4'",
+        "--compression: compression 'zip' is not known here, only none, bfloat16, int8, int4",
     ),
     "launch compression": ((*LAUNCH, "--", "digits", "--compression", "INT8"), "--compression: compression 'INT8' is"),
     "plain averages": ((*WORKER, "digits", *CLUSTER, "--plain-averages"), "--plain-averages needs --alone"),

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from modelaverage.codecs import CODECS, RAW, codec_named
 from modelaverage.errors import Reason
-from modelaverage.names import listed, printable
+from modelaverage.names import printable
 from modelaverage.outer import AVERAGE, outer_optimizer, text_of
 
 __all__ = [
@@ -124,7 +124,7 @@ def codec_of(compression: str) -> str:
     """The codec for what a person writes. Raises ValueError unless there is one."""
     name = RAW.name if compression == NO_COMPRESSION else compression
     if name not in CODECS:
-        raise ValueError(f"compression {compression[:40]!r} is not known here, only {listed(COMPRESSIONS)}")
+        raise ValueError(f"compression {compression[:40]!r} is not known here, only {', '.join(COMPRESSIONS)}")
     return name
 
 
