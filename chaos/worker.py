@@ -17,8 +17,8 @@ from torch import nn
 
 from chaos.log import Values, WorkerLog, flat
 from ma_client import ClusterSpec, ModelAverageCustomGetter, ModelAverageOptimizer, ParameterServerSession, PushResult
-from ma_client.job.naming import NO_COMPRESSION
 from ma_client.transports.data_settings import DATA_SETTINGS, DataSettings
+from modelaverage.chosen import NO_COMPRESSION
 from modelaverage.outer import AVERAGE, OuterOptimizer
 from ps_worker.demo.digits import DigitsData, DigitsNet, Images, accuracy
 from ps_worker.demo.digits_config import DigitsConfig

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -25,6 +24,7 @@ from modelaverage.v1 import parameter_server_pb2 as pb
 from tests.centers import SEEDS, random_arrays
 from tests.conftest import StartServer
 from tests.jobs import CENTER, Job
+from tests.optimizer.workers import Running
 from tests.raw_client import FRAGMENT_SIZE_BYTES, RawClient, flat_bytes, push_header
 from tests.strategies import fast, manifests
 from tests.toy_codec import ToyCodec
@@ -307,16 +307,15 @@ def test_workers_with_different_codecs_are_in_one_average_and_have_the_same_cent
         ParameterServerSession(
             [server.address], worker_id="b", is_chief=True, fragment_size_bytes=FRAGMENT_SIZE_BYTES, shared_memory=False
         ) as coded_worker,
-        ThreadPoolExecutor(1) as threads,
     ):
         coded_worker.initialize(CENTER, compression="toy")
         center, _ = coded_worker.pull()
         header, _ = client.pull()
-        result = threads.submit(coded_worker.push_and_average, pushed)
+        result = Running(lambda: coded_worker.push_and_average(pushed))
         stream = client.open_push()
         stream.push(push_header(header.manifest_id, "a", codec="raw"), sent)
         outcome, came = stream.answer()
-        got = result.result(20.0).center
+        got = result.result().center
     assert outcome.outcome == pb.OUTCOME_COMMITTED
     assert came == flat_bytes(got)
     manifest = wire.manifest_from_message(header.manifest)
