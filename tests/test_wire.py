@@ -301,7 +301,7 @@ def test_a_manifest_that_is_sendable_fits_the_largest_headers_and_one_byte_more_
         pb.InitializeRequest(header=initialize).SerializeToString(),
     ):
         assert len(message) <= GRPC_LIMIT_BYTES
-    with pytest.raises(InvalidRequestError, match="names; at most 4194048 fit a message: give variables shorter") as e:
+    with pytest.raises(InvalidRequestError, match="names; at most 4193792 fit a message: give variables shorter") as e:
         wire.check_sendable(manifest_of_bytes(wire.MAX_MANIFEST_BYTES + 1))
     assert e.value.reason is Reason.MANIFEST_INVALID
     assert f"of {len(manifest.variables)} variables has {wire.MAX_MANIFEST_BYTES + 1} bytes, " in str(e.value)

@@ -14,6 +14,7 @@ from ma_client.transports.staging import Staging
 from ma_client.values.raw import bytes_of
 from modelaverage import wire
 from modelaverage.chosen import NOTHING_CHOSEN, Chosen
+from modelaverage.codecs import RAW
 from modelaverage.errors import ConflictError, NotInitializedError, Reason
 from modelaverage.manifest import Manifest, Shard, Variable, first_difference
 from modelaverage.placement import default_fragment_size_bytes, place
@@ -52,7 +53,8 @@ class Proposal:
         if self.fragment_size_bytes is not None:
             return Manifest(self.variables, self.fragment_size_bytes)
         buffer_size_bytes = Manifest(self.variables).buffer_size_bytes
-        return Manifest(self.variables, default_fragment_size_bytes(buffer_size_bytes, num_shards))
+        is_coded = self.chosen.in_force.compression != RAW.name
+        return Manifest(self.variables, default_fragment_size_bytes(buffer_size_bytes, num_shards, is_coded))
 
 
 @dataclass(frozen=True)

@@ -37,13 +37,14 @@ PLACEMENTS = ("balanced", "round_robin")
 _SHARDED_FRAGMENT_SIZE_BYTES = 1 << 18
 
 
-def default_fragment_size_bytes(buffer_size_bytes: int, num_shards: int) -> int:
-    """The size of a fragment for a flat buffer of this size; small enough that each of several shards gets
-    fragments."""
+def default_fragment_size_bytes(buffer_size_bytes: int, num_shards: int, is_coded: bool = False) -> int:
+    """The size of a fragment for a flat buffer of this size; small enough that each of several shards gets fragments.
+    ``is_coded``: the job has a codec, in which fragments are smaller and a round needs fewer of them."""
     if num_shards == 1:
         return DEFAULT_FRAGMENT_SIZE_BYTES
     share, least = _aligned(buffer_size_bytes / num_shards), _aligned(buffer_size_bytes / MAX_FRAGMENTS)
-    return max(ALIGNMENT_BYTES, least, min(share, _SHARDED_FRAGMENT_SIZE_BYTES))
+    most = DEFAULT_FRAGMENT_SIZE_BYTES if is_coded else _SHARDED_FRAGMENT_SIZE_BYTES
+    return max(ALIGNMENT_BYTES, least, min(share, most))
 
 
 def place(manifest: Manifest, num_shards: int, placement: str, job_id: bytes) -> tuple[Manifest, ...]:

@@ -45,7 +45,7 @@ __all__ = [
 # gRPC's default limit on both sides; longer messages are refused.
 MAX_MESSAGE_BYTES = 4 << 20
 # Leaves room for the other fields in the headers of Initialize and Pull, and for future fields.
-MAX_MANIFEST_BYTES = MAX_MESSAGE_BYTES - 256
+MAX_MANIFEST_BYTES = MAX_MESSAGE_BYTES - 512
 # How many variables are serialized at once, so that other threads wait only briefly.
 _VARIABLES_AT_ONCE = 1000
 

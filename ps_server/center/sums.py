@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from modelaverage.codecs import RAW, Codec
 from modelaverage.manifest import DTYPES, Manifest
+from modelaverage.outer.base import summed_in
 from ps_server.center.buffers import Buffer
 
 __all__ = ["Contribution", "Sums"]
@@ -132,7 +133,7 @@ class Sums:
             _sum(total, values, weights)
             if total_weight != 1.0:
                 np.divide(total, total.dtype.type(total_weight), out=total)
-            if deferred and not np.isfinite(total).all():
+            if deferred and _count_nonfinite(total):
                 nonfinite.update({c.worker_id: _count_nonfinite(v) for c, v in zip(deferred, values, strict=True)})
         return nonfinite
 
@@ -141,8 +142,7 @@ class Sums:
         with np.errstate(all="ignore"):
             for total, values in zip(self.of(into, index), self._values(index, contribution, base), strict=True):
                 _add_weighted(total, values, contribution.weight, first)
-                if not np.isfinite(values).all():
-                    nonfinite += _count_nonfinite(values)
+                nonfinite += _count_nonfinite(values)
         return nonfinite
 
     def _values(self, index: int, contribution: Contribution, base: Buffer) -> Sequence[_Array]:
@@ -169,4 +169,8 @@ def _add_weighted(total: _Array, values: _Array, weight: float, first: bool) -> 
 
 
 def _count_nonfinite(values: _Array) -> int:
+    # Almost always the sum is finite, which takes one pass and no memory. A sum of finite values may overflow.
+    with np.errstate(all="ignore"):
+        if np.isfinite(np.add.reduce(values, dtype=summed_in(values.dtype))):
+            return 0
     return values.size - int(np.count_nonzero(np.isfinite(values)))
