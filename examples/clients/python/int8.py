@@ -68,12 +68,12 @@ def pieces(variables: Arrays, fragment_size_bytes: int) -> list[list[tuple[str, 
 
 
 def is_coded(variable_size: int, piece: Array) -> bool:
-    """Whether a piece of a variable with so many elements is coded."""
+    """whether a piece is coded; ``elements``: of its variable."""
     return piece.dtype.name in HUGE and variable_size >= LEAST_ELEMENTS and size_bytes(piece.size) < piece.nbytes
 
 
 def size_bytes(count: int) -> int:
-    """The size of a coded piece with so many elements."""
+    """The size of a coded piece of ``count`` elements."""
     return -(-count // BLOCK) * (4 + BLOCK)
 
 
