@@ -68,7 +68,7 @@ def pieces(variables: Arrays, fragment_size_bytes: int) -> list[list[tuple[str, 
 
 
 def is_coded(variable_size: int, piece: Array) -> bool:
-    """whether a piece is coded; ``elements``: of its variable."""
+    """Whether a piece is coded; ``variable_size``: the elements of its variable."""
     return piece.dtype.name in HUGE and variable_size >= LEAST_ELEMENTS and size_bytes(piece.size) < piece.nbytes
 
 
