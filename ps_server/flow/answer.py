@@ -53,6 +53,9 @@ async def send_average(
     sent = 0
     while True:
         push.progress.clear()
+        if push.lacks_changes:
+            await push.progress.wait()  # until the call ends
+            continue
         while sent < average.finished:
             first, sent = sent, lane.end_of_range(sent, average.finished, push.manner.takes_runs)
             size_bytes = (RAW if lane.is_shared else push.codec).run_size_bytes(manifest, first, sent)

@@ -393,7 +393,7 @@ class Job:
                     self._commit()
         self._finish(finished, push)
         self._set_timers()
-        if push is not None and push.needs_changes and not push.average.is_coded:
+        if push is not None and push.lacks_changes:
             # Its task runs this. Cancelled, the task would lose the error in its next write.
             raise _base_unknown(push.worker_id, push.codec)
         return answer

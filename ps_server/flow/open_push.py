@@ -88,6 +88,11 @@ class OpenPush:
         """Whether it gets the average as changes from the center before."""
         return self.is_admitted and self.codec is not RAW and not self.lane.is_shared
 
+    @property
+    def lacks_changes(self) -> bool:
+        """Whether it waits for changes that there will not be: its call ends with BASE_UNKNOWN."""
+        return self.needs_changes and not self.average.is_coded
+
 
 def _purpose_of(header: pb.PushHeader) -> Purpose:
     purpose = _PURPOSES.get(header.purpose)
