@@ -25,7 +25,7 @@ _OTHER = ("#888888", "-", "x")
 
 
 def draw(trainings: Sequence[Training], path: Path) -> None:
-    """Writes one PNG: a panel for each task and schedule, means over the seeds that its codecs share. Raises OSError."""
+    """Writes one PNG: a panel for each task and schedule, means over the seeds of all codecs. Raises OSError."""
     panels = defaultdict[tuple[str, str, int], dict[str, list[Training]]](lambda: defaultdict(list))
     for each in trainings:
         panels[each.arm.task, each.arm.outer, each.arm.interval_steps][each.arm.codec].append(each)
