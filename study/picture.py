@@ -25,7 +25,7 @@ _OTHER = ("#888888", "-", "x")
 
 
 def draw(trainings: Sequence[Training], path: Path) -> None:
-    """Writes one PNG: a panel for each task and schedule, means over the seeds. Raises OSError."""
+    """Writes one PNG: a panel for each task and schedule, means over the seeds of all codecs. Raises OSError."""
     panels = defaultdict[tuple[str, str, int], dict[str, list[Training]]](lambda: defaultdict(list))
     for each in trainings:
         panels[each.arm.task, each.arm.outer, each.arm.interval_steps][each.arm.codec].append(each)
@@ -33,7 +33,10 @@ def draw(trainings: Sequence[Training], path: Path) -> None:
     FigureCanvasAgg(figure)
     grid = figure.subplots(-(-len(panels) // 2), 2, squeeze=False).flatten()
     for axes, ((task, outer, interval_steps), codecs) in zip(grid, panels.items(), strict=False):
-        for codec, seeds in codecs.items():
+        # Means of different seeds would differ by the seeds.
+        common = set.intersection(*({each.arm.seed for each in each_codec} for each_codec in codecs.values()))
+        for codec, found in codecs.items():
+            seeds = [each for each in found if each.arm.seed in common]
             color, line, marker = _LOOKS.get(codec, _OTHER)
             points = list(zip(*(each.measured for each in seeds), strict=True))
             megabytes = [(at[0].up_bytes + at[0].down_bytes) / 1e6 for at in points]

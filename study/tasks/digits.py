@@ -1,4 +1,4 @@
-"""The digits of the demo: 1,797 images of 8 x 8 pixels and a convolutional network with 14,282 parameters."""
+"""The digits of the demo: 1,797 images of 8 x 8 pixels and a convolutional network with 9,930 parameters."""
 
 from __future__ import annotations
 
