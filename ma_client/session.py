@@ -358,7 +358,8 @@ class ParameterServerSession:
     ) -> PushResult:
         """One round: gives the local variables to the average, waits at the barrier, returns the new center.
 
-        ``variables`` is only read. If this raises, the push may be made again.
+        ``variables`` is only read. If this raises, the push may be made again. The earlier push may still be in the
+        round, after a wait that was given up: then its values count, not the new ones, and the outcome says so.
 
         Args:
             variables: local variables with the center's names, dtypes and shapes, in any order; nested if you like.
@@ -415,9 +416,9 @@ class ParameterServerSession:
             ServerUnavailableError: no threads are left.
         """
         with self._one_thread.doing("begin_push"):
-            if snapshot:
-                variables = {name: array.copy() for name, array in self._center.flat(variables).items()}
-            push = self._prepared(variables, weight, local_step, loss, interval_steps, untouched, timeout_s, copy)
+            push = self._prepared(
+                variables, weight, local_step, loss, interval_steps, untouched, timeout_s, copy, snapshot
+            )
         is_begun = threading.Event()
 
         def in_background() -> PushResult:
@@ -442,8 +443,9 @@ class ParameterServerSession:
         untouched: Collection[str],
         timeout_s: float | None,
         copy: bool,
+        snapshot: bool = False,
     ) -> Callable[[], PushResult]:
-        """Checks the arguments of a push; returns what makes it."""
+        """Checks the arguments of a push; returns what makes it. ``snapshot``: of copies of the variables."""
         if weight != 0:
             check_weight(weight)
         deadline = Deadline(self._settings.round_timeout_s if timeout_s is None else timeout_s)
@@ -452,7 +454,7 @@ class ParameterServerSession:
             raise NotInitializedError("pull the center (or initialize it) before the push", Reason.NOT_INITIALIZED)
         parts = [
             LocalPart(values, untouched_here, weight, local_step, loss, min(interval_steps, _LARGEST_INTERVAL))
-            for values, untouched_here in self._center.cut(variables, untouched)
+            for values, untouched_here in self._center.cut(variables, untouched, snapshot)
         ]
         self._has_finished = False
 

@@ -47,7 +47,7 @@ examples:
   srun --ntasks 2 ps-worker digits --ps-hosts HOST:2222                               both, under Slurm
   ps-worker digits --alone                                                            half of the images, no server
   ps-worker digits --alone --all-images                                               all of them
-  ps-worker digits --ps-hosts ... --outer sgd:lr=0.7,momentum=0.9,nesterov            the same for all workers
+  ps-worker digits --ps-hosts ... --outer sgd:lr=0.5,momentum=0.5,nesterov            the same for all workers
   ps-worker digits --ps-hosts ... --compression int8                                  a quarter of the bytes
 """
 _CLUSTER_HELP = """\

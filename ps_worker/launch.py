@@ -47,7 +47,7 @@ _DIGITS_EXAMPLES = """\
 examples:
   ma-launch --workers 2 -- digits
   ma-launch --workers 4 --runs /tmp/runs -- digits --steps 400 --interval-steps 50 --seed 1
-  ma-launch --workers 4 -- digits --outer sgd:lr=0.7,momentum=0.9,nesterov
+  ma-launch --workers 4 -- digits --outer sgd:lr=0.5,momentum=0.5
   ma-launch --workers 4 -- digits --outer average
   ma-launch --workers 4 -- digits --compression int8
 """

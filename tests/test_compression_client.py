@@ -76,7 +76,7 @@ def test_a_worker_that_names_another_is_refused_with_both_named(wrong: str, said
 
 def test_a_job_without_compression_is_no_job_for_a_worker_that_names_one(job: Servers) -> None:
     job.worker(0).initialize(START)
-    with pytest.raises(ConflictError, match=r"has the compression raw, .* names int8") as caught:
+    with pytest.raises(ConflictError, match=r"has the compression none, .* names int8") as caught:
         job.worker(1).pull(compression="int8")
     assert caught.value.reason is Reason.COMPRESSION_MISMATCH
 
@@ -115,7 +115,7 @@ def test_an_interrupted_initialization_is_completed_with_the_same_compression(
         with pytest.raises(KeyboardInterrupt):
             chief.initialize(START, compression="int8")
     with ParameterServerSession(addresses, worker_id="a", is_chief=True) as chief:
-        with pytest.raises(ConflictError, match=r"has the compression int8, .* names raw"):
+        with pytest.raises(ConflictError, match=r"has the compression int8, .* names none"):
             chief.initialize(START, compression="none")
         assert chief.initialize(START, compression=named).initialized
         assert {status.compression for status in chief.statuses()} == {"int8"}
@@ -127,7 +127,7 @@ def test_a_server_that_knows_no_compression_is_found_out(
     for module in ("initialization", "service"):
         monkeypatch.setattr(f"ps_server.flow.{module}.named", lambda _: NOTHING_CHOSEN)
     server = start_server(1)
-    said = rf"the center at {server.address} has the compression raw, .* names int8; .* must be updated"
+    said = rf"the center at {server.address} has the compression none, .* names int8; .* must be updated"
     with ParameterServerSession([server.address], worker_id="a", is_chief=True) as chief:
         for call in (lambda: chief.initialize(START, compression="int8"), lambda: chief.pull(compression="int8")):
             with pytest.raises(ConflictError, match=said) as caught:

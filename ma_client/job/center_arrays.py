@@ -74,13 +74,14 @@ class CenterArrays:
         return headers[0].num_workers
 
     def cut(
-        self, variables: Mapping[str, Any], untouched: Collection[str]
+        self, variables: Mapping[str, Any], untouched: Collection[str], snapshot: bool = False
     ) -> list[tuple[Sequence[memoryview], Sequence[int]]]:
         """For each server: the bytes of its variables, and which of them are untouched.
 
         Args:
             variables: local variables with the center's names, dtypes and shapes, in any order.
             untouched: names of those that are as they came from the center.
+            snapshot: copy the variables.
 
         Raises:
             NotInitializedError: this session has not seen the center yet.
@@ -93,7 +94,9 @@ class CenterArrays:
         manifest = assembly.manifest
         arrays = _in_order(self.flat(variables), manifest)
         # An array from a result that was not copied lies where the average is about to arrive.
-        values = [bytes_of(array.copy() if assembly.overlaps(array) else array) for array in arrays.values()]
+        values = [
+            bytes_of(array.copy() if snapshot or assembly.overlaps(array) else array) for array in arrays.values()
+        ]
         numbers = {variable.name: number for number, variable in enumerate(manifest.variables)}
         unknown = set(untouched) - numbers.keys()
         if unknown:

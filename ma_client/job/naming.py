@@ -48,8 +48,8 @@ def check_has(wanted: Chosen, told: Chosen, address: str) -> None:
     """
     for choice, ours, theirs in wanted.differences(told):
         instead = (
-            f"; a server that was asked for it and has {choice.default} must be updated"
-            if theirs == choice.default
+            f"; a server that was asked for it and has {choice.default_shown} must be updated"
+            if theirs == choice.default_shown
             else ""
         )
         raise ConflictError(

@@ -69,6 +69,9 @@ class ModelAverageOptimizer(TensorFlowMembers):
         outer_optimizer: turns the center and the average of a round into the next center, on the servers: `OuterSGD`,
             `OuterAdam` or `OuterAverage`, or its text. The chief chooses it; a worker that gives another one is
             refused. None: that of the center, or the plain average for a new one. docs/training.md says which to use.
+        compression: how local variables and centers travel: ``"int8"`` (a quarter of float32), ``"int4"`` (an eighth),
+            ``"bfloat16"`` (half) or ``"none"``. The chief chooses it, like the outer optimizer. None: that of the
+            center, or none for a new one.
         overlap_steps: how many steps training may go on while a round is under way, from 0 (training waits for the
             round) to ``interval_steps``. The average is installed when it is there, at the latest after these steps:
             then `step` waits. What was trained meanwhile is kept, on top of it. If the push was not used (STALE), that
@@ -83,8 +86,8 @@ class ModelAverageOptimizer(TensorFlowMembers):
 
     Raises:
         ValueError: an argument is out of range or does not fit the others.
-        TypeError: ``outer_optimizer`` or ``weight`` is something else than the above.
-        InvalidRequestError: OUTER_OPTIMIZER_INVALID, WEIGHT_INVALID.
+        TypeError: ``outer_optimizer``, ``compression`` or ``weight`` is something else than the above.
+        InvalidRequestError: OUTER_OPTIMIZER_INVALID, CODEC_UNKNOWN, WEIGHT_INVALID.
         ClusterError: something was to come from the environment and is not there.
     """
 

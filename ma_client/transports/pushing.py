@@ -135,7 +135,7 @@ class Pushing:
         """Makes the call of a push, which opens with this request."""
         staging, requests = lanes.opening.staging, _Requests(request, lanes.lane)
         push = ClientPush(self._calls.address, staging.manifest.fragment_count, lanes.lane.is_beside)
-        late = f"the round did not commit (base step {requests.base_step})"
+        late = f"the round did not commit (base step {requests.base_step}); push again to go on waiting"
         try:
             with self._calls.exchange("PushAndAverage", requests.messages(), deadline, late) as call:
                 lanes.lane.begun(call.cancel)

@@ -36,17 +36,23 @@ class Choice:
         noun: for people.
         default: what is in force if the chief chooses nothing. Servers leave it empty.
         mismatch: the reason to refuse a call that names another one.
+        default_shown: people's name for the default.
     """
 
     field: str
     noun: str
     default: str
     mismatch: Reason
+    default_shown: str
+
+    def shown(self, text: str) -> str:
+        """A text as people write it."""
+        return self.default_shown if text == self.default else text
 
 
 CHOICES = (
-    Choice("outer_optimizer", "outer optimizer", text_of(AVERAGE), Reason.OUTER_OPTIMIZER_MISMATCH),
-    Choice("compression", "compression", RAW.name, Reason.COMPRESSION_MISMATCH),
+    Choice("outer_optimizer", "outer optimizer", text_of(AVERAGE), Reason.OUTER_OPTIMIZER_MISMATCH, text_of(AVERAGE)),
+    Choice("compression", "compression", RAW.name, Reason.COMPRESSION_MISMATCH, NO_COMPRESSION),
 )
 
 
@@ -104,12 +110,12 @@ class Chosen:
         return Chosen(outer, codec_named(self.compression).name if self.compression else "")
 
     def differences(self, in_force: Chosen) -> Iterator[tuple[Choice, str, str]]:
-        """Each choice that is named here and is not the one in force: the choice, and both texts."""
+        """Each choice that is named here and is not the one in force: the choice, and both texts, for people."""
         others = in_force.in_force.texts
         for choice in CHOICES:
             text = self.texts[choice.field]
             if text and text != others[choice.field]:
-                yield choice, text, others[choice.field]
+                yield choice, choice.shown(text), choice.shown(others[choice.field])
 
 
 NOTHING_CHOSEN = Chosen()

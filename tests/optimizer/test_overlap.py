@@ -261,3 +261,16 @@ def two(start_server: StartServer, join: Join, **options: Any) -> list[Any]:
     workers = [join(server, index=rank, num_worker=2, **options) for rank in range(2)]
     start_all(workers)
     return workers
+
+
+def test_a_nested_push_in_the_background_gives_back_a_nested_center(start_server: StartServer) -> None:
+    server = start_server(1)
+    with ParameterServerSession([server.address], worker_id="a", is_chief=True) as session:
+        tree = {"a": {"w": np.ones(3, np.float32)}, "b": np.zeros(2, np.float32)}
+        session.initialize(tree)
+        session.pull()
+        ticket = session.begin_push(tree)
+        tree["b"] += 5.0  # type: ignore[operator]
+        center = ticket.result(TIMEOUT_S).center
+    assert center["a"]["w"].tolist() == [1.0] * 3
+    assert center["b"].tolist() == [0.0] * 2
