@@ -87,17 +87,17 @@ def check(refusal: object, code: StatusCode, reason: str, *texts: str) -> None:
         assert text in refusal.message
 
 
-@pytest.mark.parametrize("other", ["raw", "int4", "bfloat16"])
-def test_a_call_that_names_another_compression_is_refused_with_both_named(other: str, job: CodedJob) -> None:
+@pytest.mark.parametrize(("other", "said"), [("raw", "none"), ("int4", "int4"), ("bfloat16", "bfloat16")])
+def test_a_call_that_names_another_compression_is_refused_with_both_named(other: str, said: str, job: CodedJob) -> None:
     for refusal in (job.initialize(other), job.pull(other)):
-        check(refusal, StatusCode.FAILED_PRECONDITION, "COMPRESSION_MISMATCH", "compression int8", f"names {other}")
+        check(refusal, StatusCode.FAILED_PRECONDITION, "COMPRESSION_MISMATCH", "compression int8", f"names {said}")
     job.check_unchanged()
 
 
 def test_a_raw_job_is_another_one_than_a_job_with_a_codec(start_server: StartServer) -> None:
     with running(start_server, "") as job:
         for refusal in (job.initialize("int8"), job.pull("int8")):
-            check(refusal, StatusCode.FAILED_PRECONDITION, "COMPRESSION_MISMATCH", "compression raw", "names int8")
+            check(refusal, StatusCode.FAILED_PRECONDITION, "COMPRESSION_MISMATCH", "compression none", "names int8")
         job.check_unchanged()
 
 
