@@ -3,8 +3,8 @@
 Four workers and a server, played in one process on one thread, learn the digits and bytes of Python source; with the
 codecs raw, int8 and int4; with a step of the outer optimizer every 50 local steps and a plain average every 5; three
 seeds each. Arms that differ only in the codec have the same initial values and batches. Every finished training is kept
-in `runs/study`; the command again makes those that are missing and prints the table. All of it takes about an hour beside
-other work. Two processes (`--tasks digits`, `--tasks text`) may share the work.
+in `runs/study`; the command again makes those that are missing and prints the table. All of it takes about an hour
+beside other work. Two processes (`--tasks digits`, `--tasks text`) may share the work.
 
     python -m study.loss --quick                       one seed, few steps: what it does
     python -m study.loss                               the table
