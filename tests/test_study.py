@@ -19,7 +19,7 @@ from modelaverage.outer import outer_optimizer
 from ps_worker.demo.digits_config import DigitsConfig
 from ps_worker.demo.play import play as play_of_the_demo
 from ps_worker.events.parse import AccuracyEvent, Event
-from study import loss
+from study import loss, making
 from study.compare import rows_of
 from study.kept import KeptArms, Training
 from study.play import Arm, Measured, play
@@ -111,7 +111,7 @@ def test_the_command_makes_only_what_is_missing(
         made.append(arm.codec)
         return play(task, arm)
 
-    monkeypatch.setattr(loss, "play", counted)
+    monkeypatch.setattr(making, "play", counted)
     command = ["--quick", "--tasks", "digits", "--runs", str(tmp_path)]
     assert loss.main([*command, "--codecs", "int4"]) == 0
     assert sorted(made) == ["int4", "int4", "raw", "raw"]

@@ -21,7 +21,7 @@ from modelaverage.errors import RetryPushError
 from modelaverage.outcome import Outcome
 from modelaverage.outer.base import summed_in
 
-__all__ = ["OwnContribution", "Rounds"]
+__all__ = ["OwnContribution", "Rounds", "moved"]
 
 
 @dataclass(frozen=True)
@@ -156,8 +156,8 @@ class Rounds:
         how far they have moved since. A worker that abstained because its values are not finite keeps nothing."""
         if contribution.is_finite:
             now = self.replica.variables.gather()
-            moved = {name: _moved(result.center[name], contribution.values[name], now[name]) for name in now}
-            result = replace(result, center=moved)
+            center = {name: moved(result.center[name], contribution.values[name], now[name]) for name in now}
+            result = replace(result, center=center)
         self.install(result, contribution)
 
     def _say_what_is_lost(self, result: PushResult, contribution: OwnContribution) -> None:
@@ -173,7 +173,7 @@ class Rounds:
             say_not_used(session, result.outcome, contribution.steps - (counted or 0))
 
 
-def _moved(center: NDArray[Any], before: NDArray[Any], now: NDArray[Any]) -> NDArray[Any]:
+def moved(center: NDArray[Any], before: NDArray[Any], now: NDArray[Any]) -> NDArray[Any]:
     """``center`` plus the way from ``before`` to ``now``; exactly the center where nothing has moved."""
     exact = summed_in(center.dtype)
     with np.errstate(all="ignore"):

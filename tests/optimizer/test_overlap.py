@@ -135,11 +135,11 @@ def test_a_variable_that_did_not_move_meanwhile_gets_the_center_bit_for_bit(
 
 
 def test_sixteen_bit_variables_are_moved_in_float32() -> None:
-    from ma_client.torch.rounds import _moved
+    from ma_client.torch.rounds import moved
 
     center, before, now = (np.array([x], np.float16) for x in (1.0, 1000.0, 1000.5))
-    assert _moved(center, before, now) == np.float16(1.5)
-    assert _moved(center, before, now).dtype == np.float16
+    assert moved(center, before, now) == np.float16(1.5)
+    assert moved(center, before, now).dtype == np.float16
 
 
 def test_a_failed_round_is_raised_by_a_later_step_and_leaves_the_local_variables(
