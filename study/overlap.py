@@ -3,8 +3,8 @@
 Four workers and a server, played in one process on one thread, learn bytes of Python source: a round every 50 steps
 with an outer optimizer and int4. In the arm "none" a worker waits for each center; in the others it trains 10 more
 steps and then keeps these on top of the center (the optimizer's rule), drops them, or goes on half-way between its
-variables and the center. All arms have the same initial values and batches. Finished trainings are kept as those of `study.loss`
-are. All of it takes about a quarter of an hour on one free processor.
+variables and the center. All arms have the same initial values and batches. Finished trainings are kept as those of
+`study.loss` are. All of it takes about a quarter of an hour on one free processor.
 
     python -m study.overlap --quick                    one seed, few steps: what it does
     python -m study.overlap                            the table
