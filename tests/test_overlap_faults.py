@@ -148,7 +148,8 @@ def test_servers_and_workers_killed_again_and_again_cost_no_round(
     chance, kills, rounds = random.Random(num_servers), 12, 400
     servers = start_servers(*[{}] * num_servers)
     workers = [RestartedWorker("tests.overlapped", told(servers, index, rounds)) for index in range(WORKERS)]
-    victims = [chance.choice([*servers, *workers]) for _ in range(kills)]
+    mortal: list[RestartedServer | RestartedWorker] = [*servers, *workers]
+    victims = [chance.choice(mortal) for _ in range(kills)]
     try:
         for victim in victims:
             for worker in workers:  # a worker that was killed makes a round, too
