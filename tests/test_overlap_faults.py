@@ -145,7 +145,7 @@ def test_a_worker_killed_at_any_moment_trains_again_what_it_had_not_pushed(
 def test_servers_and_workers_killed_again_and_again_cost_no_round(
     start_servers: StartServers, num_servers: int
 ) -> None:
-    chance, kills, rounds = random.Random(num_servers), 12, 400
+    chance, kills, rounds = random.Random(num_servers), 12, 240
     servers = start_servers(*[{}] * num_servers)
     workers = [RestartedWorker("tests.overlapped", told(servers, index, rounds)) for index in range(WORKERS)]
     mortal: list[RestartedServer | RestartedWorker] = [*servers, *workers]
