@@ -10,8 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from ma_client.tensors.mirror import HostMirror
+from ma_client.tensors.mirror import as_numpy
 from ma_client.torch.groups.worker_group import WorkerGroup
+from modelaverage.errors import ConflictError, Reason
 
 __all__ = ["FlatParameters"]
 
@@ -26,6 +27,9 @@ class FlatParameters:
         group: the ranks.
         model: has these modules; made with ``use_orig_params=True``, so that it keeps its own parameters.
         tensors: by name.
+
+    Raises:
+        ConflictError: MANIFEST_MISMATCH: a tensor is in none of the model's units.
     """
 
     def __init__(self, group: WorkerGroup, model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -39,7 +43,8 @@ class FlatParameters:
         for unit, tensors in self._units:
             with FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=False):
                 if self._group.is_leader:
-                    found |= {name: array.copy() for name, array in HostMirror(tensors).gather().items()}
+                    copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+                    found |= {name: as_numpy(copy.contiguous()) for name, copy in copies.items()}
         return found
 
     @torch.no_grad()
@@ -51,7 +56,10 @@ class FlatParameters:
                 continue
             with FullyShardedDataParallel.summon_full_params(unit, recurse=False):
                 if self._group.is_leader:
-                    HostMirror(changed).scatter(arrays)
+                    for name, tensor in changed.items():
+                        host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                        as_numpy(host)[...] = arrays[name]
+                        tensor.copy_(host)
                 self._group.copy_from_leader(changed.values())
 
 
@@ -63,6 +71,12 @@ def _units(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> list[
         unit_of |= {names[id(parameter)]: each for parameter in each.parameters() if id(parameter) in names}
     found = dict[int, _Unit]()
     for name, tensor in tensors.items():
-        unit = unit_of[name]
+        unit = unit_of.get(name)
+        if unit is None:
+            raise ConflictError(
+                f"variable {name!r} is in a flat parameter of a FullyShardedDataParallel around the getter's model; give "
+                "the getter what FullyShardedDataParallel returned",
+                Reason.MANIFEST_MISMATCH,
+            )
         found.setdefault(id(unit), (unit, {}))[1][name] = tensor
     return list(found.values())

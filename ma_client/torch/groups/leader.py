@@ -42,6 +42,8 @@ class Leader:
         self._group = group
         # Held while the ranks exchange something, so that no sign of life comes between.
         self._exchange = threading.Lock()
+        # Whether rank 0 has failed in the midst of an exchange. The others wait there, until this process ends.
+        self._is_apart = False
 
     def check(self, getter: ModelAverageCustomGetter) -> None:
         """See `Role`. A group takes every model that its getter takes."""
@@ -85,8 +87,9 @@ class Leader:
                 found = work()
             answer = done(found)
         except BaseException as error:
-            with contextlib.suppress(RuntimeError):  # a rank has died; torch says so to those that are left
-                self._tell(Failed(sendable(error, 0)))
+            if not self._is_apart:
+                with contextlib.suppress(RuntimeError):  # a rank has died; torch says so to those that are left
+                    self._tell(Failed(sendable(error, 0)))
             raise
         self._tell(answer)
         return found
@@ -109,7 +112,9 @@ class Leader:
             for result in results:
                 if result.error is not None:
                     raise result.error
+            self._is_apart = True
             yield [result.value for result in results]
+            self._is_apart = False
 
     def ask(self, call: Call, own: Callable[[], Any]) -> list[Any]:
         """Like `calling`, for calls that end with the results."""
