@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from ma_client.job.results import PushResult
 from ma_client.job.ticket import PushTicket
-from ma_client.torch.gradient_sync import warn_if_gradients_are_shared
 from ma_client.torch.nonfinite import NonfiniteGuard
 from ma_client.torch.replica import Replica
 from ma_client.torch.steps_said import say_not_used
@@ -91,7 +90,7 @@ class Rounds:
         """
         variables, progress = self.replica.variables, self.replica.progress
         if self.last is None:  # again, because trainers wrap the model after the hook has begun
-            warn_if_gradients_are_shared(variables.getter.model)
+            variables.warn_if_gradients_are_shared()
         values = variables.gather()
         if snapshot:
             values = {name: array.copy() for name, array in values.items()}

@@ -32,7 +32,8 @@ pytestmark = pytest.mark.in_memory
 
 def under_way(worker: Any) -> bool:
     """Whether the round of this worker has begun and is not over."""
-    return worker.opt._schedule._under_way is not None and not worker.opt._schedule._under_way.ticket.done
+    schedule = worker.opt._training.schedule
+    return schedule._under_way is not None and not schedule._under_way.ticket.done
 
 
 def test_step_returns_while_others_have_not_pushed_and_the_average_comes_under_what_was_trained_meanwhile(
@@ -170,7 +171,7 @@ def test_what_needs_a_whole_state_ends_the_round_first(start_server: StartServer
     (worker,) = alone(start_server, join, interval_steps=1, overlap_steps=1)
     worker.step(w=1.0)
     getattr(worker.opt, call)()
-    assert worker.opt._schedule._under_way is None
+    assert not worker.opt._training.schedule.is_under_way
     assert worker.opt.global_step == {"state_dict": 1, "average": 2, "finish": 1}[call]
 
 
