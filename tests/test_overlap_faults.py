@@ -131,7 +131,7 @@ def test_a_worker_killed_at_any_moment_trains_again_what_it_had_not_pushed(
     start_servers: StartServers, moment: str, num_servers: int
 ) -> None:
     servers = start_servers(*[{}] * num_servers)
-    death = (moment, 2 * FRAGMENTS_A_PUSH + 2 if "fragments" in moment else 3)
+    death = (moment, {"in the middle of its fragments": 2 * FRAGMENTS_A_PUSH + 2, WHILE_IT_TRAINS: 2}.get(moment, 3))
     victim = RestartedWorker("tests.overlapped", told(servers, 0, ROUNDS, death), told(servers, 0, ROUNDS))
     other = RestartedWorker("tests.overlapped", told(servers, 1, ROUNDS))
     for worker in (victim, other):
