@@ -144,6 +144,7 @@ class Rounds:
         """Like `install`, but keeps what was trained since the contribution: the local variables become the center plus
         how far they have moved since. A worker that abstained because its values are not finite keeps nothing."""
         if not contribution.is_finite:
+            self.replica.progress.steps_since_round = contribution.steps
             self.install(result, contribution)
             return
         kept, now = self._kept(result, contribution), self.replica.variables.gather()

@@ -259,6 +259,20 @@ def test_an_average_that_a_quorum_has_written_over_is_replaced_by_the_center_und
     assert center_of(server)["w"].tolist() == [w - 10.0 for w in center["w"]]
 
 
+def test_a_worker_that_abstained_drops_its_steps_since_and_has_none_to_average(
+    start_server: StartServer, join: Join
+) -> None:
+    (worker,) = alone(start_server, join, interval_steps=2, overlap_steps=2, nonfinite="abstain")
+    worker.step(w=1.0)
+    worker.step(w=float("nan"))
+    worker.step(w=1.0)
+    worker.opt.wait()
+    assert worker.values()["w"] == [1.0] * 3
+    rounds = worker.opt.global_step
+    worker.opt.finish()
+    assert worker.opt.global_step == rounds
+
+
 @pytest.mark.parametrize("overlap_steps", [-1, 3, 1.5, True])
 def test_an_overlap_that_cannot_be_is_refused(overlap_steps: Any, start_server: StartServer, join: Join) -> None:
     server = start_server(1)
