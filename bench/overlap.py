@@ -46,6 +46,8 @@ class OverlapSettings:
         rate_mbit: of every link, in each direction.
         learning_rate: of the workers' optimizers.
         outer: text of the outer optimizer.
+        fragment_size_bytes: of the center. The model is a single fragment of the usual size, so that no part of an
+            average could be sent while others are pushed.
         seed: of initial values and batches.
     """
 
@@ -54,6 +56,7 @@ class OverlapSettings:
     rate_mbit: float = 50.0
     learning_rate: float = 4e-3
     outer: str = "sgd:lr=1.0,momentum=0.6,nesterov"
+    fragment_size_bytes: int = 1 << 16
     seed: int = 0
 
 
@@ -133,7 +136,11 @@ def work(address: str, rank: int, overlap_steps: int, settings: OverlapSettings)
     inner.register_step_post_hook(after_update)
     losses, in_step_s = list[float](), 0.0
     with ParameterServerSession(
-        [address], worker_id=f"worker-{rank}", is_chief=rank == 0, shared_memory=False
+        [address],
+        worker_id=f"worker-{rank}",
+        is_chief=rank == 0,
+        shared_memory=False,
+        fragment_size_bytes=settings.fragment_size_bytes,
     ) as session:
         opt = ModelAverageOptimizer(
             inner,
