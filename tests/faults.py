@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +18,7 @@ from ma_client import DataSettings, Outcome, ParameterServerSession, PushResult
 from ma_client.transports.data_settings import DATA_SETTINGS
 from modelaverage.outer import AVERAGE, OuterOptimizer
 from tests.ports import lasting_port
+from tests.prepared import Prepared
 
 __all__ = ["HANG_S", "Model", "RestartedServer", "Training", "trained", "undisturbed"]
 
@@ -111,11 +110,10 @@ class RestartedServer:
         os.kill(self._process.pid, signal.SIGCONT)
 
     def _start(self) -> None:
-        command = [sys.executable, "-m", "ps_server"]
+        command = ["ps_server"]
         if self._signals:
-            command = [sys.executable, "-m", "tests.killed_server", *map(str, self._signals.pop(0))]
-        self._process = subprocess.Popen([*command, *self._arguments], stdout=subprocess.PIPE, text=True)
-        assert self._process.stdout is not None
+            command = ["tests.killed_server", *map(str, self._signals.pop(0))]
+        self._process = Prepared(*command, *self._arguments)
         self._process.stdout.readline()
         self._listening.set()
 
@@ -124,7 +122,7 @@ class RestartedServer:
             self._process.communicate()
             if self._stopping:
                 return
-            self.ends.append(self._process.returncode)
+            self.ends.append(self._process.wait())
             self._start()
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -17,6 +15,7 @@ from modelaverage.outer import OuterAdam, OuterOptimizer, OuterSGD, text_of
 from tests.faults import HANG_S, RestartedServer, undisturbed
 from tests.killed_worker import START
 from tests.long_plays import long_except
+from tests.prepared import Prepared
 
 WORKERS = 2
 # More rounds than are made until the last kill: one after each, and those of the wait for the next.
@@ -53,12 +52,10 @@ class KilledWorker:
         assert not self._supervisor.is_alive()
 
     def _start(self) -> None:
-        command = [sys.executable, "-m", "tests.killed_worker", *self._arguments]
-        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self._process = Prepared("tests.killed_worker", *self._arguments)
 
     def _supervise(self) -> None:
         while True:
-            assert self._process.stdout is not None
             with self._process.stdout as lines:
                 for line in lines:
                     with self._news:
