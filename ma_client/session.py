@@ -176,8 +176,10 @@ class ParameterServerSession:
     def close(self) -> None:
         """Ends the session; the center stays where it is. Rounds with a quorum no longer wait for this worker.
 
-        May be called from any thread and from a signal handler: a call that is under way ends with an error.
+        May be called from any thread and from a signal handler: a call that is under way ends with the error that later
+        calls get at once.
         """
+        self._one_thread.close()
         self._servers.stop()
         with self._one_thread.ending(_END_S):
             self._servers.close()
