@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +18,7 @@ from ma_client import DataSettings, Outcome, ParameterServerSession, PushResult
 from ma_client.transports.data_settings import DATA_SETTINGS
 from modelaverage.outer import AVERAGE, OuterOptimizer
 from tests.ports import lasting_port
+from tests.prepared import Prepared
 
 __all__ = ["HANG_S", "Model", "RestartedServer", "RestartedWorker", "Training", "trained", "undisturbed"]
 
@@ -116,11 +115,10 @@ class RestartedServer:
         os.kill(self._process.pid, signal.SIGCONT)
 
     def _start(self) -> None:
-        command = [sys.executable, "-m", "ps_server"]
+        command = ["ps_server"]
         if self._signals:
-            command = [sys.executable, "-m", "tests.killed_server", *map(str, self._signals.pop(0))]
-        self._process = subprocess.Popen([*command, *self._arguments], stdout=subprocess.PIPE, text=True)
-        assert self._process.stdout is not None
+            command = ["tests.killed_server", *map(str, self._signals.pop(0))]
+        self._process = Prepared(*command, *self._arguments)
         self._process.stdout.readline()
         self._listening.set()
 
@@ -129,7 +127,7 @@ class RestartedServer:
             self._process.communicate()
             if self._stopping:
                 return
-            self.ends.append(self._process.returncode)
+            self.ends.append(self._process.wait())
             if self._returns is not None:
                 self._returns.wait()
                 if self._stopping:
@@ -177,12 +175,10 @@ class RestartedWorker:
 
     def _start(self) -> None:
         arguments = self._lives.pop(0) if len(self._lives) > 1 else self._lives[0]
-        command = [sys.executable, "-m", self._module, *arguments]
-        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self._process = Prepared(self._module, *arguments)
 
     def _supervise(self) -> None:
         while True:
-            assert self._process.stdout is not None
             with self._process.stdout as lines:
                 for line in lines:
                     with self._news:

@@ -186,7 +186,7 @@ def test_closing_the_session_ends_the_round_under_way(start_server: StartServer,
     first, _ = two(start_server, join, interval_steps=1, overlap_steps=1)
     first.step(w=1.0)
     Running(first.session.close).result()
-    with pytest.raises(ModelAverageError, match="cancelled"):
+    with pytest.raises(ModelAverageError, match="is closed"):
         first.opt.wait()
 
 

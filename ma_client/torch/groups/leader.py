@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,20 +14,23 @@ from numpy.typing import NDArray
 
 from ma_client.session import ParameterServerSession
 from ma_client.torch.custom_getter import ModelAverageCustomGetter
-from ma_client.torch.groups.calls import Call, Done, Failed, Result, Waiting, result_of, sendable
+from ma_client.torch.groups.calls import Call, Done, Failed, Result, Standing, Waiting, result_of, sendable
 from ma_client.torch.groups.led_training import LedTraining
 from ma_client.torch.groups.mirror import GroupMirror
 from ma_client.torch.groups.worker_group import WorkerGroup
 from ma_client.torch.local_state import State
+from ma_client.torch.local_variables import LocalVariables
 from ma_client.torch.settings import OptimizerSettings
 from ma_client.torch.training.parts import WorkerParts, solo_training
 from ma_client.torch.weighing import Weight
+from modelaverage.logs import event
 
 __all__ = ["Leader"]
 
 # Ranks of torch.distributed give up a wait after minutes (gloo 30, NCCL 10); a round may take longer.
 _SIGN_OF_LIFE_S = 20.0
 
+_log = logging.getLogger("ma_client")
 _T = TypeVar("_T")
 
 
@@ -70,17 +74,22 @@ class Leader:
     def training(self, parts: WorkerParts, session: ParameterServerSession | None) -> LedTraining:
         """See `Role`."""
         return self.lead(
-            lambda: LedTraining(solo_training(parts, session), parts.progress, self.lead),
+            lambda: LedTraining(
+                solo_training(parts, session), parts.progress, self.lead, lambda: self._compare(parts.variables)
+            ),
             lambda training: Done(training.standing()),
         )
 
-    def lead(self, work: Callable[[], _T], done: Callable[[_T], Done]) -> _T:
+    def lead(
+        self, work: Callable[[], _T], done: Callable[[_T], Done], standing: Callable[[], Standing | None] = lambda: None
+    ) -> _T:
         """Does something for which the other ranks have come together. They take part as they are called, and hear how
         it ended.
 
         Args:
             work: what rank 0 does.
             done: what to tell the others about its result.
+            standing: where the worker is if it fails.
         """
         try:
             with self._signs_of_life():
@@ -89,7 +98,7 @@ class Leader:
         except BaseException as error:
             if not self._is_apart:
                 with contextlib.suppress(RuntimeError):  # a rank has died; torch says so to those that are left
-                    self._tell(Failed(sendable(error, 0)))
+                    self._tell(Failed(sendable(error, 0), standing()))
             raise
         self._tell(answer)
         return found
@@ -120,6 +129,21 @@ class Leader:
         """Like `calling`, for calls that end with the results."""
         with self.calling(call, own) as results:
             return results
+
+    def _compare(self, variables: LocalVariables) -> None:
+        """Warns if the ranks have trained models of their own."""
+        mirror = variables.mirror()
+        assert isinstance(mirror, _LedMirror)  # as `mirror` makes it
+        digests = self.ask(Call("digest"), mirror.digest)
+        others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+        if others:
+            _log.warning(
+                "rank %d of the worker group has other parameters than rank 0: only those of rank 0 are averaged, and "
+                "what the others have trained is lost. Wrap the model in DistributedDataParallel or FSDP, within the "
+                "group: docs/groups.md",
+                others[0],
+                extra=event("ranks_differ", ranks=others[:10]),
+            )
 
     def _tell(self, message: object) -> None:
         with self._exchange:
@@ -155,6 +179,7 @@ class _LedMirror:
         self._leader = leader
         self._mirror = mirror
         self.names = mirror.names
+        self.digest = mirror.digest
 
     def follow(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self._mirror.follow(tensors)
