@@ -619,3 +619,20 @@ def test_a_push_that_waits_when_its_session_is_closed_ends_in_the_same_words(
     session.close()
     with pytest.raises(ModelAverageError, match=CLOSED):
         ticket.result()
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"b": A["b"]}, "variable 'w' exists only in the center"),
+        ({"w": A["w"]}, "variable 'b' exists only in the center"),
+        ({**A, "x": A["b"]}, "variable 'x' exists only here"),
+        ({"x": A["w"], "b": A["b"]}, "variable 'w' exists only in the center, and 'x' only here"),
+    ],
+)
+def test_a_push_names_the_variable_that_is_missing_or_too_many(
+    variables: dict[str, Array], said: str, lone: ParameterServerSession
+) -> None:
+    lone.initialize(CENTER)
+    with pytest.raises(ConflictError, match=f"^{said}; give all workers the same model"):
+        lone.push_and_average(variables)
