@@ -1,6 +1,7 @@
-"""Runs an example of examples/trainers, and says what this process has when the example leaves the hook.
+"""Runs an example of examples/trainers, and writes into a file what this process has when the example leaves the hook:
+the global step, and a hash of the center variables.
 
-python tests/trainer_rank.py examples/trainers/with_NAME.py ROUNDS
+    python tests/trainer_rank.py examples/trainers/with_NAME.py ROUNDS DIRECTORY
 """
 
 from __future__ import annotations
@@ -11,39 +12,49 @@ import os
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+import torch
 
 from ma_client import ModelAverageCustomGetter, ModelAverageHook
 
 
-def write_at_the_end(directory: Path) -> None:
-    """From now on, the end of a hook writes the global step, and a hash of the variables of the only getter."""
-    getters = list[ModelAverageCustomGetter]()
-    make, end = ModelAverageCustomGetter.__init__, ModelAverageHook.end
+class RankReport:
+    """Sees the example's only getter and hook.
 
-    def made(getter: ModelAverageCustomGetter, *arguments: Any, **options: Any) -> None:
-        make(getter, *arguments, **options)
-        getters.append(getter)
+    Args:
+        directory: for the file, which is named after worker and rank.
+    """
 
-    def ended(hook: ModelAverageHook, session: object = None) -> None:
-        end(hook, session)
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / f"{os.environ['MA_TASK_INDEX']}-{os.environ['RANK']}"
+        self._getters = list[ModelAverageCustomGetter]()
+        self._take, self._end = ModelAverageCustomGetter.__call__, ModelAverageHook.end
+
+    def take(self, getter: ModelAverageCustomGetter, model: torch.nn.Module) -> torch.nn.Module:
+        self._getters.append(getter)
+        return self._take(getter, model)
+
+    def end(self, hook: ModelAverageHook, session: object = None) -> None:
+        self._end(hook, session)
         optimizer: Any = hook._training
-        (getter,) = getters
+        (getter,) = self._getters
         bits = hashlib.sha256()
         for name, variable in getter.variables().items():
             bits.update(name.encode() + variable.detach().cpu().numpy().tobytes())
-        told = f"{optimizer.global_step} {bits.hexdigest()}"
-        (directory / f"{os.environ['MA_TASK_INDEX']}-{os.environ['RANK']}").write_text(told, encoding="utf-8")
-
-    ModelAverageCustomGetter.__init__ = made  # type: ignore[method-assign]
-    ModelAverageHook.end = ended  # type: ignore[method-assign]
+        self._path.write_text(f"{optimizer.global_step} {bits.hexdigest()}", encoding="utf-8")
 
 
 def main(path: Path, rounds: int, directory: Path) -> None:
     sys.path.insert(0, str(path.parent))
-    example = importlib.import_module(path.stem)
+    example: Any = importlib.import_module(path.stem)
     example.ROUNDS = rounds
-    write_at_the_end(directory)
-    example.main()
+    report = RankReport(directory)
+    with (
+        mock.patch.object(ModelAverageCustomGetter, "__call__", lambda *arguments: report.take(*arguments)),
+        mock.patch.object(ModelAverageHook, "end", lambda *arguments: report.end(*arguments)),
+    ):
+        example.main()
 
 
 if __name__ == "__main__":
