@@ -50,7 +50,7 @@ OUTER_TEXTS = (
     "of:the=future",
 )
 COMPRESSIONS = ("int8", "raw", "bfloat16", "int4", "INT8", "of-the-future: \u00fc")
-WORKER_IDS = ("a", "b", "worker-3", "\u00fc", "\U0001f9e0" * 32)
+WORKER_IDS = ("a", "b", "worker 3", "\u00fc", "\U0001f9e0" * 32)
 
 
 @dataclass(frozen=True, eq=False)

@@ -34,6 +34,8 @@ _MAX_MODEL_BYTES = 32 << 10
 _MAY_GROW = frozenset(
     {
         "_joining._indexes._holders",
+        "_joining._indexes._in_use",
+        "_joining._indexes._processes",
         "_transports[1]._lent",
         "data_port._connections",
         "data_port._offered",

@@ -31,7 +31,7 @@ from ma_client.transports.timing import TIMING, Timing
 from ma_client.values.raw import bytes_of
 from modelaverage.access.channels import Access
 from modelaverage.access.security import Security
-from modelaverage.checks import check_global_step, check_weight
+from modelaverage.checks import check_global_step, check_timeout, check_weight
 from modelaverage.chosen import Chosen
 from modelaverage.errors import InvalidRequestError, NotInitializedError, Reason
 from modelaverage.outer import OuterOptimizer
@@ -54,7 +54,7 @@ class ParameterServerSession:
         ps_hosts: addresses of the parameter servers, HOST:PORT; the same ones in the same order for all workers.
         worker_id: this worker's name in the job, 1 to 128 bytes, the same after a restart.
         is_chief: whether this worker may initialize the center.
-        connect_timeout_s: how long to wait until all servers answer.
+        connect_timeout_s: how long to wait until all servers answer; above 0, as all times here unless they say more.
         fragment_size_bytes: unit of transfer and averaging, if this session initializes the center: a multiple of 8, at
             most 2 MiB. None: chosen from the size of the model and the number of servers.
         shared_memory: exchange bytes in shared memory with a server that is on this host and offers it.
@@ -75,7 +75,7 @@ class ParameterServerSession:
             connection may be silent.
 
     Raises:
-        InvalidRequestError: WORKER_ID_INVALID, no address, one twice, or no such placement.
+        InvalidRequestError: WORKER_ID_INVALID, no address, one twice, no such placement, or a time out of range.
         SecurityError: a certificate, key or token is missing or unusable, or a server and this client do not trust each
             other.
         ServerUnavailableError: a server did not answer in time.
@@ -176,8 +176,10 @@ class ParameterServerSession:
     def close(self) -> None:
         """Ends the session; the center stays where it is. Rounds with a quorum no longer wait for this worker.
 
-        May be called from any thread and from a signal handler: a call that is under way ends with an error.
+        May be called from any thread and from a signal handler: a call that is under way ends with the error that later
+        calls get at once.
         """
+        self._one_thread.close()
         self._servers.stop()
         with self._one_thread.ending(_END_S):
             self._servers.close()
@@ -196,9 +198,10 @@ class ParameterServerSession:
             How many workers are still training; 0: the job is over.
 
         Raises:
+            InvalidRequestError: ``timeout_s`` is not above 0.
             DeadlineExceededError, ServerUnavailableError: a server could not be told; it still waits for this worker.
         """
-        deadline = Deadline(timeout_s)
+        deadline = _deadline(timeout_s, none="reconnect_timeout_s is the limit")
         responses = self._servers.each(lambda _, server: server.finish(deadline))
         self._has_finished = True
         return max(response.workers_training for response in responses)
@@ -207,11 +210,15 @@ class ParameterServerSession:
         """After `finish`: waits until all workers have finished; the center is then the last one of the job.
 
         Args:
-            timeout_s: how long to wait at most.
+            timeout_s: how long to wait at most; 0: ask once.
 
         Returns:
             Whether all have finished. False: the time is up, or a server does not answer; the log says which.
+
+        Raises:
+            InvalidRequestError: ``timeout_s`` is negative or not a number.
         """
+        check_timeout("timeout_s", timeout_s, zero="ask once", may_be_infinite=True)
         return wait_until_all_have_finished(self.statuses, self.worker_id, timeout_s)
 
     def resume_training(self) -> None:
@@ -260,6 +267,7 @@ class ParameterServerSession:
         if not self.is_chief:
             raise InvalidRequestError(f"{self.worker_id!r} is not the chief: only the chief initializes the center")
         check_global_step(global_step)
+        check_timeout("timeout_s", timeout_s, none="no limit")
         chosen = named(outer_optimizer, compression)
         arrays = self._center.flat(variables)
         settings = self._settings
@@ -325,7 +333,7 @@ class ParameterServerSession:
             ConflictError: MANIFEST_MISMATCH, naming the first variable in which ``expected`` differs, or the server
                 that does not belong to the others; OUTER_OPTIMIZER_MISMATCH, COMPRESSION_MISMATCH, naming both.
         """
-        deadline = Deadline(timeout_s)
+        deadline = _deadline(timeout_s)
         shape = None if expected is None else self._center.flat(expected)
         will_train = catch_up and not self._has_finished
         wanted = named(outer_optimizer, compression)
@@ -448,7 +456,7 @@ class ParameterServerSession:
         """Checks the arguments of a push; returns what makes it. ``snapshot``: of copies of the variables."""
         if weight != 0:
             check_weight(weight)
-        deadline = Deadline(self._settings.round_timeout_s if timeout_s is None else timeout_s)
+        deadline = _deadline(self._settings.round_timeout_s if timeout_s is None else timeout_s)
         base_step = self.base_step
         if base_step is None:
             raise NotInitializedError("pull the center (or initialize it) before the push", Reason.NOT_INITIALIZED)
@@ -496,7 +504,8 @@ class ParameterServerSession:
 
     @by_one_thread
     def statuses(self, timeout_s: float = 5.0) -> list[pb.GetStatusResponse]:
-        """What each server is doing."""
+        """What each server is doing. ``timeout_s`` is the time for each."""
+        check_timeout("timeout_s", timeout_s, none="no limit")
         return self._servers.each(lambda _, server: server.connection.status(Deadline(timeout_s)))
 
     def _common_step(self) -> int:
@@ -514,6 +523,12 @@ class ParameterServerSession:
         """These are the centers of the servers, from now on. Raises ConflictError unless they belong together."""
         self.num_workers = self._center.adopt(headers, expected)
         self._note(Chosen.of(headers[0]))
+
+
+def _deadline(timeout_s: float | None, none: str = "no limit") -> Deadline:
+    """Raises InvalidRequestError unless the time is above 0, or None."""
+    check_timeout("timeout_s", timeout_s, none=none)
+    return Deadline(timeout_s)
 
 
 def _servers_of(settings: SessionSettings, timing: Timing) -> AllServers:

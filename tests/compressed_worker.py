@@ -40,7 +40,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "raw": {"shared_memory": False},  # like a client of a version that knows no codec
     "late": {"shared_memory": False},  # its pushes are often stale
 }
-START = {**MODEL, "large": np.linspace(-1.0, 1.0, 240_000, dtype=np.float32)}  # for shared memory
+START = {**MODEL, "large": np.linspace(-1.0, 1.0, 60_000, dtype=np.float32)}  # enough for shared memory
 _LATE_S = 0.05
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import socket
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +15,13 @@ from ma_client import ParameterServerSession
 from ma_client.cluster.joining import join
 from ma_client.transports.absence import NoticePace
 from ma_client.transports.timing import Timing
+from modelaverage.access import absence
+from modelaverage.access.absence import no_answer
+from modelaverage.access.channels import Access
+from modelaverage.access.security import Security
 from modelaverage.errors import DeadlineExceededError, ServerUnavailableError
+from ps_server.console.export import ExportError, export
+from ps_server.console.status import NoAnswerError, fetch
 from tests.conftest import StartServer
 
 NOWHERE = "127.0.0.1:1"
@@ -109,3 +117,34 @@ def test_a_script_that_has_never_heard_of_logging_shows_it() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith(f"no parameter server answers at {QUIET} 0.3 s")
+
+
+def no_such_name(host: str, *_: object) -> list[object]:
+    raise socket.gaierror(socket.EAI_NONAME, f"there is no {host}")
+
+
+def test_a_host_name_that_is_unknown_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", no_such_name)
+    address, unknown = "localhost:1", "'localhost' is unknown here .there is no localhost.; check its spelling"
+    with pytest.raises(ServerUnavailableError, match=unknown):
+        ParameterServerSession([address], worker_id="worker-0", connect_timeout_s=0.2)
+    with pytest.raises(NoAnswerError, match=unknown):
+        fetch(address, 0.2, Access(Security()))
+    with pytest.raises(ExportError, match=unknown):
+        export([address], Path("never-written"), 0.2, Access(Security()))
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "[::1]:1", "unix:/no/such/socket"])
+def test_an_address_without_a_name_is_not_looked_up(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", no_such_name)
+    assert no_answer(address, 3.0, "is it there?") == (
+        f"no parameter server answers at {address} (waited 3 s); is it there?"
+    )
+
+
+def test_a_lookup_that_hangs_costs_a_bounded_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    over = threading.Event()
+    monkeypatch.setattr(absence, "_LOOKUP_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: over.wait(20.0))
+    assert no_answer("localhost:1", 3.0) == "no parameter server answers at localhost:1 (waited 3 s)"
+    over.set()

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import defaultdict
@@ -16,9 +14,11 @@ from pathlib import Path
 import pytest
 
 from ma_client import ParameterServerSession
-from tests.compressed_worker import hash_of
+from ps_server.flow.service import DEFAULT_SHARED_MEMORY_FROM_BYTES
+from tests.compressed_worker import START, hash_of
 from tests.faults import HANG_S, RestartedServer
 from tests.long_plays import long_except
+from tests.prepared import Prepared
 
 WAIT_S = 0.02
 STRICT, QUORUM = ("--num-workers", "3"), ("--num-workers", "4", "--min-workers", "2", "--max-workers", "6")
@@ -52,7 +52,7 @@ class Worker:
     def __init__(self, centers: Centers, **told: object) -> None:
         self.ends: list[int] = []
         self._centers = centers
-        self._command = [sys.executable, "-m", "tests.compressed_worker", json.dumps(told)]
+        self._command = ("tests.compressed_worker", json.dumps(told))
         self._start()
         self._supervisor = threading.Thread(target=self._supervise, daemon=True)
         self._supervisor.start()
@@ -66,11 +66,10 @@ class Worker:
         assert not self._supervisor.is_alive(), "a worker hangs"
 
     def _start(self) -> None:
-        self._process = subprocess.Popen(self._command, stdout=subprocess.PIPE, text=True)
+        self._process = Prepared(*self._command)
 
     def _supervise(self) -> None:
         while True:
-            assert self._process.stdout is not None
             with self._process.stdout as lines:
                 for line in lines:
                     if line.endswith("\n"):
@@ -101,6 +100,7 @@ def test_whatever_is_killed_all_hold_the_same_bits_after_every_round(
     kills: int,
     tmp_path: Path,
 ) -> None:
+    assert sum(value.nbytes for value in START.values()) >= DEFAULT_SHARED_MEMORY_FROM_BYTES
     chance, centers = random.Random(16), Centers()
     with ExitStack() as running:
         shards = [running.enter_context(RestartedServer(tmp_path / str(number), *policy)) for number in range(servers)]

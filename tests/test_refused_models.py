@@ -113,7 +113,7 @@ def test_a_model_that_is_sharded_after_the_optimizer_was_made_is_refused_at_the_
 ) -> None:
     worker = join(start_server(1), net())
     shard(worker.model)
-    with pytest.raises(ConflictError, match="a part of it|each rank has a part"):
+    with pytest.raises(ConflictError, match=r"a part of it|each rank has a part"):
         worker.opt.begin()
 
 

@@ -25,6 +25,7 @@ from modelaverage.errors import (
     ConflictError,
     DeadlineExceededError,
     InvalidRequestError,
+    ModelAverageError,
     NotInitializedError,
     Reason,
 )
@@ -570,3 +571,51 @@ def test_a_session_that_begins_while_the_server_goes_down_waits_for_the_next_one
             assert len(looks) == 3
     finally:
         server.stop(None).wait()
+
+
+CALLS: dict[str, Callable[[ParameterServerSession], object]] = {
+    "initialize": lambda session: session.initialize(CENTER),
+    "pull": lambda session: session.pull(),
+    "push_and_average": lambda session: session.push_and_average(A),
+    "begin_push": lambda session: session.begin_push(A),
+    "finish": lambda session: session.finish(),
+    "wait_for_others": lambda session: session.wait_for_others(1.0),
+    "status": lambda session: session.status(),
+    "statuses": lambda session: session.statuses(),
+    "check_intact": lambda session: session.check_intact(),
+    "unchanged": lambda session: session.unchanged(A),
+}
+CLOSED = "^the session of 'a' is closed; open another one$"
+
+
+@pytest.mark.parametrize("servers", [1, 2])
+def test_every_call_to_a_closed_session_is_refused_at_once_in_the_same_words(
+    servers: int, start_server: StartServer
+) -> None:
+    addresses = [start_server(1).address for _ in range(servers)]
+    session = ParameterServerSession(addresses, worker_id="a", is_chief=True)
+    session.initialize(CENTER)
+    session.pull()
+    session.close()
+    for call in CALLS.values():
+        with pytest.raises(ModelAverageError, match=CLOSED) as raised:
+            call(session)
+        assert type(raised.value) is ModelAverageError
+    session.close()
+
+
+@pytest.mark.in_memory(False)
+@pytest.mark.parametrize("servers", [1, 2])
+def test_a_push_that_waits_when_its_session_is_closed_ends_in_the_same_words(
+    servers: int, start_server: StartServer
+) -> None:
+    addresses = [start_server(2).address for _ in range(servers)]
+    session = ParameterServerSession(addresses, worker_id="a", is_chief=True)
+    session.initialize(CENTER)
+    session.pull()
+    ticket = session.begin_push(A)
+    with RawClient(addresses[-1]) as raw:
+        until(lambda: raw.worker("a").fragments_given > 0, "the push waits for the other worker")
+    session.close()
+    with pytest.raises(ModelAverageError, match=CLOSED):
+        ticket.result()

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,16 +17,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ma_client import ClusterError, ClusterSpec
+from ma_client import ClusterError, ClusterSpec, ParameterServerSession
 from ma_client.cluster import joining as client
 from modelaverage.errors import DeadlineExceededError, ServerUnavailableError
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.checkpoints.keeper import CheckpointPolicy
+from ps_server.rules.policy import RoundPolicy
 from ps_server.rules.task_indexes import TaskIndexes
 from tests.conftest import StartServer
 from tests.faults import RestartedServer
-from tests.jobs import CENTER
-from tests.raw_client import RawClient, Stream
+from tests.jobs import CENTER, of, worker
+from tests.raw_client import RawClient, Stream, initialize_header, manifest_of, until
 from tests.strategies import thorough
 
 TIMEOUT_S = 20.0
@@ -46,20 +48,36 @@ class Oracle:
 
     def __init__(self, num_workers: int, closed_until_s: float) -> None:
         self.slots: list[Slot | None] = [None] * num_workers
+        self.used = [False] * num_workers
         self.closed_until_s = closed_until_s
 
-    def take(self, process: bytes, call: int, wanted: int | None, now_s: float) -> int | None:
+    def expire(self, now_s: float) -> None:
         for index, slot in enumerate(self.slots):
             if slot is not None and slot.ended_at_s is not None and now_s - slot.ended_at_s >= REJOIN_TIMEOUT_S:
                 self.slots[index] = None
+
+    def heard(self, index: int, now_s: float) -> None:
+        if index < len(self.slots):
+            slot = self.slots[index]
+            if slot is not None and slot.ended_at_s is not None and now_s - slot.ended_at_s >= REJOIN_TIMEOUT_S:
+                self.expire(now_s)
+            self.used[index] = self.used[index] or self.slots[index] is None
+
+    def gone(self, index: int) -> None:
+        if index < len(self.slots):
+            self.used[index] = False
+
+    def take(self, process: bytes, call: int, wanted: int | None, now_s: float) -> int | None:
+        self.expire(now_s)
         for index, slot in enumerate(self.slots):
             if slot is not None and slot.process == process:
                 self.slots[index] = Slot(process, call)
                 return index
         for index, slot in enumerate(self.slots):
-            allowed = now_s >= self.closed_until_s if wanted is None else index == wanted
+            is_free = now_s >= self.closed_until_s and not self.used[index]
+            allowed = is_free if wanted is None else index == wanted
             if slot is None and allowed:
-                self.slots[index] = Slot(process, call)
+                self.slots[index], self.used[index] = Slot(process, call), False
                 return index
         return None
 
@@ -77,6 +95,8 @@ EVENTS = st.one_of(
     st.tuples(st.just("take"), PROCESSES, st.none() | st.integers(0, 2)),
     st.tuples(st.just("ended"), PROCESSES, st.integers(0, 3)),
     st.tuples(st.just("leave"), PROCESSES, st.none()),
+    st.tuples(st.just("heard"), PROCESSES, st.integers(0, 3)),
+    st.tuples(st.just("gone"), PROCESSES, st.integers(0, 3)),
 )
 
 
@@ -104,6 +124,12 @@ def test_everybody_gets_the_index_that_the_rules_give(
             call = calls[process] - (number or 0)
             oracle.ended(process, call, now_s)
             indexes.ended(process, call, now_s)
+        elif what == "heard":
+            oracle.heard(number or 0, now_s)
+            indexes.heard(number or 0, now_s)
+        elif what == "gone":
+            oracle.gone(number or 0)
+            indexes.gone(number or 0)
         else:
             oracle.leave(process)
             indexes.leave(process)
@@ -179,6 +205,61 @@ def test_a_newer_call_of_a_process_takes_the_place_of_the_older_one(start_server
         assert index_of(older) == 0
         assert index_of(join(raw, "a", wanted=0)) == 0
         assert older.refusal().reason == "PUSH_SUPERSEDED"
+
+
+def leaves(session: ParameterServerSession) -> None:
+    session.close()
+
+
+def finishes(session: ParameterServerSession) -> None:
+    session.finish()
+    assert session.pull()[1] == 1  # a worker that has finished may read
+
+
+@pytest.mark.parametrize("ends", [leaves, finishes])
+def test_the_index_of_a_worker_that_was_started_with_it_is_assigned_only_when_that_worker_is_gone(
+    ends: Callable[[ParameterServerSession], None], start_server: StartServer
+) -> None:
+    address = start_server(RoundPolicy(3, 1, 3, grace_s=0.0)).address
+    with RawClient(address) as raw, worker(address, "worker-1") as trains, worker(address, "worker-2") as is_new:
+        raw.initialize(CENTER)
+        for session in (trains, is_new):  # a worker that has not pushed yet is one, too
+            session.pull()
+        trains.push_and_average(of(1))
+        assert index_of(join(raw, "a")) == 0
+        waiting = join(raw, "b")
+        assert index_of(waiting) is None
+        ends(trains)
+        assert index_of(waiting) == 1
+
+
+def test_the_index_of_a_chief_that_still_sends_the_center_is_not_assigned(start_server: StartServer) -> None:
+    with RawClient(start_server(2).address) as raw:
+        stream = raw.open_initialize()
+        stream.send(initialize_header(manifest_of(CENTER), "worker-0"))
+
+        def the_next_index_is_1() -> bool:
+            index = index_of(join(raw, "a"))
+            leave(raw, "a")
+            return index == 1
+
+        until(the_next_index_is_1, "the server has the chief's header")
+
+
+def test_a_process_takes_an_index_in_use_by_naming_it(start_server: StartServer) -> None:
+    address = start_server(1).address
+    with RawClient(address) as raw, worker(address, "worker-0") as its_own:
+        raw.initialize(CENTER)
+        its_own.pull()
+        assert index_of(join(raw, "a", wanted=0)) == 0
+
+
+def test_readers_take_no_index(start_server: StartServer) -> None:
+    address = start_server(1).address
+    with RawClient(address) as raw, worker(address, "worker-0") as reader:
+        raw.initialize(CENTER)
+        reader.pull(catch_up=False)
+        assert index_of(join(raw, "a")) == 0
 
 
 def test_an_index_that_the_job_does_not_have_is_refused(start_server: StartServer) -> None:

@@ -10,6 +10,8 @@ from ma_client.cluster import resolvers
 from ma_client.cluster.settings import AUTO, ClusterError, TaskIndex
 from modelaverage.access.security import Security
 from modelaverage.addresses import check_all
+from modelaverage.checks import check_timeout
+from modelaverage.errors import InvalidRequestError
 
 __all__ = ["ClusterError", "ClusterSpec"]
 
@@ -95,10 +97,11 @@ class ClusterSpec:
         """The cluster that explicit flags and the environment describe together.
 
         They are read in this order: the flags; MA_PS_HOSTS (separated by commas), MA_NUM_WORKERS and MA_TASK_INDEX;
-        TF_CONFIG; torchrun's WORLD_SIZE and RANK; Slurm's SLURM_NTASKS and SLURM_PROCID; JOB_COMPLETION_INDEX of a
-        Kubernetes indexed job; and for the servers at last the first node of SLURM_JOB_NODELIST, port 2222. Each is
-        read only while a setting is missing that it can have, and all that are read have to agree. So a source that has
-        every setting prevails over the launchers around it. docs/cluster.md has examples.
+        TF_CONFIG; torchrun's WORLD_SIZE and RANK; Slurm's SLURM_NTASKS and SLURM_PROCID; with MA_WORKER_PER=node these
+        launchers' numbers of nodes instead of processes; JOB_COMPLETION_INDEX of a Kubernetes indexed job; and for the
+        servers at last the first node of SLURM_JOB_NODELIST, port 2222. Each is read only while a setting is missing
+        that it can have, and all that are read have to agree. So a source that has every setting prevails over the
+        launchers around it. docs/cluster.md has examples.
 
         Args:
             environ: the environment. A variable that is empty counts as not set.
@@ -108,16 +111,20 @@ class ClusterSpec:
                 index, which this process then keeps until it ends. The server also tells the number of workers.
             init_from: as the constructor's; None: MA_INIT_FROM, if it is set.
             must_be_new: as the constructor's; False: MA_FRESH, if it is set.
-            join_timeout_s: with "auto", how long to wait for the server and for a free index.
+            join_timeout_s: with "auto", how long to wait for the server and for a free index; above 0.
             security: with "auto", as `ParameterServerSession`'s.
 
         Raises:
             ClusterError: flags or variables are missing, unusable or contradict each other, or the server has another
-                number of workers; the message names them.
+                number of workers; the message names them. Or ``join_timeout_s`` is not above 0.
             DeadlineExceededError: no task index was assigned within ``join_timeout_s``; the message says why.
             SecurityError: the server and this process do not trust each other, or a file is missing or unusable.
             ServerUnavailableError: no parameter server answers there in time.
         """
+        try:
+            check_timeout("join_timeout_s", join_timeout_s, may_be_infinite=True)
+        except InvalidRequestError as error:
+            raise ClusterError(str(error)) from None
         init_from, must_be_new = _for_the_chief(init_from, must_be_new, environ)
         settings = resolvers.resolve(resolvers.flag_settings(ps_hosts, num_workers, task_index), environ)
         servers, workers, task = settings

@@ -13,6 +13,7 @@ from ma_client.job.meeting import Meeting
 from ma_client.job.one_server import LocalPart, OneServer, WorkerIdentity
 from ma_client.job.recovery import Goal, common_step
 from ma_client.process.forking import OwnProcess
+from ma_client.process.one_thread import session_closed
 from ma_client.process.threads import without_thread
 from ma_client.transports.connection import Connection
 from ma_client.transports.registry import TransportSettings
@@ -53,6 +54,7 @@ class AllServers:
         settings: TransportSettings = TransportSettings(),  # noqa: B008
     ) -> None:
         self._process = OwnProcess()
+        self._worker_id = worker.worker_id
         self._threads = _threads(len(addresses))
         self._servers = [
             OneServer(Connection(address, access, settings), worker, reconnect_timeout_s) for address in addresses
@@ -83,7 +85,7 @@ class AllServers:
         """
         self._process.check()
         if self._is_closed:
-            raise ModelAverageError("the session is closed; open another one")
+            raise session_closed(self._worker_id)
         if len(self._servers) == 1:
             return [call(0, self._servers[0])]
         futures = list[Future[_T]]()

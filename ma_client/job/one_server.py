@@ -105,6 +105,7 @@ class OneServer:
             lambda: connection.progressed_at_s,
         )
         self._push_id = 0
+        self._is_expected = False
         self._loan: Loan | None = None  # shared memory that holds the center, if any
         self._is_copied = True  # whether callers no longer read the center in place
         self._staging: Staging | None = None
@@ -120,7 +121,7 @@ class OneServer:
         self, header: pb.InitializeHeader, values: Sequence[memoryview], staging: Staging, deadline: Deadline
     ) -> pb.InitializeResponse:
         """Sends an initial center to the server; ``staging`` has its manifest."""
-        manifest = staging.manifest
+        manifest, self._is_expected = staging.manifest, True
 
         def attempt() -> pb.InitializeResponse:
             def encode(index: int) -> Sequence[memoryview]:
@@ -159,6 +160,7 @@ class OneServer:
         arriving: Staging | None = None  # the staging that this pull has begun to fill
         request = self._pull_request(wait_initialized)
         request.will_train = will_train
+        self._is_expected = self._is_expected or will_train
 
         def staging_for(header: pb.CenterHeader) -> Staging:
             nonlocal step, center_id, arriving
@@ -298,8 +300,8 @@ class OneServer:
         return self._patience.call(lambda: self.connection.leave(request, deadline), deadline)
 
     def leave(self) -> None:
-        """Says goodbye for this process, if it ever pushed."""
-        if self._push_id:
+        """Says goodbye for this process, if the server expects it to push."""
+        if self._push_id or self._is_expected:
             request = pb.LeaveRequest(worker_id=self._worker.worker_id, incarnation=self._worker.incarnation)
             self.connection.leave(request, Deadline(_LEAVE_TIMEOUT_S))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from ma_client.transports.data_settings import DataSettings
 from modelaverage.access.security import Security
 from modelaverage.addresses import check_all
-from modelaverage.checks import check_worker_id
+from modelaverage.checks import check_timeout, check_worker_id
 from modelaverage.errors import InvalidRequestError
 from modelaverage.manifest import MAX_SHARDS
 from modelaverage.placement import PLACEMENTS
@@ -22,7 +22,7 @@ class SessionSettings:
     """The settings of a `ParameterServerSession`; its docstring explains them.
 
     Raises:
-        InvalidRequestError: WORKER_ID_INVALID, no address, one twice, or no such placement.
+        InvalidRequestError: WORKER_ID_INVALID, no address, one twice, no such placement, or a time out of range.
     """
 
     ps_hosts: Sequence[str]
@@ -42,6 +42,9 @@ class SessionSettings:
     def __post_init__(self) -> None:
         _check_ps_hosts(self.ps_hosts)
         check_worker_id(self.worker_id)
+        check_timeout("connect_timeout_s", self.connect_timeout_s, may_be_infinite=True)
+        check_timeout("reconnect_timeout_s", self.reconnect_timeout_s, zero="do not try again", may_be_infinite=True)
+        check_timeout("round_timeout_s", self.round_timeout_s, none="no limit")
         if self.placement not in PLACEMENTS:
             raise InvalidRequestError(
                 f"there is no placement {self.placement!r}; choose one of {', '.join(PLACEMENTS)}"

@@ -9,6 +9,7 @@ from concurrent.futures import TimeoutError as NotYetError
 
 from ma_client.job.results import PushResult
 from ma_client.process.threads import without_thread
+from modelaverage.checks import check_timeout
 from modelaverage.errors import DeadlineExceededError
 
 __all__ = ["PushTicket"]
@@ -52,13 +53,15 @@ class PushTicket:
         """Waits for the round, and returns its result; see `ParameterServerSession.push_and_average`.
 
         Args:
-            timeout_s: how long to wait; None: until the round is over.
+            timeout_s: how long to wait; 0: not at all; None: until the round is over.
 
         Raises:
+            InvalidRequestError: ``timeout_s`` is negative or not a number.
             DeadlineExceededError: it is not over yet; it goes on, and `result` may be called again. Or the push ended
                 with this error.
             ModelAverageError: the push failed; it may be made again.
         """
+        check_timeout("timeout_s", timeout_s, zero="do not wait", none="no limit")
         try:
             return self._future.result(timeout_s)
         except NotYetError:

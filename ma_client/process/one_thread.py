@@ -1,4 +1,4 @@
-"""A session is for one thread at a time: a second thread gets an exception instead of breaking the session."""
+"""A session is for one thread at a time, until it is closed: other calls get an exception instead of breaking it."""
 
 from __future__ import annotations
 
@@ -8,18 +8,27 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
-from modelaverage.errors import SessionInUseError
+from modelaverage.errors import ModelAverageError, SessionInUseError
 
-__all__ = ["OneThread", "by_one_thread"]
+__all__ = ["OneThread", "by_one_thread", "session_closed"]
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 _ONE_EACH = "a session is for one thread at a time; open another one for this thread, or hold a lock around every call"
 
 
+def session_closed(owner: str) -> ModelAverageError:
+    """The error of every call to a closed session, and of a call that its close has ended.
+
+    Args:
+        owner: the session's worker id.
+    """
+    return ModelAverageError(f"the session of {owner!r} is closed; open another one")
+
+
 class OneThread:
     """Admits the calls of one thread, also nested ones (from a signal handler), and refuses those of other threads
-    meanwhile.
+    meanwhile, and all once the session is closed.
 
     Args:
         owner: the session's worker id, for the message.
@@ -28,16 +37,23 @@ class OneThread:
     def __init__(self, owner: str) -> None:
         self._owner = owner
         self._lock = threading.RLock()
+        self._is_closed = False
         self._under_way = ("", "", "")  # the thread, its call, and what to do instead
 
     @contextmanager
     def doing(self, what: str, instead: str = _ONE_EACH) -> Iterator[None]:
-        """Raises SessionInUseError if another thread is in a call.
+        """Makes a call.
 
         Args:
             what: the call.
             instead: what others should do that call meanwhile.
+
+        Raises:
+            SessionInUseError: another thread is in a call.
+            ModelAverageError: the session is closed, or was closed during the call.
         """
+        if self._is_closed:
+            raise session_closed(self._owner)
         if not self._lock.acquire(blocking=False):
             thread, call, hint = self._under_way
             raise SessionInUseError(
@@ -47,9 +63,17 @@ class OneThread:
         outer, self._under_way = self._under_way, (threading.current_thread().name, what, instead)
         try:
             yield
+        except ModelAverageError as error:
+            if self._is_closed and type(error) is ModelAverageError:  # other errors have causes of their own
+                raise session_closed(self._owner) from error
+            raise
         finally:
             self._under_way = outer
             self._lock.release()
+
+    def close(self) -> None:
+        """Refuses calls from now on. From any thread."""
+        self._is_closed = True
 
     @contextmanager
     def ending(self, timeout_s: float) -> Iterator[None]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
 
+from ma_client.cluster.resolvers import WORKER_PER, ranks_of_this_worker
+from ma_client.cluster.settings import ClusterError
 from ma_client.session import ParameterServerSession
 from ma_client.tensors.mirror import HostMirror
 from ma_client.tensors.refused_tensors import sharded_variable
@@ -60,6 +63,13 @@ class Alone:
 
     def settings(self, read: Callable[[], OptimizerSettings]) -> OptimizerSettings:
         """See `Role`."""
+        ranks = ranks_of_this_worker(os.environ)
+        if ranks > 1:
+            raise ClusterError(
+                f"{WORKER_PER}='node' makes the {ranks} processes of this node one worker, but this one has made an "
+                "optimizer of its own: give the group that they are, ModelAverageOptimizer(..., process_group=group), "
+                f"or unset {WORKER_PER} (docs/groups.md)"
+            )
         return read()
 
     def mirror(self, model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> Mirror:  # noqa: ARG002

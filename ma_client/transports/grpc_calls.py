@@ -15,6 +15,7 @@ from ma_client.transports.calls import Exchange, Requests
 from ma_client.transports.reach import Reach
 from ma_client.transports.timing import TIMING, Timing
 from modelaverage.access import proxies
+from modelaverage.access.absence import no_answer
 from modelaverage.access.channels import Access
 from modelaverage.errors import (
     DeadlineExceededError,
@@ -96,10 +97,7 @@ class GrpcCalls:
                 if error.status == grpc.StatusCode.UNIMPLEMENTED.name or self.stopped.wait(_PAUSE_S):
                     raise
             if deadline.is_over:
-                raise ServerUnavailableError(
-                    f"no parameter server answers at {self.address} (waited {timeout_s:g} s); "
-                    f"is `ps-server serve` running there?{proxies.in_the_way(self.address)}"
-                )
+                raise ServerUnavailableError(no_answer(self.address, timeout_s, "is `ps-server serve` running there?"))
             look_s *= 2
 
     def ask(self, rpc: str, requests: Requests, deadline: Deadline, late: str) -> bytes:

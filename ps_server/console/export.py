@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from modelaverage import wire
 from modelaverage.access import proxies
+from modelaverage.access.absence import no_answer
 from modelaverage.access.channels import Access
 from modelaverage.addresses import parse
 from modelaverage.errors import ModelAverageError, told_reason
@@ -209,7 +210,7 @@ def _receive(messages: Iterator[bytes], patience: threading.Timer) -> _Center:
 
 def _reason(error: grpc.RpcError, address: str, timeout_s: float) -> str:
     if error.code() is grpc.StatusCode.CANCELLED:
-        return f"no parameter server answers at {address} (waited {timeout_s:g} s){proxies.in_the_way(address)}"
+        return no_answer(address, timeout_s)
     if told_reason(error.trailing_metadata()):
         return f"{address}: {error.details()}"
     return f"{address} did not answer as a parameter server: {error.details()}{proxies.in_the_way(address)}"

@@ -14,6 +14,7 @@ from google.protobuf.message import Message
 
 from modelaverage import wire
 from modelaverage.access import proxies
+from modelaverage.access.absence import no_answer
 from modelaverage.access.channels import Access
 from modelaverage.chosen import CHOICES, compression_of
 from modelaverage.commands.columns import fitted, listed_within, shortened, size, width
@@ -91,10 +92,7 @@ def fetch(address: str, timeout_s: float, access: Access) -> pb.GetStatusRespons
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                 distrust = access.problem(address)
-                raise NoAnswerError(
-                    distrust
-                    or f"no parameter server answers at {address} (waited {timeout_s:g} s){proxies.in_the_way(address)}"
-                ) from None
+                raise NoAnswerError(distrust or no_answer(address, timeout_s)) from None
             if error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
                 raise NoAnswerError(f"{address}: {printable(error.details() or '')}") from None
             details = printable(error.details() or "")

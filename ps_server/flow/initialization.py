@@ -95,8 +95,9 @@ class Initialization:
         )
         self._begin(center, wire.PullHeader(manifest, chosen_of(checkpoint.outer, checkpoint.codec).told.texts), round_)
 
-    async def receive(self, call: Call) -> pb.InitializeResponse:
-        """Serves a call of the chief: takes the center that it sends, or answers that one exists.
+    async def receive(self, call: Call, heard: Callable[[str], None]) -> pb.InitializeResponse:
+        """Serves a call of the chief: takes the center that it sends, or answers that one exists. ``heard`` gets the
+        chief's id at once.
 
         Raises:
             ModelAverageError: the center is refused; an existing center is unchanged.
@@ -104,6 +105,7 @@ class Initialization:
         header = await call.read_header(pb.InitializeRequest)
         call.worker_id = header.worker_id
         check_worker_id(header.worker_id)
+        heard(header.worker_id)
         check_global_step(header.global_step)
         wanted = named(header)
         outer, codec = _outer_of(wanted), codec_named(wanted.compression)

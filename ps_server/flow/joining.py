@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 from collections.abc import Callable
 
 from modelaverage.errors import ModelAverageError, Reason, refusal
@@ -12,6 +13,8 @@ from ps_server.flow.call import Call
 from ps_server.rules.task_indexes import TaskIndexes
 
 __all__ = ["Joining"]
+
+_MADE_FROM_INDEX = re.compile(r"worker-(0|[1-9][0-9]{0,8})")
 
 
 class Joining:
@@ -57,9 +60,18 @@ class Joining:
             self._indexes.ended(process, call.number, self._clock())
             self._wake()
 
-    def leave(self, process: bytes) -> None:
-        """The process has said goodbye: its index is free."""
+    def heard(self, worker_id: str) -> None:
+        """A worker trains: if its id has an index, no process gets that index until the worker is gone."""
+        index = _index_in(worker_id)
+        if index is not None:
+            self._indexes.heard(index, self._clock())
+
+    def leave(self, worker_id: str, process: bytes) -> None:
+        """The process of a worker has finished, or has said goodbye: its index is free."""
         self._indexes.leave(process)
+        index = _index_in(worker_id)
+        if index is not None:
+            self._indexes.gone(index)
         self._wake()
 
     def fail(self, error: ModelAverageError) -> None:
@@ -97,3 +109,9 @@ class Joining:
     def _wake(self) -> None:
         for changed in self._waiting:
             changed.set()
+
+
+def _index_in(worker_id: str) -> int | None:
+    """The index of a worker whose id was made from it, as clients do; None: its id has another form."""
+    found = _MADE_FROM_INDEX.fullmatch(worker_id)
+    return None if found is None else int(found[1])

@@ -195,7 +195,7 @@ class ParameterServerService:
 
     async def _initialize(self, _: object, context: Context) -> bytes:
         async def body(call: Call) -> bytes:
-            return (await self._initialization.receive(call)).SerializeToString()
+            return (await self._initialization.receive(call, self._joining.heard)).SerializeToString()
 
         return await self._serving.serve("Initialize", context, body)
 
@@ -205,13 +205,16 @@ class ParameterServerService:
             call.worker_id = message.worker_id
             check_worker_id(message.worker_id)
             wanted = named(message)
+            will_train = message.will_train and caller_role.get() is not Role.READER
+            if will_train:
+                self._joining.heard(message.worker_id)
             if message.wait_initialized:
                 self._heard_pull_of(message.worker_id)
                 await self._waiting.wait(call, message.accepts_notices)
             job = self._require_job()
             check_named(wanted, job.chosen)
             self._heard_pull_of(message.worker_id)
-            if message.will_train and caller_role.get() is not Role.READER:
+            if will_train:
                 job.come_back(message.worker_id)
             if self._reserve.is_short and not message.header_only:
                 raise refusal(
@@ -226,6 +229,7 @@ class ParameterServerService:
         async def body(call: Call) -> None:
             header = await call.read_header(pb.PushAndAverageRequest)
             call.worker_id = header.worker_id
+            self._joining.heard(header.worker_id)
             await serve_push(self._require_job(), call, header, self._transports, self._reserve)
 
         await self._serving.serve("PushAndAverage", context, body)
@@ -236,7 +240,7 @@ class ParameterServerService:
             call.worker_id = message.worker_id
             check_worker_id(message.worker_id)
             check_incarnation(message.incarnation)
-            self._joining.leave(message.incarnation)
+            self._joining.leave(message.worker_id, message.incarnation)
             job = self.job
             if job is None:
                 return pb.LeaveResponse(workers_training=self._policy.round.num_workers).SerializeToString()

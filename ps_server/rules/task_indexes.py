@@ -24,6 +24,9 @@ class _Holder:
 class TaskIndexes:
     """The indexes 0 to ``num_workers`` - 1, each held by one process at most. A process has one index at most.
 
+    A worker that was started with an index never asks for it. Its calls show that the index is in use; no process gets
+    that index, unless it names it, until the worker has said goodbye.
+
     Args:
         num_workers: how many indexes there are.
         rejoin_timeout_s: how long an index stays reserved for a process whose call has ended.
@@ -36,6 +39,8 @@ class TaskIndexes:
         self._rejoin_timeout_s = rejoin_timeout_s
         self._closed_until_s = closed_until_s
         self._holders: dict[bytes, _Holder] = {}
+        self._processes: dict[int, bytes] = {}  # that hold the indexes
+        self._in_use = set[int]()  # by workers that hold none
 
     def take(self, process: bytes, call: int, wanted: int | None, now_s: float) -> int | None:
         """Assigns an index to the process, held by this call. Returns None if the process must wait.
@@ -49,16 +54,18 @@ class TaskIndexes:
         self._expire(now_s)
         holder = self._holders.get(process)
         if holder is None:
-            taken = {other.index for other in self._holders.values()}
             if wanted is None:
+                taken = self._processes.keys() | self._in_use
                 index = next(index for index in itertools.count() if index not in taken)
                 if index >= self._num_workers or now_s < self._closed_until_s:
                     return None
-            elif wanted in taken:
+            elif wanted in self._processes:
                 return None
             else:
                 index = wanted
             holder = self._holders[process] = _Holder(index, call)
+            self._processes[index] = process
+            self._in_use.discard(index)
         holder.call, holder.free_at_s = call, math.inf
         return holder.index
 
@@ -70,7 +77,21 @@ class TaskIndexes:
 
     def leave(self, process: bytes) -> None:
         """The process has said goodbye."""
-        self._holders.pop(process, None)
+        holder = self._holders.pop(process, None)
+        if holder is not None:
+            del self._processes[holder.index]
+
+    def heard(self, index: int, now_s: float) -> None:
+        """A worker with this index trains."""
+        process = self._processes.get(index)
+        if process is not None and self._holders[process].free_at_s <= now_s:
+            self._expire(now_s)
+        if index < self._num_workers and index not in self._processes:
+            self._in_use.add(index)
+
+    def gone(self, index: int) -> None:
+        """The worker with this index has finished, or has said goodbye."""
+        self._in_use.discard(index)
 
     def due_at_s(self, now_s: float) -> float:
         """When an index may become free by the passing of time alone; infinite: never."""
@@ -81,4 +102,4 @@ class TaskIndexes:
 
     def _expire(self, now_s: float) -> None:
         for process in [p for p, holder in self._holders.items() if holder.free_at_s <= now_s]:
-            del self._holders[process]
+            self.leave(process)

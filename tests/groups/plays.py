@@ -40,7 +40,7 @@ def in_ddp(model: torch.nn.Module, rank: Rank) -> torch.nn.Module:
 
 def in_fsdp2(model: torch.nn.Module, rank: Rank) -> torch.nn.Module:
     mesh = DeviceMesh.from_group(rank.group, "cpu")
-    for layer in model:  # type: ignore[attr-defined]
+    for layer in model.children():
         if isinstance(layer, torch.nn.Linear):
             fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -49,12 +49,8 @@ def in_fsdp2(model: torch.nn.Module, rank: Rank) -> torch.nn.Module:
 
 def in_fsdp1(model: torch.nn.Module, rank: Rank) -> torch.nn.Module:
     device = torch.device("cpu")
-    model[3] = FullyShardedDataParallel(  # type: ignore[operator]
-        model[3],
-        rank.group,
-        device_id=device,
-        use_orig_params=True,  # type: ignore[index]
-    )
+    last = FullyShardedDataParallel(model.get_submodule("3"), rank.group, device_id=device, use_orig_params=True)
+    model.register_module("3", last)
     return FullyShardedDataParallel(model, rank.group, device_id=device, use_orig_params=True)
 
 
@@ -62,6 +58,7 @@ WRAPPERS: dict[str, Callable[[torch.nn.Module, Rank], torch.nn.Module]] = {
     "ddp": in_ddp,
     "fsdp2": in_fsdp2,
     "fsdp1": in_fsdp1,
+    "none": lambda model, rank: model,  # noqa: ARG005
 }
 
 
@@ -93,7 +90,7 @@ def joined(
 def step(model: torch.nn.Module, opt: ModelAverageOptimizer, rank: Rank, number: int) -> None:
     inputs, labels = batch(rank.worker, rank.rank, number)
     opt.zero_grad()
-    torch.nn.functional.cross_entropy(model(inputs), labels).backward()
+    torch.nn.functional.cross_entropy(model(inputs), labels).backward()  # type: ignore[no-untyped-call]
     opt.step()
 
 
@@ -127,7 +124,7 @@ def _values(model: torch.nn.Module) -> Values:
     found = Values()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_floating_point():
-            plain = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+            plain = tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
             found[name.replace("module.", "").replace("_fsdp_wrapped_module.", "")] = plain.clone().numpy()
     return found
 
@@ -159,7 +156,8 @@ def train_plain(place: Rank, address: str, steps: int, options: Mapping[str, Any
                         own = [buffer.clone() for buffer in model.buffers()]
                         _set(model, statistics)
                     inputs, labels = batch(worker, rank, number)
-                    (torch.nn.functional.cross_entropy(model(inputs), labels) / RANKS_PER_WORKER).backward()
+                    loss = torch.nn.functional.cross_entropy(model(inputs), labels) / RANKS_PER_WORKER
+                    loss.backward()  # type: ignore[no-untyped-call]
                 _set(model, own)
                 opt.step()
         return {name: np.copy(value) for name, value in whole(model).items()}

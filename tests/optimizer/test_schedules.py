@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from ma_client import PushResult
-from ma_client.torch.training import parts
 from ma_client.torch.rounds import OwnContribution, Rounds
 from ma_client.torch.settings import OptimizerSettings
+from ma_client.torch.training import parts
 from tests.conftest import StartServer
 from tests.optimizer.workers import Join, Worker, start_all, together
 

@@ -80,6 +80,7 @@ class Follower:
         """
         model = _Model(parts.variables, self._group.rank)
         self._answers["gather"] = _Answer(model.check, model.gather)
+        self._answers["digest"] = _Answer(model.digest)
         self._answers["scatter"] = _Answer(model.check, model.scatter)
         standing = self.follow().standing
         assert standing is not None  # as `Leader.training` answers
@@ -135,6 +136,10 @@ class _Model:
                 f"{len(mirror.names)}, of which the first is {next(iter(mirror.names), 'none')!r}",
                 Reason.MANIFEST_MISMATCH,
             )
+
+    def digest(self) -> int:
+        """See `GroupMirror.digest`."""
+        return self._mirror().digest()
 
     def gather(self, fingerprint: str) -> None:  # noqa: ARG002
         """Gives this rank's part to rank 0."""

@@ -74,8 +74,8 @@ def _units(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> list[
         unit = unit_of.get(name)
         if unit is None:
             raise ConflictError(
-                f"variable {name!r} is in a flat parameter of a FullyShardedDataParallel around the getter's model; give "
-                "the getter what FullyShardedDataParallel returned",
+                f"variable {name!r} is in a flat parameter of a FullyShardedDataParallel around the getter's model; "
+                "give the getter what FullyShardedDataParallel returned",
                 Reason.MANIFEST_MISMATCH,
             )
         found.setdefault(id(unit), (unit, {}))[1][name] = tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,15 +19,18 @@ from ma_client.torch.groups.led_training import LedTraining
 from ma_client.torch.groups.mirror import GroupMirror
 from ma_client.torch.groups.worker_group import WorkerGroup
 from ma_client.torch.local_state import State
+from ma_client.torch.local_variables import LocalVariables
 from ma_client.torch.settings import OptimizerSettings
 from ma_client.torch.training.parts import WorkerParts, solo_training
 from ma_client.torch.weighing import Weight
+from modelaverage.logs import event
 
 __all__ = ["Leader"]
 
 # Ranks of torch.distributed give up a wait after minutes (gloo 30, NCCL 10); a round may take longer.
 _SIGN_OF_LIFE_S = 20.0
 
+_log = logging.getLogger("ma_client")
 _T = TypeVar("_T")
 
 
@@ -70,7 +74,9 @@ class Leader:
     def training(self, parts: WorkerParts, session: ParameterServerSession | None) -> LedTraining:
         """See `Role`."""
         return self.lead(
-            lambda: LedTraining(solo_training(parts, session), parts.progress, self.lead),
+            lambda: LedTraining(
+                solo_training(parts, session), parts.progress, self.lead, lambda: self._compare(parts.variables)
+            ),
             lambda training: Done(training.standing()),
         )
 
@@ -121,6 +127,21 @@ class Leader:
         with self.calling(call, own) as results:
             return results
 
+    def _compare(self, variables: LocalVariables) -> None:
+        """Warns if the ranks have trained models of their own."""
+        mirror = variables.mirror()
+        assert isinstance(mirror, _LedMirror)  # as `mirror` makes it
+        digests = self.ask(Call("digest"), mirror.digest)
+        others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+        if others:
+            _log.warning(
+                "rank %d of the worker group has other parameters than rank 0: only those of rank 0 are averaged, and "
+                "what the others have trained is lost. Wrap the model in DistributedDataParallel or FSDP, within the "
+                "group: docs/groups.md",
+                others[0],
+                extra=event("ranks_differ", ranks=others[:10]),
+            )
+
     def _tell(self, message: object) -> None:
         with self._exchange:
             self._group.told(message)
@@ -155,6 +176,7 @@ class _LedMirror:
         self._leader = leader
         self._mirror = mirror
         self.names = mirror.names
+        self.digest = mirror.digest
 
     def follow(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self._mirror.follow(tensors)

@@ -26,12 +26,14 @@ class LedTraining:
         own: makes the worker's rounds.
         progress: the worker's.
         lead: does something with the other ranks; see `Leader.lead`.
+        compare: warns if their models differ; called before the first round.
     """
 
-    def __init__(self, own: SoloTraining, progress: Progress, lead: _Lead) -> None:
+    def __init__(self, own: SoloTraining, progress: Progress, lead: _Lead, compare: Callable[[], None]) -> None:
         self._own = own
         self._progress = progress
         self._do = lead
+        self._compare = compare
 
     def standing(self) -> Standing:
         """Where the worker is."""
@@ -98,11 +100,11 @@ class LedTraining:
     def after_step(self, local_step: int, loss: float | torch.Tensor | None) -> None:
         """See `Training`."""
         if self._own.schedule.has_work(local_step):
-            self._lead(lambda: self._own.after_step(local_step, loss))
+            self._lead(lambda: self._round(lambda: self._own.after_step(local_step, loss)))
 
     def average(self) -> None:
         """See `Training`."""
-        self._lead(self._own.average)
+        self._lead(lambda: self._round(self._own.average))
 
     def wait(self) -> None:
         """See `Training`."""
@@ -119,6 +121,11 @@ class LedTraining:
     def close(self) -> None:
         """See `Training`."""
         self._own.close()
+
+    def _round(self, work: Callable[[], None]) -> None:
+        if self.last_round is None and not self._own.schedule.is_under_way:
+            self._compare()
+        work()
 
     def _lead(self, work: Callable[[], None]) -> None:
         self._do(work, lambda _: Done(self.standing()))

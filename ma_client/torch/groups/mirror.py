@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.distributed.tensor import DTensor
 
-from ma_client.tensors.mirror import FixedTensors
+from ma_client.tensors.mirror import FixedTensors, HostMirror
 from ma_client.tensors.refused_tensors import is_flattened
 from ma_client.torch.groups.dtensors import DTensors
 from ma_client.torch.groups.fsdp1 import FlatParameters
@@ -67,6 +69,16 @@ class GroupMirror:
         if any(tensor is not self._tensors[name] for name, tensor in tensors.items()):
             self._tensors = dict(tensors)
             self._holdings = _holdings(self._group, self._model, tensors)
+
+    def digest(self) -> int:
+        """Differs between ranks whose trained parameters, of those that each has as a whole, differ. No collective."""
+        found = 0
+        for name, tensor in self._tensors.items():
+            is_trained = isinstance(tensor, torch.nn.Parameter) and tensor.requires_grad
+            if is_trained and not isinstance(tensor, DTensor) and not is_flattened(tensor):
+                (array,) = HostMirror({name: tensor}).gather().values()
+                found = zlib.crc32(np.ascontiguousarray(array).tobytes(), found)
+        return found
 
     def gather(self) -> dict[str, NDArray[Any]]:
         """The whole variables by name, on rank 0; nothing on others."""
