@@ -245,6 +245,36 @@ def late(rank: Rank, address: str) -> tuple[type[BaseException] | None, str, int
         close(opt, rank)
 
 
+def late_in_the_background(rank: Rank, address: str) -> dict[str, Any]:
+    """Worker 0 trains during a round that fails, because worker 1 comes later."""
+    model, opt = joined(rank, address, "ddp", net(), interval_steps=2, overlap_steps=1)
+    found: tuple[type[BaseException] | None, str] = None, ""
+    try:
+        with opt.make_session_run_hook():
+            if rank.worker == 0:
+                for number in range(2):
+                    step(model, opt, rank, number)
+                found = error_of(lambda: step(model, opt, rank, 2))
+            dist.barrier()
+            for number in range(opt.local_step, 6):
+                step(model, opt, rank, number)
+        return {"error": found, "values": whole(model), "steps": (opt.global_step, opt.local_step)}
+    finally:
+        close(opt, rank)
+
+
+def test_a_round_that_fails_during_training_fails_in_all_ranks_and_they_train_on(
+    start_server: StartServer, ranks: Ranks
+) -> None:
+    found = ranks.run(late_in_the_background, start_server(RoundPolicy.strict(2, round_timeout_s=0.3)).address)
+    assert [each["error"][0] for each in found] == [DeadlineExceededError, DeadlineExceededError, None, None]
+    assert found[0]["error"] == found[1]["error"]
+    for leads, follows in (found[:2], found[2:]):
+        assert leads["steps"] == follows["steps"]
+        for name, value in leads["values"].items():
+            np.testing.assert_array_equal(follows["values"][name], value, name)
+
+
 @pytest.mark.parametrize(
     ("case", "kind", "text"),
     [

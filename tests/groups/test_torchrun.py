@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Sequence
 
 import pytest
 
@@ -34,17 +33,6 @@ def ended(address: str, *workers: Launched) -> None:
         assert reader.status().global_step == ROUNDS
 
 
-@pytest.mark.parametrize("arguments", [(), ("--shard",)], ids=["ddp", "fsdp2"])
-def test_a_worker_is_what_torchrun_has_started(arguments: Sequence[str]) -> None:
-    with ServerProcess(num_workers=2) as server, contextlib.ExitStack() as workers:
-        two = [
-            workers.enter_context(torchrun(index, server.address, "examples/group.py", *arguments))
-            for index in range(2)
-        ]
-        ended(server.address, *two)
-        assert [line.split(":")[0] for line in two[0].lines[:-1]] == [f"round {n}" for n in range(1, ROUNDS + 1)]
-
-
 def test_every_node_of_a_torchrun_job_is_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MA_WORKER_PER", "node")
     with ServerProcess(num_workers=2) as server, contextlib.ExitStack() as workers:
@@ -55,6 +43,7 @@ def test_every_node_of_a_torchrun_job_is_a_worker(monkeypatch: pytest.MonkeyPatc
                     None,
                     server.address,
                     "examples/group.py",
+                    "--shard",
                     flags=("--nnodes=2", f"--node-rank={node}", "--master-addr=127.0.0.1", f"--master-port={port}"),
                 )
             )
@@ -63,16 +52,18 @@ def test_every_node_of_a_torchrun_job_is_a_worker(monkeypatch: pytest.MonkeyPatc
         ended(server.address, *two)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_group_of_which_a_rank_was_killed_is_restarted_and_takes_its_place(rank: int) -> None:
+def test_groups_of_which_ranks_were_killed_are_restarted_and_take_their_places() -> None:
     with ServerProcess(num_workers=2) as server, contextlib.ExitStack() as workers:
-        flags = ("--standalone", "--max-restarts=1", "--monitor-interval=0.1")
+        # Not 1: on a loaded machine gloo's processes sometimes do not find each other, and torchrun tries again.
+        flags = ("--standalone", "--max-restarts=5", "--monitor-interval=0.1")
         two = [
             workers.enter_context(torchrun(index, server.address, "examples/group.py", flags=flags))
             for index in range(2)
         ]
         two[1].wait_for("round 4")
-        kill_rank(two[1], rank)
+        kill_rank(two[1], 0)
+        two[1].wait_for("round 8")
+        kill_rank(two[1], 1)
         ended(server.address, *two)
         # The other worker has waited; no round is missing, and none was made twice.
         assert [line.split(":")[0] for line in two[0].lines[:-1]] == [f"round {n}" for n in range(1, ROUNDS + 1)]

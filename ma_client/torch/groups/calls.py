@@ -71,9 +71,11 @@ class Failed:
 
     Args:
         error: from rank 0.
+        standing: None: the worker has none yet.
     """
 
     error: Exception
+    standing: Standing | None = None
 
 
 @dataclass(frozen=True)

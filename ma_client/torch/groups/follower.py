@@ -54,7 +54,7 @@ class Follower:
 
     def settings(self, read: Callable[[], OptimizerSettings]) -> OptimizerSettings:  # noqa: ARG002
         """See `Role`."""
-        settings: OptimizerSettings = self.follow().value
+        settings: OptimizerSettings = self._followed().value
         return settings
 
     def mirror(self, model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> GroupMirror:
@@ -82,7 +82,7 @@ class Follower:
         self._answers["gather"] = _Answer(model.check, model.gather)
         self._answers["digest"] = _Answer(model.digest)
         self._answers["scatter"] = _Answer(model.check, model.scatter)
-        standing = self.follow().standing
+        standing = self._followed().standing
         assert standing is not None  # as `Leader.training` answers
         if session is not None:
             raise ValueError(
@@ -91,21 +91,24 @@ class Follower:
             )
         return FollowingTraining(self.follow, self._group.rank, parts, standing)
 
-    def follow(self) -> Done:
-        """Does what rank 0 calls for, until it says that it is done.
+    def follow(self) -> Done | Failed:
+        """Does what rank 0 calls for, until it says how that has ended.
 
         Raises:
-            Exception: what rank 0 has told as failed.
             RuntimeError: a rank has died, as torch says it.
         """
         while True:
             said = self._group.told()
             if isinstance(said, Call):
                 self._take_part(said)
-            elif isinstance(said, Failed):
-                raise said.error
-            elif isinstance(said, Done):
+            elif isinstance(said, (Done, Failed)):
                 return said
+
+    def _followed(self) -> Done:
+        said = self.follow()
+        if isinstance(said, Failed):
+            raise said.error
+        return said
 
     def _take_part(self, call: Call) -> None:
         answer = self._answers[call.name]

@@ -9,7 +9,7 @@ import torch
 
 from ma_client.job.results import PushResult
 from ma_client.session import ParameterServerSession
-from ma_client.torch.groups.calls import Done, Standing
+from ma_client.torch.groups.calls import Done, Failed, Standing
 from ma_client.torch.training.parts import WorkerParts
 from modelaverage.errors import ConflictError
 
@@ -20,7 +20,7 @@ class FollowingTraining:
     """See `Training`.
 
     Args:
-        follow: does what rank 0 calls for, until it is done; see `Follower.follow`.
+        follow: does what rank 0 calls for; see `Follower.follow`.
         rank: in the group.
         parts: of the worker, in this rank.
         standing: where the worker is.
@@ -29,7 +29,7 @@ class FollowingTraining:
         loss: has no effect: rank 0 says the loss.
     """
 
-    def __init__(self, follow: Callable[[], Done], rank: int, parts: WorkerParts, standing: Standing) -> None:
+    def __init__(self, follow: Callable[[], Done | Failed], rank: int, parts: WorkerParts, standing: Standing) -> None:
         self._do = follow
         self._rank = rank
         self._parts = parts
@@ -102,8 +102,13 @@ class FollowingTraining:
         """Does nothing: there is no session here."""
 
     def _follow(self) -> None:
-        standing = self._do().standing
-        assert standing is not None  # as `LedTraining` answers
+        said = self._do()
+        if said.standing is not None:
+            self._stand(said.standing)
+        if isinstance(said, Failed):
+            raise said.error
+
+    def _stand(self, standing: Standing) -> None:
         own, leaders = self._parts.progress.local_step, standing.progress["local_step"]
         if own != leaders:
             raise ConflictError(

@@ -17,7 +17,7 @@ from ma_client.cluster.resolvers import NUM_WORKERS, PS_HOSTS, TASK_INDEX, WORKE
 from ma_client.cluster.settings import ClusterError
 from ma_client.session import ParameterServerSession
 from ma_client.torch.custom_getter import ModelAverageCustomGetter
-from ma_client.torch.groups.calls import Call, Done, Failed, Result, Waiting, result_of, sendable
+from ma_client.torch.groups.calls import Call, Done, Failed, Result, Standing, Waiting, result_of, sendable
 from ma_client.torch.groups.led_training import LedTraining
 from ma_client.torch.groups.mirror import GroupMirror
 from ma_client.torch.groups.worker_group import WorkerGroup
@@ -85,13 +85,16 @@ class Leader:
 
         return self.lead(made, lambda training: Done(training.standing()))
 
-    def lead(self, work: Callable[[], _T], done: Callable[[_T], Done]) -> _T:
+    def lead(
+        self, work: Callable[[], _T], done: Callable[[_T], Done], standing: Callable[[], Standing | None] = lambda: None
+    ) -> _T:
         """Does something for which the other ranks have come together. They take part as they are called, and hear how
         it ended.
 
         Args:
             work: what rank 0 does.
             done: what to tell the others about its result.
+            standing: where the worker is if it fails.
         """
         try:
             with self._signs_of_life():
@@ -100,7 +103,7 @@ class Leader:
         except BaseException as error:
             if not self._is_apart:
                 with contextlib.suppress(RuntimeError):  # a rank has died; torch says so to those that are left
-                    self._tell(Failed(sendable(error, 0)))
+                    self._tell(Failed(sendable(error, 0), standing()))
             raise
         self._tell(answer)
         return found

@@ -16,7 +16,7 @@ from ma_client.torch.training.solo import SoloTraining
 
 __all__ = ["LedTraining"]
 
-_Lead = Callable[[Callable[[], Any], Callable[[Any], Done]], Any]
+_Lead = Callable[[Callable[[], Any], Callable[[Any], Done], Callable[[], Standing]], Any]
 
 
 class LedTraining:
@@ -128,4 +128,4 @@ class LedTraining:
         work()
 
     def _lead(self, work: Callable[[], None]) -> None:
-        self._do(work, lambda _: Done(self.standing()))
+        self._do(work, lambda _: Done(self.standing()), self.standing)
