@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from typing import Any, TypeVar
 import torch
 from numpy.typing import NDArray
 
+from ma_client.cluster.resolvers import NUM_WORKERS, PS_HOSTS, TASK_INDEX, WORKER_PER, index_of_a_process
+from ma_client.cluster.settings import ClusterError
 from ma_client.session import ParameterServerSession
 from ma_client.torch.custom_getter import ModelAverageCustomGetter
 from ma_client.torch.groups.calls import Call, Done, Failed, Result, Standing, Waiting, result_of, sendable
@@ -73,12 +76,14 @@ class Leader:
 
     def training(self, parts: WorkerParts, session: ParameterServerSession | None) -> LedTraining:
         """See `Role`."""
-        return self.lead(
-            lambda: LedTraining(
-                solo_training(parts, session), parts.progress, self.lead, lambda: self._compare(parts.variables)
-            ),
-            lambda training: Done(training.standing()),
-        )
+
+        def made() -> LedTraining:
+            if session is None:
+                self._check_index()
+            own = solo_training(parts, session)
+            return LedTraining(own, parts.progress, self.lead, lambda: self._compare(parts.variables))
+
+        return self.lead(made, lambda training: Done(training.standing()))
 
     def lead(
         self, work: Callable[[], _T], done: Callable[[_T], Done], standing: Callable[[], Standing | None] = lambda: None
@@ -129,6 +134,16 @@ class Leader:
         """Like `calling`, for calls that end with the results."""
         with self.calling(call, own) as results:
             return results
+
+    def _check_index(self) -> None:
+        """Raises ClusterError if the environment gives each rank an index of its own."""
+        source = index_of_a_process(os.environ)
+        if source is not None and len(self.ranks) > 1:
+            raise ClusterError(
+                f"{source} is the index of one process, but the {len(self.ranks)} ranks of the process_group are one "
+                f"worker: set {TASK_INDEX} to the worker's index, the same for all its ranks, with {NUM_WORKERS} and "
+                f"{PS_HOSTS}; or {WORKER_PER}=node if each node is a worker (docs/groups.md)"
+            )
 
     def _compare(self, variables: LocalVariables) -> None:
         """Warns if the ranks have trained models of their own."""
