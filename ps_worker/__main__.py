@@ -19,7 +19,7 @@ from modelaverage.outer import AVERAGE
 from modelaverage.runtime.output import OnLoss
 from ps_worker.commands import run_script
 from ps_worker.commands.extras import MissingExtraError, require
-from ps_worker.commands.stop_signals import end_cleanly_on_signals
+from ps_worker.commands.stop_signals import StoppedBySignal, end_cleanly_on_signals
 from ps_worker.demo.digits_config import MODULES, PLAIN, DigitsConfig, add_training_flags
 from ps_worker.events.parse import EVENTS_FLAG
 
@@ -79,6 +79,12 @@ def main(argv: list[str] | None = None) -> int:
         else:
             print(f"ps-worker: {error}", file=sys.stderr)
         return 1
+    except StoppedBySignal as stop:
+        if as_json:
+            _log.warning("%s", stop, extra=event("stopped", cause=str(stop)))
+        elif getattr(arguments, "events_fd", None) is None:  # the launcher says why it stops its workers
+            print(f"ps-worker: {stop}", file=sys.stderr)
+        return stop.exit_code
     return 0
 
 

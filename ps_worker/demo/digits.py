@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ma_client import ClusterSpec, ModelAverageCustomGetter, ModelAverageOptimizer, ParameterServerSession, Security
 from ps_worker.demo.digits_config import ALONE, ALONE_WITH_ALL, DigitsConfig
+from ps_worker.demo.stopping import says_what_follows
 from ps_worker.events.parse import AccuracyEvent, Event, RoundEvent, StepEvent
 
 __all__ = [
@@ -180,7 +181,7 @@ def train_in_cluster(
             outer_optimizer=config.outer,
             compression=config.compression,
         )
-        with optimizer.make_session_run_hook():
+        with says_what_follows(session, lambda: optimizer.local_step, config.steps), optimizer.make_session_run_hook():
             steps_done = min(config.steps, optimizer.global_step * config.interval_steps)
             _set_local_step(optimizer, steps_done)
             meter = Meter(cluster.worker_id, config, report, steps_done, optimizer.global_step)
