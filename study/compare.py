@@ -11,7 +11,7 @@ from rich.table import Table
 from modelaverage.codecs import RAW
 from study.kept import Training
 
-__all__ = ["CodecRow", "rows_of", "table_of"]
+__all__ = ["CodecRow", "rows_of", "shown", "spread_of", "table_of"]
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,12 @@ def rows_of(trainings: Sequence[Training]) -> list[CodecRow]:
                     codec,
                     seeds,
                     statistics.fmean(losses),
-                    _spread(losses),
+                    spread_of(losses),
                     statistics.fmean(each.train_loss for each in ours),
-                    _spread([each.train_loss for each in ours]),
+                    spread_of([each.train_loss for each in ours]),
                     statistics.fmean(differences),
-                    None if codec == RAW.name else _spread(differences),
-                    _spread(raw_losses),
+                    None if codec == RAW.name else spread_of(differences),
+                    spread_of(raw_losses),
                     ours[0].last.up_bytes,
                     ours[0].last.down_bytes,
                     raws[0].last.up_bytes,
@@ -116,9 +116,9 @@ def table_of(rows: Sequence[CodecRow]) -> Table:
             group if group != before else "",
             row.codec,
             str(len(row.seeds)),
-            _shown(row.held_out_loss, row.held_out_spread),
-            _shown(row.train_loss, row.train_spread),
-            "" if row.codec == RAW.name else _shown(row.difference, row.difference_spread, "+"),
+            shown(row.held_out_loss, row.held_out_spread),
+            shown(row.train_loss, row.train_spread),
+            "" if row.codec == RAW.name else shown(row.difference, row.difference_spread, "+"),
             row.verdict,
             f"{row.up_bytes / 1e6:.2f}, {row.down_bytes / 1e6:.2f}",
             f"{part:.3f}",
@@ -131,10 +131,12 @@ def _held_out(trainings: Sequence[Training]) -> list[float]:
     return [each.last.held_out_loss for each in trainings]
 
 
-def _spread(values: Sequence[float]) -> float | None:
+def spread_of(values: Sequence[float]) -> float | None:
+    """The standard deviation of a sample; None: it is one value."""
     return statistics.stdev(values) if len(values) > 1 else None
 
 
-def _shown(mean: float, spread: float | None, sign: str = "") -> str:
-    shown = f"{mean:{sign}.4f}"
-    return shown if spread is None else f"{shown} +- {spread:.4f}"
+def shown(mean: float, spread: float | None, sign: str = "") -> str:
+    """A loss for a terminal; ``sign`` "+": with its sign."""
+    text = f"{mean:{sign}.4f}"
+    return text if spread is None else f"{text} +- {spread:.4f}"

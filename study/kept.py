@@ -77,5 +77,6 @@ class KeptArms:
         return [found for arm in arms if (found := self.load(arm, source)) is not None]
 
     def _path(self, arm: Arm) -> Path:
-        name = f"{arm.task}-{arm.interval_steps}-{arm.codec}-rate{arm.learning_rate:g}-seed{arm.seed}"
+        late = f"-late{arm.late_steps}-{arm.late_rule}" if arm.late_steps else ""
+        name = f"{arm.task}-{arm.interval_steps}-{arm.codec}{late}-rate{arm.learning_rate:g}-seed{arm.seed}"
         return self.directory / f"{name}.json"

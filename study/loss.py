@@ -19,21 +19,20 @@ import itertools
 import json
 import os
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from modelaverage.codecs import CODECS, RAW
 from modelaverage.commands import flag_types
 from study.compare import rows_of, table_of
 from study.kept import KeptArms, Training
+from study.making import made
 from study.picture import draw
-from study.play import Arm, play
-from study.tasks import TASK_NAMES, TASKS, LearningTask
+from study.play import Arm
+from study.tasks import TASK_NAMES, TASKS
 
 __all__ = ["Scale", "arms_of", "main"]
 
@@ -108,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
         for task in (TASKS[name]() for name in arguments.tasks):
             arms = _tuning_arms(task.name, scale) if arguments.tune else arms_of(task.name, codecs, scale)
             kept = KeptArms(directory)
-            trainings += kept.all_of(arms, task.source) if arguments.table else _train(task, arms, kept, console)
+            trainings += kept.all_of(arms, task.source) if arguments.table else made(task, arms, kept, console)
         if not trainings:
             console.print(f"no finished training lies in {directory}", soft_wrap=True)
         elif arguments.tune:
@@ -122,29 +121,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"study.loss: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def _train(task: LearningTask, arms: Sequence[Arm], kept: KeptArms, console: Console) -> Iterator[Training]:
-    """Trainings from disk where they are there, others made now and kept."""
-    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[said]}"), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True) as progress:
-        everything = progress.add_task(task.name, total=len(arms), said="")
-        for done, arm in enumerate(arms):
-            name = f"{arm.task}, every {arm.interval_steps}, {arm.codec}, rate {arm.learning_rate:g}, seed {arm.seed}"
-            training = kept.load(arm, task.source)
-            if training is None:
-                bar = progress.add_task(name, total=arm.steps, said="")
-                began_s, measured = time.monotonic(), []
-                for each in play(task, arm):
-                    measured.append(each)
-                    progress.update(bar, completed=each.step, said=f"held-out loss {each.held_out_loss:.4f}")
-                training = Training(arm, task.source, time.monotonic() - began_s, tuple(measured))
-                kept.keep(training)
-                progress.remove_task(bar)
-                loss = f"held-out loss {training.last.held_out_loss:.4f}"
-                console.print(f"{name}: {loss}, {training.took_s:.0f} s", highlight=False)
-            progress.update(everything, completed=done + 1, said=f"{done + 1} of {len(arms)}")
-            yield training
 
 
 def _print_tuning(trainings: Sequence[Training], console: Console) -> None:

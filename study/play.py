@@ -11,6 +11,7 @@ from torch import nn
 
 from modelaverage.codecs import codec_named
 from modelaverage.outer import outer_optimizer
+from study.late import LATE_RULES
 from study.server import PlayedServer, Variables
 from study.tasks.base import LearningTask, mean_loss_of
 
@@ -31,9 +32,12 @@ class Arm:
         steps: of each worker; a multiple of ``measure_every_steps``.
         num_workers: with equal shares of the data.
         measure_every_steps: a multiple of ``interval_steps``.
+        late_steps: how many steps a worker trains between a push and its center; below ``interval_steps``. After the
+            last push it trains no more.
+        late_rule: what it then does with that center: a key of `study.late.LATE_RULES`.
 
     Raises:
-        ValueError: one number is not a multiple of the other.
+        ValueError: one number is not a multiple of the other; an average would be later than the next push.
     """
 
     task: str
@@ -45,12 +49,19 @@ class Arm:
     steps: int
     num_workers: int = 4
     measure_every_steps: int = 50
+    late_steps: int = 0
+    late_rule: str = "keep"
 
     def __post_init__(self) -> None:
         if self.steps % self.measure_every_steps or self.measure_every_steps % self.interval_steps:
             raise ValueError(
                 f"{self.steps} steps, measured every {self.measure_every_steps}, a round every {self.interval_steps}: "
                 "each must be a multiple of the next"
+            )
+        if not 0 <= self.late_steps < self.interval_steps:
+            raise ValueError(
+                f"an average {self.late_steps} steps late, a round every {self.interval_steps}: "
+                "it must come before the next push"
             )
 
 
@@ -95,6 +106,16 @@ class _PlayedWorker:
         self._optimizer.step()
         return loss.item()
 
+    def copy(self) -> Variables:
+        """The variables as they are now."""
+        return {name: values.copy() for name, values in self.variables.items()}
+
+    def install(self, center: Variables, pushed: Variables) -> None:
+        """Does with a center what the arm's rule says."""
+        rule = LATE_RULES[self._arm.late_rule]
+        for name, values in self.variables.items():
+            values[...] = rule(center[name], pushed[name], values)
+
 
 def play(task: LearningTask, arm: Arm) -> Iterator[Measured]:
     """Trains on one thread, and yields what is measured every ``measure_every_steps``.
@@ -106,16 +127,22 @@ def play(task: LearningTask, arm: Arm) -> Iterator[Measured]:
     torch.set_num_threads(1)
     workers = [_PlayedWorker(task, arm, index) for index in range(arm.num_workers)]
     server = PlayedServer(workers[0].variables, outer_optimizer(arm.outer), codec_named(arm.codec))
+    center = task.model(arm.seed)
+    pushed, arrived = list[Variables](), list[Variables]()
     losses, up_bytes, down_bytes = list[float](), 0, 0
     for step in range(1, arm.steps + 1):
         losses += [worker.step(step - 1) for worker in workers]
-        if step % arm.interval_steps:
-            continue
-        round_bytes = server.round([worker.variables for worker in workers])
-        up_bytes += round_bytes.up
-        down_bytes += round_bytes.down
+        if step % arm.interval_steps == 0:
+            pushed, arrived = [worker.copy() for worker in workers], [worker.copy() for worker in workers]
+            round_bytes = server.round(arrived)
+            up_bytes += round_bytes.up
+            down_bytes += round_bytes.down
+        if step % arm.interval_steps == arm.late_steps:
+            for worker, values, was in zip(workers, arrived, pushed, strict=False):  # before the first round: none
+                worker.install(values, was)
         if step % arm.measure_every_steps == 0:
-            held_out = _held_out_loss(workers[0].model, task)
+            center.load_state_dict({name: torch.from_numpy(values) for name, values in arrived[0].items()})
+            held_out = _held_out_loss(center, task)
             yield Measured(step, server.rounds, float(np.mean(losses)), held_out, up_bytes, down_bytes)
             losses.clear()
 

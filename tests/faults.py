@@ -20,7 +20,7 @@ from modelaverage.outer import AVERAGE, OuterOptimizer
 from tests.ports import lasting_port
 from tests.prepared import Prepared
 
-__all__ = ["HANG_S", "Model", "RestartedServer", "Training", "trained", "undisturbed"]
+__all__ = ["HANG_S", "Model", "RestartedServer", "RestartedWorker", "Training", "trained", "undisturbed"]
 
 Model = Mapping[str, NDArray[np.float32]]
 # A job that hangs for longer than this after a kill has failed.
@@ -57,6 +57,7 @@ class RestartedServer:
         arguments: further arguments of the command.
         deaths: the moments at which it, and then each successor, kills itself.
         stop: the moment at which it, but no successor, stops.
+        returns: successors start only once this is set; None: at once.
     """
 
     def __init__(
@@ -65,7 +66,9 @@ class RestartedServer:
         *arguments: str,
         deaths: tuple[tuple[str, int], ...] = (),
         stop: tuple[str, int] | None = None,
+        returns: threading.Event | None = None,
     ) -> None:
+        self._returns = returns
         self.address = f"127.0.0.1:{lasting_port()}"
         self._arguments = ["serve", "--bind", self.address, "--checkpoint-dir", str(directory), *arguments]
         self._signals = [("SIGKILL", *death) for death in deaths] if stop is None else [("SIGSTOP", *stop)]
@@ -85,6 +88,8 @@ class RestartedServer:
     def end(self) -> None:
         """SIGKILL, for good."""
         self._stopping = True
+        if self._returns is not None:
+            self._returns.set()
         self._process.kill()
         self._supervisor.join()
 
@@ -123,6 +128,65 @@ class RestartedServer:
             if self._stopping:
                 return
             self.ends.append(self._process.wait())
+            if self._returns is not None:
+                self._returns.wait()
+                if self._stopping:
+                    return
+            self._start()
+
+
+class RestartedWorker:
+    """A worker's process, started again whenever it is killed. It prints the `global_step` after every round.
+
+    Args:
+        module: the process.
+        lives: its arguments at first, and then at each restart; the last ones stay.
+
+    Attributes:
+        ends: how its processes have ended.
+        step: the latest that it has printed.
+    """
+
+    def __init__(self, module: str, *lives: Sequence[str]) -> None:
+        self.ends: list[int] = []
+        self.step = 0
+        self._module, self._lives = module, list(lives)
+        self._news = threading.Condition()
+        self._start()
+        self._supervisor = threading.Thread(target=self._supervise)
+        self._supervisor.start()
+
+    def made(self, step: int) -> bool:
+        """Waits until it has made the round of this ``global_step``; False: nothing came for long."""
+        with self._news:
+            while self.step < step:
+                if not self._news.wait(2 * HANG_S):
+                    return False
+        return True
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self._process.kill()
+
+    def join(self) -> None:
+        """Waits for its end; it may have been killed after its last round."""
+        self._supervisor.join(4 * HANG_S)
+        assert not self._supervisor.is_alive()
+
+    def _start(self) -> None:
+        arguments = self._lives.pop(0) if len(self._lives) > 1 else self._lives[0]
+        self._process = Prepared(self._module, *arguments)
+
+    def _supervise(self) -> None:
+        while True:
+            with self._process.stdout as lines:
+                for line in lines:
+                    with self._news:
+                        self.step = max(self.step, int(line)) if line.endswith("\n") else self.step
+                        self._news.notify_all()
+            self.ends.append(self._process.wait())
+            if self.ends[-1] != -signal.SIGKILL:
+                return
             self._start()
 
 
@@ -174,8 +238,9 @@ class Training:
                 return False
         return self.rounds_made > made
 
-    def _work(self, worker: int) -> Model:
-        with ParameterServerSession(
+    def session(self, worker: int) -> ParameterServerSession:
+        """A worker's session."""
+        return ParameterServerSession(
             [self.address, *self.more_shards],
             worker_id=f"worker-{worker}",
             is_chief=worker == 0,
@@ -184,7 +249,14 @@ class Training:
             reconnect_timeout_s=HANG_S,
             round_timeout_s=2 * HANG_S,
             data_connections=self.data_connections,
-        ) as session:
+        )
+
+    def expected(self) -> Model:
+        """The last center of an undisturbed run."""
+        return undisturbed(self.start, self.workers, self.rounds, outer=self.outer)
+
+    def _work(self, worker: int) -> Model:
+        with self.session(worker) as session:
             if worker == 0:
                 session.initialize(self.start, outer_optimizer=self.outer)
             center, step = session.pull()
@@ -196,7 +268,7 @@ class Training:
 
     def check(self, centers: list[Model]) -> None:
         """Checks that no round was lost or counted twice: every center is that of an undisturbed run, to the bit."""
-        expected = undisturbed(self.start, self.workers, self.rounds, outer=self.outer)
+        expected = self.expected()
         for center in centers:
             for name, value in expected.items():
                 assert np.array_equal(center[name], value), f"{name} differs"

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-TIMEOUT_S = 60
+TIMEOUT_S = 120
 MARK = "MA_TEST_MARK"
 
 

@@ -190,6 +190,25 @@ def test_torchrun_in_every_task_of_slurm_or_pod_of_kubernetes_is_believed() -> N
     assert ClusterSpec.from_env({**kubernetes(), **of_eight, "MA_NUM_WORKERS": ""}) == expected
 
 
+NODES = {
+    "torchrun": {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "GROUP_RANK": "1", "GROUP_WORLD_SIZE": "2"},
+    "Slurm": {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_NODEID": "1", "SLURM_NNODES": "2"},
+}
+
+
+@pytest.mark.parametrize("launcher", NODES.values(), ids=NODES)
+def test_a_node_is_a_worker_if_that_is_asked_for(launcher: Mapping[str, str]) -> None:
+    of_a_node = {**SERVERS, **launcher}
+    assert ClusterSpec.from_env({**of_a_node, "MA_WORKER_PER": "node"}) == SECOND_OF_TWO
+    assert ClusterSpec.from_env({**of_a_node, "MA_WORKER_PER": "process"}) == ClusterSpec((PS_HOSTS,), 8, 5)
+    assert ClusterSpec.from_env({**of_a_node, "MA_WORKER_PER": ""}) == ClusterSpec((PS_HOSTS,), 8, 5)
+
+
+def test_a_worker_is_a_process_or_a_node() -> None:
+    message = refusal({**SERVERS, **NODES["torchrun"], "MA_WORKER_PER": "gpu"})
+    assert message == "MA_WORKER_PER='gpu' is neither 'process' nor 'node'; set it to one of them, or unset it"
+
+
 def test_slurm_in_pods_of_kubernetes_is_believed() -> None:
     assert ClusterSpec.from_env({**kubernetes(0), **slurm(1), "MA_NUM_WORKERS": ""}) == SECOND_OF_TWO
 

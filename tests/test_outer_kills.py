@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import signal
-import threading
 import time
 from pathlib import Path
 
@@ -12,59 +11,14 @@ import pytest
 
 from ma_client import ParameterServerSession
 from modelaverage.outer import OuterAdam, OuterOptimizer, OuterSGD, text_of
-from tests.faults import HANG_S, RestartedServer, undisturbed
+from tests.faults import RestartedServer, RestartedWorker, undisturbed
 from tests.killed_worker import START
 from tests.long_plays import long_except
-from tests.prepared import Prepared
 
 WORKERS = 2
 # More rounds than are made until the last kill: one after each, and those of the wait for the next.
 ROUNDS_A_KILL, WAIT_S = 15, 0.01
 OUTERS = (OuterSGD(0.7, 0.9, nesterov=True), OuterAdam(0.1))
-
-
-class KilledWorker:
-    """A worker's process, started again whenever it is killed."""
-
-    def __init__(self, *arguments: str) -> None:
-        self.ends: list[int] = []
-        self.step = 0
-        self._arguments = arguments
-        self._news = threading.Condition()
-        self._start()
-        self._supervisor = threading.Thread(target=self._supervise)
-        self._supervisor.start()
-
-    def made(self, step: int) -> bool:
-        """Waits until it has made the round of this ``global_step``; False: nothing came for long."""
-        with self._news:
-            while self.step < step:
-                if not self._news.wait(2 * HANG_S):
-                    return False
-        return True
-
-    def kill(self) -> None:
-        self._process.kill()
-
-    def join(self) -> None:
-        """Waits for its end; it may have been killed after its last round."""
-        self._supervisor.join(4 * HANG_S)
-        assert not self._supervisor.is_alive()
-
-    def _start(self) -> None:
-        self._process = Prepared("tests.killed_worker", *self._arguments)
-
-    def _supervise(self) -> None:
-        while True:
-            with self._process.stdout as lines:
-                for line in lines:
-                    with self._news:
-                        self.step = max(self.step, int(line)) if line.endswith("\n") else self.step
-                        self._news.notify_all()
-            self.ends.append(self._process.wait())
-            if self.ends[-1] != -signal.SIGKILL:
-                return
-            self._start()
 
 
 @pytest.mark.parametrize(
@@ -75,8 +29,11 @@ def test_kills_of_servers_and_workers_leave_center_and_state_those_of_an_undistu
 ) -> None:
     chance, rounds = random.Random(15), ROUNDS_A_KILL * (kills + 4)
     with RestartedServer(tmp_path, "--num-workers", str(WORKERS)) as server:
-        workers = [KilledWorker(server.address, str(index), str(rounds), text_of(outer)) for index in range(WORKERS)]
-        victims: list[RestartedServer | KilledWorker] = [server, *workers] * (kills // (1 + WORKERS))
+        workers = [
+            RestartedWorker("tests.killed_worker", [server.address, str(index), str(rounds), text_of(outer)])
+            for index in range(WORKERS)
+        ]
+        victims: list[RestartedServer | RestartedWorker] = [server, *workers] * (kills // (1 + WORKERS))
         chance.shuffle(victims)
         try:
             for victim in victims:

@@ -13,8 +13,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 
-from ma_client import ModelAverageCustomGetter
+from ma_client import ModelAverageCustomGetter, ModelAverageOptimizer
 from modelaverage.errors import ConflictError
+from tests.conftest import StartServer
 from tests.optimizer.conftest import alone, join
 from tests.optimizer.workers import Join, sgd
 
@@ -73,35 +74,47 @@ SHARDED: dict[str, Callable[[torch.nn.Module], torch.nn.Module]] = {
     "FSDP1 with the original parameters": lambda model: fsdp1(model, use_orig_params=True),
     "FSDP2": fsdp2,
 }
-WHAT_TO_DO = ".*a part of it; .*give the getter the model as it is before it is sharded"
+ALONE = ("FSDP1 with the original parameters", "FSDP2")
+WHAT_TO_DO = ".*a part of it; make the ranks one worker with ModelAverageOptimizer.*process_group"
 
 
-@pytest.mark.parametrize("shard", SHARDED.values(), ids=SHARDED)
+def refused_alone(model: torch.nn.Module, message: str) -> None:
+    """A worker of one process refuses it."""
+    getter = ModelAverageCustomGetter("cpu")
+    with pytest.raises(ValueError, match=message):
+        ModelAverageOptimizer(sgd(getter(model).parameters()), 1, True, getter)
+
+
+@pytest.mark.parametrize("shard", [SHARDED[name] for name in ALONE], ids=ALONE)
 @pytest.mark.usefixtures("one_process")
 def test_a_sharded_model_is_refused(shard: Callable[[torch.nn.Module], torch.nn.Module]) -> None:
-    refused(shard(net()), "the model is sharded by FSDP" + WHAT_TO_DO)
+    refused_alone(shard(net()), "the model is sharded by FSDP" + WHAT_TO_DO)
 
 
-@pytest.mark.parametrize("shard", SHARDED.values(), ids=SHARDED)
+@pytest.mark.usefixtures("one_process")
+def test_a_flat_parameter_is_refused_because_what_is_in_it_has_no_names() -> None:
+    refused(fsdp1(net()), "flat parameter of FSDP, .*use_orig_params=True")
+
+
+@pytest.mark.parametrize("shard", [SHARDED[name] for name in ALONE], ids=ALONE)
 @pytest.mark.usefixtures("one_process")
 def test_a_model_with_a_sharded_module_is_refused_and_the_module_named(
     shard: Callable[[torch.nn.Module], torch.nn.Module],
 ) -> None:
     model = net()
     model[1] = shard(model[1])
-    refused(model, "module '1' of the model is sharded by FSDP" + WHAT_TO_DO)
+    refused_alone(model, "module '1' of the model is sharded by FSDP" + WHAT_TO_DO)
 
 
-@pytest.mark.parametrize("shard", SHARDED.values(), ids=SHARDED)
+@pytest.mark.parametrize("shard", [SHARDED[name] for name in ALONE], ids=ALONE)
 @pytest.mark.usefixtures("one_process")
-def test_a_model_that_is_sharded_after_the_getter_had_it_is_refused_at_the_start(
-    shard: Callable[[torch.nn.Module], torch.nn.Module],
+def test_a_model_that_is_sharded_after_the_optimizer_was_made_is_refused_at_the_start(
+    shard: Callable[[torch.nn.Module], torch.nn.Module], start_server: StartServer, join: Join
 ) -> None:
-    getter = ModelAverageCustomGetter("cpu")
-    model = getter(net())
-    shard(model)
-    with pytest.raises(ValueError, match="sharded by FSDP"):
-        getter.variables()
+    worker = join(start_server(1), net())
+    shard(worker.model)
+    with pytest.raises(ConflictError, match=r"a part of it|each rank has a part"):
+        worker.opt.begin()
 
 
 @pytest.mark.usefixtures("one_process")
@@ -117,7 +130,7 @@ def test_a_model_that_is_sharded_in_training_is_refused_at_the_next_round(alone:
 def test_a_distributed_tensor_is_refused_by_name() -> None:
     mesh = init_device_mesh("cpu", (1,))
     weight = DTensor.from_local(torch.ones(2, 2), mesh, [Replicate()])
-    refused(with_weight(weight), "variable '1.weight' is a DTensor, of which each rank has a part")
+    refused_alone(with_weight(weight), "variable '1.weight' is a DTensor, of which each rank has a part")
 
 
 # Tensors that are not plain.

@@ -11,20 +11,25 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
-from ma_client import ParameterServerSession, PushResult
+from ma_client import ModelAverageCustomGetter, ModelAverageOptimizer, ParameterServerSession, PushResult
+from ma_client.job.ticket import PushTicket
 from modelaverage.codecs import codec_named
 from modelaverage.outer import outer_optimizer
 from ps_worker.demo.digits_config import DigitsConfig
 from ps_worker.demo.play import play as play_of_the_demo
 from ps_worker.events.parse import AccuracyEvent, Event
-from study import loss
+from study import loss, making, overlap
 from study.compare import rows_of
 from study.kept import KeptArms, Training
+from study.late import LATE_RULES
+from study.overlap import overlap_rows_of
 from study.play import Arm, Measured, play
 from study.server import PlayedServer
 from study.tasks import TASKS
+from study.tasks.base import mean_loss_of
 from tests.conftest import StartServer
 from tests.optimizer.workers import together
 
@@ -92,6 +97,59 @@ def test_a_codec_changes_the_training_a_little_and_the_bytes_much() -> None:
     assert coded.up_bytes < raw.up_bytes / 6
 
 
+class AtTheLatest(ParameterServerSession):
+    """Its rounds are never seen to be over before they must be."""
+
+    def begin_push(self, *arguments: Any, **options: Any) -> PushTicket:
+        ticket = super().begin_push(*arguments, **options)
+
+        class Unseen:
+            done, result = False, ticket.result
+
+        return Unseen()  # type: ignore[return-value]
+
+
+@pytest.mark.in_memory
+def test_centers_that_are_late_and_kept_under_the_steps_since_are_those_of_the_optimizer(
+    start_server: StartServer,
+) -> None:
+    arm, task, server = replace(ARM, late_steps=3, steps=15), TASKS["digits"](), start_server(2)
+    models = [task.model(arm.seed) for _ in range(2)]  # torch's generator belongs to all threads
+
+    def work(rank: int) -> float:
+        torch.set_num_threads(1)  # as a play does; with more, sums have other bits
+        with AtTheLatest([server.address], worker_id=f"w{rank}", is_chief=rank == 0) as session:
+            getter = ModelAverageCustomGetter(worker_device="cpu")
+            model = getter(models[rank])
+            inner = task.optimizer(model, arm.learning_rate)
+            opt = ModelAverageOptimizer(
+                inner, 2, rank == 0, getter, 5, session=session, outer_optimizer=OUTER, overlap_steps=3
+            )
+            batches = task.batches(arm.seed, rank, 2)
+            with opt.make_session_run_hook():
+                for _ in range(arm.steps):
+                    opt.zero_grad()
+                    mean_loss_of(model, next(batches)).backward()  # type: ignore[no-untyped-call]
+                    opt.step()
+            return mean_loss_of(model, task.held_out).item()
+
+    losses = together(lambda: work(0), lambda: work(1))
+    played = list(play(task, arm))[-1].held_out_loss
+    assert losses == [played] * 2
+    assert played != list(play(task, replace(arm, late_steps=0)))[-1].held_out_loss
+
+
+def test_a_late_center_is_kept_under_the_steps_since_or_alone_or_mixed() -> None:
+    center, pushed, now = (np.array([x], np.float32) for x in (10.0, 3.0, 4.0))
+    found = {name: float(rule(center, pushed, now)[0]) for name, rule in LATE_RULES.items()}
+    assert found == {"keep": 11.0, "drop": 10.0, "mix": 7.0}
+
+
+def test_an_average_that_would_come_after_the_next_push_is_refused() -> None:
+    with pytest.raises(ValueError, match="an average 5 steps late, a round every 5"):
+        replace(ARM, late_steps=5)
+
+
 def test_steps_that_no_measurement_ends_are_refused() -> None:
     with pytest.raises(ValueError, match="12 steps, measured every 5, a round every 5"):
         replace(ARM, steps=12)
@@ -111,7 +169,7 @@ def test_the_command_makes_only_what_is_missing(
         made.append(arm.codec)
         return play(task, arm)
 
-    monkeypatch.setattr(loss, "play", counted)
+    monkeypatch.setattr(making, "play", counted)
     command = ["--quick", "--tasks", "digits", "--runs", str(tmp_path)]
     assert loss.main([*command, "--codecs", "int4"]) == 0
     assert sorted(made) == ["int4", "int4", "raw", "raw"]
@@ -122,6 +180,22 @@ def test_the_command_makes_only_what_is_missing(
     assert [row["codec"] for row in written["rows"]] == ["raw", "int8", "raw", "int8"]
     assert (tmp_path / "quick" / "loss.png").stat().st_size > 10_000
     assert "one seed: no noise known" in capsys.readouterr().out
+
+
+def test_the_table_of_late_centers_needs_no_training_that_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(overlap, "_TASK", "digits")
+    monkeypatch.setattr(overlap, "_QUICK_STEPS", 50)
+    monkeypatch.setattr(os, "nice", int)
+    command = ["--quick", "--runs", str(tmp_path)]
+    assert overlap.main(command) == 0
+    assert len(list((tmp_path / "quick").iterdir())) == 4
+    capsys.readouterr()
+    monkeypatch.delattr(making, "play")
+    assert overlap.main(command) == 0
+    shown = [line.split("│")[1].strip() for line in capsys.readouterr().out.splitlines() if line.count("│") > 3]
+    assert shown == ["none", "keep", "drop", "mix"]
 
 
 def trained(codec: str, seed: int, held_out_loss: float) -> Training:
@@ -137,7 +211,9 @@ def test_a_training_is_found_again_only_for_its_arm_and_data(tmp_path: Path) -> 
     assert kept.load(training.arm, "here") == training
     assert kept.load(training.arm, "elsewhere") is None
     assert kept.load(replace(training.arm, steps=20), "here") is None
-    (file,) = tmp_path.iterdir()
+    kept.keep(replace(training, arm=replace(training.arm, late_steps=1)))  # in a file of its own
+    assert kept.load(training.arm, "here") == training
+    (file,) = (path for path in tmp_path.iterdir() if "late" not in path.name)
     file.write_text(file.read_text()[:-9])
     assert kept.load(training.arm, "here") is None
 
@@ -167,3 +243,15 @@ def test_a_seed_counts_only_if_raw_has_it_too() -> None:
     rows = rows_of([trained("raw", 0, 1.0), trained("int8", 0, 1.5), trained("int8", 1, 9.0), trained("int4", 2, 1.0)])
     assert [(row.codec, row.seeds) for row in rows] == [("raw", (0,)), ("int8", (0,))]
     assert rows[1].difference == 0.5
+
+
+def test_a_rule_for_late_centers_is_compared_with_none_of_the_same_seed_and_rate() -> None:
+    def late(steps: int, seed: int, held_out_loss: float, rate: float = 0.05) -> Training:
+        found = trained("int4", seed, held_out_loss)
+        return replace(found, arm=replace(found.arm, late_steps=steps, learning_rate=rate))
+
+    none, keep = overlap_rows_of(
+        [late(0, 0, 1.0), late(3, 0, 1.5), late(0, 1, 2.0), late(3, 1, 2.25), late(3, 2, 9.0), late(3, 0, 9.0, 0.1)]
+    )
+    assert (none.rule, none.held_out_losses, none.differences) == ("none", (1.0, 2.0), (0.0, 0.0))
+    assert (keep.rule, keep.held_out_losses, keep.differences) == ("keep", (1.5, 2.25), (0.5, 0.25))

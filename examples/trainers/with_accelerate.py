@@ -1,9 +1,10 @@
 """A training loop with accelerate on several workers: `prepare` takes the optimizer like any other.
 
-Needs `pip install 'torch-model-average[torch,trainers]'`. Run it from the repository, without torchrun, and
-without `accelerate launch` for several processes:
+Needs `pip install 'torch-model-average[torch,trainers]'`. Run it from the repository:
 
     ma-launch --workers 2 -- examples/trainers/with_accelerate.py
+
+docs/trainers.md says how to start it with torchrun, so that each worker is a group of several processes.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ def main() -> None:
         is_chief=cluster.is_chief,
         ma_custom_getter=getter,
         interval_steps=INTERVAL_STEPS,
+        process_group=torch.distributed.group.WORLD,  # None, unless accelerate has several processes: one worker
     )
     loader = DataLoader(TensorDataset(x, y), batch_size=BATCH_SIZE, shuffle=True, drop_last=True)
     model, optimizer, loader = accelerator.prepare(model, averaging, loader)
@@ -53,11 +55,11 @@ def main() -> None:
                     optimizer.zero_grad()
                 if averaging.global_step == ROUNDS:
                     break
-    print(f"rounds: {averaging.global_step}")
+    accelerator.print(f"rounds: {averaging.global_step}")
 
     inputs, labels = (part.to(accelerator.device) for part in points(1000, seed=1).tensors)
     accuracy = (model(inputs).argmax(dim=1) == labels).float().mean().item()  # the model is now the center
-    print(f"accuracy of the center: {accuracy:.3f}")
+    accelerator.print(f"accuracy of the center: {accuracy:.3f}")
 
 
 if __name__ == "__main__":

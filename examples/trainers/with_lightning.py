@@ -1,15 +1,19 @@
 """Lightning on several workers: a callback wraps the optimizer that the LightningModule returns.
 
-Needs `pip install 'torch-model-average[torch,trainers]'`. Run it from the repository, without torchrun:
+Needs `pip install 'torch-model-average[torch,trainers]'`. Run it from the repository:
 
     ma-launch --workers 2 -- examples/trainers/with_lightning.py
+
+docs/trainers.md says how to start it with torchrun, so that each worker is a group of several processes.
 """
 
 from __future__ import annotations
 
+import os
+
 import lightning
 import torch
-from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -33,13 +37,14 @@ class ModelAverageCallback(lightning.Callback):
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Wraps the module's optimizer, before Lightning restores it from a checkpoint."""
         getter = ModelAverageCustomGetter(worker_device=pl_module.device)
-        getter(pl_module)
+        getter(trainer.model)  # the module, in its wrapper if it has one
         self.optimizer = ModelAverageOptimizer(
             trainer.optimizers[0],
             num_worker=None,
             is_chief=None,
             ma_custom_getter=getter,
             interval_steps=self.interval_steps,
+            process_group=torch.distributed.group.WORLD,  # None, unless Lightning has several processes: one worker
         )
         trainer.strategy.optimizers = [self.optimizer, *trainer.optimizers[1:]]
 
@@ -85,7 +90,7 @@ class Circle(lightning.LightningModule):
 
     def test_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> None:  # noqa: ARG002
         x, y = batch
-        self.log("accuracy", (self(x).argmax(dim=1) == y).float().mean(), batch_size=len(x))
+        self.log("accuracy", (self(x).argmax(dim=1) == y).float().mean(), batch_size=len(x), sync_dist=True)
 
     def configure_optimizers(self) -> dict[str, object]:
         optimizer = torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
@@ -104,9 +109,10 @@ def main() -> None:
     callback = ModelAverageCallback(INTERVAL_STEPS)
     trainer = lightning.Trainer(
         max_steps=ROUNDS * INTERVAL_STEPS,
-        devices=1,
+        # Under torchrun its processes are this worker; otherwise there is one process, whatever Slurm says.
+        devices=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        plugins=[] if TorchElasticEnvironment.detect() else [LightningEnvironment()],
         accelerator="auto",
-        plugins=[LightningEnvironment()],  # one process, whatever Slurm or torchrun put into the environment
         callbacks=[callback],
         logger=False,
         enable_checkpointing=False,
@@ -116,9 +122,10 @@ def main() -> None:
     model = Circle()
     trainer.fit(model, DataLoader(TensorDataset(x, y), batch_size=BATCH_SIZE, shuffle=True))
     assert callback.optimizer is not None
-    print(f"rounds: {callback.optimizer.global_step}")
     (result,) = trainer.test(model, DataLoader(points(1000, seed=1), batch_size=1000), verbose=False)
-    print(f"accuracy of the center: {result['accuracy']:.3f}")  # on every worker, the model is now the center
+    if trainer.is_global_zero:
+        print(f"rounds: {callback.optimizer.global_step}")
+        print(f"accuracy of the center: {result['accuracy']:.3f}")  # on every worker, the model is now the center
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """Hugging Face's Trainer on several workers: the optimizer goes into the Trainer, the hook around `train()`.
 
-Needs `pip install 'torch-model-average[torch,trainers]'`. Run it from the repository, without torchrun:
+Needs `pip install 'torch-model-average[torch,trainers]'`. Run it from the repository:
 
     ma-launch --workers 2 -- examples/trainers/with_transformers.py
+
+docs/trainers.md says how to start it with torchrun, so that each worker is a group of several processes.
 """
 
 from __future__ import annotations
@@ -65,6 +67,7 @@ def main() -> None:
             is_chief=cluster.is_chief,
             ma_custom_getter=getter,
             interval_steps=INTERVAL_STEPS,
+            process_group=torch.distributed.group.WORLD,  # None, unless the Trainer has several processes: one worker
         )
         # None: the Trainer creates the scheduler that its arguments name, for this optimizer.
         trainer = Trainer(model, args, train_dataset=share, optimizers=(optimizer, None))
@@ -74,8 +77,9 @@ def main() -> None:
             trainer.save_model(folder)  # the center, which every worker now has
         unseen = Sentences(1000, seed=1)
         predicted = trainer.predict(unseen).predictions.argmax(axis=-1)
-    print(f"rounds: {optimizer.global_step}")
-    print(f"accuracy of the center: {(predicted == unseen.labels.numpy()).mean():.3f}")
+    if trainer.is_world_process_zero():
+        print(f"rounds: {optimizer.global_step}")
+        print(f"accuracy of the center: {(predicted == unseen.labels.numpy()).mean():.3f}")
 
 
 if __name__ == "__main__":

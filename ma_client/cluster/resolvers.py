@@ -9,13 +9,26 @@ from ma_client.cluster.nodelist import nodes
 from ma_client.cluster.settings import AUTO, ClusterError, Setting, TaskIndex, Told, whole
 from modelaverage.addresses import Address, split
 
-__all__ = ["FRESH", "INIT_FROM", "NUM_WORKERS", "PS_HOSTS", "TASK_INDEX", "flag_settings", "is_fresh", "resolve"]
+__all__ = [
+    "FRESH",
+    "INIT_FROM",
+    "NUM_WORKERS",
+    "PS_HOSTS",
+    "TASK_INDEX",
+    "WORKER_PER",
+    "flag_settings",
+    "index_of_a_process",
+    "is_fresh",
+    "ranks_of_this_worker",
+    "resolve",
+]
 
 PS_HOSTS = "MA_PS_HOSTS"
 NUM_WORKERS = "MA_NUM_WORKERS"
 TASK_INDEX = "MA_TASK_INDEX"
 INIT_FROM = "MA_INIT_FROM"
 FRESH = "MA_FRESH"
+WORKER_PER = "MA_WORKER_PER"
 
 _SLURM_NODES = "SLURM_JOB_NODELIST"
 _DEFAULT_PORT = 2222
@@ -97,11 +110,48 @@ def _from_tf_config(environ: _Environ) -> Told:
 
 
 def _from_torchrun(environ: _Environ) -> Told:
+    if _is_worker_per_node(environ):  # torchrun's groups are its agents: one on each node
+        return Told(num_workers=_whole(environ, "GROUP_WORLD_SIZE", least=1), task_index=_whole(environ, "GROUP_RANK"))
     return Told(num_workers=_whole(environ, "WORLD_SIZE", least=1), task_index=_whole(environ, "RANK"))
 
 
 def _from_slurm(environ: _Environ) -> Told:
+    if _is_worker_per_node(environ):
+        return Told(num_workers=_whole(environ, "SLURM_NNODES", least=1), task_index=_whole(environ, "SLURM_NODEID"))
     return Told(num_workers=_whole(environ, "SLURM_NTASKS", least=1), task_index=_whole(environ, "SLURM_PROCID"))
+
+
+def ranks_of_this_worker(environ: _Environ) -> int:
+    """How many processes a launcher has started on this node, if they are one worker (MA_WORKER_PER=node); otherwise 1.
+
+    Raises:
+        ClusterError: a variable is malformed.
+    """
+    ranks = _whole(environ, "LOCAL_WORLD_SIZE", least=1)
+    return ranks.value if ranks is not None and _is_worker_per_node(environ) else 1
+
+
+def index_of_a_process(environ: _Environ) -> str | None:
+    """Where a launcher gives this process an index of its own that is taken for its worker's, such as ``RANK='1'``;
+    None: the index is said to be the worker's, or there is none.
+
+    Raises:
+        ClusterError: a variable is malformed.
+    """
+    for _, read in _SOURCES:
+        task = read(environ).task_index
+        if task is not None:
+            is_of_processes = read in (_from_torchrun, _from_slurm) and not _is_worker_per_node(environ)
+            return task.source if is_of_processes else None
+    return None
+
+
+def _is_worker_per_node(environ: _Environ) -> bool:
+    """Whether all processes of a node are one worker (MA_WORKER_PER), and not each of them."""
+    text = _value(environ, WORKER_PER)
+    if text not in (None, "process", "node"):
+        raise ClusterError(f"{WORKER_PER}={text!r} is neither 'process' nor 'node'; set it to one of them, or unset it")
+    return text == "node"
 
 
 def _from_kubernetes(environ: _Environ) -> Told:

@@ -97,10 +97,11 @@ class ClusterSpec:
         """The cluster that explicit flags and the environment describe together.
 
         They are read in this order: the flags; MA_PS_HOSTS (separated by commas), MA_NUM_WORKERS and MA_TASK_INDEX;
-        TF_CONFIG; torchrun's WORLD_SIZE and RANK; Slurm's SLURM_NTASKS and SLURM_PROCID; JOB_COMPLETION_INDEX of a
-        Kubernetes indexed job; and for the servers at last the first node of SLURM_JOB_NODELIST, port 2222. Each is
-        read only while a setting is missing that it can have, and all that are read have to agree. So a source that has
-        every setting prevails over the launchers around it. docs/cluster.md has examples.
+        TF_CONFIG; torchrun's WORLD_SIZE and RANK; Slurm's SLURM_NTASKS and SLURM_PROCID; with MA_WORKER_PER=node these
+        launchers' numbers of nodes instead of processes; JOB_COMPLETION_INDEX of a Kubernetes indexed job; and for the
+        servers at last the first node of SLURM_JOB_NODELIST, port 2222. Each is read only while a setting is missing
+        that it can have, and all that are read have to agree. So a source that has every setting prevails over the
+        launchers around it. docs/cluster.md has examples.
 
         Args:
             environ: the environment. A variable that is empty counts as not set.

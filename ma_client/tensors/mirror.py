@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ma_client.tensors.refused_tensors import dtype_of
+from ma_client.tensors.refused_tensors import dtype_of, why_sharded
 from modelaverage.errors import ConflictError, Reason
 
-__all__ = ["HostMirror", "as_numpy"]
+__all__ = ["FixedTensors", "HostMirror", "as_numpy"]
 
 _Array = NDArray[np.generic]
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -32,18 +32,16 @@ class HostMirror:
     A contiguous tensor on the CPU needs no copy. Others get a staging tensor that lives as long as the mirror, pinned
     if the tensor is on a GPU, so that copies run at the bus's speed.
 
-    Shapes and element types are fixed, like those of the center.
-
     Args:
         tensors: by name; float32, float64, float16 or bfloat16, of any shape, layout and device.
 
     Raises:
-        ConflictError: a tensor has no memory.
+        ConflictError: a tensor has no memory, or this process has only a part of it.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self._tensors = dict(tensors)
-        self._fixed = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+        self._fixed = FixedTensors(tensors)
         self._staging: dict[str, torch.Tensor] = {}
         _check_memory(tensors)
 
@@ -56,12 +54,10 @@ class HostMirror:
         """Mirrors these tensors, of the same names, from now on.
 
         Raises:
-            ConflictError: MANIFEST_MISMATCH: a tensor has a different shape or element type than before, or no memory.
+            ConflictError: MANIFEST_MISMATCH: a tensor has a different shape or element type than before, or no memory,
+                or this process has only a part of it.
         """
-        for name, tensor in tensors.items():
-            shape, dtype = self._fixed[name]
-            if tensor.dtype is not dtype or tensor.shape != shape:
-                raise ConflictError(_what_changed(name, tensor, shape, dtype), Reason.MANIFEST_MISMATCH)
+        self._fixed.check(tensors)
         _check_memory(tensors)
         self._tensors = dict(tensors)
 
@@ -102,6 +98,24 @@ class HostMirror:
             torch.cuda.current_stream(device).synchronize()
 
 
+class FixedTensors:
+    """Shapes and element types of tensors, which are fixed like those of the center.
+
+    Args:
+        tensors: by name.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._fixed = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+
+    def check(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Raises ConflictError, MANIFEST_MISMATCH, if a tensor's shape or element type is another than at first."""
+        for name, tensor in tensors.items():
+            shape, dtype = self._fixed[name]
+            if tensor.dtype is not dtype or tensor.shape != shape:
+                raise ConflictError(_what_changed(name, tensor, shape, dtype), Reason.MANIFEST_MISMATCH)
+
+
 class _Memory:
     """A tensor's memory for numpy; keeps the tensor alive as long as an array uses it."""
 
@@ -130,8 +144,12 @@ def as_numpy(tensor: torch.Tensor) -> _Array:
 
 
 def _check_memory(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raises if a tensor has lost its memory, which would crash the process when read."""
+    """Raises if a tensor has lost its memory, which would crash the process when read, or if other processes have a
+    part of it."""
     for name, tensor in tensors.items():
+        problem = why_sharded(name, tensor)
+        if problem is not None:
+            raise ConflictError(problem, Reason.MANIFEST_MISMATCH)
         if tensor.numel() and tensor.untyped_storage().nbytes() == 0:
             raise ConflictError(
                 f"variable {name!r} of shape {list(tensor.shape)} has no memory: its storage was resized to 0 "

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 import torch
 
-from ma_client.tensors.refused_tensors import can_be_averaged, dtype_of, kind_of, sharded_module, why_refused
+from ma_client.tensors.refused_tensors import can_be_averaged, dtype_of, kind_of, why_refused
 from ma_client.torch.center_names import Tensors, names_by_tensor, tensors_of
 from modelaverage.errors import ConflictError, Reason
 from modelaverage.logs import event
@@ -72,9 +72,9 @@ class ModelAverageCustomGetter:
         """Moves ``model`` to the worker's device and returns it.
 
         Raises:
-            ValueError: this getter has a model already; the model is sharded (FSDP, DTensor), or a variable cannot be
-                averaged: a lazy one without a shape, one on the device meta, a subclass of Tensor, a trained one of
-                another element type; two variables have the same name; or a pattern of ``also_average`` matches
+            ValueError: this getter has a model already; a variable cannot be averaged: a lazy one without a shape, one
+                on the device meta, a subclass of Tensor other than DTensor, a trained one of another element type, a
+                flat parameter of FSDP1; two variables have the same name; or a pattern of ``also_average`` matches
                 nothing.
         """
         if self._model is not None:
@@ -149,9 +149,6 @@ class ModelAverageCustomGetter:
 
     def _select(self, model: torch.nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """The center variables, and the buffers that cannot be center variables. Raises ValueError."""
-        sharded = sharded_module(model)
-        if sharded is not None:
-            raise ValueError(sharded)
         there = tensors_of(model)
         also = self._also(there)
         chosen = {name: tensor for name, tensor in there.parameters.items() if tensor.requires_grad or name in also}

@@ -20,8 +20,9 @@ _WRAPPERS = frozenset({"DistributedDataParallel", "DeepSpeedEngine", "FullyShard
 _warned: WeakSet[torch.nn.Module] = WeakSet()
 
 
-def warn_if_gradients_are_shared(model: torch.nn.Module) -> None:
-    """Logs one warning for each model whose gradients are averaged over several processes at every step.
+def warn_if_gradients_are_shared(model: torch.nn.Module, own_ranks: frozenset[int] = frozenset()) -> None:
+    """Logs one warning for each model whose gradients are averaged over several processes at every step, unless all of
+    these are ``own_ranks``, the ranks of this worker.
 
     Free if torch.distributed is not initialized. Otherwise it looks at every object of the process (0.25 s for a
     million), because a model does not know its wrapper.
@@ -31,24 +32,25 @@ def warn_if_gradients_are_shared(model: torch.nn.Module) -> None:
     if torch.distributed.get_world_size() == 1:
         return
     own = {id(parameter) for parameter in model.parameters()}
-    for wrapper, processes in _synchronizing():
-        if any(id(parameter) in own for parameter in wrapper.parameters()):
+    for wrapper, ranks in _synchronizing():
+        if not ranks <= own_ranks and any(id(parameter) in own for parameter in wrapper.parameters()):
             _warned.add(model)
             name = type(wrapper).__name__
             _log.warning(
                 "the model is wrapped in %s, which averages the gradients of %d processes at every step: these workers "
-                "make the same updates and push the same model, so that rounds change nothing. Train the model without "
-                "the wrapper, or start the workers so that the trainer sees one process (ma-launch or ps-worker run, "
-                "not torchrun): docs/trainers.md",
+                "make the same updates and push the same model, so that rounds change nothing. Make these processes "
+                "one worker (ModelAverageOptimizer's process_group), or train the model without the wrapper, or start "
+                "the workers so that the trainer sees one process (ma-launch or ps-worker run, not torchrun): "
+                "docs/trainers.md",
                 name,
-                processes,
-                extra=event("gradients_shared", wrapper=name, processes=processes),
+                len(ranks),
+                extra=event("gradients_shared", wrapper=name, processes=len(ranks)),
             )
             return
 
 
-def _synchronizing() -> Iterator[tuple[torch.nn.Module, int]]:
-    """The wrappers that synchronize gradients now, each with the number of its processes."""
+def _synchronizing() -> Iterator[tuple[torch.nn.Module, frozenset[int]]]:
+    """The wrappers that synchronize gradients now, each with the ranks of its processes."""
     is_wrapper: dict[type, bool] = {}
     for found in gc.get_objects():
         kind = type(found)  # isinstance would ask proxies for the class that they represent
@@ -56,7 +58,14 @@ def _synchronizing() -> Iterator[tuple[torch.nn.Module, int]]:
             is_wrapper[kind] = not _WRAPPERS.isdisjoint(base.__name__ for base in kind.__mro__)
         if is_wrapper[kind] and isinstance(found, torch.nn.Module):
             group = getattr(found, "process_group", None)
-            processes = group.size() if isinstance(group, torch.distributed.ProcessGroup) else None
-            processes = torch.distributed.get_world_size() if processes is None else processes
-            if processes > 1 and getattr(found, "require_backward_grad_sync", True):  # False in `no_sync()`
-                yield found, processes
+            ranks = _ranks_of(group if isinstance(group, torch.distributed.ProcessGroup) else None)
+            if len(ranks) > 1 and getattr(found, "require_backward_grad_sync", True):  # False in `no_sync()`
+                yield found, ranks
+
+
+def _ranks_of(group: torch.distributed.ProcessGroup | None) -> frozenset[int]:
+    """The ranks of a group; those of all processes if it is None. A group that was destroyed has none."""
+    try:
+        return frozenset(torch.distributed.get_process_group_ranks(group))
+    except KeyError:
+        return frozenset()

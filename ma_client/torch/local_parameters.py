@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -25,7 +26,6 @@ class LocalParameters:
     def __init__(self, optimizer: torch.optim.Optimizer, getter: ModelAverageCustomGetter) -> None:
         self._optimizer = optimizer
         self._getter = getter
-        self.check_in_model(self.all())
         self.groups_changed()
 
     def all(self) -> list[torch.Tensor]:
@@ -34,17 +34,30 @@ class LocalParameters:
 
     def groups_changed(self) -> None:
         """Reads the groups again: parameters were added or replaced."""
+        parameters = self.all()
+        self.check_in_model(parameters)
         names = {id(parameter): name for name, parameter in self._getter.named_parameters().items()}
-        self._names = {parameter: names[id(parameter)] for parameter in self.all()}
+        self._named = [names[id(parameter)] for parameter in parameters]
+        # Weakly: accelerate replaces whole parameters by this rank's parts, to free the memory of the whole ones.
+        self._seen = [weakref.ref(parameter) for parameter in parameters]
 
     @property
     def names(self) -> Mapping[torch.Tensor, str]:
-        """Their names in the model."""
-        return self._names
+        """Their names in the model. Raises ValueError if a parameter is not in it."""
+        return dict(self._with_names())
 
     def with_gradient(self) -> set[str]:
-        """Names of the parameters that have a gradient at present."""
-        return {name for parameter, name in self._names.items() if parameter.grad is not None}
+        """Names of the parameters that have a gradient at present. Raises ValueError if a parameter is not in the
+        model."""
+        return {name for parameter, name in self._with_names() if parameter.grad is not None}
+
+    def _with_names(self) -> Iterable[tuple[torch.Tensor, str]]:
+        parameters = self.all()
+        if len(parameters) != len(self._seen) or any(
+            seen() is not parameter for seen, parameter in zip(self._seen, parameters, strict=True)
+        ):  # in the lists of the groups, where `__setattr__` does not see it
+            self.groups_changed()
+        return zip(parameters, self._named, strict=True)
 
     def check_in_model(self, parameters: Iterable[torch.Tensor]) -> None:
         """Raises ValueError if one of them is not a parameter of the getter's model."""

@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
+from ma_client.torch.local_state import State
 from modelaverage.errors import InvalidRequestError
 from modelaverage.logs import event
 from modelaverage.names import listed
@@ -31,24 +30,17 @@ class NonfiniteGuard:
 
     Args:
         policy: one of `POLICIES`.
-        state: returns the local optimizer's state, by parameter.
-        named: returns the parameters' names.
+        state: the local optimizer's.
 
     Raises:
         ValueError: there is no such policy.
     """
 
-    def __init__(
-        self,
-        policy: str,
-        state: Callable[[], Mapping[Any, dict[str, Any]]],
-        named: Callable[[], Mapping[torch.Tensor, str]],
-    ) -> None:
+    def __init__(self, policy: str, state: State) -> None:
         if policy not in POLICIES:
             raise ValueError(f"nonfinite is {policy!r:.80}; choose one of {', '.join(POLICIES)}")
         self._policy = policy
         self._state = state
-        self._named = named
         self._was_said = self._drop_was_said = False
 
     def lets_push(
@@ -97,18 +89,16 @@ class NonfiniteGuard:
                 f"{sum(bad.values())} values of {_listed(bad)} are not finite in the center itself, so all workers "
                 "would abstain for ever; start the servers with an earlier checkpoint, or with new values"
             )
-        state, names = self._state(), self._named()
-        spoilt = [parameter for parameter, slots in state.items() if not all(map(_is_finite, slots.values()))]
-        for parameter in spoilt:
-            state[parameter].clear()
+        spoilt = self._state.spoilt()
+        if spoilt:
+            self._state.drop(spoilt)
         if spoilt and not self._drop_was_said:
             self._drop_was_said = True
-            shown = [names.get(parameter, "a parameter") for parameter in spoilt]
             _log.warning(
                 "%s: the local optimizer's state of %s was not finite, and begins again",
                 worker_id,
-                _listed(shown),
-                extra=event("optimizer_state_dropped", worker=worker_id, variables=shown[:10]),
+                _listed(spoilt),
+                extra=event("optimizer_state_dropped", worker=worker_id, variables=spoilt[:10]),
             )
 
 
@@ -131,10 +121,6 @@ def _counts(
 def _is_number(array: NDArray[np.generic]) -> NDArray[np.bool_]:
     are_numbers: NDArray[np.bool_] = np.logical_not(np.isnan(array))
     return are_numbers
-
-
-def _is_finite(slot: Any) -> bool:
-    return not isinstance(slot, torch.Tensor) or bool(torch.isfinite(slot).all())
 
 
 def _listed(names: Collection[str]) -> str:

@@ -20,16 +20,15 @@ from ma_client.torch.amp import step_if_finite
 from ma_client.torch.custom_getter import ModelAverageCustomGetter
 from ma_client.torch.habits import for_torch_checkpointing, not_compiled, with_step_hooks
 from ma_client.torch.local_parameters import LocalParameters
+from ma_client.torch.local_state import LocalState
 from ma_client.torch.local_variables import LocalVariables
 from ma_client.torch.nonfinite import NonfiniteGuard
 from ma_client.torch.progress import Progress
-from ma_client.torch.replica import Replica
-from ma_client.torch.rounds import Rounds
-from ma_client.torch.schedules import schedule_for
-from ma_client.torch.session_holder import SessionHolder
+from ma_client.torch.role import role_of
 from ma_client.torch.settings import settings_of
-from ma_client.torch.tensorflow_members import ShownGlobalStep, TensorFlowMembers
-from ma_client.torch.training import Training
+from ma_client.torch.shown_step import ShownGlobalStep
+from ma_client.torch.tensorflow_members import TensorFlowMembers
+from ma_client.torch.training.parts import WorkerParts
 from ma_client.torch.weighing import Weighing
 from modelaverage.errors import NotInitializedError, Reason
 from modelaverage.outer import OuterOptimizer
@@ -83,10 +82,15 @@ class ModelAverageOptimizer(TensorFlowMembers):
         nonfinite: what to do if local variables are NaN or infinite at a round. ``"allow"``: push them, as TensorFlow
             1.15 does; the center becomes as bad. ``"abstain"``: this push does not count, and the worker goes on from
             the center. ``"raise"``: `step` raises InvalidRequestError, and nothing is pushed.
+        process_group: the ranks of this group of torch.distributed are together one worker: their model is wrapped in
+            DistributedDataParallel or sharded by FSDP within the group. All of them make the optimizer, and call its
+            methods together; rank 0 talks to the servers. If ``weight`` is a function, it is the sum over the ranks.
+            docs/groups.md explains it. None: this process is a worker.
 
     Raises:
         ValueError: an argument is out of range or does not fit the others.
-        TypeError: ``outer_optimizer``, ``compression`` or ``weight`` is something else than the above.
+        TypeError: ``outer_optimizer``, ``compression``, ``weight`` or ``process_group`` is something else than the
+            above.
         InvalidRequestError: OUTER_OPTIMIZER_INVALID, CODEC_UNKNOWN, WEIGHT_INVALID.
         ClusterError: something was to come from the environment and is not there.
     """
@@ -110,20 +114,26 @@ class ModelAverageOptimizer(TensorFlowMembers):
         overlap_steps: int = 0,
         weight: float | Callable[[], float] = 1.0,
         nonfinite: str = "allow",
+        process_group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
-        settings = settings_of(
-            num_worker,
-            is_chief,
-            interval_steps,
-            use_locking,
-            name,
-            session,
-            outer_optimizer,
-            compression,
-            overlap_steps,
+        role = role_of(process_group)
+        settings = role.settings(
+            lambda: settings_of(
+                num_worker,
+                is_chief,
+                interval_steps,
+                use_locking,
+                name,
+                session,
+                outer_optimizer,
+                compression,
+                overlap_steps,
+            )
         )
-        weighing = Weighing(weight)
-        guard = NonfiniteGuard(nonfinite, lambda: opt.state, lambda: self._parameters.names)
+        weighing = Weighing(role.weight(weight))
+        state = LocalState(lambda: opt.state, lambda: self._parameters.names)
+        guard = NonfiniteGuard(nonfinite, role.state(state))
+        role.check(ma_custom_getter)
         # The base class wants a group of its own; from then on, groups, state and defaults are the local optimizer's.
         super().__init__([{"params": []}], opt.defaults)
         for shared in _SHARED:
@@ -131,16 +141,12 @@ class ModelAverageOptimizer(TensorFlowMembers):
         self._local = opt
         self._settings = settings
         self._parameters = LocalParameters(opt, ma_custom_getter)
-        self._variables = LocalVariables(ma_custom_getter, settings.use_locking)
+        self._variables = LocalVariables(ma_custom_getter, settings.use_locking, role.mirror, role.ranks)
         self._progress = Progress()
         self._shown = ShownGlobalStep()
-        self._holder = SessionHolder(session, settings.is_chief)
-        replica = Replica(
-            self._holder, self._variables, self._progress, settings.num_worker, self._shown.show, settings.chosen
+        self._training = role.training(
+            WorkerParts(settings, self._variables, self._progress, weighing, guard, self._shown), session
         )
-        self._rounds = Rounds(replica, settings.interval_steps, weighing, guard)
-        self._schedule = schedule_for(settings, self._rounds)
-        self._training = Training(replica, self._schedule, settings.is_chief)
 
     # What torch expects of an optimizer.
 
@@ -166,7 +172,7 @@ class ModelAverageOptimizer(TensorFlowMembers):
         """
         if for_torch_checkpointing():
             return self._local.step(closure)
-        if self.session.num_workers is None:
+        if not self._training.has_begun:
             raise NotInitializedError(
                 "training has not begun: put the loop into `with opt.make_session_run_hook():`, where the chief "
                 "initializes the center variables and all workers pull the center",
@@ -177,7 +183,7 @@ class ModelAverageOptimizer(TensorFlowMembers):
             self._progress.count_step()
         if updated:
             self._progress.touched |= self._parameters.with_gradient()
-        self._schedule.after_step(self._progress.local_step, loss)
+        self._training.after_step(self._progress.local_step, loss)
         return loss
 
     @not_compiled
@@ -188,10 +194,10 @@ class ModelAverageOptimizer(TensorFlowMembers):
     @not_compiled
     def state_dict(self) -> dict[str, Any]:
         """The local optimizer's state dict, with `local_step` and the base step under ``"model_average"``."""
-        self._schedule.wait()
+        self._training.wait_to_save()
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
-        own = {**self._progress.state(), "base_step": self.session.base_step}
+        own = {**self._progress.state(), "base_step": self._training.base_step}
         found: dict[str, Any] = {**self._local.state_dict(), _STATE_KEY: own}
         if for_torch_checkpointing() and found["param_groups"]:
             first, *others = found["param_groups"]
@@ -207,7 +213,7 @@ class ModelAverageOptimizer(TensorFlowMembers):
 
         If the center has gone on since the base step, the next push is STALE: the worker then goes on from the center.
         """
-        self._schedule.wait()
+        self._training.wait()
         local = dict(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             changed = before(self, local)
@@ -221,7 +227,7 @@ class ModelAverageOptimizer(TensorFlowMembers):
         if own is not None:
             self._progress.load(own, self._settings.interval_steps)
             if own["base_step"] is not None:  # None: saved before the start
-                self.session.base_step = own["base_step"]
+                self._training.base_step = own["base_step"]
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
@@ -287,12 +293,13 @@ class ModelAverageOptimizer(TensorFlowMembers):
     @property
     def global_step(self) -> int:
         """Rounds completed, as far as this worker knows."""
-        return self._holder.global_step
+        return self._training.global_step
 
     @property
     def session(self) -> ParameterServerSession:
-        """The connection to the parameter server. Pulling through it changes the base step: to watch, open another."""
-        return self._holder.session
+        """The connection to the parameter server. Pulling through it changes the base step: to watch, open another. In
+        a worker group rank 0 has it; the others raise ValueError."""
+        return self._training.session
 
     @property
     def lock(self) -> threading.RLock:
@@ -307,16 +314,16 @@ class ModelAverageOptimizer(TensorFlowMembers):
     def loss(self) -> float | None:
         """The loss that this worker reports with its next pushes; the servers' status shows it. Set it where the number
         is known; the loss that a closure returns at the interval is set without your help. None: nothing."""
-        return self._rounds.loss
+        return self._training.loss
 
     @loss.setter
     def loss(self, loss: float | None) -> None:
-        self._rounds.loss = loss
+        self._training.loss = loss
 
     @property
     def last_round(self) -> PushResult | None:
         """How this worker's last push ended; its ``center`` is only valid until the next one."""
-        return self._rounds.last
+        return self._training.last_round
 
     # What the hook does, and what a training loop without it calls.
 
@@ -353,7 +360,7 @@ class ModelAverageOptimizer(TensorFlowMembers):
             ModelAverageError: the round failed; the local variables are untouched.
             ValueError: a parameter is trained that was frozen when the center was made.
         """
-        self._schedule.average()
+        self._training.average()
 
     @not_compiled
     def wait(self) -> None:
@@ -364,7 +371,7 @@ class ModelAverageOptimizer(TensorFlowMembers):
         Raises:
             ModelAverageError: the round failed; the local variables are untouched.
         """
-        self._schedule.wait()
+        self._training.wait()
 
     def close(self) -> None:
         """Closes the session if this optimizer made it. `begin` opens another one."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from ma_client.job.results import PushResult
 from ma_client.job.ticket import PushTicket
-from ma_client.torch.gradient_sync import warn_if_gradients_are_shared
 from ma_client.torch.nonfinite import NonfiniteGuard
 from ma_client.torch.replica import Replica
 from ma_client.torch.steps_said import say_not_used
@@ -21,7 +20,7 @@ from modelaverage.errors import RetryPushError
 from modelaverage.outcome import Outcome
 from modelaverage.outer.base import summed_in
 
-__all__ = ["OwnContribution", "Rounds"]
+__all__ = ["OwnContribution", "Rounds", "moved"]
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ class Rounds:
         """
         variables, progress = self.replica.variables, self.replica.progress
         if self.last is None:  # again, because trainers wrap the model after the hook has begun
-            warn_if_gradients_are_shared(variables.getter.model)
+            variables.warn_if_gradients_are_shared()
         values = variables.gather()
         if snapshot:
             values = {name: array.copy() for name, array in values.items()}
@@ -135,30 +134,52 @@ class Rounds:
 
     def install(self, result: PushResult, contribution: OwnContribution) -> None:
         """Replaces the local variables by the center that came back; warns of steps that are lost by that."""
-        if result.outcome is Outcome.COMMITTED:
-            kept = result.untouched & contribution.untouched
-        else:  # what was pushed was not used, and says nothing about this center
-            kept = frozenset()
-            self._say_what_is_lost(result, contribution)
+        kept = self._kept(result, contribution)
         self.replica.install(result.center, kept, self.replica.progress.steps_since_round - contribution.steps)
+        if not self._is_intact():
+            self.replica.pull()
+        self._end(result, contribution)
+
+    def install_under(self, result: PushResult, contribution: OwnContribution) -> None:
+        """Like `install`, but keeps what was trained since the contribution: the local variables become the center plus
+        how far they have moved since. A worker that abstained because its values are not finite keeps nothing."""
+        if not contribution.is_finite:
+            self.replica.progress.steps_since_round = contribution.steps
+            self.install(result, contribution)
+            return
+        kept, now = self._kept(result, contribution), self.replica.variables.gather()
+        steps_later = self.replica.progress.steps_since_round - contribution.steps
+        center = _under(now, result.center, contribution)
+        if not self._is_intact():
+            kept, now = frozenset(), {name: array.copy() for name, array in now.items()}
+            self.replica.pull()
+            center = _under(now, self.replica.variables.gather(), contribution)
+        self.replica.install(center, kept, steps_later)
+        self._end(result, contribution)
+
+    def _kept(self, result: PushResult, contribution: OwnContribution) -> frozenset[str]:
+        """Names of the variables that hold the new center already; warns if the push was not used."""
+        if result.outcome is Outcome.COMMITTED:
+            return result.untouched & contribution.untouched
+        # What was pushed was not used, and says nothing about this center.
+        self._say_what_is_lost(result, contribution)
+        return frozenset()
+
+    def _is_intact(self) -> bool:
+        """False: a quorum went on, and wrote over the average before it was read."""
         try:
             self.replica.session.check_intact()
-        except RetryPushError:  # a quorum went on, and wrote over the average while it was read
-            self.replica.pull()
+        except RetryPushError:
+            return False
+        return True
+
+    def _end(self, result: PushResult, contribution: OwnContribution) -> None:
+        """The round is over, and its center is installed."""
         self.last = result
         self._weighing.used(contribution.weight)
         if not contribution.is_finite:
             center, worker_id = self.replica.variables.gather(), self.replica.session.worker_id
             self._guard.abstained(center, contribution.untouched, worker_id)
-
-    def install_under(self, result: PushResult, contribution: OwnContribution) -> None:
-        """Like `install`, but keeps what was trained since the contribution: the local variables become the center plus
-        how far they have moved since. A worker that abstained because its values are not finite keeps nothing."""
-        if contribution.is_finite:
-            now = self.replica.variables.gather()
-            moved = {name: _moved(result.center[name], contribution.values[name], now[name]) for name in now}
-            result = replace(result, center=moved)
-        self.install(result, contribution)
 
     def _say_what_is_lost(self, result: PushResult, contribution: OwnContribution) -> None:
         """This push was not used. An earlier one from the same base step, which failed here, may be in the center: then
@@ -173,7 +194,14 @@ class Rounds:
             say_not_used(session, result.outcome, contribution.steps - (counted or 0))
 
 
-def _moved(center: NDArray[Any], before: NDArray[Any], now: NDArray[Any]) -> NDArray[Any]:
+def _under(
+    now: Mapping[str, NDArray[Any]], center: Mapping[str, NDArray[Any]], contribution: OwnContribution
+) -> dict[str, NDArray[Any]]:
+    """The center, moved as far as the local variables have since the contribution."""
+    return {name: moved(center[name], contribution.values[name], values) for name, values in now.items()}
+
+
+def moved(center: NDArray[Any], before: NDArray[Any], now: NDArray[Any]) -> NDArray[Any]:
     """``center`` plus the way from ``before`` to ``now``; exactly the center where nothing has moved."""
     exact = summed_in(center.dtype)
     with np.errstate(all="ignore"):

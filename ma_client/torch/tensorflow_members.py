@@ -14,28 +14,13 @@ from ma_client.torch.habits import not_compiled
 from ma_client.torch.hook import ModelAverageHook
 from ma_client.torch.local_parameters import LocalParameters
 from ma_client.torch.settings import OptimizerSettings
-from ma_client.torch.training import Training
+from ma_client.torch.shown_step import ShownGlobalStep
+from ma_client.torch.training.base import Training
 
-__all__ = ["GradientAndVariable", "Loss", "ShownGlobalStep", "TensorFlowMembers"]
+__all__ = ["GradientAndVariable", "Loss", "TensorFlowMembers"]
 
 Loss = torch.Tensor | Callable[[], torch.Tensor]
 GradientAndVariable = tuple[torch.Tensor | None, torch.Tensor]
-
-
-class ShownGlobalStep:
-    """The ``global_step`` tensor of a caller, which shows the rounds completed.
-
-    Attributes:
-        tensor: an integer tensor; None: there is none.
-    """
-
-    def __init__(self) -> None:
-        self.tensor: torch.Tensor | None = None
-
-    def show(self, global_step: int) -> None:
-        """Sets the tensor, if there is one."""
-        if self.tensor is not None:
-            self.tensor.fill_(global_step)
 
 
 class TensorFlowMembers(torch.optim.Optimizer):

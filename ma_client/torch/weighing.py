@@ -8,7 +8,9 @@ from collections.abc import Callable
 from modelaverage.checks import check_weight
 from modelaverage.errors import InvalidRequestError, Reason
 
-__all__ = ["Weighing"]
+__all__ = ["Weighing", "Weight"]
+
+Weight = float | Callable[[], float]
 
 
 class Weighing:
@@ -25,7 +27,7 @@ class Weighing:
         TypeError: it is neither a number nor callable.
     """
 
-    def __init__(self, weight: float | Callable[[], float]) -> None:
+    def __init__(self, weight: Weight) -> None:
         self._count: Callable[[], float] | None = None
         self._weight = 0.0
         if callable(weight):

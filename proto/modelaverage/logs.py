@@ -82,6 +82,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "task_index_waits": ("peer", "cause"),
     "task_index_lost": ("peer", "cause"),
     "gradients_shared": ("wrapper", "processes"),
+    "ranks_differ": ("ranks",),
     "stopped": ("cause",),
     "progress": ("worker", "round", "local_step", "steps", "loss", "samples_per_s", "waited_s", "accuracy"),
 }

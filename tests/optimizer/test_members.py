@@ -46,13 +46,14 @@ def test_the_constructor_has_the_originals_parameters_and_the_new_ones_are_keywo
         "overlap_steps": 0,
         "weight": 1.0,
         "nonfinite": "allow",
+        "process_group": None,
     }
     assert list(parameters) == [
         *("opt", "num_worker", "is_chief", "ma_custom_getter", "interval_steps", "use_locking", "name"),
-        *("session", "outer_optimizer", "compression", "overlap_steps", "weight", "nonfinite"),
+        *("session", "outer_optimizer", "compression", "overlap_steps", "weight", "nonfinite", "process_group"),
     ]
     kinds = [parameter.kind for parameter in parameters.values()]
-    assert kinds == [inspect.Parameter.POSITIONAL_OR_KEYWORD] * 7 + [inspect.Parameter.KEYWORD_ONLY] * 6
+    assert kinds == [inspect.Parameter.POSITIONAL_OR_KEYWORD] * 7 + [inspect.Parameter.KEYWORD_ONLY] * 7
 
 
 @pytest.mark.parametrize("settings", [{"interval_steps": 0}, {"interval_steps": -1}, {"num_worker": 0}])

@@ -167,6 +167,21 @@ def test_values_whose_sum_overflows_are_finite_all_the_same(dtype: torch.dtype, 
     assert worker.opt.global_step == 1
 
 
+def test_state_of_parameters_that_were_replaced_in_the_groups_begins_again(
+    start_server: StartServer, join: Join
+) -> None:
+    # As accelerate does it when it shards a model: in the lists, which no assignment shows.
+    workers = pair(start_server, join, nonfinite="abstain", local=adam)
+    model, local = workers[0].model, workers[0].local
+    for name, parameter in list(model.named_parameters()):
+        setattr(model, name, torch.nn.Parameter(parameter.detach().clone()))
+    (group,) = local.param_groups
+    group["params"][:] = list(model.parameters())
+    both(workers, 1.0, 1.0)
+    together(lambda: workers[0].step(w=math.nan, b=math.nan), lambda: workers[1].step(w=1.0, b=1.0))
+    assert [len(local.state[parameter]) for parameter in model.parameters()] == [0, 0]
+
+
 def test_dropped_state_is_logged_once_for_an_episode(
     start_server: StartServer, join: Join, caplog: pytest.LogCaptureFixture
 ) -> None:

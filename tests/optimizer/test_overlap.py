@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -20,6 +21,7 @@ from ma_client import (
     PushResult,
 )
 from ma_client.job.ticket import PushTicket
+from modelaverage.errors import RetryPushError
 from ps_server.rules.policy import RoundPolicy
 from tests.conftest import StartServer
 from tests.optimizer.workers import TIMEOUT_S, Join, Running, center_of, start_all, together
@@ -30,7 +32,8 @@ pytestmark = pytest.mark.in_memory
 
 def under_way(worker: Any) -> bool:
     """Whether the round of this worker has begun and is not over."""
-    return worker.opt._schedule._under_way is not None and not worker.opt._schedule._under_way.ticket.done
+    schedule = worker.opt._training.schedule
+    return schedule._under_way is not None and not schedule._under_way.ticket.done
 
 
 def test_step_returns_while_others_have_not_pushed_and_the_average_comes_under_what_was_trained_meanwhile(
@@ -135,11 +138,11 @@ def test_a_variable_that_did_not_move_meanwhile_gets_the_center_bit_for_bit(
 
 
 def test_sixteen_bit_variables_are_moved_in_float32() -> None:
-    from ma_client.torch.rounds import _moved
+    from ma_client.torch.rounds import moved
 
     center, before, now = (np.array([x], np.float16) for x in (1.0, 1000.0, 1000.5))
-    assert _moved(center, before, now) == np.float16(1.5)
-    assert _moved(center, before, now).dtype == np.float16
+    assert moved(center, before, now) == np.float16(1.5)
+    assert moved(center, before, now).dtype == np.float16
 
 
 def test_a_failed_round_is_raised_by_a_later_step_and_leaves_the_local_variables(
@@ -168,7 +171,7 @@ def test_what_needs_a_whole_state_ends_the_round_first(start_server: StartServer
     (worker,) = alone(start_server, join, interval_steps=1, overlap_steps=1)
     worker.step(w=1.0)
     getattr(worker.opt, call)()
-    assert worker.opt._schedule._under_way is None
+    assert not worker.opt._training.schedule.is_under_way
     assert worker.opt.global_step == {"state_dict": 1, "average": 2, "finish": 1}[call]
 
 
@@ -204,6 +207,70 @@ def test_a_stale_push_loses_its_own_steps_and_keeps_those_after_it(
     assert first.opt.last_round.outcome is Outcome.STALE
     assert first.values()["w"] == [-5.0 - 10.0] * 3
     assert "2 local steps" in caplog.text
+
+
+def test_a_quorum_that_goes_on_while_this_worker_trains_takes_none_of_the_steps_since_its_push(
+    start_server: StartServer, join: Join
+) -> None:
+    server = start_server(RoundPolicy(2, 1, 2, 0.0))
+    first = join(server, index=0, num_worker=2, interval_steps=2, overlap_steps=2, session_class=Slow)
+    second = join(server, index=1, num_worker=2, interval_steps=2)
+    start_all([first, second])
+    assert isinstance(first.session, Slow)
+    for _ in range(2):
+        first.step(w=1.0)  # pushed, and the push does not get through
+    first.step(w=10.0, b=1.0)
+    for _ in range(6):
+        second.step(w=3.0)
+    first.session.go.set()
+    first.opt.wait()
+    assert first.opt.last_round is not None
+    assert (first.opt.last_round.outcome, first.opt.global_step) == (Outcome.STALE, 3)
+    assert second.values()["w"] == [1.0 - 18.0] * 3
+    assert first.values() == {"w": [1.0 - 18.0 - 10.0] * 3, "b": [2.0 - 1.0] * 3}
+    first.step()  # this step and the one before are in its next push
+    first.opt.wait()
+    assert first.opt.last_round.outcome is Outcome.COMMITTED
+    assert center_of(server)["w"].tolist() == [1.0 - 18.0 - 10.0] * 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="shared memory needs Linux's memfd")
+def test_an_average_that_a_quorum_has_written_over_is_replaced_by_the_center_under_the_steps_since_the_push(
+    start_server: StartServer, join: Join
+) -> None:
+    server = start_server(RoundPolicy(2, 1, 2, 0.0), shared=True)
+    first, second = (join(server, index=rank, num_worker=2, interval_steps=2, overlap_steps=2) for rank in range(2))
+    start_all([first, second])
+    for _ in range(2):
+        first.step(w=1.0)
+    until(lambda: not under_way(first), "the round is over")
+    for _ in range(6):  # a stale push, and two rounds
+        second.step(w=3.0, b=0.0)
+    second.opt.wait()
+    with pytest.raises(RetryPushError):
+        first.session.check_intact()
+    first.step(w=10.0, b=1.0)
+    center = {name: list(array) for name, array in center_of(server).items()}
+    assert first.opt.global_step == second.opt.global_step
+    assert first.values() == {"w": [w - 10.0 for w in center["w"]], "b": [b - 1.0 for b in center["b"]]}
+    first.step()  # these two steps are in its next push
+    first.opt.wait()
+    assert first.values() == {name: list(array) for name, array in center_of(server).items()}
+    assert center_of(server)["w"].tolist() == [w - 10.0 for w in center["w"]]
+
+
+def test_a_worker_that_abstained_drops_its_steps_since_and_has_none_to_average(
+    start_server: StartServer, join: Join
+) -> None:
+    (worker,) = alone(start_server, join, interval_steps=2, overlap_steps=2, nonfinite="abstain")
+    worker.step(w=1.0)
+    worker.step(w=float("nan"))
+    worker.step(w=1.0)
+    worker.opt.wait()
+    assert worker.values()["w"] == [1.0] * 3
+    rounds = worker.opt.global_step
+    worker.opt.finish()
+    assert worker.opt.global_step == rounds
 
 
 @pytest.mark.parametrize("overlap_steps", [-1, 3, 1.5, True])

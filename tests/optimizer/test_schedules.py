@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from ma_client import PushResult
-from ma_client.torch import optimizer
 from ma_client.torch.rounds import OwnContribution, Rounds
 from ma_client.torch.settings import OptimizerSettings
+from ma_client.torch.training import parts
 from tests.conftest import StartServer
 from tests.optimizer.workers import Join, Worker, start_all, together
 
@@ -61,7 +61,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[OneStepLate]:
         schedules.append(OneStepLate(rounds, settings.interval_steps))
         return schedules[-1]
 
-    monkeypatch.setattr(optimizer, "schedule_for", schedule_for)
+    monkeypatch.setattr(parts, "schedule_for", schedule_for)
     return schedules
 
 

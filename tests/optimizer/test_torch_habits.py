@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -182,6 +183,26 @@ def test_groups_with_parameters_of_another_model_are_refused(alone: Join) -> Non
     with pytest.raises(ValueError, match="not in the model given to ma_custom_getter"):
         worker.opt.param_groups = [{"params": [torch.nn.Parameter(torch.zeros(3))], "lr": 1.0}]
     assert worker.opt.param_groups is groups
+
+
+def test_parameters_that_were_replaced_in_the_groups_are_freed(start_server: StartServer, join: Join) -> None:
+    worker = join(start_server(1))
+    before = [weakref.ref(parameter) for parameter in worker.model.parameters()]
+    for name in dict(worker.model.named_parameters()):
+        setattr(worker.model, name, torch.nn.Parameter(torch.ones(3)))
+    (group,) = worker.local.param_groups
+    group["params"][:] = list(worker.model.parameters())
+    assert [parameter() for parameter in before] == [None, None]
+    worker.start()
+    worker.step(w=1.0, b=1.0)
+    assert worker.values() == {"w": [0.0] * 3, "b": [0.0] * 3}
+
+
+def test_a_parameter_of_another_model_in_the_groups_is_refused_at_the_step(alone: Join) -> None:
+    worker = alone()
+    worker.local.param_groups[0]["params"][0] = torch.nn.Parameter(torch.zeros(3))
+    with pytest.raises(ValueError, match="not in the model given to ma_custom_getter"):
+        worker.step(w=1.0, b=1.0)
 
 
 class ScheduleFree(torch.optim.SGD):

@@ -12,6 +12,13 @@ __all__ = ["Schedule"]
 class Schedule(Protocol):
     """Makes one worker's rounds out of the parts in `Rounds`."""
 
+    @property
+    def is_under_way(self) -> bool:
+        """Whether a round has begun and its average is not installed."""
+
+    def has_work(self, local_step: int) -> bool:
+        """Whether `after_step` has something to do after this step: a round is due, or one is under way."""
+
     def after_step(self, local_step: int, loss: float | torch.Tensor | None) -> None:
         """Called after every local step: makes the round that is due now, or goes on with one that is under way.
 

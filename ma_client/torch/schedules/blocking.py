@@ -21,9 +21,18 @@ class Blocking:
         self._rounds = rounds
         self._interval_steps = interval_steps
 
+    @property
+    def is_under_way(self) -> bool:
+        """False: a round ends within the call that began it."""
+        return False
+
+    def has_work(self, local_step: int) -> bool:
+        """Whether a round is due."""
+        return local_step % self._interval_steps == 0
+
     def after_step(self, local_step: int, loss: float | torch.Tensor | None) -> None:
         """Makes a round if one is due."""
-        if local_step % self._interval_steps == 0:
+        if self.has_work(local_step):
             self._rounds.note_loss(loss)
             self.average()
 
@@ -33,4 +42,4 @@ class Blocking:
         self._rounds.install(self._rounds.push(contribution), contribution)
 
     def wait(self) -> None:
-        """Does nothing: a round ends within the call that began it."""
+        """Does nothing: no round is under way."""

@@ -46,6 +46,15 @@ class Overlapped:
         self._overlap_steps = overlap_steps
         self._under_way: _UnderWay | None = None
 
+    @property
+    def is_under_way(self) -> bool:
+        """Whether a round has begun and its average is not installed."""
+        return self._under_way is not None
+
+    def has_work(self, local_step: int) -> bool:
+        """Whether a round is due or under way."""
+        return self.is_under_way or local_step % self._interval_steps == 0
+
     def after_step(self, local_step: int, loss: float | torch.Tensor | None) -> None:
         """Installs an average that is there or overdue; begins a round if one is due."""
         under_way, is_due = self._under_way, local_step % self._interval_steps == 0

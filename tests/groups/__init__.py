@@ -1,0 +1,1 @@
+"""Worker groups, on real processes with gloo."""
