@@ -34,6 +34,7 @@ _IMPORTED = (
     "tests.killed_server",
     "tests.killed_worker",
     "tests.compressed_worker",
+    "tests.shard_worker",
     "tests.worker_process",
 )
 _MAX_ORDER_BYTES = 1 << 17  # the environment
