@@ -269,6 +269,15 @@ def test_ctrl_c_while_a_worker_starts_is_one_line() -> None:
         assert worker.errors == ["ps-worker: stopped by SIGINT"]
 
 
+def test_a_worker_that_waits_for_the_chief_says_so_and_ctrl_c_ends_the_wait(start_server: StartServer) -> None:
+    cluster = ["--ps-hosts", start_server(2).address, "--num-workers", "2", "--task-index", "1"]
+    with Launched(["-m", "ps_worker", "digits", *cluster]) as worker:
+        worker.wait_for("ps-worker: waits for worker-0, the chief, to initialize the center (2 s so far)")
+        worker.process.send_signal(signal.SIGINT)
+        assert worker.ended() == 130
+        assert worker.errors[-1] == "ps-worker: stopped by SIGINT; local step 0 of 1200"
+
+
 @pytest.mark.parametrize(
     ("status", "said"),
     [
