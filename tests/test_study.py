@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from ma_client import ModelAverageCustomGetter, ModelAverageOptimizer, ParameterServerSession, PushResult
@@ -58,7 +59,7 @@ def test_a_played_job_has_the_bits_and_bytes_of_one_with_sessions(start_server: 
         pulled = [session.pull()[0] for session in sessions]  # each then has a base
         center = pulled[0]
         before = sessions[0].statuses()[0]
-        played = PlayedServer(start, outer_optimizer(OUTER), codec_named(codec))
+        played = PlayedServer(start, [outer_optimizer(OUTER)], codec_named(codec))
         up_bytes = down_bytes = 0
         for step in range(ROUNDS):
             workers = [moved(center, number, step) for number in range(2)]
@@ -113,11 +114,13 @@ def test_centers_that_are_late_and_kept_under_the_steps_since_are_those_of_the_o
     start_server: StartServer,
 ) -> None:
     arm, task, server = replace(ARM, late_steps=3, steps=15), TASKS["digits"](), start_server(2)
+    models = [task.model(arm.seed) for _ in range(2)]  # threads have one generator together
 
     def work(rank: int) -> float:
+        torch.set_num_threads(1)
         with AtTheLatest([server.address], worker_id=f"w{rank}", is_chief=rank == 0) as session:
             getter = ModelAverageCustomGetter(worker_device="cpu")
-            model = getter(task.model(arm.seed))
+            model = getter(models[rank])
             inner = task.optimizer(model, arm.learning_rate)
             opt = ModelAverageOptimizer(
                 inner, 2, rank == 0, getter, 5, session=session, outer_optimizer=OUTER, overlap_steps=3
