@@ -136,7 +136,7 @@ def spread_of(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
 
 
-def shown(mean: float, spread: float | None, sign: str = "") -> str:
-    """A loss for a terminal; ``sign`` "+": with its sign."""
-    text = f"{mean:{sign}.4f}"
-    return text if spread is None else f"{text} +- {spread:.4f}"
+def shown(mean: float, spread: float | None, sign: str = "", digits: int = 4) -> str:
+    """A loss for a terminal; ``sign`` "+": with its sign; ``digits`` behind the point."""
+    text = f"{mean:{sign}.{digits}f}"
+    return text if spread is None else f"{text} +- {spread:.{digits}f}"

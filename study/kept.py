@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from study.play import Arm, Measured
+from study.arm import Arm, arm_from
+from study.play import Measured
 
 __all__ = ["KeptArms", "Training"]
 
@@ -58,7 +60,10 @@ class KeptArms:
         try:
             read: dict[str, Any] = json.loads(self._path(arm).read_text(encoding="utf-8"))
             found = Training(
-                Arm(**read["arm"]), read["source"], read["took_s"], tuple(Measured(**each) for each in read["measured"])
+                arm_from(read["arm"]),
+                read["source"],
+                read["took_s"],
+                tuple(Measured(**each) for each in read["measured"]),
             )
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -77,6 +82,18 @@ class KeptArms:
         return [found for arm in arms if (found := self.load(arm, source)) is not None]
 
     def _path(self, arm: Arm) -> Path:
+        method = "" if arm.variation.method == "rounds" else f"-{arm.variation.method}"
         late = f"-late{arm.late_steps}-{arm.late_rule}" if arm.late_steps else ""
-        name = f"{arm.task}-{arm.interval_steps}-{arm.codec}{late}-rate{arm.learning_rate:g}-seed{arm.seed}"
-        return self.directory / f"{name}.json"
+        digest = hashlib.sha256(json.dumps(_unusual(arm), sort_keys=True).encode()).hexdigest()[:10]
+        name = f"{arm.task}{method}-{arm.interval_steps}-{arm.codec}{late}-rate{arm.learning_rate:g}-seed{arm.seed}"
+        return self.directory / f"{name}-{digest}.json"
+
+
+def _unusual(settings: Any) -> Any:
+    """All fields of a dataclass except those with their default: a new field changes no file's name."""
+    if isinstance(settings, tuple):
+        return [_unusual(each) for each in settings]
+    if not is_dataclass(settings):
+        return settings
+    values = {field: getattr(settings, field.name) for field in fields(settings)}
+    return {field.name: _unusual(value) for field, value in values.items() if value != field.default}

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from modelaverage.codecs import RAW, Codec
 from modelaverage.manifest import Manifest, Variable, dtype_name
-from modelaverage.outer import OuterOptimizer
+from modelaverage.outer import AVERAGE, OuterOptimizer, text_of
 from ps_server.center.center import Center, Finish
 from ps_server.center.sums import Contribution
 
@@ -39,25 +39,35 @@ class PlayedServer:
 
     Args:
         initial: the first center.
-        outer: turns center and average into the next center.
+        outers: those that will turn center and average into the next center, the first one first. Those with state have
+            the same state.
         codec: of every push, and of every center after the first.
+
+    Raises:
+        ValueError: one cannot go on with another's state.
 
     Attributes:
         manifest: one shard, fragments of the default size.
         rounds: how many are done.
     """
 
-    def __init__(self, initial: Variables, outer: OuterOptimizer, codec: Codec) -> None:
+    def __init__(self, initial: Variables, outers: Sequence[OuterOptimizer], codec: Codec) -> None:
         self.manifest = Manifest(
             tuple(Variable(name, dtype_name(array.dtype), array.shape) for name, array in initial.items())
         )
         self.rounds = 0
-        self._center = Center(self.manifest, outer=outer, codec=codec)
+        self._center = Center(self.manifest, outer=_with_state_of_all(outers), codec=codec)
         values = _bytes_of(initial)
         for index in range(self.manifest.fragment_count):
             self._center.load(index, memoryview(b"".join(RAW.encode_variables(self.manifest, index, values))))
         # What every worker has: the center that it pulled, and later what it makes of what the server sends.
         self._staging = self._center.current.flat.copy()
+        self.use(outers[0])
+
+    def use(self, outer: OuterOptimizer) -> None:
+        """The next rounds have this outer optimizer, one of those named before; momentum is kept, also by rounds that
+        only average."""
+        self._center.outer = outer
 
     def round(self, workers: Sequence[Variables]) -> RoundBytes:
         """Averages the workers' variables as a committed round would, and installs the next center in them.
@@ -94,6 +104,18 @@ class PlayedServer:
     def center(self) -> NDArray[np.uint8]:
         """The current center as the server has it, a flat buffer."""
         return self._center.current.flat
+
+
+def _with_state_of_all(outers: Sequence[OuterOptimizer]) -> OuterOptimizer:
+    """That for which a center has the state of all."""
+    fullest = max(outers, key=lambda outer: len(outer.slots))
+    for outer in outers:
+        if outer != AVERAGE and outer.slots != fullest.slots:
+            raise ValueError(
+                f"{text_of(outer)} cannot take turns with {text_of(fullest)}, whose state it would not keep; take the "
+                "average, or one with a momentum as well"
+            )
+    return fullest
 
 
 def _bytes_of(variables: Variables) -> list[memoryview]:

@@ -59,7 +59,7 @@ def test_a_played_job_has_the_bits_and_bytes_of_one_with_sessions(start_server: 
         pulled = [session.pull()[0] for session in sessions]  # each then has a base
         center = pulled[0]
         before = sessions[0].statuses()[0]
-        played = PlayedServer(start, outer_optimizer(OUTER), codec_named(codec))
+        played = PlayedServer(start, [outer_optimizer(OUTER)], codec_named(codec))
         up_bytes = down_bytes = 0
         for step in range(ROUNDS):
             workers = [moved(center, number, step) for number in range(2)]

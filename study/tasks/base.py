@@ -10,7 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-__all__ = ["LearningTask", "Samples", "mean_loss_of"]
+__all__ = ["EQUAL", "UNEQUAL", "LearningTask", "Samples", "mean_loss_of"]
+
+EQUAL, UNEQUAL = "equal", "unequal"
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,9 @@ class LearningTask(ABC):
         """The factor for the learning rate when this part (0 to 1) of the steps is done."""
 
     @abstractmethod
-    def batches(self, seed: int, task_index: int, num_workers: int) -> Iterator[Samples]:
-        """Endless batches from a worker's share of the training data; no two shares overlap."""
+    def batches(self, seed: int, task_index: int, num_workers: int, shards: str = EQUAL) -> Iterator[Samples]:
+        """Endless batches from a worker's share of the training data; no two shares overlap. ``shards``: "equal" if
+        shares are alike, "unequal" if each is of its own kind; all have the same size."""
 
 
 def mean_loss_of(model: nn.Module, samples: Samples) -> Tensor:

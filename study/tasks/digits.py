@@ -11,7 +11,7 @@ from torch import nn
 
 from ps_worker.demo.digits import DigitsData, batches_of, initial_model, local_optimizer
 from ps_worker.demo.digits_config import DigitsConfig
-from study.tasks.base import LearningTask, Samples
+from study.tasks.base import EQUAL, UNEQUAL, LearningTask, Samples
 
 __all__ = ["DigitsTask"]
 
@@ -39,9 +39,13 @@ class DigitsTask(LearningTask):
         """Constant."""
         return 1.0
 
-    def batches(self, seed: int, task_index: int, num_workers: int) -> Iterator[Samples]:
-        """The demo's."""
+    def batches(self, seed: int, task_index: int, num_workers: int, shards: str = EQUAL) -> Iterator[Samples]:
+        """The demo's; unequal: each worker has other digits."""
         config = replace(self._config, seed=seed)
         part = self._data.part(num_workers, task_index, config.batch_size)
+        if shards == UNEQUAL:
+            size = len(self._data.train) // num_workers
+            by_digit = self._data.train.digits.argsort(stable=True)
+            part = self._data.train[by_digit[task_index * size : (task_index + 1) * size]]
         for images in batches_of(part, config, task_index):
             yield Samples(images.pixels, images.digits)

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from study.tasks.base import LearningTask, Samples
+from study.tasks.base import EQUAL, UNEQUAL, LearningTask, Samples
 
 __all__ = ["ByteTransformer", "CONTEXT", "TextTask", "standard_library"]
 
@@ -39,10 +39,11 @@ _LEAST_FACTOR = 0.1
 _PACKAGES = "asyncio collections concurrent email html http importlib json logging multiprocessing unittest urllib xml"
 
 
-def standard_library() -> tuple[bytes, bytes]:
+def standard_library(shards: str = EQUAL) -> tuple[bytes, bytes]:
     """The text to train on, and whole other files that are held out (a tenth of all files).
 
-    Files come in the order of their names' hashes, so that equal contiguous shares of the text are alike.
+    Files come in the order of their names' hashes, so that equal contiguous shares of the text are alike. For unequal
+    shards those to train on come in the order of their names, so that packages stay together.
 
     Raises:
         OSError: this Python has no source files.
@@ -56,6 +57,8 @@ def standard_library() -> tuple[bytes, bytes]:
     paths.sort(key=lambda path: hashlib.sha256(path.relative_to(root).as_posix().encode()).digest())
     held_out_count = math.ceil(len(paths) * _HELD_OUT_PART)
     parts = paths[held_out_count:], paths[:held_out_count]
+    if shards == UNEQUAL:
+        parts[0].sort()
     training, held_out = (b"".join(path.read_bytes() for path in part) for part in parts)
     return training, held_out
 
@@ -109,7 +112,8 @@ class TextTask(LearningTask):
         training, held_out = standard_library()
         digest = hashlib.sha256(training + held_out).hexdigest()[:16]
         self.source = f"standard library of Python {platform.python_version()}, sha256 {digest}"
-        self._training = np.frombuffer(training, np.uint8)
+        by_name, _ = standard_library(UNEQUAL)
+        self._training = {EQUAL: np.frombuffer(training, np.uint8), UNEQUAL: np.frombuffer(by_name, np.uint8)}
         text = np.frombuffer(held_out, np.uint8)
         places = np.linspace(0, len(text) - CONTEXT - 1, _HELD_OUT_SEQUENCES).astype(np.int64)
         self.held_out = _sequences(text, places)
@@ -130,10 +134,11 @@ class TextTask(LearningTask):
         done = (progress - _WARM_UP_PART) / (1 - _WARM_UP_PART)
         return _LEAST_FACTOR + (1 - _LEAST_FACTOR) * (1 + math.cos(math.pi * done)) / 2
 
-    def batches(self, seed: int, task_index: int, num_workers: int) -> Iterator[Samples]:
+    def batches(self, seed: int, task_index: int, num_workers: int, shards: str = EQUAL) -> Iterator[Samples]:
         """Shares are contiguous and equally long."""
-        length = len(self._training) // num_workers
-        share = self._training[task_index * length : (task_index + 1) * length]
+        text = self._training[shards]
+        length = len(text) // num_workers
+        share = text[task_index * length : (task_index + 1) * length]
         places = np.random.default_rng((seed, task_index))
         while True:
             yield _sequences(share, places.integers(0, len(share) - CONTEXT, _BATCH))

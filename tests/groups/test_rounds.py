@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from logging.handlers import QueueHandler
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -28,7 +30,7 @@ from ma_client import (
 from ma_client.torch.groups import leader
 from ps_server.rules.policy import RoundPolicy
 from tests.conftest import StartServer
-from tests.groups.plays import close, joined, net, step, train, whole
+from tests.groups.plays import close, joined, net, sgd, step, train, whole
 from tests.groups.ranks import RANKS_PER_WORKER, Rank, Ranks
 
 
@@ -184,6 +186,32 @@ def test_a_process_of_a_node_that_is_one_worker_needs_its_group(monkeypatch: pyt
     model = getter(net())
     with pytest.raises(ClusterError, match=r"MA_WORKER_PER='node' makes the 2 processes of this node one worker"):
         ModelAverageOptimizer(torch.optim.SGD(model.parameters()), 1, True, getter)
+
+
+def from_the_environment(rank: Rank, environ: Mapping[str, str]) -> str:
+    """What an optimizer says whose session is made from the environment."""
+    getter = ModelAverageCustomGetter("cpu")
+    model = getter(net())
+    with mock.patch.dict(os.environ, {**environ, "RANK": str(rank.rank)}):
+        try:
+            opt = ModelAverageOptimizer(sgd(model.parameters()), None, None, getter, process_group=rank.group)
+        except ClusterError as error:
+            return str(error)
+    opt.close()
+    return "made"
+
+
+def test_a_group_is_not_the_worker_of_the_index_that_torchrun_gives_to_a_process(
+    start_server: StartServer, ranks: Ranks
+) -> None:
+    launched = {"MA_PS_HOSTS": start_server(2).address, "WORLD_SIZE": "2"}
+    for said in ranks.run(from_the_environment, launched, workers=1):
+        assert said.startswith("RANK='0' is the index of one process, but the 2 ranks of the process_group are one")
+        assert "set MA_TASK_INDEX to the worker's index" in said
+    said_by_hand = {"MA_NUM_WORKERS": "2", "MA_TASK_INDEX": "1"}
+    nodes = {"MA_WORKER_PER": "node", "GROUP_WORLD_SIZE": "2", "GROUP_RANK": "1"}
+    for told in (said_by_hand, nodes):
+        assert ranks.run(from_the_environment, {**launched, **told}, workers=1) == ["made", "made"]
 
 
 # Errors.

@@ -1,0 +1,163 @@
+"""What a finished study found: one row for each arm, from the trainings on disk. Page, pictures and JSON show these."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from study.compare import spread_of
+from study.kept import Training
+from study.standing import ArmStanding, StudyStanding
+from study.tuning import rate_at
+
+__all__ = ["ArmResult", "CurvePoint", "cheapest_within", "results_of"]
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """Means over the seeds after a number of steps.
+
+    Args:
+        step: of each worker.
+        held_out_loss: of the center, in nats.
+        link_bytes: of one worker, up and down.
+    """
+
+    step: int
+    held_out_loss: float
+    link_bytes: int
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """One arm, over the seeds.
+
+    Args:
+        group, name: as in `PlannedArm`.
+        method, outer, interval_steps, codec, num_workers, steps: of the arm.
+        seeds: all of the plan.
+        learning_rate: the tuned one.
+        tuning: learning rate and held-out loss of each training with the tuning seed, by rate.
+        held_out_losses: at the end, by seed; in nats.
+        train_losses: mean of the last fifth of the run, by seed; in nats.
+        differences_percent: of held-out loss from the reference with the same seed, by seed. 0 for a reference.
+        reference: the name of the synchronous arm; of itself for a reference.
+        up_bytes, down_bytes: of one worker in the whole training, mean over the seeds.
+        bytes_part: up and down, of those of the reference.
+        missed_part: of all pushes of the plan, those that absent workers did not make, mean over the seeds.
+        curve: over the run.
+        took_s: of all trainings with these seeds, on machines that may have had other work.
+    """
+
+    group: str
+    name: str
+    method: str
+    outer: str
+    interval_steps: int
+    codec: str
+    num_workers: int
+    steps: int
+    seeds: tuple[int, ...]
+    learning_rate: float
+    tuning: tuple[tuple[float, float], ...]
+    held_out_losses: tuple[float, ...]
+    train_losses: tuple[float, ...]
+    differences_percent: tuple[float, ...]
+    reference: str
+    up_bytes: int
+    down_bytes: int
+    bytes_part: float
+    missed_part: float
+    curve: tuple[CurvePoint, ...]
+    took_s: float
+
+    @property
+    def held_out_loss(self) -> float:
+        """Mean over the seeds."""
+        return statistics.fmean(self.held_out_losses)
+
+    @property
+    def held_out_spread(self) -> float | None:
+        """Standard deviation over the seeds; None: one seed."""
+        return spread_of(self.held_out_losses)
+
+    @property
+    def difference_percent(self) -> float:
+        """Mean over the seeds."""
+        return statistics.fmean(self.differences_percent)
+
+    @property
+    def difference_spread(self) -> float | None:
+        """Standard deviation over the seeds; None: one seed."""
+        return spread_of(self.differences_percent)
+
+
+def results_of(standing: StudyStanding) -> list[ArmResult]:
+    """In the plan's order.
+
+    Raises:
+        ValueError: trainings are missing.
+    """
+    if standing.trainings_ahead:
+        raise ValueError(f"{standing.trainings_ahead} trainings or more are missing; `python -m study` makes them")
+    arms = {each.planned.name: each for each in standing.arms}
+    return [_result_of(each, arms[each.planned.reference or each.planned.name]) for each in standing.arms]
+
+
+def cheapest_within(results: Sequence[ArmResult], percent: float) -> ArmResult | None:
+    """The arm with four workers and equal shards that is at most this much worse than synchronous training, in the
+    mean, and has the fewest of its bytes; of those that send any."""
+    reference = results[0].name
+    within = [
+        each for each in results if each.reference == reference and each.up_bytes and each.difference_percent <= percent
+    ]
+    return min(within, key=lambda each: each.bytes_part, default=None)
+
+
+def _result_of(standing: ArmStanding, reference: ArmStanding) -> ArmResult:
+    assert standing.rung is not None
+    planned, arm = standing.planned, standing.planned.template
+    trainings = [training for _, training in sorted(standing.finished.items())]
+    compared = [training for _, training in sorted(reference.finished.items())]
+    losses, losses_there = ([each.last.held_out_loss for each in found] for found in (trainings, compared))
+    up_bytes, down_bytes = (
+        round(statistics.fmean(getattr(each.last, way) for each in trainings)) for way in ("up_bytes", "down_bytes")
+    )
+    there = statistics.fmean(each.last.up_bytes + each.last.down_bytes for each in compared)
+    pushes = len(arm.round_ends) * arm.num_workers
+    missed = 1 - statistics.fmean(each.last.pushes for each in trainings) / pushes if arm.variation.absence else 0.0
+    return ArmResult(
+        planned.group,
+        planned.name,
+        arm.variation.method,
+        arm.outer,
+        arm.interval_steps,
+        arm.codec,
+        arm.num_workers,
+        arm.steps,
+        tuple(sorted(standing.finished)),
+        rate_at(standing.rung),
+        tuple((rate_at(rung), each.last.held_out_loss) for rung, each in sorted(standing.tuning.items())),
+        tuple(losses),
+        tuple(each.train_loss for each in trainings),
+        tuple(100 * (loss / other - 1) for loss, other in zip(losses, losses_there, strict=True)),
+        planned.reference or planned.name,
+        up_bytes,
+        down_bytes,
+        (up_bytes + down_bytes) / there if there else 0.0,
+        missed,
+        _curve(trainings),
+        sum(each.took_s for each in trainings),
+    )
+
+
+def _curve(trainings: Sequence[Training]) -> tuple[CurvePoint, ...]:
+    return tuple(
+        CurvePoint(
+            at[0].step,
+            statistics.fmean(each.held_out_loss for each in at),
+            round(statistics.fmean(each.up_bytes + each.down_bytes for each in at)),
+        )
+        for at in zip(*(each.measured for each in trainings), strict=True)
+    )
