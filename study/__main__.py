@@ -34,7 +34,6 @@ from study.tuning import rate_at
 
 __all__ = ["main"]
 
-_TASK = "text"
 _DOCS = Path("docs")
 
 
@@ -56,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     directory: Path = arguments.runs / "quick" if arguments.quick else arguments.runs
     console = Console()
     try:
-        source = TASKS[_TASK]().source
+        source = TASKS[plan.arms[0].template.task]().source
         standing = functools.partial(standing_of, plan, KeptArms(directory), source)
         if arguments.list:
             _print_plan(standing(), console)

@@ -93,6 +93,7 @@ def _finish(figure: Figure, axes: Axes, path: Path) -> None:
         axes.yaxis.set_major_formatter("{x:.1f}")
         axes.yaxis.set_minor_formatter("{x:.1f}")
     with matplotlib.rc_context(_SETTINGS):
-        figure.legend(loc="outside lower left", ncols=1, frameon=False, handlelength=4.0)
+        if axes.get_legend_handles_labels()[0]:
+            figure.legend(loc="outside lower left", ncols=1, frameon=False, handlelength=4.0)
         FigureCanvasSVG(figure)
         figure.savefig(path, format="svg", metadata={"Date": None})

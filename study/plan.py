@@ -53,7 +53,7 @@ class StudyPlan:
     """What is trained.
 
     Args:
-        arms: in the order in which they are trained. References come first.
+        arms: of one task, in the order in which they are trained. The first is the synchronous one.
         seeds: of the trainings that are compared.
         tuning_seed: of those that find the learning rate; none of ``seeds``.
     """
