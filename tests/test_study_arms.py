@@ -54,7 +54,7 @@ def by_hand(task: LearningTask, shares: Sequence[int], momentum: float = 0.9) ->
         with torch.no_grad():
             for parameter, speed, total in zip(parameters, velocity, sums, strict=True):
                 speed.mul_(momentum).add_(total / len(shares))
-                parameter -= RATE * speed
+                parameter.sub_(RATE * speed)
             if step % 2 == 1:
                 found.append(mean_loss_of(model, task.held_out).item())
     return found

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import statistics
+import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
@@ -18,7 +20,7 @@ from rich.console import Console
 
 from study import __main__ as command
 from study.arm import Absence, Arm, Variation
-from study.crew import make_all
+from study.crew import make_all, pool
 from study.kept import KeptArms, Training
 from study.page import write_page
 from study.pictures import _look
@@ -26,6 +28,7 @@ from study.plan import FULL, PlannedArm, StudyPlan
 from study.play import Measured
 from study.results import results_of
 from study.standing import StudyStanding, standing_of
+from study.tasks import TASKS
 from study.tuning import best_rung, rate_at, rungs_to_try
 
 BASE = Arm("digits", "raw", "average", 5, 0.0, 0, steps=10, num_workers=2, measure_every_steps=5)
@@ -278,6 +281,21 @@ def test_a_page_of_an_unfinished_study_is_refused(study: Study) -> None:
 # The command.
 
 
+def test_a_study_that_is_stopped_breaks_off_its_trainings() -> None:
+    pids = list[int]()
+
+    def stopped() -> None:
+        with pool(1) as executor:
+            pids.append(executor.submit(os.getpid).result())
+            executor.submit(time.sleep, 600.0)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pids[0], 0)
+
+
 def test_the_command_trains_in_processes_and_then_lists_and_writes_the_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -301,6 +319,6 @@ def test_a_task_that_cannot_be_read_is_one_line(
     def unreadable() -> Any:
         raise FileNotFoundError("no source of the standard library lies there")
 
-    monkeypatch.setitem(command.TASKS, "text", unreadable)
+    monkeypatch.setitem(TASKS, "text", unreadable)
     assert command.main(["--list", "--runs", str(tmp_path)]) == 1
     assert capsys.readouterr().err == "study: no source of the standard library lies there\n"
