@@ -52,7 +52,7 @@ class OverlapSettings:
     """
 
     steps: int = 1500
-    interval_steps: int = 25
+    interval_steps: int = 20
     rate_mbit: float = 50.0
     learning_rate: float = 4e-3
     outer: str = "sgd:lr=1.0,momentum=0.6,nesterov"
@@ -223,7 +223,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="a tenth of the steps")
     parser.add_argument("--interval-steps", type=int, default=usual.interval_steps, help="(%(default)s)")
     parser.add_argument("--overlap-steps", type=int, nargs="+", default=[0, 20], help="the arms (0 20)")
-    parser.add_argument("--rounds", type=int, help="of each arm (60)")
+    parser.add_argument("--rounds", type=int, help="of each arm (75)")
     parser.add_argument("--rate-mbit", type=float, default=usual.rate_mbit, help="of every link (%(default)s)")
     parser.add_argument("--seed", type=int, default=usual.seed, help="(%(default)s)")
     parser.add_argument("--json", type=Path, default=Path("runs/bench-overlap.json"), help="results (%(default)s)")

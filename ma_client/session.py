@@ -389,7 +389,7 @@ class ParameterServerSession:
             ConflictError: the variables do not fit the center (naming the first that differs), or one of
                 WORKER_ID_IN_USE, ROUND_FULL, BASE_STEP_AHEAD, MANIFEST_UNKNOWN.
             DeadlineExceededError: the round did not commit within ``timeout_s``, or within the server's limit
-                (ROUND_TIMED_OUT, naming the missing).
+                (ROUND_TIMED_OUT). It names the missing workers; to learn them may take 1 s longer.
             ServerUnavailableError: the server stayed away for ``reconnect_timeout_s``.
         """
         push = self._prepared(variables, weight, local_step, loss, interval_steps, untouched, timeout_s, copy)

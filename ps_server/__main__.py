@@ -22,6 +22,7 @@ from modelaverage.addresses import check_all
 from modelaverage.commands import flag_types
 from modelaverage.commands.security_flags import add_security_flags, security_of
 from modelaverage.commands.serve_flags import ServeFlags, add_serve_flags
+from modelaverage.commands.slow import says_if_slow
 from modelaverage.errors import SecurityError
 from modelaverage.logs import event, keep_logging, log_json, say
 from modelaverage.runtime.output import CLOSED_PIPE_EXIT_CODE, OnLoss, OutputLostError
@@ -355,15 +356,19 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
+    def say(line: str) -> None:
+        print(f"ps-server: {line}", file=sys.stderr, flush=True)
+
     try:
-        global_step = export(
-            arguments.sources,
-            arguments.out,
-            arguments.timeout_s,
-            Access(security_of(arguments)),
-            tell=lambda line: print(f"ps-server: {line}", file=sys.stderr),
-            with_outer_state=arguments.with_outer_state,
-        )
+        with says_if_slow(say, f"reads the center from {', '.join(arguments.sources)}"):
+            global_step = export(
+                arguments.sources,
+                arguments.out,
+                arguments.timeout_s,
+                Access(security_of(arguments)),
+                tell=say,
+                with_outer_state=arguments.with_outer_state,
+            )
     except ExportError as error:
         print(f"ps-server: {error}", file=sys.stderr)
         return 1

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +15,13 @@ from modelaverage import __version__
 from modelaverage.commands import flag_types
 from modelaverage.commands.parser import OneLineParser, help_format
 from modelaverage.commands.security_flags import add_security_flags, security_of
+from modelaverage.commands.slow import says_if_slow
 from modelaverage.logs import event, keep_logging, log_json
 from modelaverage.outer import AVERAGE
 from modelaverage.runtime.output import OnLoss
 from ps_worker.commands import run_script
 from ps_worker.commands.extras import MissingExtraError, require
-from ps_worker.commands.stop_signals import end_cleanly_on_signals
+from ps_worker.commands.stop_signals import StoppedBySignal, end_cleanly_on_signals
 from ps_worker.demo.digits_config import MODULES, PLAIN, DigitsConfig, add_training_flags
 from ps_worker.events.parse import EVENTS_FLAG
 
@@ -79,6 +81,12 @@ def main(argv: list[str] | None = None) -> int:
         else:
             print(f"ps-worker: {error}", file=sys.stderr)
         return 1
+    except StoppedBySignal as stop:
+        if as_json:
+            _log.warning("%s", stop, extra=event("stopped", cause=str(stop)))
+        elif getattr(arguments, "events_fd", None) is None:  # the launcher says why it stops its workers
+            print(f"ps-worker: {stop}", file=sys.stderr)
+        return stop.exit_code
     return 0
 
 
@@ -189,11 +197,12 @@ def _digits(arguments: argparse.Namespace) -> None:
         raise ValueError("--all-images needs --alone: in a cluster every worker has its part")
     if arguments.plain_averages and (arguments.all_images or not arguments.alone):
         raise ValueError("--plain-averages needs --alone without --all-images; in a cluster give --outer average")
-    cluster = None if arguments.alone else _cluster_of(arguments)
+    is_plain = arguments.events_fd is None and not arguments.log_json
+    cluster = None if arguments.alone else _cluster_of(arguments, _say if is_plain else _say_nothing)
     if arguments.save_center is not None and not os.access(arguments.save_center.parent, os.W_OK):
         raise ValueError(f"--save-center: cannot write to the directory {str(arguments.save_center.parent)!r}")
     require(MODULES)
-    if arguments.events_fd is None and not arguments.log_json:
+    if is_plain:
         if cluster is not None:
             print(f"ps-worker: outer optimizer {config.outer}, compression {config.compression}")
         print("ps-worker: importing torch ...", flush=True)
@@ -210,8 +219,22 @@ def _digits(arguments: argparse.Namespace) -> None:
         digits.train_alone(config, num_workers, index, report, arguments.all_images)
     else:
         digits.train_in_cluster(
-            config, cluster, report, arguments.connect_timeout_s, arguments.save_center, security_of(arguments)
+            config,
+            cluster,
+            report,
+            arguments.connect_timeout_s,
+            arguments.save_center,
+            security_of(arguments),
+            _say if is_plain else _say_nothing,
         )
+
+
+def _say(line: str) -> None:
+    print(f"ps-worker: {line}", file=sys.stderr, flush=True)
+
+
+def _say_nothing(_: str) -> None:
+    pass
 
 
 def _alone_index(task_index: int | str | None) -> int:
@@ -220,12 +243,13 @@ def _alone_index(task_index: int | str | None) -> int:
     return int(task_index or 0)
 
 
-def _cluster_of(arguments: argparse.Namespace) -> ClusterSpec:
+def _cluster_of(arguments: argparse.Namespace, say: Callable[[str], None]) -> ClusterSpec:
     from ma_client.cluster.spec import ClusterSpec
 
-    return ClusterSpec.resolve(
-        **_cluster_flags(arguments), join_timeout_s=arguments.connect_timeout_s, security=security_of(arguments)
-    )
+    with says_if_slow(say, "waits for the parameter server to assign a task index"):
+        return ClusterSpec.resolve(
+            **_cluster_flags(arguments), join_timeout_s=arguments.connect_timeout_s, security=security_of(arguments)
+        )
 
 
 def _cluster_flags(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from modelaverage.commands.slow import says_if_slow
 from modelaverage.errors import ModelAverageError
 from modelaverage.runtime.output import CLOSED_PIPE_EXIT_CODE, OutputLostError
 from ps_worker.commands.stop_signals import end_at_once_on_signals, exit_code_for, stop_signals
@@ -43,10 +44,15 @@ async def _script(engine: Engine, command: Sequence[str], processes: Processes) 
     say = _printer("", sys.stderr)
     started_at_s = time.monotonic()
     async with engine(processes, say) as cluster:
-        await cluster.start_servers()
+        with says_if_slow(say, "ma-launch: waits for the parameter server to listen"):
+            await cluster.start_servers()
+        has_printed = asyncio.Event()
         for index in range(cluster.num_workers):
             prefix = f"[worker-{index}] "
-            cluster.start_worker(index, command, _printer(prefix, sys.stdout), _printer(prefix, sys.stderr))
+            output, errors = (_noting(has_printed, _printer(prefix, file)) for file in (sys.stdout, sys.stderr))
+            cluster.start_worker(index, command, output, errors)
+        workers = "the worker has" if cluster.num_workers == 1 else f"{cluster.num_workers} workers have"
+        silent = f"ma-launch: {workers} started and printed nothing yet"
         watch = ServerWatch()
 
         async def tell() -> None:
@@ -56,14 +62,23 @@ async def _script(engine: Engine, command: Sequence[str], processes: Processes) 
             say(f"ma-launch: {happened}")
 
         try:
-            async with beside(keep_looking(cluster, watch, say)):
-                await cluster.workers_done()
+            with says_if_slow(say, silent, lambda: not has_printed.is_set()):
+                async with beside(keep_looking(cluster, watch, say)):
+                    await cluster.workers_done()
             await tell()
         except (ProcessFailedError, asyncio.CancelledError):
             await tell()
             raise
         finally:
             watch.close()
+
+
+def _noting(has_printed: asyncio.Event, handle: LineHandler) -> LineHandler:
+    def note(line: str) -> None:
+        has_printed.set()
+        handle(line)
+
+    return note
 
 
 def _printer(prefix: str, file: TextIO) -> LineHandler:

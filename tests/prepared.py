@@ -21,60 +21,114 @@ import socket
 import subprocess
 import sys
 import threading
+import warnings
+import weakref
 from pathlib import Path
 from typing import IO, Any
 
 __all__ = ["Prepared"]
 
-_IMPORTED = ("ps_server.__main__", "ma_client", "tests.killed_server", "tests.killed_worker", "tests.compressed_worker")
+_IMPORTED = (
+    "ps_server.__main__",
+    "ma_client",
+    "tests.killed_server",
+    "tests.killed_worker",
+    "tests.compressed_worker",
+    "tests.shard_worker",
+    "tests.worker_process",
+)
 _MAX_ORDER_BYTES = 1 << 17  # the environment
 _STDERR = 2
 
 
 class Prepared:
-    """A process that runs a module. Its standard output is a pipe; its standard error is that of the test.
+    """A process that runs a module, like `subprocess.Popen` with ``text=True`` of `python -m MODULE ARGUMENTS`.
 
     Args:
         module: what it runs.
         arguments: of the command.
+        pipes: whether its standard input and standard error are pipes, too; otherwise they are /dev/null and those of
+            the test.
+        warnings_are_errors: whether it raises warnings.
 
     Attributes:
         pid: its id.
+        stdin: for its input, if it is a pipe.
         stdout: what it prints.
+        stderr: what it prints there, if it is a pipe.
+        returncode: its exit code, or the negative number of the signal that ended it, once `poll` or `wait` knows it.
     """
 
-    def __init__(self, module: str, *arguments: str) -> None:
-        output, its_output = os.pipe()
+    def __init__(self, module: str, *arguments: str, pipes: bool = False, warnings_are_errors: bool = False) -> None:
         self._end, its_end = os.pipe()
-        order = {"module": module, "arguments": arguments, "environ": dict(os.environ), "cwd": str(Path.cwd())}
-        self.pid, self._pidfd = _original().fork(order, [its_output, _STDERR, its_end])
-        os.close(its_output)
-        os.close(its_end)
+        output, its_output = os.pipe()
+        its_input, given = os.pipe() if pipes else (os.open(os.devnull, os.O_RDONLY), -1)
+        errors, its_errors = os.pipe() if pipes else (-1, os.dup(_STDERR))
+        order = {
+            "module": module,
+            "arguments": arguments,
+            "environ": dict(os.environ),
+            "cwd": str(Path.cwd()),
+            "warnings_are_errors": warnings_are_errors,
+        }
+        its_own = [its_input, its_output, its_errors, its_end]
+        self.pid, self._pidfd = _original().fork(order, its_own)
+        weakref.finalize(self, os.close, self._pidfd)
+        for descriptor in its_own:
+            os.close(descriptor)
+        self.stdin: IO[str] | None = os.fdopen(given, "w") if pipes else None
         self.stdout: IO[str] = os.fdopen(output)
+        self.stderr: IO[str] | None = os.fdopen(errors) if pipes else None
+        self.returncode: int | None = None
         self._waiting = threading.Lock()
-        self._code: int | None = None
+
+    def send_signal(self, number: int) -> None:
+        """Sends it a signal, if it still runs."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, number)
 
     def kill(self) -> None:
         """SIGKILL, if it still runs."""
-        if self._code is None:
-            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        self.send_signal(signal.SIGKILL)
 
-    def wait(self) -> int:
-        """Waits for its end; its exit code, or the negative number of the signal that ended it."""
+    def poll(self) -> int | None:
+        """Its exit code; None: it still runs."""
+        try:
+            return self.wait(0.0)
+        except TimeoutError:
+            return None
+
+    def wait(self, timeout_s: float | None = None) -> int:
+        """Waits for its end, and returns its exit code. Raises TimeoutError."""
         with self._waiting:
-            if self._code is None:
+            if self.returncode is None:
+                if not select.select([self._end], [], [], timeout_s)[0]:
+                    raise TimeoutError(f"process {self.pid} has not ended after {timeout_s} s")
                 code = os.read(self._end, 16)
                 assert code, "the process that was forked is gone"
-                self._code = int(code)
+                self.returncode = int(code)
                 os.close(self._end)
-                os.close(self._pidfd)
-            return self._code
+            return self.returncode
 
-    def communicate(self) -> None:
-        """Waits until nothing more is printed, and for its end."""
-        with self.stdout as lines:
-            lines.read()
-        self.wait()
+    def communicate(self, timeout_s: float | None = None) -> tuple[str, str]:
+        """Closes its input, and waits for its end; returns the rest of its output and errors."""
+        if self.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self.stdin.close()
+        found = ["", ""]
+
+        def read(index: int, pipe: IO[str]) -> None:
+            with pipe:
+                found[index] = pipe.read()
+
+        pipes = [(index, pipe) for index, pipe in enumerate((self.stdout, self.stderr)) if pipe and not pipe.closed]
+        readers = [threading.Thread(target=read, args=each, daemon=True) for each in pipes]
+        for reader in readers:
+            reader.start()
+        self.wait(timeout_s)
+        for reader in readers:
+            reader.join(timeout_s)
+        return found[0], found[1]
 
 
 class _Original:
@@ -119,20 +173,20 @@ def _next_order(orders: socket.socket) -> dict[str, Any]:
                 poll.unregister(ready)
                 _tell_end(ready, *running.pop(ready))
                 continue
-            order, descriptors, _, _ = socket.recv_fds(orders, _MAX_ORDER_BYTES, 3)
+            order, descriptors, _, _ = socket.recv_fds(orders, _MAX_ORDER_BYTES, 4)
             if not order:  # the test process has ended
                 os._exit(0)
-            output, errors, end = descriptors
+            *standard, end = descriptors
             pid = os.fork()
             if pid == 0:
-                os.dup2(output, 1)
-                os.dup2(errors, 2)
+                for number, descriptor in enumerate(standard):
+                    os.dup2(descriptor, number)
                 for descriptor in (*descriptors, *running, *(end for _, end in running.values())):
                     os.close(descriptor)
                 orders.close()
                 return dict(json.loads(order))
-            os.close(output)
-            os.close(errors)
+            for descriptor in standard:
+                os.close(descriptor)
             process = os.pidfd_open(pid)
             socket.send_fds(orders, [str(pid).encode()], [process])
             running[process] = pid, end
@@ -147,11 +201,13 @@ def _tell_end(process: int, pid: int, end: int) -> None:
     os.close(process)
 
 
-def _run(module: str, arguments: list[str], environ: dict[str, str], cwd: str) -> None:
+def _run(module: str, arguments: list[str], environ: dict[str, str], cwd: str, warnings_are_errors: bool) -> None:
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environ)
     sys.argv = [module, *arguments]
+    if warnings_are_errors:
+        warnings.simplefilter("error")
     name = f"{module}.__main__" if hasattr(sys.modules.get(module), "__path__") else module
     sys.modules.pop(name, None)  # it runs again, as the main module
     runpy.run_module(module, run_name="__main__", alter_sys=True)

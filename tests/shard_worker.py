@@ -48,7 +48,7 @@ class ShardWorker(Process):
         self, worker: int, addresses: Sequence[str], rounds: int, hold: tuple[int, int, int] | None = None
     ) -> None:
         told = {"worker": worker, "addresses": list(addresses), "rounds": rounds, "hold": hold}
-        super().__init__("-m", "tests.shard_worker", json.dumps(told))
+        super().__init__("tests.shard_worker", json.dumps(told))
 
     def comes_to(self, step: int) -> None:
         """Waits until it has the center of this step."""

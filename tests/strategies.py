@@ -11,7 +11,7 @@ __all__ = ["fast", "manifests", "thorough"]
 
 # Derandomized, so that a test that passes once always passes, on every machine.
 fast = settings(derandomize=True, deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
-thorough = settings(fast, max_examples=300)
+thorough = settings(fast, max_examples=200)
 
 
 def manifests(min_elements: int = 0) -> st.SearchStrategy[Manifest]:

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from ma_client import ConflictError, InvalidRequestError, OuterAverage, OuterSGD, ParameterServerSession
 from modelaverage.chosen import NOTHING_CHOSEN
 from modelaverage.errors import Reason
-from tests.conftest import RunningServer, StartServer
+from tests.conftest import StartServer
+from tests.many_sessions import ManySessions
 
 pytestmark = pytest.mark.in_memory
 
@@ -21,26 +22,14 @@ START: dict[str, NDArray[Any]] = {"w": np.linspace(-1, 1, 5000, dtype=np.float32
 CODECS = ["bfloat16", "int8", "int4"]
 
 
-class Servers:
-    """The servers of one job, and sessions with all of them."""
-
-    def __init__(self, servers: list[RunningServer], sessions: ExitStack) -> None:
-        self.addresses = [server.address for server in servers]
-        self._sessions = sessions
-
-    def worker(self, index: int) -> ParameterServerSession:
-        session = ParameterServerSession(self.addresses, worker_id=f"worker-{index}", is_chief=index == 0)
-        return self._sessions.enter_context(session)
-
-
 @pytest.fixture(params=[1, 3])
-def job(request: pytest.FixtureRequest, start_server: StartServer) -> Iterator[Servers]:
+def job(request: pytest.FixtureRequest, start_server: StartServer) -> Iterator[ManySessions]:
     with ExitStack() as sessions:
-        yield Servers([start_server(1) for _ in range(request.param)], sessions)
+        yield ManySessions([start_server(1) for _ in range(request.param)], sessions)
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_the_chief_chooses_the_compression_and_everybody_is_told(codec: str, job: Servers) -> None:
+def test_the_chief_chooses_the_compression_and_everybody_is_told(codec: str, job: ManySessions) -> None:
     chief, other = job.worker(0), job.worker(1)
     assert chief.compression is None
     chief.initialize(START, compression=codec)
@@ -52,7 +41,7 @@ def test_the_chief_chooses_the_compression_and_everybody_is_told(codec: str, job
 
 
 @pytest.mark.parametrize("none", [None, "none", "raw"])
-def test_without_compression_everything_is_raw_and_servers_tell_nothing(none: str | None, job: Servers) -> None:
+def test_without_compression_everything_is_raw_and_servers_tell_nothing(none: str | None, job: ManySessions) -> None:
     chief = job.worker(0)
     chief.initialize(START, compression=none)
     assert chief.compression == "raw"
@@ -62,7 +51,7 @@ def test_without_compression_everything_is_raw_and_servers_tell_nothing(none: st
 
 
 @pytest.mark.parametrize(("wrong", "said"), [("int4", "int4"), ("none", "none")])
-def test_a_worker_that_names_another_is_refused_with_both_named(wrong: str, said: str, job: Servers) -> None:
+def test_a_worker_that_names_another_is_refused_with_both_named(wrong: str, said: str, job: ManySessions) -> None:
     chief, other = job.worker(0), job.worker(1)
     chief.initialize(START, compression="int8")
     for refused in (other.pull, lambda **named: job.worker(0).initialize(START, **named)):
@@ -74,14 +63,14 @@ def test_a_worker_that_names_another_is_refused_with_both_named(wrong: str, said
     assert other.base_step == 0
 
 
-def test_a_job_without_compression_is_no_job_for_a_worker_that_names_one(job: Servers) -> None:
+def test_a_job_without_compression_is_no_job_for_a_worker_that_names_one(job: ManySessions) -> None:
     job.worker(0).initialize(START)
     with pytest.raises(ConflictError, match=r"has the compression none, .* names int8") as caught:
         job.worker(1).pull(compression="int8")
     assert caught.value.reason is Reason.COMPRESSION_MISMATCH
 
 
-def test_the_outer_optimizer_is_compared_first_and_each_by_itself(job: Servers) -> None:
+def test_the_outer_optimizer_is_compared_first_and_each_by_itself(job: ManySessions) -> None:
     outer = OuterSGD(lr=0.7)
     job.worker(0).initialize(START, outer_optimizer=outer, compression="int8")
     other = job.worker(1)
@@ -92,7 +81,7 @@ def test_the_outer_optimizer_is_compared_first_and_each_by_itself(job: Servers) 
     other.pull(outer_optimizer=outer, compression="int8")
 
 
-def test_a_chief_that_names_none_goes_along_with_the_center(job: Servers) -> None:
+def test_a_chief_that_names_none_goes_along_with_the_center(job: ManySessions) -> None:
     job.worker(0).initialize(START, compression="int8")
     again = job.worker(0)
     assert not again.initialize(START).initialized
@@ -136,7 +125,7 @@ def test_a_server_that_knows_no_compression_is_found_out(
 
 
 @pytest.mark.parametrize("unknown", ["zip", "int8 ", "INT8", "\u00fc\n"])
-def test_an_unknown_compression_is_refused_before_anything_is_sent(unknown: str, job: Servers) -> None:
+def test_an_unknown_compression_is_refused_before_anything_is_sent(unknown: str, job: ManySessions) -> None:
     chief = job.worker(0)
     for call in (lambda: chief.initialize(START, compression=unknown), lambda: chief.pull(compression=unknown)):
         with pytest.raises(InvalidRequestError, match="is not known here, only none, bfloat16, int8") as caught:
@@ -148,7 +137,7 @@ def test_an_unknown_compression_is_refused_before_anything_is_sent(unknown: str,
 
 
 @pytest.mark.parametrize("wrong", [8, True, b"int8", ["int8"]])
-def test_what_is_no_text_is_a_type_error_that_shows_one(wrong: Any, job: Servers) -> None:
+def test_what_is_no_text_is_a_type_error_that_shows_one(wrong: Any, job: ManySessions) -> None:
     chief = job.worker(0)
     for call in (lambda: chief.initialize(START, compression=wrong), lambda: chief.pull(compression=wrong)):
         with pytest.raises(TypeError, match=r'compression is .*; give a text such as "int8", or None'):

@@ -15,6 +15,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ma_client import ClusterSpec, ModelAverageCustomGetter, ModelAverageOptimizer, ParameterServerSession
 from ma_client.torch.gradient_sync import warn_if_gradients_are_shared
+from ma_client.torch.local_variables import LocalVariables
+from ma_client.torch.role import role_of
 from modelaverage.logs import EVENTS
 from tests.conftest import StartServer
 
@@ -106,6 +108,30 @@ def test_a_wrapper_that_synchronizes_nothing_is_no_reason(caplog: pytest.LogCapt
     assert warnings_of(caplog) == []
     warn_if_gradients_are_shared(model)
     assert len(warnings_of(caplog)) == 1
+
+
+@pytest.mark.usefixtures("in_a_process_group")
+def test_a_wrapper_among_the_ranks_of_one_worker_is_no_reason(caplog: pytest.LogCaptureFixture) -> None:
+    model = net()
+    wrapped = DistributedDataParallel(model)
+    getter = ModelAverageCustomGetter(worker_device="cpu")
+    getter(model)
+    role = role_of(torch.distributed.group.WORLD)
+    LocalVariables(getter, True, role.mirror, role.ranks).warn_if_gradients_are_shared()
+    assert warnings_of(caplog) == []
+    del wrapped
+
+
+@pytest.mark.usefixtures("in_a_process_group")
+def test_a_wrapper_around_the_ranks_of_several_workers_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+    model = net()
+    wrapped = DistributedDataParallel(model)
+    own = role_of(torch.distributed.new_group([0, 1])).ranks
+    warn_if_gradients_are_shared(model, own)
+    (said,) = warnings_of(caplog)
+    assert said.__dict__["modelaverage_fields"]["processes"] == PROCESSES
+    assert "process_group" in said.getMessage()
+    del wrapped
 
 
 def test_one_process_is_no_reason(caplog: pytest.LogCaptureFixture) -> None:

@@ -65,6 +65,12 @@ signal.pause()
 """
 
 
+def said(launched: Launched) -> list[str]:
+    """What it printed on stderr besides that something takes long on a busy machine."""
+    slow = (" s so far)", "there is no center yet")
+    return [line for line in launched.errors if not any(text in line for text in slow)]
+
+
 # Every process of worker 1 except the last one ends with an error.
 FAILING_AT_FIRST = """
 import os, sys
@@ -153,7 +159,7 @@ def test_script_gets_its_arguments_and_its_place_in_the_cluster(launch: Launch) 
     assert launched.ended() == 0, launched.printed()
     arguments = ["--lr", "0.1", "--", "x"]
     assert sorted(launched.lines) == [f"[worker-{i}] worker-{i} of 3 {arguments}" for i in range(3)]
-    *errors, happened = launched.errors
+    *errors, happened = said(launched)
     assert sorted(errors) == [f"[worker-{i}] to stderr" for i in range(3)]
     assert re.fullmatch(
         r"ma-launch: no center was initialized, in \d+\.\d s; worker-0, worker-1 and worker-2 ended with exit code 0",
@@ -191,7 +197,7 @@ def test_ps_auto_starts_as_many_servers_as_the_rule_says(launch: Launch) -> None
 def test_a_number_of_servers_that_makes_no_sense_is_refused(launch: Launch, ps: str) -> None:
     launched = launch(WAITING, ps=ps)
     assert launched.ended() == 2
-    assert launched.errors == [
+    assert said(launched) == [
         f"ma-launch: argument --ps: {ps!r} is not a whole number from 1 up or 'auto' (see `ma-launch --help`)"
     ]
 
@@ -228,12 +234,20 @@ def test_one_dead_server_of_several_ends_the_run(launch: Launch) -> None:
     _, second = sorted(launched.descendants("ps_server serve"))
     os.kill(second, signal.SIGKILL)
     assert launched.ended() == 1
-    happened, last = launched.errors
+    happened, last = said(launched)
     assert re.fullmatch(
         r"ma-launch: no center was initialized, in [\d.]+ s; worker-0 and worker-1 were at work", happened
     )
     assert last == "ma-launch: parameter server ps-1 was ended by SIGKILL"
     assert_nothing_left(launched)
+
+
+def test_workers_that_print_nothing_for_2_s_are_mentioned_once(launch: Launch) -> None:
+    launched = launch(WAITING.replace('print("waiting")', ""), "--workers", "2")
+    launched.wait_for("ma-launch: 2 workers have started and printed nothing yet (2 s so far)")
+    launched.process.send_signal(signal.SIGINT)
+    assert launched.ended() == 130
+    assert len([line for line in launched.errors if "printed nothing yet" in line]) == 1
 
 
 def test_ctrl_c_ends_every_process_within_5_s(launch: Launch) -> None:
@@ -244,7 +258,7 @@ def test_ctrl_c_ends_every_process_within_5_s(launch: Launch) -> None:
     launched.process.send_signal(signal.SIGINT)
     assert launched.ended() == 130
     assert time.monotonic() - started_at_s < 5
-    happened, last = launched.errors
+    happened, last = said(launched)
     assert happened.endswith("worker-0 and worker-1 were at work")
     assert last == "ma-launch: ended by SIGINT, and every process with it"
     assert_nothing_left(launched)
@@ -273,7 +287,7 @@ def test_killed_launcher_leaves_no_orphans(launch: Launch) -> None:
 def test_output_that_nobody_reads_any_more_ends_the_run(launch: Launch) -> None:
     launched = launch("import itertools\nfor number in itertools.count(): print(number)", read_lines=100)
     assert launched.ended() == 128 + signal.SIGPIPE
-    assert launched.errors == []
+    assert said(launched) == []
     assert_nothing_left(launched)
 
 

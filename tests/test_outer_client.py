@@ -14,7 +14,8 @@ from ma_client import ConflictError, InvalidRequestError, OuterAdam, OuterAverag
 from modelaverage.chosen import NOTHING_CHOSEN
 from modelaverage.errors import Reason
 from modelaverage.outer import OuterOptimizer
-from tests.conftest import RunningServer, StartServer
+from tests.conftest import StartServer
+from tests.many_sessions import ManySessions
 from tests.optimizer.workers import together
 
 pytestmark = pytest.mark.in_memory
@@ -24,25 +25,13 @@ DILOCO_TEXT = "sgd:lr=0.7,momentum=0.9,nesterov"
 START: dict[str, NDArray[Any]] = {"w": np.arange(100, dtype=np.float32), "b": np.ones(3)}
 
 
-class Job:
-    """The servers of one job, and sessions with all of them."""
-
-    def __init__(self, servers: list[RunningServer], sessions: ExitStack) -> None:
-        self.addresses = [server.address for server in servers]
-        self._sessions = sessions
-
-    def worker(self, index: int) -> ParameterServerSession:
-        session = ParameterServerSession(self.addresses, worker_id=f"worker-{index}", is_chief=index == 0)
-        return self._sessions.enter_context(session)
-
-
 @pytest.fixture(params=[1, 3])
-def job(request: pytest.FixtureRequest, start_server: StartServer) -> Iterator[Job]:
+def job(request: pytest.FixtureRequest, start_server: StartServer) -> Iterator[ManySessions]:
     with ExitStack() as sessions:
-        yield Job([start_server(1) for _ in range(request.param)], sessions)
+        yield ManySessions([start_server(1) for _ in range(request.param)], sessions)
 
 
-def test_the_chief_chooses_the_outer_optimizer_and_everybody_is_told(job: Job) -> None:
+def test_the_chief_chooses_the_outer_optimizer_and_everybody_is_told(job: ManySessions) -> None:
     chief, other = job.worker(0), job.worker(1)
     assert chief.outer_optimizer is None
     chief.initialize(START, outer_optimizer=DILOCO)
@@ -54,7 +43,7 @@ def test_the_chief_chooses_the_outer_optimizer_and_everybody_is_told(job: Job) -
     other.pull(outer_optimizer="sgd:nesterov,momentum=0.9,lr=7e-1")
 
 
-def test_without_a_choice_the_center_is_the_plain_average(job: Job) -> None:
+def test_without_a_choice_the_center_is_the_plain_average(job: ManySessions) -> None:
     chief = job.worker(0)
     chief.initialize(START)
     assert chief.outer_optimizer == "average"
@@ -63,7 +52,7 @@ def test_without_a_choice_the_center_is_the_plain_average(job: Job) -> None:
 
 
 @pytest.mark.parametrize("wrong", [OuterAverage(), OuterSGD(lr=0.7, momentum=0.8, nesterov=True), OuterAdam(lr=0.1)])
-def test_a_worker_that_names_another_is_refused_with_both_named(wrong: OuterOptimizer, job: Job) -> None:
+def test_a_worker_that_names_another_is_refused_with_both_named(wrong: OuterOptimizer, job: ManySessions) -> None:
     chief, other = job.worker(0), job.worker(1)
     chief.initialize(START, outer_optimizer=DILOCO)
     for refused in (other.pull, lambda **named: job.worker(0).initialize(START, **named)):
@@ -77,7 +66,7 @@ def test_a_worker_that_names_another_is_refused_with_both_named(wrong: OuterOpti
     assert other.base_step == 0
 
 
-def test_a_chief_that_names_none_goes_along_with_the_center(job: Job) -> None:
+def test_a_chief_that_names_none_goes_along_with_the_center(job: ManySessions) -> None:
     job.worker(0).initialize(START, outer_optimizer=DILOCO)
     again = job.worker(0)
     assert not again.initialize(START).initialized
@@ -121,7 +110,7 @@ def test_a_server_that_knows_only_the_average_is_found_out(
             chief.pull(outer_optimizer=DILOCO)
 
 
-def test_what_is_no_outer_optimizer_is_refused_before_anything_is_sent(job: Job) -> None:
+def test_what_is_no_outer_optimizer_is_refused_before_anything_is_sent(job: ManySessions) -> None:
     chief = job.worker(0)
     with pytest.raises(InvalidRequestError, match="outer optimizer 'yogi' is not known here") as caught:
         chief.initialize(START, outer_optimizer="yogi")
@@ -131,7 +120,7 @@ def test_what_is_no_outer_optimizer_is_refused_before_anything_is_sent(job: Job)
     assert chief.initialize(START).initialized
 
 
-def test_rounds_take_the_outer_step(job: Job) -> None:
+def test_rounds_take_the_outer_step(job: ManySessions) -> None:
     worker = job.worker(0)
     worker.initialize({"w": np.zeros(1000)}, outer_optimizer=DILOCO)
     center, momentum = np.zeros(1000), np.zeros(1000)
@@ -165,7 +154,7 @@ def test_a_push_with_weight_0_counts_at_the_barrier_and_not_in_the_average(start
         assert (shown.local_step, shown.loss, shown.nonfinite_values) == (7, 0.5, 0)
 
 
-def test_if_all_abstain_the_center_stays_and_the_round_counts(job: Job) -> None:
+def test_if_all_abstain_the_center_stays_and_the_round_counts(job: ManySessions) -> None:
     worker = job.worker(0)
     worker.initialize(START, outer_optimizer=DILOCO)
     result = worker.push_and_average({name: array + 1 for name, array in START.items()}, weight=0)

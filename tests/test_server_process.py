@@ -24,6 +24,7 @@ from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.__main__ import main
 from tests.conftest import StartServer
 from tests.jobs import CENTER, COUNT, STEP, Job, of, worker
+from tests.prepared import Prepared
 from tests.raw_client import Arrays, RawClient, flat_bytes, fragments_of, push_header, rest_of_center, until
 
 # The process.
@@ -38,20 +39,14 @@ class ServerProcess:
     """
 
     def __init__(self, *arguments: str, num_workers: int = 2) -> None:
-        command = [sys.executable, "-m", "ps_server", "serve", "--bind", "127.0.0.1:0"]
-        self._process = subprocess.Popen(
-            [*command, "--num-workers", str(num_workers), *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            bufsize=0,  # otherwise the first line takes a second one with it, and communicate() never sees that
-        )
-        assert self._process.stdout is not None
+        flags = ["--bind", "127.0.0.1:0", "--num-workers", str(num_workers)]
+        self._process = Prepared("ps_server", "serve", *flags, *arguments, pipes=True)
         # If it never prints a line, killing it ends the wait.
         watchdog = threading.Timer(20, self._process.kill)
         watchdog.start()
-        self.line = self._process.stdout.readline().decode()
+        self.line = self._process.stdout.readline()
         has_data_line = bool(self.line) and not {"off", "--data-port=off", "--tls-cert"} & set(arguments)
-        self.data_line = self._process.stdout.readline().decode() if has_data_line else ""
+        self.data_line = self._process.stdout.readline() if has_data_line else ""
         watchdog.cancel()
         self.address = self.line.split()[-1] if self.line else ""
         self.pid = self._process.pid
@@ -69,8 +64,8 @@ class ServerProcess:
 
     def end(self) -> tuple[int, str, str]:
         """Waits, for a few seconds, for the end: exit code, and what it printed besides its first lines."""
-        out, err = self._process.communicate(timeout=8)
-        return self._process.returncode, out.decode(), err.decode()
+        out, err = self._process.communicate(timeout_s=8)
+        return self._process.wait(), out, err
 
 
 def test_a_push_whose_round_has_committed_gets_its_outcome_though_the_server_stops() -> None:

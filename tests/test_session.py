@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save, save_file
 
 from ma_client import ClusterError, ClusterSpec, Outcome, ParameterServerSession, PushResult
+from ma_client.job.one_server import others_missing
 from modelaverage import wire
 from modelaverage.errors import (
     ConflictError,
@@ -619,3 +620,40 @@ def test_a_push_that_waits_when_its_session_is_closed_ends_in_the_same_words(
     session.close()
     with pytest.raises(ModelAverageError, match=CLOSED):
         ticket.result()
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"b": A["b"]}, "variable 'w' exists only in the center"),
+        ({"w": A["w"]}, "variable 'b' exists only in the center"),
+        ({**A, "x": A["b"]}, "variable 'x' exists only here"),
+        ({"x": A["w"], "b": A["b"]}, "variable 'w' exists only in the center, and 'x' only here"),
+    ],
+)
+def test_a_push_names_the_variable_that_is_missing_or_too_many(
+    variables: dict[str, Array], said: str, lone: ParameterServerSession
+) -> None:
+    lone.initialize(CENTER)
+    with pytest.raises(ConflictError, match=f"^{said}; give all workers the same model"):
+        lone.push_and_average(variables)
+
+
+def test_a_push_that_is_given_up_names_the_workers_that_it_waited_for(start_server: StartServer) -> None:
+    address = start_server(3).address
+    with session_of(address) as a, session_of(address, "b") as b:
+        a.initialize(CENTER)
+        a.pull()
+        with pytest.raises(DeadlineExceededError, match=r"base step 0.*; the round waits for 2 not heard from yet$"):
+            a.push_and_average(A, timeout_s=0.2)
+        b.pull()
+        with pytest.raises(DeadlineExceededError, match=r"; the round waits for 'b', 1 not heard from yet$"):
+            a.push_and_average(A, timeout_s=0.2)
+
+
+def test_who_is_missing_after_a_wait_is_told_without_the_worker_itself_and_only_of_its_round() -> None:
+    status = pb.GetStatusResponse(global_step=3, waiting_for=["a", "b"])
+    status.workers.add(worker_id="b", last_seen_age_s=20.0)
+    assert others_missing(status, "a", 3) == "; the round waits for 'b' (last heard from 20 s ago)"
+    assert others_missing(status, "a", 2) == ""
+    assert others_missing(pb.GetStatusResponse(global_step=3, waiting_for=["a"]), "a", 3) == ""

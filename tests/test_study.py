@@ -21,7 +21,7 @@ from modelaverage.outer import outer_optimizer
 from ps_worker.demo.digits_config import DigitsConfig
 from ps_worker.demo.play import play as play_of_the_demo
 from ps_worker.events.parse import AccuracyEvent, Event
-from study import loss, making
+from study import loss, making, overlap
 from study.compare import rows_of
 from study.kept import KeptArms, Training
 from study.late import LATE_RULES
@@ -114,10 +114,10 @@ def test_centers_that_are_late_and_kept_under_the_steps_since_are_those_of_the_o
     start_server: StartServer,
 ) -> None:
     arm, task, server = replace(ARM, late_steps=3, steps=15), TASKS["digits"](), start_server(2)
-    models = [task.model(arm.seed) for _ in range(2)]  # threads have one generator together
+    models = [task.model(arm.seed) for _ in range(2)]  # torch's generator belongs to all threads
 
     def work(rank: int) -> float:
-        torch.set_num_threads(1)
+        torch.set_num_threads(1)  # as a play does; with more, sums have other bits
         with AtTheLatest([server.address], worker_id=f"w{rank}", is_chief=rank == 0) as session:
             getter = ModelAverageCustomGetter(worker_device="cpu")
             model = getter(models[rank])
@@ -180,6 +180,22 @@ def test_the_command_makes_only_what_is_missing(
     assert [row["codec"] for row in written["rows"]] == ["raw", "int8", "raw", "int8"]
     assert (tmp_path / "quick" / "loss.png").stat().st_size > 10_000
     assert "one seed: no noise known" in capsys.readouterr().out
+
+
+def test_the_table_of_late_centers_needs_no_training_that_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(overlap, "_TASK", "digits")
+    monkeypatch.setattr(overlap, "_QUICK_STEPS", 50)
+    monkeypatch.setattr(os, "nice", int)
+    command = ["--quick", "--runs", str(tmp_path)]
+    assert overlap.main(command) == 0
+    assert len(list((tmp_path / "quick").iterdir())) == 4
+    capsys.readouterr()
+    monkeypatch.delattr(making, "play")
+    assert overlap.main(command) == 0
+    shown = [line.split("│")[1].strip() for line in capsys.readouterr().out.splitlines() if line.count("│") > 3]
+    assert shown == ["none", "keep", "drop", "mix"]
 
 
 def trained(codec: str, seed: int, held_out_loss: float) -> Training:

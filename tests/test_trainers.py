@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from tests.test_server_process import ServerProcess
 ROOT = Path(__file__).parents[1]
 EXAMPLES = {"accelerate": 12, "lightning": 12, "transformers": 8}  # and their rounds
 WORKERS = 2
+RANKS = 2  # of each worker, if it is a group
 TIMEOUT_S = 180
 # Trainers use no network, do not fail on their own warnings, and see one processor each.
 ENVIRON = {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "default", "OMP_NUM_THREADS": "1"}
@@ -52,14 +54,36 @@ def test_a_trainer_ends_with_one_good_center_for_all_workers(package: str) -> No
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("package", [pytest.param(name, marks=without(name)) for name in EXAMPLES])
+def test_under_torchrun_the_ranks_of_a_trainer_are_one_worker(package: str, tmp_path: Path) -> None:
+    torchrun_script = Path(sysconfig.get_path("scripts")) / "torchrun"
+    command = ["-m", "ps_worker.launch", "--workers", str(WORKERS), "--", str(torchrun_script)]
+    command += ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(RANKS)]
+    command += ["tests/trainer_rank.py", example(package), "2", str(tmp_path)]
+    # On CPUs, accelerate has to be told what it does unasked on GPUs.
+    environ = {**ENVIRON, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.pathsep.join(sys.path)}
+    with Launched(command, cwd=ROOT, environ=environ) as launched:
+        assert launched.ended(TIMEOUT_S) == 0, launched.printed()
+    said = {path.name: path.read_text(encoding="utf-8") for path in tmp_path.iterdir()}
+    assert said.keys() == {f"{worker}-{rank}" for worker in range(WORKERS) for rank in range(RANKS)}
+    (end,) = set(said.values())  # all ranks of all workers have the same bits
+    assert end.startswith("2 ")
+    for worker in range(WORKERS):
+        assert launched.lines.count(f"[worker-{worker}] rounds: 2") == 1  # said by one rank
+    assert "averages the gradients" not in launched.printed()
+
+
+@pytest.mark.long
 @without("accelerate")
-def test_a_trainer_that_averages_gradients_under_torchrun_is_warned_about(tmp_path: Path) -> None:
+def test_a_trainer_that_averages_the_gradients_of_several_workers_is_warned_about(tmp_path: Path) -> None:
+    source = (ROOT / example("accelerate")).read_text(encoding="utf-8")
+    script = tmp_path / "without_a_group.py"
+    script.write_text(source.replace("process_group=", "# process_group="), encoding="utf-8")
     command = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
     command += ["--nproc-per-node", str(WORKERS), "--log-dir", str(tmp_path), "--redirects", "2"]
     with ServerProcess(num_workers=WORKERS) as server:
-        # On CPUs, accelerate has to be told what it does unasked on GPUs.
         environ = {**ENVIRON, "MA_PS_HOSTS": server.address, "ACCELERATE_USE_CPU": "true"}
-        with Launched([*command, example("accelerate")], cwd=ROOT, environ=environ) as launched:
+        with Launched([*command, str(script)], cwd=ROOT, environ=environ) as launched:
             assert launched.ended(TIMEOUT_S) == 0, launched.printed()
     for errors in tmp_path.glob("**/stderr.log"):
         text = errors.read_text(encoding="utf-8")

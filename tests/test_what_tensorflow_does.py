@@ -65,7 +65,7 @@ class ServerProcess(Process):
     """`ps-server serve`, which listens."""
 
     def __init__(self, *arguments: str, bind: str) -> None:
-        super().__init__("-m", "ps_server", "serve", "--bind", bind, *arguments)
+        super().__init__("ps_server", "serve", "--bind", bind, *arguments)
         self.arguments = arguments
         self.address = self.line(START_TIMEOUT_S).split()[-1]
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +16,10 @@ import torch
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_worker.__main__ import main as ps_worker_main
 from ps_worker.commands.stop_signals import STOP_SIGNALS
+from ps_worker.demo.stopping import consequence
 from ps_worker.launch import main as launch_main
 from tests.conftest import StartServer
+from tests.launched import Launched
 from tests.raw_client import RawClient, until
 from tests.recorded import slurm, torchrun, without_a_cluster
 
@@ -234,19 +237,57 @@ def test_missing_extra_gives_one_line_that_says_what_to_install(module: str, sta
     assert line.endswith(f"{module} not installed; run: pip install 'torch-model-average[demo]'")
 
 
-def test_sigterm_ends_a_worker_that_waits_at_the_barrier_and_gives_its_place_back(start_server: StartServer) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_worker_that_waits_at_the_barrier_which_says_what_follows_and_gives_its_place_back(
+    number: signal.Signals, start_server: StartServer
+) -> None:
     address = start_server(2, rejoin_timeout_s=600.0).address
     command = [sys.executable, "-m", "ps_worker", "digits", "--ps-hosts", address, "--task-index", "auto"]
     with RawClient(address) as raw, subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as worker:
         try:
             until(lambda: raw.worker("worker-0").waiting, "its first round")
-            worker.terminate()
+            worker.send_signal(number)
             _, errors = worker.communicate(timeout=TIMEOUT_S)
         finally:
             worker.kill()
-        assert worker.returncode == 128 + signal.SIGTERM
+        assert worker.returncode == 128 + number
+        what_follows = "local step 100 of 1200; the server waits for worker-0 until it returns"
+        assert errors.splitlines()[-1:] == [f"ps-worker: stopped by {number.name}; {what_follows}"]
         assert "Traceback" not in errors
+        assert raw.worker("worker-0").has_left
         joined = raw.open_join()
         joined.send(pb.JoinRequest(incarnation=bytes(16)))
         joined.half_close()
         assert joined.receive().task_index == 0
+
+
+def test_ctrl_c_while_a_worker_starts_is_one_line() -> None:
+    with Launched(["-m", "ps_worker", "digits", "--alone"], environ={"PYTHONUNBUFFERED": "1"}) as worker:
+        worker.wait_for("importing torch")
+        worker.process.send_signal(signal.SIGINT)
+        assert worker.ended() == 130
+        assert worker.errors == ["ps-worker: stopped by SIGINT"]
+
+
+def test_a_worker_that_waits_for_the_chief_says_so_and_ctrl_c_ends_the_wait(start_server: StartServer) -> None:
+    cluster = ["--ps-hosts", start_server(2).address, "--num-workers", "2", "--task-index", "1"]
+    with Launched(["-m", "ps_worker", "digits", *cluster]) as worker:
+        worker.wait_for("ps-worker: waits for worker-0, the chief, to initialize the center (2 s so far)")
+        worker.process.send_signal(signal.SIGINT)
+        assert worker.ended() == 130
+        assert worker.errors[-1] == "ps-worker: stopped by SIGINT; local step 0 of 1200"
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        ({"phase": pb.PHASE_UNINITIALIZED, "num_workers": 2, "min_workers": 2}, ""),
+        ({"phase": pb.PHASE_IDLE, "num_workers": 2, "min_workers": 2}, "; the server waits for w until it returns"),
+        ({"phase": pb.PHASE_IDLE, "num_workers": 3, "min_workers": 2}, "; rounds of 2 workers or more go on without w"),
+        ({"phase": pb.PHASE_IDLE, "num_workers": 2, "min_workers": 2, "job_over": True}, ""),
+    ],
+)
+def test_what_a_worker_says_of_the_server_that_it_leaves_is_true(status: dict[str, Any], said: str) -> None:
+    assert consequence(pb.GetStatusResponse(**status), "w") == said
+    finished = [pb.WorkerStatus(worker_id="w", has_finished=True)]
+    assert consequence(pb.GetStatusResponse(**status, workers=finished), "w") == ""

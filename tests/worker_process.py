@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
 import queue
-import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,6 +23,7 @@ from numpy.typing import NDArray
 from ma_client import ParameterServerSession, PushResult
 from modelaverage import wire
 from modelaverage.errors import ModelAverageError
+from tests.prepared import Prepared
 
 if TYPE_CHECKING:
     import torch
@@ -81,21 +80,13 @@ class WorkerError(Exception):
 
 
 class Process:
-    """A Python process whose output is kept. Every wait for it is bounded."""
+    """A process that runs a module, and whose output is kept. Every wait for it is bounded."""
 
-    def __init__(self, *arguments: str) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONWARNINGS": "error"},
-        )
+    def __init__(self, module: str, *arguments: str) -> None:
+        self._process = Prepared(module, *arguments, pipes=True, warnings_are_errors=True)
         self._out: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._errors = list[str]()
         self._more_errors = threading.Condition()
-        assert self._process.stdout is not None
         assert self._process.stderr is not None
         self._readers = [
             threading.Thread(target=self._read_out, args=(self._process.stdout,), daemon=True),
@@ -183,7 +174,7 @@ class WorkerProcess(Process):
     _flags: tuple[str, ...] = ()
 
     def __init__(self) -> None:
-        super().__init__("-m", "tests.worker_process", *self._flags)
+        super().__init__("tests.worker_process", *self._flags)
         self._ready = self._at_work = False
 
     def get_ready(self) -> None:

@@ -17,6 +17,7 @@ __all__ = [
     "TASK_INDEX",
     "WORKER_PER",
     "flag_settings",
+    "index_of_a_process",
     "is_fresh",
     "ranks_of_this_worker",
     "resolve",
@@ -128,6 +129,21 @@ def ranks_of_this_worker(environ: _Environ) -> int:
     """
     ranks = _whole(environ, "LOCAL_WORLD_SIZE", least=1)
     return ranks.value if ranks is not None and _is_worker_per_node(environ) else 1
+
+
+def index_of_a_process(environ: _Environ) -> str | None:
+    """Where a launcher gives this process an index of its own that is taken for its worker's, such as ``RANK='1'``;
+    None: the index is said to be the worker's, or there is none.
+
+    Raises:
+        ClusterError: a variable is malformed.
+    """
+    for _, read in _SOURCES:
+        task = read(environ).task_index
+        if task is not None:
+            is_of_processes = read in (_from_torchrun, _from_slurm) and not _is_worker_per_node(environ)
+            return task.source if is_of_processes else None
+    return None
 
 
 def _is_worker_per_node(environ: _Environ) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from numpy.typing import NDArray
@@ -21,19 +21,22 @@ from modelaverage.chosen import NOTHING_CHOSEN
 from modelaverage.codecs import CODECS, RAW, Codec
 from modelaverage.errors import (
     ConflictError,
+    DeadlineExceededError,
     ModelAverageError,
     NotInitializedError,
     Reason,
 )
+from modelaverage.missing import Missing
 from modelaverage.purpose import Purpose
 from modelaverage.runtime.deadline import Deadline
 from modelaverage.v1 import parameter_server_pb2 as pb
 
-__all__ = ["LocalPart", "OneServer", "WorkerIdentity", "known_codec"]
+__all__ = ["LocalPart", "OneServer", "WorkerIdentity", "known_codec", "others_missing"]
 
 # A round restarts when a worker dies. This many restarts in a row have another cause, and retries do not help.
 _MAX_ROUND_RESTARTS = 100
 _LEAVE_TIMEOUT_S = 1.0
+_MISSING_TIMEOUT_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -231,7 +234,12 @@ class OneServer:
         header, values = self._push_header(base_step, local, purpose), [] if local is None else local.values
 
         def attempt() -> tuple[Answer, Mapping[str, NDArray[Any]] | None]:
-            answer = self.connection.push_and_average(header, values, staging, deadline)
+            try:
+                answer = self.connection.push_and_average(header, values, staging, deadline)
+            except DeadlineExceededError as error:
+                if error.reason is None:  # the server was not asked; it names the missing itself
+                    raise self._naming_the_missing(error, base_step) from None
+                raise
             return answer, answer.elsewhere(copy)
 
         restarts = 0
@@ -252,6 +260,14 @@ class OneServer:
                 self.step, self._center_id = answer.outcome.global_step, answer.outcome.center_id
                 self._loan, self._is_copied = answer.loan, copy
                 return answer.outcome
+
+    def _naming_the_missing(self, error: DeadlineExceededError, base_step: int) -> DeadlineExceededError:
+        """The error of a push that waited too long, with the workers that the server waits for, if it answers soon."""
+        try:
+            status = self.connection.status(Deadline(_MISSING_TIMEOUT_S))
+        except ModelAverageError:
+            return error
+        return DeadlineExceededError(f"{error}{others_missing(status, self.worker_id, base_step)}", None, error.status)
 
     def has_center(self, is_private: bool) -> bool:
         """Whether `center_again` has the center. ``is_private``: no caller got a copy of it."""
@@ -340,6 +356,25 @@ class OneServer:
         if has_base and self._center_id and self._codec is not RAW and purpose is not Purpose.RESTORE:
             header.codec, header.base_center_id = self._codec.name, self._center_id
         return header
+
+
+def others_missing(status: pb.GetStatusResponse, worker_id: str, base_step: int) -> str:
+    """What to append to the error of a worker whose wait for the others is over: whom the round waits for.
+
+    Args:
+        status: of the server, after the wait.
+        worker_id: this worker, which is not named.
+        base_step: of its push.
+
+    Returns:
+        The text; empty if no others are missing, or the server has gone on to another round.
+    """
+    if status.global_step != base_step:
+        return ""
+    missing = Missing.told(status)
+    others = [(name, seen) for name, seen in zip(missing.names, missing.last_seen, strict=True) if name != worker_id]
+    missing = replace(missing, names=tuple(name for name, _ in others), last_seen=tuple(seen for _, seen in others))
+    return f"; the round waits for {missing.text()}" if missing else ""
 
 
 def known_codec(told: str) -> Codec:

@@ -10,7 +10,7 @@ __all__ = ["ModelAverageHook"]
 
 
 class _Training(Protocol):
-    """What the hook controls: an optimizer, or its `Training`."""
+    """What the hook controls: an optimizer, or its `WorkerTraining`."""
 
     def begin(self) -> None: ...
 

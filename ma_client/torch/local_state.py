@@ -7,10 +7,10 @@ from typing import Any, Protocol
 
 import torch
 
-__all__ = ["LocalState", "State"]
+__all__ = ["LocalState", "ParameterState"]
 
 
-class State(Protocol):
+class ParameterState(Protocol):
     """The state of a worker's parameters, by their names."""
 
     def spoilt(self) -> list[str]:
@@ -37,11 +37,11 @@ class LocalState:
         self._named = named
 
     def spoilt(self) -> list[str]:
-        """See `State`."""
+        """See `ParameterState`."""
         return [name for name, slots in self._by_name().items() if not all(map(_is_finite, slots.values()))]
 
     def drop(self, names: Collection[str]) -> None:
-        """See `State`."""
+        """See `ParameterState`."""
         for name, slots in self._by_name().items():
             if name in names:
                 slots.clear()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from ma_client.torch.local_state import State
+from ma_client.torch.local_state import ParameterState
 from modelaverage.errors import InvalidRequestError
 from modelaverage.logs import event
 from modelaverage.names import listed
@@ -36,7 +36,7 @@ class NonfiniteGuard:
         ValueError: there is no such policy.
     """
 
-    def __init__(self, policy: str, state: State) -> None:
+    def __init__(self, policy: str, state: ParameterState) -> None:
         if policy not in POLICIES:
             raise ValueError(f"nonfinite is {policy!r:.80}; choose one of {', '.join(POLICIES)}")
         self._policy = policy

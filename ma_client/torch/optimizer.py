@@ -8,6 +8,7 @@ decentralized data", 2017).
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn, overload
@@ -201,7 +202,8 @@ class ModelAverageOptimizer(TensorFlowMembers):
         found: dict[str, Any] = {**self._local.state_dict(), _STATE_KEY: own}
         if for_torch_checkpointing() and found["param_groups"]:
             first, *others = found["param_groups"]
-            found["param_groups"] = [{**first, _STATE_KEY: own}, *others]
+            # As one value: torch flattens what it has and what it loads, and merges the two.
+            found["param_groups"] = [{**first, _STATE_KEY: json.dumps(own)}, *others]
         for after in self._optimizer_state_dict_post_hooks.values():
             changed = after(self, found)
             found = found if changed is None else changed
@@ -220,6 +222,7 @@ class ModelAverageOptimizer(TensorFlowMembers):
             local = local if changed is None else dict(changed)
         in_groups = [group[_STATE_KEY] for group in local["param_groups"] if _STATE_KEY in group]
         own = local.pop(_STATE_KEY, in_groups[0] if in_groups else None)
+        own = json.loads(own) if isinstance(own, str) else own
         if in_groups:
             groups = [{key: v for key, v in group.items() if key != _STATE_KEY} for group in local["param_groups"]]
             local["param_groups"] = groups

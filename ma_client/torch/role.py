@@ -14,17 +14,17 @@ from ma_client.session import ParameterServerSession
 from ma_client.tensors.mirror import HostMirror
 from ma_client.tensors.refused_tensors import sharded_variable
 from ma_client.torch.custom_getter import ModelAverageCustomGetter
-from ma_client.torch.local_state import State
+from ma_client.torch.local_state import ParameterState
 from ma_client.torch.local_variables import Mirror
 from ma_client.torch.settings import OptimizerSettings
-from ma_client.torch.training.base import Training
+from ma_client.torch.training.base import WorkerTraining
 from ma_client.torch.training.parts import WorkerParts, solo_training
 from ma_client.torch.weighing import Weight
 
-__all__ = ["Alone", "Role", "role_of"]
+__all__ = ["Alone", "WorkerRole", "role_of"]
 
 
-class Role(Protocol):
+class WorkerRole(Protocol):
     """How a process takes part in its worker's training. The methods are called once each, in this order."""
 
     @property
@@ -43,26 +43,26 @@ class Role(Protocol):
     def weight(self, weight: Weight) -> Weight:
         """The worker's weight, given that of this process."""
 
-    def state(self, state: State) -> State:
+    def state(self, state: ParameterState) -> ParameterState:
         """The state of the worker's local optimizer, given that of this process."""
 
-    def training(self, parts: WorkerParts, session: ParameterServerSession | None) -> Training:
+    def training(self, parts: WorkerParts, session: ParameterServerSession | None) -> WorkerTraining:
         """The part of this process in the training."""
 
 
 class Alone:
-    """A worker of one process; see `Role`."""
+    """A worker of one process; see `WorkerRole`."""
 
     ranks: frozenset[int] = frozenset()
 
     def check(self, getter: ModelAverageCustomGetter) -> None:
-        """See `Role`."""
+        """See `WorkerRole`."""
         problem = sharded_variable(getter.model, getter.variables())
         if problem is not None:
             raise ValueError(problem)
 
     def settings(self, read: Callable[[], OptimizerSettings]) -> OptimizerSettings:
-        """See `Role`."""
+        """See `WorkerRole`."""
         ranks = ranks_of_this_worker(os.environ)
         if ranks > 1:
             raise ClusterError(
@@ -73,23 +73,23 @@ class Alone:
         return read()
 
     def mirror(self, model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> Mirror:  # noqa: ARG002
-        """See `Role`."""
+        """See `WorkerRole`."""
         return HostMirror(tensors)
 
     def weight(self, weight: Weight) -> Weight:
-        """See `Role`."""
+        """See `WorkerRole`."""
         return weight
 
-    def state(self, state: State) -> State:
-        """See `Role`."""
+    def state(self, state: ParameterState) -> ParameterState:
+        """See `WorkerRole`."""
         return state
 
-    def training(self, parts: WorkerParts, session: ParameterServerSession | None) -> Training:
-        """See `Role`."""
+    def training(self, parts: WorkerParts, session: ParameterServerSession | None) -> WorkerTraining:
+        """See `WorkerRole`."""
         return solo_training(parts, session)
 
 
-def role_of(process_group: object) -> Role:
+def role_of(process_group: object) -> WorkerRole:
     """The role of this process.
 
     Args:

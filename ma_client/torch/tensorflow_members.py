@@ -15,7 +15,7 @@ from ma_client.torch.hook import ModelAverageHook
 from ma_client.torch.local_parameters import LocalParameters
 from ma_client.torch.settings import OptimizerSettings
 from ma_client.torch.shown_step import ShownGlobalStep
-from ma_client.torch.training.base import Training
+from ma_client.torch.training.base import WorkerTraining
 
 __all__ = ["GradientAndVariable", "Loss", "TensorFlowMembers"]
 
@@ -34,7 +34,7 @@ class TensorFlowMembers(torch.optim.Optimizer):
     _parameters: LocalParameters
     _settings: OptimizerSettings
     _shown: ShownGlobalStep
-    _training: Training
+    _training: WorkerTraining
 
     @not_compiled
     def compute_gradients(

@@ -83,6 +83,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "task_index_lost": ("peer", "cause"),
     "gradients_shared": ("wrapper", "processes"),
     "ranks_differ": ("ranks",),
+    "stopped": ("cause",),
     "progress": ("worker", "round", "local_step", "steps", "loss", "samples_per_s", "waited_s", "accuracy"),
 }
 _EVENT, _FIELDS = "modelaverage_event", "modelaverage_fields"

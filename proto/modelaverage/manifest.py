@@ -416,13 +416,30 @@ def first_difference(ours: Sequence[Variable], theirs: Sequence[Variable], whose
     """Names the first way in which two lists of variables differ, or None. ``whose`` and ``other`` name the sides."""
     for index, (mine, their) in enumerate(zip(ours, theirs, strict=False)):
         if mine.name != their.name:
-            return f"variable {index} is {mine.name!r} {whose} but {their.name!r} {other}"
+            return _different_names(index, ours, theirs, whose, other)
         if mine != their:
             return f"variable {mine.name!r} is {mine} {whose} but {their} {other}"
     if len(ours) == len(theirs):
         return None
     longer, side = (ours, whose) if len(ours) > len(theirs) else (theirs, other)
     return f"variable {longer[min(len(ours), len(theirs))].name!r} exists only {side}"
+
+
+def _different_names(index: int, ours: Sequence[Variable], theirs: Sequence[Variable], whose: str, other: str) -> str:
+    """How the names differ, in two lists that differ first at ``index``, in a name."""
+    our_names, their_names = ([variable.name for variable in variables] for variables in (ours, theirs))
+    ours_known, theirs_known = set(our_names), set(their_names)
+    only_here = next((name for name in our_names if name not in theirs_known), None)
+    only_there = next((name for name in their_names if name not in ours_known), None)
+    mine, their = our_names[index], their_names[index]
+    if (mine, their) == (only_here, only_there):
+        return f"variable {index} is {mine!r} {whose} but {their!r} {other}"
+    if only_there is not None:
+        more = "" if only_here is None else f", and {only_here!r} only {whose}"
+        return f"variable {only_there!r} exists only {other}{more}"
+    if only_here is not None:
+        return f"variable {only_here!r} exists only {whose}"
+    return f"variable {index} is {mine!r} {whose} but {their!r} {other} (the same names in another order)"
 
 
 def _invalid(message: str) -> Exception:

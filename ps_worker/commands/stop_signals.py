@@ -6,7 +6,14 @@ import os
 import signal
 from types import FrameType
 
-__all__ = ["STOP_SIGNALS", "end_at_once_on_signals", "end_cleanly_on_signals", "exit_code_for", "stop_signals"]
+__all__ = [
+    "STOP_SIGNALS",
+    "StoppedBySignal",
+    "end_at_once_on_signals",
+    "end_cleanly_on_signals",
+    "exit_code_for",
+    "stop_signals",
+]
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -33,15 +40,35 @@ def end_at_once_on_signals() -> None:
         signal.signal(number, end)
 
 
+class StoppedBySignal(SystemExit):
+    """A stop signal has come.
+
+    Args:
+        number: the signal.
+
+    Attributes:
+        progress: how far the work has come, and what follows; empty: unknown.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(exit_code_for(number))
+        self.exit_code = exit_code_for(number)
+        self.progress = ""
+        self._name = signal.Signals(number).name
+
+    def __str__(self) -> str:
+        return f"stopped by {self._name}" + (f"; {self.progress}" if self.progress else "")
+
+
 def end_cleanly_on_signals() -> None:
-    """SIGTERM and SIGHUP raise SystemExit, so that the session says goodbye. Without a handler, the first process of a
-    container would ignore SIGTERM."""
-    numbers = [number for number in stop_signals() if number != signal.SIGINT]
+    """Stop signals raise StoppedBySignal, so that the session says goodbye. Without a handler, the first process of a
+    container would ignore SIGTERM. A second Ctrl-C ends the process at once."""
+    numbers = stop_signals()
 
     def end(number: int, _: FrameType | None) -> None:
-        for ignored in numbers:  # a second signal must not interrupt the goodbye
-            signal.signal(ignored, signal.SIG_IGN)
-        raise SystemExit(exit_code_for(number))
+        for other in numbers:  # a second signal must not interrupt the goodbye, unless somebody insists
+            signal.signal(other, signal.SIG_DFL if other == signal.SIGINT else signal.SIG_IGN)
+        raise StoppedBySignal(number)
 
     for number in numbers:
         signal.signal(number, end)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +24,17 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
-from ma_client import ClusterSpec, ModelAverageCustomGetter, ModelAverageOptimizer, ParameterServerSession, Security
+from ma_client import (
+    ClusterSpec,
+    ModelAverageCustomGetter,
+    ModelAverageHook,
+    ModelAverageOptimizer,
+    ParameterServerSession,
+    Security,
+)
+from modelaverage.commands.slow import says_if_slow
 from ps_worker.demo.digits_config import ALONE, ALONE_WITH_ALL, DigitsConfig
+from ps_worker.demo.stopping import says_what_follows
 from ps_worker.events.parse import AccuracyEvent, Event, RoundEvent, StepEvent
 
 __all__ = [
@@ -137,6 +147,7 @@ def train_in_cluster(
     connect_timeout_s: float = 30.0,
     save_center: Path | None = None,
     security: Security | None = None,
+    say: Callable[[str], object] = lambda _: None,
 ) -> None:
     """Trains as one worker of ``cluster``; the chief also evaluates the center after each round.
 
@@ -150,6 +161,7 @@ def train_in_cluster(
         connect_timeout_s: how long to wait until the server answers.
         save_center: where the chief writes the last center, under the names of ``DigitsNet``'s state dict.
         security: as the session's.
+        say: called with a line about a start that takes long.
 
     Raises:
         ModelAverageError: the server does not answer, a round failed, or the center has another outer optimizer or
@@ -159,15 +171,17 @@ def train_in_cluster(
     torch.set_num_threads(1)
     data = DigitsData.load()
     part = data.part(cluster.num_workers, cluster.task_index, config.batch_size)
-    with ParameterServerSession(
-        cluster.ps_hosts,
-        worker_id=cluster.worker_id,
-        is_chief=cluster.is_chief,
-        connect_timeout_s=connect_timeout_s,
-        init_from=cluster.init_from,
-        must_be_new=cluster.must_be_new,
-        security=security,
-    ) as session:
+    with says_if_slow(say, f"waits for the parameter server at {', '.join(cluster.ps_hosts)}"):
+        session = ParameterServerSession(
+            cluster.ps_hosts,
+            worker_id=cluster.worker_id,
+            is_chief=cluster.is_chief,
+            connect_timeout_s=connect_timeout_s,
+            init_from=cluster.init_from,
+            must_be_new=cluster.must_be_new,
+            security=security,
+        )
+    with session:
         getter = ModelAverageCustomGetter(worker_device="cpu")
         model = getter(initial_model(config))
         optimizer = ModelAverageOptimizer(
@@ -180,7 +194,8 @@ def train_in_cluster(
             outer_optimizer=config.outer,
             compression=config.compression,
         )
-        with optimizer.make_session_run_hook():
+        hook = optimizer.make_session_run_hook()
+        with says_what_follows(session, lambda: optimizer.local_step, config.steps), _begun(hook, cluster, say):
             steps_done = min(config.steps, optimizer.global_step * config.interval_steps)
             _set_local_step(optimizer, steps_done)
             meter = Meter(cluster.worker_id, config, report, steps_done, optimizer.global_step)
@@ -199,6 +214,16 @@ def train_in_cluster(
             _train(model, optimizer, part, config, cluster.task_index, meter, after_interval, steps_done)
     if cluster.is_chief and save_center is not None:
         save_file(model.state_dict(), save_center)
+
+
+@contextmanager
+def _begun(hook: ModelAverageHook, cluster: ClusterSpec, say: Callable[[str], object]) -> Iterator[None]:
+    """The hook's context; says so if the center does not come soon."""
+    waits_for = "sends the center" if cluster.is_chief else "waits for worker-0, the chief, to initialize the center"
+    with ExitStack() as stack:
+        with says_if_slow(say, waits_for):
+            stack.enter_context(hook)
+        yield
 
 
 def train_alone(

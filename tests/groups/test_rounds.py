@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from logging.handlers import QueueHandler
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -28,7 +30,7 @@ from ma_client import (
 from ma_client.torch.groups import leader
 from ps_server.rules.policy import RoundPolicy
 from tests.conftest import StartServer
-from tests.groups.plays import close, joined, net, step, train, whole
+from tests.groups.plays import close, joined, net, sgd, step, train, whole
 from tests.groups.ranks import RANKS_PER_WORKER, Rank, Ranks
 
 
@@ -186,6 +188,32 @@ def test_a_process_of_a_node_that_is_one_worker_needs_its_group(monkeypatch: pyt
         ModelAverageOptimizer(torch.optim.SGD(model.parameters()), 1, True, getter)
 
 
+def from_the_environment(rank: Rank, environ: Mapping[str, str]) -> str:
+    """What an optimizer says whose session is made from the environment."""
+    getter = ModelAverageCustomGetter("cpu")
+    model = getter(net())
+    with mock.patch.dict(os.environ, {**environ, "RANK": str(rank.rank)}):
+        try:
+            opt = ModelAverageOptimizer(sgd(model.parameters()), None, None, getter, process_group=rank.group)
+        except ClusterError as error:
+            return str(error)
+    opt.close()
+    return "made"
+
+
+def test_a_group_is_not_the_worker_of_the_index_that_torchrun_gives_to_a_process(
+    start_server: StartServer, ranks: Ranks
+) -> None:
+    launched = {"MA_PS_HOSTS": start_server(2).address, "WORLD_SIZE": "2"}
+    for said in ranks.run(from_the_environment, launched, workers=1):
+        assert said.startswith("RANK='0' is the index of one process, but the 2 ranks of the process_group are one")
+        assert "set MA_TASK_INDEX to the worker's index" in said
+    said_by_hand = {"MA_NUM_WORKERS": "2", "MA_TASK_INDEX": "1"}
+    nodes = {"MA_WORKER_PER": "node", "GROUP_WORLD_SIZE": "2", "GROUP_RANK": "1"}
+    for told in (said_by_hand, nodes):
+        assert ranks.run(from_the_environment, {**launched, **told}, workers=1) == ["made", "made"]
+
+
 # Errors.
 
 
@@ -215,6 +243,36 @@ def late(rank: Rank, address: str) -> tuple[type[BaseException] | None, str, int
         return *found, opt.global_step
     finally:
         close(opt, rank)
+
+
+def late_in_the_background(rank: Rank, address: str) -> dict[str, Any]:
+    """Worker 0 trains during a round that fails, because worker 1 comes later."""
+    model, opt = joined(rank, address, "ddp", net(), interval_steps=2, overlap_steps=1)
+    found: tuple[type[BaseException] | None, str] = None, ""
+    try:
+        with opt.make_session_run_hook():
+            if rank.worker == 0:
+                for number in range(2):
+                    step(model, opt, rank, number)
+                found = error_of(lambda: step(model, opt, rank, 2))
+            dist.barrier()
+            for number in range(opt.local_step, 6):
+                step(model, opt, rank, number)
+        return {"error": found, "values": whole(model), "steps": (opt.global_step, opt.local_step)}
+    finally:
+        close(opt, rank)
+
+
+def test_a_round_that_fails_during_training_fails_in_all_ranks_and_they_train_on(
+    start_server: StartServer, ranks: Ranks
+) -> None:
+    found = ranks.run(late_in_the_background, start_server(RoundPolicy.strict(2, round_timeout_s=0.3)).address)
+    assert [each["error"][0] for each in found] == [DeadlineExceededError, DeadlineExceededError, None, None]
+    assert found[0]["error"] == found[1]["error"]
+    for leads, follows in (found[:2], found[2:]):
+        assert leads["steps"] == follows["steps"]
+        for name, value in leads["values"].items():
+            np.testing.assert_array_equal(follows["values"][name], value, name)
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,6 @@ def test_every_node_of_a_torchrun_job_is_a_worker(monkeypatch: pytest.MonkeyPatc
 
 def test_groups_of_which_ranks_were_killed_are_restarted_and_take_their_places() -> None:
     with ServerProcess(num_workers=2) as server, contextlib.ExitStack() as workers:
-        # Not 1: on a loaded machine gloo's processes sometimes do not find each other, and torchrun tries again.
         flags = ("--standalone", "--max-restarts=5", "--monitor-interval=0.1")
         two = [
             workers.enter_context(torchrun(index, server.address, "examples/group.py", flags=flags))

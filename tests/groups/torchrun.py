@@ -28,7 +28,8 @@ def torchrun(
         processes: of the worker.
     """
     command = ["-m", "torch.distributed.run", *flags, "--local-addr", "127.0.0.1", "--nproc-per-node", str(processes)]
-    cluster = {"MA_PS_HOSTS": address, "OMP_NUM_THREADS": "1"}
+    # Otherwise a restarted process may read the address of one that has died (pytorch#135712): docs/groups.md.
+    cluster = {"MA_PS_HOSTS": address, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     if index is not None:
         cluster |= {"MA_NUM_WORKERS": "2", "MA_TASK_INDEX": str(index)}
     return Launched([*command, *script], cwd=ROOT, environ=cluster)

@@ -141,6 +141,25 @@ def test_torchs_checkpointing_keeps_local_step_and_state(
     assert again.values() == stopped.values()
 
 
+@pytest.mark.parametrize("steps_before", [0, 1], ids=["nothing touched since a round", "a step since a round"])
+def test_torchs_full_checkpoints_replace_all_that_this_worker_knows(
+    steps_before: int, start_server: StartServer, join: Join
+) -> None:
+    worker, options = join(start_server(1), local=adam, interval_steps=2), StateDictOptions(full_state_dict=True)
+    worker.start()
+    for _ in range(2):
+        worker.step(w=1.0, b=1.0)
+    for _ in range(steps_before):
+        worker.step(w=1.0)
+    before = worker.opt.state_dict()["model_average"]
+    saved = pickle.dumps(get_optimizer_state_dict(worker.model, worker.opt, options=options))
+    while worker.opt.local_step < 5:
+        worker.step(b=1.0)
+    # Torch flattens both states, in which an empty list leaves nothing, and merges them.
+    set_optimizer_state_dict(worker.model, worker.opt, pickle.loads(saved), options=options)
+    assert worker.opt.state_dict()["model_average"] == before
+
+
 def test_torchs_flat_checkpoints_leave_local_step_alone(alone: Join) -> None:
     worker, options = alone(local=adam), StateDictOptions(flatten_optimizer_state_dict=True)
     worker.step(w=1.0, b=1.0)

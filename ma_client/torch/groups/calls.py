@@ -10,11 +10,11 @@ from typing import Any
 from ma_client.job.results import PushResult
 from modelaverage.errors import ModelAverageError
 
-__all__ = ["Call", "Done", "Failed", "Result", "Standing", "Waiting", "result_of", "sendable"]
+__all__ = ["GroupCall", "GroupDone", "GroupFailed", "GroupWaiting", "RankResult", "Standing", "result_of", "sendable"]
 
 
 @dataclass(frozen=True)
-class Call:
+class GroupCall:
     """All ranks do this now, and tell each other their results.
 
     Args:
@@ -27,7 +27,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Waiting:
+class GroupWaiting:
     """The leader still waits for the servers. Keeps the ranks' waits below their backend's timeout."""
 
 
@@ -53,7 +53,7 @@ class Standing:
 
 
 @dataclass(frozen=True)
-class Done:
+class GroupDone:
     """What the ranks were called together for is done.
 
     Args:
@@ -66,18 +66,20 @@ class Done:
 
 
 @dataclass(frozen=True)
-class Failed:
+class GroupFailed:
     """It has failed; all ranks raise this error.
 
     Args:
         error: from rank 0.
+        standing: None: the worker has none yet.
     """
 
     error: Exception
+    standing: Standing | None = None
 
 
 @dataclass(frozen=True)
-class Result:
+class RankResult:
     """What one rank did for a call.
 
     Args:
@@ -105,9 +107,9 @@ def sendable(error: BaseException, rank: int) -> Exception:
     return ModelAverageError(f"{where}: {type(error).__name__}: {error}")
 
 
-def result_of(work: Callable[[], Any], rank: int) -> Result:
+def result_of(work: Callable[[], Any], rank: int) -> RankResult:
     """What a rank has found, or its error."""
     try:
-        return Result(work())
+        return RankResult(work())
     except Exception as error:
-        return Result(error=sendable(error, rank))
+        return RankResult(error=sendable(error, rank))

@@ -10,11 +10,11 @@ import torch
 
 from ma_client.session import ParameterServerSession
 from ma_client.torch.custom_getter import ModelAverageCustomGetter
-from ma_client.torch.groups.calls import Call, Done, Failed, result_of
+from ma_client.torch.groups.calls import GroupCall, GroupDone, GroupFailed, result_of
 from ma_client.torch.groups.following import FollowingTraining
 from ma_client.torch.groups.mirror import GroupMirror
 from ma_client.torch.groups.worker_group import WorkerGroup
-from ma_client.torch.local_state import State
+from ma_client.torch.local_state import ParameterState
 from ma_client.torch.local_variables import LocalVariables
 from ma_client.torch.settings import OptimizerSettings
 from ma_client.torch.training.parts import WorkerParts
@@ -38,7 +38,7 @@ class _Answer:
 
 
 class Follower:
-    """Follows rank 0; see `Role`.
+    """Follows rank 0; see `WorkerRole`.
 
     Args:
         group: the ranks.
@@ -50,30 +50,30 @@ class Follower:
         self._answers: dict[str, _Answer] = {}
 
     def check(self, getter: ModelAverageCustomGetter) -> None:
-        """See `Role`. A group takes every model that its getter takes."""
+        """See `WorkerRole`. A group takes every model that its getter takes."""
 
     def settings(self, read: Callable[[], OptimizerSettings]) -> OptimizerSettings:  # noqa: ARG002
-        """See `Role`."""
-        settings: OptimizerSettings = self.follow().value
+        """See `WorkerRole`."""
+        settings: OptimizerSettings = self._followed().value
         return settings
 
     def mirror(self, model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> GroupMirror:
-        """See `Role`."""
+        """See `WorkerRole`."""
         return GroupMirror(self._group, model, tensors)
 
     def weight(self, weight: Weight) -> Weight:
-        """See `Role`."""
+        """See `WorkerRole`."""
         self._answers["count"] = _Answer(weight if callable(weight) else lambda: 0.0)
         return weight
 
-    def state(self, state: State) -> State:
-        """See `Role`."""
+    def state(self, state: ParameterState) -> ParameterState:
+        """See `WorkerRole`."""
         self._answers["spoilt"] = _Answer(state.spoilt)
         self._answers["drop"] = _Answer(state.drop)
         return state
 
     def training(self, parts: WorkerParts, session: ParameterServerSession | None) -> FollowingTraining:
-        """See `Role`.
+        """See `WorkerRole`.
 
         Raises:
             ValueError: this rank was given a session.
@@ -82,7 +82,7 @@ class Follower:
         self._answers["gather"] = _Answer(model.check, model.gather)
         self._answers["digest"] = _Answer(model.digest)
         self._answers["scatter"] = _Answer(model.check, model.scatter)
-        standing = self.follow().standing
+        standing = self._followed().standing
         assert standing is not None  # as `Leader.training` answers
         if session is not None:
             raise ValueError(
@@ -91,23 +91,26 @@ class Follower:
             )
         return FollowingTraining(self.follow, self._group.rank, parts, standing)
 
-    def follow(self) -> Done:
-        """Does what rank 0 calls for, until it says that it is done.
+    def follow(self) -> GroupDone | GroupFailed:
+        """Does what rank 0 calls for, until it says how that has ended.
 
         Raises:
-            Exception: what rank 0 has told as failed.
             RuntimeError: a rank has died, as torch says it.
         """
         while True:
             said = self._group.told()
-            if isinstance(said, Call):
+            if isinstance(said, GroupCall):
                 self._take_part(said)
-            elif isinstance(said, Failed):
-                raise said.error
-            elif isinstance(said, Done):
+            elif isinstance(said, (GroupDone, GroupFailed)):
                 return said
 
-    def _take_part(self, call: Call) -> None:
+    def _followed(self) -> GroupDone:
+        said = self.follow()
+        if isinstance(said, GroupFailed):
+            raise said.error
+        return said
+
+    def _take_part(self, call: GroupCall) -> None:
         answer = self._answers[call.name]
         own = result_of(lambda: answer.alone(*call.arguments), self._group.rank)
         results = self._group.collected(own)

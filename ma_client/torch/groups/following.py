@@ -9,7 +9,7 @@ import torch
 
 from ma_client.job.results import PushResult
 from ma_client.session import ParameterServerSession
-from ma_client.torch.groups.calls import Done, Standing
+from ma_client.torch.groups.calls import GroupDone, GroupFailed, Standing
 from ma_client.torch.training.parts import WorkerParts
 from modelaverage.errors import ConflictError
 
@@ -17,10 +17,10 @@ __all__ = ["FollowingTraining"]
 
 
 class FollowingTraining:
-    """See `Training`.
+    """See `WorkerTraining`.
 
     Args:
-        follow: does what rank 0 calls for, until it is done; see `Follower.follow`.
+        follow: does what rank 0 calls for; see `Follower.follow`.
         rank: in the group.
         parts: of the worker, in this rank.
         standing: where the worker is.
@@ -29,7 +29,9 @@ class FollowingTraining:
         loss: has no effect: rank 0 says the loss.
     """
 
-    def __init__(self, follow: Callable[[], Done], rank: int, parts: WorkerParts, standing: Standing) -> None:
+    def __init__(
+        self, follow: Callable[[], GroupDone | GroupFailed], rank: int, parts: WorkerParts, standing: Standing
+    ) -> None:
         self._do = follow
         self._rank = rank
         self._parts = parts
@@ -43,17 +45,17 @@ class FollowingTraining:
 
     @property
     def has_begun(self) -> bool:
-        """See `Training`."""
+        """See `WorkerTraining`."""
         return self._standing.has_begun
 
     @property
     def global_step(self) -> int:
-        """See `Training`."""
+        """See `WorkerTraining`."""
         return self._standing.global_step
 
     @property
     def base_step(self) -> int | None:
-        """See `Training`."""
+        """See `WorkerTraining`."""
         return self._standing.base_step
 
     @base_step.setter
@@ -62,48 +64,53 @@ class FollowingTraining:
 
     @property
     def last_round(self) -> PushResult | None:
-        """See `Training`; without the center."""
+        """See `WorkerTraining`; without the center."""
         return self._standing.last_round
 
     def begin(self) -> None:
-        """See `Training`."""
+        """See `WorkerTraining`."""
         self._follow()
 
     def initialize_center(self) -> None:
-        """See `Training`."""
+        """See `WorkerTraining`."""
         self._follow()
 
     def start_from_center(self) -> None:
-        """See `Training`."""
+        """See `WorkerTraining`."""
         self._follow()
 
     def after_step(self, local_step: int, loss: float | torch.Tensor | None) -> None:  # noqa: ARG002
-        """See `Training`."""
+        """See `WorkerTraining`."""
         if local_step % self._parts.settings.interval_steps == 0 or self._standing.is_under_way:
             self._follow()
 
     def average(self) -> None:
-        """See `Training`."""
+        """See `WorkerTraining`."""
         self._follow()
 
     def wait(self) -> None:
-        """See `Training`."""
+        """See `WorkerTraining`."""
         if self._standing.is_under_way:
             self._follow()
 
     def wait_to_save(self) -> None:
-        """See `Training`. Trainers save an optimizer in rank 0 alone."""
+        """See `WorkerTraining`. Trainers save an optimizer in rank 0 alone."""
 
     def finish(self, final_round: bool, wait_for_others_s: float) -> None:  # noqa: ARG002
-        """See `Training`."""
+        """See `WorkerTraining`."""
         self._follow()
 
     def close(self) -> None:
         """Does nothing: there is no session here."""
 
     def _follow(self) -> None:
-        standing = self._do().standing
-        assert standing is not None  # as `LedTraining` answers
+        said = self._do()
+        if said.standing is not None:
+            self._stand(said.standing)
+        if isinstance(said, GroupFailed):
+            raise said.error
+
+    def _stand(self, standing: Standing) -> None:
         own, leaders = self._parts.progress.local_step, standing.progress["local_step"]
         if own != leaders:
             raise ConflictError(

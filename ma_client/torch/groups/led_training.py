@@ -10,17 +10,17 @@ import torch
 
 from ma_client.job.results import PushResult
 from ma_client.session import ParameterServerSession
-from ma_client.torch.groups.calls import Done, Standing
+from ma_client.torch.groups.calls import GroupDone, Standing
 from ma_client.torch.progress import Progress
 from ma_client.torch.training.solo import SoloTraining
 
 __all__ = ["LedTraining"]
 
-_Lead = Callable[[Callable[[], Any], Callable[[Any], Done]], Any]
+_Lead = Callable[[Callable[[], Any], Callable[[Any], GroupDone], Callable[[], Standing]], Any]
 
 
 class LedTraining:
-    """See `Training`.
+    """See `WorkerTraining`.
 
     Args:
         own: makes the worker's rounds.
@@ -49,7 +49,7 @@ class LedTraining:
 
     @property
     def loss(self) -> float | None:
-        """See `Training`."""
+        """See `WorkerTraining`."""
         return self._own.loss
 
     @loss.setter
@@ -58,22 +58,22 @@ class LedTraining:
 
     @property
     def session(self) -> ParameterServerSession:
-        """See `Training`."""
+        """See `WorkerTraining`."""
         return self._own.session
 
     @property
     def has_begun(self) -> bool:
-        """See `Training`."""
+        """See `WorkerTraining`."""
         return self._own.has_begun
 
     @property
     def global_step(self) -> int:
-        """See `Training`."""
+        """See `WorkerTraining`."""
         return self._own.global_step
 
     @property
     def base_step(self) -> int | None:
-        """See `Training`."""
+        """See `WorkerTraining`."""
         return self._own.base_step
 
     @base_step.setter
@@ -82,44 +82,44 @@ class LedTraining:
 
     @property
     def last_round(self) -> PushResult | None:
-        """See `Training`."""
+        """See `WorkerTraining`."""
         return self._own.last_round
 
     def begin(self) -> None:
-        """See `Training`."""
+        """See `WorkerTraining`."""
         self._lead(self._own.begin)
 
     def initialize_center(self) -> None:
-        """See `Training`."""
+        """See `WorkerTraining`."""
         self._lead(self._own.initialize_center)
 
     def start_from_center(self) -> None:
-        """See `Training`."""
+        """See `WorkerTraining`."""
         self._lead(self._own.start_from_center)
 
     def after_step(self, local_step: int, loss: float | torch.Tensor | None) -> None:
-        """See `Training`."""
+        """See `WorkerTraining`."""
         if self._own.schedule.has_work(local_step):
             self._lead(lambda: self._round(lambda: self._own.after_step(local_step, loss)))
 
     def average(self) -> None:
-        """See `Training`."""
+        """See `WorkerTraining`."""
         self._lead(lambda: self._round(self._own.average))
 
     def wait(self) -> None:
-        """See `Training`."""
+        """See `WorkerTraining`."""
         if self._own.schedule.is_under_way:
             self._lead(self._own.wait)
 
     def wait_to_save(self) -> None:
-        """See `Training`. Trainers save an optimizer in rank 0 alone, which cannot end a round."""
+        """See `WorkerTraining`. Trainers save an optimizer in rank 0 alone, which cannot end a round."""
 
     def finish(self, final_round: bool, wait_for_others_s: float) -> None:
-        """See `Training`."""
+        """See `WorkerTraining`."""
         self._lead(lambda: self._own.finish(final_round, wait_for_others_s))
 
     def close(self) -> None:
-        """See `Training`."""
+        """See `WorkerTraining`."""
         self._own.close()
 
     def _round(self, work: Callable[[], None]) -> None:
@@ -128,4 +128,4 @@ class LedTraining:
         work()
 
     def _lead(self, work: Callable[[], None]) -> None:
-        self._do(work, lambda _: Done(self.standing()))
+        self._do(work, lambda _: GroupDone(self.standing()), self.standing)

@@ -9,10 +9,10 @@ import torch
 from ma_client.job.results import PushResult
 from ma_client.session import ParameterServerSession
 
-__all__ = ["Training"]
+__all__ = ["WorkerTraining"]
 
 
-class Training(Protocol):
+class WorkerTraining(Protocol):
     """One process' part in a worker's training: all of it, or that of one rank of a group.
 
     Errors are those of `ModelAverageOptimizer`'s methods of the same names.

@@ -17,7 +17,7 @@ __all__ = ["SoloTraining"]
 
 
 class SoloTraining:
-    """The training of a worker that is one process, or led by one. See `Training` for what is not described here.
+    """The training of a worker that is one process, or led by one. See `WorkerTraining` for what is not described here.
 
     Args:
         replica: its local variables and their session.
@@ -34,7 +34,7 @@ class SoloTraining:
 
     @property
     def loss(self) -> float | None:
-        """See `Training`."""
+        """See `WorkerTraining`."""
         return self._rounds.loss
 
     @loss.setter
@@ -43,22 +43,22 @@ class SoloTraining:
 
     @property
     def session(self) -> ParameterServerSession:
-        """See `Training`."""
+        """See `WorkerTraining`."""
         return self._replica.session
 
     @property
     def has_begun(self) -> bool:
-        """See `Training`."""
+        """See `WorkerTraining`."""
         return self.session.num_workers is not None
 
     @property
     def global_step(self) -> int:
-        """See `Training`."""
+        """See `WorkerTraining`."""
         return self._replica.holder.global_step
 
     @property
     def base_step(self) -> int | None:
-        """See `Training`."""
+        """See `WorkerTraining`."""
         return self.session.base_step
 
     @base_step.setter
@@ -67,23 +67,23 @@ class SoloTraining:
 
     @property
     def last_round(self) -> PushResult | None:
-        """See `Training`."""
+        """See `WorkerTraining`."""
         return self._rounds.last
 
     def after_step(self, local_step: int, loss: float | torch.Tensor | None) -> None:
-        """See `Training`."""
+        """See `WorkerTraining`."""
         self.schedule.after_step(local_step, loss)
 
     def average(self) -> None:
-        """See `Training`."""
+        """See `WorkerTraining`."""
         self.schedule.average()
 
     def wait(self) -> None:
-        """See `Training`."""
+        """See `WorkerTraining`."""
         self.schedule.wait()
 
     def wait_to_save(self) -> None:
-        """See `Training`."""
+        """See `WorkerTraining`."""
         self.schedule.wait()
 
     def begin(self) -> None:
