@@ -35,8 +35,8 @@ BASE = Arm("digits", "raw", "average", 5, 0.0, 0, steps=10, num_workers=2, measu
 SOURCE = "here"
 
 
-def planned(name: str, arm: Arm, reference: str = "synchronous") -> PlannedArm:
-    return PlannedArm("A group", name, arm, 1, reference)
+def planned(name: str, arm: Arm, reference: str = "synchronous", beside: str = "") -> PlannedArm:
+    return PlannedArm("A group", name, arm, 1, reference, beside)
 
 
 PLAN = StudyPlan(
@@ -45,7 +45,11 @@ PLAN = StudyPlan(
         planned("alone", replace(BASE, variation=Variation(method="alone"))),
         planned("average every 5", BASE),
         planned("average every 1", replace(BASE, interval_steps=1)),
-        planned("a third killed", replace(BASE, codec="int4", variation=Variation(absence=Absence(0.5, 1.0)))),
+        planned(
+            "a third killed",
+            replace(BASE, codec="int4", variation=Variation(absence=Absence(0.5, 1.0))),
+            beside="alone",
+        ),
     ),
     seeds=(0, 1, 2),
     tuning_seed=100,
@@ -147,6 +151,7 @@ def test_names_of_the_plan_are_unique_and_references_come_first() -> None:
     assert len(set(names)) == len(names)
     for index, each in enumerate(FULL.arms):
         assert not each.reference or each.reference in names[:index]
+        assert not each.beside or each.beside in names[:index]
     assert FULL.tuning_seed not in FULL.seeds
 
 
@@ -237,7 +242,11 @@ def test_the_numbers_of_the_page_are_those_of_the_files(study: Study, tmp_path: 
     for each in last("average every 5", (PLAN.tuning_seed,)):
         assert f"{each['held_out_loss']:.4f}" in tuning
     assert f"**{min(each['held_out_loss'] for each in last('alone', (100,))):.4f}**" in tuning
-    assert "*a third killed*: 25 % of all pushes were missed." in page
+    assert "- *a third killed*: 25 % of all pushes were missed\n" in page
+    pairs = zip(last("a third killed"), last("alone"), strict=True)
+    over = [100 * (one["held_out_loss"] / other["held_out_loss"] - 1) for one, other in pairs]
+    wanted = f"{statistics.fmean(over):+.2f} ± {statistics.stdev(over):.2f} %"
+    assert f"- *a third killed*: {wanted} from *alone*\n" in page
 
 
 def test_the_page_says_which_arm_has_the_fewest_bytes_within_a_bound(study: Study, tmp_path: Path) -> None:
