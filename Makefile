@@ -12,7 +12,7 @@ CORES := $(shell getconf _NPROCESSORS_ONLN)
 JOBS := $(or $(filter-out 1,$(CORES)),2)
 PYTEST = $(BIN)/pytest --numprocesses $(patsubst 1,0,$(JOBS))
 
-.PHONY: help demo bench chaos conformance docs fuzz test test-long lint types proto proto-check unit
+.PHONY: help demo bench chaos conformance docs fuzz study test test-long lint types proto proto-check unit
 
 help: ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -32,6 +32,9 @@ bench: $(VENV)/dev.stamp ## compare a round with gloo's all-reduce; QUICK=--quic
 	@$(BIN)/python -m bench.many $(QUICK)
 	@$(BIN)/python -m bench.links $(QUICK)
 	@$(if $(QUICK),,$(BIN)/pytest -m slow)
+
+study: $(VENV)/dev.stamp ## train every arm beside synchronous training, on all processors; goes on where it was stopped (two hours); QUICK=1 for three minutes
+	@$(BIN)/python -m study $(if $(QUICK),--quick)
 
 chaos: $(VENV)/dev.stamp ## kill and stop processes for 200 rounds, check that nothing is lost; SEED=1, SQUEEZE=--squeeze, OUTER="sgd:lr=0.7,momentum=0.9,nesterov" (2 workers)
 	@$(BIN)/python -m chaos --seed $(or $(SEED),0) $(SQUEEZE) $(if $(OUTER),--workers 2 --outer $(OUTER)) $(if $(COMPRESSION),--compression $(COMPRESSION))

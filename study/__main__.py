@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
 
 from rich.console import Console
@@ -34,7 +35,6 @@ from study.tuning import rate_at
 
 __all__ = ["main"]
 
-_TASK = "text"
 _DOCS = Path("docs")
 
 
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     directory: Path = arguments.runs / "quick" if arguments.quick else arguments.runs
     console = Console()
     try:
-        source = TASKS[_TASK]().source
+        source = TASKS[plan.arms[0].template.task]().source
         standing = functools.partial(standing_of, plan, KeptArms(directory), source)
         if arguments.list:
             _print_plan(standing(), console)
@@ -72,6 +72,12 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         console.print(f"stopped; finished trainings are in {directory}, and the same command goes on", soft_wrap=True)
         return 130
+    except BrokenExecutor:
+        print(
+            "study: a process was killed while it trained; is there enough memory? The same command goes on",
+            file=sys.stderr,
+        )
+        return 1
     except (OSError, ValueError) as error:
         print(f"study: {error}", file=sys.stderr)
         return 1

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from study.compare import spread_of
 from study.pictures import draw_bytes, draw_intervals, draw_steps
 from study.results import ArmResult, cheapest_within
 
@@ -109,10 +111,10 @@ def _lines(results: Sequence[ArmResult], source: str) -> Iterator[str]:
         for each in results:
             if each.group == group:
                 yield _row(each)
-        for each in results:
-            if each.group == group and each.missed_part:
-                yield ""
-                yield f"*{each.name}*: {100 * each.missed_part:.0f} % of all pushes were missed."
+        notes = [f"- {note}" for each in results if each.group == group for note in _notes(each)]
+        if notes:
+            yield ""
+            yield from notes
     yield ""
     yield "## Learning rates"
     yield ""
@@ -147,6 +149,15 @@ def _row(each: ArmResult) -> str:
         f"{each.learning_rate:g}",
     )
     return f"| {' | '.join(cells)} |"
+
+
+def _notes(each: ArmResult) -> Iterator[str]:
+    """What stands below the table of its group."""
+    if each.beside_percent:
+        over = _percent(statistics.fmean(each.beside_percent), spread_of(each.beside_percent))
+        yield f"*{each.name}*: {over} from *{each.beside}*"
+    if each.missed_part:
+        yield f"*{each.name}*: {100 * each.missed_part:.0f} % of all pushes were missed"
 
 
 def _part(each: ArmResult) -> str:

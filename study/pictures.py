@@ -43,6 +43,7 @@ def draw_bytes(results: Sequence[ArmResult], path: Path) -> None:
             megabytes = [point.link_bytes / 1e6 for point in points]
             axes.plot(megabytes, [point.held_out_loss for point in points], **_look(index), label=each.name)
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_yscale("log")
     _finish(figure, axes, path)
 
@@ -90,9 +91,10 @@ def _begun(across: str, up: str) -> tuple[Figure, Axes]:
 
 def _finish(figure: Figure, axes: Axes, path: Path) -> None:
     if axes.get_yscale() == "log":  # less than a decade has no ticks of its own
-        axes.yaxis.set_major_formatter("{x:.1f}")
-        axes.yaxis.set_minor_formatter("{x:.1f}")
+        axes.yaxis.set_major_formatter("{x:.2f}")
+        axes.yaxis.set_minor_formatter("{x:.2f}")
     with matplotlib.rc_context(_SETTINGS):
-        figure.legend(loc="outside lower left", ncols=1, frameon=False, handlelength=4.0)
+        if axes.get_legend_handles_labels()[0]:
+            figure.legend(loc="outside lower left", ncols=1, frameon=False, handlelength=4.0)
         FigureCanvasSVG(figure)
         figure.savefig(path, format="svg", metadata={"Date": None})

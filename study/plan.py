@@ -35,6 +35,7 @@ class PlannedArm:
         template: the arm; its learning rate and seed mean nothing.
         first_rung: where tuning begins: it tries this learning rate and its two neighbours.
         reference: the name of the synchronous arm that it is compared with; "" for that itself.
+        beside: the name of the usual arm of which this is a variation; "": none.
     """
 
     group: str
@@ -42,6 +43,7 @@ class PlannedArm:
     template: Arm
     first_rung: int
     reference: str
+    beside: str = ""
 
     def with_rate(self, learning_rate: float, seed: int) -> Arm:
         """One training."""
@@ -53,7 +55,7 @@ class StudyPlan:
     """What is trained.
 
     Args:
-        arms: in the order in which they are trained. References come first.
+        arms: of one task, in the order in which they are trained. The first is the synchronous one.
         seeds: of the trainings that are compared.
         tuning_seed: of those that find the learning rate; none of ``seeds``.
     """
@@ -63,10 +65,10 @@ class StudyPlan:
     tuning_seed: int
 
 
-def _planned(group: str, name: str, arm: Arm) -> PlannedArm:
+def _planned(group: str, name: str, arm: Arm, beside: str = "") -> PlannedArm:
     synchronous = _synchronous_name(arm.num_workers)
     first_rung = _FIRST_RUNGS[arm.interval_steps]
-    return PlannedArm(group, name, arm, first_rung, "" if name == synchronous else synchronous)
+    return PlannedArm(group, name, arm, first_rung, "" if name == synchronous else synchronous, beside)
 
 
 def _synchronous_name(num_workers: int) -> str:
@@ -92,30 +94,38 @@ def _full_arms() -> Iterator[PlannedArm]:
     yield _planned(group, "average every 5, int4", arm(_AVERAGE, 5, "int4"))
     yield _planned(group, "outer step every 50, int8", arm(_FAR, 50, "int8"))
 
+    usual = "outer step every {}, int4"
     group = "Workers that are killed"
     varied = Variation(absence=_THIRD_AWAY)
-    yield _planned(group, "a third killed, every 50, int4", arm(_FAR, 50, "int4", variation=varied))
+    yield _planned(group, "a third killed, every 50, int4", arm(_FAR, 50, "int4", variation=varied), usual.format(50))
     longer = arm(_FAR, 50, "int4", variation=varied, steps=1400)
-    yield _planned(group, "a third killed, every 50, int4, 1,400 steps", longer)
+    yield _planned(group, "a third killed, every 50, int4, 1,400 steps", longer, usual.format(50))
 
     group = "Rounds that change over the run"
     tries = {
         "every 5, from a tenth on every 50": (5, _NEAR, Variation(later=(Phase(0.1, 50, _FAR),))),
         "every 50, in the last fifth every 10": (50, _FAR, Variation(later=(Phase(0.8, 10, _NEAR),))),
+        "every 10, from a tenth on every 50, in the last fifth every 10": (
+            10,
+            _NEAR,
+            Variation(later=(Phase(0.1, 50, _FAR), Phase(0.8, 10, _NEAR))),
+        ),
         "every 25, momentum 0.3, 0.6, 0.8": (25, _momentum(0.3), _thirds(25, _momentum(0.6), _momentum(0.8))),
         "every 25, half the inner first moment": (25, _FAR, Variation(first_moment=0.5)),
     }
     for name, (interval, outer, variation) in tries.items():
-        yield _planned(group, f"{name}, int4", arm(outer, interval, "int4", variation=variation))
+        varied_arm = arm(outer, interval, "int4", variation=variation)
+        yield _planned(group, f"{name}, int4", varied_arm, usual.format(25 if interval == 25 else 50))
 
     group = "Late centers"
-    yield _planned(group, "10 steps late, every 50, int4", arm(_FAR, 50, "int4", late_steps=10))
+    yield _planned(group, "10 steps late, every 50, int4", arm(_FAR, 50, "int4", late_steps=10), usual.format(50))
 
     group = "Unequal shards"
     unequal = Variation(shards=UNEQUAL)
     for interval in (10, 50):
         outer = _NEAR if interval <= 10 else _FAR
-        yield _planned(group, f"unequal, every {interval}, int4", arm(outer, interval, "int4", variation=unequal))
+        varied_arm = arm(outer, interval, "int4", variation=unequal)
+        yield _planned(group, f"unequal, every {interval}, int4", varied_arm, usual.format(interval))
 
     group = "Other numbers of workers"
     for count in (2, 8):

@@ -43,6 +43,8 @@ class ArmResult:
         train_losses: mean of the last fifth of the run, by seed; in nats.
         differences_percent: of held-out loss from the reference with the same seed, by seed. 0 for a reference.
         reference: the name of the synchronous arm; of itself for a reference.
+        beside: the name of the usual arm of which this is a variation; "": none.
+        beside_percent: difference of held-out loss from that with the same seed, by seed; empty: there is none.
         up_bytes, down_bytes: of one worker in the whole training, mean over the seeds.
         bytes_part: up and down, of those of the reference.
         missed_part: of all pushes of the plan, those that absent workers did not make, mean over the seeds.
@@ -65,6 +67,8 @@ class ArmResult:
     train_losses: tuple[float, ...]
     differences_percent: tuple[float, ...]
     reference: str
+    beside: str
+    beside_percent: tuple[float, ...]
     up_bytes: int
     down_bytes: int
     bytes_part: float
@@ -102,7 +106,10 @@ def results_of(standing: StudyStanding) -> list[ArmResult]:
     if standing.trainings_ahead:
         raise ValueError(f"{standing.trainings_ahead} trainings or more are missing; `python -m study` makes them")
     arms = {each.planned.name: each for each in standing.arms}
-    return [_result_of(each, arms[each.planned.reference or each.planned.name]) for each in standing.arms]
+    return [
+        _result_of(each, arms[each.planned.reference or each.planned.name], arms.get(each.planned.beside))
+        for each in standing.arms
+    ]
 
 
 def cheapest_within(results: Sequence[ArmResult], percent: float) -> ArmResult | None:
@@ -115,12 +122,10 @@ def cheapest_within(results: Sequence[ArmResult], percent: float) -> ArmResult |
     return min(within, key=lambda each: each.bytes_part, default=None)
 
 
-def _result_of(standing: ArmStanding, reference: ArmStanding) -> ArmResult:
+def _result_of(standing: ArmStanding, reference: ArmStanding, beside: ArmStanding | None) -> ArmResult:
     assert standing.rung is not None
     planned, arm = standing.planned, standing.planned.template
-    trainings = [training for _, training in sorted(standing.finished.items())]
-    compared = [training for _, training in sorted(reference.finished.items())]
-    losses, losses_there = ([each.last.held_out_loss for each in found] for found in (trainings, compared))
+    trainings, compared = _by_seed(standing), _by_seed(reference)
     up_bytes, down_bytes = (
         round(statistics.fmean(getattr(each.last, way) for each in trainings)) for way in ("up_bytes", "down_bytes")
     )
@@ -139,10 +144,12 @@ def _result_of(standing: ArmStanding, reference: ArmStanding) -> ArmResult:
         tuple(sorted(standing.finished)),
         rate_at(standing.rung),
         tuple((rate_at(rung), each.last.held_out_loss) for rung, each in sorted(standing.tuning.items())),
-        tuple(losses),
+        _losses(trainings),
         tuple(each.train_loss for each in trainings),
-        tuple(100 * (loss / other - 1) for loss, other in zip(losses, losses_there, strict=True)),
+        _percent_over(trainings, compared),
         planned.reference or planned.name,
+        planned.beside,
+        () if beside is None else _percent_over(trainings, _by_seed(beside)),
         up_bytes,
         down_bytes,
         (up_bytes + down_bytes) / there if there else 0.0,
@@ -150,6 +157,20 @@ def _result_of(standing: ArmStanding, reference: ArmStanding) -> ArmResult:
         _curve(trainings),
         sum(each.took_s for each in trainings),
     )
+
+
+def _by_seed(standing: ArmStanding) -> list[Training]:
+    return [training for _, training in sorted(standing.finished.items())]
+
+
+def _losses(trainings: Sequence[Training]) -> tuple[float, ...]:
+    return tuple(each.last.held_out_loss for each in trainings)
+
+
+def _percent_over(trainings: Sequence[Training], others: Sequence[Training]) -> tuple[float, ...]:
+    """How much more the held-out loss is, by seed."""
+    pairs = zip(_losses(trainings), _losses(others), strict=True)
+    return tuple(100 * (loss / other - 1) for loss, other in pairs)
 
 
 def _curve(trainings: Sequence[Training]) -> tuple[CurvePoint, ...]:

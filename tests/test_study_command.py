@@ -1,0 +1,333 @@
+"""The command of the study: tuning, what is missing, what a cut-off study goes on with, and the page."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import statistics
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from study import __main__ as command
+from study.arm import Absence, Arm, Variation
+from study.crew import make_all, pool
+from study.kept import KeptArms, Training
+from study.page import write_page
+from study.pictures import _look
+from study.plan import FULL, PlannedArm, StudyPlan
+from study.play import Measured
+from study.results import results_of
+from study.standing import StudyStanding, standing_of
+from study.tasks import TASKS
+from study.tuning import best_rung, rate_at, rungs_to_try
+
+BASE = Arm("digits", "raw", "average", 5, 0.0, 0, steps=10, num_workers=2, measure_every_steps=5)
+SOURCE = "here"
+
+
+def planned(name: str, arm: Arm, reference: str = "synchronous", beside: str = "") -> PlannedArm:
+    return PlannedArm("A group", name, arm, 1, reference, beside)
+
+
+PLAN = StudyPlan(
+    (
+        planned("synchronous", replace(BASE, variation=Variation(method="synchronous")), ""),
+        planned("alone", replace(BASE, variation=Variation(method="alone"))),
+        planned("average every 5", BASE),
+        planned("average every 1", replace(BASE, interval_steps=1)),
+        planned(
+            "a third killed",
+            replace(BASE, codec="int4", variation=Variation(absence=Absence(0.5, 1.0))),
+            beside="alone",
+        ),
+    ),
+    seeds=(0, 1, 2),
+    tuning_seed=100,
+)
+BEST = {"synchronous": 0, "alone": 1, "average every 5": 5, "average every 1": -3, "a third killed": 2}
+BYTES = {"synchronous": 1000, "alone": 0, "average every 5": 200, "average every 1": 500, "a third killed": 25}
+
+
+def played(arm: Arm) -> Training:
+    """A training whose loss is least at the rung of BEST."""
+    index, name = next((n, p.name) for n, p in enumerate(PLAN.arms) if p.with_rate(arm.learning_rate, arm.seed) == arm)
+    away = abs(math.log(arm.learning_rate / rate_at(BEST[name])))
+    loss = 2.0 + 0.03 * index + 0.001 * arm.seed * index + away
+    measured = (
+        Measured(5, 1, 3.0, 3.0, BYTES[name] // 2, BYTES[name], 1),
+        Measured(10, 2, 2.5, loss, BYTES[name], 2 * BYTES[name], 3),
+    )
+    return Training(arm, SOURCE, 2.0, measured)
+
+
+class Inline(Executor):
+    """Runs what it is given at once."""
+
+    def submit(self, call: Callable[..., Any], /, *arguments: Any, **options: Any) -> Future[Any]:
+        future = Future[Any]()
+        future.set_result(call(*arguments, **options))
+        return future
+
+
+class Study:
+    """Makes trainings in a directory without training, and is stopped before one of them."""
+
+    def __init__(self, directory: Path) -> None:
+        self.kept, self.made, self.stop_before = KeptArms(directory), list[Arm](), math.inf
+
+    def standing(self) -> StudyStanding:
+        return standing_of(PLAN, self.kept, SOURCE)
+
+    def train(self, arm: Arm) -> float:
+        if len(self.made) >= self.stop_before:
+            raise KeyboardInterrupt
+        training = played(arm)
+        self.kept.keep(training)
+        self.made.append(arm)
+        return training.last.held_out_loss
+
+    def run(self) -> None:
+        make_all(self.standing, self.train, str, Inline(), 2, Console(quiet=True))
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Study:
+    return Study(tmp_path / "runs")
+
+
+# Tuning.
+
+
+def tuned(loss: Callable[[int], float], first: int = 1) -> dict[int, float]:
+    losses = dict[int, float]()
+    while rungs := rungs_to_try(losses, first):
+        losses |= {rung: loss(rung) for rung in rungs}
+    return losses
+
+
+@pytest.mark.parametrize("best", [1, 2, 6, -4])
+def test_tuning_goes_on_until_the_best_has_a_worse_one_on_either_side(best: int) -> None:
+    losses = tuned(lambda rung: (rung - best) ** 2)
+    assert best_rung(losses) == best
+    assert sorted(losses) == list(range(min(0, best - 1), max(2, best + 1) + 1))
+
+
+def test_a_training_that_diverged_is_worse_than_all() -> None:
+    losses = tuned(lambda rung: math.nan if rung > 0 else 1.0 - rung if rung > -2 else 5.0 - rung)
+    assert best_rung(losses) == 0
+    assert max(losses) == 2
+
+
+def test_a_loss_that_falls_without_end_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no learning rate is best: the loss still falls at"):
+        tuned(lambda rung: -rung)
+
+
+def test_learning_rates_are_a_ladder_with_round_numbers() -> None:
+    assert [rate_at(rung) for rung in (-1, 0, 1, 2, 3)] == [0.00267, 0.004, 0.006, 0.009, 0.0135]
+
+
+# The plan.
+
+
+def test_the_full_study_fits_two_processors_in_two_hours(tmp_path: Path) -> None:
+    ahead = standing_of(FULL, KeptArms(tmp_path), SOURCE).batches_ahead
+    extended = 1.15 * ahead  # tuning that goes on beyond three rates
+    assert extended * 0.0125 / 2 < 2 * 3600  # 12.5 ms for a batch on one processor, measurements included
+
+
+def test_names_of_the_plan_are_unique_and_references_come_first() -> None:
+    names = [each.name for each in FULL.arms]
+    assert len(set(names)) == len(names)
+    for index, each in enumerate(FULL.arms):
+        assert not each.reference or each.reference in names[:index]
+        assert not each.beside or each.beside in names[:index]
+    assert FULL.tuning_seed not in FULL.seeds
+
+
+# Going on.
+
+
+def test_a_study_that_was_cut_off_goes_on_where_it_was(study: Study) -> None:
+    for study.stop_before in (2, 3, 11):
+        with pytest.raises(KeyboardInterrupt):
+            study.run()
+        assert study.standing().trainings_done == len(study.made) == study.stop_before
+    study.stop_before = math.inf
+    study.run()
+    assert len(set(study.made)) == len(study.made) == study.standing().trainings_done
+    assert study.standing().trainings_ahead == 0
+    rungs = {each.planned.name: each.rung for each in study.standing().arms}
+    assert rungs == BEST
+    before = len(study.made)
+    study.run()
+    assert len(study.made) == before
+
+
+def test_a_training_of_other_data_is_made_again(study: Study) -> None:
+    study.run()
+    assert standing_of(PLAN, study.kept, "elsewhere").trainings_done == 0
+
+
+def test_winners_are_trained_only_at_the_tuned_rate(study: Study) -> None:
+    study.run()
+    for each in study.standing().arms:
+        arms = [arm for arm in study.made if each.planned.with_rate(arm.learning_rate, arm.seed) == arm]
+        assert [arm.seed for arm in arms if arm.seed != PLAN.tuning_seed] == [0, 1, 2]
+        assert {arm.learning_rate for arm in arms if arm.seed != PLAN.tuning_seed} == {rate_at(BEST[each.planned.name])}
+
+
+def test_what_a_training_raises_ends_the_study(study: Study) -> None:
+    study.stop_before = 0
+    with pytest.raises(KeyboardInterrupt):
+        study.run()
+    assert study.made == []
+
+
+# The page.
+
+
+def rows_of_page(page: str) -> dict[str, list[str]]:
+    """The cells of the first row that begins with each name."""
+    rows = dict[str, list[str]]()
+    for line in page.splitlines():
+        if line.startswith("| "):
+            name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+            rows.setdefault(name, cells)
+    return rows
+
+
+def test_the_numbers_of_the_page_are_those_of_the_files(study: Study, tmp_path: Path) -> None:
+    study.run()
+    write_page(results_of(study.standing()), SOURCE, tmp_path)
+    page = (tmp_path / "study.md").read_text(encoding="utf-8")
+    rows = rows_of_page(page)
+    files = [json.loads(path.read_text()) for path in study.kept.directory.glob("*.json")]
+
+    def last(name: str, seeds: tuple[int, ...] = PLAN.seeds) -> list[dict[str, Any]]:
+        wanted = next(each for each in PLAN.arms if each.name == name)
+        found = [
+            file
+            for file in files
+            if file["arm"]["seed"] in seeds
+            and file["arm"]["interval_steps"] == wanted.template.interval_steps
+            and file["arm"]["variation"]["method"] == wanted.template.variation.method
+            and file["arm"]["codec"] == wanted.template.codec
+        ]
+        return [file["measured"][-1] for file in sorted(found, key=lambda file: file["arm"]["seed"])]
+
+    there = [each["held_out_loss"] for each in last("synchronous")]
+    for name in ("synchronous", "average every 5", "average every 1", "a third killed"):
+        loss, difference, megabytes, part, *_ = rows[name]
+        held_out = [each["held_out_loss"] for each in last(name)]
+        assert loss == f"{statistics.fmean(held_out):.4f} ± {statistics.stdev(held_out):.4f}"
+        percent = [100 * (one - other) / other for one, other in zip(held_out, there, strict=True)]
+        wanted = f"{statistics.fmean(percent):+.2f} ± {statistics.stdev(percent):.2f} %"
+        assert difference == ("" if name == "synchronous" else wanted)
+        up, down = (last(name)[0][way] for way in ("up_bytes", "down_bytes"))
+        assert megabytes == f"{up / 1e6:.2f}, {down / 1e6:.2f}"
+        assert part == f"1/{3000 / (up + down):.0f}"
+        assert float(rows[name][-1]) == rate_at(BEST[name])
+    tuning = page.partition("## Learning rates")[2]
+    for each in last("average every 5", (PLAN.tuning_seed,)):
+        assert f"{each['held_out_loss']:.4f}" in tuning
+    assert f"**{min(each['held_out_loss'] for each in last('alone', (100,))):.4f}**" in tuning
+    assert "- *a third killed*: 25 % of all pushes were missed\n" in page
+    pairs = zip(last("a third killed"), last("alone"), strict=True)
+    over = [100 * (one["held_out_loss"] / other["held_out_loss"] - 1) for one, other in pairs]
+    wanted = f"{statistics.fmean(over):+.2f} ± {statistics.stdev(over):.2f} %"
+    assert f"- *a third killed*: {wanted} from *alone*\n" in page
+
+
+def test_the_page_says_which_arm_has_the_fewest_bytes_within_a_bound(study: Study, tmp_path: Path) -> None:
+    study.run()
+    write_page(results_of(study.standing()), SOURCE, tmp_path)
+    rows = rows_of_page((tmp_path / "study.md").read_text(encoding="utf-8"))
+    assert rows["2 %"] == ["none that was tried", ""]
+    assert rows["3 %"] == ["none that was tried", ""]
+    assert rows["5 %"] == ["1/5", "average every 5: +3.1 %"]  # one at +4.6 % has half of the bytes
+
+
+def test_the_pictures_and_numbers_are_beside_the_page_and_the_same_again(study: Study, tmp_path: Path) -> None:
+    study.run()
+    written = write_page(results_of(study.standing()), SOURCE, tmp_path / "one")
+    again = write_page(results_of(study.standing()), SOURCE, tmp_path / "other")
+    assert [path.read_bytes() for path in written] == [path.read_bytes() for path in again]
+    page = written[0].read_text(encoding="utf-8")
+    linked = {tmp_path / "one" / name for name in re.findall(r"\]\(([^)]+)\)", page)}
+    assert linked == set(written[1:])
+    for path in written:
+        if path.suffix == ".svg":
+            assert ElementTree.parse(path).getroot().get("width", "").endswith("pt")
+    arms = json.loads(written[1].read_text())["arms"]
+    assert [arm["name"] for arm in arms] == [each.name for each in PLAN.arms]
+    assert len(max(page.splitlines()[:30], key=len)) <= 120
+
+
+def test_lines_of_a_picture_differ_without_colours() -> None:
+    looks = [(str(look["linestyle"]), look["marker"]) for look in map(_look, range(8))]
+    assert len({dashes for dashes, _ in looks}) == len({marker for _, marker in looks}) == 8
+
+
+def test_a_page_of_an_unfinished_study_is_refused(study: Study) -> None:
+    study.stop_before = 5
+    with pytest.raises(KeyboardInterrupt):
+        study.run()
+    with pytest.raises(ValueError, match=r"trainings or more are missing; `python -m study` makes them"):
+        results_of(study.standing())
+
+
+# The command.
+
+
+def test_a_study_that_is_stopped_breaks_off_its_trainings() -> None:
+    pids = list[int]()
+
+    def stopped() -> None:
+        with pool(1) as executor:
+            pids.append(executor.submit(os.getpid).result())
+            executor.submit(time.sleep, 600.0)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pids[0], 0)
+
+
+def test_the_command_trains_in_processes_and_then_lists_and_writes_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = StudyPlan(PLAN.arms[:3], seeds=(0,), tuning_seed=100)
+    monkeypatch.setattr(command, "QUICK", plan)
+    monkeypatch.setenv("COLUMNS", "160")
+    arguments = ["--quick", "--runs", str(tmp_path)]
+    assert command.main([*arguments, "--page"]) == 1
+    assert "are missing; `python -m study` makes them" in capsys.readouterr().err
+    assert command.main([*arguments, "--processes", "1"]) == 0
+    assert "average every 5, rate 0.006, tuning: held-out loss" in capsys.readouterr().out
+    assert command.main([*arguments, "--list"]) == 0
+    assert "at least 0 are missing" in capsys.readouterr().out
+    assert command.main([*arguments, "--page"]) == 0
+    assert (tmp_path / "quick" / "study.md").is_file()
+
+
+def test_a_task_that_cannot_be_read_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def unreadable() -> Any:
+        raise FileNotFoundError("no source of the standard library lies there")
+
+    monkeypatch.setitem(TASKS, "text", unreadable)
+    assert command.main(["--list", "--runs", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == "study: no source of the standard library lies there\n"
