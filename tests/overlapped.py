@@ -37,6 +37,7 @@ __all__ = [
     "OverlappedTraining",
     "after",
     "train",
+    "without",
 ]
 
 INTERVAL_STEPS, OVERLAP_STEPS = 5, 3
@@ -68,6 +69,17 @@ def after(center: Model, workers: int, rounds: int) -> Model:
     steps = [(worker, step) for worker in range(workers) for step in range(rounds * INTERVAL_STEPS)]
     return {
         name: value - sum(subtracted(*each, value.shape).numpy() for each in steps) / np.float32(workers)
+        for name, value in center.items()
+    }
+
+
+def without(worker: int, round_index: int, center: Model) -> Model:
+    """The center of two workers after rounds of which one had nothing of this worker, given that of all pushes."""
+    steps = range(round_index * INTERVAL_STEPS, (round_index + 1) * INTERVAL_STEPS)
+    return {
+        name: value
+        + sum(subtracted(worker, each, value.shape).numpy() for each in steps) / np.float32(2)
+        - sum(subtracted(1 - worker, each, value.shape).numpy() for each in steps) / np.float32(2)
         for name, value in center.items()
     }
 

@@ -3,7 +3,8 @@
 A play that kills a process thirty times otherwise spends most of its time on imports. A forked process runs its module
 as `python -m MODULE ARGUMENTS` does: as ``__main__``, in the environment and directory of the test.
 
-python -m tests.prepared FD: the process that is forked; it takes orders from that socket until the other end is closed.
+python -m tests.prepared FD [MODULE...]: the process that is forked. It imports these modules, too, and takes orders
+from that socket until the other end is closed.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ _IMPORTED = (
     "tests.shard_worker",
     "tests.worker_process",
 )
+_WITH_TORCH = ("tests.overlapped",)  # forks of a process of their own, because most plays need no torch
 _MAX_ORDER_BYTES = 1 << 17  # the environment
 _STDERR = 2
 _ROOT = Path(__file__).parents[1]
@@ -73,7 +75,7 @@ class Prepared:
             "warnings_are_errors": warnings_are_errors,
         }
         its_own = [its_input, its_output, its_errors, its_end]
-        self.pid, self._pidfd = _original().fork(order, its_own)
+        self.pid, self._pidfd = _original(module in _WITH_TORCH).fork(order, its_own)
         weakref.finalize(self, os.close, self._pidfd)
         for descriptor in its_own:
             os.close(descriptor)
@@ -135,11 +137,11 @@ class Prepared:
 class _Original:
     """The process that is forked."""
 
-    def __init__(self) -> None:
+    def __init__(self, with_torch: bool) -> None:
         self._orders, its_orders = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with its_orders:
             number = its_orders.fileno()
-            command = [sys.executable, "-m", "tests.prepared", str(number)]
+            command = [sys.executable, "-m", "tests.prepared", str(number), *(_WITH_TORCH if with_torch else ())]
             self._process = subprocess.Popen(
                 command, pass_fds=[number], cwd=_ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
             )
@@ -159,8 +161,8 @@ class _Original:
 
 
 @functools.cache
-def _original() -> _Original:
-    return _Original()
+def _original(with_torch: bool) -> _Original:
+    return _Original(with_torch)
 
 
 def _next_order(orders: socket.socket) -> dict[str, Any]:
@@ -216,6 +218,7 @@ def _run(module: str, arguments: list[str], environ: dict[str, str], cwd: str, w
 
 
 if __name__ == "__main__":
-    for name in _IMPORTED:
+    descriptor, *also = sys.argv[1:]
+    for name in (*_IMPORTED, *also):
         importlib.import_module(name)
-    _run(**_next_order(socket.socket(fileno=int(sys.argv[1]))))
+    _run(**_next_order(socket.socket(fileno=int(descriptor))))
