@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
+from modelaverage.codecs import RAW
+from study.arm import Variation
 from study.compare import spread_of
 from study.pictures import draw_bytes, draw_intervals, draw_steps
+from study.plan import AVERAGE
 from study.results import ArmResult, cheapest_within
 
 __all__ = ["page_of", "write_page"]
@@ -88,7 +91,10 @@ def _lines(results: Sequence[ArmResult], source: str) -> Iterator[str]:
     first = results[0]
     seeds = ", ".join(map(str, first.seeds))
     yield from _BEGINNING.format(
-        steps=f"{first.steps:,}", source=source, workers=first.num_workers, seeds=seeds
+        steps=f"{first.planned.template.steps:,}",
+        source=source,
+        workers=first.planned.template.num_workers,
+        seeds=seeds,
     ).splitlines()
     yield ""
     yield "| at most this much worse than synchronous | fewest bytes, of synchronous | arm |"
@@ -102,16 +108,16 @@ def _lines(results: Sequence[ArmResult], source: str) -> Iterator[str]:
     for name, alt in _PICTURES:
         yield ""
         yield f"![{alt}](study/{name}.svg)"
-    for group in dict.fromkeys(each.group for each in results):
+    for group in dict.fromkeys(each.planned.group for each in results):
         yield ""
         yield f"## {group}"
         yield ""
         yield "| arm | held-out loss | from synchronous | MB up, down | of its bytes | train loss | learning rate |"
         yield "|---|---|---|---|---|---|---|"
         for each in results:
-            if each.group == group:
+            if each.planned.group == group:
                 yield _row(each)
-        notes = [f"- {note}" for each in results if each.group == group for note in _notes(each)]
+        notes = [f"- {note}" for each in results if each.planned.group == group for note in _notes(each)]
         if notes:
             yield ""
             yield from notes
@@ -155,7 +161,7 @@ def _notes(each: ArmResult) -> Iterator[str]:
     """What stands below the table of its group."""
     if each.beside_percent:
         over = _percent(statistics.fmean(each.beside_percent), spread_of(each.beside_percent))
-        yield f"*{each.name}*: {over} from *{each.beside}*"
+        yield f"*{each.name}*: {over} from *{each.planned.beside}*"
     if each.missed_part:
         yield f"*{each.name}*: {100 * each.missed_part:.0f} % of all pushes were missed"
 
@@ -178,10 +184,13 @@ def _tuned(loss: float | None, is_best: bool) -> str:
 
 
 def _series(results: Sequence[ArmResult]) -> list[tuple[str, list[ArmResult]]]:
-    """The plain arms at several intervals, by what they are."""
+    """The usual arms at several intervals, by outer optimizer and codec."""
     series = dict[str, list[ArmResult]]()
     for each in results:
-        kind, every, rest = each.name.partition(f" every {each.interval_steps}")
-        if every and kind in ("average", "outer step") and rest.count(",") < 2:
-            series.setdefault(kind + rest, []).append(each)
+        arm = each.planned.template
+        usual = replace(results[0].planned.template, variation=Variation())
+        if replace(arm, outer=usual.outer, interval_steps=usual.interval_steps, codec=usual.codec) == usual:
+            kind = "average" if arm.outer == AVERAGE else "outer step"
+            codec = "" if arm.codec == RAW.name else f", {arm.codec}"
+            series.setdefault(kind + codec, []).append(each)
     return [(name, found) for name, found in series.items() if len(found) > 1]

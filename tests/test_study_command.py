@@ -22,7 +22,7 @@ from study import __main__ as command
 from study.arm import Absence, Arm, Variation
 from study.crew import make_all, pool
 from study.kept import KeptArms, Training
-from study.page import write_page
+from study.page import _SHOWN, _series, write_page
 from study.pictures import _look
 from study.plan import FULL, PlannedArm, StudyPlan
 from study.play import Measured
@@ -270,8 +270,19 @@ def test_the_pictures_and_numbers_are_beside_the_page_and_the_same_again(study: 
         if path.suffix == ".svg":
             assert ElementTree.parse(path).getroot().get("width", "").endswith("pt")
     arms = json.loads(written[1].read_text())["arms"]
-    assert [arm["name"] for arm in arms] == [each.name for each in PLAN.arms]
+    assert [arm["planned"]["name"] for arm in arms] == [each.name for each in PLAN.arms]
     assert len(max(page.splitlines()[:30], key=len)) <= 120
+
+
+def test_every_arm_of_the_pictures_is_in_the_plan() -> None:
+    assert set(_SHOWN) <= {each.name for each in FULL.arms}
+    assert len(_SHOWN) <= 8  # as many lines as look different
+
+
+def test_the_picture_of_intervals_has_the_usual_arms(study: Study) -> None:
+    study.run()
+    ((name, arms),) = _series(results_of(study.standing()))
+    assert (name, [arm.name for arm in arms]) == ("average", ["average every 5", "average every 1"])
 
 
 def test_lines_of_a_picture_differ_without_colours() -> None:
