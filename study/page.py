@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from modelaverage.codecs import RAW
-from study.arm import Variation
+from modelaverage.codecs import CODECS, RAW
+from study.arm import Arm, Variation
 from study.compare import spread_of
 from study.pictures import draw_bytes, draw_intervals, draw_steps
 from study.plan import AVERAGE
@@ -101,23 +101,25 @@ def _lines(results: Sequence[ArmResult], source: str) -> Iterator[str]:
     yield "|---|---|---|"
     for percent in _BOUNDS_PERCENT:
         cheapest = cheapest_within(results, percent)
-        if cheapest is None or cheapest.reference == cheapest.name:
+        if cheapest is None:
             yield f"| {percent} % | none that was tried | |"
         else:
             yield f"| {percent} % | {_part(cheapest)} | {cheapest.name}: {cheapest.difference_percent:+.1f} % |"
     for name, alt in _PICTURES:
         yield ""
         yield f"![{alt}](study/{name}.svg)"
-    for group in dict.fromkeys(each.planned.group for each in results):
+    groups = list(dict.fromkeys(each.planned.group for each in results))
+    ordered = sorted(results, key=lambda each: (groups.index(each.planned.group), _place(each.planned.template)))
+    for group in groups:
         yield ""
         yield f"## {group}"
         yield ""
         yield "| arm | held-out loss | from synchronous | MB up, down | of its bytes | train loss | learning rate |"
         yield "|---|---|---|---|---|---|---|"
-        for each in results:
+        for each in ordered:
             if each.planned.group == group:
                 yield _row(each)
-        notes = [f"- {note}" for each in results if each.planned.group == group for note in _notes(each)]
+        notes = [f"- {note}" for each in ordered if each.planned.group == group for note in _notes(each)]
         if notes:
             yield ""
             yield from notes
@@ -130,7 +132,7 @@ def _lines(results: Sequence[ArmResult], source: str) -> Iterator[str]:
     rates = sorted({rate for each in results for rate, _ in each.tuning})
     yield f"| arm | {' | '.join(f'{rate:g}' for rate in rates)} |"
     yield f"|---|{'---|' * len(rates)}"
-    for each in results:
+    for each in ordered:
         tuning = dict(each.tuning)
         cells = (_tuned(tuning.get(rate), rate == each.learning_rate) for rate in rates)
         yield f"| {each.name} | {' | '.join(cells)} |"
@@ -166,6 +168,11 @@ def _notes(each: ArmResult) -> Iterator[str]:
         yield f"*{each.name}*: {100 * each.missed_part:.0f} % of all pushes were missed"
 
 
+def _place(arm: Arm) -> tuple[bool, int, int]:
+    """Where its row is among those of its group."""
+    return arm.outer != AVERAGE, list(CODECS).index(arm.codec), arm.interval_steps
+
+
 def _part(each: ArmResult) -> str:
     return f"1/{1 / each.bytes_part:.0f}" if each.bytes_part else "0"
 
@@ -186,10 +193,16 @@ def _tuned(loss: float | None, is_best: bool) -> str:
 def _series(results: Sequence[ArmResult]) -> list[tuple[str, list[ArmResult]]]:
     """The usual arms at several intervals, by outer optimizer and codec."""
     series = dict[str, list[ArmResult]]()
+    first = results[0].planned.template
     for each in results:
         arm = each.planned.template
-        usual = replace(results[0].planned.template, variation=Variation())
-        if replace(arm, outer=usual.outer, interval_steps=usual.interval_steps, codec=usual.codec) == usual:
+        others = {
+            "outer": arm.outer,
+            "interval_steps": arm.interval_steps,
+            "codec": arm.codec,
+            "variation": Variation(),
+        }
+        if arm.variation == Variation() and replace(first, **others) == arm:  # type: ignore[arg-type]
             kind = "average" if arm.outer == AVERAGE else "outer step"
             codec = "" if arm.codec == RAW.name else f", {arm.codec}"
             series.setdefault(kind + codec, []).append(each)

@@ -112,11 +112,17 @@ def results_of(standing: StudyStanding) -> list[ArmResult]:
 
 
 def cheapest_within(results: Sequence[ArmResult], percent: float) -> ArmResult | None:
-    """The arm with four workers and equal shards that is at most this much worse than synchronous training, in the
-    mean, and has the fewest of its bytes; of those that send any."""
-    reference = results[0].name
+    """The arm that is at most this much worse than synchronous training, in the mean, and has the fewest of its bytes.
+    It has as many workers and steps, equal shards, and no worker was killed. None: there is no such arm."""
+    first = results[0].planned.template
     within = [
-        each for each in results if each.reference == reference and each.up_bytes and each.difference_percent <= percent
+        each
+        for each in results
+        if (arm := each.planned.template).num_workers == first.num_workers
+        and arm.steps == first.steps
+        and (arm.variation.shards, arm.variation.absence) == (first.variation.shards, None)
+        and arm.variation.method == "rounds"
+        and each.difference_percent <= percent
     ]
     return min(within, key=lambda each: each.bytes_part, default=None)
 

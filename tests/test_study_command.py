@@ -279,6 +279,23 @@ def test_every_arm_of_the_pictures_is_in_the_plan() -> None:
     assert len(_SHOWN) <= 8  # as many lines as look different
 
 
+def test_the_page_of_the_full_plan_has_every_arm_and_says_what_it_is_beside(tmp_path: Path) -> None:
+    kept, sent = KeptArms(tmp_path / "runs"), Measured(100, 1, 3.0, 2.5, 10, 10, 1)
+    while missing := standing_of(FULL, kept, SOURCE).missing:
+        for arm in missing:
+            loss = 2.0 + abs(math.log(arm.learning_rate / rate_at(1)))
+            kept.keep(Training(arm, SOURCE, 1.0, (sent, replace(sent, step=arm.steps, held_out_loss=loss))))
+    results = results_of(standing_of(FULL, kept, SOURCE))
+    names = {name: {arm.planned.template.interval_steps for arm in arms} for name, arms in _series(results)}
+    assert names == {name: {5, 10, 25, 50, 100} for name in ("outer step, int4", "outer step", "average")}
+    write_page(results, SOURCE, tmp_path)
+    page = (tmp_path / "study.md").read_text(encoding="utf-8")
+    assert rows_of_page(page).keys() >= {each.name for each in FULL.arms}
+    for each in FULL.arms:
+        if each.beside:
+            assert f"- *{each.name}*: +0.00 ± 0.00 % from *{each.beside}*" in page
+
+
 def test_the_picture_of_intervals_has_the_usual_arms(study: Study) -> None:
     study.run()
     ((name, arms),) = _series(results_of(study.standing()))
