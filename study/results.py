@@ -111,9 +111,15 @@ def results_of(standing: StudyStanding) -> list[ArmResult]:
     ]
 
 
-def cheapest_within(results: Sequence[ArmResult], percent: float) -> ArmResult | None:
+def cheapest_within(results: Sequence[ArmResult], percent: float, with_played_only: bool) -> ArmResult | None:
     """The arm that is at most this much worse than synchronous training, in the mean, and has the fewest of its bytes.
-    It has as many workers and steps, equal shards, and no worker was killed. None: there is no such arm."""
+    It has as many workers and steps, equal shards, and no worker was killed. None: there is no such arm.
+
+    Args:
+        results: of a study, its synchronous arm first.
+        percent: the bound for the held-out loss.
+        with_played_only: whether it may be an arm that no job can have today.
+    """
     first = results[0].planned.template
     within = [
         each
@@ -122,6 +128,7 @@ def cheapest_within(results: Sequence[ArmResult], percent: float) -> ArmResult |
         and arm.steps == first.steps
         and (arm.variation.shards, arm.variation.absence) == (first.variation.shards, None)
         and arm.variation.method == "rounds"
+        and (with_played_only or not arm.is_played_only)
         and each.difference_percent <= percent
     ]
     return min(within, key=lambda each: each.bytes_part, default=None)

@@ -26,7 +26,7 @@ from study.page import _SHOWN, _series, write_page
 from study.pictures import _look
 from study.plan import FULL, PlannedArm, StudyPlan
 from study.play import Measured
-from study.results import results_of
+from study.results import cheapest_within, results_of
 from study.standing import StudyStanding, standing_of
 from study.tasks import TASKS
 from study.tuning import best_rung, rate_at, rungs_to_try
@@ -253,9 +253,19 @@ def test_the_page_says_which_arm_has_the_fewest_bytes_within_a_bound(study: Stud
     study.run()
     write_page(results_of(study.standing()), SOURCE, tmp_path)
     rows = rows_of_page((tmp_path / "study.md").read_text(encoding="utf-8"))
-    assert rows["2 %"] == ["none that was tried", ""]
-    assert rows["3 %"] == ["none that was tried", ""]
-    assert rows["5 %"] == ["1/5", "average every 5: +3.1 %"]  # one at +4.6 % has half of the bytes
+    assert rows["2 %"] == ["none that was tried", "the same"]
+    assert rows["3 %"] == ["none that was tried", "the same"]
+    assert rows["5 %"] == ["1/5: average every 5, +3.1 %", "the same"]  # one at +4.6 % has half of the bytes
+
+
+def test_an_arm_that_no_job_can_have_is_not_among_those_with_the_fewest_bytes(study: Study) -> None:
+    study.run()
+    results = results_of(study.standing())
+    forgetting = replace(results[2].planned.template, variation=Variation(first_moment=0.5))
+    played_only = replace(results[2], planned=replace(results[2].planned, template=forgetting), bytes_part=0.001)
+    everything = [*results, played_only]
+    assert cheapest_within(everything, 5.0, with_played_only=False) is results[2]
+    assert cheapest_within(everything, 5.0, with_played_only=True) is played_only
 
 
 def test_the_pictures_and_numbers_are_beside_the_page_and_the_same_again(study: Study, tmp_path: Path) -> None:
