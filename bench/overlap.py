@@ -33,7 +33,7 @@ __all__ = ["OverlapArm", "OverlapSettings", "WorkerTimes", "measure", "overlap_t
 _PORT = 2222
 _WORKERS = 2
 _LAST_PART = 5
-"""The training loss is the mean over the last steps: one part of as many."""
+"""The training loss is the mean over the last steps, this part of all: a fifth."""
 
 
 @dataclass(frozen=True)

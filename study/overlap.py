@@ -39,6 +39,8 @@ _LATE_STEPS = 10
 _RATE = 4e-3
 _TRIED, _TUNING_SEED = (2e-3, 4e-3, 8e-3), 100
 _STEPS, _QUICK_STEPS = 1500, 100
+_WIDTH = 110
+"""Columns that the table needs."""
 _NONE = "none"
 """How the arm without late centers is called."""
 
@@ -146,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
         if not trainings:
             console.print(f"no finished training lies in {directory}", soft_wrap=True)
             return 0
-        console.print(_table_of(overlap_rows_of(trainings)))
+        Console(width=max(_WIDTH, console.width)).print(_table_of(overlap_rows_of(trainings)))
         console.print(f"data: {task.source}", soft_wrap=True, highlight=False)
     except KeyboardInterrupt:
         console.print(f"stopped; finished trainings are in {directory}, and the same command goes on", soft_wrap=True)

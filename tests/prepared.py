@@ -39,6 +39,7 @@ _IMPORTED = (
 )
 _MAX_ORDER_BYTES = 1 << 17  # the environment
 _STDERR = 2
+_ROOT = Path(__file__).parents[1]
 
 
 class Prepared:
@@ -140,7 +141,7 @@ class _Original:
             number = its_orders.fileno()
             command = [sys.executable, "-m", "tests.prepared", str(number)]
             self._process = subprocess.Popen(
-                command, pass_fds=[number], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+                command, pass_fds=[number], cwd=_ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
             )
         self._one_order = threading.Lock()
         atexit.register(self._end)
@@ -203,6 +204,7 @@ def _tell_end(process: int, pid: int, end: int) -> None:
 
 def _run(module: str, arguments: list[str], environ: dict[str, str], cwd: str, warnings_are_errors: bool) -> None:
     os.chdir(cwd)
+    sys.path.insert(0, cwd)
     os.environ.clear()
     os.environ.update(environ)
     sys.argv = [module, *arguments]

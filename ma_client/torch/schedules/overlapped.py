@@ -1,8 +1,9 @@
 """Rounds at every interval while training goes on: a snapshot is pushed in the background, and the average is installed
 under what was trained meanwhile.
 
-The rule is that of Streaming DiLoCo (Douillard et al., arXiv:2501.18512, with mixing factor 1 for the average) and of
-torchft's local SGD with a delay: the worker goes on from the new center plus its own steps since the snapshot.
+The worker goes on from the new center plus its own steps since the snapshot, as with hivemind's `delta_rule_averaging`.
+Streaming DiLoCo (Douillard et al., arXiv:2501.18512) and torchft's local SGD delay averages in the same way, but then
+mix center and local variables.
 """
 
 from __future__ import annotations
