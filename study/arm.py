@@ -30,8 +30,8 @@ class Absence:
     """Workers are killed at random and come back; rounds go on without them, as with a quorum of one and no grace.
 
     A worker that is killed between two rounds has lost its steps since the first of them. It misses that round and
-    perhaps more, and then goes on from the center with a new inner optimizer. All begin alive. In the long run, the
-    number of rounds that a worker misses at a time is geometrically distributed.
+    perhaps more, and then goes on from the center of a round with a new inner optimizer. All begin alive. The number of
+    rounds that a worker misses at a time is geometrically distributed.
 
     Args:
         part: of all pushes that are missed in the long run, above 0 and below 1.
@@ -141,6 +141,11 @@ class Arm:
         for phase, begin, end in zip(phases, begins, [*begins[1:], self.steps], strict=True):
             ends |= dict.fromkeys([*range(begin + phase.interval_steps, end, phase.interval_steps), end], phase.outer)
         return ends
+
+    @property
+    def is_played_only(self) -> bool:
+        """Whether no job can do this today: it has one interval and one outer optimizer, and leaves the inner alone."""
+        return bool(self.variation.later) or self.variation.first_moment != 1.0
 
     @property
     def batches_trained(self) -> int:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
+from modelaverage.codecs import CODECS, RAW
+from study.arm import Arm, Variation
 from study.compare import spread_of
 from study.pictures import draw_bytes, draw_intervals, draw_steps
+from study.plan import AVERAGE
 from study.results import ArmResult, cheapest_within
 
 __all__ = ["page_of", "write_page"]
@@ -41,9 +44,11 @@ Data: {source} (Python Software Foundation License Version 2).
 - *Outer step*: Nesterov's momentum on the server, with learning rate 0.8 and momentum 0.6 for intervals up to 10, and
   with 1.0 and 0.6 for longer ones.
 - *Killed*: in the long run, workers miss a third of all rounds, two at a time in the mean. A killed worker loses its
-  steps since the last round and comes back with the center and a new inner optimizer; rounds go on with those that are
-  there.
+  steps since the last round and comes back after a round, with its center and a new inner optimizer; rounds go on with
+  those that are there, as with a quorum of one.
 - *Unequal*: each worker has a stretch of the text in the order of the files' names, so that packages stay together.
+- *Only played*: a job has one interval and one outer optimizer, and leaves the inner optimizer alone. Arms that change
+  these exist only here.
 
 Losses are those of the center, in nats: mean and standard deviation over the seeds {seeds}. The difference is from
 synchronous training with the same seed and number of workers. Bytes are the encoded values of one worker, up and down;
@@ -88,30 +93,32 @@ def _lines(results: Sequence[ArmResult], source: str) -> Iterator[str]:
     first = results[0]
     seeds = ", ".join(map(str, first.seeds))
     yield from _BEGINNING.format(
-        steps=f"{first.steps:,}", source=source, workers=first.num_workers, seeds=seeds
+        steps=f"{first.planned.template.steps:,}",
+        source=source,
+        workers=first.planned.template.num_workers,
+        seeds=seeds,
     ).splitlines()
     yield ""
-    yield "| at most this much worse than synchronous | fewest bytes, of synchronous | arm |"
+    yield "| at most this much worse than synchronous | fewest of its bytes | with those that are only played |"
     yield "|---|---|---|"
     for percent in _BOUNDS_PERCENT:
-        cheapest = cheapest_within(results, percent)
-        if cheapest is None or cheapest.reference == cheapest.name:
-            yield f"| {percent} % | none that was tried | |"
-        else:
-            yield f"| {percent} % | {_part(cheapest)} | {cheapest.name}: {cheapest.difference_percent:+.1f} % |"
+        job, played = (cheapest_within(results, percent, with_played_only) for with_played_only in (False, True))
+        yield f"| {percent} % | {_cheapest(job)} | {'the same' if played is job else _cheapest(played)} |"
     for name, alt in _PICTURES:
         yield ""
         yield f"![{alt}](study/{name}.svg)"
-    for group in dict.fromkeys(each.group for each in results):
+    groups = list(dict.fromkeys(each.planned.group for each in results))
+    ordered = sorted(results, key=lambda each: (groups.index(each.planned.group), _place(each.planned.template)))
+    for group in groups:
         yield ""
         yield f"## {group}"
         yield ""
         yield "| arm | held-out loss | from synchronous | MB up, down | of its bytes | train loss | learning rate |"
         yield "|---|---|---|---|---|---|---|"
-        for each in results:
-            if each.group == group:
+        for each in ordered:
+            if each.planned.group == group:
                 yield _row(each)
-        notes = [f"- {note}" for each in results if each.group == group for note in _notes(each)]
+        notes = [f"- {note}" for each in ordered if each.planned.group == group for note in _notes(each)]
         if notes:
             yield ""
             yield from notes
@@ -124,7 +131,7 @@ def _lines(results: Sequence[ArmResult], source: str) -> Iterator[str]:
     rates = sorted({rate for each in results for rate, _ in each.tuning})
     yield f"| arm | {' | '.join(f'{rate:g}' for rate in rates)} |"
     yield f"|---|{'---|' * len(rates)}"
-    for each in results:
+    for each in ordered:
         tuning = dict(each.tuning)
         cells = (_tuned(tuning.get(rate), rate == each.learning_rate) for rate in rates)
         yield f"| {each.name} | {' | '.join(cells)} |"
@@ -151,13 +158,26 @@ def _row(each: ArmResult) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def _cheapest(found: ArmResult | None) -> str:
+    if found is None:
+        return "none that was tried"
+    return f"{_part(found)}: {found.name}, {found.difference_percent:+.1f} %"
+
+
 def _notes(each: ArmResult) -> Iterator[str]:
     """What stands below the table of its group."""
     if each.beside_percent:
         over = _percent(statistics.fmean(each.beside_percent), spread_of(each.beside_percent))
-        yield f"*{each.name}*: {over} from *{each.beside}*"
+        yield f"*{each.name}*: {over} from *{each.planned.beside}*"
+    if each.planned.template.is_played_only:
+        yield f"*{each.name}*: only played"
     if each.missed_part:
         yield f"*{each.name}*: {100 * each.missed_part:.0f} % of all pushes were missed"
+
+
+def _place(arm: Arm) -> tuple[bool, int, int]:
+    """Where its row is among those of its group."""
+    return arm.outer != AVERAGE, list(CODECS).index(arm.codec), arm.interval_steps
 
 
 def _part(each: ArmResult) -> str:
@@ -178,10 +198,19 @@ def _tuned(loss: float | None, is_best: bool) -> str:
 
 
 def _series(results: Sequence[ArmResult]) -> list[tuple[str, list[ArmResult]]]:
-    """The plain arms at several intervals, by what they are."""
+    """The usual arms at several intervals, by outer optimizer and codec."""
     series = dict[str, list[ArmResult]]()
+    first = results[0].planned.template
     for each in results:
-        kind, every, rest = each.name.partition(f" every {each.interval_steps}")
-        if every and kind in ("average", "outer step") and rest.count(",") < 2:
-            series.setdefault(kind + rest, []).append(each)
+        arm = each.planned.template
+        others = {
+            "outer": arm.outer,
+            "interval_steps": arm.interval_steps,
+            "codec": arm.codec,
+            "variation": Variation(),
+        }
+        if arm.variation == Variation() and replace(first, **others) == arm:  # type: ignore[arg-type]
+            kind = "average" if arm.outer == AVERAGE else "outer step"
+            codec = "" if arm.codec == RAW.name else f", {arm.codec}"
+            series.setdefault(kind + codec, []).append(each)
     return [(name, found) for name, found in series.items() if len(found) > 1]

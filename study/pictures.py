@@ -53,8 +53,8 @@ def draw_intervals(series: Sequence[tuple[str, Sequence[ArmResult]]], path: Path
     figure, axes = _begun("local steps between two rounds", "held-out loss over synchronous training, %")
     ticks = set[int]()
     for index, (name, results) in enumerate(series):
-        found = sorted(results, key=lambda each: each.interval_steps)
-        intervals = [each.interval_steps for each in found]
+        found = sorted(results, key=lambda each: each.planned.template.interval_steps)
+        intervals = [each.planned.template.interval_steps for each in found]
         ticks.update(intervals)
         spreads = [each.difference_spread or 0.0 for each in found]
         differences = [each.difference_percent for each in found]

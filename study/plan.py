@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 from study.arm import Absence, Arm, Phase, Variation
 from study.tasks.base import UNEQUAL
 
-__all__ = ["FULL", "QUICK", "PlannedArm", "StudyPlan"]
+__all__ = ["AVERAGE", "FULL", "QUICK", "PlannedArm", "StudyPlan"]
 
-_AVERAGE = "average"
+AVERAGE = "average"
+"""The outer optimizer that takes no step."""
 _NEAR, _FAR = "sgd:lr=0.8,momentum=0.6,nesterov", "sgd:lr=1.0,momentum=0.6,nesterov"
 """Outer optimizers for intervals up to 10, and for longer ones."""
 _ALONE, _SYNCHRONOUS = Variation(method="alone"), Variation(method="synchronous")
@@ -76,7 +77,7 @@ def _synchronous_name(num_workers: int) -> str:
 
 
 def _full_arms() -> Iterator[PlannedArm]:
-    base = Arm("text", "raw", _AVERAGE, 1, 0.0, 0, steps=1200, measure_every_steps=100)
+    base = Arm("text", "raw", AVERAGE, 1, 0.0, 0, steps=1200, measure_every_steps=100)
 
     def arm(outer: str, interval_steps: int, codec: str, **others: object) -> Arm:
         return replace(base, outer=outer, interval_steps=interval_steps, codec=codec, **others)  # type: ignore[arg-type]
@@ -90,8 +91,8 @@ def _full_arms() -> Iterator[PlannedArm]:
         outer = _NEAR if interval <= 10 else _FAR
         yield _planned(group, f"outer step every {interval}, int4", arm(outer, interval, "int4"))
         yield _planned(group, f"outer step every {interval}", arm(outer, interval, "raw"))
-        yield _planned(group, f"average every {interval}", arm(_AVERAGE, interval, "raw"))
-    yield _planned(group, "average every 5, int4", arm(_AVERAGE, 5, "int4"))
+        yield _planned(group, f"average every {interval}", arm(AVERAGE, interval, "raw"))
+    yield _planned(group, "average every 5, int4", arm(AVERAGE, 5, "int4"))
     yield _planned(group, "outer step every 50, int8", arm(_FAR, 50, "int8"))
 
     usual = "outer step every {}, int4"
@@ -143,13 +144,13 @@ def _thirds(interval_steps: int, *outers: str) -> Variation:
 
 
 def _quick_arms() -> Iterator[PlannedArm]:
-    base = Arm("text", "raw", _AVERAGE, 1, 0.0, 0, steps=60, num_workers=2, measure_every_steps=20)
+    base = Arm("text", "raw", AVERAGE, 1, 0.0, 0, steps=60, num_workers=2, measure_every_steps=20)
     group = "Both ends"
     yield PlannedArm(group, "synchronous", replace(base, variation=_SYNCHRONOUS), 2, "")
     yield PlannedArm(group, "alone", replace(base, variation=_ALONE), 2, "synchronous")
     group = "Intervals and codecs"
     for interval in (5, 10):
-        averaged, stepped = (replace(base, interval_steps=interval, outer=outer) for outer in (_AVERAGE, _NEAR))
+        averaged, stepped = (replace(base, interval_steps=interval, outer=outer) for outer in (AVERAGE, _NEAR))
         yield PlannedArm(group, f"average every {interval}", averaged, 2, "synchronous")
         coded = replace(stepped, codec="int4")
         yield PlannedArm(group, f"outer step every {interval}, int4", coded, 2, "synchronous")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from study.compare import spread_of
 from study.kept import Training
+from study.plan import PlannedArm
 from study.standing import ArmStanding, StudyStanding
 from study.tuning import rate_at
 
@@ -34,17 +35,14 @@ class ArmResult:
     """One arm, over the seeds.
 
     Args:
-        group, name: as in `PlannedArm`.
-        method, outer, interval_steps, codec, num_workers, steps: of the arm.
+        planned: the arm.
         seeds: all of the plan.
         learning_rate: the tuned one.
         tuning: learning rate and held-out loss of each training with the tuning seed, by rate.
         held_out_losses: at the end, by seed; in nats.
         train_losses: mean of the last fifth of the run, by seed; in nats.
         differences_percent: of held-out loss from the reference with the same seed, by seed. 0 for a reference.
-        reference: the name of the synchronous arm; of itself for a reference.
-        beside: the name of the usual arm of which this is a variation; "": none.
-        beside_percent: difference of held-out loss from that with the same seed, by seed; empty: there is none.
+        beside_percent: difference from the usual arm of which this is a variation, by seed; empty: there is none.
         up_bytes, down_bytes: of one worker in the whole training, mean over the seeds.
         bytes_part: up and down, of those of the reference.
         missed_part: of all pushes of the plan, those that absent workers did not make, mean over the seeds.
@@ -52,22 +50,13 @@ class ArmResult:
         took_s: of all trainings with these seeds, on machines that may have had other work.
     """
 
-    group: str
-    name: str
-    method: str
-    outer: str
-    interval_steps: int
-    codec: str
-    num_workers: int
-    steps: int
+    planned: PlannedArm
     seeds: tuple[int, ...]
     learning_rate: float
     tuning: tuple[tuple[float, float], ...]
     held_out_losses: tuple[float, ...]
     train_losses: tuple[float, ...]
     differences_percent: tuple[float, ...]
-    reference: str
-    beside: str
     beside_percent: tuple[float, ...]
     up_bytes: int
     down_bytes: int
@@ -75,6 +64,16 @@ class ArmResult:
     missed_part: float
     curve: tuple[CurvePoint, ...]
     took_s: float
+
+    @property
+    def name(self) -> str:
+        """Of the arm."""
+        return self.planned.name
+
+    @property
+    def reference(self) -> str:
+        """The name of the synchronous arm; of itself for a reference."""
+        return self.planned.reference or self.planned.name
 
     @property
     def held_out_loss(self) -> float:
@@ -112,12 +111,25 @@ def results_of(standing: StudyStanding) -> list[ArmResult]:
     ]
 
 
-def cheapest_within(results: Sequence[ArmResult], percent: float) -> ArmResult | None:
-    """The arm with four workers and equal shards that is at most this much worse than synchronous training, in the
-    mean, and has the fewest of its bytes; of those that send any."""
-    reference = results[0].name
+def cheapest_within(results: Sequence[ArmResult], percent: float, with_played_only: bool) -> ArmResult | None:
+    """The arm that is at most this much worse than synchronous training, in the mean, and has the fewest of its bytes.
+    It has as many workers and steps, equal shards, and no worker was killed. None: there is no such arm.
+
+    Args:
+        results: of a study, its synchronous arm first.
+        percent: the bound for the held-out loss.
+        with_played_only: whether it may be an arm that no job can have today.
+    """
+    first = results[0].planned.template
     within = [
-        each for each in results if each.reference == reference and each.up_bytes and each.difference_percent <= percent
+        each
+        for each in results
+        if (arm := each.planned.template).num_workers == first.num_workers
+        and arm.steps == first.steps
+        and (arm.variation.shards, arm.variation.absence) == (first.variation.shards, None)
+        and arm.variation.method == "rounds"
+        and (with_played_only or not arm.is_played_only)
+        and each.difference_percent <= percent
     ]
     return min(within, key=lambda each: each.bytes_part, default=None)
 
@@ -133,22 +145,13 @@ def _result_of(standing: ArmStanding, reference: ArmStanding, beside: ArmStandin
     pushes = len(arm.round_ends) * arm.num_workers
     missed = 1 - statistics.fmean(each.last.pushes for each in trainings) / pushes if arm.variation.absence else 0.0
     return ArmResult(
-        planned.group,
-        planned.name,
-        arm.variation.method,
-        arm.outer,
-        arm.interval_steps,
-        arm.codec,
-        arm.num_workers,
-        arm.steps,
+        planned,
         tuple(sorted(standing.finished)),
         rate_at(standing.rung),
         tuple((rate_at(rung), each.last.held_out_loss) for rung, each in sorted(standing.tuning.items())),
         _losses(trainings),
         tuple(each.train_loss for each in trainings),
         _percent_over(trainings, compared),
-        planned.reference or planned.name,
-        planned.beside,
         () if beside is None else _percent_over(trainings, _by_seed(beside)),
         up_bytes,
         down_bytes,

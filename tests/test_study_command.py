@@ -22,11 +22,11 @@ from study import __main__ as command
 from study.arm import Absence, Arm, Variation
 from study.crew import make_all, pool
 from study.kept import KeptArms, Training
-from study.page import write_page
+from study.page import _SHOWN, _series, write_page
 from study.pictures import _look
 from study.plan import FULL, PlannedArm, StudyPlan
 from study.play import Measured
-from study.results import results_of
+from study.results import cheapest_within, results_of
 from study.standing import StudyStanding, standing_of
 from study.tasks import TASKS
 from study.tuning import best_rung, rate_at, rungs_to_try
@@ -253,9 +253,19 @@ def test_the_page_says_which_arm_has_the_fewest_bytes_within_a_bound(study: Stud
     study.run()
     write_page(results_of(study.standing()), SOURCE, tmp_path)
     rows = rows_of_page((tmp_path / "study.md").read_text(encoding="utf-8"))
-    assert rows["2 %"] == ["none that was tried", ""]
-    assert rows["3 %"] == ["none that was tried", ""]
-    assert rows["5 %"] == ["1/5", "average every 5: +3.1 %"]  # one at +4.6 % has half of the bytes
+    assert rows["2 %"] == ["none that was tried", "the same"]
+    assert rows["3 %"] == ["none that was tried", "the same"]
+    assert rows["5 %"] == ["1/5: average every 5, +3.1 %", "the same"]  # one at +4.6 % has half of the bytes
+
+
+def test_an_arm_that_no_job_can_have_is_not_among_those_with_the_fewest_bytes(study: Study) -> None:
+    study.run()
+    results = results_of(study.standing())
+    forgetting = replace(results[2].planned.template, variation=Variation(first_moment=0.5))
+    played_only = replace(results[2], planned=replace(results[2].planned, template=forgetting), bytes_part=0.001)
+    everything = [*results, played_only]
+    assert cheapest_within(everything, 5.0, with_played_only=False) is results[2]
+    assert cheapest_within(everything, 5.0, with_played_only=True) is played_only
 
 
 def test_the_pictures_and_numbers_are_beside_the_page_and_the_same_again(study: Study, tmp_path: Path) -> None:
@@ -270,8 +280,36 @@ def test_the_pictures_and_numbers_are_beside_the_page_and_the_same_again(study: 
         if path.suffix == ".svg":
             assert ElementTree.parse(path).getroot().get("width", "").endswith("pt")
     arms = json.loads(written[1].read_text())["arms"]
-    assert [arm["name"] for arm in arms] == [each.name for each in PLAN.arms]
+    assert [arm["planned"]["name"] for arm in arms] == [each.name for each in PLAN.arms]
     assert len(max(page.splitlines()[:30], key=len)) <= 120
+
+
+def test_every_arm_of_the_pictures_is_in_the_plan() -> None:
+    assert set(_SHOWN) <= {each.name for each in FULL.arms}
+    assert len(_SHOWN) <= 8  # as many lines as look different
+
+
+def test_the_page_of_the_full_plan_has_every_arm_and_says_what_it_is_beside(tmp_path: Path) -> None:
+    kept, sent = KeptArms(tmp_path / "runs"), Measured(100, 1, 3.0, 2.5, 10, 10, 1)
+    while missing := standing_of(FULL, kept, SOURCE).missing:
+        for arm in missing:
+            loss = 2.0 + abs(math.log(arm.learning_rate / rate_at(1)))
+            kept.keep(Training(arm, SOURCE, 1.0, (sent, replace(sent, step=arm.steps, held_out_loss=loss))))
+    results = results_of(standing_of(FULL, kept, SOURCE))
+    names = {name: {arm.planned.template.interval_steps for arm in arms} for name, arms in _series(results)}
+    assert names == {name: {5, 10, 25, 50, 100} for name in ("outer step, int4", "outer step", "average")}
+    write_page(results, SOURCE, tmp_path)
+    page = (tmp_path / "study.md").read_text(encoding="utf-8")
+    assert rows_of_page(page).keys() >= {each.name for each in FULL.arms}
+    for each in FULL.arms:
+        if each.beside:
+            assert f"- *{each.name}*: +0.00 ± 0.00 % from *{each.beside}*" in page
+
+
+def test_the_picture_of_intervals_has_the_usual_arms(study: Study) -> None:
+    study.run()
+    ((name, arms),) = _series(results_of(study.standing()))
+    assert (name, [arm.name for arm in arms]) == ("average", ["average every 5", "average every 1"])
 
 
 def test_lines_of_a_picture_differ_without_colours() -> None:
