@@ -139,3 +139,9 @@ def all_gone(pids: Sequence[int], timeout_s: float) -> bool:
         if not ready:
             return False
     return True
+
+
+def said(launched: Launched) -> list[str]:
+    """What it printed on stderr besides that something takes long on a busy machine."""
+    slow = (" s so far)", "there is no center yet")
+    return [line for line in launched.errors if not any(text in line for text in slow)]

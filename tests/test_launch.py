@@ -14,7 +14,7 @@ import pytest
 
 from ps_worker.engines.engine import EngineError
 from ps_worker.engines.local_cluster import automatic_servers, center_directories, started_again, usable_cores
-from tests.launched import Launched, all_gone
+from tests.launched import Launched, all_gone, said
 from tests.long_plays import long_except
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for orphans in /proc")
@@ -63,12 +63,6 @@ if ClusterSpec.from_env().task_index == 1:
     raise ValueError("the disk is full of cats")
 signal.pause()
 """
-
-
-def said(launched: Launched) -> list[str]:
-    """What it printed on stderr besides that something takes long on a busy machine."""
-    slow = (" s so far)", "there is no center yet")
-    return [line for line in launched.errors if not any(text in line for text in slow)]
 
 
 # Every process of worker 1 except the last one ends with an error.

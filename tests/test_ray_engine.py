@@ -16,7 +16,7 @@ import pytest
 
 from ps_worker.demo import run_files
 from ps_worker.engines.ray_host import OUTPUT, Command, Line, RayHost
-from tests.launched import TIMEOUT_S, Launched, all_gone
+from tests.launched import TIMEOUT_S, Launched, all_gone, said
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the nodes are 127.0.0.2 and so on; looks into /proc")
 
@@ -236,7 +236,7 @@ def test_a_worker_that_is_killed_too_often_ends_the_run(launch: RayLaunch) -> No
     launched = launch(DYING, options=(*ONE_OF_EACH, "--max-restarts", "1"))
     assert launched.ended(LAUNCH_TIMEOUT_S) == 1
     assert launched.lines == ["[worker-0] dying"] * 2
-    first, happened, last = launched.errors
+    first, happened, last = said(launched)
     assert first == "ma-launch: worker-0 was ended by SIGKILL; starting it again (1 of 1)"
     assert happened.endswith("; worker-0 (1 restart) was ended by SIGKILL")
     assert last == "ma-launch: worker-0 was ended by SIGKILL (--max-restarts 1)"
@@ -249,7 +249,7 @@ def test_a_dead_server_without_checkpoints_ends_the_run(launch: RayLaunch, nodes
     (server,) = nodes.processes("ps_server serve")
     os.kill(server, signal.SIGKILL)
     assert launched.ended(LAUNCH_TIMEOUT_S) == 1
-    happened, last = launched.errors
+    happened, last = said(launched)
     assert happened.endswith("worker-0 was at work")
     assert (
         last
@@ -264,7 +264,7 @@ def test_ctrl_c_leaves_nothing_on_the_cluster(launch: RayLaunch, nodes: Nodes) -
     launched.wait_for("[worker-0] waiting")
     launched.process.send_signal(signal.SIGINT)
     assert launched.ended(timeout_s=10) == 130
-    happened, last = launched.errors
+    happened, last = said(launched)
     assert happened.startswith("ma-launch: no center was initialized, in ")
     assert last == "ma-launch: ended by SIGINT, and every process with it"
     assert_nothing_left(nodes)
@@ -276,7 +276,7 @@ def test_ctrl_c_ends_the_wait_for_room(launch: RayLaunch) -> None:
     launched.wait_for("waiting until Ray has room")
     launched.process.send_signal(signal.SIGINT)
     assert launched.ended(timeout_s=10) == 130
-    assert launched.errors == [
+    assert said(launched) == [
         "ma-launch: waiting until Ray has room: 10 CPU needed, 9 of 9 free",
         "ma-launch: ended by SIGINT, and every process with it",
     ]
