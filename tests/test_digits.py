@@ -29,7 +29,7 @@ from ps_worker.demo.summary import Summary
 from ps_worker.demo.view import Cast, LiveView, PlainView
 from ps_worker.events.parse import AccuracyEvent, Event, RoundEvent, ServerEvent, StepEvent, decode, encode
 from tests.conftest import StartServer
-from tests.launched import Launched
+from tests.launched import Launched, said
 
 EVENTS: list[Event] = [
     StepEvent("worker-0", 1.0, 40, 0.25, 1234.5, 0.75, 2),
@@ -379,7 +379,7 @@ DEMO = ("-m", "ps_worker.launch", "--ps", "2", "--workers", "2", "--runs", "runs
 def test_run_trains_a_good_center_and_leaves_every_file(tmp_path: Path) -> None:
     with Launched([*DEMO, "--steps", "200", "--interval-steps", "20"], cwd=tmp_path) as demo:
         assert demo.ended(timeout_s=240) == 0, demo.printed()
-        assert demo.errors == []
+        assert said(demo) == []
         assert demo.descendants() == []
         assert any(line.endswith("2 workers train together: importing torch ...") for line in demo.lines)
     (run,) = (tmp_path / "runs").iterdir()
@@ -433,6 +433,6 @@ def test_ctrl_c_during_the_start_leaves_nothing(tmp_path: Path) -> None:
         demo.wait_for("2 parameter servers start")
         demo.process.send_signal(signal.SIGINT)
         assert demo.ended(timeout_s=5) == 130
-        assert demo.errors == ["ma-launch: ended by SIGINT, and every process with it"]
+        assert said(demo) == ["ma-launch: ended by SIGINT, and every process with it"]
         assert demo.descendants() == []
     assert list((tmp_path / "runs").iterdir()) == []

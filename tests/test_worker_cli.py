@@ -19,7 +19,7 @@ from ps_worker.commands.stop_signals import STOP_SIGNALS
 from ps_worker.demo.stopping import consequence
 from ps_worker.launch import main as launch_main
 from tests.conftest import StartServer
-from tests.launched import Launched
+from tests.launched import Launched, said
 from tests.raw_client import RawClient, until
 from tests.recorded import slurm, torchrun, without_a_cluster
 
@@ -266,7 +266,7 @@ def test_ctrl_c_while_a_worker_starts_is_one_line() -> None:
         worker.wait_for("importing torch")
         worker.process.send_signal(signal.SIGINT)
         assert worker.ended() == 130
-        assert worker.errors == ["ps-worker: stopped by SIGINT"]
+        assert said(worker) == ["ps-worker: stopped by SIGINT"]
 
 
 def test_a_worker_that_waits_for_the_chief_says_so_and_ctrl_c_ends_the_wait(start_server: StartServer) -> None:
