@@ -72,7 +72,7 @@ class ArmResult:
 
     @property
     def reference(self) -> str:
-        """The name of the synchronous arm; of itself for a reference."""
+        """The name of the synchronous arm to compare with; for that arm its own name."""
         return self.planned.reference or self.planned.name
 
     @property

@@ -60,7 +60,7 @@ def subtracted(worker: int, step: int, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def is_meanwhile(steps: int, global_step: int) -> bool:
-    """Whether the last of so many steps came after a push whose average is not installed yet."""
+    """Whether the last of these steps came after a push whose average is not installed yet."""
     return steps // INTERVAL_STEPS > global_step and steps % INTERVAL_STEPS > 0
 
 

@@ -27,7 +27,7 @@ _TIMEOUT_S = 120.0
 
 @dataclass(frozen=True)
 class Rank:
-    """What a rank knows of itself.
+    """What a rank knows about its place.
 
     Args:
         worker: index of its worker.
