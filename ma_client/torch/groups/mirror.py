@@ -7,7 +7,6 @@ import zlib
 from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.distributed.tensor import DTensor
@@ -18,6 +17,7 @@ from ma_client.torch.groups.dtensors import DTensors
 from ma_client.torch.groups.fsdp1 import FlatParameters
 from ma_client.torch.groups.replicated import Replicated
 from ma_client.torch.groups.worker_group import WorkerGroup
+from ma_client.values.raw import bytes_of
 
 __all__ = ["GroupMirror", "Holding"]
 
@@ -77,7 +77,7 @@ class GroupMirror:
             is_trained = isinstance(tensor, torch.nn.Parameter) and tensor.requires_grad
             if is_trained and not isinstance(tensor, DTensor) and not is_flattened(tensor):
                 (array,) = HostMirror({name: tensor}).gather().values()
-                found = zlib.crc32(np.ascontiguousarray(array).tobytes(), found)
+                found = zlib.crc32(bytes_of(array), found)
         return found
 
     def gather(self) -> dict[str, NDArray[Any]]:
