@@ -27,13 +27,14 @@ $(VENV)/%.stamp: pyproject.toml constraints.txt
 demo: $(VENV)/demo.stamp ## train the digits with a parameter server and two workers, or PS=2 WORKERS=3
 	@$(BIN)/ma-launch --ps $(or $(PS),1) --workers $(or $(WORKERS),2) -- digits
 
-bench: $(VENV)/dev.stamp ## compare a round with gloo's all-reduce; QUICK=--quick for less than a minute
+bench: $(VENV)/dev.stamp ## compare a round with gloo's all-reduce and PyTorch's own averaging; QUICK=--quick for two minutes
 	@$(BIN)/python -m bench.round $(QUICK)
+	@$(BIN)/python -m bench.average $(QUICK)
 	@$(BIN)/python -m bench.many $(QUICK)
 	@$(BIN)/python -m bench.links $(QUICK)
 	@$(if $(QUICK),,$(BIN)/pytest -m slow)
 
-study: $(VENV)/dev.stamp ## train every arm beside synchronous training, on all processors; goes on where it was stopped (two hours); QUICK=1 for three minutes
+study: $(VENV)/dev.stamp $(VENV)/study.stamp ## train every arm beside synchronous training, on all processors; goes on where it was stopped (two hours); QUICK=1 for three minutes
 	@$(BIN)/python -m study $(if $(QUICK),--quick)
 
 chaos: $(VENV)/dev.stamp ## kill and stop processes for 200 rounds, check that nothing is lost; SEED=1, SQUEEZE=--squeeze, OUTER="sgd:lr=0.7,momentum=0.9,nesterov" (2 workers)

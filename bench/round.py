@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import tempfile
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -21,11 +22,14 @@ from rich.table import Table
 
 from bench.processes import parameter_server, peak_bytes, resident_bytes
 from bench.turns import Turns, over_workers, take_turns, tolerance_of, values_of
+from tests.certificates import Authority
 
 NESTEROV = "sgd:lr=0.7,momentum=0.9,nesterov"
 TRANSPORTS = ("shared memory", "unix socket", "tcp, messages", "tcp")
 """The last one: with a data connection for what is worth it."""
-CODED_TRANSPORTS = TRANSPORTS[-2:]
+TLS_TRANSPORTS = ("tls, messages", "tls")
+"""The same with TLS."""
+CODED_TRANSPORTS = ("tcp, messages", "tcp")
 COMPRESSIONS = ("int8", "int4")
 
 
@@ -71,13 +75,15 @@ class Result:
     worker_extra_bytes: int
 
 
-def work(case: Case, rank: int, rounds: int, address: str, gloo_port: int, pipe: Connection) -> None:
-    """One worker process: alternating rounds, checked; sends its Sample."""
+def work(
+    case: Case, rank: int, rounds: int, address: str, gloo_port: int, pipe: Connection, ca_file: Path | None
+) -> None:
+    """One worker process: alternating rounds, checked; sends its Sample. ``ca_file``: the authority; None: no TLS."""
     os.environ["GRPC_VERBOSITY"] = "NONE"
     import torch
     import torch.distributed as dist
 
-    from ma_client import ParameterServerSession
+    from ma_client import ParameterServerSession, Security, Tls
     from modelaverage.outer import AVERAGE, outer_optimizer
 
     torch.set_num_threads(1)
@@ -90,7 +96,11 @@ def work(case: Case, rank: int, rounds: int, address: str, gloo_port: int, pipe:
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     idle_bytes = resident_bytes(os.getpid())
     session = ParameterServerSession(
-        [address], worker_id=f"worker-{rank}", is_chief=rank == 0, shared_memory=case.transport == "shared memory"
+        [address],
+        worker_id=f"worker-{rank}",
+        is_chief=rank == 0,
+        shared_memory=case.transport == "shared memory",
+        security=Security(None if ca_file is None else Tls(ca_file)),
     )
     outer = outer_optimizer(case.outer)
     if rank == 0:
@@ -110,26 +120,37 @@ def work(case: Case, rank: int, rounds: int, address: str, gloo_port: int, pipe:
 
 def measure(case: Case, rounds: int) -> Result:
     """Runs one row."""
-    from ma_client import ParameterServerSession
+    with tempfile.TemporaryDirectory() as directory:
+        if not case.transport.startswith("tls"):
+            return _measured(case, rounds, (), None)
+        authority = Authority(Path(directory))
+        server = authority.sign("server")
+        flags = ("--tls-cert", str(server.cert), "--tls-key", str(server.key))
+        return _measured(case, rounds, flags, authority.ca)
+
+
+def _measured(case: Case, rounds: int, tls_flags: tuple[str, ...], ca_file: Path | None) -> Result:
+    from ma_client import ParameterServerSession, Security, Tls
 
     context = multiprocessing.get_context("spawn")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         gloo_port = probe.getsockname()[1]
-    flags = ("--data-port", "off") if case.transport == "tcp, messages" else ()
+    flags = (*tls_flags, "--data-port", "off") if case.transport.endswith(", messages") else tls_flags
     with parameter_server(case.workers, *flags, unix_socket=case.transport == "unix socket") as (address, server_pid):
         idle_bytes = resident_bytes(server_pid)
         pipes, processes = [], []
         for rank in range(case.workers):
             ours, theirs = context.Pipe()
-            process = context.Process(target=work, args=(case, rank, rounds, address, gloo_port, theirs))
+            process = context.Process(target=work, args=(case, rank, rounds, address, gloo_port, theirs, ca_file))
             process.start()
             theirs.close()
             pipes.append(ours)
             processes.append(process)
         samples: list[Sample] = [pipe.recv() for pipe in pipes]
         server_extra_bytes = peak_bytes(server_pid, "modelaverage-contribution") - idle_bytes
-        with ParameterServerSession([address], worker_id="bench") as session:
+        security = Security(None if ca_file is None else Tls(ca_file))
+        with ParameterServerSession([address], worker_id="bench", security=security) as session:
             status = session.status()
         for pipe, process in zip(pipes, processes, strict=True):
             pipe.send(None)
@@ -183,6 +204,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command."""
     parser = argparse.ArgumentParser(prog="python -m bench.round", description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="small models and two workers only, under a minute")
+    parser.add_argument("--transport", nargs="+", choices=(*TRANSPORTS, *TLS_TRANSPORTS), help="only these rows")
     parser.add_argument("--rounds", type=int, default=9, help="measured rounds of each kind (%(default)s)")
     parser.add_argument("--json", type=Path, default=Path("runs/bench-round.json"), help="results (%(default)s)")
     arguments = parser.parse_args(argv)
@@ -197,6 +219,8 @@ def main(argv: list[str] | None = None) -> int:
         cases[at:at] = [replace(raw, compression=compression) for compression in COMPRESSIONS]
     if not arguments.quick:
         cases.append(Case("tcp", 10_000_000, 16))  # the server's memory is the same as with two
+    cases += [Case(transport, 10_000_000, 2) for transport in TLS_TRANSPORTS]
+    cases = [case for case in cases if arguments.transport is None or case.transport in arguments.transport]
     console, results = Console(width=160), []
     for case in cases:
         console.print(

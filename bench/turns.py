@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from ma_client import ParameterServerSession
 
-__all__ = ["WARM_UPS", "Turns", "over_workers", "take_turns", "tolerance_of", "values_of"]
+__all__ = ["WARM_UPS", "Turns", "link_bytes", "over_workers", "take_turns", "tolerance_of", "values_of"]
 
 WARM_UPS = 2
 # The error of both ways together, as a part of the largest difference between two workers' values.
@@ -46,11 +46,11 @@ class Turns:
     @contextmanager
     def turn(self, repeat: int) -> Iterator[None]:
         """Times the body of the context, which makes ``repeat`` rounds."""
-        busy_before_s, bytes_before, began = _busy_s(), _link_bytes(), time.perf_counter()
+        busy_before_s, bytes_before, began = _busy_s(), link_bytes(), time.perf_counter()
         yield
         self.round_s.append((time.perf_counter() - began) / repeat)
         self.busy_s.append((_busy_s() - busy_before_s) / repeat)
-        self.link_bytes.append((_link_bytes() - bytes_before) / repeat)
+        self.link_bytes.append((link_bytes() - bytes_before) / repeat)
 
     @property
     def busy(self) -> float:
@@ -132,7 +132,7 @@ def over_workers(turns: Sequence[Turns]) -> tuple[float, float]:
     return median, (max(slowest) - min(slowest)) / median
 
 
-def _link_bytes() -> int:
+def link_bytes() -> int:
     """Bytes received and sent at the link of this host, a network namespace; 0 without one."""
     for line in Path("/proc/self/net/dev").read_text().splitlines():
         name, _, counts = line.strip().partition(":")

@@ -9,7 +9,6 @@ import heapq
 import itertools
 from collections import deque
 from collections.abc import Callable, Coroutine
-from functools import partial
 from typing import Any, TypeVar
 
 from fuzz.sockets import Listener, MemorySocket
@@ -148,16 +147,13 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         """As asyncio's."""
         return self._watch_no_longer(self._readers, fd)
 
-    async def sock_recv(self, sock: Any, nbytes: int) -> bytes:
-        """As asyncio's."""
-        data: bytes = await self._when_possible(self._readers, sock, lambda: sock.recv(nbytes))
-        return data
+    def add_writer(self, fd: Any, callback: Callable[..., Any], *args: Any) -> None:  # type: ignore[override]
+        """As asyncio's, for sockets of sockets.py."""
+        self._watch(self._writers, fd, callback, args)
 
-    async def sock_sendall(self, sock: Any, data: Any) -> None:
+    def remove_writer(self, fd: Any) -> bool:
         """As asyncio's."""
-        left = memoryview(data).cast("B")
-        while left:
-            left = left[await self._when_possible(self._writers, sock, partial(sock.send, left)) :]
+        return self._watch_no_longer(self._writers, fd)
 
     async def sock_accept(self, sock: Any) -> tuple[Any, Any]:
         """As asyncio's."""

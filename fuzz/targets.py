@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from random import Random
 from typing import Protocol
 
@@ -15,7 +15,9 @@ from fuzz.context import ClientCall, Failure
 from fuzz.corpus import CONVERSATIONS, MODELS, RESPONSES, STEP
 from fuzz.fields import with_other_fields
 from fuzz.mutate import mutated
+from fuzz.pages import PageRequests
 from fuzz.sequences import Sequence, Sequences
+from fuzz.tls import TlsHandshakes
 from fuzz.world import LONG_ENOUGH_S, Center, World
 from modelaverage.codecs import codec_named
 from modelaverage.outer import AVERAGE, outer_optimizer
@@ -232,9 +234,15 @@ def _check_initialized(world: World, messages: list[bytes]) -> None:
 
 
 _SEQUENCES: Mapping[str, type[Sequence]] = {"sequences": Sequence, "data-connections": ConnectionSequence}
-TARGETS = (*_RESPONSES, *_SEQUENCES)
+_OVER_SOCKETS: Mapping[str, Callable[[int, str], Target]] = {
+    "tls-handshakes": TlsHandshakes,
+    "page-requests": PageRequests,
+}
+TARGETS = (*_RESPONSES, *_SEQUENCES, *_OVER_SOCKETS)
 
 
 def target_named(name: str, seed: int) -> Target:
     """One of TARGETS."""
+    if name in _OVER_SOCKETS:
+        return _OVER_SOCKETS[name](seed, name)
     return Sequences(seed, name, _SEQUENCES[name]) if name in _SEQUENCES else Bytes(seed, name)

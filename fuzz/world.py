@@ -40,6 +40,8 @@ _MAY_GROW = frozenset(
         "data_port._connections",
         "data_port._offered",
         "data_port._offers",
+        "_initialization._around.history._arrivals",
+        "_initialization._around.history._past._newest",
         "_initialization._around.observations._committed_at_s",
         "_initialization._around.observations._lateness_s",
         "_initialization._around.roster._nonfinite",

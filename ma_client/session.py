@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ma_client.cluster.spec import ClusterSpec
 from ma_client.files.initial_values import read_initial_values
+from ma_client.files.round_log import RoundLog
 from ma_client.job.all_servers import AllServers
 from ma_client.job.center_arrays import CenterArrays, variables_of
 from ma_client.job.farewell import wait_until_all_have_finished
@@ -29,6 +30,7 @@ from ma_client.transports.data_settings import DATA_SETTINGS, DataSettings
 from ma_client.transports.registry import TransportSettings
 from ma_client.transports.timing import TIMING, Timing
 from ma_client.values.raw import bytes_of
+from ma_client.values.same import plain
 from modelaverage.access.channels import Access
 from modelaverage.access.security import Security
 from modelaverage.checks import check_global_step, check_timeout, check_weight
@@ -137,6 +139,7 @@ class ParameterServerSession:
         self._has_initialized = self._has_finished = False
         self._one_thread = OneThread(worker_id)
         self._nonfinite = NonfiniteRemark(worker_id)
+        self._round_log = RoundLog.from_env(worker_id)
         self._servers = _servers_of(settings, self._timing)
         self._center = CenterArrays(self._servers, self.ps_hosts)
         try:
@@ -183,6 +186,7 @@ class ParameterServerSession:
         self._servers.stop()
         with self._one_thread.ending(_END_S):
             self._servers.close()
+            self._round_log.close()
 
     @by_one_thread
     def finish(self, timeout_s: float | None = 60.0) -> int:
@@ -221,6 +225,12 @@ class ParameterServerSession:
         check_timeout("timeout_s", timeout_s, zero="ask once", may_be_infinite=True)
         return wait_until_all_have_finished(self.statuses, self.worker_id, timeout_s)
 
+    @property
+    def frozen_digests(self) -> bytes:
+        """What the chief has said of parameters that are in no center because they are not trained; empty: nothing, or
+        this session has seen no center. For workers to compare with their own (`ma_client.torch.frozen`)."""
+        return self._center.frozen_digests
+
     def resume_training(self) -> None:
         """Undoes `finish` with the next `pull`: rounds wait for this worker again."""
         self._has_finished = False
@@ -236,6 +246,7 @@ class ParameterServerSession:
         other_names: Mapping[str, Sequence[str]] = MappingProxyType({}),
         outer_optimizer: OuterOptimizer | str | None = None,
         compression: str | None = None,
+        frozen_digests: bytes = b"",
     ) -> InitializeResult:
         """Sets the center variables if they are not set yet. Only the chief may call it.
 
@@ -254,6 +265,7 @@ class ParameterServerSession:
                 None: that of a center that is there, or the plain average for a new one.
             compression: how fragments are encoded, both ways: ``"int8"``, ``"int4"``, ``"bfloat16"`` or ``"none"``.
                 None: that of a center that is there, or none for a new one.
+            frozen_digests: told to all workers with the center, unless there is one already; see `frozen_digests`.
 
         Raises:
             InvalidRequestError: MANIFEST_INVALID, GLOBAL_STEP_INVALID, OUTER_OPTIMIZER_INVALID, CODEC_UNKNOWN; this
@@ -286,6 +298,7 @@ class ParameterServerSession:
             settings.fragment_size_bytes,
             must_be_new,
             chosen,
+            frozen_digests,
         )
         done = initialize(self._servers, self.ps_hosts, proposal, deadline)
         self._has_initialized = True
@@ -349,7 +362,7 @@ class ParameterServerSession:
             headers = self._servers.each(lambda _, server: server.center_header(wait_initialized, deadline))
             self._adopt(headers, shape)
             self._servers.pull(wait_initialized, will_train, deadline)
-        return self._center.read(copy), self._common_step()
+        return plain(self._center.read(copy)), self._common_step()
 
     @by_one_thread
     def push_and_average(
@@ -470,7 +483,10 @@ class ParameterServerSession:
             outcomes = self._servers.push(base_step, parts, copy, deadline)
             self._nonfinite.note(sum(outcome.nonfinite_values for outcome in outcomes), base_step)
             kept = self._center.untouched_by_all(outcomes)
-            return push_result(outcomes, self._center.read(copy), self._common_step(), kept)
+            result = push_result(outcomes, self._center.read(copy), self._common_step(), kept)
+            moved = self._servers.moved
+            self._round_log.note(loss, local_step, result.global_step, result.waited_s, moved.sent, moved.received)
+            return result
 
         return push
 
@@ -497,6 +513,17 @@ class ParameterServerSession:
             did not arrive whole, or when rounds with a quorum went on without this worker.
         """
         return self._center.unchanged(variables, self.base_step)
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes of fragments that this session has sent to its servers: initial values and pushes, as they were coded,
+        without the headers of messages. Bytes in shared memory count, too, as in the servers' status."""
+        return self._servers.moved.sent
+
+    @property
+    def received_bytes(self) -> int:
+        """Bytes of fragments that this session has received from its servers: pulls and averages."""
+        return self._servers.moved.received
 
     def status(self, timeout_s: float = 5.0) -> pb.GetStatusResponse:
         """What the first server is doing; the protocol's own message."""

@@ -10,9 +10,9 @@ import os
 import resource
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, closing, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +26,23 @@ from modelaverage.addresses import Address, parse
 from modelaverage.errors import SecurityError
 from modelaverage.logs import event
 from modelaverage.runtime.tuning import CHANNEL_OPTIONS, keep_freed_memory
+from ps_server.beside import metrics_beside, page_beside
 from ps_server.checkpoints.home import CheckpointHome
 from ps_server.checkpoints.keeper import CheckpointPolicy
 from ps_server.checkpoints.reading import CheckpointError, load_latest
-from ps_server.edge.credentials import credentials_of, tokens_of
+from ps_server.config import ServerConfig
+from ps_server.edge.credentials import ServerTls, tokens_of
+from ps_server.edge.departures import hush_departures
 from ps_server.edge.gatekeeper import Gatekeeper
 from ps_server.edge.health import Health
-from ps_server.edge.metrics import MetricsError, serve_metrics
-from ps_server.edge.security import NO_SECURITY, ServerSecurity, check_exposure, warnings_of
+from ps_server.edge.security import ServerSecurity, check_exposure, warnings_of
 from ps_server.flow.service import ParameterServerService, ServicePolicy
 from ps_server.machine.descriptors import DescriptorWatch, check_limit
 from ps_server.machine.reserve import Reserve
+from ps_server.page.connections import MAX_CONNECTIONS
+from ps_server.rules.authorization import Tokens
 from ps_server.transports.data_port import DataPort
+from ps_server.unusable import UnusableSettingError
 
 __all__ = ["ServerConfig", "UnusableSettingError", "serve", "stop_on_signals"]
 
@@ -63,44 +68,16 @@ _OPTIONS = [
 _CENTER = "modelaverage.center"
 
 
-class UnusableSettingError(Exception):
-    """The server cannot do what a flag asks, such as listen on an address or write a file."""
-
-
-@dataclass(frozen=True)
-class ServerConfig:
-    """All settings of `ps-server serve`.
-
-    Args:
-        binds: addresses to listen on, each HOST:PORT (port 0: a free one) or unix:PATH.
-        policy: the settings of the service.
-        ready_file: where to write ``{"address": ..., "addresses": [...], "pid": ..., "data_port": ...}`` once it
-            listens; without ``data_port`` if it offers no data connections; None: nowhere.
-        stop_timeout_s: how long active calls may take to finish after SIGTERM.
-        security: which clients may connect, and how connections are protected.
-        metrics_bind: where to serve metrics for Prometheus, HOST:PORT (port 0: a free one); None: nowhere.
-        data_port: the port for data connections on every host of ``binds``; 0: a free one, None: no data connections.
-            Only without TLS: data connections are not encrypted.
-    """
-
-    binds: tuple[str, ...]
-    policy: ServicePolicy
-    ready_file: Path | None = None
-    stop_timeout_s: float = 5.0
-    security: ServerSecurity = NO_SECURITY
-    metrics_bind: str | None = None
-    data_port: int | None = 0
-
-
 async def serve(
     config: ServerConfig,
     stop: asyncio.Event,
     ready: Callable[[list[str]], None],
     metrics_ready: Callable[[str], None] = lambda _: None,
     data_port_ready: Callable[[list[str]], None] = lambda _: None,
+    page_ready: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Serves until ``stop`` is set. Once it listens, calls ``ready`` with the real addresses, then ``data_port_ready``
-    with those of data connections, if any, and ``metrics_ready``.
+    with those of data connections, if any, ``metrics_ready``, and ``page_ready`` with the URL of the page.
 
     Raises:
         UnusableSettingError: an address is malformed, not of this machine, or in use; the ready file cannot be written;
@@ -109,14 +86,16 @@ async def serve(
     keep_freed_memory(one_arena=True)
     reserve = Reserve(_reserve_size())
     with _opened_home(config.policy.checkpoints) as home, closing(_service(config.policy, home, reserve)) as service:
-        async with _metrics(config.metrics_bind, service) as metrics_at:
+        async with metrics_beside(config.metrics_bind, service) as metrics_at:
 
-            def listening(addresses: list[str], data_addresses: list[str]) -> None:
+            def listening(addresses: list[str], data_addresses: list[str], page_url: str) -> None:
                 ready(addresses)
                 if data_addresses:
                     data_port_ready(data_addresses)
                 if metrics_at:
                     metrics_ready(metrics_at)
+                if page_url:
+                    page_ready(page_url)
 
             _start_helper(service)
             watch = asyncio.ensure_future(DescriptorWatch(reserve).run())
@@ -130,22 +109,42 @@ async def _serve(
     config: ServerConfig,
     service: ParameterServerService,
     stop: asyncio.Event,
-    ready: Callable[[list[str], list[str]], None],
+    ready: Callable[[list[str], list[str], str], None],
 ) -> None:
-    server, addresses = _assembled(config, service)
-    data_addresses = _open_data_port(config, service.data_port)
+    try:
+        tls = ServerTls.of(config.security)
+    except SecurityError as error:
+        raise UnusableSettingError(str(error)) from None
+    server, addresses, tokens = _assembled(config, service, tls)
+    data_addresses = _open_data_port(config, service.data_port, tls)
+    async with page_beside(config, service, tls, tokens, addresses) as page_url:
+
+        def listening() -> None:
+            _write_ready_file(config.ready_file, addresses, data_addresses)
+            ready(addresses, data_addresses, page_url)
+
+        await _serve_calls(config, service, server, bool(data_addresses), stop, listening)
+
+
+async def _serve_calls(
+    config: ServerConfig,
+    service: ParameterServerService,
+    server: grpc.aio.Server,
+    has_data_port: bool,
+    stop: asyncio.Event,
+    listening: Callable[[], None],
+) -> None:
     health = Health(serving=("",), not_yet=(_CENTER, wire.SERVICE))
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     await server.start()
     has_shared_memory = config.policy.shared_memory_from_bytes < math.inf
-    check_limit(config.policy.round.max_workers, has_shared_memory, bool(data_addresses))
-    if config.ready_file is not None:
-        try:
-            _write_ready_file(config.ready_file, addresses, data_addresses)
-        except OSError as error:
-            await server.stop(grace=None)
-            raise UnusableSettingError(f"cannot write --ready-file {config.ready_file}: {error.strerror}") from None
-    ready(addresses, data_addresses)
+    others = 0 if config.page is None else MAX_CONNECTIONS
+    check_limit(config.policy.round.max_workers, has_shared_memory, has_data_port, others)
+    try:
+        listening()
+    except UnusableSettingError:
+        await server.stop(grace=None)
+        raise
     center = asyncio.ensure_future(service.wait_initialized())
     center.add_done_callback(lambda task: None if task.cancelled() else health.serve(_CENTER, wire.SERVICE))
     await stop.wait()
@@ -156,45 +155,24 @@ async def _serve(
     await server.stop(grace=1.0)
 
 
-def _assembled(config: ServerConfig, service: ParameterServerService) -> tuple[grpc.aio.Server, list[str]]:
-    """A gRPC server that listens on all addresses, with its security, once it is started; and its addresses."""
+def _assembled(
+    config: ServerConfig, service: ParameterServerService, tls: ServerTls | None
+) -> tuple[grpc.aio.Server, list[str], Callable[[], Tokens] | None]:
+    """A gRPC server that listens on all addresses, with its security, once it is started; its addresses; the tokens
+    that it knows."""
     try:
         tokens = tokens_of(config.security)
-        # Each address needs its own credentials object: gRPC uses one only once.
-        credentials = [credentials_of(config.security) for _ in config.binds]
     except SecurityError as error:
         raise UnusableSettingError(str(error)) from None
+    hush_departures()
     server = grpc.aio.server(options=_OPTIONS, interceptors=() if tokens is None else (Gatekeeper(tokens.get),))
     server.add_generic_rpc_handlers((service.handler(),))
     names = (wire.SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
-    return server, [
-        _listen(server, bind, own, config.security) for bind, own in zip(config.binds, credentials, strict=True)
+    addresses = [
+        _listen(server, bind, None if tls is None else tls.credentials(), config.security) for bind in config.binds
     ]
-
-
-@asynccontextmanager
-async def _metrics(bind: str | None, service: ParameterServerService) -> AsyncIterator[str]:
-    """Serves metrics inside the context. Yields their real address; empty if there is none."""
-    if bind is None:
-        yield ""
-        return
-    try:
-        where = parse(bind, to_listen=True)
-        if where.path:
-            raise ValueError(
-                f"{bind!r} is not HOST:PORT, such as 127.0.0.1:9464: metrics cannot be served on a Unix socket"
-            )
-    except ValueError as error:
-        raise UnusableSettingError(f"--metrics-bind {error}") from None
-    try:
-        port, end = serve_metrics(where.host, where.port, service.metrics_sample)
-    except MetricsError as error:
-        raise UnusableSettingError(f"cannot serve metrics on --metrics-bind {bind}: {error}") from None
-    try:
-        yield str(replace(where, port=port))
-    finally:
-        end()
+    return server, addresses, None if tokens is None else tokens.get
 
 
 def _start_helper(service: ParameterServerService) -> None:
@@ -204,13 +182,13 @@ def _start_helper(service: ParameterServerService) -> None:
         raise UnusableSettingError(f"this machine has no thread for the server: {error}") from None
 
 
-def _open_data_port(config: ServerConfig, data_port: DataPort) -> list[str]:
+def _open_data_port(config: ServerConfig, data_port: DataPort, tls: ServerTls | None) -> list[str]:
     """The addresses for data connections: HOST:PORT each, all with the same port."""
     hosts = list(dict.fromkeys(where.host for where in map(_parsed, config.binds) if where.host))
-    if config.data_port is None or config.security.tls_cert is not None or not hosts:
+    if config.data_port is None or not hosts:
         return []
     try:
-        port = data_port.listen(hosts, config.data_port)
+        port = data_port.listen(hosts, config.data_port, None if tls is None else tls.context)
     except OSError as error:
         why = f"cannot listen on --data-port {config.data_port} of {', '.join(hosts)}: {error.strerror or error}"
         if config.data_port:
@@ -342,11 +320,16 @@ def _remove_stale_socket(bind: str) -> None:
             raise UnusableSettingError(f"cannot listen on {bind}: another server listens there")
 
 
-def _write_ready_file(path: Path, addresses: list[str], data_addresses: list[str]) -> None:
+def _write_ready_file(path: Path | None, addresses: list[str], data_addresses: list[str]) -> None:
+    if path is None:
+        return
     # Written under another name and renamed, so that a reader never sees half of the file.
     beside = path.with_name(f"{path.name}.{os.getpid()}")
     content: dict[str, Any] = {"address": addresses[0], "addresses": addresses, "pid": os.getpid()}
     if data_addresses:
         content["data_port"] = int(data_addresses[0].rpartition(":")[2])
-    beside.write_text(json.dumps(content) + "\n")
-    beside.replace(path)
+    try:
+        beside.write_text(json.dumps(content) + "\n")
+        beside.replace(path)
+    except OSError as error:
+        raise UnusableSettingError(f"cannot write --ready-file {path}: {error.strerror}") from None

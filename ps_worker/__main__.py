@@ -22,6 +22,7 @@ from modelaverage.runtime.output import OnLoss
 from ps_worker.commands import run_script
 from ps_worker.commands.extras import MissingExtraError, require
 from ps_worker.commands.stop_signals import StoppedBySignal, end_cleanly_on_signals
+from ps_worker.curves.command import add_curves_command
 from ps_worker.demo.digits_config import MODULES, PLAIN, DigitsConfig, add_training_flags
 from ps_worker.events.parse import EVENTS_FLAG
 
@@ -148,6 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(EVENTS_FLAG, type=flag_types.whole, help=argparse.SUPPRESS)
     add_training_flags(command)
     command.set_defaults(run=_digits)
+    add_curves_command(commands)
     return parser
 
 

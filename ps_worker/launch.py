@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     keep_logging("ma-launch", OnLoss.END_WITH_PIPE)
     if training is not None:
         return run_digits(engine, training, arguments.runs)
-    return run_script(engine, script)
+    return run_script(engine, script, arguments.runs)
 
 
 def _training(argv: list[str]) -> DigitsConfig:
@@ -135,8 +135,19 @@ def _local_engine(arguments: argparse.Namespace, serve: ServeFlags) -> Engine:
     num_workers: int = arguments.workers
     num_servers = automatic_servers(num_workers, usable_cores()) if arguments.ps == _AUTO else arguments.ps
     center_directories(serve.checkpoint_dir, num_servers)
-    config = LocalConfig(num_servers, num_workers, serve, arguments.max_restarts or 0, arguments.fresh)
+    has_page = _can_have_page() if arguments.page else False
+    config = LocalConfig(num_servers, num_workers, serve, arguments.max_restarts or 0, arguments.fresh, has_page)
     return lambda processes, on_message: LocalCluster(processes, config, on_message)
+
+
+def _can_have_page() -> bool:
+    """Whether the servers can serve a page; otherwise says why not."""
+    try:
+        require(["aiohttp"], extra="page")
+    except MissingExtraError as error:
+        print(f"ma-launch: no page: {error} (--no-page: without this line)", file=sys.stderr)
+        return False
+    return True
 
 
 def _ray_engine(arguments: argparse.Namespace, serve: ServeFlags, is_digits: bool) -> Engine:
@@ -199,7 +210,8 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         default=Path("runs"),
         metavar="DIR",
-        help="digits: write the run's files to DIR/<time>/ (%(default)s)",
+        help="write the run's files to DIR/<time>/; those of a script are the losses that it reports, and their "
+        "curves (%(default)s)",
     )
     parser.add_argument(
         "--engine",
@@ -218,6 +230,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="how many times to restart each worker that fails or is killed (0: its failure ends the run); with ray: "
         f"each server, and each worker, that is killed or whose node dies ({_RAY_MAX_RESTARTS})",
+    )
+    parser.add_argument(
+        "--no-page",
+        dest="page",
+        action="store_false",
+        help="serve no page that shows the run; with ray there is none",
     )
     group = parser.add_argument_group("servers", _SERVERS_HELP)
     add_serve_flags(group, without={"max_workers"})

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from modelaverage.commands.slow import says_if_slow
 from modelaverage.errors import ModelAverageError
@@ -17,6 +17,9 @@ from ps_worker.commands.stop_signals import end_at_once_on_signals, exit_code_fo
 from ps_worker.demo.digits_config import DigitsConfig
 from ps_worker.engines.engine import Engine, EngineError
 from ps_worker.engines.processes import LineHandler, Processes, ProcessFailedError
+
+if TYPE_CHECKING:
+    from ps_worker.curves.after_run import RunCurves
 
 __all__ = ["run_digits", "run_script"]
 
@@ -30,12 +33,22 @@ def run_digits(engine: Engine, training: DigitsConfig, runs: Path) -> int:
     return _run(lambda processes: run_demo(DemoConfig(training, runs), engine, processes))
 
 
-def run_script(engine: Engine, command: Sequence[str]) -> int:
-    """Runs a script and its arguments in every worker; returns the exit code."""
-    return _run(lambda processes: _script(engine, command, processes))
+def run_script(engine: Engine, command: Sequence[str], runs: Path) -> int:
+    """Runs a script and its arguments in every worker, shows the curves of the loss that they report, and keeps them in
+    a directory that is made in ``runs``. Returns the exit code."""
+    from ps_worker.curves.after_run import RunCurves
+
+    say = _printer("ma-launch: ", sys.stderr)
+    try:
+        curves = RunCurves(runs, say)
+        exit_code = _run(lambda processes: _script(engine, command, curves, processes))
+        curves.end(exit_code, sys.stdout)
+    except OutputLostError:
+        return CLOSED_PIPE_EXIT_CODE
+    return exit_code
 
 
-async def _script(engine: Engine, command: Sequence[str], processes: Processes) -> None:
+async def _script(engine: Engine, command: Sequence[str], curves: RunCurves, processes: Processes) -> None:
     from ps_worker.watch.aftermath import what_happened
     from ps_worker.watch.beside import beside
     from ps_worker.watch.lookout import keep_looking
@@ -50,13 +63,14 @@ async def _script(engine: Engine, command: Sequence[str], processes: Processes) 
         for index in range(cluster.num_workers):
             prefix = f"[worker-{index}] "
             output, errors = (_noting(has_printed, _printer(prefix, file)) for file in (sys.stdout, sys.stderr))
-            cluster.start_worker(index, command, output, errors)
+            cluster.start_worker(index, command, output, errors, environ=curves.environ)
         workers = "the worker has" if cluster.num_workers == 1 else f"{cluster.num_workers} workers have"
         silent = f"ma-launch: {workers} started and printed nothing yet"
         watch = ServerWatch()
 
-        async def tell() -> None:
+        async def tell(is_well: bool) -> None:
             statuses = await watch.statuses(cluster.addresses)
+            curves.heard(statuses, is_well)
             elapsed_s = time.monotonic() - started_at_s
             happened = what_happened(statuses, cluster.worker_states(), elapsed_s, cluster.center_at)
             say(f"ma-launch: {happened}")
@@ -65,9 +79,9 @@ async def _script(engine: Engine, command: Sequence[str], processes: Processes) 
             with says_if_slow(say, silent, lambda: not has_printed.is_set()):
                 async with beside(keep_looking(cluster, watch, say)):
                     await cluster.workers_done()
-            await tell()
+            await tell(is_well=True)
         except (ProcessFailedError, asyncio.CancelledError):
-            await tell()
+            await tell(is_well=False)
             raise
         finally:
             watch.close()

@@ -7,7 +7,9 @@ takes about two hours on two free processors.
     python -m study                  trains what is missing and prints the result
     python -m study --quick          few steps, in a directory of its own (three minutes): what it does
     python -m study --list           the plan, and what is missing
-    python -m study --page           writes docs/study.md from what is kept, and trains nothing
+    python -m study --page           writes docs/study.md from what is kept, and trains nothing; other arms stay as
+                                     the page has them
+    python -m bench.study_links      measures steps over links, for the page (root on Linux)
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
+from collections.abc import Mapping
 from concurrent.futures import BrokenExecutor
 from pathlib import Path
 
@@ -26,6 +29,8 @@ from study.arm import Arm
 from study.compare import shown
 from study.crew import make_all, pool, processors, train_and_keep
 from study.kept import KeptArms
+from study.links import LinkTimes, link_times_path, times_to_loss
+from study.numbers import StudyNumbers
 from study.page import write_page
 from study.plan import FULL, QUICK, StudyPlan
 from study.results import ArmResult, results_of
@@ -56,19 +61,22 @@ def main(argv: list[str] | None = None) -> int:
     directory: Path = arguments.runs / "quick" if arguments.quick else arguments.runs
     console = Console()
     try:
-        source = TASKS[plan.arms[0].template.task]().source
-        standing = functools.partial(standing_of, plan, KeptArms(directory), source)
+        sources = {task: TASKS[task]().source for task in plan.tasks}
+        standing = functools.partial(standing_of, plan, KeptArms(directory), sources)
         if arguments.list:
             _print_plan(standing(), console)
         elif arguments.page:
-            written = write_page(results_of(standing()), source, directory if arguments.quick else _DOCS)
+            written = _write_page(standing(), sources, directory, directory if arguments.quick else _DOCS)
             console.print(f"written: {', '.join(map(str, written))}", soft_wrap=True, highlight=False)
         else:
             with pool(arguments.processes) as executor:
                 train = functools.partial(train_and_keep, directory)
                 make_all(standing, train, functools.partial(_named, plan), executor, arguments.processes, console)
             _print_results(results_of(standing()), console)
-            console.print(f"data: {source}\n`--page` writes the page with tables and pictures", soft_wrap=True)
+            console.print(
+                f"data: {'; '.join(sources.values())}\n`--page` writes the page with tables and pictures",
+                soft_wrap=True,
+            )
     except KeyboardInterrupt:
         console.print(f"stopped; finished trainings are in {directory}, and the same command goes on", soft_wrap=True)
         return 130
@@ -82,6 +90,26 @@ def main(argv: list[str] | None = None) -> int:
         print(f"study: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _write_page(now: StudyStanding, sources: Mapping[str, str], runs: Path, into: Path) -> list[Path]:
+    """Arms and times that are missing on disk stay as the page has them. Raises OSError and ValueError."""
+    kept = StudyNumbers.load(into / "study" / "study.json") or StudyNumbers(sources, ())
+    results = results_of(now, lambda planned: kept.of_plan(planned, sources))
+    names = {each.name for each in results}
+    earlier = [each.planned.name for each in now.arms if each.trainings_ahead and each.planned.name in names]
+    unfinished = [each.planned.name for each in now.arms if each.planned.name not in names]
+    links = _link_times(runs) or kept.links
+    to_loss = () if links is None else times_to_loss(results, links)
+    return write_page(StudyNumbers(sources, results, unfinished, links, to_loss), into, earlier)
+
+
+def _link_times(runs: Path) -> LinkTimes | None:
+    """What `bench.study_links` has written; None: it was not run. Raises OSError and ValueError."""
+    try:
+        return LinkTimes.load(link_times_path(runs))
+    except FileNotFoundError:
+        return None
 
 
 def _named(plan: StudyPlan, arm: Arm) -> str:

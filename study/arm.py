@@ -89,14 +89,14 @@ class Arm:
         seed: of initial values and batches. Arms that differ only in the codec have the same ones.
         steps: of each worker; a multiple of ``measure_every_steps``.
         num_workers: with a share of the data each.
-        measure_every_steps: a multiple of ``interval_steps``, unless there are later phases.
+        measure_every_steps: between two rounds, the center of the last one is measured.
         late_steps: how many steps a worker trains between a push and its center; below ``interval_steps``. After the
             last push it trains no more.
         late_rule: what it then does with that center: a key of `study.late.LATE_RULES`.
         variation: what is unusual.
 
     Raises:
-        ValueError: one number is not a multiple of the other; an average would be later than the next push; phases are
+        ValueError: ``steps`` is not such a multiple; an average would be later than the next push; phases are
             out of order, or late centers come together with phases or absent workers, which is not played.
     """
 
@@ -115,10 +115,9 @@ class Arm:
 
     def __post_init__(self) -> None:
         later = self.variation.later
-        if self.steps % self.measure_every_steps or (not later and self.measure_every_steps % self.interval_steps):
+        if self.steps % self.measure_every_steps:
             raise ValueError(
-                f"{self.steps} steps, measured every {self.measure_every_steps}, a round every {self.interval_steps}: "
-                "each must be a multiple of the next"
+                f"{self.steps} steps, measured every {self.measure_every_steps}: make steps a multiple of that"
             )
         if not 0 <= self.late_steps < self.interval_steps:
             raise ValueError(

@@ -32,7 +32,7 @@ from study.kept import KeptArms, Training
 from study.making import made
 from study.picture import draw
 from study.play import Arm
-from study.tasks import TASK_NAMES, TASKS
+from study.tasks import TASKS
 
 __all__ = ["Scale", "arms_of", "main"]
 
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="one seed and few steps, in a directory of their own")
     parser.add_argument("--tune", action="store_true", help="raw with several learning rates instead of the study")
     parser.add_argument("--table", action="store_true", help="only what is finished already; trains nothing")
-    parser.add_argument("--tasks", nargs="+", choices=TASK_NAMES, default=TASK_NAMES, help="(all)")
+    parser.add_argument("--tasks", nargs="+", choices=tuple(_TRIED), default=tuple(_TRIED), help="(all)")
     parser.add_argument(
         "--codecs", nargs="+", choices=tuple(CODECS), default=("raw", "int8", "int4"), help="with raw (raw int8 int4)"
     )

@@ -1,29 +1,32 @@
-"""docs/study.md, its pictures and its numbers, written from the results of a finished study."""
+"""docs/study.md, its pictures and its numbers, written from the results of a study and the times of its steps."""
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from modelaverage.codecs import CODECS, RAW
 from study.arm import Arm, Variation
 from study.compare import spread_of
-from study.pictures import draw_bytes, draw_intervals, draw_steps
+from study.links import LinkTimes, TimeToLoss, times_to_loss
+from study.numbers import StudyNumbers
+from study.pictures import draw_bytes, draw_intervals, draw_kills, draw_steps, draw_times
 from study.plan import AVERAGE
+from study.published import PUBLISHED
 from study.results import ArmResult, cheapest_within
 
-__all__ = ["page_of", "write_page"]
+__all__ = ["write_page"]
 
+_FASTER = 10
 _SHOWN = (
     "alone",
     "average every 50",
-    "outer step every 100, int4",
+    "outer step every 50, int4",
     "outer step every 25, int4",
-    "outer step every 10, int4",
-    "every 5, from a tenth on every 50, int4",
+    "average every 12, int4",
+    "average every 6, int4",
     "synchronous",
 )
 """Arms of the first two pictures, as far as the study has them."""
@@ -33,20 +36,24 @@ _BEGINNING = """# Loss and bytes beside synchronous training
 numbers are in [study.json](study/study.json).
 
 One process plays all workers and the server, with the averages, outer steps and codecs of this project. Each worker
-trains a byte-level transformer (120,576 parameters; AdamW, warm-up and cosine) with batches of 8 sequences of 64 bytes;
-a tenth of the files is held out. Where a row says nothing else, there are {workers} workers with equal shares, and each
-makes {steps} steps.
+trains a byte-level transformer (120,576 parameters; Muon for matrices, AdamW for the rest, clipping, warm-up and
+cosine) with batches of 8 sequences of 64 bytes; a tenth of the files is held out. Where a row says nothing else, there
+are {workers} workers with equal shares, and each makes {steps} steps: all arms see equally many bytes, except *alone*
+(a part of them) and those with more steps.
 
 Data: {source} (Python Software Foundation License Version 2).
 
 - *Synchronous*: every step takes the mean gradient of all workers' batches. *Alone*: one worker with its share of the
   data.
-- *Outer step*: Nesterov's momentum on the server, with learning rate 0.8 and momentum 0.6 for intervals up to 10, and
-  with 1.0 and 0.6 for longer ones.
-- *Killed*: in the long run, workers miss a third of all rounds, two at a time in the mean. A killed worker loses its
-  steps since the last round and comes back after a round, with its center and a new inner optimizer; rounds go on with
-  those that are there, as with a quorum of one.
-- *Unequal*: each worker has a stretch of the text in the order of the files' names, so that packages stay together.
+- *Average*: plain averages. *Outer step*: Nesterov's momentum on the server, with learning rate 0.8 and momentum 0.6
+  for intervals up to 10, and with 1.0 and 0.6 for longer ones.
+- *Killed once*: at random, on average once in the run, and then away for two rounds on average. *A third away*: the
+  same, but so often that in the long run workers miss a third of all rounds. A killed worker loses its steps since the
+  last round and comes back after a round, with its center and a new inner optimizer; rounds go on with those that are
+  there, as with a quorum of one.
+- *Images*: a convolutional network (20,490 parameters; SGD with momentum, cosine, batches of 32, 400 steps) on 5,000
+  images of MNIST, a fifth held out. *Unequal*: each worker has other digits.
+- *Steps late*: workers train on for this many steps while a round is made (`overlap_steps`).
 - *Only played*: a job has one interval and one outer optimizer, and leaves the inner optimizer alone. Arms that change
   these exist only here.
 
@@ -56,13 +63,13 @@ for synchronous training, a gradient and its mean in every step. Train loss is t
 _BOUNDS_PERCENT = (1, 2, 3, 5)
 
 
-def write_page(results: Sequence[ArmResult], source: str, directory: Path) -> list[Path]:
+def write_page(numbers: StudyNumbers, directory: Path, earlier: Sequence[str] = ()) -> list[Path]:
     """Writes ``study.md`` into a directory, and its pictures and JSON into ``study/`` there.
 
     Args:
-        results: of a finished study, references first.
-        source: of the data.
+        numbers: of a study, references first.
         directory: made if it is missing.
+        earlier: names of arms whose numbers the page had before.
 
     Returns:
         The files.
@@ -72,32 +79,37 @@ def write_page(results: Sequence[ArmResult], source: str, directory: Path) -> li
     """
     beside = directory / "study"
     beside.mkdir(parents=True, exist_ok=True)
-    page, numbers = directory / "study.md", beside / "study.json"
-    pictures = beside / "steps.svg", beside / "bytes.svg", beside / "interval.svg"
+    page, told, results = directory / "study.md", beside / "study.json", numbers.arms
     shown = [each for name in _SHOWN for each in results if each.name == name]
+    pictures = [beside / f"{name}.svg" for name, _ in _PICTURES]
     draw_steps(shown, pictures[0])
     draw_bytes(shown, pictures[1])
     draw_intervals(_series(results), pictures[2])
-    rows = [{**asdict(each), "held_out_loss": each.held_out_loss} for each in results]
-    numbers.write_text(json.dumps({"source": source, "arms": rows}, indent=1) + "\n", encoding="utf-8")
-    page.write_text(page_of(results, source), encoding="utf-8")
-    return [page, numbers, *pictures]
+    draw_kills(_killed(results), pictures[3])
+    if numbers.to_loss:
+        pictures.append(beside / "links.svg")
+        draw_times(numbers.to_loss, results[0].name, pictures[-1])
+    numbers.save(told)
+    page.write_text("\n".join(_lines(numbers, earlier)) + "\n", encoding="utf-8")
+    return [page, told, *pictures]
 
 
-def page_of(results: Sequence[ArmResult], source: str) -> str:
-    """The page in Markdown."""
-    return "\n".join(_lines(results, source)) + "\n"
-
-
-def _lines(results: Sequence[ArmResult], source: str) -> Iterator[str]:
+def _lines(numbers: StudyNumbers, earlier: Sequence[str]) -> Iterator[str]:
+    results = numbers.arms
     first = results[0]
-    seeds = ", ".join(map(str, first.seeds))
     yield from _BEGINNING.format(
         steps=f"{first.planned.template.steps:,}",
-        source=source,
+        source=numbers.sources[first.planned.template.task],
         workers=first.planned.template.num_workers,
-        seeds=seeds,
+        seeds=", ".join(map(str, first.seeds)),
     ).splitlines()
+    for what, names in (
+        ("Trained in an earlier run of the command", earlier),
+        ("Not finished when this page was written", numbers.unfinished),
+    ):
+        if names:
+            yield ""
+            yield f"{what}: {'; '.join(names)}."
     yield ""
     yield "| at most this much worse than synchronous | fewest of its bytes | with those that are only played |"
     yield "|---|---|---|"
@@ -122,6 +134,9 @@ def _lines(results: Sequence[ArmResult], source: str) -> Iterator[str]:
         if notes:
             yield ""
             yield from notes
+    if numbers.links is not None:
+        yield from _links(numbers.links, numbers.to_loss, results)
+    yield from _published()
     yield ""
     yield "## Learning rates"
     yield ""
@@ -141,7 +156,81 @@ _PICTURES = (
     ("steps", "Held-out loss over the steps of each worker"),
     ("bytes", "Held-out loss over the bytes of one worker, on a logarithmic axis"),
     ("interval", "Held-out loss over synchronous training, in percent, by interval"),
+    ("kills", "Held-out loss over the steps with workers that are killed, and without"),
 )
+
+
+def _links(times: LinkTimes, to_loss: Sequence[TimeToLoss], results: Sequence[ArmResult]) -> Iterator[str]:
+    """The chapter about time."""
+    first = results[0]
+    batch_ms, workers = times.batch_s * 1e3, first.planned.template.num_workers
+    why = "which a batch took on one free processor" if times.batch_was_measured else "a time that was given"
+    yield from f"""
+## Time over links
+
+How long until the center is as good as that of synchronous training at its end ({first.held_out_loss:.4f} nats)? The
+steps that this takes are those of the trainings above. What a step takes was measured by `python -m bench.study_links`:
+{workers} workers in network namespaces, each with a server beside it and behind a link of its own, with real messages
+(gloo's all-reduce of the gradient for synchronous training, pushes and averages for the other arms). **Computation is
+not real there: each worker sleeps {batch_ms:.1f} ms a step**, {why}. Links have no delay but their queues.
+
+![Time to the loss of synchronous training, by the rate of the links](study/links.svg)
+""".splitlines()
+    yield ""
+    yield from _link_table(times.rates_mbit, to_loss)
+    yield ""
+    faster = times.computing_faster(_FASTER)
+    yield f"With {faster.batch_s * 1e3:.1f} ms of computation a step, as on a processor {_FASTER} times as fast"
+    yield "(computed from the times above; communication takes as long as measured):"
+    yield ""
+    yield from _link_table(times.rates_mbit, times_to_loss(results, faster))
+
+
+def _link_table(rates_mbit: Sequence[float], to_loss: Sequence[TimeToLoss]) -> Iterator[str]:
+    yield f"| arm | steps | {' | '.join(f'{rate:g} Mbit/s: ms a step, time' for rate in rates_mbit)} |"
+    yield f"|---|---|{'---|' * len(rates_mbit)}"
+    for arm in dict.fromkeys(each.arm for each in to_loss):
+        found = {each.rate_mbit: each for each in to_loss if each.arm == arm}
+        steps = next(iter(found.values())).steps
+        cells = [_time(found[rate]) if rate in found else "" for rate in rates_mbit]
+        yield f"| {arm} | {'not reached' if steps is None else f'{steps:,.0f}'} | {' | '.join(cells)} |"
+
+
+def _time(each: TimeToLoss) -> str:
+    text = f"{each.step_s * 1e3:.1f}"
+    if each.seconds is None or each.of_synchronous is None:
+        return text
+    if each.of_synchronous == 1:
+        part = ""
+    elif each.of_synchronous < 1:
+        part = f", **1/{1 / each.of_synchronous:.1f}**"
+    else:
+        part = f", {each.of_synchronous:.1f} x"
+    return f"{text}, {each.seconds:.0f} s{part}"
+
+
+def _published() -> Iterator[str]:
+    """The chapter about others' tables."""
+    yield from """
+## What others published
+
+Held-out losses of larger models beside synchronous training with the same global batch, for the shape: the distance
+grows with the number of workers and with the interval, and shrinks with the size of the model. Percentages are of the
+loss, those of perplexities of their logarithm; those of accuracies are points (more is better).
+
+| source | setting | arm | published | from synchronous |
+|---|---|---|---|---|""".splitlines()
+    for table in PUBLISHED:
+        for arm, published, percent in table.rows:
+            away = "" if percent is None else f"{percent:+.1f} {'points' if 'accuracy' in published else '%'}"
+            yield f"| {table.source} | {table.setting} | {arm} | {published} | {away} |"
+
+
+def _killed(results: Sequence[ArmResult]) -> list[ArmResult]:
+    """Arms whose workers are killed, after the usual ones beside which they stand."""
+    killed = [each for each in results if each.planned.template.variation.absence is not None]
+    usual = {each.planned.beside for each in killed}
+    return [*(each for each in results if each.name in usual), *killed]
 
 
 def _row(each: ArmResult) -> str:

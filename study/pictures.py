@@ -11,9 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from study.links import TimeToLoss
 from study.results import ArmResult
 
-__all__ = ["draw_bytes", "draw_intervals", "draw_steps"]
+__all__ = ["draw_bytes", "draw_intervals", "draw_kills", "draw_steps", "draw_times"]
 
 _INCHES = (4.2, 4.4)
 """400 pixels wide, as large as it is read; letters have 9 points."""
@@ -61,8 +62,41 @@ def draw_intervals(series: Sequence[tuple[str, Sequence[ArmResult]]], path: Path
         axes.errorbar(intervals, differences, yerr=spreads, **_look(index), label=name, capsize=2)
     axes.axhline(0.0, color=_GREY, linewidth=0.8)
     axes.set_xscale("log")
-    axes.set_xticks(sorted(ticks), [str(tick) for tick in sorted(ticks)])
+    # A label needs room on the logarithmic axis.
+    shown = [tick for tick in sorted(ticks) if not any(tick / 1.15 < other < tick for other in ticks)]
+    axes.set_xticks(shown, [str(tick) for tick in shown])
     axes.minorticks_off()
+    _finish(figure, axes, path)
+
+
+def draw_kills(results: Sequence[ArmResult], path: Path) -> None:
+    """Like `draw_steps`, from the first tenth of the run on. Raises OSError."""
+    figure, axes = _begun("local steps of each worker", "held-out loss of the center, nats")
+    for index, each in enumerate(results):
+        points = [point for point in each.curve if 10 * point.step >= each.planned.template.steps]
+        axes.plot(
+            [point.step for point in points],
+            [point.held_out_loss for point in points],
+            **_look(index),
+            label=each.name,
+        )
+    axes.set_yscale("log")
+    _finish(figure, axes, path)
+
+
+def draw_times(times: Sequence[TimeToLoss], synchronous: str, path: Path) -> None:
+    """Time to the loss of synchronous training over the rate of the links. Raises OSError."""
+    figure, axes = _begun("Mbit/s of every link", "seconds to synchronous training's loss")
+    rates = sorted({each.rate_mbit for each in times})
+    arms = dict.fromkeys(each.arm for each in times if each.seconds is not None)
+    for index, arm in enumerate(arms):
+        found = sorted((each.rate_mbit, each.seconds) for each in times if each.arm == arm and each.seconds is not None)
+        name = f"{arm} (all-reduce)" if arm == synchronous else arm
+        axes.plot([rate for rate, _ in found], [seconds for _, seconds in found], **_look(index), label=name)
+    axes.set_xscale("log")
+    axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    axes.minorticks_off()
+    axes.set_yscale("log")
     _finish(figure, axes, path)
 
 
@@ -91,8 +125,8 @@ def _begun(across: str, up: str) -> tuple[Figure, Axes]:
 
 def _finish(figure: Figure, axes: Axes, path: Path) -> None:
     if axes.get_yscale() == "log":  # less than a decade has no ticks of its own
-        axes.yaxis.set_major_formatter("{x:.2f}")
-        axes.yaxis.set_minor_formatter("{x:.2f}")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
     with matplotlib.rc_context(_SETTINGS):
         if axes.get_legend_handles_labels()[0]:
             figure.legend(loc="outside lower left", ncols=1, frameon=False, handlelength=4.0)

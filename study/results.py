@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from study.compare import spread_of
 from study.kept import Training
@@ -96,24 +96,38 @@ class ArmResult:
         return spread_of(self.differences_percent)
 
 
-def results_of(standing: StudyStanding) -> list[ArmResult]:
-    """In the plan's order.
+def results_of(
+    standing: StudyStanding, earlier: Callable[[PlannedArm], ArmResult | None] = lambda _: None
+) -> list[ArmResult]:
+    """Of the arms that are finished and have a finished reference, in the plan's order.
+
+    Args:
+        standing: the trainings on disk.
+        earlier: finds the result of an arm that is not finished here; None: there is none.
 
     Raises:
-        ValueError: trainings are missing.
+        ValueError: the first arm, with which the others are compared, is not finished.
     """
-    if standing.trainings_ahead:
-        raise ValueError(f"{standing.trainings_ahead} trainings or more are missing; `python -m study` makes them")
-    arms = {each.planned.name: each for each in standing.arms}
+    found = dict[str, ArmResult]()
+    for each in standing.arms:
+        result = earlier(each.planned) if each.trainings_ahead else _trained(each)
+        if result is not None:
+            found[each.planned.name] = replace(result, planned=each.planned)
+    if standing.arms[0].planned.name not in found:
+        raise ValueError(
+            f"{standing.trainings_ahead} trainings or more are missing, also of {standing.arms[0].planned.name!r}, the "
+            "arm with which others are compared; `python -m study` makes them"
+        )
     return [
-        _result_of(each, arms[each.planned.reference or each.planned.name], arms.get(each.planned.beside))
-        for each in standing.arms
+        _compared(each, found[each.reference], found.get(each.planned.beside))
+        for each in found.values()
+        if each.reference in found
     ]
 
 
 def cheapest_within(results: Sequence[ArmResult], percent: float, with_played_only: bool) -> ArmResult | None:
     """The arm that is at most this much worse than synchronous training, in the mean, and has the fewest of its bytes.
-    It has as many workers and steps, equal shards, and no worker was killed. None: there is no such arm.
+    It has its task, as many workers and steps, equal shards, and no worker was killed. None: there is no such arm.
 
     Args:
         results: of a study, its synchronous arm first.
@@ -124,8 +138,8 @@ def cheapest_within(results: Sequence[ArmResult], percent: float, with_played_on
     within = [
         each
         for each in results
-        if (arm := each.planned.template).num_workers == first.num_workers
-        and arm.steps == first.steps
+        if (arm := each.planned.template).task == first.task
+        and (arm.num_workers, arm.steps) == (first.num_workers, first.steps)
         and (arm.variation.shards, arm.variation.absence) == (first.variation.shards, None)
         and arm.variation.method == "rounds"
         and (with_played_only or not arm.is_played_only)
@@ -134,46 +148,48 @@ def cheapest_within(results: Sequence[ArmResult], percent: float, with_played_on
     return min(within, key=lambda each: each.bytes_part, default=None)
 
 
-def _result_of(standing: ArmStanding, reference: ArmStanding, beside: ArmStanding | None) -> ArmResult:
+def _trained(standing: ArmStanding) -> ArmResult:
+    """An arm by itself, not compared yet."""
     assert standing.rung is not None
-    planned, arm = standing.planned, standing.planned.template
-    trainings, compared = _by_seed(standing), _by_seed(reference)
+    arm = standing.planned.template
+    trainings = [training for _, training in sorted(standing.finished.items())]
     up_bytes, down_bytes = (
         round(statistics.fmean(getattr(each.last, way) for each in trainings)) for way in ("up_bytes", "down_bytes")
     )
-    there = statistics.fmean(each.last.up_bytes + each.last.down_bytes for each in compared)
     pushes = len(arm.round_ends) * arm.num_workers
     missed = 1 - statistics.fmean(each.last.pushes for each in trainings) / pushes if arm.variation.absence else 0.0
     return ArmResult(
-        planned,
+        standing.planned,
         tuple(sorted(standing.finished)),
         rate_at(standing.rung),
         tuple((rate_at(rung), each.last.held_out_loss) for rung, each in sorted(standing.tuning.items())),
-        _losses(trainings),
+        tuple(each.last.held_out_loss for each in trainings),
         tuple(each.train_loss for each in trainings),
-        _percent_over(trainings, compared),
-        () if beside is None else _percent_over(trainings, _by_seed(beside)),
+        (),
+        (),
         up_bytes,
         down_bytes,
-        (up_bytes + down_bytes) / there if there else 0.0,
+        0.0,
         missed,
         _curve(trainings),
         sum(each.took_s for each in trainings),
     )
 
 
-def _by_seed(standing: ArmStanding) -> list[Training]:
-    return [training for _, training in sorted(standing.finished.items())]
+def _compared(each: ArmResult, reference: ArmResult, beside: ArmResult | None) -> ArmResult:
+    there = reference.up_bytes + reference.down_bytes
+    return replace(
+        each,
+        differences_percent=_percent_over(each, reference),
+        beside_percent=() if beside is None else _percent_over(each, beside),
+        bytes_part=(each.up_bytes + each.down_bytes) / there if there else 0.0,
+    )
 
 
-def _losses(trainings: Sequence[Training]) -> tuple[float, ...]:
-    return tuple(each.last.held_out_loss for each in trainings)
-
-
-def _percent_over(trainings: Sequence[Training], others: Sequence[Training]) -> tuple[float, ...]:
+def _percent_over(result: ArmResult, other: ArmResult) -> tuple[float, ...]:
     """How much more the held-out loss is, by seed."""
-    pairs = zip(_losses(trainings), _losses(others), strict=True)
-    return tuple(100 * (loss / other - 1) for loss, other in pairs)
+    pairs = zip(result.held_out_losses, other.held_out_losses, strict=True)
+    return tuple(100 * (loss / base - 1) for loss, base in pairs)
 
 
 def _curve(trainings: Sequence[Training]) -> tuple[CurvePoint, ...]:

@@ -71,9 +71,11 @@ class StudyStanding:
         return sum(training.took_s for training in found) / batches if batches else None
 
 
-def standing_of(plan: StudyPlan, kept: KeptArms, source: str) -> StudyStanding:
-    """Reads what is kept. Raises ValueError: an arm cannot be tuned."""
-    return StudyStanding(tuple(_arm_standing(planned, plan, kept, source) for planned in plan.arms))
+def standing_of(plan: StudyPlan, kept: KeptArms, sources: Mapping[str, str]) -> StudyStanding:
+    """Reads what is kept, of just these data: sources by task. Raises ValueError: an arm cannot be tuned."""
+    return StudyStanding(
+        tuple(_arm_standing(planned, plan, kept, sources[planned.template.task]) for planned in plan.arms)
+    )
 
 
 def _arm_standing(planned: PlannedArm, plan: StudyPlan, kept: KeptArms, source: str) -> ArmStanding:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from ma_client.transports.base import OutgoingPush
+from ma_client.transports.link_bytes import LinkBytes
 from ma_client.transports.staging import Staging
 from modelaverage.codecs import RAW
 from modelaverage.manifest import DTYPES, Manifest, Variable
@@ -137,4 +138,4 @@ def whole_round(center: Center, *pushes: Pushed, seed: int = 0) -> int:
 def zeros(staging: Staging) -> OutgoingPush:
     """A raw push of zeros, number 1."""
     variables = [memoryview(bytes(variable.size_bytes)) for variable in staging.manifest.variables]
-    return OutgoingPush(1, variables, staging, RAW, True, True)
+    return OutgoingPush(1, variables, staging, RAW, True, True, LinkBytes())

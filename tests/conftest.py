@@ -14,6 +14,7 @@ import pytest
 from ps_server.checkpoints.keeper import CheckpointPolicy
 from ps_server.edge.security import NO_SECURITY, ServerSecurity
 from ps_server.flow.service import ServicePolicy
+from ps_server.page.thread import PageConfig
 from ps_server.rules.policy import RoundPolicy
 from ps_server.server import ServerConfig, serve
 from tests.in_memory import ServerInMemory
@@ -45,11 +46,13 @@ class RunningServer(Protocol):
     Attributes:
         address: the address for sessions.
         metrics_address: where its metrics are served; empty if they are not.
+        page_url: of its page; empty if there is none.
         loop: the event loop that it runs on.
     """
 
     address: str
     metrics_address: str
+    page_url: str
     loop: asyncio.AbstractEventLoop
 
     def stop(self) -> None:
@@ -59,10 +62,12 @@ class RunningServer(Protocol):
 class _GrpcServer:
     """A server on a free port of loopback."""
 
-    def __init__(self, policy: ServicePolicy, security: ServerSecurity, metrics_bind: str | None) -> None:
-        self.address = self.metrics_address = ""
+    def __init__(
+        self, policy: ServicePolicy, security: ServerSecurity, metrics_bind: str | None, page: PageConfig | None
+    ) -> None:
+        self.address = self.metrics_address = self.page_url = ""
         self._config = ServerConfig(
-            ("127.0.0.1:0",), policy, stop_timeout_s=2.0, security=security, metrics_bind=metrics_bind
+            ("127.0.0.1:0",), policy, stop_timeout_s=2.0, security=security, metrics_bind=metrics_bind, page=page
         )
         self._ready = threading.Event()
         self._failure: BaseException | None = None
@@ -85,14 +90,22 @@ class _GrpcServer:
 
         def ready(addresses: list[str]) -> None:
             self.address = addresses[0]
-            if self._config.metrics_bind is None:
-                self._ready.set()
+            told()
 
         def metrics_ready(address: str) -> None:
             self.metrics_address = address
-            self._ready.set()
+            told()
 
-        await serve(self._config, self._stop, ready, metrics_ready)
+        def page_ready(url: str) -> None:
+            self.page_url = url
+            told()
+
+        def told() -> None:
+            has_metrics = self._config.metrics_bind is None or self.metrics_address
+            if self.address and has_metrics and (self._config.page is None or self.page_url):
+                self._ready.set()
+
+        await serve(self._config, self._stop, ready, metrics_ready, page_ready=page_ready)
 
     def stop(self) -> None:
         """Stops it as SIGTERM would, and raises what it raised."""
@@ -128,6 +141,7 @@ def start_server(request: pytest.FixtureRequest) -> Iterator[StartServer]:
         rejoin_timeout_s: float = 0.5,
         security: ServerSecurity = NO_SECURITY,
         metrics_bind: str | None = None,
+        page: PageConfig | None = None,
         first_notice_s: float = 5.0,
     ) -> RunningServer:
         round_policy = RoundPolicy.strict(policy) if isinstance(policy, int) else policy
@@ -142,10 +156,11 @@ def start_server(request: pytest.FixtureRequest) -> Iterator[StartServer]:
             first_notice_s,
         )
         needs_more = checkpoints is not None or security is not NO_SECURITY or metrics_bind is not None
+        needs_more = needs_more or page is not None
         if is_in_memory and not needs_more:
             servers.append(ServerInMemory(service_policy))
         else:
-            servers.append(_GrpcServer(service_policy, security, metrics_bind))
+            servers.append(_GrpcServer(service_policy, security, metrics_bind, page))
         return servers[-1]
 
     yield start

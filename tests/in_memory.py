@@ -35,7 +35,7 @@ class ServerInMemory:
 
     def __init__(self, policy: ServicePolicy, grace_s: float = 2.0) -> None:
         self.address = f"{SCHEME}:{next(_ports)}"
-        self.metrics_address = ""
+        self.metrics_address = self.page_url = ""
         self._grace_s = grace_s
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever, name="server-in-memory", daemon=True)

@@ -142,6 +142,14 @@ def all_gone(pids: Sequence[int], timeout_s: float) -> bool:
 
 
 def said(launched: Launched) -> list[str]:
-    """What it printed on stderr besides that something takes long on a busy machine."""
-    slow = (" s so far)", "there is no center yet")
-    return [line for line in launched.errors if not any(text in line for text in slow)]
+    """What it printed on stderr besides the page's address, and that something takes long on a busy machine.
+
+    A process that failed may have logged such a thing, which is then among its last lines, too.
+    """
+    slow = (" s so far)", "there is no center yet", "ma-launch: page")
+    lines = [line for line in launched.errors if not any(text in line for text in slow)]
+    last_lines = "; its last lines:"
+    return [
+        line.removesuffix(last_lines) if not following.startswith("  ") else line
+        for line, following in zip(lines, [*lines, ""][1:], strict=True)
+    ]

@@ -13,6 +13,7 @@ Answers are lines of stdout that begin with "ray_nodes:"; Ray prints there, too.
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -72,7 +73,9 @@ class Nodes:
 
 
 def answer(*words: object) -> None:
-    print("ray_nodes:", *words, flush=True)
+    """One write, with the ends of the line: Ray's threads print meanwhile, and print() writes in pieces."""
+    sys.stdout.flush()
+    os.write(sys.stdout.fileno(), ("\n" + " ".join(map(str, ("ray_nodes:", *words))) + "\n").encode())
 
 
 def main() -> None:

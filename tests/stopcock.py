@@ -12,6 +12,7 @@ import pytest
 
 from ma_client import DataSettings
 from ma_client.transports.data_socket import DataSocket
+from modelaverage.access.contexts import Encryption
 from modelaverage.v1 import parameter_server_pb2 as pb
 
 __all__ = ["Stopcock", "data_through"]
@@ -100,8 +101,10 @@ def data_through(stopcock: Stopcock, monkeypatch: pytest.MonkeyPatch) -> None:
     """Has all data connections opened through the relay."""
     open_directly = DataSocket.open
 
-    def opened(host: str, offer: pb.DataConnection, settings: DataSettings) -> DataSocket:
+    def opened(
+        host: str, offer: pb.DataConnection, settings: DataSettings, encryption: Encryption | None = None
+    ) -> DataSocket:
         stopcock.target_port = offer.port
-        return open_directly(host, pb.DataConnection(port=stopcock.port, key=offer.key), settings)
+        return open_directly(host, pb.DataConnection(port=stopcock.port, key=offer.key), settings, encryption)
 
     monkeypatch.setattr(DataSocket, "open", opened)

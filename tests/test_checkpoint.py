@@ -9,8 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from ma_client import ParameterServerSession
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.checkpoints.keeper import CheckpointPolicy
 from ps_server.checkpoints.reading import find_latest
@@ -225,6 +227,19 @@ def test_a_server_that_is_killed_loses_no_round_that_it_has_answered(tmp_path: P
         assert server.end()[0] == -signal.SIGKILL
     with ServerProcess("--checkpoint-dir", str(tmp_path)) as server, job_of(server) as job:
         assert_goes_on(job, STEP + 5, center)
+
+
+def test_what_the_chief_said_of_frozen_parameters_is_kept(start_server: StartServer, tmp_path: Path) -> None:
+    server = start_server(1, checkpoints=CheckpointPolicy(tmp_path))
+    with ParameterServerSession([server.address], worker_id="a", is_chief=True) as chief:
+        chief.initialize({"w": np.zeros(3)}, frozen_digests=b"digests!")
+        assert chief.push_and_average({"w": np.ones(3)}).global_step == 1
+    server.stop()
+    again = start_server(1, checkpoints=CheckpointPolicy(tmp_path))
+    with ParameterServerSession([again.address], worker_id="a") as worker:
+        assert worker.frozen_digests == b""
+        assert worker.pull()[1] == 1
+        assert worker.frozen_digests == b"digests!"
 
 
 def test_a_center_that_is_restored_is_not_initialized_again(start_server: StartServer, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modelaverage.manifest import DTYPES, Manifest, Variable
+from modelaverage.manifest import DTYPES, MAX_FROZEN_BYTES, Manifest, Variable
 from ps_server.checkpoints.reading import Checkpoint, CheckpointError
 from tests.checkpoints import (
     checkpoint_of,
@@ -146,7 +146,18 @@ _JSON = st.recursive(
 
 
 @given(
-    st.sampled_from(["global_step", "variables", "fragment_size_bytes", "contributors", "counted", "boot_id", "outer"]),
+    st.sampled_from(
+        [
+            "global_step",
+            "variables",
+            "fragment_size_bytes",
+            "contributors",
+            "counted",
+            "boot_id",
+            "outer",
+            "frozen_digests",
+        ]
+    ),
     st.none() | _JSON.map(json.dumps),
 )
 @fast
@@ -172,6 +183,9 @@ def test_a_file_whose_fields_say_anything_else_is_read_or_refused(
         ({"fragment_size_bytes": "7"}, "fragment_size_bytes 7"),
         ({"counted": '{"a": ["not hex", 1]}'}, "damaged"),
         ({"counted": '{"a": ["00", Infinity]}'}, "Infinity"),
+        ({"frozen_digests": "not hex"}, "damaged"),
+        ({"frozen_digests": "0a 0B"}, "frozen_digests"),
+        ({"frozen_digests": "00" * (MAX_FROZEN_BYTES + 1)}, "frozen_digests has 524289 bytes"),
     ],
 )
 def test_a_file_that_contradicts_itself_is_refused(change: dict[str, str], why: str, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.checkpoints import writer_process
 from ps_server.checkpoints.keeper import CheckpointPolicy
 from ps_server.checkpoints.reading import Checkpoint
-from ps_server.server import UnusableSettingError
+from ps_server.unusable import UnusableSettingError
 from tests.checkpoints import (
     content,
     durable,

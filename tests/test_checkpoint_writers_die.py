@@ -14,7 +14,7 @@ import pytest
 
 from ps_server.checkpoints import writer_process
 from ps_server.checkpoints.keeper import CheckpointPolicy, Keeper
-from ps_server.server import UnusableSettingError
+from ps_server.unusable import UnusableSettingError
 from tests.checkpoints import (
     is_durable,
     opened_keeper,

@@ -41,6 +41,15 @@ def test_the_programs_take_the_commands_of_a_compose_file(name: str) -> None:
         server_parser().parse_args(command)
 
 
+def test_the_page_that_a_server_prints_is_the_one_that_is_published() -> None:
+    published = {service: composed("compose.yaml")["services"][service]["ports"] for service in ("ps", "ps-1")}
+    for name in FILES:
+        for service, ports in published.items():
+            command = shlex.split(composed(name)["services"][service]["command"])
+            port = server_parser().parse_args(command).page_bind.rpartition(":")[2]
+            assert ports == [f"127.0.0.1:{port}:{port}"]
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_volumes_secrets_and_files_that_a_compose_file_names_are_there(name: str) -> None:
     file = composed(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from modelaverage.conformance.__main__ import main
 from modelaverage.conformance.cases import CASES
 from modelaverage.conformance.miss import Miss
 from modelaverage.conformance.models import mixed
+from modelaverage.conformance.program import Program
 from tests.broken_client import FAULTS, answers_twice, does_not_try_again, sorts_the_variables
 from tests.long_plays import long_except
 
@@ -156,3 +158,20 @@ def test_a_line_that_is_no_answer_is_a_miss(line: str) -> None:
 def test_an_unknown_outcome_of_a_push_is_a_miss(line: str) -> None:
     with pytest.raises(Miss):
         lines.read_pushed(line)
+
+
+def test_a_command_to_a_program_that_has_ended_is_no_error_in_the_kit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    failures = list[threading.ExceptHookArgs]()
+    monkeypatch.setattr(threading, "excepthook", failures.append)
+    before = set(threading.enumerate())
+    program = Program([sys.executable, "-c", ""], "an address", "a")
+    threads = set(threading.enumerate()) - before
+    with pytest.raises(Miss, match="the end of its output"):
+        program.answer()
+    program._process.wait()
+    program.send("pull")
+    for thread in threads:
+        thread.join(TIMEOUT_S)
+    assert failures == []

@@ -6,7 +6,7 @@ import queue
 import socket
 import struct
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar
 
@@ -17,7 +17,8 @@ import pytest
 from ma_client import DataSettings, Outcome, Security
 from ma_client.transports.connection import Connection
 from ma_client.transports.data_link import DataLink, host_of
-from ma_client.transports.data_socket import DataSocket, Transfer
+from ma_client.transports.data_socket import DataSocket
+from ma_client.transports.data_transfer import Transfer
 from ma_client.transports.registry import TransportSettings
 from ma_client.transports.staging import Memory, Staging
 from modelaverage import wire
@@ -28,6 +29,7 @@ from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.transports import data_port
 from tests.centers import zeros
 from tests.conftest import StartServer
+from tests.cut_connection import break_after
 from tests.jobs import CENTER, COUNT, STEP, Job, of
 from tests.pairs import MODEL, SETTINGS, Pair
 from tests.raw_client import RawClient, Stream, flat_bytes, fragments_of, until
@@ -278,26 +280,8 @@ def test_a_session_whose_connection_breaks_anywhere_loses_nothing(
     pair: Pair, monkeypatch: pytest.MonkeyPatch, direction: str, after_bytes: int
 ) -> None:
     pair.until_connected()
-    left = {"bytes": after_bytes}
-    send, receive = DataSocket.send, DataSocket.receive
-
-    def cut_send(self: DataSocket, parts: Iterable[bytes | memoryview]) -> None:
-        data = b"".join(parts)
-        if len(data) > left["bytes"]:
-            send(self, [data[: left["bytes"]]])
-            self.break_off()
-        left["bytes"] -= len(data)
-        send(self, [data])
-
-    def cut_receive(self: DataSocket, room: memoryview) -> None:
-        if len(room) > left["bytes"]:
-            receive(self, room[: left["bytes"]])
-            self.break_off()
-        left["bytes"] -= len(room)
-        receive(self, room)
-
     with monkeypatch.context() as patch:
-        patch.setattr(DataSocket, direction, cut_send if direction == "send" else cut_receive)
+        break_after(patch, direction, after_bytes)
         outcomes = {result.outcome for result in pair.round()}
     assert outcomes <= {Outcome.COMMITTED, Outcome.ALREADY_COUNTED}
     pair.until_connected()
@@ -345,7 +329,7 @@ def test_a_session_that_cannot_reach_the_port_goes_on_in_messages_and_does_not_a
 ) -> None:
     tried = []
 
-    def unreachable(host: str, offer: pb.DataConnection, _: DataSettings) -> DataSocket:
+    def unreachable(host: str, offer: pb.DataConnection, *_: object) -> DataSocket:
         tried.append((host, offer.port))
         raise TimeoutError
 
@@ -409,26 +393,24 @@ def test_a_data_connection_that_was_not_asked_for_is_not_opened(least_bytes: int
 
 
 @pytest.mark.parametrize("offered", [1, 2])
-def test_an_offer_is_taken_once_and_never_beside_tls(monkeypatch: pytest.MonkeyPatch, offered: int) -> None:
+def test_an_offer_is_taken_once(monkeypatch: pytest.MonkeyPatch, offered: int) -> None:
     opened = queue.SimpleQueue[int]()
 
-    def noted(_: str, offer: pb.DataConnection, __: DataSettings) -> DataSocket:
+    def noted(_: str, offer: pb.DataConnection, *__: object) -> DataSocket:
         opened.put(offer.port)
         return DataSocket(socket.socket())
 
     monkeypatch.setattr(DataSocket, "open", noted)
-    encrypted, plain = (DataLink("127.0.0.1:1", is_encrypted, SETTINGS) for is_encrypted in (True, False))
-    assert not encrypted.wants(1 << 30)
-    assert plain.wants(1 << 30)
-    for link in (encrypted, plain):
-        for port in range(offered):
-            link.open(pb.DataConnection(port=port))
+    link = DataLink("127.0.0.1:1", None, SETTINGS)
+    assert link.wants(1 << 30)
+    for port in range(offered):
+        link.open(pb.DataConnection(port=port))
     assert opened.get(timeout=TIMEOUT_S) == 0
     for thread in threading.enumerate():
         if thread.name == "data-connection":
             thread.join(TIMEOUT_S)
     assert opened.empty()
-    plain.close()
+    link.close()
 
 
 def test_closing_a_session_ends_a_push_on_a_data_connection(pair: Pair) -> None:

@@ -19,7 +19,8 @@ import pytest
 
 from ma_client import DataSettings, ParameterServerSession
 from ma_client.cluster.joining import join
-from ma_client.transports.data_socket import DataSocket, Transfer
+from ma_client.transports.data_socket import DataSocket
+from ma_client.transports.data_transfer import Transfer
 from ma_client.transports.staging import Memory, Staging
 from modelaverage.errors import DeadlineExceededError, Reason, RetryPushError, ServerUnavailableError
 from modelaverage.manifest import Manifest, Variable

@@ -20,6 +20,8 @@ from safetensors.torch import load_file
 
 from ma_client import ClusterSpec, ConflictError, ParameterServerSession
 from modelaverage.outer import AVERAGE, OuterAdam, outer_optimizer, text_of
+from ps_worker.curves.metrics import curves_of
+from ps_worker.curves.text import plotted
 from ps_worker.demo import run_files
 from ps_worker.demo.digits import DigitsData, DigitsNet, accuracy, train_alone, train_in_cluster
 from ps_worker.demo.digits_config import ALONE, ALONE_WITH_ALL, PLAIN, DigitsConfig, add_training_flags
@@ -56,9 +58,9 @@ def train_as_chief(start_server: StartServer, config: DigitsConfig, directory: P
 
 
 def without_times(events: list[Event]) -> list[Event]:
-    """The part of an event that does not depend on the speed of this machine."""
+    """The part of an event that does not depend on the speed of this machine, nor on the process that reports it."""
     fields = [json.loads(encode(event)) for event in events]
-    return [decode(json.dumps({**f, **{k: 0 for k in f if k.endswith("_s")}})) for f in fields]
+    return [decode(json.dumps({**f, **{k: 0 for k in f if k.endswith("_s") or k == "moved_bytes"}})) for f in fields]
 
 
 # A worker
@@ -256,6 +258,14 @@ def test_live_view_shows_every_worker_and_every_server_in_80_columns() -> None:
     assert "…" not in picture
 
 
+def test_a_live_view_ends_with_a_plot_of_the_losses_and_plain_lines_do_not(capsys: pytest.CaptureFixture[str]) -> None:
+    curves, out = curves_of(EVENTS), io.StringIO()
+    LiveView(Console(file=out, width=80, force_terminal=True, color_system=None, legacy_windows=False)).plot(curves)
+    assert [line.rstrip() for line in out.getvalue().splitlines()] == plotted(curves, 80)
+    PlainView().plot(curves)
+    assert capsys.readouterr().out == ""
+
+
 def summary_of(num_workers: int) -> Summary:
     workers = [f"worker-{index}" for index in range(num_workers)]
     return Summary(
@@ -425,6 +435,9 @@ def assert_metrics_have_the_whole_run(run: Path, summary: Summary) -> None:
     assert all(server.received_bytes > 0 for server in servers)
     assert sum(server.received_bytes for server in servers) == summary.bytes_received
     assert sum(server.sent_bytes for server in servers) == summary.bytes_sent
+    moved_bytes = [record.steps[f"worker-{index}"][-1].moved_bytes for index in (0, 1)]
+    assert sum(moved_bytes) == summary.bytes_moved
+    assert record.steps[ALONE][-1].moved_bytes == 0
 
 
 @needs_proc

@@ -192,6 +192,12 @@ def test_every_module_is_in_the_wheel(built: Built) -> None:
     assert expected <= built.wheel_files
 
 
+def test_every_file_of_the_page_is_in_the_wheel(built: Built) -> None:
+    page = {path.as_posix() for path in source_files() if path.is_relative_to("ps_server/page/static")}
+    assert "ps_server/page/static/index.html" in page
+    assert page <= built.wheel_files
+
+
 def test_the_source_distribution_has_all_that_the_tests_need(built: Built) -> None:
     missing = {path.as_posix() for path in source_files()} - {path.as_posix() for path in source_files(built.sdist)}
     assert missing == set()

@@ -66,7 +66,7 @@ Export = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def export(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Export:
     """Runs the command; returns its exit code and what it printed, without what it says if the machine is busy."""
-    monkeypatch.setattr("ps_server.__main__.says_if_slow", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr("ps_server.commands.export.says_if_slow", lambda *_: contextlib.nullcontext())
 
     def export(*arguments: object) -> tuple[int, str, str]:
         code = main(["export", *map(str, arguments)])

@@ -7,7 +7,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import replace
 from mmap import mmap
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -23,6 +23,7 @@ from modelaverage.runtime.data_sockets import NUMBER
 from ps_server.center.sums import Sums
 from ps_server.flow.call import Call
 from ps_server.flow.joining import Joining
+from ps_server.page.guard import Guard
 from ps_server.rules.decisions import Accumulate, Addition, Decision
 from ps_server.rules.entry import Entry
 from ps_server.rules.fragments import Fragments
@@ -30,11 +31,13 @@ from ps_server.rules.quorum import Quorum
 from ps_server.rules.round import Round
 from ps_server.rules.task_indexes import TaskIndexes
 from ps_server.seen.roster import Roster, WorkerRecord
-from ps_server.transports import data_port
+from ps_server.transports import data_lane, data_port
+from ps_server.transports.arriving import write_all
 from ps_server.transports.data_connection import DataConnection
 from ps_server.transports.data_port import DataPort, Place
 
-INPUTS = {"sequences": 60, "data-connections": 60}  # of 20 calls each
+# Of 20 calls each, or as costly.
+INPUTS = {"sequences": 60, "data-connections": 60, "tls-handshakes": 150, "page-requests": 100}
 
 
 def played(name: str, inputs: int, first: int = 0) -> Result:
@@ -88,6 +91,19 @@ def finds(name: str, inputs: int, *texts: str, likely: int = 0) -> bool:
         for failure in played(name, at_once, first).failures
         for text in texts
     )
+
+
+def test_a_page_that_tells_strangers_what_it_knows_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Guard, "refusal", lambda *_: None)
+    assert finds("page-requests", 40, "was answered with b'HTTP/1.1 200")
+
+
+def test_a_page_that_fails_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError("no")
+
+    monkeypatch.setattr(Guard, "refusal", fail)
+    assert finds("page-requests", 40, "the page fails at")
 
 
 def test_an_exception_that_is_no_refusal_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +184,7 @@ def test_a_server_that_takes_another_pushs_bytes_is_found_out(monkeypatch: pytes
 
         __hash__ = None  # type: ignore[assignment]
 
-    monkeypatch.setattr(data_port, "NUMBER", AnyNumber())
+    monkeypatch.setattr(data_lane, "NUMBER", AnyNumber())
     assert finds("data-connections", 200, "not the average", "never came whole")
 
 
@@ -346,7 +362,7 @@ def test_a_reader_is_called_when_as_many_bytes_have_come_as_are_wanted() -> None
 def test_a_sender_waits_for_room() -> None:
     loop, (ours, theirs) = VirtualLoop.create(), MemorySocket.pair()
     theirs.room_bytes = 2
-    sent: asyncio.Task[None] = loop.create_task(loop.sock_sendall(ours, memoryview(b"xyz")))
+    sent: asyncio.Task[None] = loop.create_task(write_all(cast("Any", ours), memoryview(b"xyz")))
     loop.settle(100)
     assert (sent.done(), bytes(theirs.inbox)) == (False, b"xy")
     theirs.recv(2)

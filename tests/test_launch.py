@@ -135,7 +135,8 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
     ) -> Launched:
         script = tmp_path / "script.py"
         script.write_text(text)
-        command = [*LAUNCH, "--ps", ps, "--workers", str(workers), *flags, "--", str(script), *args]
+        own = ["--ps", ps, "--workers", str(workers), "--runs", str(tmp_path / "runs"), *flags]
+        command = [*LAUNCH, *own, "--", str(script), *args]
         running.append(Launched(command, read_lines=read_lines))
         return running[-1]
 

@@ -18,6 +18,7 @@ from modelaverage.manifest import (
     MAX_DIMENSIONS,
     MAX_FRAGMENT_SIZE_BYTES,
     MAX_FRAGMENTS,
+    MAX_FROZEN_BYTES,
     MAX_NAME_BYTES,
     MAX_RUN,
     MAX_VARIABLES,
@@ -162,7 +163,7 @@ def test_a_scalar_is_one_element() -> None:
 @given(manifests(), manifests())
 def test_ids_are_equal_if_and_only_if_the_manifests_are(one: Manifest, other: Manifest) -> None:
     assert (one.id == other.id) == (one == other)
-    assert Manifest(tuple(one.variables), one.fragment_size_bytes).id == one.id
+    assert Manifest(tuple(one.variables), one.fragment_size_bytes, frozen_digests=one.frozen_digests).id == one.id
 
 
 @pytest.mark.parametrize(
@@ -176,6 +177,7 @@ def test_ids_are_equal_if_and_only_if_the_manifests_are(one: Manifest, other: Ma
         Manifest((Variable("a", "float32", (2, 3)), Variable("b", "float32", ())), 8),
         Manifest((Variable("a", "float32", (2, 3)),), 8),
         Manifest((Variable('a","float32",[2,3]],["b', "float32", (1,)),), 8),
+        Manifest((Variable("a", "float32", (2, 3)), Variable("b", "float32", (1,))), 8, frozen_digests=b"digests"),
     ],
 )
 def test_any_difference_makes_another_id(other: Manifest) -> None:
@@ -186,6 +188,10 @@ def test_any_difference_makes_another_id(other: Manifest) -> None:
 def test_an_id_is_the_same_in_every_process_and_version() -> None:
     # Workers and servers of different releases compare it: a change of it changes the protocol.
     assert Manifest((Variable("w", "float32", (2, 3)),), 64).id == "6f46bd0e7da5d62b1723a6b042570114"
+    content = [64, [["w", "float32", [2, 3]], [0, 1, "00" * 16], "1f"]]
+    part = Part(0, 0, (2, 3))
+    said = Manifest((Variable("w", "float32", (2, 3), part),), 64, Shard(0, 1, bytes(16)), b"\x1f")
+    assert said.id == hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 
 @pytest.mark.parametrize("shard", [None, Shard(1, 3, bytes(range(16)))])
@@ -265,6 +271,7 @@ def test_there_is_a_difference_if_and_only_if_the_variables_differ(one: Manifest
         (lambda: Variable("", "float32", (1,)), "name has 0 bytes"),
         (lambda: Variable("x" * (MAX_NAME_BYTES + 1), "float32", (1,)), "name has 1025 bytes"),
         (lambda: Variable("é" * 513, "float32", (1,)), "name has 1026 bytes"),
+        (lambda: Manifest(ONE, frozen_digests=bytes(MAX_FROZEN_BYTES + 1)), "frozen_digests has 524289 bytes; at most"),
         (lambda: Manifest(ONE, 0), "fragment_size_bytes 0 is not a multiple of 8"),
         (lambda: Manifest(ONE, 4), "fragment_size_bytes 4 "),
         (lambda: Manifest(ONE, 12), "fragment_size_bytes 12 "),

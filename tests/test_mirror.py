@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ma_client.tensors.mirror import HostMirror
+from modelaverage.errors import ConflictError
 
 
 def test_a_contiguous_tensor_on_the_cpu_is_not_copied() -> None:
@@ -28,6 +29,33 @@ def test_a_tensor_that_is_not_contiguous_goes_through_memory_that_is_used_again(
     second = mirror.gather()["x"]
     assert second.ctypes.data == first.ctypes.data != tensor.data_ptr()
     assert second.tolist() == tensor.tolist()
+
+
+def test_a_tensor_that_was_given_other_memory_is_read_and_written_there() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(100_000))
+    mirror = HostMirror({"x": parameter})
+    first = mirror.gather()
+    parameter.data = torch.ones(100_000)  # as DistributedDataParallel and others do
+    assert mirror.gather() is not first
+    assert (mirror.gather()["x"] == 1.0).all()
+    parameter.data = torch.zeros(100_000)
+    mirror.scatter({"x": np.full(100_000, 2.0, np.float32)})
+    assert bool((parameter == 2.0).all())
+
+
+def test_a_tensor_that_has_lost_its_memory_or_changed_its_shape_is_refused() -> None:
+    tensor = torch.zeros(100_000)
+    mirror = HostMirror({"x": tensor})
+    center = {"x": np.ones(100_000, np.float32)}
+    mirror.scatter(center)
+    tensor.untyped_storage().resize_(0)
+    with pytest.raises(ConflictError, match=r"'x' of shape .* has no memory"):
+        mirror.gather()
+    with pytest.raises(ConflictError, match=r"'x' of shape .* has no memory"):
+        mirror.scatter(center)
+    tensor.data = torch.zeros(5)
+    with pytest.raises(ConflictError, match=r"'x' is float32\[5\] now"):
+        mirror.scatter(center)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)

@@ -18,6 +18,7 @@ from modelaverage.missing import Missing
 from modelaverage.names import MAX_NAMES, file_name, listed, printable, shown
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_worker import report
+from ps_worker.curves import picture
 from ps_worker.demo.digits_config import ALONE
 from ps_worker.demo.record import Record
 from ps_worker.demo.view import Cast, LiveView, PlainView
@@ -220,14 +221,13 @@ def test_the_report_has_any_name_in_its_picture_and_a_directory_for_each(
 ) -> None:
     figures = list[Figure]()
     monkeypatch.setattr(
-        report,
+        picture,
         "Figure",
         lambda **settings: figures.append(Figure(**settings)) or figures[-1],  # type: ignore[func-returns-value]
     )
     report.draw(record_of(HOSTILE), tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    legend = figures[0].axes[0].get_legend()
-    assert legend is not None
+    (legend,) = figures[0].legends
     assert len(legend.get_texts()) == len(HOSTILE) + 1  # none is left out, and none is a formula
     runs = tmp_path / "a" / "b" / "runs"
     report.write_tensorboard(record_of(HOSTILE), runs)

@@ -18,7 +18,7 @@ from ps_server.center.center import Center
 from ps_server.checkpoints.fields import Checkpoint, boot_id, fields_of
 from ps_server.checkpoints.keeper import CheckpointPolicy
 from ps_server.checkpoints.reading import CheckpointError
-from ps_server.server import UnusableSettingError
+from ps_server.unusable import UnusableSettingError
 from tests.centers import ALL_DTYPES
 from tests.checkpoints import (
     checkpoint_of,

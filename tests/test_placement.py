@@ -15,17 +15,21 @@ from modelaverage.errors import ConflictError, InvalidRequestError, Reason
 from modelaverage.manifest import DTYPES, MAX_FRAGMENTS, Manifest, Part, Shard, Variable
 from modelaverage.placement import PLACEMENTS, assemble, default_fragment_size_bytes, gather, place
 from modelaverage.v1 import parameter_server_pb2 as pb
+from tests.strategies import FROZEN_DIGESTS
 
 JOB = b"the job's 16 by."
 OTHER_JOB = b"another job's..."
 MODELS = st.builds(
-    lambda shapes, size: Manifest(
-        tuple(Variable(f"v{i}", dtype, tuple(shape)) for i, (dtype, shape) in enumerate(shapes)), 8 * size
+    lambda shapes, size, frozen_digests: Manifest(
+        tuple(Variable(f"v{i}", dtype, tuple(shape)) for i, (dtype, shape) in enumerate(shapes)),
+        8 * size,
+        frozen_digests=frozen_digests,
     ),
     st.lists(
         st.tuples(st.sampled_from(sorted(DTYPES)), st.lists(st.integers(0, 9), max_size=3)), min_size=1, max_size=7
     ),
     st.integers(1, 12),
+    FROZEN_DIGESTS,
 )
 COUNTS = st.integers(1, 9)
 

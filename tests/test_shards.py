@@ -296,10 +296,18 @@ def test_the_status_command_shows_every_server(
 # Interrupted initialization.
 
 
-def raw_initialize(address: str, model: Arrays, index: int, count: int, job: bytes, global_step: int = STEP) -> None:
+def raw_initialize(
+    address: str,
+    model: Arrays,
+    index: int,
+    count: int,
+    job: bytes,
+    global_step: int = STEP,
+    frozen_digests: bytes = b"",
+) -> None:
     """Does what a chief does that dies between two servers."""
     variables = tuple(Variable(n, dtype_name(a.dtype), a.shape) for n, a in model.items())
-    shards = place(Manifest(variables, 64), count, "balanced", job)
+    shards = place(Manifest(variables, 64, frozen_digests=frozen_digests), count, "balanced", job)
     values = Assembly(shards, ["?"] * count).cut([bytes_of(array) for array in model.values()])[index]
     with RawClient(address) as client:
         stream = client.open_initialize()
@@ -319,6 +327,18 @@ def test_a_chief_completes_what_its_predecessor_could_not(start_server: StartSer
     for status in chief.statuses():
         assert status.shard.job_id == job
     assert not chief.initialize(CENTER, global_step=STEP).initialized
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_chief_completes_a_center_beside_other_frozen_parameters(
+    index: int, start_server: StartServer, workers: Workers
+) -> None:
+    addresses = start(start_server, 2)
+    raw_initialize(addresses[index], CENTER, index, 2, b"sixteen bytes...", frozen_digests=b"earlier!")
+    chief = workers.add(session(addresses, "worker-0", fragment_size_bytes=64))
+    assert chief.initialize(CENTER, global_step=STEP, frozen_digests=b"present!").initialized
+    assert chief.pull()[1] == STEP
+    assert chief.frozen_digests == (b"earlier!", b"present!")[index]  # those of the first server
 
 
 def test_a_server_that_lost_its_part_of_a_job_is_not_initialized_again(

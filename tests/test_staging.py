@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ma_client.transports.base import OutgoingPush
+from ma_client.transports.link_bytes import LinkBytes
 from ma_client.transports.staging import Memory, Staging
 from modelaverage.codecs import CODECS, RAW, Codec
 from modelaverage.errors import ProtocolError
@@ -119,7 +120,7 @@ def test_a_push_made_again_encodes_the_same_bytes_wherever_it_broke(
     base = flat_of(manifest, random_arrays(manifest, chance))
     staging = filled(manifest, base)
     local = [array.reshape(-1).view(np.uint8).data for array in random_arrays(manifest, chance).values()]
-    push = OutgoingPush(1, local, staging, codec, True, True)
+    push = OutgoingPush(1, local, staging, codec, True, True, LinkBytes())
 
     def encoded(index: int) -> bytes:
         return b"".join(push.fragment(index))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
 import json
 import os
 from collections.abc import Mapping
@@ -29,7 +31,8 @@ from study.overlap import overlap_rows_of
 from study.play import Arm, Measured, play
 from study.server import PlayedServer
 from study.tasks import TASKS
-from study.tasks.base import mean_loss_of
+from study.tasks.base import EQUAL, UNEQUAL, mean_loss_of
+from study.tasks.mnist import MnistTask, mnist_file
 from tests.conftest import StartServer
 from tests.optimizer.workers import together
 
@@ -151,7 +154,7 @@ def test_an_average_that_would_come_after_the_next_push_is_refused() -> None:
 
 
 def test_steps_that_no_measurement_ends_are_refused() -> None:
-    with pytest.raises(ValueError, match="12 steps, measured every 5, a round every 5"):
+    with pytest.raises(ValueError, match="12 steps, measured every 5"):
         replace(ARM, steps=12)
 
 
@@ -255,3 +258,36 @@ def test_a_rule_for_late_centers_is_compared_with_none_of_the_same_seed_and_rate
     )
     assert (none.rule, none.held_out_losses, none.differences) == ("none", (1.0, 2.0), (0.0, 0.0))
     assert (keep.rule, keep.held_out_losses, keep.differences) == ("keep", (1.5, 2.25), (0.5, 0.25))
+
+
+# The images of MNIST.
+
+
+def test_images_are_held_out_of_every_digit_and_shares_do_not_overlap(tmp_path: Path) -> None:
+    path = tmp_path / "images.csv"
+    digits = np.tile(np.arange(10), 20)
+    marks = np.arange(len(digits))  # the first pixel tells images apart
+    np.savetxt(path, np.column_stack([marks, np.zeros((len(digits), 783)), digits]), delimiter=",")
+    task = MnistTask(path)
+    assert task.held_out.targets.bincount().tolist() == [4] * 10
+
+    def seen(index: int, shards: str) -> tuple[set[float], set[int]]:
+        batches = list(itertools.islice(task.batches(0, index, 4, shards), 3))
+        return (
+            {float(each) for batch in batches for each in batch.inputs[:, 0, 0, 0] * 255},
+            {int(each) for batch in batches for each in batch.targets},
+        )
+
+    equal, unequal = ([seen(index, shards) for index in range(4)] for shards in (EQUAL, UNEQUAL))
+    for shares in (equal, unequal):
+        for (one, _), (other, _) in itertools.combinations(shares, 2):
+            assert one.isdisjoint(other)
+    assert len(equal[0][1]) == 10
+    assert unequal[0][1] <= {0, 1, 2}
+    assert unequal[3][1] <= {7, 8, 9}
+
+
+def test_missing_images_name_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(FileNotFoundError, match=r"install torch-model-average\[study\]"):
+        mnist_file()

@@ -23,7 +23,9 @@ from study.play import Measured, play
 from study.server import PlayedServer
 from study.tasks import TASKS
 from study.tasks.base import EQUAL, UNEQUAL, LearningTask, mean_loss_of
+from study.tasks.muon import Muon, orthogonalized
 from study.tasks.text import standard_library
+from study.tasks.text_muon import MuonWithAdamW
 
 RATE, STEPS = 0.05, 6
 ARM = Arm("digits", "raw", "average", 2, RATE, seed=0, steps=STEPS, num_workers=2, measure_every_steps=2)
@@ -248,3 +250,66 @@ def test_an_arm_of_a_file_without_variation_is_a_usual_one() -> None:
     read = asdict(ARM)
     del read["variation"]
     assert arm_from(read) == ARM
+
+
+# The optimizer of the text task with Muon.
+
+
+@pytest.mark.parametrize("shape", [(24, 8), (8, 8), (8, 24)])
+def test_muon_makes_the_steps_of_torchs(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    matrices = [torch.nn.Parameter(torch.randn(shape)) for _ in range(2)]
+    others = [torch.nn.Parameter(matrix.detach().clone()) for matrix in matrices]
+    ours = Muon(matrices, lr=0.1, weight_decay=0.1, momentum=0.95)
+    theirs = torch.optim.Muon(others, lr=0.1, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    for _ in range(5):
+        for matrix, other in zip(matrices, others, strict=True):
+            matrix.grad = torch.randn(shape)
+            other.grad = matrix.grad.clone()
+        ours.step()
+        theirs.step()  # type: ignore[no-untyped-call]
+        for matrix, other in zip(matrices, others, strict=True):
+            torch.testing.assert_close(matrix, other, rtol=0, atol=4e-3)  # bfloat16 has 8 bits; a step is about 0.1
+
+
+def test_muon_pulls_singular_values_towards_1_and_keeps_the_directions() -> None:
+    torch.manual_seed(0)
+    matrices = torch.randn(3, 12, 6) * torch.tensor([1e-3, 1.0, 1e3])[:, None, None]
+    found = orthogonalized(matrices)
+    left, values, right = torch.linalg.svd(matrices, full_matrices=False)
+    within = left.transpose(1, 2) @ found @ right.transpose(1, 2)
+    torch.testing.assert_close(within, torch.diag_embed(within.diagonal(dim1=1, dim2=2)), rtol=0, atol=0.05)
+    assert within.diagonal(dim1=1, dim2=2).min() > 0.4
+    assert within.diagonal(dim1=1, dim2=2).max() < 1.4
+    assert values.min() < 1e-2
+    assert not orthogonalized(torch.zeros(1, 4, 4)).any()
+
+
+def test_muon_takes_the_weights_of_linear_layers_and_adamw_all_else_at_one_learning_rate() -> None:
+    def net() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Embedding(5, 4), torch.nn.Linear(4, 6), torch.nn.LayerNorm(6))
+
+    model, other = net(), net()
+    both = MuonWithAdamW(model, 0.5)
+    weight = other.get_parameter("1.weight")
+    rest = [parameter for name, parameter in other.named_parameters() if name != "1.weight"]
+    muon = torch.optim.Muon([weight], lr=0.1, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(rest, lr=0.1, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    for group in both.param_groups:
+        group["lr"] = 0.1
+    for _ in range(3):
+        for each in (model, other):
+            each.zero_grad()
+            each(torch.arange(5)).square().sum().backward()
+        both.step()
+        norm = torch.cat([each.grad.flatten() for each in other.parameters() if each.grad is not None]).norm()
+        assert norm > 1  # so that it is clipped
+        for parameter in other.parameters():
+            assert parameter.grad is not None
+            parameter.grad /= norm + 1e-6
+        muon.step()  # type: ignore[no-untyped-call]
+        adamw.step()
+    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert {"momentum_buffer", "exp_avg"} <= {key for state in both.state.values() for key in state}

@@ -273,6 +273,7 @@ def test_a_manifest_of_many_variables_is_encoded_as_the_library_does(shard: Shar
         tuple(Variable(f"v{n}", "bfloat16", (2, 3), None if part is None else Part(n, 0, part)) for n in range(2500)),
         64,
         shard,
+        b"digests",
     )
     assert wire.encode_manifest(manifest) == wire.manifest_to_message(manifest).SerializeToString()
 

@@ -16,6 +16,7 @@ from ma_client.process.forking import OwnProcess
 from ma_client.process.one_thread import session_closed
 from ma_client.process.threads import without_thread
 from ma_client.transports.connection import Connection
+from ma_client.transports.link_bytes import LinkBytes
 from ma_client.transports.registry import TransportSettings
 from modelaverage.access.channels import Access
 from modelaverage.errors import ConflictError, ModelAverageError
@@ -72,6 +73,12 @@ class AllServers:
     def steps(self) -> list[int | None]:
         """For each server, the step of the center that this worker has from it."""
         return [server.step for server in self._servers]
+
+    @property
+    def moved(self) -> LinkBytes:
+        """How many bytes of fragments this worker has sent to all servers, and received from them."""
+        counts = [server.connection.moved for server in self._servers]
+        return LinkBytes(sum(each.sent for each in counts), sum(each.received for each in counts))
 
     def each(self, call: Callable[[int, OneServer], _T], on_failure: Callable[[], None] | None = None) -> list[_T]:
         """Calls ``call`` for all servers at once, and returns the results. The first failure ends the others.

@@ -9,6 +9,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from ma_client.transports.staging import Memory, Staging, read_only
+from ma_client.values.same import SameArrays
 from modelaverage.manifest import ALIGNMENT_BYTES, DTYPES, Manifest, Variable
 from modelaverage.placement import assemble, gather
 
@@ -66,8 +67,15 @@ class Assembly:
             for manifest in self.shards
         ]
 
+    @cached_property
+    def numbers(self) -> Mapping[str, int]:
+        """The number of each whole variable, by name."""
+        return {variable.name: number for number, variable in enumerate(self.manifest.variables)}
+
     def cut_numbers(self, numbers: Collection[int]) -> list[list[int]]:
         """For each shard, the numbers of its variables that belong to these whole variables; ascending."""
+        if not numbers:
+            return [[] for _ in self.shards]
         return [
             [number for number, variable in enumerate(manifest.variables) if _number(number, variable) in numbers]
             for manifest in self.shards
@@ -75,6 +83,8 @@ class Assembly:
 
     def join_numbers(self, by_shard: Sequence[Collection[int]]) -> frozenset[int]:
         """The whole variables all of whose parts are among these variables of the shards."""
+        if not any(by_shard):
+            return frozenset()
         missing = {
             _number(number, variable)
             for manifest, numbers in zip(self.shards, map(frozenset, by_shard), strict=True)  # a list is slow to search
@@ -115,12 +125,12 @@ class Assembly:
 
     @cached_property
     def _staged(self) -> _Arrays:
-        return read_only(
-            {
-                v.name: self._memory.bytes[start:end].view(DTYPES[v.dtype]).reshape(v.shape)
-                for v, (start, end) in zip(self.manifest.variables, self._extents, strict=True)
-            }
-        )
+        memory = self._memory.bytes
+        views = {
+            v.name: memory[start:end].view(DTYPES[v.dtype]).reshape(v.shape)
+            for v, (start, end) in zip(self.manifest.variables, self._extents, strict=True)
+        }
+        return SameArrays(read_only(views))
 
 
 def _number(number: int, variable: Variable) -> int:

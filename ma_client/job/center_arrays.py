@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from numpy.typing import NDArray
@@ -12,6 +13,8 @@ from ma_client.job.assembly import Assembly
 from ma_client.job.naming import check_has, check_same
 from ma_client.job.one_server import known_codec
 from ma_client.values.raw import bytes_of, same_bytes
+from ma_client.values.reused import ReusedMemory
+from ma_client.values.same import PushedBytes, SameArrays
 from ma_client.values.trees import Paths, as_arrays, nest, paths_of
 from modelaverage import wire
 from modelaverage.chosen import Chosen
@@ -22,6 +25,15 @@ from modelaverage.v1 import parameter_server_pb2 as pb
 __all__ = ["CenterArrays", "variables_of"]
 
 _Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """Arrays that are pushed in every round, cut for the servers of an assembly; views of their memory."""
+
+    assembly: Assembly
+    paths: Paths
+    values: Sequence[PushedBytes]
 
 
 class CenterArrays:
@@ -36,12 +48,18 @@ class CenterArrays:
         self._servers = servers
         self._addresses = addresses
         self._assembly: Assembly | None = None
+        self._copies = ReusedMemory()
         self._paths: Paths = {}
 
     def flat(self, tree: Mapping[str, Any]) -> dict[str, _Array]:
         """The arrays by the center's names; from now on, what comes back is nested as they are."""
         self._paths = paths_of(tree)
         return as_arrays(tree, self._paths)
+
+    @property
+    def frozen_digests(self) -> bytes:
+        """See `Manifest`; empty before there is a center."""
+        return b"" if self._assembly is None else self._assembly.manifest.frozen_digests
 
     def take(self, assembly: Assembly) -> None:
         """This is the center from now on."""
@@ -91,18 +109,28 @@ class CenterArrays:
         assembly = self._assembly
         if assembly is None:
             raise NotInitializedError("pull the center (or initialize it) before the push", Reason.NOT_INITIALIZED)
-        manifest = assembly.manifest
-        arrays = _in_order(self.flat(variables), manifest)
-        # An array from a result that was not copied lies where the average is about to arrive.
-        values = [
-            bytes_of(array.copy() if snapshot or assembly.overlaps(array) else array) for array in arrays.values()
-        ]
-        numbers = {variable.name: number for number, variable in enumerate(manifest.variables)}
-        unknown = set(untouched) - numbers.keys()
+        values = self._values(assembly, variables, snapshot)
+        unknown = set(untouched) - assembly.numbers.keys()
         if unknown:
             raise InvalidRequestError(f"untouched names {min(unknown)!r}, which is not a center variable")
-        untouched_numbers = assembly.cut_numbers({numbers[name] for name in untouched})
-        return list(zip(assembly.cut(values), untouched_numbers, strict=True))
+        untouched_numbers = assembly.cut_numbers({assembly.numbers[name] for name in untouched})
+        return list(zip(values, untouched_numbers, strict=True))
+
+    def _values(self, assembly: Assembly, variables: Mapping[str, Any], snapshot: bool) -> Sequence[PushedBytes]:
+        """For each server, the bytes of its variables. Raises ConflictError, as `cut`."""
+        ready = variables.prepared if isinstance(variables, SameArrays) and not snapshot else None
+        if isinstance(ready, _Prepared) and ready.assembly is assembly:
+            self._paths = ready.paths
+            return ready.values
+        arrays = _in_order(self.flat(variables), assembly.manifest)
+        # An array from a result that was not copied lies where the average is about to arrive.
+        copied = snapshot or any(assembly.overlaps(array) for array in arrays.values())
+        if copied:
+            arrays = {n: array.copy() if snapshot or assembly.overlaps(array) else array for n, array in arrays.items()}
+        values = [PushedBytes(each) for each in assembly.cut([bytes_of(array) for array in arrays.values()])]
+        if isinstance(variables, SameArrays) and not copied and variables.bytes is not None:
+            variables.prepared = _Prepared(assembly, self._paths, values)
+        return values
 
     def untouched_by_all(self, outcomes: Sequence[pb.PushOutcome]) -> frozenset[str]:
         """Names of the variables that no contributor of a round had changed."""
@@ -114,8 +142,11 @@ class CenterArrays:
         """The center that came last, by name. ``copy`` False: read-only views of where it lies."""
         assembly = self._known()
         arrays = assembly.join([server.elsewhere for server in self._servers])
-        if copy:
-            arrays = {name: array.copy() if assembly.overlaps(array) else array for name, array in arrays.items()}
+        if not copy:
+            self._copies.forget()
+        else:
+            here = {name: array for name, array in arrays.items() if assembly.overlaps(array)}
+            arrays = {**arrays, **self._copies.copies(here)} if here else arrays
         return nest(arrays, self._paths) if self._paths.keys() == arrays.keys() else arrays
 
     def unchanged(self, variables: Mapping[str, Any], base_step: int | None) -> frozenset[str]:

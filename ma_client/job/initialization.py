@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ma_client.job.all_servers import AllServers
 from ma_client.job.assembly import Assembly
@@ -37,6 +37,7 @@ class Proposal:
         fragment_size_bytes: None: chosen by the size of the model and the number of servers.
         must_be_new: whether an existing center is an error.
         chosen: the job's choices; empty: those of an existing center, or the defaults.
+        frozen_digests: see `Manifest`. An existing center keeps those that it has.
     """
 
     worker_id: str
@@ -47,14 +48,16 @@ class Proposal:
     fragment_size_bytes: int | None
     must_be_new: bool
     chosen: Chosen = NOTHING_CHOSEN
+    frozen_digests: bytes = b""
 
     def manifest(self, num_shards: int) -> Manifest:
         """The manifest of the whole model."""
         if self.fragment_size_bytes is not None:
-            return Manifest(self.variables, self.fragment_size_bytes)
+            return Manifest(self.variables, self.fragment_size_bytes, frozen_digests=self.frozen_digests)
         buffer_size_bytes = Manifest(self.variables).buffer_size_bytes
         is_coded = self.chosen.in_force.compression != RAW.name
-        return Manifest(self.variables, default_fragment_size_bytes(buffer_size_bytes, num_shards, is_coded))
+        fragment_size_bytes = default_fragment_size_bytes(buffer_size_bytes, num_shards, is_coded)
+        return Manifest(self.variables, fragment_size_bytes, frozen_digests=self.frozen_digests)
 
 
 @dataclass(frozen=True)
@@ -195,6 +198,9 @@ def _place(proposal: Proposal, addresses: Sequence[str], there: Sequence[pb.Cent
     for manifest in manifests:
         if manifest is not None and manifest.shard is not None:
             job_id = manifest.shard.job_id
+    first = manifests[0]
+    if first is not None:  # a chief that comes again may have others now; the job keeps the first ones
+        proposal = replace(proposal, frozen_digests=first.frozen_digests)
     placed = place(proposal.manifest(len(addresses)), len(addresses), proposal.placement, job_id)
     for address, here, wanted in zip(addresses, manifests, placed, strict=True):
         if here is not None and here != wanted:

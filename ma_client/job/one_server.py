@@ -17,6 +17,7 @@ from ma_client.transports.push import Retry, retry_after
 from ma_client.transports.pushing import Answer
 from ma_client.transports.staging import Staging
 from ma_client.values.raw import bytes_of
+from ma_client.values.reused import ReusedMemory
 from modelaverage.chosen import NOTHING_CHOSEN
 from modelaverage.codecs import CODECS, RAW, Codec
 from modelaverage.errors import (
@@ -110,6 +111,7 @@ class OneServer:
         self._push_id = 0
         self._is_expected = False
         self._loan: Loan | None = None  # shared memory that holds the center, if any
+        self._copies = ReusedMemory()
         self._is_copied = True  # whether callers no longer read the center in place
         self._staging: Staging | None = None
         self._manifest_id = ""
@@ -240,7 +242,9 @@ class OneServer:
                 if error.reason is None:  # the server was not asked; it names the missing itself
                     raise self._naming_the_missing(error, base_step) from None
                 raise
-            return answer, answer.elsewhere(copy)
+            if not copy:
+                self._copies.forget()
+            return answer, answer.elsewhere(self._copies if copy else None)
 
         restarts = 0
         while True:

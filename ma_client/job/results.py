@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from ma_client.values.same import SameArrays, plain
 from modelaverage.outcome import Outcome
 from modelaverage.v1 import parameter_server_pb2 as pb
 
@@ -37,6 +38,8 @@ class PushResult:
         contributors: ids of the workers in this center's average, on all servers, sorted.
         waited_s: seconds from this push being complete to the round's commit, on the last server.
         untouched: variables that no contributor had changed; the center's values were kept.
+        lent: the same arrays as ``center`` as an object that is the same in later rounds, for the optimizer; None: they
+            are copies.
     """
 
     center: Mapping[str, Any]
@@ -45,6 +48,7 @@ class PushResult:
     contributors: tuple[str, ...]
     waited_s: float
     untouched: frozenset[str]
+    lent: SameArrays | None = field(default=None, repr=False, compare=False)
 
 
 def push_result(
@@ -62,4 +66,5 @@ def push_result(
     worst = next(outcome for outcome in (Outcome.STALE, Outcome.ALREADY_COUNTED, Outcome.COMMITTED) if outcome in ended)
     on_all = frozenset.intersection(*(frozenset(outcome.contributors) for outcome in outcomes))
     waited_s = max(outcome.waited_s for outcome in outcomes)
-    return PushResult(center, global_step, worst, tuple(sorted(on_all)), waited_s, untouched)
+    lent = center if isinstance(center, SameArrays) else None
+    return PushResult(plain(center), global_step, worst, tuple(sorted(on_all)), waited_s, untouched, lent)

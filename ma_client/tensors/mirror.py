@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+import weakref
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -10,7 +12,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ma_client.tensors.memories import Memories
 from ma_client.tensors.refused_tensors import dtype_of, why_sharded
+from ma_client.values.raw import LARGE_BYTES
+from ma_client.values.same import SameArrays
 from modelaverage.errors import ConflictError, Reason
 
 __all__ = ["FixedTensors", "HostMirror", "as_numpy"]
@@ -24,6 +29,9 @@ _TYPES = {
     torch.float16: np.dtype(np.float16).str,
     torch.bfloat16: np.dtype(np.int16).str,
 }
+
+
+_CENTERS = 4  # a server lends two averages in turn; the center of a pull lies elsewhere
 
 
 class HostMirror:
@@ -44,6 +52,9 @@ class HostMirror:
         self._fixed = FixedTensors(tensors)
         self._staging: dict[str, torch.Tensor] = {}
         _check_memory(tensors)
+        self._memory = Memories(tensors.values())
+        self._host: SameArrays | None = None  # the host arrays of the tensors in `_memory`
+        self._fitting: tuple[weakref.ref[SameArrays], ...] = ()  # arrays that were written to them lately
 
     @property
     def names(self) -> list[str]:
@@ -57,44 +68,85 @@ class HostMirror:
             ConflictError: MANIFEST_MISMATCH: a tensor has a different shape or element type than before, or no memory,
                 or this process has only a part of it.
         """
-        self._fixed.check(tensors)
-        _check_memory(tensors)
-        self._tensors = dict(tensors)
+        if list(tensors) != list(self._tensors) or not all(map(operator.is_, tensors.values(), self._tensors.values())):
+            self._look_at(tensors)
 
     @torch.no_grad()
-    def gather(self) -> dict[str, _Array]:
-        """The tensors' current values. Do not write to them: an array may be the tensor's own memory."""
-        host = {name: self._host_tensor(name, tensor) for name, tensor in self._tensors.items()}
-        for name, tensor in self._tensors.items():
-            if host[name] is not tensor:
-                host[name].copy_(tensor, non_blocking=tensor.is_cuda)
+    def gather(self) -> SameArrays:
+        """The tensors' current values. An array may be the tensor's own memory. The next call returns the same arrays,
+        with new values, as long as the tensors lie where they did. Raises ConflictError, as `follow`."""
+        host = self._host_arrays()
+        for name, staging in self._staging.items():
+            tensor = self._tensors[name]
+            staging.copy_(tensor, non_blocking=tensor.is_cuda)
         self._synchronize()
-        return {name: as_numpy(tensor) for name, tensor in host.items()}
+        return host
 
     @torch.no_grad()
     def scatter(self, arrays: Mapping[str, _Array], skip: Collection[str] = ()) -> None:
-        """Writes ``arrays`` into the tensors of the same names, except those in ``skip``."""
-        for name, tensor in self._tensors.items():
-            if name in skip:
-                continue
-            host = self._host_tensor(name, tensor)
-            as_numpy(host)[...] = arrays[name]
-            if host is not tensor:
-                tensor.copy_(host, non_blocking=tensor.is_cuda)
+        """Writes ``arrays`` into the tensors of the same names, except those in ``skip``. Raises ConflictError, as
+        `follow`."""
+        host = self._host_arrays()
+        if not self._copied_as_bytes(host, arrays, skip):
+            for name, array in host.items():
+                if name not in skip:
+                    array[...] = arrays[name]
+        for name, staging in self._staging.items():
+            if name not in skip:
+                tensor = self._tensors[name]
+                tensor.copy_(staging, non_blocking=tensor.is_cuda)
         self._synchronize()
 
-    def _host_tensor(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    def _look_at(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Raises ConflictError, as `follow`."""
+        self._fixed.check(tensors)
+        _check_memory(tensors)
+        self._tensors = dict(tensors)
+        self._memory, self._host = Memories(tensors.values()), None
+
+    def _host_arrays(self) -> SameArrays:
+        # The same tensors may lie elsewhere by now: trainers set `parameter.data`, buffers are resized.
+        if not self._memory.is_same():
+            self._look_at(self._tensors)
+        if self._host is None:
+            used = self._staging
+            self._staging = {}
+            host = {name: self._host_tensor(name, tensor, used) for name, tensor in self._tensors.items()}
+            self._host = SameArrays({name: as_numpy(tensor) for name, tensor in host.items()})
+            self._fitting = ()
+        return self._host
+
+    def _copied_as_bytes(self, host: SameArrays, arrays: Mapping[str, _Array], skip: Collection[str]) -> bool:
+        """Copies the bytes of arrays that are the same ones in every round; False: these are not, nothing was done."""
+        if not isinstance(arrays, SameArrays) or arrays.bytes is None or host.bytes is None:
+            return False
+        if not any(known() is arrays for known in self._fitting):
+            if not host.fits(arrays):
+                return False
+            self._fitting = (*self._fitting, weakref.ref(arrays))[-_CENTERS:]
+        for name, into, values in zip(host, host.bytes, arrays.bytes, strict=True):
+            if skip and name in skip:
+                continue
+            if len(values) < LARGE_BYTES:
+                into[:] = values
+            else:
+                np.copyto(np.frombuffer(into, np.uint8), np.frombuffer(values, np.uint8))
+        return True
+
+    def _host_tensor(self, name: str, tensor: torch.Tensor, used: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The tensor itself, or its staging tensor, which may be among those ``used`` before."""
         if tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_neg():
             return tensor
-        staging = self._staging.get(name)
+        staging = used.get(name)
         if staging is None:
             # On the host, whatever torch.set_default_device says.
             staging = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
-            self._staging[name] = staging
+        self._staging[name] = staging
         return staging
 
     def _synchronize(self) -> None:
-        for device in {tensor.device for tensor in self._tensors.values() if tensor.is_cuda}:
+        # A tensor on a GPU has a staging tensor.
+        for device in {self._tensors[name].device for name in self._staging if self._tensors[name].is_cuda}:
             torch.cuda.current_stream(device).synchronize()
 
 

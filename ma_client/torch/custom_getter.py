@@ -10,6 +10,7 @@ import torch
 
 from ma_client.tensors.refused_tensors import can_be_averaged, dtype_of, kind_of, why_refused
 from ma_client.torch.center_names import Tensors, names_by_tensor, tensors_of
+from ma_client.torch.tensor_places import TensorPlaces
 from modelaverage.errors import ConflictError, Reason
 from modelaverage.logs import event
 from modelaverage.manifest import DTYPES
@@ -67,6 +68,11 @@ class ModelAverageCustomGetter:
                 raise TypeError(f"also_average has {type(pattern).__name__}; give names, such as 'teacher.*'")
         self._model: torch.nn.Module | None = None
         self._looked_at: Mapping[str, torch.Tensor] = {}
+        self._places: TensorPlaces | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        # A copy has a model of its own.
+        return {**self.__dict__, "_places": None}
 
     def __call__(self, model: torch.nn.Module) -> torch.nn.Module:
         """Moves ``model`` to the worker's device and returns it.
@@ -128,6 +134,8 @@ class ModelAverageCustomGetter:
             ConflictError: MANIFEST_MISMATCH: one no longer exists, or can no longer be averaged.
         """
         names = list(names)
+        if self._places is not None and self._places.are_same() and names == list(self._looked_at):
+            return dict(self._looked_at)
         model = tensors_of(self.model)
         there = model.parameters | model.buffers
         try:
@@ -139,8 +147,8 @@ class ModelAverageCustomGetter:
                 problem = why_refused(name, tensor)
                 if problem is not None:
                     raise ConflictError(problem, Reason.MANIFEST_MISMATCH)
-        self._looked_at = found
-        return found
+        self._looked_at, self._places = found, TensorPlaces(self.model, found)
+        return dict(found)
 
     @property
     def local_to_center(self) -> dict[str, str]:

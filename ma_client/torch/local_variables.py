@@ -82,6 +82,14 @@ class LocalVariables:
         parameters = {n for n, v in self.getter.variables().items() if isinstance(v, torch.nn.Parameter)}
         return {name: array for name, array in self.gather().items() if name in parameters}
 
+    def frozen(self) -> dict[str, torch.Tensor]:
+        """The parameters that are not averaged, by name. Empty for a worker of several ranks, each of which may have a
+        part of them."""
+        if len(self._ranks) > 1:
+            return {}
+        averaged = self.getter.variables()
+        return {name: tensor for name, tensor in self.getter.named_parameters().items() if name not in averaged}
+
     def install(self, center: _Arrays, kept: Collection[str]) -> None:
         """Writes the center into the tensors, except the variables in ``kept``; the lock is held meanwhile."""
         with self.locked():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from ma_client.torch.nonfinite import NonfiniteGuard
 from ma_client.torch.replica import Replica
 from ma_client.torch.steps_said import say_not_used
 from ma_client.torch.weighing import Weighing
+from ma_client.values.reused import ReusedMemory
 from modelaverage.errors import RetryPushError
 from modelaverage.outcome import Outcome
 from modelaverage.outer.base import summed_in
@@ -71,6 +73,7 @@ class Rounds:
         self._interval_steps = interval_steps
         self._weighing = weighing
         self._guard = guard
+        self._snapshots = ReusedMemory()
         self.loss: float | None = None
         self.last: PushResult | None = None
 
@@ -91,9 +94,9 @@ class Rounds:
         variables, progress = self.replica.variables, self.replica.progress
         if self.last is None:  # again, because trainers wrap the model after the hook has begun
             variables.warn_if_gradients_are_shared()
-        values = variables.gather()
+        values: Mapping[str, NDArray[np.generic]] = variables.gather()
         if snapshot:
-            values = {name: array.copy() for name, array in values.items()}
+            values = self._snapshots.copies(values)
         late = progress.touched - values.keys()
         if late:
             raise ValueError(
@@ -135,7 +138,7 @@ class Rounds:
     def install(self, result: PushResult, contribution: OwnContribution) -> None:
         """Replaces the local variables by the center that came back; warns of steps that are lost by that."""
         kept = self._kept(result, contribution)
-        self.replica.install(result.center, kept, self.replica.progress.steps_since_round - contribution.steps)
+        self.replica.install(_lent(result), kept, self.replica.progress.steps_since_round - contribution.steps)
         if not self._is_intact():
             self.replica.pull()
         self._end(result, contribution)
@@ -192,6 +195,14 @@ class Rounds:
         counted = contribution.steps_pushed_before if was_counted else None
         if counted is None or contribution.steps > counted:
             say_not_used(session, result.outcome, contribution.steps - (counted or 0))
+
+
+def _lent(result: PushResult) -> Mapping[str, NDArray[Any]]:
+    """The center as the object that is the same in later rounds, unless the result has other arrays by now."""
+    center, lent = result.center, result.lent
+    if lent is None or list(center) != list(lent) or not all(map(operator.is_, center.values(), lent.values())):
+        return center
+    return lent
 
 
 def _under(

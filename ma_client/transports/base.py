@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from ma_client.transports.lent_memory import Loan
+from ma_client.transports.link_bytes import LinkBytes
 from ma_client.transports.staging import Staging
+from ma_client.values.same import PushedBytes
 from modelaverage.codecs import RAW, Codec
 from modelaverage.errors import ModelAverageError
 from modelaverage.manifest import Manifest
@@ -26,11 +28,13 @@ class OutgoingPush(NamedTuple):
 
     Args:
         push_id: its number.
-        variables: the bytes of the local variables, in manifest order; empty if it has no fragments.
+        variables: the bytes of the local variables, in manifest order (`PushedBytes` keeps its fragments for the next
+            round); empty if it has no fragments.
         staging: receives the center, unless a transport puts it elsewhere; until then it has the base of the codec.
         codec: encodes fragments, except in shared memory.
         has_fragments: False: the push sends no fragments; only the center is received.
         may_follow: the server is known to need all fragments, so they may be sent before it asks.
+        moved: counts the bytes of fragments.
     """
 
     push_id: int
@@ -39,6 +43,7 @@ class OutgoingPush(NamedTuple):
     codec: Codec
     has_fragments: bool
     may_follow: bool
+    moved: LinkBytes
 
     @property
     def manifest(self) -> Manifest:
@@ -46,12 +51,20 @@ class OutgoingPush(NamedTuple):
         return self.staging.manifest
 
     def fragment(self, index: int) -> Sequence[memoryview]:
-        """A fragment, encoded, as parts to be joined."""
-        return self.codec.encode_variables(self.manifest, index, self.variables, self.staging.flat)
+        """A fragment to be sent, encoded, as parts to be joined. Every call counts its bytes."""
+        if self.codec is RAW:
+            return self.raw_fragment(index)
+        return self._counted(self.codec.encode_variables(self.manifest, index, self.variables, self.staging.flat))
 
     def raw_fragment(self, index: int) -> Sequence[memoryview]:
-        """A fragment as it lies in memory, as parts to be joined."""
-        return RAW.encode_variables(self.manifest, index, self.variables)
+        """The same as it lies in memory."""
+        if isinstance(self.variables, PushedBytes):
+            return self._counted(self.variables.fragment_parts(self.manifest, index))
+        return self._counted(RAW.encode_variables(self.manifest, index, self.variables))
+
+    def _counted(self, parts: Sequence[memoryview]) -> Sequence[memoryview]:
+        self.moved.sent += sum(map(len, parts))
+        return parts
 
 
 class ClientLane:

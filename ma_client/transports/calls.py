@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Protocol
 
+from modelaverage.access.contexts import Encryption
 from modelaverage.runtime.deadline import Deadline
 
 __all__ = ["Calls", "Exchange", "Requests"]
@@ -37,13 +38,13 @@ class Calls(Protocol):
     Attributes:
         address: the address of the server.
         stopped: set while any call must end.
-        is_encrypted: whether the connection is encrypted.
+        encryption: encrypts connections beside the calls as the calls are; None: the calls are in plain text.
         answered_at_s: when the server last showed a sign of life, on the monotonic clock.
     """
 
     address: str
     stopped: threading.Event
-    is_encrypted: bool
+    encryption: Encryption | None
     answered_at_s: float
 
     def connect(self, timeout_s: float) -> None:

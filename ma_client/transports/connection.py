@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 from ma_client.transports.calls import Calls
 from ma_client.transports.carriers import calls_to
+from ma_client.transports.link_bytes import LinkBytes
 from ma_client.transports.pushing import Answer, Pushing
 from ma_client.transports.registry import TransportSettings, transports_to
 from ma_client.transports.staging import FragmentSource, Staging
@@ -37,6 +38,7 @@ class Connection:
 
     Attributes:
         calls: the carrier of the calls.
+        moved: how many bytes of fragments were sent and received.
     """
 
     def __init__(self, address: str, access: Access, settings: TransportSettings = TransportSettings()) -> None:  # noqa: B008
@@ -46,7 +48,8 @@ class Connection:
         self.calls: Calls = calls_to(address, access, settings.timing)
         self.progressed_at_s = self.calls.answered_at_s - 1.0
         """When bytes of a model last arrived, or when enough were sent that the server must have read some."""
-        self._pushing = Pushing(self.calls, transports_to(self.calls, settings))
+        self.moved = LinkBytes()
+        self._pushing = Pushing(self.calls, transports_to(self.calls, settings), self.moved)
 
     @property
     def answered_at_s(self) -> float:
@@ -87,7 +90,9 @@ class Connection:
             for index in range(fragment_count):
                 if sent_bytes >= _TAKEN_UNSEEN_BYTES:
                     self._progressed()
-                message = wire.encode_fragment(index, fragments(index))
+                parts = list(fragments(index))
+                self.moved.sent += sum(map(len, parts))
+                message = wire.encode_fragment(index, parts)
                 sent_bytes += len(message)
                 yield message
 
@@ -109,6 +114,7 @@ class Connection:
                     if is_first and fragment[0] == 0:  # an older server cannot resume a pull and sends everything again
                         staging.begin()
                     staging.receive(*fragment)
+                    self.moved.received += len(fragment[1])
                     is_first = False
         staging.check_complete()
 

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from ma_client.process.threads import without_thread
 from ma_client.transports.base import ClientLane, ClientTransport, Ending, OutgoingPush
 from ma_client.transports.data_link import DataLink
-from ma_client.transports.data_socket import Transfer
+from ma_client.transports.data_transfer import Transfer
 from ma_client.transports.timing import Timing
+from modelaverage import wire
 from modelaverage.errors import (
     DeadlineExceededError,
     ModelAverageError,
@@ -16,6 +17,7 @@ from modelaverage.errors import (
     RetryPushError,
     ServerUnavailableError,
 )
+from modelaverage.runtime.data_sockets import OVER_TLS
 from modelaverage.v1 import parameter_server_pb2 as pb
 
 __all__ = ["ClientDataLane", "ClientDataTransport"]
@@ -57,12 +59,24 @@ class ClientDataTransport(ClientTransport):
     def announce(self, header: pb.PushHeader, opening: OutgoingPush, is_free: bool) -> None:
         """See `ClientTransport`."""
         self._asked = is_free and self._link.wants(opening.manifest.buffer_size_bytes)
-        header.accepts_data_connection = self._asked
+        if not self._link.is_encrypted:
+            header.accepts_data_connection = self._asked
+        elif self._asked:
+            header.accepts_transports.append(OVER_TLS)
 
     def admitted(self, admission: pb.PushAdmission, is_free: bool) -> ClientLane | None:
         """See `ClientTransport`. An offer is for later pushes."""
-        if admission.HasField("data_connection") and self._asked and is_free:
-            self._link.open(admission.data_connection)
+        offer = self._offer_in(admission)
+        if offer is not None and self._asked and is_free:
+            self._link.open(offer)
+        return None
+
+    def _offer_in(self, admission: pb.PushAdmission) -> pb.DataConnection | None:
+        if not self._link.is_encrypted:
+            return admission.data_connection if admission.HasField("data_connection") else None
+        for offer in admission.offers:
+            if offer.transport == OVER_TLS:
+                return wire.parse(pb.DataConnection, offer.details)
         return None
 
     def failed(self, fault: ModelAverageError) -> None:
@@ -91,7 +105,10 @@ class ClientDataLane(ClientLane):
 
     def announce(self, header: pb.PushHeader) -> None:
         """See `ClientLane`."""
-        header.uses_data_connection = True
+        if self._link.is_encrypted:
+            header.uses_transport = OVER_TLS
+        else:
+            header.uses_data_connection = True
 
     def begun(self, give_up: Callable[[], object]) -> None:
         """See `ClientLane`."""

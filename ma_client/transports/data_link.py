@@ -9,7 +9,9 @@ import time
 
 from ma_client.transports.data_settings import DataSettings
 from ma_client.transports.data_socket import DataSocket
+from modelaverage.access.contexts import Encryption
 from modelaverage.addresses import parse
+from modelaverage.errors import SecurityError
 from modelaverage.logs import event
 from modelaverage.v1 import parameter_server_pb2 as pb
 
@@ -30,18 +32,24 @@ class DataLink:
 
     Args:
         address: the gRPC address of the server.
-        is_encrypted: whether calls to it are encrypted. Then there are no data connections: they are in plain text.
+        encryption: encrypts the connections like the calls; None: calls and connections are in plain text.
         settings: when to use data connections.
     """
 
-    def __init__(self, address: str, is_encrypted: bool, settings: DataSettings) -> None:
+    def __init__(self, address: str, encryption: Encryption | None, settings: DataSettings) -> None:
         self.address = address
-        self._host = None if is_encrypted else host_of(address)
+        self._encryption = encryption
+        self._host = host_of(address)
         self._settings = settings
         self._lock = threading.Lock()
         self._connection: DataSocket | None = None
         self._opening = self._closed = False
         self._not_before_s = 0.0
+
+    @property
+    def is_encrypted(self) -> bool:
+        """Whether its connections are encrypted, as calls to the server are."""
+        return self._encryption is not None
 
     def wants(self, size_bytes: int) -> bool:
         """Whether to ask the server for a connection, for models of this size."""
@@ -70,9 +78,9 @@ class DataLink:
         return connection
 
     def put(self, connection: DataSocket) -> None:
-        """Keeps a connection for the next push."""
+        """Keeps a connection for the next push, unless TLS needs new keys."""
         with self._lock:
-            if not self._closed:
+            if not self._closed and not connection.is_spent:
                 self._connection = connection
                 return
         connection.close()
@@ -118,8 +126,8 @@ class DataLink:
     def _open(self, offer: pb.DataConnection) -> None:
         assert self._host is not None
         try:
-            self.put(DataSocket.open(self._host, offer, self._settings))
-        except (OSError, ValueError, OverflowError) as error:  # not there, or no host, or no port
+            self.put(DataSocket.open(self._host, offer, self._settings, self._encryption))
+        except (OSError, ValueError, OverflowError, SecurityError) as error:  # not there, or no host, or no port
             self._not_opened(error)
         finally:
             self._opening = False
@@ -127,4 +135,5 @@ class DataLink:
     def _not_opened(self, error: Exception) -> None:
         pause_s = self._pause()
         what = event("data_connection_given_up", peer=self.address, cause=str(error), pause_s=pause_s)
-        _log.info("no data connection to %s (%s); pushes go in messages", self.address, error, extra=what)
+        level = logging.WARNING if isinstance(error, SecurityError) else logging.INFO
+        _log.log(level, "no data connection to %s (%s); pushes go in messages", self.address, error, extra=what)

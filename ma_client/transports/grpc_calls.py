@@ -53,7 +53,7 @@ class GrpcCalls:
     def __init__(self, address: str, access: Access, timing: Timing = TIMING) -> None:
         self.address = address
         self.stopped = threading.Event()
-        self.is_encrypted = access.is_encrypted(address)
+        self.encryption = access.encryption(address)
         self.answered_at_s = time.monotonic()
         self._access = access
         self._timing = timing

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from typing import Protocol
 
 from ma_client.transports.calls import Exchange, Requests
+from modelaverage.access.contexts import Encryption
 from modelaverage.errors import DeadlineExceededError, ModelAverageError, ServerUnavailableError, fault_named
 from modelaverage.runtime.deadline import Deadline
 
@@ -112,7 +113,7 @@ class MemoryCalls:
         address: the address under which it is registered.
     """
 
-    is_encrypted = False
+    encryption: Encryption | None = None
 
     def __init__(self, address: str) -> None:
         self.address = address

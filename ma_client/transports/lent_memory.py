@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
-from typing import Any
+from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ma_client.transports.staging import FragmentSource, read_only
-from ma_client.values.raw import bytes_of
+from ma_client.values.raw import LARGE_BYTES, bytes_of
+from ma_client.values.same import SameArrays
 from modelaverage.errors import Reason, RetryPushError
 from modelaverage.manifest import Manifest
 from modelaverage.runtime.shared_memory import Segment, SegmentAddress
@@ -36,13 +35,18 @@ class Copying:
 
     def fill(self, contribution: Segment, first: int) -> int:
         """Copies a chunk of fragments from ``first`` on, unless the push is over. Returns where it stopped."""
+        room = contribution.body.data
         with self._lock:
             end = first if self.over else min(first + self._chunk, self._manifest.fragment_count)
             for index in range(first, end):
                 at = self._manifest.fragment_bounds(index)[0]
                 for part in self._fragments(index):
-                    np.copyto(contribution.body[at : at + len(part)], np.frombuffer(part, np.uint8))
-                    at += len(part)
+                    end_at = at + len(part)
+                    if end_at - at < LARGE_BYTES:
+                        room[at:end_at] = part
+                    else:
+                        np.copyto(contribution.body[at:end_at], np.frombuffer(part, np.uint8))
+                    at = end_at
         return end
 
     def end(self) -> None:
@@ -51,19 +55,32 @@ class Copying:
             self.over = True
 
 
+class _Views:
+    """The variables in a segment; made when they are first read, and then kept."""
+
+    def __init__(self, manifest: Manifest, segment: Segment) -> None:
+        self.manifest = manifest
+        self._segment = segment
+
+    @cached_property
+    def arrays(self) -> SameArrays:
+        """By name; read-only."""
+        return SameArrays(read_only(self.manifest.arrays(self._segment.body)))
+
+
 class Loan:
     """The memory for one push: one segment for the worker's contribution, another with the average."""
 
-    def __init__(self, manifest: Manifest, contribution: Segment, average: Segment) -> None:
+    def __init__(self, contribution: Segment, average: Segment, views: _Views) -> None:
         self.contribution = contribution
-        self._manifest = manifest
         self._average = average
+        self._views = views
         self._generation = average.generation
 
     @property
-    def arrays(self) -> Mapping[str, NDArray[Any]]:
+    def arrays(self) -> SameArrays:
         """The average in the server's memory, by name; read-only views."""
-        return read_only(self._manifest.arrays(self._average.body))
+        return self._views.arrays
 
     def intact_bytes(self) -> list[memoryview] | None:
         """Copies of the average's variables; None if the server has overwritten them."""
@@ -86,6 +103,7 @@ class LentMemory:
 
     def __init__(self) -> None:
         self._segments: dict[SegmentAddress, Segment] = {}
+        self._views: dict[SegmentAddress, _Views] = {}  # of the segments with averages
 
     def accept(self, admission: pb.PushAdmission, manifest: Manifest) -> Loan | None:
         """The memory that an admission offers; None if it offers none that this process can use."""
@@ -95,7 +113,13 @@ class LentMemory:
         average = self._find(admission.average, manifest, writable=False)
         if contribution is None or average is None:
             return None
-        return Loan(manifest, contribution, average)
+        key = SegmentAddress(admission.average.path, admission.average.nonce)
+        views = self._views.get(key)
+        if views is None or views.manifest is not manifest:
+            views = _Views(manifest, average)
+        self._views = {address: self._views[address] for address in self._views if address in self._segments}
+        self._views[key] = views
+        return Loan(contribution, average, views)
 
     def _find(self, offer: pb.SharedMemory, manifest: Manifest, writable: bool) -> Segment | None:
         address = SegmentAddress(offer.path, offer.nonce)

@@ -13,9 +13,12 @@ from numpy.typing import NDArray
 from ma_client.transports.base import ClientLane, ClientTransport, Ending, OutgoingPush
 from ma_client.transports.calls import Calls
 from ma_client.transports.lent_memory import Loan
+from ma_client.transports.link_bytes import LinkBytes
 from ma_client.transports.messages import ClientMessagesLane
 from ma_client.transports.push import AwaitRest, ClientPush, Decide, Done, PushFailed
 from ma_client.transports.staging import Staging
+from ma_client.values.reused import ReusedMemory
+from ma_client.values.same import PushedBytes
 from modelaverage import wire
 from modelaverage.codecs import RAW, Codec, codec_named
 from modelaverage.errors import ModelAverageError, ProtocolError
@@ -42,16 +45,18 @@ class Answer:
     outcome: pb.PushOutcome
     loan: Loan | None
 
-    def elsewhere(self, copy: bool) -> Mapping[str, NDArray[Any]] | None:
-        """The center variables by name, if they did not arrive in the staging buffer. Without copying, they are
-        read-only and valid until the next push.
+    def elsewhere(self, memory: ReusedMemory | None) -> Mapping[str, NDArray[Any]] | None:
+        """The center variables by name, if they did not arrive in the staging buffer.
+
+        Args:
+            memory: where to copy them; None: they are not copied, read-only, and valid until the next push.
 
         Raises:
             RetryPushError: a later round overwrote them during the copy.
         """
-        if self.loan is None or not copy:
+        if self.loan is None or memory is None:
             return None if self.loan is None else self.loan.arrays
-        copies = {name: array.copy() for name, array in self.loan.arrays.items()}
+        copies = memory.copies(self.loan.arrays)
         self.loan.check_intact()
         return copies
 
@@ -62,10 +67,12 @@ class Pushing:
     Args:
         calls: the carrier of calls to the server.
         transports: the transports besides messages, in the order in which a push tries them.
+        moved: counts the bytes of fragments.
     """
 
-    def __init__(self, calls: Calls, transports: Sequence[ClientTransport]) -> None:
+    def __init__(self, calls: Calls, transports: Sequence[ClientTransport], moved: LinkBytes) -> None:
         self._calls = calls
+        self._moved = moved
         self._transports = transports
         self._may_follow = False  # whether the next push may send fragments before its admission
 
@@ -89,7 +96,9 @@ class Pushing:
         # After a successful push, the round has nothing of this worker, so the server will need all fragments.
         may_follow, self._may_follow = self._may_follow and has_fragments, False
         codec = codec_named(header.codec)
-        opening = OutgoingPush(header.push_id, variables, staging, codec, has_fragments, may_follow)
+        if not isinstance(variables, PushedBytes):
+            variables = PushedBytes(variables)
+        opening = OutgoingPush(header.push_id, variables, staging, codec, has_fragments, may_follow, self._moved)
         staging.begin(keeps_old=not codec.in_place)
         lanes = _PushLanes(opening, self._begun(opening))
         try:
@@ -165,6 +174,8 @@ class Pushing:
         elsewhere = lanes.lane.down(message)
         if elsewhere is not None:
             _carried_out(push.came(*elsewhere))
+            first, count = elsewhere
+            self._moved.received += RAW.run_size_bytes(lanes.opening.manifest, first, first + count)
         if message.HasField("waiting"):
             _log_waiting(message.waiting, requests.base_step)
         if not message.HasField("outcome"):
@@ -199,6 +210,7 @@ class Pushing:
         staging, codec = lanes.opening.staging, lanes.codec_down
         _carried_out(push.came(index, staging.count(index, data, codec)))
         staging.put(index, data, codec)
+        lanes.opening.moved.received += len(data)
 
 
 class _PushLanes:

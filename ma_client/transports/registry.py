@@ -34,7 +34,7 @@ class TransportSettings:
 TRANSPORTS: list[Callable[[Calls, TransportSettings], ClientTransport]] = [
     lambda _, settings: ClientSharedMemory(settings.shared_memory),
     lambda calls, settings: ClientDataTransport(
-        DataLink(calls.address, calls.is_encrypted, settings.data), settings.timing
+        DataLink(calls.address, calls.encryption, settings.data), settings.timing
     ),
 ]
 """Creates the transports to a server, in the order in which a push tries them. Messages come last without a line."""

@@ -9,7 +9,11 @@ from numpy.typing import NDArray
 
 from modelaverage.manifest import DTYPES, dtype_name
 
-__all__ = ["bytes_of", "same_bytes"]
+__all__ = ["LARGE_BYTES", "bytes_of", "same_bytes"]
+
+LARGE_BYTES = 1 << 16
+"""From this size on, numpy copies: it lets other threads run meanwhile, but takes longer for a small array than an
+assignment of memoryviews."""
 
 # Larger arrays are compared in pieces of this size, so that the first difference ends the comparison.
 _PIECE_BYTES = 1 << 16

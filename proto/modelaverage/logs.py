@@ -17,7 +17,7 @@ from typing import Any
 
 from modelaverage.runtime.output import OnLoss, keep_output
 
-__all__ = ["COMMON_FIELDS", "EVENTS", "event", "keep_logging", "log_json", "say"]
+__all__ = ["COMMON_FIELDS", "EVENTS", "event", "event_of", "keep_logging", "log_json", "say"]
 
 COMMON_FIELDS = ("time", "level", "program", "event", "message")
 # In every event, `worker` is a worker's id, `round` the global_step that a round starts from, `peer` an address.
@@ -26,8 +26,11 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "listening": ("addresses",),
     "data_port_listening": ("addresses",),
     "metrics_listening": ("address",),
+    "page_listening": ("url",),
+    "page_failed": (),  # a defect
     "center_initialized": ("worker", "peer", "round", "variables", "size_bytes", "outer_optimizer", "compression"),
     "call_refused": ("rpc", "reason", "worker", "peer"),
+    "data_connection_refused": ("peer", "cause", "others"),
     "connection_cut": ("peer", "reason"),
     "call_failed": ("rpc", "worker", "peer", "cause"),  # not caused by the client
     "round_committed": ("round", "workers", "workers_omitted", "round_s"),
@@ -72,6 +75,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "finish_awaited": ("workers", "waited_s"),
     "stays_local": ("variables", "variables_omitted"),
     "center_goes_on": ("worker", "round"),
+    "frozen_differ": ("worker", "variables", "variables_omitted"),
     "init_values_unused": ("path", "variables", "variables_omitted"),
     "init_values_converted": ("path", "variables", "variables_omitted"),
     "push_not_used": ("worker", "round", "steps"),
@@ -83,6 +87,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "task_index_lost": ("peer", "cause"),
     "gradients_shared": ("wrapper", "processes"),
     "ranks_differ": ("ranks",),
+    "round_log_lost": ("worker", "path", "cause"),
     "stopped": ("cause",),
     "progress": ("worker", "round", "local_step", "steps", "loss", "samples_per_s", "waited_s", "accuracy"),
 }
@@ -96,6 +101,11 @@ def event(name: str, **fields: Any) -> dict[str, Any]:
     return {_EVENT: name, _FIELDS: fields}
 
 
+def event_of(record: logging.LogRecord) -> str:
+    """The name of the event that a line logs."""
+    return "crashed" if record.exc_info else str(getattr(record, _EVENT, "other"))
+
+
 class _JsonLines(logging.Formatter):
     def __init__(self, program: str) -> None:
         super().__init__()
@@ -103,9 +113,9 @@ class _JsonLines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         fields = {name: _short(value) for name, value in getattr(record, _FIELDS, {}).items()}
-        name = getattr(record, _EVENT, "other")
+        name = event_of(record)
         if record.exc_info:  # a defect of this program
-            name, fields = "crashed", {"traceback": "".join(traceback.format_exception(*record.exc_info))}
+            fields = {"traceback": "".join(traceback.format_exception(*record.exc_info))}
         time = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
         common = (time.replace("+00:00", "Z"), record.levelname.lower(), self._program, name)
         line = dict(zip(COMMON_FIELDS, (*common, _short(record.getMessage())), strict=True)) | fields

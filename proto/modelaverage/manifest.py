@@ -31,6 +31,7 @@ __all__ = [
     "MAX_DIMENSIONS",
     "MAX_FRAGMENTS",
     "MAX_FRAGMENT_SIZE_BYTES",
+    "MAX_FROZEN_BYTES",
     "MAX_NAME_BYTES",
     "MAX_RUN",
     "MAX_SHARDS",
@@ -62,6 +63,7 @@ _PADDING = memoryview(bytes(ALIGNMENT_BYTES))
 _MAX_MODEL_BYTES = 2**63 - 1
 # Bounds the memory that a header alone can make a server allocate; 512 GiB at the largest fragment size.
 MAX_FRAGMENTS = 1 << 18
+MAX_FROZEN_BYTES = 512 << 10
 MAX_SHARDS = 4096
 # Bounds the work that a header alone can cause.
 MAX_VARIABLES = 1 << 16
@@ -216,6 +218,7 @@ class Manifest:
         variables: with distinct names; from 1 to 65,536, but a shard may have none.
         fragment_size_bytes: a multiple of 8 from 8 to 2 MiB.
         shard: the shard of a larger model that this is; None: it is the whole model.
+        frozen_digests: what the chief says of parameters that are not trained; at most 512 KiB. Only workers read it.
 
     Raises:
         InvalidRequestError: MANIFEST_INVALID, naming the rule that is broken.
@@ -224,6 +227,7 @@ class Manifest:
     variables: tuple[Variable, ...]
     fragment_size_bytes: int = DEFAULT_FRAGMENT_SIZE_BYTES
     shard: Shard | None = None
+    frozen_digests: bytes = b""
 
     def __post_init__(self) -> None:
         check_variable_count(len(self.variables))
@@ -241,6 +245,8 @@ class Manifest:
                 f"fragment_size_bytes {size_bytes} is not a multiple of {ALIGNMENT_BYTES} "
                 f"from {ALIGNMENT_BYTES} to {MAX_FRAGMENT_SIZE_BYTES}"
             )
+        if len(self.frozen_digests) > MAX_FROZEN_BYTES:
+            raise _invalid(f"frozen_digests has {len(self.frozen_digests)} bytes; at most {MAX_FROZEN_BYTES} may come")
         if self.fragment_count > MAX_FRAGMENTS:
             raise _invalid(
                 f"a model of {self.size_bytes} bytes has {self.fragment_count} fragments of {size_bytes} bytes; "
@@ -262,7 +268,8 @@ class Manifest:
     def id(self) -> str:
         """An id of the variables, their order and the fragment size: equal manifests have equal ids in every
         process."""
-        # The JSON of [fragment_size_bytes, [[name, dtype, shape], ..., [index, count, job id]]], piece by piece.
+        # The JSON of [fragment_size_bytes, [[name, dtype, shape], ..., [index, count, job id], frozen_digests]], piece
+        # by piece; what there is not is left out.
         digest, between = hashlib.sha256(f"[{self.fragment_size_bytes}, [".encode()), b""
         for start in range(0, len(self.variables), _VARIABLES_AT_ONCE):
             some = [[v.name, v.dtype, v.shape] for v in self.variables[start : start + _VARIABLES_AT_ONCE]]
@@ -271,6 +278,8 @@ class Manifest:
         if self.shard is not None:
             shard = [self.shard.index, self.shard.count, self.shard.job_id.hex()]
             digest.update(between + json.dumps(shard).encode())
+        if self.frozen_digests:
+            digest.update(b', "' + self.frozen_digests.hex().encode() + b'"')
         digest.update(b"]]")
         return digest.hexdigest()[:32]
 

@@ -66,7 +66,12 @@ def place(manifest: Manifest, num_shards: int, placement: str, job_id: bytes) ->
         return (manifest,)
     shards = _balanced(manifest, num_shards) if placement == "balanced" else _round_robin(manifest, num_shards)
     return tuple(
-        Manifest(tuple(variables), manifest.fragment_size_bytes, Shard(index, num_shards, job_id))
+        Manifest(
+            tuple(variables),
+            manifest.fragment_size_bytes,
+            Shard(index, num_shards, job_id),
+            manifest.frozen_digests if index == 0 else b"",
+        )
         for index, variables in enumerate(shards)
     )
 
@@ -88,7 +93,9 @@ def assemble(manifests: Sequence[Manifest], addresses: Sequence[str]) -> Manifes
             raise _mismatch(f"the parameter server at {address} {problem}")
     if first is None:
         return manifests[0]
-    return Manifest(_whole_variables(manifests), manifests[0].fragment_size_bytes)
+    first_shard = manifests[0]
+    variables = _whole_variables(manifests)
+    return Manifest(variables, first_shard.fragment_size_bytes, frozen_digests=first_shard.frozen_digests)
 
 
 def gather(whole: Manifest, shards: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:

@@ -86,6 +86,7 @@ def manifest_to_message(manifest: Manifest) -> pb.Manifest:
         variables=[_variable_to_message(variable) for variable in manifest.variables],
         fragment_size_bytes=manifest.fragment_size_bytes,
         shard=shard_to_message(manifest.shard),
+        frozen_digests=manifest.frozen_digests,
     )
 
 
@@ -98,7 +99,11 @@ def encode_manifest(manifest: Manifest) -> bytes:
         ).SerializeToString()
         for start in range(0, len(manifest.variables), _VARIABLES_AT_ONCE)
     ]
-    rest = pb.Manifest(fragment_size_bytes=manifest.fragment_size_bytes, shard=shard_to_message(manifest.shard))
+    rest = pb.Manifest(
+        fragment_size_bytes=manifest.fragment_size_bytes,
+        shard=shard_to_message(manifest.shard),
+        frozen_digests=manifest.frozen_digests,
+    )
     encoded = b"".join([*parts, rest.SerializeToString()])
     if len(encoded) > MAX_MANIFEST_BYTES:
         names_bytes = sum(len(variable.name.encode()) for variable in manifest.variables)
@@ -153,6 +158,7 @@ def manifest_from_message(message: pb.Manifest) -> Manifest:
         tuple(_variable_from_message(variable) for variable in message.variables),
         message.fragment_size_bytes,
         shard_from_message(message.shard) if message.HasField("shard") else None,
+        message.frozen_digests,
     )
 
 

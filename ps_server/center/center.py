@@ -275,6 +275,12 @@ class Center:
             else:
                 kept = finish.untouched
                 nonfinite = self._sums.average(self.next, index, finish.total_weight, kept, self.current)
+            whole = self._sums.whole(self.next, index, kept)
+            if whole is not None and self._is_plain(finish):
+                average, out = whole
+                if average is not out:
+                    out[...] = average
+                return nonfinite
             exact = list[Values]()  # before rounding to 16 bits
             for piece, average, center, out, state, next_state in zip(
                 pieces,
@@ -300,6 +306,11 @@ class Center:
             if self.codec is not RAW:
                 self._code(finish, exact)
         return nonfinite
+
+    def _is_plain(self, finish: Finish) -> bool:
+        """Whether the average is the next center, without state and codec."""
+        steps = finish.steps and self.outer != AVERAGE
+        return not steps and not self.current.state.arrays and self.codec is RAW
 
     def _code(self, finish: Finish, exact: Sequence[Values]) -> None:
         """Replaces a finished fragment by what the codec makes of its exact values, and keeps the coded change."""

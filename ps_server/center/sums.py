@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modelaverage.codecs import RAW, Codec
-from modelaverage.manifest import DTYPES, Manifest
+from modelaverage.manifest import DTYPES, Manifest, Piece
 from modelaverage.outer.base import summed_in
 from ps_server.center.buffers import Buffer
+from ps_server.center.uniform import uniform_fragments
 
 __all__ = ["Contribution", "Sums"]
 
@@ -51,15 +52,18 @@ class Sums:
         # Deferred contributions (in shared memory), by fragment whose sum has not begun.
         self._deferred: dict[int, list[Contribution]] = {}
         # Sums of 16-bit variables; None where the next buffer itself is precise enough.
-        self._wide: list[list[NDArray[np.float32] | None]] = [
-            [
-                np.zeros(piece.count, np.float32)
-                if DTYPES[manifest.variables[piece.variable].dtype].itemsize == 2
-                else None
-                for piece in pieces
-            ]
-            for pieces in manifest.pieces
-        ]
+        self._wide: list[list[NDArray[np.float32] | None]] = []
+        self._uniform = uniform_fragments(manifest)
+        self._wide_whole: list[NDArray[np.float32] | None] = []  # of uniform fragments; `_wide` has views of them
+        for pieces, uniform in zip(manifest.pieces, self._uniform, strict=True):
+            if uniform is None or uniform.dtype.itemsize != 2:
+                self._wide_whole.append(None)
+                self._wide.append([_wide_room(manifest, piece) for piece in pieces])
+                continue
+            whole = np.zeros((uniform.end - uniform.start) // 2, np.float32)
+            self._wide_whole.append(whole)
+            starts = [piece.offset_bytes // 2 for piece in pieces]
+            self._wide.append([whole[at : at + piece.count] for at, piece in zip(starts, pieces, strict=True)])
 
     @staticmethod
     def memory_bytes(manifest: Manifest) -> int:
@@ -112,6 +116,15 @@ class Sums:
         else float32."""
         return [part if wide is None else wide for part, wide in zip(into.parts[index], self._wide[index], strict=True)]
 
+    def whole(self, into: Buffer, index: int, but: Collection[int]) -> tuple[_Array, _Array] | None:
+        """The sum of fragment ``index`` as one array, as in `of`, and its place in the next center; padding is zero in
+        both. None: it has variables of several types, or one of those in ``but``."""
+        uniform = self._uniform[index]
+        if uniform is None or uniform.has(but):
+            return None
+        out, wide = uniform.of(into.flat), self._wide_whole[index]
+        return (out if wide is None else wide), out
+
     def average(
         self, into: Buffer, index: int, total_weight: float, but: Collection[int], base: Buffer
     ) -> Counter[str]:
@@ -123,6 +136,9 @@ class Sums:
             How many of the values summed here were not finite, by worker id.
         """
         deferred = sorted(self._deferred.pop(index, []), key=lambda contribution: contribution.worker_id)
+        whole = self.whole(into, index, but)
+        if whole is not None and all(contribution.codec is RAW for contribution in deferred):
+            return self._average_whole(whole[0], index, total_weight, deferred)
         by_contribution = [self._values(index, contribution, base) for contribution in deferred]
         weights = [contribution.weight for contribution in deferred]
         nonfinite: Counter[str] = Counter()
@@ -137,8 +153,43 @@ class Sums:
                 nonfinite.update({c.worker_id: _count_nonfinite(v) for c, v in zip(deferred, values, strict=True)})
         return nonfinite
 
+    def _average_whole(
+        self, total: _Array, index: int, total_weight: float, deferred: Sequence[Contribution]
+    ) -> Counter[str]:
+        """As `average`, for a uniform fragment."""
+        _sum(total, [self._values_whole(index, each) for each in deferred], [each.weight for each in deferred])
+        self._clear_padding(total, index)
+        if total_weight != 1.0:
+            np.divide(total, total.dtype.type(total_weight), out=total)
+        if not deferred or not _count_nonfinite(total):
+            return Counter()
+        return Counter({each.worker_id: self._count_in_pieces(index, each) for each in deferred})
+
+    def _values_whole(self, index: int, contribution: Contribution) -> _Array:
+        uniform = self._uniform[index]
+        assert uniform is not None
+        return np.frombuffer(contribution.data, uniform.dtype)
+
+    def _clear_padding(self, total: _Array, index: int) -> None:
+        uniform = self._uniform[index]
+        assert uniform is not None
+        if uniform.padding.size:
+            total[uniform.padding] = 0
+
+    def _count_in_pieces(self, index: int, contribution: Contribution) -> int:
+        """How many values, padding not counted, are not finite in a raw contribution."""
+        pieces = RAW.decode(self._manifest, index, contribution.data)
+        return sum(map(_count_nonfinite, pieces))
+
     def _add(self, into: Buffer, index: int, contribution: Contribution, first: bool, base: Buffer) -> int:
         nonfinite = 0
+        whole = self.whole(into, index, ()) if contribution.codec is RAW else None
+        if whole is not None:
+            with np.errstate(all="ignore"):
+                values = self._values_whole(index, contribution)
+                _add_weighted(whole[0], values, contribution.weight, first)
+                self._clear_padding(whole[0], index)
+                return self._count_in_pieces(index, contribution) if _count_nonfinite(values) else 0
         with np.errstate(all="ignore"):
             for total, values in zip(self.of(into, index), self._values(index, contribution, base), strict=True):
                 _add_weighted(total, values, contribution.weight, first)
@@ -147,6 +198,12 @@ class Sums:
 
     def _values(self, index: int, contribution: Contribution, base: Buffer) -> Sequence[_Array]:
         return contribution.codec.decode(self._manifest, index, contribution.data, base.parts[index])
+
+
+def _wide_room(manifest: Manifest, piece: Piece) -> NDArray[np.float32] | None:
+    """Room for the sum of a piece; None: the next buffer itself is precise enough."""
+    is_wide = DTYPES[manifest.variables[piece.variable].dtype].itemsize == 2
+    return np.zeros(piece.count, np.float32) if is_wide else None
 
 
 def _sum(total: _Array, values: list[_Array], weights: list[float]) -> None:

@@ -117,6 +117,8 @@ def fields_of(checkpoint: Checkpoint, boot: str) -> dict[str, str]:
     if checkpoint.codec is not RAW:
         fields["compression"] = checkpoint.codec.name
         fields["center_id"] = str(checkpoint.center_id)
+    if checkpoint.manifest.frozen_digests:
+        fields["frozen_digests"] = checkpoint.manifest.frozen_digests.hex()
     shard = checkpoint.manifest.shard
     if shard is not None:
         parts = [variable.part for variable in checkpoint.manifest.variables]
@@ -190,7 +192,11 @@ def content_of(head: Head, step: int, is_fresh: bool) -> Content:
     counted = strict_json.map_of(strict_json.parse(about["counted"]), "counted", _MAX_COUNTED, _counted)
     # Files of earlier versions lack this field.
     finished = strict_json.list_of(strict_json.parse(about.get("finished", "[]")), "finished", _MAX_COUNTED, _worker_id)
-    manifest = Manifest(variables, fragment_size_bytes, shard)
+    # bytes.fromhex would pass over spaces.
+    frozen_digests = bytes.fromhex(about.get("frozen_digests", ""))
+    if frozen_digests.hex() != about.get("frozen_digests", ""):
+        raise ValueError("no server writes its frozen_digests so")
+    manifest = Manifest(variables, fragment_size_bytes, shard, frozen_digests)
     check_sendable(manifest)
     codec, center_id = _codec_of(about)
     return Content(manifest, tuple(contributors), counted, frozenset(finished), outer, state, codec, center_id)

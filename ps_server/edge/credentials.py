@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import ssl
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import grpc
 
 from modelaverage.access.certificate_names import broken_chain, certificates_in
+from modelaverage.access.contexts import server_context
 from modelaverage.access.pem import read_authorities, read_identity
 from modelaverage.access.tokens import read_tokens
 from modelaverage.access.watched_files import WatchedFiles
@@ -17,53 +20,84 @@ from modelaverage.logs import event
 from ps_server.edge.security import ServerSecurity
 from ps_server.rules.authorization import Role, Tokens
 
-__all__ = ["credentials_of", "tokens_of"]
+__all__ = ["ServerTls", "tokens_of"]
 
 _log = logging.getLogger("ps_server")
 
 
-def credentials_of(security: ServerSecurity) -> grpc.ServerCredentials | None:
-    """The credentials to listen with; None: plain text. Each new connection uses the files' present certificate.
+class _Identity(NamedTuple):
+    """The same files for gRPC's connections and for those beside them."""
+
+    of_calls: grpc.ServerCertificateConfiguration
+    context: ssl.SSLContext
+
+
+class ServerTls:
+    """How a server with a certificate encrypts. Each new connection uses the files' present content. For any thread.
+
+    Args:
+        cert_file: its certificate (PEM), followed by any intermediate ones.
+        key_file: the certificate's key.
+        client_ca: authorities, one of which must have signed a client's certificate; None: clients need none.
 
     Raises:
         SecurityError: a file is missing or unusable.
     """
-    cert_file, key_file, client_ca = security.tls_cert, security.tls_key, security.tls_client_ca
-    if cert_file is None or key_file is None:
-        return None
 
-    def read() -> grpc.ServerCertificateConfiguration:
-        certificates, key = read_identity(cert_file, key_file)
+    def __init__(self, cert_file: Path, key_file: Path, client_ca: Path | None) -> None:
+        self._cert_file, self._key_file, self._client_ca = cert_file, key_file, client_ca
+        self._is_read = False
+        paths = [path for path in (cert_file, key_file, client_ca) if path is not None]
+        self._files = WatchedFiles(paths, self._read, lambda error: _keep("certificate", error))
+
+    @classmethod
+    def of(cls, security: ServerSecurity) -> ServerTls | None:
+        """None: the server has no certificate, so it listens in plain text. Raises SecurityError."""
+        if security.tls_cert is None or security.tls_key is None:
+            return None
+        return cls(security.tls_cert, security.tls_key, security.tls_client_ca)
+
+    def credentials(self) -> grpc.ServerCredentials:
+        """Credentials for gRPC to listen with on one address: it uses an object only once."""
+        current = self._files.get().of_calls
+
+        def news() -> grpc.ServerCertificateConfiguration | None:  # gRPC calls this before every handshake
+            nonlocal current
+            before, current = current, self._files.get().of_calls
+            return None if current is before else current
+
+        return grpc.dynamic_ssl_server_credentials(
+            current,
+            news,  # type: ignore[arg-type]  # the stubs forget that None means: no change
+            require_client_authentication=self._client_ca is not None,
+        )
+
+    def context(self) -> ssl.SSLContext:
+        """For the next connection beside the calls."""
+        return self._files.get().context
+
+    def _read(self) -> _Identity:
+        certificates, key = read_identity(self._cert_file, self._key_file)
+        authorities = None if self._client_ca is None else read_authorities(self._client_ca)
+        found = _Identity(
+            grpc.ssl_server_certificate_configuration([(key, certificates)], authorities),
+            server_context(self._cert_file, self._key_file, authorities),
+        )
+        path = str(self._cert_file)
         problem = broken_chain(certificates_in(certificates.decode("latin-1")))
         if problem is not None:
             _log.warning(
                 "%s is not a whole chain: %s; clients may not trust it. Append to the server's certificate that of the "
                 "authority that signed it, then that of the next one",
-                cert_file,
+                path,
                 problem,
-                extra=event("certificate_chain_broken", path=str(cert_file), cause=problem),
+                extra=event("certificate_chain_broken", path=path, cause=problem),
             )
-        authorities = None if client_ca is None else read_authorities(client_ca)
-        return grpc.ssl_server_certificate_configuration([(key, certificates)], authorities)
-
-    paths = [path for path in (cert_file, key_file, client_ca) if path is not None]
-    files = WatchedFiles(paths, read, lambda error: _keep("certificate", error))
-
-    def news() -> grpc.ServerCertificateConfiguration | None:  # gRPC calls this before every handshake
-        configuration = files.news()
-        if configuration is not None:
-            _log.warning(
-                "the certificate in %s has changed; new connections get it",
-                cert_file,
-                extra=event("certificate_changed", path=str(cert_file)),
-            )
-        return configuration
-
-    return grpc.dynamic_ssl_server_credentials(
-        files.get(),
-        news,  # type: ignore[arg-type]  # the stubs forget that None means: no change
-        require_client_authentication=client_ca is not None,
-    )
+        if self._is_read:
+            changed = event("certificate_changed", path=path)
+            _log.warning("the certificate in %s has changed; new connections get it", path, extra=changed)
+        self._is_read = True
+        return found
 
 
 def tokens_of(security: ServerSecurity) -> WatchedFiles[Tokens] | None:

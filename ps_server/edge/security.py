@@ -10,7 +10,14 @@ from pathlib import Path
 
 from modelaverage.errors import SecurityError
 
-__all__ = ["NO_SECURITY", "ServerSecurity", "add_server_security_flags", "check_exposure", "warnings_of"]
+__all__ = [
+    "NO_SECURITY",
+    "ServerSecurity",
+    "add_server_security_flags",
+    "check_exposure",
+    "page_warnings_of",
+    "warnings_of",
+]
 
 
 @dataclass(frozen=True)
@@ -92,20 +99,21 @@ def add_server_security_flags(command: argparse.ArgumentParser) -> None:
     )
 
 
-def check_exposure(host: str, bind: str, security: ServerSecurity) -> None:
+def check_exposure(host: str, bind: str, security: ServerSecurity, flag: str = "--bind") -> None:
     """Refuses to listen where strangers can connect, unless TLS, tokens or ``insecure`` are set.
 
     Args:
         host: of a TCP address.
         bind: the address as it was given, for the message.
         security: the server's settings.
+        flag: that gave the address, for the message.
 
     Raises:
         SecurityError: nothing keeps strangers out.
     """
     if security.tls_cert is None and security.token_file is None and not security.insecure and not _is_loopback(host):
         raise SecurityError(
-            f"--bind {bind} may be reached from other machines, and neither TLS (--tls-cert, --tls-key) nor a token "
+            f"{flag} {bind} may be reached from other machines, and neither TLS (--tls-cert, --tls-key) nor a token "
             "(--token-file) keeps strangers out; give one of them, or --insecure on a network that you trust"
         )
 
@@ -123,6 +131,17 @@ def warnings_of(host: str, bind: str, security: ServerSecurity) -> list[str]:
             f"{bind} has TLS but neither --token-file nor --tls-client-ca: anyone who can reach it can read and "
             "replace the model"
         ]
+    return []
+
+
+def page_warnings_of(host: str, bind: str, security: ServerSecurity) -> list[str]:
+    """Warnings for the operator about the address of the page, which can only be read."""
+    if _is_loopback(host):
+        return []
+    if security.token_file is None and security.tls_client_ca is None:
+        return [f"the page at {bind} is open to anyone who can reach it: neither --token-file nor --tls-client-ca"]
+    if security.tls_cert is None:
+        return [f"the page at {bind} has no TLS: anyone who can read the network's traffic can read the token"]
     return []
 
 

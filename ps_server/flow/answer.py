@@ -61,7 +61,7 @@ async def send_average(
             size_bytes = (RAW if lane.is_shared else push.codec).run_size_bytes(manifest, first, sent)
             push.reader.read_bytes += size_bytes
             raw_bytes = RAW.run_size_bytes(manifest, first, sent)
-            call.count_sent(size_bytes, raw_bytes, is_shared=lane.is_shared)
+            call.count_sent(size_bytes, raw_bytes, lane.is_shared, push.is_aside)
             observations.fragments_sent += sent - first
             part = await lane.send(coded, first, sent)
             message += part

@@ -127,19 +127,33 @@ class Call:
                 return fragment.index, memoryview(fragment.data)
         raise refusal(Reason.MESSAGE_OUT_OF_ORDER, "another message came where a fragment belongs")
 
-    def count_received(self, size_bytes: int, raw_bytes: int, is_shared: bool = False) -> None:
-        """Counts bytes of fragments that arrived in this call or beside it. ``raw_bytes``: their size if all were
-        raw."""
+    def count_received(self, size_bytes: int, raw_bytes: int, is_shared: bool = False, is_aside: bool = False) -> None:
+        """Counts bytes of fragments that arrived in this call or beside it.
+
+        Args:
+            size_bytes: their size.
+            raw_bytes: their size if all were raw.
+            is_shared: whether they lie in shared memory.
+            is_aside: whether they use a data connection.
+        """
         self._traffic.received_bytes += size_bytes
         self._traffic.received_raw_bytes += raw_bytes
         self._traffic.shared_bytes += size_bytes if is_shared else 0
+        self._traffic.aside_bytes += size_bytes if is_aside else 0
 
-    def count_sent(self, size_bytes: int, raw_bytes: int, is_shared: bool = False) -> None:
-        """Counts bytes of fragments that were sent in this call or beside it. ``raw_bytes``: their size if all were
-        raw."""
+    def count_sent(self, size_bytes: int, raw_bytes: int, is_shared: bool = False, is_aside: bool = False) -> None:
+        """Counts bytes of fragments that were sent in this call or beside it.
+
+        Args:
+            size_bytes: their size.
+            raw_bytes: their size if all were raw.
+            is_shared: whether they lie in shared memory.
+            is_aside: whether they use a data connection.
+        """
         self._traffic.sent_bytes += size_bytes
         self._traffic.sent_raw_bytes += raw_bytes
         self._traffic.shared_bytes += size_bytes if is_shared else 0
+        self._traffic.aside_bytes += size_bytes if is_aside else 0
 
     async def write(self, message: bytes) -> None:
         """Sends one message. Returns when gRPC has room for the next: a slow client holds up only its own call."""

@@ -93,7 +93,8 @@ class Initialization:
             frozenset(checkpoint.finished),
             self._keeping,
         )
-        self._begin(center, wire.PullHeader(manifest, chosen_of(checkpoint.outer, checkpoint.codec).told.texts), round_)
+        header = wire.PullHeader(manifest, chosen_of(checkpoint.outer, checkpoint.codec).told.texts)
+        self._begin(center, header, round_, is_restored=True)
 
     async def receive(self, call: Call, heard: Callable[[str], None]) -> pb.InitializeResponse:
         """Serves a call of the chief: takes the center that it sends, or answers that one exists. ``heard`` gets the
@@ -151,8 +152,9 @@ class Initialization:
         keeper = self._around.keeper
         return None if keeper is None else KeepingPolicy(keeper.every_rounds, keeper.timeout_s)
 
-    def _begin(self, center: Center, pull_header: wire.PullHeader, round_: Round) -> None:
+    def _begin(self, center: Center, pull_header: wire.PullHeader, round_: Round, is_restored: bool = False) -> None:
         self.job = Job(center, pull_header, round_, self._around)
+        self._around.history.begun(round_.global_step, is_restored, self._around.clock())
         self._waiting.end()
 
     async def _check_same(self, call: Call, manifest: Manifest, in_force: Manifest, many: bool) -> None:

@@ -33,6 +33,7 @@ from ps_server.flow.naming import chosen_of
 from ps_server.flow.open_push import OpenPush
 from ps_server.flow.outcomes import log_commit, outcomes_of, tell
 from ps_server.flow.timers import RoundTimers, log_wait
+from ps_server.flow.witness import Witness
 from ps_server.flow.writes import Writes
 from ps_server.machine.trouble import describe, end_process, is_expected
 from ps_server.rules.decisions import (
@@ -51,6 +52,8 @@ from ps_server.rules.decisions import (
     TimeOut,
 )
 from ps_server.rules.round import Round
+from ps_server.seen.history import History
+from ps_server.seen.marks import MarkKind
 from ps_server.seen.missing import missing_of
 from ps_server.seen.observations import Observations, Sending
 from ps_server.seen.remarks import Remarks
@@ -70,6 +73,7 @@ class Surroundings:
     Args:
         roster: records what workers do.
         observations: records how long rounds take.
+        history: records each round.
         transports: are told which workers have left and which were in a round.
         keeper: keeps the center on disk; None: no checkpoints.
         clock: seconds, monotonic.
@@ -79,6 +83,7 @@ class Surroundings:
 
     roster: Roster
     observations: Observations
+    history: History
     transports: Sequence[Transport] = ()
     keeper: Keeper | None = None
     clock: Callable[[], float] = time.monotonic
@@ -100,6 +105,7 @@ class Job:
         self.center = center
         self.chosen = chosen_of(center.outer, center.codec)
         self.pull_header = pull_header
+        self._witness = Witness(round_, around.roster, around.observations, around.history, around.clock)
         self.round = round_
         self.average = Average(center.next)
         self.observations = around.observations
@@ -137,7 +143,9 @@ class Job:
         self._leave_transports(worker_id, incarnation)
         with self._as_a_whole():
             self._apply(self.round.leave(worker_id, incarnation, self.clock()))
-            self._remarks.left(worker_id, self.round.policy.is_strict)
+            self._witness.may_be_gone(worker_id)
+            if self._remarks.left(worker_id, self.round.policy.is_strict):
+                self._witness.mark(MarkKind.LEFT, worker_id)
 
     async def finish(self, worker_id: str, incarnation: bytes) -> None:
         """A worker has finished and its process ends. With checkpoints, returns when one records this, or after the
@@ -145,8 +153,11 @@ class Job:
         self._leave_transports(worker_id, incarnation)
         with self._as_a_whole():
             self._apply(self.round.finish(worker_id, incarnation, self.clock()))
+            self._witness.may_be_gone(worker_id)
             if worker_id in self.round.finished:
                 record = self._roster.heard_of(worker_id, self.clock())
+                if not record.has_finished:
+                    self._witness.mark(MarkKind.FINISHED, worker_id)
                 self._remarks.finished(worker_id, record, self.round.global_step, self.round.training)
         if self._writes is not None:
             keeping = asyncio.ensure_future(self._writes.keep())
@@ -198,7 +209,8 @@ class Job:
     @contextmanager
     def reading_center(self, push: OpenPush, outcome: Outcome) -> Iterator[tuple[Buffer, int, tuple[str, ...]]]:
         """The current center, its step and contributors, for a push that is not in the round."""
-        self.observations.stale_pushes += outcome is Outcome.STALE
+        if outcome is Outcome.STALE:
+            self._witness.was_stale(push)
         contributors = self.round.contributors
         with self.reading(push.reader) as (buffer, step):
             yield buffer, step, contributors
@@ -217,9 +229,7 @@ class Job:
             del self._pushes[number]
             with self._as_a_whole():
                 self._apply(self.round.close(number, self.clock()))
-                self.observations.ended(number, self.round.under_way, self.clock())
-                if push.sending is not None:
-                    self.observations.answered(push.sending, number, self.clock())
+                self._witness.ended(push)
 
     def open(self, push: OpenPush, wanted: Push, header: pb.PushHeader) -> Decision | None:
         """Passes the header of a push to the round, and returns the round's answer."""
@@ -228,6 +238,8 @@ class Job:
             decisions = self.round.open(push.call.number, wanted, self.clock())
             record = self._roster.heard_push_of(push.worker_id, self.clock())
             record.note_push(header, push.call.peer)
+            if record.is_another_process(wanted.incarnation):
+                self._witness.mark(MarkKind.RESTARTED, push.worker_id)
             self._note_return(push.worker_id, had_finished, is_new_run)
             self._remarks.interval(push.worker_id, header.interval_steps)
             self.observations.pushes_retried += record.is_retry(wanted.key)
@@ -249,7 +261,7 @@ class Job:
             codec = RAW if run.stays else push.codec
             coded = _split(self.manifest, codec, run)
             raw_bytes = RAW.run_size_bytes(self.manifest, run.first, run.first + len(coded))
-            push.call.count_received(len(run.data), raw_bytes, is_shared=run.stays)
+            push.call.count_received(len(run.data), raw_bytes, run.stays, push.is_aside)
             first, end = max(run.first, unneeded), run.first + max(1, len(coded))
             if first >= end:
                 return
@@ -261,7 +273,7 @@ class Job:
             self.observations.fragments_received += end - first
             if is_whole:
                 record.transport = push.lane.kind
-                self.observations.whole(push.call.number, push.worker_id, now_s)
+                self._witness.whole(push)
 
             def add(decision: Accumulate) -> None:
                 given = Contribution(push.worker_id, decision.weight, coded[decision.index], codec)
@@ -271,19 +283,9 @@ class Job:
                     found = to_sum(decision.index, given, decision.how is Addition.START)
                 except ModelAverageError as error:  # too late to refuse: the ledger counts the fragment
                     raise RuntimeError(f"fragment {decision.index} could not be added: {error}") from error
-                self._averaged(from_s, found)
+                self._witness.averaged(from_s, found)
 
             self._apply(decisions, push, add)
-
-    def _observe_admission(self, push: OpenPush, first_needed: int) -> None:
-        stream, owes, now_s = push.call.number, first_needed < self.manifest.fragment_count, self.clock()
-        self.observations.admitted(stream, owes, now_s)
-        if not owes:
-            self.observations.whole(stream, push.worker_id, now_s)
-
-    def _averaged(self, from_s: float, nonfinite: Mapping[str, int]) -> None:
-        self._roster.note_nonfinite(nonfinite)
-        self.observations.averaged(from_s, self.clock())
 
     # Atomic events.
 
@@ -327,7 +329,7 @@ class Job:
         except BaseException as second:
             self._die(f"round {step} failed ({cause}), and could not be started over ({describe(second)})")
             raise
-        self.observations.started_over()
+        self._witness.started_over()
         why = event("round_restarted", round=step, cause=cause)
         trace = None if is_expected(error) else error
         _log.error("round %d starts over, because the server failed: %s", step, cause, extra=why, exc_info=trace)
@@ -364,7 +366,7 @@ class Job:
                 case Admit():
                     assert push is not None
                     answer, push.average, push.is_admitted = decision, self.average, True
-                    self._observe_admission(push, decision.first_needed)
+                    self._witness.admitted(push, decision.first_needed < self.manifest.fragment_count)
                 case CenterFollows():
                     answer = decision
                 case Hold():
@@ -376,7 +378,7 @@ class Job:
                     self.center.restart()
                     self._roster.take_nonfinite()
                     self.average = Average(self.center.next)
-                    self.observations.started_over()
+                    self._witness.started_over()
                     step = self.round.global_step
                     why = event("round_restarted", round=step, cause=cause)
                     _log.warning("round %d starts over: %s", step, cause, extra=why)
@@ -401,7 +403,7 @@ class Job:
     def _finish(self, finishes: list[Finish], push: OpenPush | None) -> None:
         if finishes:
             from_s = self.clock()
-            self._averaged(from_s, self.center.finish(finishes, self.round.global_step))
+            self._witness.averaged(from_s, self.center.finish(finishes, self.round.global_step))
             if not all(finish.steps for finish in finishes):
                 self._end_coded_pushes(push)
             self.average.finished = finishes[-1].index + 1
@@ -433,6 +435,8 @@ class Job:
         try:
             with self._as_a_whole():
                 self._apply(self.round.kept(token, is_written, self.clock()))
+                assert self._writes is not None
+                self._witness.checkpointed(self._writes.newest_step)
         except ModelAverageError:  # the log says so
             pass
         except Exception as error:  # nobody else would tell the round
@@ -440,7 +444,7 @@ class Job:
 
     def _commit(self) -> None:
         """Commits the prepared round."""
-        now_s = self.clock()
+        now_s, given_up = self.clock(), self.round.given_up
         room = self.center.room(now_s)
         commit = self.center.commit(room, lambda: self.round.commit(now_s))
         nonfinite = self._roster.take_nonfinite()
@@ -449,10 +453,7 @@ class Job:
         held = [self._pushes[stream] for stream in commit.held]
         for transport in self._transports:
             transport.keep_only(commit.present)
-        self._roster.count(self.observations.committed(commit.present, now_s))
-        self.observations.last_round_s = commit.round_s
-        others = len(self.round.finished - commit.present)
-        self.observations.rounds_without_all += len(commit.present) + others < self.round.policy.num_workers
+        self._witness.committed(commit, given_up, nonfinite, now_s)
         self._remarks.nonfinite(nonfinite, commit.contributors, commit.global_step)
         log_commit(commit)
         tell(outcomes, held, Sending(set(commit.verdicts), now_s))

@@ -84,6 +84,11 @@ class OpenPush:
     progress: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
+    def is_aside(self) -> bool:
+        """Whether its bytes use a data connection."""
+        return self.lane.kind == pb.TRANSPORT_DATA_CONNECTION
+
+    @property
     def needs_changes(self) -> bool:
         """Whether it gets the average as changes from the center before."""
         return self.is_admitted and self.codec is not RAW and not self.lane.is_shared

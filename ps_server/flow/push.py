@@ -122,7 +122,7 @@ async def _pass_over_fragments(push: OpenPush) -> None:
     if push.manner.is_half_duplex:
         push.call.expecting = True
         while (run := await push.lane.receive()) is not None:
-            push.call.count_received(len(run.data), len(run.data), is_shared=run.stays)
+            push.call.count_received(len(run.data), len(run.data), run.stays, push.is_aside)
     push.call.expecting = False
 
 

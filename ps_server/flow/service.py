@@ -6,7 +6,7 @@ import asyncio
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import grpc.aio
 
@@ -32,9 +32,10 @@ from ps_server.machine.trouble import end_process
 from ps_server.rules.authorization import Role
 from ps_server.rules.policy import RoundPolicy
 from ps_server.rules.task_indexes import DEFAULT_REJOIN_TIMEOUT_S, TaskIndexes
+from ps_server.seen.history import History
 from ps_server.seen.observations import Observations
 from ps_server.seen.roster import Roster
-from ps_server.seen.sample import MetricsSample
+from ps_server.seen.sample import MetricsSample, PageSample
 from ps_server.seen.snapshot import ServerSeen, status_of
 from ps_server.seen.traffic import Traffic
 from ps_server.transports.data_port import DataPort
@@ -102,6 +103,7 @@ class ParameterServerService:
         self._clock = clock
         self._started_at_s = clock()
         self._roster, self._observations, self._traffic = Roster(), Observations(), Traffic()
+        self._history = History(self._traffic)
         self._serving = Serving(self._traffic, self._observations, policy.stall_timeout_s)
         self._waiting = WaitForChief(clock, policy.first_notice_s)
         # After a restore, workers of the job already have indexes.
@@ -118,7 +120,14 @@ class ParameterServerService:
         self.helper = HelperThread()
         """A helper thread for large models, once it is started."""
         around = Surroundings(
-            self._roster, self._observations, self._transports, self._keeper, clock, policy.first_notice_s, die
+            self._roster,
+            self._observations,
+            self._history,
+            self._transports,
+            self._keeper,
+            clock,
+            policy.first_notice_s,
+            die,
         )
         self._initialization = Initialization(
             policy.round,
@@ -284,6 +293,12 @@ class ParameterServerService:
             w: record.lateness_sum_s for w, record in self._roster.records.items() if record.pushes_counted
         }
         return MetricsSample(self.status(), self._observations, self._traffic, lateness_sum_s)
+
+    def page_sample(self) -> PageSample:
+        """What the page shows. Must be called on the event loop."""
+        return PageSample(
+            self.status(), self._history.seen(), replace(self._traffic), self._clock(), self._started_at_s
+        )
 
     def _heard_pull_of(self, worker_id: str) -> None:
         record = self._roster.heard_of(worker_id, self._clock())

@@ -57,6 +57,11 @@ class Writes:
         self._finished: frozenset[str] | None = None  # finished workers in the newest checkpoint
         self._writing: asyncio.Task[None] | None = None
 
+    @property
+    def newest_step(self) -> int | None:
+        """The `global_step` of the newest checkpoint; None: there is none."""
+        return self._keeper.step
+
     def begin(self, token: int, buffer: Buffer, state: Callable[[], RoundState]) -> asyncio.Task[None]:
         """Begins to write a buffer and the state that ``state`` returns. The task never fails."""
         with ExitStack() as reading:

@@ -62,7 +62,9 @@ def raise_limit() -> None:
             return
 
 
-def check_limit(max_workers: int, has_shared_memory: bool, has_data_port: bool, open_now: int | None = None) -> int:
+def check_limit(
+    max_workers: int, has_shared_memory: bool, has_data_port: bool, others: int = 0, open_now: int | None = None
+) -> int:
     """How many descriptors a server needs with all its workers; warns if the limit is lower. Called when the server has
     opened everything that it needs without workers.
 
@@ -70,11 +72,12 @@ def check_limit(max_workers: int, has_shared_memory: bool, has_data_port: bool, 
         max_workers: how many workers a round admits.
         has_shared_memory: whether the server lends memory.
         has_data_port: whether it accepts data connections.
+        others: the most descriptors that its page needs.
         open_now: how many are open; None: they are counted, where that is possible.
     """
     limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     each = _OF_CONNECTION + max(_OF_SEGMENT * has_shared_memory, _OF_DATA_CONNECTION * has_data_port)
-    own = (_count() if open_now is None else open_now) + _OF_CENTER * has_shared_memory + _SPARE
+    own = (_count() if open_now is None else open_now) + _OF_CENTER * has_shared_memory + _SPARE + others
     needed = own + each * max_workers
     if limit != resource.RLIM_INFINITY and limit < needed:
         _log.warning(

@@ -139,6 +139,11 @@ class Quorum:
         """The length of the grace period, in seconds."""
         return self._lateness.grace_s if self.policy.grace_s is None else self.policy.grace_s
 
+    @property
+    def barred(self) -> frozenset[str]:
+        """The workers that are barred from the round in progress."""
+        return frozenset(self._barred)
+
     def is_barred(self, worker_id: str) -> bool:
         """Whether this worker is barred from the round in progress."""
         return worker_id in self._barred

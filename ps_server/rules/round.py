@@ -341,6 +341,10 @@ class Round:
         entry = self._entries.get(worker_id)
         return 0 if entry is None else entry.wanted
 
+    def has(self, worker_id: str) -> bool:
+        """Whether a push of the worker takes part in the round, perhaps one whose stream has ended."""
+        return worker_id in self._entries
+
     @property
     def complete(self) -> frozenset[str]:
         """Workers whose push in the round in progress is whole."""
@@ -357,6 +361,11 @@ class Round:
         return self._state is not RoundState.OPEN and all(
             entry.stream is not None or entry.state is EntryState.WHOLE for entry in self._entries.values()
         )
+
+    @property
+    def given_up(self) -> frozenset[str]:
+        """The workers that the round in progress goes on without."""
+        return self._quorum.barred - self._entries.keys()
 
     @property
     def waits_for(self) -> tuple[frozenset[str], int]:

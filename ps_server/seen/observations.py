@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from modelaverage.errors import Reason
 
-__all__ = ["Histogram", "Observations", "PHASES", "Sending"]
+__all__ = ["Histogram", "NO_TIMES", "Observations", "PHASES", "RoundTimes", "Sending"]
 
 PHASES = ("waiting", "receiving", "averaging", "sending")
 # Rounds take from a millisecond (a small model on one host) to many minutes (a large model and a missing worker).
@@ -54,6 +54,20 @@ class Sending:
     since_s: float = 0.0
 
 
+@dataclass(frozen=True)
+class RoundTimes:
+    """When a committed round began, on the server's clock, and its seconds by phase."""
+
+    began_at_s: float = 0.0
+    waiting_s: float = 0.0
+    receiving_s: float = 0.0
+    averaging_s: float = 0.0
+
+
+NO_TIMES = RoundTimes()
+"""Of a round whose beginning is unknown."""
+
+
 class Observations:
     """Measurements of the round in progress and of earlier rounds.
 
@@ -65,6 +79,7 @@ class Observations:
         rounds_restarted: rounds that were started over.
         rounds_without_all: rounds that committed without a worker that they had waited for.
         last_round_s: the duration of the last committed round.
+        last_times: of the last committed round; None: there is none, or its beginning is unknown.
         pushes_retried: headers that repeat an earlier push.
         stale_pushes: pushes that were answered STALE.
         fragments_received: fragments added to an average.
@@ -80,6 +95,7 @@ class Observations:
         self.rounds_committed = self.rounds_restarted = self.rounds_without_all = 0
         self.pushes_retried = self.stale_pushes = 0
         self.last_round_s = 0.0
+        self.last_times: RoundTimes | None = None
         self.fragments_received = self.fragments_sent = 0
         self.refused = {reason.name: 0 for reason in Reason}
         self._committed_at_s = deque[float](maxlen=_RECENT_ROUNDS)
@@ -135,11 +151,13 @@ class Observations:
         """The round has committed. Returns how many seconds after the first whole push each contributor's became
         whole."""
         lateness_s = {worker_id: self._lateness_s.get(worker_id, 0.0) for worker_id in contributors}
+        self.last_times = None
         if self._since_s is not None:
             self._mark(now_s)
             for phase in PHASES[:-1]:
                 self.phase_s[phase].observe(self._spent_s[phase])
             self.round_s.observe(now_s - self._since_s)
+            self.last_times = RoundTimes(self._since_s, *(self._spent_s[phase] for phase in PHASES[:-1]))
         self.rounds_committed += 1
         self._committed_at_s.append(now_s)
         self._begin_round()

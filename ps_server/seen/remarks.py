@@ -43,15 +43,17 @@ class Remarks:
                 extra=what,
             )
 
-    def left(self, worker_id: str, is_waited_for: bool) -> None:
-        """The process of a worker leaves without having finished."""
+    def left(self, worker_id: str, is_waited_for: bool) -> bool:
+        """The process of a worker leaves without having finished. Returns whether the worker is known and had not
+        finished."""
         record = self._roster.records.get(worker_id)
         if record is None or record.has_finished:
-            return
+            return False
         record.has_left = True
         if is_waited_for and record.has_pushed:
             what = event("worker_left", worker=worker_id)
             _log.warning("%r has left without having finished; rounds wait for it", worker_id, extra=what)
+        return True
 
     def came_back(self, worker_id: str, training: int) -> None:
         """A finished worker trains again."""

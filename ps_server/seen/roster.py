@@ -62,6 +62,10 @@ class WorkerRecord:
         self.has_pushed, self.is_chief, self.local_step, self.peer = True, header.is_chief, header.local_step, peer
         self.loss = header.loss if header.HasField("loss") else None
 
+    def is_another_process(self, incarnation: bytes) -> bool:
+        """Whether an earlier process of the worker made its last push."""
+        return self.last_push is not None and self.last_push[0] != incarnation
+
     def is_retry(self, key: tuple[bytes, int]) -> bool:
         """Whether this push was seen before; remembers it."""
         known, self.last_push = self.last_push == key, key

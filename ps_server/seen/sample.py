@@ -1,4 +1,4 @@
-"""The input of the metrics."""
+"""The input of the metrics and of the page."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from modelaverage.v1 import parameter_server_pb2 as pb
+from ps_server.seen.history import HistorySeen
 from ps_server.seen.observations import Observations
 from ps_server.seen.traffic import Traffic
 
-__all__ = ["MetricsSample"]
+__all__ = ["MetricsSample", "PageSample"]
 
 
 @dataclass(frozen=True)
@@ -27,3 +28,22 @@ class MetricsSample:
     observations: Observations
     traffic: Traffic
     lateness_sum_s: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class PageSample:
+    """The state of the server at one moment, as values that no longer change. For any thread.
+
+    Args:
+        status: the answer of GetStatus.
+        history: what happened since the server started.
+        traffic: bytes of fragments.
+        now_s: the time, on the server's clock.
+        started_at_s: when the server started, on the same clock.
+    """
+
+    status: pb.GetStatusResponse
+    history: HistorySeen
+    traffic: Traffic
+    now_s: float
+    started_at_s: float

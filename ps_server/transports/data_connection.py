@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from modelaverage.errors import ModelAverageError, Reason, refusal
 from modelaverage.logs import event
 from modelaverage.runtime.data_sockets import Pace, use_short_queues, want
+from modelaverage.runtime.encrypted_socket import RECORD_BYTES, EncryptedSocket
+from ps_server.transports.arriving import write_all
 
 __all__ = ["DataConnection", "lost"]
 
@@ -25,10 +27,15 @@ class DataConnection:
         connection: a non-blocking socket; this object owns and closes it.
         worker_id: the worker, for the log.
         notice_s: a stall is logged after this time, then after 3 and 7 times as long, and so on.
+        encrypted: encrypts its bytes; None: they are in plain text.
     """
 
-    def __init__(self, connection: socket.socket, worker_id: str, notice_s: float) -> None:
+    def __init__(
+        self, connection: socket.socket, worker_id: str, notice_s: float, encrypted: EncryptedSocket | None = None
+    ) -> None:
         self._socket = connection
+        self._encrypted = encrypted
+        self._stream = connection if encrypted is None else encrypted
         self._worker_id, self._notice_s = worker_id, notice_s
         self._peer = "{}:{}".format(*connection.getpeername()[:2])
         self._loop = asyncio.get_running_loop()
@@ -55,10 +62,12 @@ class DataConnection:
         """Fills the room. Raises RetryPushError (DATA_CONNECTION_LOST)."""
         self._room, self._filled = room, self._loop.create_future()
         try:
-            want(self._socket, len(room))
+            self._want()
             if not self._is_watched:
                 self._loop.add_reader(self._socket, self._read)
                 self._is_watched = True
+            if self._encrypted is not None and self._encrypted.pending:
+                self._read()
             with self._noticing("sends nothing", lambda: self.heard_at_s):
                 await self._filled
         except OSError as error:
@@ -72,7 +81,7 @@ class DataConnection:
             with self._noticing("reads nothing of what is sent", lambda: self.taken_at_s):
                 while data:
                     size_bytes = await self._sendable()
-                    await self._loop.sock_sendall(self._socket, data[:size_bytes])
+                    await write_all(self._stream, data[:size_bytes])
                     self.taken_at_s, data = self._loop.time(), data[size_bytes:]
         except OSError as error:
             raise lost(error) from None
@@ -126,22 +135,37 @@ class DataConnection:
         if filled is None or filled.done():
             self._watch_no_longer()
             return
+        before_bytes = len(self._room)
         try:
-            count = self._socket.recv_into(self._room)
-            if count == 0:
-                raise ConnectionResetError("the worker has closed it")
-            self._room = self._room[count:]
+            self._fill()
             if self._room:
-                want(self._socket, len(self._room))
-        except BlockingIOError:
-            return
+                self._want()
         except OSError as error:
             self._watch_no_longer()
             filled.set_exception(error)
             return
-        self.heard_at_s = self._loop.time()
+        if len(self._room) < before_bytes:
+            self.heard_at_s = self._loop.time()
         if not self._room:
             filled.set_result(None)
+
+    def _fill(self) -> None:
+        """Reads available bytes: of a plain socket, what one call gives; of an encrypted one, all, because those left
+        inside TLS would wake up nobody. Raises OSError."""
+        while self._room:
+            try:
+                count = self._stream.recv_into(self._room)
+            except BlockingIOError:
+                return
+            if count == 0:
+                raise ConnectionResetError("the worker has closed it")
+            self._room = self._room[count:]
+            if self._encrypted is None:
+                return
+
+    def _want(self) -> None:
+        # TLS may already have taken in the beginning of a record.
+        want(self._socket, len(self._room) - (0 if self._encrypted is None else RECORD_BYTES))
 
     def _watch_no_longer(self) -> None:
         if self._is_watched:

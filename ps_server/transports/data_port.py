@@ -1,6 +1,7 @@
 """Data connections: workers open them in addition to their calls, for the bytes of later pushes.
 
-An admission offers a connection; the worker opens it with the key in the offer. One push at a time uses it.
+An admission offers a connection; the worker opens it with the key in the offer. One push at a time uses it. A server
+with TLS offers it under another name, to workers that encrypt it; the key is sent after the handshake.
 """
 
 from __future__ import annotations
@@ -8,108 +9,37 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass
+import ssl
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
-from modelaverage.runtime.data_sockets import HALF_KEY_BYTES, NOTICES_IN_SILENCE, NUMBER, halves, new_key, prepare
+from modelaverage.runtime.data_sockets import (
+    HALF_KEY_BYTES,
+    NOTICES_IN_SILENCE,
+    OVER_TLS,
+    halves,
+    new_key,
+    prepare,
+)
+from modelaverage.runtime.encrypted_socket import EncryptedSocket
 from modelaverage.runtime.tuning import SILENCE_TIMEOUT_S
 from modelaverage.v1 import parameter_server_pb2 as pb
-from ps_server.transports.base import Opening, Run, Source
+from ps_server.transports.arriving import Strangers, handshake, read_all, write_all
+from ps_server.transports.base import Opening
 from ps_server.transports.data_connection import DataConnection, lost
+from ps_server.transports.data_lane import DataLane, Place
 
 __all__ = ["DataLane", "DataPort", "Place"]
 
 # The greeting follows the connection at once, except when packets are lost.
 _GREETING_TIMEOUT_S = 20.0
+# For a TLS handshake. Behind a deep queue it may take longer: then the bytes go in messages, which cost a slow link no
+# more.
+_HANDSHAKE_TIMEOUT_S = 10.0
 # The pause after a failed accept.
 _PAUSE_S = 0.5
 # Strangers that connect and stay silent delay new connections, nothing else.
 _GREETINGS_AT_ONCE = 64
-
-
-@dataclass(frozen=True)
-class Place:
-    """The owner of a connection: a worker's process."""
-
-    worker_id: str
-    incarnation: bytes
-
-
-class DataLane:
-    """A push whose fragments all arrive on its worker's data connection; the average is sent there, too.
-
-    Args:
-        port: takes the connection back after the push.
-        connection: the connection of the worker's process; reserved for this push.
-        opening: the push.
-    """
-
-    kind = pb.TRANSPORT_DATA_CONNECTION
-    is_shared = False
-
-    def __init__(self, port: DataPort, connection: DataConnection, opening: Opening) -> None:
-        self._port = port
-        self._connection: DataConnection | None = connection
-        self._place = Place(opening.header.worker_id, opening.header.incarnation)
-        self._push_id = opening.header.push_id
-        self._call = opening.call
-        self._manifest = opening.manifest
-        self._codec = opening.codec
-        self._room: memoryview | None = None  # None: no byte has been read
-        self._received = 0
-
-    def admitted(self, admission: pb.PushAdmission, average: Source) -> None:
-        """Adds nothing."""
-
-    async def receive(self) -> Run | None:
-        """The next fragment. Raises RetryPushError (DATA_CONNECTION_LOST)."""
-        if self._room is None:
-            await self._begin()
-        assert self._room is not None
-        index = self._received
-        if index == self._manifest.fragment_count:
-            return None
-        data = self._room[: self._codec.size_bytes(self._manifest, index)]
-        await self._read(data)
-        self._received += 1
-        return Run(index, data)
-
-    def end_of_range(self, first: int, finished: int, runs: bool) -> int:
-        """One fragment, or a run that ends at a multiple of the maximum run length."""
-        longest = self._manifest.longest_run
-        return min(finished, (first // longest + 1) * longest) if runs else first + 1
-
-    async def send(self, average: Source, first: int, end: int) -> bytes:
-        """Sends the bytes on the data connection. Raises RetryPushError (DATA_CONNECTION_LOST)."""
-        assert self._connection is not None
-        for data in average.data(first, end):
-            await self._call.write_aside(self._connection, self._connection.send(data))
-        return b""
-
-    def answered(self, is_committed: bool) -> None:
-        """Returns the connection for the next push if no bytes are left in it."""
-        if is_committed and self._received == self._manifest.fragment_count and self._connection is not None:
-            connection, self._connection = self._connection, None
-            self._port.give_back(self._place, connection)
-
-    def close(self) -> None:
-        """Closes the connection unless it was given back, because unknown bytes may be left in it."""
-        if self._connection is not None:
-            self._connection.close()
-
-    async def _begin(self) -> None:
-        assert self._connection is not None
-        self._connection.begin()
-        self._room = memoryview(bytearray(max(self._codec.max_size_bytes(self._manifest), NUMBER.size)))
-        number = self._room[: NUMBER.size]
-        await self._read(number)
-        if NUMBER.unpack(number) != (self._push_id,):
-            raise lost("its bytes are another push's")
-
-    async def _read(self, room: memoryview) -> None:
-        assert self._connection is not None
-        await self._call.read_aside(self._connection, self._connection.receive(room))
 
 
 class DataPort:
@@ -129,14 +59,25 @@ class DataPort:
         self._connections: dict[str, tuple[Place, DataConnection]] = {}  # worker id -> owner, connection
         self._greetings = asyncio.Semaphore(_GREETINGS_AT_ONCE)
         self._tasks = set[asyncio.Task[None]]()
+        self._tls_context: Callable[[], ssl.SSLContext] | None = None
+        self._strangers = Strangers(asyncio.get_running_loop().time)
         self._arriving = set[socket.socket]()
 
-    def listen(self, hosts: Sequence[str], port: int) -> int:
-        """Listens on these hosts, on the same port of each; 0: any free one. Returns the port.
+    def listen(self, hosts: Sequence[str], port: int, tls_context: Callable[[], ssl.SSLContext] | None = None) -> int:
+        """Listens on these hosts.
+
+        Args:
+            hosts: their names or addresses.
+            port: the same for all; 0: any free one.
+            tls_context: returns the context for a new connection; None: connections are in plain text.
+
+        Returns:
+            The port.
 
         Raises:
             OSError: it cannot listen.
         """
+        self._tls_context = tls_context
         try:
             for host in hosts:
                 family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -155,17 +96,22 @@ class DataPort:
     def open(self, opening: Opening) -> DataLane | None:
         """The lane of a push that uses its worker's connection. Raises RetryPushError (DATA_CONNECTION_LOST)."""
         header = opening.header
-        if not header.uses_data_connection:
+        if not header.uses_data_connection and header.uses_transport != OVER_TLS:
             return None
-        return DataLane(self, self.take(Place(header.worker_id, header.incarnation)), opening)
+        return DataLane(self.give_back, self.take(Place(header.worker_id, header.incarnation)), opening)
 
     def offer(self, opening: Opening, admission: pb.PushAdmission) -> None:
         """Offers a connection to a worker that asks for one."""
         header = opening.header
-        if header.accepts_data_connection and not opening.call.peer.startswith("unix"):
-            offered = self.offer_to(Place(header.worker_id, header.incarnation))
-            if offered is not None:
-                admission.data_connection.CopyFrom(offered)
+        is_plain = self._tls_context is None
+        is_asked = header.accepts_data_connection if is_plain else OVER_TLS in header.accepts_transports
+        if not is_asked or opening.call.peer.startswith("unix"):
+            return
+        offered = self.offer_to(Place(header.worker_id, header.incarnation))
+        if offered is not None and is_plain:
+            admission.data_connection.CopyFrom(offered)
+        elif offered is not None:
+            admission.offers.add(transport=OVER_TLS, details=offered.SerializeToString())
 
     def offer_to(self, place: Place) -> pb.DataConnection | None:
         """The offer for a process that asks for a connection; None: there is none. Voids its earlier offers."""
@@ -226,6 +172,7 @@ class DataPort:
         for ended in (*self._listeners, *self._arriving):
             with contextlib.suppress(ValueError):  # already closed
                 asyncio.get_running_loop().remove_reader(ended)
+                asyncio.get_running_loop().remove_writer(ended)
             ended.close()
         self._listeners.clear()
         for worker_id in list(self._connections):
@@ -247,9 +194,9 @@ class DataPort:
         await self._greetings.acquire()
         connection: socket.socket | None = None
         try:
-            connection, _ = await asyncio.get_running_loop().sock_accept(listener)
+            connection, address = await asyncio.get_running_loop().sock_accept(listener)
             self._arriving.add(connection)
-            self._begin(self._greet(connection))
+            self._begin(self._greet(connection, "{}:{}".format(*address[:2])))
         except BaseException:
             self._greetings.release()
             if connection is not None:
@@ -257,35 +204,42 @@ class DataPort:
                 connection.close()
             raise
 
-    async def _greet(self, connection: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
-
-        async def greeting() -> bool:
-            hello = b""
-            while len(hello) < HALF_KEY_BYTES:
-                more = await loop.sock_recv(connection, HALF_KEY_BYTES - len(hello))
-                if not more:
-                    return False
-                hello += more
-            answer, place = self._offers.pop(hello, (b"", None))
-            if place is None:
-                return False
-            # Before the answer: a client that has it may push at once.
-            self._drop(place.worker_id)
-            notice_s = self._silence_timeout_s / NOTICES_IN_SILENCE
-            self._put(place, DataConnection(connection, place.worker_id, notice_s))
-            await loop.sock_sendall(connection, answer)
-            return True
-
-        is_known = False
+    async def _greet(self, arrived: socket.socket, peer: str) -> None:
+        connection, is_known = arrived, False
         try:
             connection.setblocking(False)
             prepare(connection, self._silence_timeout_s)
-            is_known = await asyncio.wait_for(greeting(), _GREETING_TIMEOUT_S)
-        except (OSError, ValueError, asyncio.TimeoutError):
-            pass  # a stranger, or a worker that gave up
+            encrypted: EncryptedSocket | None = None
+            if self._tls_context is not None:
+                if not self._offers:
+                    raise ConnectionError("it was offered to nobody")  # a handshake costs more than this
+                secure = self._tls_context().wrap_socket(arrived, server_side=True, do_handshake_on_connect=False)
+                self._arriving.discard(arrived)
+                self._arriving.add(secure)
+                connection = secure
+                await asyncio.wait_for(handshake(secure), _HANDSHAKE_TIMEOUT_S)
+                encrypted = EncryptedSocket(secure)
+            is_known = await asyncio.wait_for(self._take_key(connection, encrypted), _GREETING_TIMEOUT_S)
+            if not is_known:
+                raise ConnectionError("it has no valid key")
+        except asyncio.TimeoutError:
+            self._strangers.refused(peer, "nothing came in time")
+        except (OSError, ValueError) as error:  # a stranger, or a worker that gave up
+            self._strangers.refused(peer, error)
         finally:
             if not is_known:
                 connection.close()
-            self._arriving.discard(connection)
+            self._arriving -= {arrived, connection}
             self._greetings.release()
+
+    async def _take_key(self, connection: socket.socket, encrypted: EncryptedSocket | None) -> bool:
+        stream = connection if encrypted is None else encrypted
+        answer, place = self._offers.pop(await read_all(stream, HALF_KEY_BYTES), (b"", None))
+        if place is None:
+            return False
+        # Before the answer: a client that has it may push at once.
+        self._drop(place.worker_id)
+        notice_s = self._silence_timeout_s / NOTICES_IN_SILENCE
+        self._put(place, DataConnection(connection, place.worker_id, notice_s, encrypted))
+        await write_all(stream, answer)
+        return True

@@ -198,7 +198,7 @@ def train_in_cluster(
         with says_what_follows(session, lambda: optimizer.local_step, config.steps), _begun(hook, cluster, say):
             steps_done = min(config.steps, optimizer.global_step * config.interval_steps)
             _set_local_step(optimizer, steps_done)
-            meter = Meter(cluster.worker_id, config, report, steps_done, optimizer.global_step)
+            meter = Meter(cluster.worker_id, config, report, session, steps_done, optimizer.global_step)
 
             def evaluate() -> None:
                 if cluster.is_chief:
@@ -253,15 +253,31 @@ def train_alone(
 
 
 class Meter:
-    """Reports one worker's training as events."""
+    """Reports one worker's training as events.
+
+    Args:
+        worker: its name.
+        config: how it trains.
+        report: called with each event.
+        session: of the worker; None: it trains alone.
+        steps_done: before this process.
+        global_step: at its start.
+    """
 
     def __init__(
-        self, worker: str, config: DigitsConfig, report: Report, steps_done: int = 0, global_step: int = 0
+        self,
+        worker: str,
+        config: DigitsConfig,
+        report: Report,
+        session: ParameterServerSession | None = None,
+        steps_done: int = 0,
+        global_step: int = 0,
     ) -> None:
         self._worker = worker
         self._batch_size = config.batch_size
         self._steps = config.steps
         self._report = report
+        self._session = session
         self._step = steps_done
         self._global_step = global_step
         self._waited_s = 0.0
@@ -298,10 +314,14 @@ class Meter:
                 samples_per_s=count * self._batch_size / (now_s - self._since_s),
                 waited_s=self._waited_s,
                 global_step=self._global_step,
+                moved_bytes=self._moved_bytes(),
             )
         )
         self._losses.clear()
         self._since_s = now_s
+
+    def _moved_bytes(self) -> int:
+        return 0 if self._session is None else self._session.sent_bytes + self._session.received_bytes
 
 
 def _train(

@@ -9,7 +9,7 @@ from modelaverage.chosen import COMPRESSIONS, NO_COMPRESSION, codec_of, compress
 from modelaverage.commands import flag_types
 from modelaverage.outer import outer_optimizer, text_of
 
-__all__ = ["ALONE", "ALONE_WITH_ALL", "DigitsConfig", "MODULES", "PLAIN", "add_training_flags"]
+__all__ = ["ALONE", "ALONE_WITH_ALL", "DigitsConfig", "LONE", "MODULES", "PLAIN", "add_training_flags"]
 
 ALONE = "alone"
 """The name of a worker that trains without a server on worker 0's share of the images."""
@@ -18,6 +18,8 @@ ALONE_WITH_ALL = "alone-with-all"
 PLAIN = "plain"
 """The name under which plain averages of all workers are shown, played in one process beside an outer optimizer or
 compression."""
+LONE = (PLAIN, ALONE, ALONE_WITH_ALL)
+"""What the workers are compared with."""
 
 MODULES = ("torch", "sklearn", "safetensors")
 """The packages that training needs and a plain installation does not have."""

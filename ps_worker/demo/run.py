@@ -19,6 +19,8 @@ from modelaverage.errors import ModelAverageError
 from modelaverage.missing import Missing
 from modelaverage.outer import AVERAGE, text_of
 from modelaverage.v1 import parameter_server_pb2 as pb
+from ps_worker.curves.metrics import curves_of
+from ps_worker.curves.run_directory import new_run_directory
 from ps_worker.demo import run_files
 from ps_worker.demo.digits_config import ALONE, ALONE_WITH_ALL, PLAIN, DigitsConfig
 from ps_worker.demo.metrics_file import MetricsFile
@@ -61,14 +63,17 @@ async def run_demo(config: DemoConfig, engine: Engine, processes: Processes) -> 
         OSError: the files cannot be written.
     """
     view = view_for(Console())
-    directory = run_files.new_run_directory(config.runs)
+    directory = new_run_directory(config.runs)
     try:
         with MetricsFile(directory / run_files.METRICS, view.say) as metrics:
             async with engine(processes, view.say) as cluster:
-                summary = await _Demo(config, cluster, processes, directory, view, metrics).run()
+                demo = _Demo(config, cluster, processes, directory, view, metrics)
+                summary = await demo.run()
     finally:
         view.close()
         run_files.remove_if_empty(directory)
+    curves = curves_of(event for events in demo.record.steps.values() for event in events)
+    view.plot([curve for curve in curves if curve.has_server])
     view.table(
         "Handwritten digits: accuracy and loss on the test images",
         [*summary.rows(), ("files", ", ".join(summary.files))],
@@ -77,7 +82,11 @@ async def run_demo(config: DemoConfig, engine: Engine, processes: Processes) -> 
 
 
 class _Demo:
-    """One run: its stages in order, and what is shown of them."""
+    """One run: its stages in order, and what is shown of them.
+
+    Attributes:
+        record: what has happened so far.
+    """
 
     def __init__(
         self,
@@ -94,7 +103,7 @@ class _Demo:
         self._directory = directory
         self._view = view
         self._metrics = metrics
-        self._record = Record()
+        self.record = Record()
         count = cluster.num_servers
         self._stage = "the parameter server starts" if count == 1 else f"{count} parameter servers start"
         self._next_stage = ""
@@ -176,16 +185,16 @@ class _Demo:
         return ["-m", "ps_worker", "digits", *self._config.training.to_argv()]
 
     def _summary(self, servers: list[ServerEvent], total_s: float, cluster_s: float, alone_s: float) -> Summary:
-        center, alone = self._record.last_score(self._workers[0]), self._record.last_score(ALONE)
+        center, alone = self.record.last_score(self._workers[0]), self.record.last_score(ALONE)
         assert center is not None
         assert alone is not None
         received_bytes = sum(server.received_bytes for server in servers)
         sent_bytes = sum(server.sent_bytes for server in servers)
         return Summary(
             center=center,
-            plain=self._record.last_score(PLAIN),
+            plain=self.record.last_score(PLAIN),
             alone=alone,
-            all_images=self._record.last_score(ALONE_WITH_ALL),
+            all_images=self.record.last_score(ALONE_WITH_ALL),
             rounds=min(server.global_step for server in servers),
             bytes_moved=received_bytes + sent_bytes,
             bytes_received=received_bytes,
@@ -195,7 +204,7 @@ class _Demo:
             total_s=total_s,
             cluster_s=cluster_s,
             alone_s=alone_s,
-            waited_s={worker: sum(r.waited_s for r in self._record.rounds[worker]) for worker in self._workers},
+            waited_s={worker: sum(r.waited_s for r in self.record.rounds[worker]) for worker in self._workers},
             num_servers=len(servers),
             num_workers=len(self._workers),
             restarts={w.name: w.restarts for w in self._cluster.worker_states() if w.restarts},
@@ -215,7 +224,7 @@ class _Demo:
         self._add(decode(line))
 
     def _add(self, event: Event) -> None:
-        self._record.add(event)
+        self.record.add(event)
         self._metrics.write(encode(event))
 
     async def _keep_watching(self, watch: ServerWatch) -> None:
@@ -236,7 +245,7 @@ class _Demo:
 
     def _show(self) -> None:
         cast = Cast(self._servers(), self._workers, self._alone, self._config.training.steps)
-        self._view.show(cast, self._record, self._stage)
+        self._view.show(cast, self.record, self._stage)
 
     def _servers(self) -> dict[str, str]:
         """Addresses by server name; empty until the servers listen."""

@@ -16,6 +16,8 @@ from rich.text import Text
 
 from modelaverage.commands.columns import fitted, listed_within, shortened, size, width
 from modelaverage.names import shown
+from ps_worker.curves.curve import Curve
+from ps_worker.curves.text import plotted
 from ps_worker.demo.record import Record
 from ps_worker.events.parse import ServerEvent
 
@@ -68,6 +70,9 @@ class View(Protocol):
     def close(self) -> None:
         """Nothing more will be shown."""
 
+    def plot(self, curves: Sequence[Curve]) -> None:
+        """Shows the losses of the whole run, after `close`, if that is of use."""
+
     def table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         """The result, after `close`."""
 
@@ -105,6 +110,11 @@ class LiveView:
     def close(self) -> None:
         """Leaves the last picture on the screen."""
         self._live.stop()
+
+    def plot(self, curves: Sequence[Curve]) -> None:
+        """Plots them."""
+        for line in plotted(curves, self._console.width):
+            self._console.print(Text(line))
 
     def table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         """Prints the result."""
@@ -149,6 +159,9 @@ class PlainView:
 
     def close(self) -> None:
         """Does nothing."""
+
+    def plot(self, curves: Sequence[Curve]) -> None:
+        """Does nothing: a plot is for people."""
 
     def table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         """Prints the result in two columns."""

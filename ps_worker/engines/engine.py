@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 from ps_worker.engines.processes import EventPipe, LineHandler, Processes
@@ -59,10 +60,12 @@ class Cluster(Protocol):
         on_output: LineHandler,
         on_error: LineHandler,
         events: EventPipe | None = None,
+        environ: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         """Starts worker ``index``, once the servers listen: Python with the arguments ``command``.
 
-        The handlers are called with each line of its stdout and its stderr; ``events`` is an additional pipe.
+        The handlers are called with each line of its stdout and its stderr; ``events`` is an additional pipe, and
+        ``environ`` is added to the worker's environment.
         """
 
     async def workers_done(self) -> None:

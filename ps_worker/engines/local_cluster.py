@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 from ma_client.cluster.resolvers import FRESH
@@ -32,6 +32,7 @@ _READY_TIMEOUT_S = 30.0
 # A server with a checkpoint directory may have to write a checkpoint before it ends.
 _CHECKPOINT_STOP_TIMEOUT_S = 10.0
 _PART = re.compile(r"ps-[0-9]+")
+_PAGE = re.compile(r" page at (https?://\S+)$")
 _CHECKPOINT = re.compile(r"center-.*\.safetensors")
 # Only for a worker's first process: a chief that is restarted finds the center that it has initialized.
 _FIRST_START_ONLY = frozenset({FRESH})
@@ -62,6 +63,7 @@ class LocalConfig:
         serve: further flags of the servers.
         max_restarts: how often each worker that fails is restarted.
         must_be_new: whether the chief, when it is first started, refuses to go on from a center that is there already.
+        has_page: whether the last server serves a page that shows the run, on a free port.
     """
 
     num_servers: int
@@ -69,6 +71,7 @@ class LocalConfig:
     serve: ServeFlags = field(default_factory=ServeFlags)
     max_restarts: int = 0
     must_be_new: bool = False
+    has_page: bool = False
 
 
 class LocalCluster:
@@ -102,17 +105,24 @@ class LocalCluster:
 
     async def start_servers(self) -> None:
         """Returns when all listen, within 30 s. Errors are those of `Cluster`."""
-        first_lines = [self._start_server(index) for index in range(self.num_servers)]
+        # A page shows all servers, so the one that has it starts when the others' addresses are known.
+        alone = 1 if self._config.has_page else 0
+        await self._start_servers(range(self.num_servers - alone))
+        await self._start_servers(range(self.num_servers - alone, self.num_servers))
+
+    async def _start_servers(self, indexes: range) -> None:
+        first_lines = [self._start_server(index) for index in indexes]
+        servers = self._servers[indexes.start : indexes.stop]
         all_listen = asyncio.gather(*first_lines)
-        changes: list[asyncio.Future[Any]] = [all_listen, *(server.exit_code for server in self._servers)]
+        changes: list[asyncio.Future[Any]] = [all_listen, *(server.exit_code for server in servers)]
         await asyncio.wait(changes, timeout=_READY_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
         for server in self._servers:
             if server.exit_code.done():
                 raise await server.failure()
-        for server, first_line in zip(self._servers, first_lines, strict=True):
+        for server, first_line in zip(servers, first_lines, strict=True):
             if not first_line.done():
                 raise EngineError(f"{server.name} is not listening after {_READY_TIMEOUT_S:g} s")
-        self.addresses = tuple(line.split()[-1] for line in all_listen.result())  # "... listening on HOST:PORT"
+        self.addresses += tuple(line.split()[-1] for line in all_listen.result())  # "... listening on HOST:PORT"
 
     def _start_server(self, index: int) -> asyncio.Future[str]:
         first_line: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -120,6 +130,8 @@ class LocalCluster:
         def on_output(line: str) -> None:
             if not first_line.done():
                 first_line.set_result(line)
+            elif (url := _PAGE.search(line)) is not None:
+                self._announce(f"page: {url[1]}")
 
         name = server_name(index)
         own = self._config.serve
@@ -127,6 +139,10 @@ class LocalCluster:
             own = replace(own, checkpoint_dir=self.center_at[index])
         serve = ["-m", "ps_server", "serve", "--bind", "127.0.0.1:0", "--num-workers", str(self.num_workers)]
         serve += own.to_argv()
+        if self._config.has_page and index == self.num_servers - 1:
+            serve += ["--page-bind", "127.0.0.1:0"]
+            for address in self.addresses:
+                serve += ["--page-shard", address]
         server = self._processes.start(
             f"parameter server {name}",
             [sys.executable, *serve],
@@ -146,15 +162,16 @@ class LocalCluster:
         on_output: LineHandler,
         on_error: LineHandler,
         events: EventPipe | None = None,
+        environ: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         """Starts worker ``index``; see `Cluster`."""
         cluster = ClusterSpec(self.addresses, self.num_workers, index, must_be_new=self._config.must_be_new)
-        environ = {"OMP_NUM_THREADS": str(self._threads_per_worker()), **os.environ, **cluster.to_env()}
-        environ["PYTHONUNBUFFERED"] = "1"  # so that lines appear when they are printed
+        whole = {"OMP_NUM_THREADS": str(self._threads_per_worker()), **os.environ, **environ, **cluster.to_env()}
+        whole["PYTHONUNBUFFERED"] = "1"  # so that lines appear when they are printed
 
         def start(again: bool) -> Child:
             name, python = cluster.worker_id, [sys.executable, *command]
-            told = started_again(environ) if again else environ
+            told = started_again(whole) if again else whole
             return self._processes.start(name, python, told, on_output, on_error, events)
 
         self._workers.append(LocalWorker(cluster.worker_id, start, self._config.max_restarts, self._announce))

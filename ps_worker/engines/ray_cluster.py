@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 import ray
@@ -126,6 +126,7 @@ class RayCluster:
         on_output: LineHandler,
         on_error: LineHandler,
         events: EventPipe | None = None,
+        environ: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         """Starts worker ``index``; see `Cluster`. It keeps its index when it is started again."""
         config = self._config
@@ -135,11 +136,11 @@ class RayCluster:
 
         def command_at(_: str) -> Command:
             nonlocal must_be_new
-            environ = ClusterSpec(self.addresses, self.num_workers, index, must_be_new=must_be_new).to_env()
+            cluster = ClusterSpec(self.addresses, self.num_workers, index, must_be_new=must_be_new)
             must_be_new = False  # restarted, it finds the center that it has initialized
-            # So that lines appear when they are printed.
-            environ["PYTHONUNBUFFERED"] = "1"
-            return Command(name, command, environ, config.directory, None if events is None else events.flag)
+            # Unbuffered, so that lines appear when they are printed.
+            whole = {**environ, **cluster.to_env(), "PYTHONUNBUFFERED": "1"}
+            return Command(name, command, whole, config.directory, None if events is None else events.flag)
 
         handlers = {OUTPUT: on_output, ERROR: on_error} | ({} if events is None else {EVENT: events.on_line})
         host = self._host(self.num_servers + index)

@@ -24,6 +24,7 @@ class StepEvent:
         samples_per_s: samples trained on per second since the last such event; time at the barrier counts.
         waited_s: seconds waited at the barrier since the start.
         global_step: rounds completed.
+        moved_bytes: bytes of fragments that its process has sent and received; 0: it has no server.
     """
 
     kind: ClassVar[str] = "step"
@@ -34,6 +35,7 @@ class StepEvent:
     samples_per_s: float
     waited_s: float
     global_step: int
+    moved_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,13 @@ from collections.abc import Callable
 
 from study.tasks.base import LearningTask, Samples
 from study.tasks.digits import DigitsTask
+from study.tasks.mnist import MnistTask
 from study.tasks.text import TextTask
+from study.tasks.text_muon import MuonTextTask
 
-__all__ = ["LearningTask", "Samples", "TASKS", "TASK_NAMES"]
+__all__ = ["LearningTask", "Samples", "TASKS"]
 
-TASKS: dict[str, Callable[[], LearningTask]] = {DigitsTask.name: DigitsTask, TextTask.name: TextTask}
+TASKS: dict[str, Callable[[], LearningTask]] = {
+    each.name: each for each in (DigitsTask, MnistTask, TextTask, MuonTextTask)
+}
 """What makes each task; reads its data."""
-
-TASK_NAMES = tuple(TASKS)

@@ -32,7 +32,6 @@ _WIDTH = 64
 _HEADS = 4
 _LAYERS = 2
 _HELD_OUT_PART = 0.1
-_HELD_OUT_SEQUENCES = 256
 _WARM_UP_PART = 0.05
 _LEAST_FACTOR = 0.1
 # Packages of every supported version, besides the single modules; without tests and tables.
@@ -107,6 +106,7 @@ class TextTask(LearningTask):
     learning rate rises over the first twentieth of the steps and falls to a tenth along a cosine."""
 
     name: ClassVar[str] = "text"
+    held_out_sequences: ClassVar[int] = 256
 
     def __init__(self) -> None:
         training, held_out = standard_library()
@@ -115,7 +115,7 @@ class TextTask(LearningTask):
         by_name, _ = standard_library(UNEQUAL)
         self._training = {EQUAL: np.frombuffer(training, np.uint8), UNEQUAL: np.frombuffer(by_name, np.uint8)}
         text = np.frombuffer(held_out, np.uint8)
-        places = np.linspace(0, len(text) - CONTEXT - 1, _HELD_OUT_SEQUENCES).astype(np.int64)
+        places = np.linspace(0, len(text) - CONTEXT - 1, self.held_out_sequences).astype(np.int64)
         self.held_out = _sequences(text, places)
 
     def model(self, seed: int) -> nn.Module:

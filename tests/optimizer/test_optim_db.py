@@ -24,7 +24,7 @@ STEPS, INTERVAL_STEPS = 6, 2
 class Echo:
     """The part of a session that the optimizer uses, for one worker without a server: the average is what it gave."""
 
-    worker_id, is_chief, num_workers = "worker-0", True, 1
+    worker_id, is_chief, num_workers, frozen_digests = "worker-0", True, 1, b""
 
     def __init__(self) -> None:
         self.base_step: int | None = None

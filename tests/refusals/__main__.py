@@ -20,7 +20,8 @@ from tests.refusals.sites import ERRORS, PROBE, install
 
 install()
 
-from tests.refusals.play import PLAYS, Wrong, play  # noqa: E402
+from tests.refusals.kinds import PLAYS, Wrong  # noqa: E402
+from tests.refusals.play import play  # noqa: E402
 
 
 def hits(count: int, every: bool, turn: int) -> list[int]:

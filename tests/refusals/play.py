@@ -9,273 +9,33 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import math
 import shutil
 import socket
 import tempfile
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import grpc
-import grpc.aio
 import numpy as np
 
 from modelaverage import wire
 from modelaverage.chosen import Chosen
-from modelaverage.codecs import RAW, Codec, codec_named
-from modelaverage.codecs.int8 import INT8
-from modelaverage.errors import FAULTS, Reason, refusal_metadata, told_reason
-from modelaverage.manifest import Manifest, Variable
-from modelaverage.outer import AVERAGE, OuterOptimizer, OuterSGD, text_of
+from modelaverage.codecs import RAW, codec_named
+from modelaverage.errors import Reason
+from modelaverage.outer import text_of
 from modelaverage.runtime.data_sockets import NUMBER, halves
 from modelaverage.runtime.shared_memory import Segment, SegmentAddress
 from modelaverage.v1 import parameter_server_pb2 as pb
-from ps_server.checkpoints.home import CheckpointHome
-from ps_server.checkpoints.keeper import CheckpointPolicy
 from ps_server.checkpoints.reading import load_latest
-from ps_server.flow.service import ParameterServerService, ServicePolicy
-from ps_server.machine.reserve import Reserve
-from ps_server.rules.policy import RoundPolicy
-from tests.outer_oracles import formula
+from tests.refusals.fallible_server import Context, Died, Refused, Server, next_message
+from tests.refusals.kinds import INITIAL, MANIFEST, PLAYS, ROUNDS, Kind, Result, Wrong, value_of
 from tests.refusals.sites import PROBE
 
-__all__ = ["PLAYS", "Kind", "Result", "Wrong", "play"]
+__all__ = ["play"]
 
-MANIFEST = Manifest(
-    (Variable("a", "float32", (5,)), Variable("b", "float16", (3,)), Variable("c", "float32", (9,))), 16
-)
-CODED_MANIFEST = Manifest((Variable("a", "float32", (1100,)), Variable("c", "float32", (9,))), 2048)
-ROUNDS = 4
-INITIAL = -1.0
 # A play takes some hundredths of a second; one that takes this long hangs, even on a loaded machine.
 LIMIT_S = 30.0
-_STALL_TIMEOUT_S = 1.0
 _PAUSE_S = 0.002
-# All changes of a round are the same, so they are multiples of the scale, but for its rounding.
-_NEAR = 1e-4
-
-
-class Wrong(Exception):  # noqa: N818  # what this test looks for
-    """A client got a value that is not the center, or a call does not end."""
-
-
-class Died(Exception):  # noqa: N818
-    """The server ended its process."""
-
-
-@dataclass(frozen=True)
-class Kind:
-    """What happens in a play.
-
-    Args:
-        ways: how each worker's bytes travel: inline, follows, half (duplex), shared, data.
-        policy: whom rounds wait for.
-        keeps: whether there are checkpoints.
-        readers: whether a reader pulls in every round, and reads nothing until the end.
-        breaks: whether in each round a third worker begins a push and disappears in the middle.
-        outer: the outer optimizer that the chief names.
-        codec: the compression that the chief names. Worker 0 pushes in it, the others raw.
-    """
-
-    ways: tuple[str, ...]
-    policy: RoundPolicy = field(default_factory=lambda: RoundPolicy.strict(2))
-    keeps: bool = False
-    readers: bool = False
-    breaks: bool = False
-    outer: OuterOptimizer = AVERAGE
-    codec: Codec = RAW
-
-    @property
-    def manifest(self) -> Manifest:
-        """Of the center."""
-        return MANIFEST if self.codec is RAW else CODED_MANIFEST
-
-    def center_of(self, step: int) -> float:
-        """What the center has everywhere at a step. All values are exact in float16."""
-        center = np.full(1, INITIAL, np.float32)
-        state = {slot: np.zeros_like(center) for slot in self.outer.slots}
-        for base_step in range(step):
-            average = np.full(1, 10.0 * base_step + 2.0, np.float32)
-            # By the formula: the optimizer's own calls may be refused here, too.
-            center, state = (average, {}) if self.outer == AVERAGE else formula(self.outer, center, average, state)
-        return float(center[0])
-
-    def flat(self, value: float) -> bytes:
-        """The flat buffer of a model that has this value everywhere."""
-        buffer = np.zeros(self.manifest.buffer_size_bytes, np.uint8)
-        for array in self.manifest.arrays(buffer).values():
-            array[...] = value
-        return buffer.tobytes()
-
-    def check(self, what: str, step: int, flat: bytes | bytearray | memoryview) -> None:
-        """Raises Wrong unless these bytes are the center of this step."""
-        expected = self.center_of(step)
-        for name, array in self.manifest.arrays(np.frombuffer(bytes(flat), np.uint8)).items():
-            if not (np.abs(array.astype(np.float64) - expected) <= _NEAR * (self.codec is not RAW)).all():
-                raise Wrong(f"{what}: {name} is {array.tolist()} at step {step}, where {expected} belongs")
-
-
-PLAYS = {
-    "messages": Kind(("inline", "follows"), readers=True),
-    "half-duplex": Kind(("half", "inline")),
-    "shared memory": Kind(("shared", "shared"), readers=True),
-    "data connections": Kind(("data", "data")),
-    "quorum": Kind(("inline", "shared"), RoundPolicy(3, 2, 3, grace_s=0.01), breaks=True),
-    "checkpoints": Kind(("follows", "shared"), keeps=True),
-    "outer optimizer": Kind(("follows", "shared"), keeps=True, outer=OuterSGD(0.5, 0.5)),
-    "compression": Kind(("inline", "shared"), keeps=True, codec=INT8),
-}
-
-
-@dataclass
-class Result:
-    """How a play went.
-
-    Args:
-        died: how often the server ended its process and was restarted.
-        retries: calls that were refused, or failed, and were repeated.
-        took_s: seconds.
-        started: False if the server said at once that it could not start.
-    """
-
-    died: int = 0
-    retries: int = 0
-    took_s: float = 0.0
-    started: bool = True
-
-
-def value_of(worker: int, step: int) -> float:
-    """What a worker pushes from a base step."""
-    return 10.0 * step + 2.0 * worker + 1.0
-
-
-class Context:
-    """gRPC's side of a call, as the handler sees it."""
-
-    def __init__(self) -> None:
-        self.up: asyncio.Queue[bytes | None] = asyncio.Queue()
-        self.down: asyncio.Queue[bytes] = asyncio.Queue()
-        self.takes = asyncio.Event()  # unset: writes wait
-        self.takes.set()
-        self.refused: tuple[Reason, str] | None = None
-
-    def peer(self) -> str:
-        return "ipv4:127.0.0.1:1"
-
-    async def read(self) -> Any:
-        message = await self.up.get()
-        return grpc.aio.EOF if message is None else message  # type: ignore[attr-defined]
-
-    async def write(self, message: bytes) -> None:
-        await self.takes.wait()
-        self.down.put_nowait(bytes(message))
-
-    async def abort(self, code: grpc.StatusCode, details: str, metadata: tuple[tuple[str, str], ...]) -> None:
-        reason = Reason[told_reason(metadata)]
-        assert (code.name, metadata) == (FAULTS[reason].status, refusal_metadata(reason))
-        self.refused = reason, details
-        raise grpc.aio.AbortError
-
-
-class Refused(Exception):  # noqa: N818
-    """The server has refused a call."""
-
-    def __init__(self, reason: Reason | None, details: str) -> None:
-        super().__init__(f"{reason}: {details}")
-        self.reason = reason
-
-
-class Server:
-    """A service whose process may end, and is restarted from its checkpoints."""
-
-    def __init__(self, kind: Kind, directory: Path) -> None:
-        self.kind, self.directory, self.result = kind, directory, Result()
-        self.service: ParameterServerService | None = None
-        self.home: CheckpointHome | None = None
-        self.tasks: set[asyncio.Task[Any]] = set()
-
-    def start(self) -> None:
-        shared = any(way == "shared" for way in self.kind.ways)
-        checkpoints = CheckpointPolicy(self.directory) if self.kind.keeps else None
-        policy = ServicePolicy(self.kind.policy, 1 << 20, _STALL_TIMEOUT_S, 0 if shared else math.inf, checkpoints)
-        restored = None
-        if self.kind.keeps:
-            self.home = CheckpointHome(self.directory)
-            restored = load_latest(self.directory)
-        self.service = ParameterServerService(
-            policy, restored=restored, reserve=Reserve(4), home=self.home, die=self._die
-        )
-        if "data" in self.kind.ways:
-            self.service.data_port.listen(["127.0.0.1"], 0)
-
-    def _die(self, why: str) -> None:
-        assert why
-        self.result.died += 1
-        self.close()
-        for task in self.tasks:
-            task.cancel()
-        raise Died(why)
-
-    def close(self) -> None:
-        """Ends everything that the end of the process would end."""
-        service, self.service = self.service, None
-        if service is not None:
-            service.close()
-        home, self.home = self.home, None
-        if home is not None:
-            home.close()
-
-    async def stop(self) -> None:
-        if self.service is not None:
-            await self.service.stop(0.5)
-
-    def method(self, rpc: str) -> Callable[[Any, Context], Awaitable[Any]]:
-        if self.service is None:
-            if not self.kind.keeps:
-                raise Died("for good: there are no checkpoints")
-            self.start()
-        assert self.service is not None
-        found: Any = self.service.handler().service(_Details(f"/{wire.SERVICE}/{rpc}"))
-        kinds: list[Callable[[Any, Context], Awaitable[Any]] | None]
-        kinds = [found.unary_unary, found.unary_stream, found.stream_unary, found.stream_stream]
-        return next(method for method in kinds if method is not None)
-
-    def call(self, rpc: str, request: bytes | None = None) -> tuple[Context, asyncio.Task[Any]]:
-        context = Context()
-        task = asyncio.ensure_future(self.method(rpc)(request, context))
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
-        return context, task
-
-    @staticmethod
-    def ended(context: Context, task: asyncio.Task[Any]) -> Any:
-        """The result of a call. Raises Refused."""
-        if task.cancelled():
-            raise Refused(None, "the server is gone")
-        error = task.exception()
-        if error is None:
-            return task.result()
-        if context.refused is not None:
-            raise Refused(*context.refused)
-        raise Wrong(f"a handler raised {error!r}, which a client sees as UNKNOWN") from error
-
-
-@dataclass(frozen=True)
-class _Details(grpc.HandlerCallDetails):
-    method: str
-    invocation_metadata: tuple[()] = ()
-
-
-async def next_message(context: Context, task: asyncio.Task[Any]) -> bytes | None:
-    """The next message from the server; None when the call has ended."""
-    getting = asyncio.ensure_future(context.down.get())
-    await asyncio.wait((getting, task), return_when=asyncio.FIRST_COMPLETED)
-    if getting.done():
-        return getting.result()
-    getting.cancel()
-    return None if context.down.empty() else context.down.get_nowait()
 
 
 class Worker:

@@ -37,6 +37,8 @@ MODULES = (
     "ps_server.checkpoints.files",
     "ps_server.checkpoints.home",
     "ps_server.transports.data_port",
+    "ps_server.transports.data_lane",
+    "ps_server.transports.arriving",
     "ps_server.checkpoints.disk_wait",
     "ps_server.flow.job",
     "ps_server.checkpoints.keeper",

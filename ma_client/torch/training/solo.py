@@ -7,6 +7,7 @@ import torch
 
 from ma_client.job.results import PushResult
 from ma_client.session import ParameterServerSession
+from ma_client.torch.frozen import digests_of, warn_if_others
 from ma_client.torch.habits import not_compiled
 from ma_client.torch.replica import Replica
 from ma_client.torch.rounds import Rounds
@@ -105,6 +106,7 @@ class SoloTraining:
             other_names=others,
             outer_optimizer=self._replica.chosen.outer_optimizer or None,
             compression=self._replica.chosen.compression or None,
+            frozen_digests=digests_of(variables.frozen()),
         )
         if done.initialized:  # the center has what was trained before
             self._replica.progress.steps_since_round = 0
@@ -115,6 +117,7 @@ class SoloTraining:
         self.schedule.wait()
         steps = self._replica.progress.steps_since_round
         self._replica.pull()
+        warn_if_others(self._replica.session, self._replica.variables.frozen())
         if steps > 0:
             say_discarded(self._replica.session, steps)
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import ssl
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 
 from modelaverage.access import handshake, proxies
+from modelaverage.access.contexts import Encryption, client_context
 from modelaverage.access.pem import read_authorities, read_identity
 from modelaverage.access.renewed_channel import RenewedChannel
 from modelaverage.access.security import Security, Tls
@@ -22,6 +24,13 @@ __all__ = ["Access"]
 
 _log = logging.getLogger("modelaverage")
 _Metadata = tuple[tuple[str, str], ...]
+
+
+class _Credentials(NamedTuple):
+    """The same files for gRPC's connections and for those beside them."""
+
+    of_channels: grpc.ChannelCredentials
+    context: ssl.SSLContext
 
 
 class Access:
@@ -54,11 +63,21 @@ class Access:
             return grpc.insecure_channel(address, options=options)
         if self._tls.server_name is not None:
             options = [*options, ("grpc.ssl_target_name_override", self._tls.server_name)]
-        return RenewedChannel(self._credentials.get, lambda now: grpc.secure_channel(address, now, options=options))
+        files = self._credentials
+        return RenewedChannel(
+            lambda: files.get().of_channels, lambda now: grpc.secure_channel(address, now, options=options)
+        )
 
     def is_encrypted(self, address: str) -> bool:
         """Whether channels to ``address`` are encrypted. Those over Unix sockets, which stay on the host, are not."""
         return self._tls is not None and not address.startswith("unix:")
+
+    def encryption(self, address: str) -> Encryption | None:
+        """TLS for connections beside the calls to ``address``; None: they are in plain text, like the calls."""
+        files = self._credentials
+        if files is None or self._tls is None or not self.is_encrypted(address):
+            return None
+        return Encryption(address, self._tls, lambda: files.get().context)
 
     @property
     def metadata(self) -> _Metadata:
@@ -74,18 +93,20 @@ class Access:
         return handshake.problem(address, self._tls)
 
 
-def _credentials_of(tls: Tls) -> WatchedFiles[grpc.ChannelCredentials]:
+def _credentials_of(tls: Tls) -> WatchedFiles[_Credentials]:
     """Raises SecurityError."""
     ca_file, cert_file, key_file = (
         None if path is None else Path(path) for path in (tls.ca_file, tls.cert_file, tls.key_file)
     )
 
-    def read() -> grpc.ChannelCredentials:
+    def read() -> _Credentials:
         authorities = None if ca_file is None else read_authorities(ca_file)
         cert = key = None
         if cert_file is not None and key_file is not None:
             cert, key = read_identity(cert_file, key_file)
-        return grpc.ssl_channel_credentials(authorities, key, cert)
+        return _Credentials(
+            grpc.ssl_channel_credentials(authorities, key, cert), client_context(authorities, cert_file, key_file)
+        )
 
     paths = [path for path in (ca_file, cert_file, key_file) if path is not None]
     return WatchedFiles(paths, read, lambda error: _keep("certificates", error))

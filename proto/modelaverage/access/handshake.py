@@ -12,7 +12,7 @@ from modelaverage.access.certificate_names import CertificateNames, shown_name
 from modelaverage.access.security import TLS_CA, TLS_CERT, TLS_KEY, TLS_SERVER_NAME, Tls
 from modelaverage.addresses import parse
 
-__all__ = ["problem"]
+__all__ = ["distrust", "problem"]
 
 _TIMEOUT_S = 2.0
 # X509_V_ERR_UNABLE_TO_GET_ISSUER_CERT, ..._LOCALLY, X509_V_ERR_UNABLE_TO_VERIFY_LEAF_SIGNATURE
@@ -67,20 +67,28 @@ def _problem(address: str, host: str, connection: socket.socket, tls: Tls) -> st
             if secure.recv(1):
                 return None
             return _of_own_certificate(address, tls, "it hung up")
-    except ssl.SSLCertVerificationError as error:
-        return _of_server_certificate(address, tls.server_name or host, tls, error)
     except ssl.SSLError as error:
-        reason = error.reason or ""
-        if "ALERT" in reason:
-            return _of_own_certificate(address, tls, reason.partition("ALERT_")[2].lower().replace("_", " "))
-        if not greeted:
-            return (
-                f"{address} does not speak TLS ({reason.lower().replace('_', ' ')}); start it with --tls-cert and "
-                f"--tls-key, or unset {TLS_CA}"
-            )
-        return None
+        why = distrust(address, host, tls, error)
+        if why is None and not greeted:
+            reason = (error.reason or "").lower().replace("_", " ")
+            return f"{address} does not speak TLS ({reason}); start it with --tls-cert and --tls-key, or unset {TLS_CA}"
+        return why
     except OSError:
         return _of_own_certificate(address, tls, "it hung up") if greeted else None
+
+
+def distrust(address: str, host: str, tls: Tls, error: OSError) -> str | None:
+    """Why client and server do not trust each other, from the error of a handshake or of the first read after it.
+
+    Returns:
+        One line; None if the error does not say so.
+    """
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return _of_server_certificate(address, tls.server_name or host, tls, error)
+    reason = error.reason or "" if isinstance(error, ssl.SSLError) else ""
+    if "ALERT" not in reason or "PROTOCOL_VERSION" in reason:
+        return None
+    return _of_own_certificate(address, tls, reason.partition("ALERT_")[2].lower().replace("_", " "))
 
 
 def _of_server_certificate(address: str, name: str, tls: Tls, error: ssl.SSLCertVerificationError) -> str:

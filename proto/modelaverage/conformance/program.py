@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import subprocess
 import threading
@@ -108,13 +109,11 @@ class Program:
 
     def _write(self) -> None:
         # On a thread of its own: a program that does not read must not block its caller.
-        with _stream(self._process.stdin) as stdin:
-            try:
-                while (line := self._commands.get()) is not None:
-                    stdin.write(line + "\n")
-                    stdin.flush()
-            except OSError:  # it has ended; the wait for its answer reports that
-                return
+        # It may have ended, which the wait for its answer reports. Then the close fails, too, if a line is left.
+        with contextlib.suppress(OSError), _stream(self._process.stdin) as stdin:
+            while (line := self._commands.get()) is not None:
+                stdin.write(line + "\n")
+                stdin.flush()
 
     def last_words(self) -> str:
         """The end of its stderr, and its answers that nobody has read, a line each."""

@@ -16,6 +16,7 @@ __all__ = [
     "HALF_KEY_BYTES",
     "NOTICES_IN_SILENCE",
     "NUMBER",
+    "OVER_TLS",
     "Pace",
     "halves",
     "new_key",
@@ -27,6 +28,10 @@ __all__ = [
 HALF_KEY_BYTES = 16
 NUMBER = struct.Struct("<Q")
 """The encoding of a push's number, which precedes its bytes."""
+
+OVER_TLS = "data_connection_tls"
+"""The name of the transport when both ends encrypt, in `accepts_transports`, `offers` and `uses_transport`. Its details
+are a `DataConnection` message."""
 
 NOTICES_IN_SILENCE = 4
 """A silence is logged after this fraction of the longest one allowed, and again after 3 times as much. On a slow link,
@@ -85,7 +90,7 @@ def prepare(connection: socket.socket, silence_timeout_s: float) -> None:
 
 def want(connection: socket.socket, size_bytes: int) -> None:
     """Wakes a waiting reader only once this many bytes have arrived, not for every packet."""
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, min(size_bytes, _WAKE_UP_BYTES))
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, max(1, min(size_bytes, _WAKE_UP_BYTES)))
 
 
 def use_short_queues(connection: socket.socket) -> None:

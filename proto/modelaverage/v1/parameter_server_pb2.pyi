@@ -174,14 +174,16 @@ class Shard(_message.Message):
     def __init__(self, index: _Optional[int] = ..., count: _Optional[int] = ..., job_id: _Optional[bytes] = ...) -> None: ...
 
 class Manifest(_message.Message):
-    __slots__ = ("variables", "fragment_size_bytes", "shard")
+    __slots__ = ("variables", "fragment_size_bytes", "shard", "frozen_digests")
     VARIABLES_FIELD_NUMBER: _ClassVar[int]
     FRAGMENT_SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
+    FROZEN_DIGESTS_FIELD_NUMBER: _ClassVar[int]
     variables: _containers.RepeatedCompositeFieldContainer[Variable]
     fragment_size_bytes: int
     shard: Shard
-    def __init__(self, variables: _Optional[_Iterable[_Union[Variable, _Mapping]]] = ..., fragment_size_bytes: _Optional[int] = ..., shard: _Optional[_Union[Shard, _Mapping]] = ...) -> None: ...
+    frozen_digests: bytes
+    def __init__(self, variables: _Optional[_Iterable[_Union[Variable, _Mapping]]] = ..., fragment_size_bytes: _Optional[int] = ..., shard: _Optional[_Union[Shard, _Mapping]] = ..., frozen_digests: _Optional[bytes] = ...) -> None: ...
 
 class Fragment(_message.Message):
     __slots__ = ("index", "data")

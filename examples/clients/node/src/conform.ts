@@ -37,7 +37,8 @@ async function obey(worker: Worker, command: string, words: string[]): Promise<s
       const step = whole(globalStep, 0n, 2n ** 64n);
       const cut = Number(whole(fragmentSizeBytes, 0n, 2n ** 32n));
       const parsed = given.map(parseVariable);
-      const manifest = { variables: parsed.map(({ variable }) => variable), fragmentSizeBytes: cut, shard: null };
+      const variables = parsed.map(({ variable }) => variable);
+      const manifest = { variables, fragmentSizeBytes: cut, shard: null, frozenDigests: Buffer.alloc(0) };
       const response = await worker.initialize(manifest, parsed.map(({ value }) => value), step);
       return [response.initialized ? 'initialized' : 'already', response.globalStep];
     }

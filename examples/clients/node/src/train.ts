@@ -18,6 +18,7 @@ const MANIFEST = {
   ],
   fragmentSizeBytes: FRAGMENT_SIZE_BYTES,
   shard: null,
+  frozenDigests: Buffer.alloc(0),
 };
 
 export interface TrainOptions {

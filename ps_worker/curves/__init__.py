@@ -1,0 +1,1 @@
+"""Curves of a run: the loss that its workers report, over steps, seconds and megabytes."""
