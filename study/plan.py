@@ -93,6 +93,8 @@ def _full_arms() -> Iterator[PlannedArm]:
     yield _planned(longer, averaged + steps, arm(AVERAGE, 12, "int4", steps=3000), first_rung=_LONGER_RUNG)
     late = arm(AVERAGE, 12, "int4", steps=3000, late_steps=4)
     yield _planned(longer, f"{averaged}, 4 steps late{steps}", late, averaged + steps)
+    stepped = arm(_FAR, 35, "int4", steps=3000)
+    yield _planned(longer, usual.format(35) + steps, stepped)
     ends_near = Variation(later=(Phase(0.85, 25, AVERAGE),))
     changes, changing = "Rounds that change over the run", "every 70, in the last 15 % every 25, int4"
     yield _planned(changes, changing + steps, arm(_FAR, 70, "int4", variation=ends_near, steps=3000))
