@@ -77,6 +77,10 @@ class PigeonLane:
 
     def admitted(self, admission: pb.PushAdmission, average: Source) -> None: ...
 
+    def whole(self) -> Run | None:
+        """Nothing: the fragments never come with the header."""
+        return None
+
     async def receive(self) -> Run | None:
         if not self._loft.up:
             return None

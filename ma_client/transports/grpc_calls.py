@@ -78,6 +78,8 @@ class GrpcCalls:
             "Leave": at("Leave", channel.unary_unary),
             "GetStatus": at("GetStatus", channel.unary_unary),
         }
+        # A single message needs no thread that sends: that halves the processor time of a small push.
+        self._calls_of_one_message = {**self._calls, "PushAndAverage": at("PushAndAverage", channel.unary_stream)}
 
     def connect(self, timeout_s: float) -> None:
         """See `Calls`."""
@@ -119,7 +121,8 @@ class GrpcCalls:
     def exchange(self, rpc: str, requests: Requests, deadline: Deadline, late: str) -> Iterator[Exchange]:
         """See `Calls`."""
         with self._faults(deadline, late):
-            call = self._calls[rpc](requests, timeout=deadline.left_s, metadata=self._access.metadata)
+            calls = self._calls_of_one_message if isinstance(requests, bytes) else self._calls
+            call = calls[rpc](requests, timeout=deadline.left_s, metadata=self._access.metadata)
             try:
                 self._begin(call)
                 yield _Heard(call, self.heard)

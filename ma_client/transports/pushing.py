@@ -11,7 +11,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from ma_client.transports.base import ClientLane, ClientTransport, Ending, OutgoingPush
-from ma_client.transports.calls import Calls
+from ma_client.transports.calls import Calls, Requests
 from ma_client.transports.lent_memory import Loan
 from ma_client.transports.link_bytes import LinkBytes
 from ma_client.transports.messages import ClientMessagesLane
@@ -142,11 +142,12 @@ class Pushing:
 
     def _call(self, request: pb.PushAndAverageRequest, lanes: _PushLanes, deadline: Deadline) -> pb.PushOutcome:
         """Makes the call of a push, which opens with this request."""
-        staging, requests = lanes.opening.staging, _Requests(request, lanes.lane)
-        push = ClientPush(self._calls.address, staging.manifest.fragment_count, lanes.lane.is_beside)
+        fragment_count = lanes.opening.manifest.fragment_count
+        requests = _Requests(request, lanes.lane, fragment_count <= 1)
+        push = ClientPush(self._calls.address, fragment_count, lanes.lane.is_beside)
         late = f"the round did not commit (base step {requests.base_step}); push again to go on waiting"
         try:
-            with self._calls.exchange("PushAndAverage", requests.messages(), deadline, late) as call:
+            with self._calls.exchange("PushAndAverage", requests.all(), deadline, late) as call:
                 lanes.lane.begun(call.cancel)
                 for data in call:
                     outcome = self._take(data, push, lanes, requests, deadline)
@@ -242,16 +243,29 @@ class _PushLanes:
 
 
 class _Requests:
-    """The messages that the call sends; created on the sending thread."""
+    """The messages that the call sends.
 
-    def __init__(self, opening: pb.PushAndAverageRequest, lane: ClientLane) -> None:
+    Args:
+        opening: has the header.
+        lane: the lane on which the push begins.
+        is_small: whether the model has at most one fragment.
+    """
+
+    def __init__(self, opening: pb.PushAndAverageRequest, lane: ClientLane, is_small: bool) -> None:
         self.base_step = opening.header.base_step
         self._opening = opening.SerializeToString()
+        self._is_small = is_small
         self._lane = lane
         self._admitted: queue.SimpleQueue[tuple[int, ClientLane] | None] = queue.SimpleQueue()
 
-    def messages(self) -> Iterator[bytes]:
-        """The header, then the fragments."""
+    def all(self) -> Requests:
+        """The header, then the fragments. A single message is returned as such: a stream takes a thread of gRPC's."""
+        lane = self._lane
+        if lane.at_once and (lane.is_beside or self._is_small):
+            return self._opening + b"".join(lane.up(0))
+        return self._messages()
+
+    def _messages(self) -> Iterator[bytes]:
         lane = self._lane
         if lane.at_once:
             # Concatenated protobuf messages parse as one merged message.

@@ -104,6 +104,11 @@ class Call:
             self._beside_header = self._content(message)
         return header
 
+    def content_at_hand(self) -> Content | None:
+        """Takes the content that came in the header's own message; None: it had none."""
+        content, self._beside_header = self._beside_header, None
+        return content
+
     async def read_content(self) -> Content | None:
         """The index and bytes of the next fragment, or a reference to fragments in shared memory. None when the client
         has half-closed.
@@ -111,8 +116,8 @@ class Call:
         Raises:
             ProtocolError: MESSAGE_MALFORMED or MESSAGE_OUT_OF_ORDER.
         """
-        if self._beside_header is not None:
-            content, self._beside_header = self._beside_header, None
+        content = self.content_at_hand()
+        if content is not None:
             return content
         data = await self.read()
         return None if data is None else self._content(wire.read_fragment(self._message_type, data))

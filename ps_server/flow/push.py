@@ -88,9 +88,17 @@ async def _exchange(job: Job, push: OpenPush, admission: pb.PushAdmission) -> No
     """Receives fragments and sends the average at the same time."""
     first_needed = admission.first_needed_fragment
     push.call.expecting = first_needed < job.manifest.fragment_count
-    receiving = _receive(job, push, first_needed if push.manner.follows else 0)
+    unneeded = first_needed if push.manner.follows else 0
     with job.center.reading(push.average.buffer, push.reader):
-        await push.call.run(send_average(push, admission, job.manifest, job.observations), beside=receiving)
+        whole = push.lane.whole()
+        if whole is not None:  # a small push: a second task and another read would cost more than all the rest
+            job.take(push, whole, unneeded)
+            job.round.check_complete(push.call.number)
+        sending = send_average(push, admission, job.manifest, job.observations)
+        if whole is None:
+            await push.call.run(sending, beside=_receive(job, push, unneeded))
+        else:
+            await sending
 
 
 async def _exchange_in_turn(job: Job, push: OpenPush, admission: pb.PushAdmission) -> None:

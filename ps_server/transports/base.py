@@ -69,6 +69,9 @@ class PushCall(Protocol):
     def peer(self) -> str:
         """The client's address, as gRPC writes it, such as ``ipv4:10.0.0.7:51234``."""
 
+    def content_at_hand(self) -> Content | None:
+        """Takes the content that came in the header's own message; None: it had none."""
+
     async def read_content(self) -> Content | None:
         """The content of the client's next message; None once it has half-closed. Raises ProtocolError."""
 
@@ -108,6 +111,9 @@ class Lane(Protocol):
 
     def admitted(self, admission: pb.PushAdmission, average: Source) -> None:
         """The push is in the round: adds to the admission what the client needs to use this lane."""
+
+    def whole(self) -> Run | None:
+        """Takes all fragments of the push, if they came with its header; nothing is left to receive then."""
 
     async def receive(self) -> Run | None:
         """The next run; None once the client has sent everything.

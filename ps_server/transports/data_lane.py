@@ -49,6 +49,10 @@ class DataLane:
     def admitted(self, admission: pb.PushAdmission, average: Source) -> None:
         """Adds nothing."""
 
+    def whole(self) -> Run | None:
+        """Nothing: the fragments never come with the header."""
+        return None
+
     async def receive(self) -> Run | None:
         """The next fragment. Raises RetryPushError (DATA_CONNECTION_LOST)."""
         if self._room is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from modelaverage.errors import Reason, refusal
 from modelaverage.manifest import Manifest
 from modelaverage.v1 import parameter_server_pb2 as pb
-from ps_server.transports.base import Opening, PushCall, Run, Source
+from ps_server.transports.base import Content, Opening, PushCall, Run, Source
 from ps_server.transports.data_connection import lost
 
 __all__ = ["Messages", "MessagesLane"]
@@ -24,19 +24,19 @@ class MessagesLane:
     def __init__(self, call: PushCall, manifest: Manifest) -> None:
         self._call = call
         self._longest_run = manifest.longest_run
+        self._is_small = manifest.fragment_count == 1
         self.kind = pb.TRANSPORT_UNIX if call.peer.startswith("unix") else pb.TRANSPORT_TCP
 
     def admitted(self, admission: pb.PushAdmission, average: Source) -> None:
         """Adds nothing."""
 
+    def whole(self) -> Run | None:
+        """The only fragment of a small model, if it came with the header. Raises ProtocolError."""
+        return _run(self._call.content_at_hand()) if self._is_small else None
+
     async def receive(self) -> Run | None:
         """The fragments of the next message. Raises ProtocolError."""
-        content = await self._call.read_content()
-        if content is None:
-            return None
-        if isinstance(content, tuple):
-            return Run(*content)
-        raise refusal(Reason.MESSAGE_OUT_OF_ORDER, "fragments are named, but no memory was lent to this push")
+        return _run(await self._call.read_content())
 
     def end_of_range(self, first: int, finished: int, runs: bool) -> int:
         """One fragment, or a run that ends at a multiple of the maximum run length, so that workers at the same pace
@@ -52,6 +52,15 @@ class MessagesLane:
 
     def close(self) -> None:
         """Closes nothing."""
+
+
+def _run(content: Content | None) -> Run | None:
+    """The fragments in a message. Raises ProtocolError."""
+    if content is None:
+        return None
+    if isinstance(content, tuple):
+        return Run(*content)
+    raise refusal(Reason.MESSAGE_OUT_OF_ORDER, "fragments are named, but no memory was lent to this push")
 
 
 class Messages:

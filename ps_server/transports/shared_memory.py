@@ -48,6 +48,10 @@ class SharedMemoryLane:
             admission.contribution.CopyFrom(_message_of(self._lent))
             admission.average.CopyFrom(_message_of(average.segment))
 
+    def whole(self) -> Run | None:
+        """Nothing: the fragments never come with the header."""
+        return None
+
     async def receive(self) -> Run | None:
         """The fragments that the next message carries or refers to. Raises ProtocolError."""
         content = await self._call.read_content()
