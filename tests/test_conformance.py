@@ -160,6 +160,13 @@ def test_an_unknown_outcome_of_a_push_is_a_miss(line: str) -> None:
         lines.read_pushed(line)
 
 
+def test_every_wait_for_a_program_that_has_ended_says_so_at_once() -> None:
+    program = Program([sys.executable, "-c", ""], "an address", "a")
+    for _ in range(2):
+        with pytest.raises(Miss, match="the end of its output"):
+            program.answer()
+
+
 def test_a_command_to_a_program_that_has_ended_is_no_error_in_the_kit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

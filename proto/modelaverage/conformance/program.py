@@ -62,9 +62,10 @@ class Program:
         except queue.Empty:
             raise Miss(f"an answer from {self.worker_id} within {timeout_s:g} s", f"none{self.last_words()}") from None
         if line is None:
-            self._lines.put(None)
             self._listener.join(_LAST_WORDS_TIMEOUT_S)
-            raise Miss(f"an answer from {self.worker_id}", f"the end of its output{self.last_words()}")
+            last_words = self.last_words()
+            self._lines.put(None)  # the next caller finds the end, too
+            raise Miss(f"an answer from {self.worker_id}", f"the end of its output{last_words}")
         return line
 
     def says_nothing(self, for_s: float) -> None:
