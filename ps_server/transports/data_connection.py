@@ -6,14 +6,13 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 from modelaverage.errors import ModelAverageError, Reason, refusal
 from modelaverage.logs import event
 from modelaverage.runtime.data_sockets import Pace, use_short_queues, want
 from modelaverage.runtime.encrypted_socket import RECORD_BYTES, EncryptedSocket
 from ps_server.transports.arriving import write_all
+from ps_server.transports.silence import Silence
 
 __all__ = ["DataConnection", "lost"]
 
@@ -36,7 +35,8 @@ class DataConnection:
         self._socket = connection
         self._encrypted = encrypted
         self._stream = connection if encrypted is None else encrypted
-        self._worker_id, self._notice_s = worker_id, notice_s
+        self._worker_id = worker_id
+        self._silence = Silence(notice_s, self._look, self._report)
         self._peer = "{}:{}".format(*connection.getpeername()[:2])
         self._loop = asyncio.get_running_loop()
         self._room = memoryview(b"")  # the part still to be filled
@@ -68,7 +68,7 @@ class DataConnection:
                 self._is_watched = True
             if self._encrypted is not None and self._encrypted.pending:
                 self._read()
-            with self._noticing("sends nothing", lambda: self.heard_at_s):
+            with self._silence.watched("sends nothing", lambda: self.heard_at_s):
                 await self._filled
         except OSError as error:
             raise lost(error) from None
@@ -78,7 +78,8 @@ class DataConnection:
     async def send(self, data: memoryview) -> None:
         """Sends all bytes; returns once the kernel has them. Raises RetryPushError (DATA_CONNECTION_LOST)."""
         try:
-            with self._noticing("reads nothing of what is sent", lambda: self.taken_at_s):
+            self._pace.moves()
+            with self._silence.watched("reads nothing of what is sent", lambda: self.taken_at_s):
                 while data:
                     size_bytes = await self._sendable()
                     await write_all(self._stream, data[:size_bytes])
@@ -100,34 +101,20 @@ class DataConnection:
     def close(self) -> None:
         """Ends it."""
         self._watch_no_longer()
+        self._silence.end()
         self._socket.close()
 
-    @contextmanager
-    def _noticing(self, doing: str, moved_at_s: Callable[[], float]) -> Iterator[None]:
-        """Logs if no bytes move for a long time."""
-        began_at_s, notice_s = self._loop.time(), self._notice_s
-        self._pace.moves()
-        timer: asyncio.TimerHandle
+    def _look(self) -> None:
+        """Notes bytes that have moved unseen."""
+        if self._pace.moves():
+            self.taken_at_s = self._loop.time()
+        if self._is_watched:
+            self._read()  # on a slow link, bytes may have arrived below the wake-up threshold
 
-        def look() -> None:
-            nonlocal timer, notice_s
-            if self._pace.moves():
-                self.taken_at_s = self._loop.time()
-            if self._is_watched:
-                self._read()  # on a slow link, bytes may have arrived below the wake-up threshold
-            waited_s = self._loop.time() - max(began_at_s, moved_at_s())
-            if waited_s >= notice_s:
-                notice_s = 2 * notice_s + self._notice_s
-                worker, peer = self._worker_id, self._peer
-                what = event("data_connection_waits", worker=worker, peer=peer, waited_s=waited_s)
-                _log.warning("%r %s on its data connection for %.0f s", worker, doing, waited_s, extra=what)
-            timer = self._loop.call_later(notice_s - waited_s, look)
-
-        timer = self._loop.call_later(self._notice_s, look)
-        try:
-            yield
-        finally:
-            timer.cancel()
+    def _report(self, doing: str, silent_s: float) -> None:
+        worker, peer = self._worker_id, self._peer
+        what = event("data_connection_waits", worker=worker, peer=peer, waited_s=silent_s)
+        _log.warning("%r %s on its data connection for %.0f s", worker, doing, silent_s, extra=what)
 
     def _read(self) -> None:
         """Reads available bytes. The reader stays registered between fragments, which saves system calls."""

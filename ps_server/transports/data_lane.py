@@ -55,16 +55,23 @@ class DataLane:
 
     async def receive(self) -> Run | None:
         """The next fragment. Raises RetryPushError (DATA_CONNECTION_LOST)."""
-        if self._room is None:
-            await self._begin()
-        assert self._room is not None
-        index = self._received
-        if index == self._manifest.fragment_count:
+        assert self._connection is not None
+        index, count = self._received, self._manifest.fragment_count
+        if self._room is not None and index == count:
             return None
-        data = self._room[: self._codec.size_bytes(self._manifest, index)]
-        await self._read(data)
+        start = NUMBER.size
+        if self._room is None:
+            self._connection.begin()
+            self._room = memoryview(bytearray(NUMBER.size + self._codec.max_size_bytes(self._manifest)))
+            start = 0  # the number comes with the first fragment: reading it alone would cost as much as a fragment
+        end = NUMBER.size + (self._codec.size_bytes(self._manifest, index) if index < count else 0)
+        await self._call.read_aside(self._connection, self._connection.receive(self._room[start:end]))
+        if start == 0 and NUMBER.unpack_from(self._room) != (self._push_id,):
+            raise lost("its bytes are another push's")
+        if index == count:
+            return None
         self._received += 1
-        return Run(index, data)
+        return Run(index, self._room[NUMBER.size : end])
 
     def end_of_range(self, first: int, finished: int, runs: bool) -> int:
         """One fragment, or a run that ends at a multiple of the maximum run length."""
@@ -88,16 +95,3 @@ class DataLane:
         """Closes the connection unless it was given back, because unknown bytes may be left in it."""
         if self._connection is not None:
             self._connection.close()
-
-    async def _begin(self) -> None:
-        assert self._connection is not None
-        self._connection.begin()
-        self._room = memoryview(bytearray(max(self._codec.max_size_bytes(self._manifest), NUMBER.size)))
-        number = self._room[: NUMBER.size]
-        await self._read(number)
-        if NUMBER.unpack(number) != (self._push_id,):
-            raise lost("its bytes are another push's")
-
-    async def _read(self, room: memoryview) -> None:
-        assert self._connection is not None
-        await self._call.read_aside(self._connection, self._connection.receive(room))

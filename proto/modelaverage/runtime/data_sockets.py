@@ -59,8 +59,9 @@ _QUEUE_S = 1.0
 _LEAST_QUEUE_BYTES = 64 << 10
 _LEAST_PIECE_BYTES = 16 << 10
 _LONGEST_PAUSE_S, _SHORTEST_PAUSE_S = 0.25, 0.002
-# The most bytes handed over at once, so that a waiting sender is never silent for long. At 0.5 Mbit/s that takes 4 s.
-_MOST_PIECE_BYTES = 256 << 10
+# The most bytes handed over at once: more on a fast link, where each piece costs a look at the link, but never so many
+# that a waiting sender is silent for long. 256 KiB take 4 s at 0.5 Mbit/s.
+_MOST_PIECE_BYTES, _MOST_PIECE_S, _LARGEST_PIECE_BYTES = 256 << 10, 0.02, 4 << 20
 
 
 def new_key() -> bytes:
@@ -148,7 +149,8 @@ class Pace:
         self.waiting_bytes = _unacknowledged_bytes(self._socket)
         room_bytes = most_bytes - self.waiting_bytes
         if room_bytes >= _LEAST_PIECE_BYTES:
-            return min(room_bytes, _MOST_PIECE_BYTES)
+            most_bytes = min(_LARGEST_PIECE_BYTES, max(_MOST_PIECE_BYTES, round(bytes_per_s * _MOST_PIECE_S)))
+            return min(room_bytes, most_bytes)
         wait_s = _LEAST_PIECE_BYTES / max(1, measured.bytes_per_s)
         self.pause_s = min(_LONGEST_PAUSE_S, max(_SHORTEST_PAUSE_S, wait_s))
         return 0
