@@ -33,6 +33,7 @@ BAD = {
     "ps:2222/center": ("there is a path in it, '/center'", "write ps:2222"),
     "ps": ("it has no port", "write ps:2222"),
     "ps:": ("it has no port", "write ps:2222"),
+    "8222": ("it has no host", "write 127.0.0.1:8222"),
     "[::1]": ("it has no port", "write [::1]:2222"),
     ":2222": ("it has no host", "write 127.0.0.1:2222"),
     "ps:0": ("port '0' is not a number from 1 to 65535", "such as 127.0.0.1:2222"),

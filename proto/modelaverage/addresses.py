@@ -110,6 +110,8 @@ def _host_and_port(text: str, to_listen: bool) -> Address:
     if brackets is None and (odd := _NOT_IN_HOSTS.search(host)):
         raise _refusal(text, f"a host's name cannot have {odd[0]!r} in it", "")
     shown = f"[{host}]" if brackets is not None else host
+    if port is None and _is_port(host):
+        raise _refusal(text, "it has no host", f"127.0.0.1:{host}")
     if not port:
         raise _refusal(text, "it has no port", f"{shown}:{_EXAMPLE_PORT}")
     least = 0 if to_listen else 1

@@ -21,7 +21,7 @@ from ps_server.page.feed import Feed, NoSampleError
 from ps_server.page.guard import Guard, PageRefusal, RequestHead, cookie_of
 from ps_server.page.openapi import api_page, openapi_json
 
-__all__ = ["MAX_STREAMS", "PageApp", "SECURITY_HEADERS"]
+__all__ = ["MAX_STREAMS", "PageApp", "PageProtocol", "SECURITY_HEADERS"]
 
 MAX_STREAMS = 64
 """The most streams at once; each is a browser's window."""
@@ -118,6 +118,7 @@ class PageApp:
         return RequestHead(
             request.method,
             request.raw_path,
+            request.path,
             request.headers.getall("Host", ()),
             request.headers.getall("Authorization", ()),
             request.cookies.get(self.cookie_name),
@@ -187,15 +188,15 @@ class PageApp:
             self._streams -= 1
 
     async def _streamed(self, request: web.Request) -> web.StreamResponse:
-        """Sends the newest view, waits for the client to take it, and so on. A slow client misses views, but no round:
-        each message has what it lacks."""
+        """Sends the newest view, waits for the client to take it, and so on, for as long as the client may read. A slow
+        client misses views, but no round: each message has what it lacks."""
         view = await self.feed.after(0)
         response = web.StreamResponse(headers=_headers("text/event-stream", {"Cache-Control": "no-store"}))
         response.force_close()
         await response.prepare(request)
         self.connections.is_stream(request.protocol)
-        since = Since()
-        while True:
+        since, head = Since(), self._head(request)
+        while self.guard.refusal(head) is None:
             parts = [b"event: status\ndata: ", view.status, b"\n\nevent: rounds\ndata: ", *view.rounds(since), b"\n\n"]
             for part in parts:
                 try:
@@ -208,6 +209,19 @@ class PageApp:
                 view = await self.feed.after(view.number)
             except NoSampleError:
                 return response
+        return response
+
+
+class PageProtocol(web.RequestHandler):
+    """Also answers what is no request: aiohttp would repeat it, and tell its version."""
+
+    __slots__ = ()
+
+    def handle_error(self, request: web.BaseRequest, status: int = 500, *_: object, **__: object) -> web.StreamResponse:
+        """See aiohttp."""
+        if request.writer.output_size > 0:
+            raise ConnectionError("an answer has been sent already")
+        return _refused(PageRefusal(status, "this is not a request that the page understands", "send GET and a path"))
 
 
 def _response(body: bytes, kind: str, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:

@@ -2,7 +2,7 @@
 
 A page in a browser is reachable from every other page that the browser shows. So the name in the Host header has to be
 one of the server's own (a stranger's name that resolves to this address would make the stranger's page one origin with
-this one: DNS rebinding), and other sites may not open streams.
+this one: DNS rebinding), and other sites may do no more than link to the page.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -18,12 +19,15 @@ from modelaverage.errors import Reason
 from modelaverage.rpcs import SERVICE
 from ps_server.rules.authorization import Tokens, check
 
-__all__ = ["Guard", "HostNames", "PageRefusal", "RequestHead", "cookie_of", "host_in"]
+__all__ = ["Guard", "HostNames", "PageRefusal", "RequestHead", "cookie_of", "host_in", "name_in"]
 
 _METHOD = f"/{SERVICE}/GetStatus"
 _LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 # Of Sec-Fetch-Site: this page asks, or a person; older browsers and programs say nothing. Another port is another page.
 _OWN_SITE = ("", "none", "same-origin")
+# What other sites may link to.
+_LINKED = ("/", "/api")
+_NAME = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")
 _COOKIE_PURPOSE = b"modelaverage page"
 
 
@@ -43,6 +47,7 @@ class RequestHead:
     Args:
         method: such as GET.
         target: as it was sent, from the path on.
+        path: the path of the target as the routes see it, decoded.
         hosts: the values of its Host headers.
         authorizations: the values of its Authorization headers.
         cookie: the value of this page's cookie; None: there is none.
@@ -53,6 +58,7 @@ class RequestHead:
 
     method: str = "GET"
     target: str = "/"
+    path: str = "/"
     hosts: Sequence[str] = ()
     authorizations: Sequence[str] = ()
     cookie: str | None = None
@@ -72,6 +78,15 @@ def host_in(header: str) -> str:
     return host.removesuffix(".") if not port or (port.isascii() and port.isdecimal()) else ""
 
 
+def name_in(text: str) -> str:
+    """A host's name or address as `host_in` gives it; empty if no Host header can have it."""
+    name = text.lower().removesuffix(".")
+    address = _address_of(name.removeprefix("[").removesuffix("]"))
+    if address is not None:
+        return str(address)
+    return name if _NAME.fullmatch(name) else ""
+
+
 @dataclass(frozen=True)
 class HostNames:
     """The names under which the page may be asked for. The port is not compared: it may be forwarded.
@@ -88,7 +103,7 @@ class HostNames:
 
     def __post_init__(self) -> None:
         address = _address_of(self.bound)
-        object.__setattr__(self, "_names", frozenset({self.bound.lower(), *map(str.lower, self.more)}) | _LOCAL_NAMES)
+        object.__setattr__(self, "_names", frozenset(map(name_in, (self.bound, *self.more))) - {""} | _LOCAL_NAMES)
         # On all of the machine's addresses: a request for an address cannot come from a rebound name.
         object.__setattr__(self, "_takes_addresses", address is not None and address.is_unspecified)
 
@@ -134,7 +149,7 @@ class Guard:
                 "this server is not known under the name in the request's Host header",
                 "use the address that the server has printed, or start it with --page-host NAME",
             )
-        if head.site not in _OWN_SITE and head.target.startswith("/api/"):
+        if head.site not in _OWN_SITE and head.path not in _LINKED:
             return PageRefusal(403, "another site's page asks for this", "open the page itself")
         return None if self.tokens is None else self._stranger(head, self.tokens())
 

@@ -15,7 +15,6 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
-from typing import TYPE_CHECKING
 
 from modelaverage.access.channels import Access
 from modelaverage.access.security import Security, Tls
@@ -26,14 +25,11 @@ from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.console.status import NoAnswerError, fetch
 from ps_server.edge.security import ServerSecurity, check_exposure, page_warnings_of
 from ps_server.page.feed import Feed, SampleSource
-from ps_server.page.guard import Guard, HostNames
+from ps_server.page.guard import Guard, HostNames, name_in
 from ps_server.page.log_tail import LogTail
 from ps_server.page.shards import OtherShards
 from ps_server.rules.authorization import Tokens
 from ps_server.seen.sample import PageSample
-
-if TYPE_CHECKING:
-    from aiohttp import web
 
 __all__ = ["PageConfig", "PageError", "serve_page"]
 
@@ -94,6 +90,7 @@ async def serve_page(
     if find_spec("aiohttp") is None:
         raise PageError("--page-bind needs aiohttp; run: pip install 'torch-model-average[page]'")
     where = _parsed(config.bind)
+    _check_names(config.names)
     try:
         check_exposure(where.host, config.bind, security, "--page-bind")
     except SecurityError as error:
@@ -168,26 +165,29 @@ class _PageThread:
     async def _serve(self) -> None:
         from aiohttp import web
 
-        from ps_server.page.app import PageApp
+        from ps_server.page.app import PageApp, PageProtocol
         from ps_server.page.connections import Connections
 
         quiet = logging.Logger("page", logging.CRITICAL + 1)  # hostile requests must not fill the log
         loop, stopped = asyncio.get_running_loop(), asyncio.Event()
-        connections = Connections(lambda: _protocol_of(runner), self._tls_context)
+        connections = Connections(lambda: protocol(), self._tls_context)
         feed, cookie_name = Feed(self._source, self._interval_s), f"ma_page_{self._port}"
         page = PageApp(feed, self._guard, connections, cookie_name, is_encrypted=self._tls_context is not None)
         runner = web.AppRunner(
-            page.application(),
-            handle_signals=False,
-            access_log=None,
+            page.application(), handle_signals=False, access_log=None, handler_cancellation=True, shutdown_timeout=0.1
+        )
+        await runner.setup()
+        assert runner.server is not None
+        protocol = partial(
+            PageProtocol,
+            runner.server,
+            loop=loop,
+            access_log=quiet,
             logger=quiet,
             keepalive_timeout=10.0,
             lingering_time=0.0,
             auto_decompress=False,
-            handler_cancellation=True,
-            shutdown_timeout=0.1,
         )
-        await runner.setup()
 
         def stop() -> None:
             loop.call_soon_threadsafe(stopped.set)
@@ -231,11 +231,6 @@ def _shown(where: Address, port: int) -> Address:
     return Address("localhost" if where.host in _EVERYWHERE else where.host, port)
 
 
-def _protocol_of(runner: web.AppRunner) -> asyncio.Protocol:
-    assert runner.server is not None
-    return runner.server()
-
-
 def _parsed(bind: str) -> Address:
     try:
         where = parse(bind, to_listen=True)
@@ -244,6 +239,15 @@ def _parsed(bind: str) -> Address:
     except ValueError as error:
         raise PageError(f"--page-bind {error}") from None
     return where
+
+
+def _check_names(names: tuple[str, ...]) -> None:
+    for name in names:
+        if not name_in(name):
+            raise PageError(
+                f"--page-host {name!r} is not the name of a host; write it without scheme, port and path, such as "
+                "trainer.lan"
+            )
 
 
 def _listener(where: Address, bind: str) -> socket.socket:

@@ -91,13 +91,18 @@ class OpenStream:
         assert (one, other) == ("status", "rounds")
         return status, rounds
 
+    def to_its_end(self) -> None:
+        """Returns once the server has ended it."""
+        while self._response.readline():
+            pass
+
 
 @contextmanager
-def stream(url: str) -> Iterator[OpenStream]:
+def stream(url: str, headers: Mapping[str, str] | None = None) -> Iterator[OpenStream]:
     """A browser's window."""
     connection = _connection(url, None)
     try:
-        connection.request("GET", "/api/stream")
+        connection.request("GET", "/api/stream", headers=dict(headers or {}))
         with connection.getresponse() as response:
             assert response.status == 200, response.read()
             assert response.headers["Content-Type"] == "text/event-stream; charset=utf-8"

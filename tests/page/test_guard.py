@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ps_server.page.guard import Guard, HostNames, PageRefusal, RequestHead, cookie_of, host_in
+from ps_server.page.guard import Guard, HostNames, PageRefusal, RequestHead, cookie_of, host_in, name_in
 from ps_server.rules.authorization import Role, Tokens
 
 READER, WORKER, CHIEF = "reader-0123456789abcdef", "worker-0123456789abcdef", "chief-0123456789abcdef"
@@ -160,6 +160,29 @@ def test_a_request_with_a_body_is_refused() -> None:
 @pytest.mark.parametrize(
     ("site", "status"), [("cross-site", 403), ("same-site", 403), ("same-origin", 200), ("none", 200), ("", 200)]
 )
-def test_another_sites_page_gets_no_documents(site: str, status: int) -> None:
-    assert status_of(OPEN.refusal(RequestHead(target="/api/stream", hosts=HOST, site=site))) == status
-    assert OPEN.refusal(RequestHead(target="/", hosts=HOST, site=site)) is None  # a link to the page
+def test_another_sites_page_may_link_to_what_people_read_and_gets_nothing_else(site: str, status: int) -> None:
+    for path in ("/api/stream", "/api/status", "/static/main.js", "/favicon.ico"):
+        assert status_of(OPEN.refusal(RequestHead(path=path, hosts=HOST, site=site))) == status
+    for path in ("/", "/api"):
+        assert OPEN.refusal(RequestHead(path=path, hosts=HOST, site=site)) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "hosts"),
+    [
+        ("Trainer.lan.", ["trainer.lan:8222", "TRAINER.LAN."]),
+        ("fe80:0::1", ["[fe80::1]:8222"]),
+        ("[fe80::1]", ["[fe80::1]"]),
+        ("my_host", ["my_host"]),
+    ],
+)
+def test_a_name_is_taken_however_it_is_written(name: str, hosts: Sequence[str]) -> None:
+    guard = Guard(HostNames("127.0.0.1", [name]))
+    assert [guard.refusal(RequestHead(hosts=[host])) for host in hosts] == [None] * len(hosts)
+
+
+@pytest.mark.parametrize(
+    "text", ["", ".", "http://trainer.lan", "trainer.lan:8222", "trainer.lan/", "a b", "a..b", "ü.lan"]
+)
+def test_what_no_host_header_can_have_is_no_name(text: str) -> None:
+    assert name_in(text) == ""

@@ -18,7 +18,7 @@ from ps_server.unusable import UnusableSettingError
 from tests.certificates import Authority, Identity
 from tests.conftest import RunningServer, StartServer
 from tests.page.conftest import PAGE
-from tests.page.reading import Answer, ask, place_of
+from tests.page.reading import Answer, ask, place_of, stream
 from tests.raw_client import until
 
 WORKER, READER, WRONG = "worker-0123456789abcdef", "reader-0123456789abcdef", "wrong-0123456789abcdef"
@@ -87,6 +87,21 @@ def test_tokens_are_read_again(closed: RunningServer, tokens: ServerSecurity) ->
     tokens.reader_token_file.write_text(f"{WRONG}\n")
     until(lambda: ask(closed.page_url, "/", cookie).status == 401, "the cookie opens nothing any more")
     assert ask(closed.page_url, "/", {"Authorization": f"Bearer {WRONG}"}).status == 200
+
+
+def test_an_open_window_gets_nothing_more_once_its_token_is_removed(
+    closed: RunningServer, tokens: ServerSecurity
+) -> None:
+    cookie = {"Cookie": cookie_in(ask(closed.page_url, f"/?token={READER}"))}
+    for headers in (cookie, {"Authorization": f"Bearer {READER}"}):
+        with stream(closed.page_url, headers) as page:
+            page.pair()
+            assert tokens.reader_token_file is not None
+            tokens.reader_token_file.write_text(f"{WRONG}\n")
+            page.to_its_end()
+        assert ask(closed.page_url, "/api/stream", headers).status == 401
+        tokens.reader_token_file.write_text(f"{READER}\n")
+        until(lambda: ask(closed.page_url, "/", cookie).status == 200, "the token counts again")
 
 
 @pytest.fixture
@@ -226,6 +241,11 @@ def test_a_further_name_must_be_given(start_server: StartServer) -> None:
     server = start_server(1, page=replace(PAGE, names=("trainer.lan",)))
     assert ask(server.page_url, headers={"Host": "trainer.lan:80"}).status == 200
     assert ask(server.page_url, headers={"Host": "trainer.lan.evil.example"}).status == 421
+
+
+@pytest.mark.parametrize("name", ["http://trainer.lan/", "trainer.lan:8222", "a b", ""])
+def test_a_further_name_that_no_browser_can_send_is_refused(start_server: StartServer, name: str) -> None:
+    assert problem_of(start_server, replace(PAGE, names=(name,))).startswith(f"--page-host {name!r} is not the name")
 
 
 def test_without_aiohttp_the_page_is_refused_with_the_command_that_helps(

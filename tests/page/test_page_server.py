@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import socket
+from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -18,7 +21,7 @@ from tests.conftest import RunningServer, StartServer
 from tests.jobs import STEP, Job, of
 from tests.page.conftest import PAGE, a_round
 from tests.page.described import check_document
-from tests.page.reading import ask, document, stream
+from tests.page.reading import ask, document, place_of, stream
 from tests.raw_client import RawClient, until
 
 
@@ -160,6 +163,28 @@ def test_every_answer_protects_itself(server: RunningServer, path: str) -> None:
         assert answer.headers["cache-control"] == "no-store"
     assert "unsafe" not in answer.headers["content-security-policy"]
     assert "access-control-allow-origin" not in answer.headers
+
+
+@pytest.mark.parametrize("path", ["/api/stream", "/%61pi/stream", "/api/%73tatus", "/static/main.js"])
+def test_another_site_is_refused_however_the_path_is_written(server: RunningServer, path: str) -> None:
+    assert ask(server.page_url, path, {"Sec-Fetch-Site": "cross-site"}).status == 403
+    assert ask(server.page_url, "/", {"Sec-Fetch-Site": "cross-site"}).status == 200
+
+
+@pytest.mark.parametrize(
+    "request_", [b"<script>alert(1)</script>\r\n\r\n", b"GET /" + b"a" * 9000, b"GET / HTTP/1.1\r\n<b>: x\r\n\r\n"]
+)
+def test_what_is_no_request_is_answered_like_everything_else_and_not_repeated(
+    server: RunningServer, request_: bytes
+) -> None:
+    with socket.create_connection(place_of(server.page_url), timeout=10) as client:
+        client.sendall(request_)
+        answer = HTTPResponse(client)
+        answer.begin()
+        assert answer.status == 400
+        for name, value in SECURITY_HEADERS.items():
+            assert answer.headers[name] == value
+        check_document("Error", json.loads(answer.read()))
 
 
 @pytest.mark.parametrize(

@@ -33,12 +33,13 @@ export class Curves {
     this._picture.table.update(() => this._table());
   }
 
-  _lines(axis, at, valueOf) {
-    return this._picked.map((name, index) =>
+  /** @param places where the values lie; `valueOf(index, name)`: null if there is none. */
+  _lines(places, at, valueOf) {
+    return this._picked.map((name, series) =>
       line(
         at,
-        this._rounds.map((round, at) => [axis.places[at], valueOf(at, name)]),
-        `series-${index}`,
+        places.map((place, index) => [place, valueOf(index, name)]),
+        `series-${series}`,
       ),
     );
   }

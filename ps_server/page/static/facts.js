@@ -27,11 +27,11 @@ export function mainFacts(news, rounds) {
     },
     {
       title: "Rounds a minute",
-      value: status.rounds_per_minute ? status.rounds_per_minute.toFixed(1) : "–",
+      value: status.rounds_per_minute && !status.job_over ? status.rounds_per_minute.toFixed(1) : "–",
       detail: status.last_round_s ? `the last took ${seconds(status.last_round_s)}` : "no round yet",
     },
     { title: "Workers", value: workersIn(status), detail: workersDetail(status) },
-    { title: "Mean loss", ...lossOf(news, last) },
+    { title: "Mean loss", ...lossOf(last) },
     { title: "Bytes a round", value: bytes(coded), detail: ratio(coded, raw) },
   ];
 }
@@ -52,17 +52,15 @@ function workersDetail(status) {
   return parts.join(", ");
 }
 
-function lossOf(news, last) {
+function lossOf(last) {
   const loss = last ? numberOf(last.loss) : null;
-  const center = numberOf(news.center_loss);
-  const parts = [];
-  if (loss === null) parts.push("workers report none");
+  let detail = "mean of the last round";
+  if (loss === null) detail = last ? "workers report none" : "no round yet";
   else if (last.loss_min !== last.loss_max)
-    parts.push(`${significant(numberOf(last.loss_min))} to ${significant(numberOf(last.loss_max))}`);
-  if (center !== null) parts.push(`center ${significant(center)}`);
+    detail = `${significant(numberOf(last.loss_min))} to ${significant(numberOf(last.loss_max))}`;
   return {
     value: significant(loss),
-    detail: parts.join(", ") || "mean of the last round",
+    detail,
     tone: loss !== null && !Number.isFinite(loss) ? "bad" : "",
   };
 }
@@ -110,7 +108,7 @@ function checkpointOf(status) {
 function troubleOf(status) {
   const kinds = [
     [status.rounds_restarted, "rounds started over"],
-    [status.rounds_without_all, "rounds without all"],
+    [status.rounds_without_all, "rounds without all workers"],
     [status.stale_pushes, "stale pushes"],
     [status.pushes_retried, "pushes made again"],
   ];

@@ -10,7 +10,7 @@ const MOST_CHECKPOINTS = 40;
  * @param news the document of /api/status; its round in progress ends the lanes. null: none.
  * @returns `from_at`, `to_at`, `borders` (a round each: step, from_at, to_at; step null: in progress) and `workers`, a
  *   Map from names to `{ spans: [{ state, from_at, to_at, step }], marks: [{ at, kind, step }] }`. States: training,
- *   pushing, waiting, without (the round gave the worker up), late (the round in progress waits for it).
+ *   pushing, waiting, without (the round gave the worker up), late (the round in progress has long waited for it).
  */
 export function lanesOf(rounds, marks, news) {
   const borders = rounds.map((round, at) => ({
@@ -76,7 +76,8 @@ function addOpenRound(news, last, borders, laneOf) {
     const spans = laneOf(name).spans;
     const border_at = Math.max(from_at, began_at);
     if (last?.without?.includes(name) && awaited.has(name)) {
-      spans.push({ state: "late", from_at, to_at: now_at, step: null });
+      // It has not come back: red once the round has waited long.
+      spans.push({ state: awaited.get(name).is_late ? "late" : "without", from_at, to_at: now_at, step: null });
     } else if (worker.waiting) {
       spans.push({ state: "training", from_at, to_at: border_at, step: null });
       spans.push({ state: "waiting", from_at: border_at, to_at: now_at, step: null });

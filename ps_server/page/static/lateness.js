@@ -7,6 +7,8 @@ import { clock, count, plural, seconds, shortened, shown } from "./format.js";
 import { extent, secondTicks } from "./scale.js";
 
 const RECENT = 50;
+// Points of a line: more could not be told apart from those of the other workers.
+const POINTS = 50;
 
 export class Lateness extends Curves {
   constructor() {
@@ -17,11 +19,17 @@ export class Lateness extends Curves {
     return rounds.filter((round) => round.workers?.length > 1).slice(-1000);
   }
 
+  /** How many rounds a point of a line stands for. */
+  get _each() {
+    return Math.ceil(this._rounds.length / POINTS);
+  }
+
   _summary() {
     if (!this._rounds.length) return "No round of more than one worker has been committed since this server began.";
     const [[name, mean]] = this._means();
     const rounds = plural(Math.min(RECENT, this._rounds.length), "round");
-    return `${shortened(shown(name), 32)} comes last: on average ${seconds(mean)} after the first, over ${rounds}.`;
+    const last = `${shortened(shown(name), 32)} comes last: on average ${seconds(mean)} after the first, over ${rounds}.`;
+    return this._each > 1 ? `${last} A point is the mean of ${this._each} rounds.` : last;
   }
 
   /** Names with their mean lateness in the last rounds, the latest first. */
@@ -50,8 +58,8 @@ export class Lateness extends Curves {
 
   _plot(width) {
     const axis = axisFor(this._rounds, "step", width);
-    const late = this._rounds.map((round) => latenesses(round));
-    const high = extent([0, ...late.flatMap((found) => [...found.values()])])[1];
+    const points = meansOf(this._rounds.map(latenesses), this._rounds, axis.places, this._each);
+    const high = extent([0, ...points.flatMap(({ late }) => [...late.values()])])[1];
     const at = frame(
       width,
       HEIGHT,
@@ -59,11 +67,12 @@ export class Lateness extends Curves {
       upwards(0, high, secondsTick, (high) => secondTicks(0, high, 5)),
     );
     const picked = new Set(this._picked);
-    const others = late.map((found, index) => {
-      const values = [...found].filter(([name]) => !picked.has(name)).map(([, late_s]) => late_s);
-      return [axis.places[index], Math.min(...values), Math.max(...values)];
+    const others = points.map(({ place, late }) => {
+      const values = [...late].filter(([name]) => !picked.has(name)).map(([, late_s]) => late_s);
+      return [place, Math.min(...values), Math.max(...values)];
     });
-    const lines = this._lines(axis, at, (index, name) => late[index].get(name) ?? null);
+    const places = points.map(({ place }) => place);
+    const lines = this._lines(places, at, (index, name) => points[index].late.get(name) ?? null);
     return {
       width,
       nodes: [...at.nodes, band(at, others, "series-mean"), ...lines],
@@ -88,6 +97,30 @@ export class Lateness extends Curves {
       });
     return [["step", ...this._names.map((name) => `#${shortened(shown(name), 24)}`)], rows];
   }
+}
+
+/**
+ * Neighbouring rounds as one point, with the mean lateness of each worker. Which rounds belong together depends on their
+ * steps alone, so that a picture does not change where nothing new has come.
+ */
+export function meansOf(latenesses, rounds, places, each) {
+  const groups = new Map();
+  rounds.forEach((round, index) => {
+    const key = Math.floor(round.step / each);
+    if (!groups.has(key)) groups.set(key, []);
+    groups.get(key).push(index);
+  });
+  return [...groups.values()].map((indexes) => {
+    const sums = new Map();
+    for (const index of indexes) {
+      for (const [name, late_s] of latenesses[index]) {
+        const [sum, number] = sums.get(name) ?? [0, 0];
+        sums.set(name, [sum + late_s, number + 1]);
+      }
+    }
+    const place = indexes.reduce((sum, index) => sum + places[index], 0) / indexes.length;
+    return { place, late: new Map([...sums].map(([name, [sum, number]]) => [name, sum / number])) };
+  });
 }
 
 /** By worker, the seconds from a round's first whole push to its own; only of workers that the round counted. */

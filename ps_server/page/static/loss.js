@@ -63,7 +63,7 @@ export class LossCurves extends Curves {
         places((round) => [numberOf(round.loss_min), numberOf(round.loss_max)]),
         "series-mean",
       ),
-      ...this._lines(axis, at, (index, name) => lossOf(this._rounds[index], name)),
+      ...this._lines(axis.places, at, (index, name) => lossOf(this._rounds[index], name)),
       line(
         at,
         places((round) => [numberOf(round.loss)]),

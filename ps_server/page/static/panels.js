@@ -24,9 +24,9 @@ const WORKER_HEADS = [
   "#loss",
   "#late",
   "#last seen",
-  "#counted",
+  "#rounds",
   "#not finite",
-  "by",
+  "transport",
 ];
 
 const SHARD_HEADS = [

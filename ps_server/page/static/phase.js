@@ -19,7 +19,8 @@ export function phaseOf(news, last) {
     return same(
       "chief",
       "Waiting for the chief",
-      `No center yet: the chief initializes it. The server has been up for ${seconds(status.uptime_s)}.`,
+      "The chief, worker 0, sends the first model. It has not come yet; " +
+        `the server has been up for ${seconds(status.uptime_s)}.`,
     );
   }
   if (status.job_over)
@@ -27,7 +28,7 @@ export function phaseOf(news, last) {
       "over",
       "Job over",
       `All ${plural(status.num_workers, "worker")} have finished at step ${count(status.global_step)}. ` +
-        "A new run may begin with this center.",
+        "The averaged model stays here; a new run may begin with it.",
     );
   if (status.phase !== "PHASE_AVERAGING" || !(names.length + more)) {
     return same(
@@ -48,7 +49,7 @@ export function phaseOf(news, last) {
       said: "Training",
     };
   const arrived = atBarrier(status);
-  let quorum = "";
+  let quorum = " The round goes on when all have pushed.";
   if (status.min_workers < status.num_workers) {
     quorum =
       arrived < status.min_workers

@@ -19,6 +19,11 @@ const STATES = {
   late: "the round waits for it",
 };
 
+/** What a span says; a round in progress has not gone on without anybody yet. */
+function textOf({ state, step }) {
+  return STATES[step === null && state === "without" ? "late" : state];
+}
+
 export class Timeline {
   constructor() {
     this._by = "time";
@@ -135,7 +140,7 @@ export class Timeline {
     const lane = this._lanes.workers.get(name);
     const lines = [["worker", shortened(shown(name), 40)]];
     for (const span of lane.spans.filter((span) => span.step === border.step))
-      lines.push([STATES[span.state], seconds(span.to_at - span.from_at)]);
+      lines.push([textOf(span), seconds(span.to_at - span.from_at)]);
     const round = this._rounds.find((one) => one.step === border.step);
     const worker = round?.workers.find((one) => one.worker_id === name);
     if (worker) lines.push(["loss", significant(numberOf(worker.loss))], ["local step", count(worker.local_step)]);

@@ -216,7 +216,7 @@ def _status(names: Sequence[str], last: Document | None, step: int, round_s: flo
         "checkpoint_writing_s": None,
         "shard": None,
         "rounds_committed": step,
-        "rounds_per_minute": 60 / round_s if step else 0.0,
+        "rounds_per_minute": 60 / max(round_s, fields.get("round_age_s", 0.0)) if step else 0.0,
         "connected_workers": 0,
         "workers_finished": 0,
         "job_over": False,

@@ -153,6 +153,25 @@ def test_a_lane_shows_when_a_worker_trained_pushed_and_waited(opened: Tab) -> No
     assert b == [["training", 5, 7], ["pushing", 7, 9], ["waiting", 9, 10], ["without", 10, 20], ["late", 20, 30]]
 
 
+def test_a_worker_that_the_last_round_gave_up_is_red_only_after_five_seconds(opened: Tab) -> None:
+    script = _LANES.replace("is_late: true", "is_late: false") + "return spans('b').at(-1)"
+    assert _call(opened, "lanes", script) == ["without", 20, 30]
+
+
+def test_rounds_become_points_by_their_steps_so_that_old_points_stay(opened: Tab) -> None:
+    script = """
+    const found = (from, to) => {
+      const steps = Array.from({ length: to - from }, (_, at) => from + at);
+      const late = steps.map((step) => new Map(step === 11 ? [["a", 5]] : [["a", step], ["b", 0]]));
+      return m.meansOf(late, steps.map((step) => ({ step })), steps, 4).map(({ place, late }) => [place, ...late]);
+    };
+    return [found(8, 13), found(9, 20)[1]];
+    """
+    few, same = _call(opened, "lateness", script)
+    assert few == [[9.5, ["a", 8], ["b", 0]], [12, ["a", 12], ["b", 0]]]
+    assert same == [13.5, ["a", 13.5], ["b", 0]]
+
+
 @pytest.mark.parametrize("by", ["time", "round"])
 def test_a_place_on_the_axis_leads_back_to_its_time(opened: Tab, by: str) -> None:
     script = f"""
