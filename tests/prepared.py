@@ -58,6 +58,7 @@ class Prepared:
         warnings_are_errors: whether it raises warnings.
         environ: of the process; None: that of the test.
         cwd: where it runs; None: where the test does.
+        with_torch: whether torch is imported before; it is for some modules anyway.
 
     Attributes:
         pid: its id.
@@ -75,6 +76,7 @@ class Prepared:
         warnings_are_errors: bool = False,
         environ: Mapping[str, str] | None = None,
         cwd: Path | None = None,
+        with_torch: bool = False,
     ) -> None:
         self._end, its_end = os.pipe()
         output, its_output = os.pipe()
@@ -88,7 +90,7 @@ class Prepared:
             "warnings_are_errors": warnings_are_errors,
         }
         its_own = [its_input, its_output, its_errors, its_end]
-        self.pid, self._pidfd = _original(module in _WITH_TORCH).fork(order, its_own)
+        self.pid, self._pidfd = _original(with_torch or module in _WITH_TORCH).fork(order, its_own)
         weakref.finalize(self, os.close, self._pidfd)
         for descriptor in its_own:
             os.close(descriptor)

@@ -238,7 +238,7 @@ def test_one_dead_server_of_several_ends_the_run(launch: Launch) -> None:
 
 
 def test_workers_that_print_nothing_for_2_s_are_mentioned_once(launch: Launch) -> None:
-    launched = launch(WAITING.replace('print("waiting")', ""), "--workers", "2")
+    launched = launch(WAITING.replace('print("waiting")', ""))
     launched.wait_for("ma-launch: 2 workers have started and printed nothing yet (2 s so far)")
     launched.process.send_signal(signal.SIGINT)
     assert launched.ended() == 130
