@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ma_client import ClusterSpec
+from tests.long_plays import long_except
 from tests.prepared import Prepared
 from tests.test_server_process import ServerProcess
 
@@ -48,7 +49,7 @@ WEIGHTS = {
 }
 
 
-@pytest.mark.parametrize(("first", "second"), WEIGHTS)
+@pytest.mark.parametrize(("first", "second"), long_except([(90, 250)], WEIGHTS))
 def test_the_saved_model_has_every_step_in_it(first: int, second: int, tmp_path: Path) -> None:
     counts = (first, second)
     (tmp_path / "train.py").write_text(PRELUDE.format(counts=counts) + the_model_of_the_readme(), encoding="utf-8")
