@@ -11,10 +11,17 @@ from pathlib import Path
 import pytest
 
 from ma_client import ParameterServerSession
+from modelaverage.access import handshake
 from modelaverage.errors import InvalidRequestError, ServerUnavailableError
 from ps_server.__main__ import main
 from tests.bad_input.guarded import Job, assert_one_line
 from tests.prepared import Prepared
+
+
+@pytest.fixture(autouse=True)
+def _one_look_at_why_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether a server wants TLS is asked after the wait for its answer."""
+    monkeypatch.setattr(handshake, "_TIMEOUT_S", 0.3)
 
 
 def assert_fails_in_one_line(ended: tuple[int, str, str], *named: object) -> None:
