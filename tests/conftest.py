@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import math
 import threading
@@ -19,6 +20,11 @@ from ps_server.rules.policy import RoundPolicy
 from ps_server.server import ServerConfig, serve
 from tests.in_memory import ServerInMemory
 from tests.jobs import Job, running
+
+
+def pytest_collection_finish() -> None:
+    """What the tests have imported stays, millions of objects: no later search for garbage looks through it."""
+    freeze_garbage()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -38,6 +44,13 @@ def logging_as_before() -> Iterator[None]:
     for logger, level, handlers in before:
         logger.setLevel(level)
         logger.handlers[:] = handlers
+
+
+def freeze_garbage() -> None:
+    """Has later searches for garbage look only at objects that are made from now on."""
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
 
 
 class RunningServer(Protocol):

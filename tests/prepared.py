@@ -24,6 +24,7 @@ import sys
 import threading
 import warnings
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -38,7 +39,9 @@ _IMPORTED = (
     "tests.shard_worker",
     "tests.worker_process",
 )
-_WITH_TORCH = ("tests.overlapped",)  # forks of a process of their own, because most plays need no torch
+# Forks of a process of their own, because most plays need no torch.
+_WITH_TORCH = ("tests.overlapped", "ps_worker", "examples.train")
+_IMPORTED_WITH_TORCH = ("tests.overlapped", "ps_worker.__main__", "ps_worker.demo.digits", "ps_worker.curves.command")
 _MAX_ORDER_BYTES = 1 << 17  # the environment
 _STDERR = 2
 _ROOT = Path(__file__).parents[1]
@@ -53,6 +56,9 @@ class Prepared:
         pipes: whether its standard input and standard error are pipes, too; otherwise they are /dev/null and those of
             the test.
         warnings_are_errors: whether it raises warnings.
+        environ: of the process; None: that of the test.
+        cwd: where it runs; None: where the test does.
+        with_torch: whether torch is imported before; it is for some modules anyway.
 
     Attributes:
         pid: its id.
@@ -62,7 +68,16 @@ class Prepared:
         returncode: its exit code, or the negative number of the signal that ended it, once `poll` or `wait` knows it.
     """
 
-    def __init__(self, module: str, *arguments: str, pipes: bool = False, warnings_are_errors: bool = False) -> None:
+    def __init__(
+        self,
+        module: str,
+        *arguments: str,
+        pipes: bool = False,
+        warnings_are_errors: bool = False,
+        environ: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        with_torch: bool = False,
+    ) -> None:
         self._end, its_end = os.pipe()
         output, its_output = os.pipe()
         its_input, given = os.pipe() if pipes else (os.open(os.devnull, os.O_RDONLY), -1)
@@ -70,12 +85,12 @@ class Prepared:
         order = {
             "module": module,
             "arguments": arguments,
-            "environ": dict(os.environ),
-            "cwd": str(Path.cwd()),
+            "environ": dict(os.environ if environ is None else environ),
+            "cwd": str(cwd or Path.cwd()),
             "warnings_are_errors": warnings_are_errors,
         }
         its_own = [its_input, its_output, its_errors, its_end]
-        self.pid, self._pidfd = _original(module in _WITH_TORCH).fork(order, its_own)
+        self.pid, self._pidfd = _original(with_torch or module in _WITH_TORCH).fork(order, its_own)
         weakref.finalize(self, os.close, self._pidfd)
         for descriptor in its_own:
             os.close(descriptor)
@@ -141,9 +156,20 @@ class _Original:
         self._orders, its_orders = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with its_orders:
             number = its_orders.fileno()
-            command = [sys.executable, "-m", "tests.prepared", str(number), *(_WITH_TORCH if with_torch else ())]
+            command = [
+                sys.executable,
+                "-m",
+                "tests.prepared",
+                str(number),
+                *(_IMPORTED_WITH_TORCH if with_torch else ()),
+            ]
             self._process = subprocess.Popen(
-                command, pass_fds=[number], cwd=_ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+                command,
+                pass_fds=[number],
+                cwd=_ROOT,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},  # read at the import; threads that spin cost the most
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
             )
         self._one_order = threading.Lock()
         atexit.register(self._end)

@@ -7,7 +7,6 @@ from rich.console import Console
 
 from bench.hosts import unavailable_because
 from bench.overlap import OverlapArm, OverlapSettings, WorkerTimes, measure, overlap_table
-from tests.long_plays import long_except
 
 REASON = unavailable_because()
 
@@ -25,8 +24,9 @@ def test_waited_is_a_part_of_the_run_and_the_rest_is_steps() -> None:
     ]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(REASON is not None, reason=str(REASON))
-@pytest.mark.parametrize("overlap_steps", long_except([3], [0, 3]))
+@pytest.mark.parametrize("overlap_steps", [0, 3])
 def test_an_arm_trains_and_counts_its_waits(overlap_steps: int) -> None:
     arm = measure(overlap_steps, OverlapSettings(steps=8, interval_steps=4))
     for worker in arm.workers:

@@ -205,6 +205,7 @@ def frozen_disk(tmp_path: Path) -> Iterator[tuple[Path, Callable[[str], None]]]:
     subprocess.run(["umount", "--lazy", str(mount)], check=True, timeout=20)
 
 
+@pytest.mark.long
 def test_a_disk_that_holds_its_writers_for_good_does_not_hold_the_server(
     frozen_disk: tuple[Path, Callable[[str], None]],
 ) -> None:

@@ -18,8 +18,8 @@ from tests.stopcock import Stopcock, data_through
 
 ROUNDS = 2
 MODEL: Arrays = {
-    "w": np.random.default_rng(0).normal(size=(1000, 1500)).astype(np.float32),
-    "b": np.zeros(1000, np.float32),  # small: raw with every codec
+    "w": np.random.default_rng(0).normal(size=(400, 1500)).astype(np.float32),
+    "b": np.zeros(400, np.float32),  # small: raw with every codec
 }
 MOST = {"bfloat16": 0.51, "int8": 0.265, "int4": 0.14}
 

@@ -14,7 +14,7 @@ import pytest
 from ma_client import ClusterSpec
 from tests.conftest import StartServer
 from tests.launched import Launched
-from tests.long_plays import long_except
+from tests.prepared import Prepared
 from tests.recorded import kubernetes, slurm, tf_config, without_a_cluster
 from tests.test_server_process import ServerProcess
 
@@ -32,13 +32,17 @@ LAUNCHERS: dict[str, Callable[[int, str], Mapping[str, str]]] = {
 }
 
 
+def of_worker(environ: Mapping[str, str]) -> dict[str, str]:
+    # Threads that spin on shared cores cost more than everything else; the launcher prevents it, too.
+    return {**without_a_cluster(os.environ), **environ, "OMP_NUM_THREADS": "1"}
+
+
 def run_workers(environs: Sequence[Mapping[str, str]], *command: str) -> list[str]:
     """Runs a job; returns what each worker printed."""
     workers = [
         subprocess.Popen(
             [sys.executable, "-W", "error", *command],
-            # Threads that spin on shared cores cost more than everything else; the launcher prevents it, too.
-            env={**without_a_cluster(os.environ), **environ, "OMP_NUM_THREADS": "1"},
+            env=of_worker(environ),
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -67,7 +71,21 @@ def assert_trained(first: Sequence[str], second: Sequence[str]) -> None:
     assert second[-1] == first[-1]
 
 
-@pytest.mark.parametrize("launcher", long_except(["TF_CONFIG"], LAUNCHERS))
+def test_train_ends_with_one_good_center_for_processes_that_have_imported_torch_before() -> None:
+    with ServerProcess(num_workers=WORKERS) as server:
+        environs = [of_worker(tf_config(index, server.address)) for index in range(WORKERS)]
+        workers = [Prepared("examples.train", pipes=True, environ=environ, cwd=ROOT) for environ in environs]
+        try:
+            printed = [worker.communicate(timeout_s=120) for worker in workers]
+        finally:
+            for worker in workers:
+                worker.kill()
+    assert [worker.returncode for worker in workers] == [0] * WORKERS, printed
+    assert_trained(*(out.splitlines() for out, _ in printed))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_train_ends_with_one_good_center_for_all_workers(launcher: str) -> None:
     environ_of = LAUNCHERS[launcher]
     with ServerProcess(num_workers=WORKERS) as server:

@@ -22,6 +22,7 @@ from ma_client import ParameterServerSession
 from ma_client.job.assembly import Assembly
 from ma_client.values.raw import bytes_of
 from modelaverage import wire
+from modelaverage.access import handshake
 from modelaverage.manifest import DTYPES, Manifest, Variable, dtype_name
 from modelaverage.placement import place
 from modelaverage.v1 import parameter_server_pb2 as pb
@@ -183,7 +184,8 @@ def test_a_server_without_a_center_is_an_error(out: Path, export: Export, start_
     assert not out.exists()
 
 
-def test_where_nobody_answers_the_wait_ends_in_time(out: Path, export: Export) -> None:
+def test_where_nobody_answers_the_wait_ends_in_time(out: Path, export: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handshake, "_TIMEOUT_S", 0.3)  # asked afterwards: whether the server wants TLS
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()

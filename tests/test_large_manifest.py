@@ -20,7 +20,7 @@ from modelaverage.manifest import MAX_VARIABLES
 from modelaverage.v1 import parameter_server_pb2 as pb
 from ps_server.checkpoints.safetensors_file import lay_out
 from ps_server.machine.helper_thread import HelperThread, no_collections
-from tests.conftest import RunningServer, StartServer
+from tests.conftest import RunningServer, StartServer, freeze_garbage
 from tests.raw_client import DEADLINE_S, until
 
 SERVICE = "/modelaverage.v1.ParameterServer/"
@@ -64,8 +64,10 @@ def beating(server: RunningServer) -> Iterator[Heart]:
 
 @pytest.fixture(autouse=True)
 def _garbage_is_collected_afterwards() -> Iterator[None]:
+    before = gc.get_freeze_count()
     yield
-    gc.unfreeze()
+    if gc.get_freeze_count() != before:
+        freeze_garbage()
 
 
 def manifest_of(count: int, fragment_size_bytes: int = 1 << 20) -> pb.Manifest:

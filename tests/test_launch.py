@@ -20,6 +20,12 @@ from tests.long_plays import long_except
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for orphans in /proc")
 
 LAUNCH = ("-m", "ps_worker.launch")
+# A worker that has failed starts again soon.
+IMPATIENT = (
+    "-c",
+    "import sys; from ps_worker.engines import local_worker; from ps_worker.launch import main\n"
+    "local_worker._FIRST_PAUSE_S = 0.125; sys.exit(main())",
+)
 Launch = Callable[..., Launched]
 
 WHO = """
@@ -122,7 +128,9 @@ with ParameterServerSession.from_env() as session:
 
 @pytest.fixture
 def launch(tmp_path: Path) -> Iterator[Launch]:
-    """launch(SCRIPT TEXT, *ARGS, ps=K, workers=N, flags=[...], read_lines=N) -> a running ma-launch."""
+    """launch(SCRIPT TEXT, *ARGS, ps=K, workers=N, flags=[...], read_lines=N, program=LAUNCH) -> a running ma-launch.
+
+    It serves no page unless told to: half a second of processor time."""
     running: list[Launched] = []
 
     def start(
@@ -132,11 +140,14 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
         workers: int = 2,
         flags: Sequence[str] = (),
         read_lines: int | None = None,
+        program: Sequence[str] = LAUNCH,
+        has_page: bool = False,
     ) -> Launched:
         script = tmp_path / "script.py"
         script.write_text(text)
         own = ["--ps", ps, "--workers", str(workers), "--runs", str(tmp_path / "runs"), *flags]
-        command = [*LAUNCH, *own, "--", str(script), *args]
+        own += [] if has_page else ["--no-page"]
+        command = [*program, *own, "--", str(script), *args]
         running.append(Launched(command, read_lines=read_lines))
         return running[-1]
 
@@ -199,7 +210,7 @@ def test_a_number_of_servers_that_makes_no_sense_is_refused(launch: Launch, ps: 
 
 @pytest.mark.parametrize("ps", long_except(["2"], ["1", "2"]))
 def test_workers_of_a_script_average_through_the_servers(launch: Launch, ps: str) -> None:
-    launched = launch(AVERAGE, ps=ps)
+    launched = launch(AVERAGE, ps=ps, has_page=True)
     assert launched.ended() == 0, launched.printed()
     assert sorted(launched.lines) == [f"[worker-{i}] center [0.5 0.5 0.5]" for i in range(2)]
     assert re.match(r"ma-launch: 1 round, global_step 1, in [\d.]+ s; worker-0 and worker-1 ", launched.errors[-1])
@@ -238,7 +249,7 @@ def test_one_dead_server_of_several_ends_the_run(launch: Launch) -> None:
 
 
 def test_workers_that_print_nothing_for_2_s_are_mentioned_once(launch: Launch) -> None:
-    launched = launch(WAITING.replace('print("waiting")', ""), "--workers", "2")
+    launched = launch(WAITING.replace('print("waiting")', ""))
     launched.wait_for("ma-launch: 2 workers have started and printed nothing yet (2 s so far)")
     launched.process.send_signal(signal.SIGINT)
     assert launched.ended() == 130
@@ -292,22 +303,22 @@ def test_output_that_nobody_reads_any_more_ends_the_run(launch: Launch) -> None:
 def test_a_worker_that_fails_is_started_again_as_often_as_it_may_with_a_growing_pause(
     launch: Launch, tmp_path: Path
 ) -> None:
-    launched = launch(FAILING_AT_FIRST, str(tmp_path), "2", flags=["--max-restarts", "2"])
+    launched = launch(FAILING_AT_FIRST, str(tmp_path), "2", flags=["--max-restarts", "2"], program=IMPATIENT)
     assert launched.ended() == 0, launched.printed()
     assert [line for line in launched.lines if "worker-1" in line] == [
         f"[worker-1] worker-1 starts {number} None" for number in (1, 2, 3)
     ]
     said = [line for line in launched.errors if "(restart" in line]
     assert said == [
-        "ma-launch: worker-1 ended with exit code 1 (restart 1 of 2); it starts again in 1 s",
-        "ma-launch: worker-1 ended with exit code 1 (restart 2 of 2); it starts again in 2 s",
+        "ma-launch: worker-1 ended with exit code 1 (restart 1 of 2); it starts again in 0.125 s",
+        "ma-launch: worker-1 ended with exit code 1 (restart 2 of 2); it starts again in 0.25 s",
     ]
     assert launched.errors[-1].endswith("; worker-0 and worker-1 (2 restarts) ended with exit code 0")
     assert_nothing_left(launched)
 
 
 def test_a_worker_that_fails_once_too_often_ends_the_run(launch: Launch, tmp_path: Path) -> None:
-    launched = launch(FAILING_AT_FIRST, str(tmp_path), "9", flags=["--max-restarts", "1"])
+    launched = launch(FAILING_AT_FIRST, str(tmp_path), "9", flags=["--max-restarts", "1"], program=IMPATIENT)
     assert launched.ended() == 1
     assert "ma-launch: worker-1 ended with exit code 1 (1 restart); its last lines:" in launched.errors
     assert launched.errors[-1] == "  ValueError: the disk is full of cats"
@@ -315,7 +326,7 @@ def test_a_worker_that_fails_once_too_often_ends_the_run(launch: Launch, tmp_pat
 
 
 def test_a_killed_worker_that_is_started_again_takes_its_place(launch: Launch) -> None:
-    launched = launch(WAITING, workers=1, flags=["--max-restarts", "1"])
+    launched = launch(WAITING, workers=1, flags=["--max-restarts", "1"], program=IMPATIENT)
     launched.wait_for("[worker-0] waiting")
     os.kill(max(launched.descendants("script.py")), signal.SIGKILL)
     launched.wait_for("worker-0 was ended by SIGKILL (restart 1 of 1)")

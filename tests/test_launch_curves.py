@@ -47,7 +47,7 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
 
     def start(text: str, *args: str, flags: tuple[str, ...] = (), environ: Mapping[str, str] | None = None) -> Launched:
         (tmp_path / "script.py").write_text(text)
-        command = ["-m", "ps_worker.launch", "--workers", "2", *flags, "--", "script.py", *args]
+        command = ["-m", "ps_worker.launch", "--no-page", "--workers", "2", *flags, "--", "script.py", *args]
         running.append(Launched(command, cwd=tmp_path, environ=environ))
         return running[-1]
 
@@ -81,7 +81,7 @@ def test_a_run_leaves_its_rounds_and_their_picture_and_says_where(launch: Launch
 def test_in_a_terminal_a_run_ends_with_a_plot(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(TRAINING)
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "ps_worker.launch", "--workers", "2", "--", "script.py", "0"]
+    command = [sys.executable, "-m", "ps_worker.launch", "--no-page", "--workers", "2", "--", "script.py", "0"]
     process = subprocess.Popen(command, cwd=tmp_path, stdin=subprocess.DEVNULL, stdout=theirs, stderr=subprocess.PIPE)
     os.close(theirs)
     printed = b""

@@ -18,6 +18,7 @@ from google.protobuf.message import Message
 
 from modelaverage.logs import COMMON_FIELDS, EVENTS
 from tests.jobs import Job, of
+from tests.prepared import Prepared
 from tests.raw_client import RawClient, fragments_of, until
 from tests.source_tree import MODULES, ROOT, tree_of
 from tests.test_server_process import ServerProcess
@@ -132,13 +133,17 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
 )
 def test_a_mistake_of_the_user_is_one_line_without_a_traceback(command: tuple[str, ...], what: str) -> None:
     for as_json in (True, False):
-        done = python("-m", *command, *(["--log-json"] if as_json else []))
-        assert (done.returncode, done.stdout) == (1, "")
-        assert len(done.stderr.splitlines()) == 1
-        assert what in done.stderr
-        assert "Traceback" not in done.stderr
+        process = Prepared(*command, *(["--log-json"] if as_json else []), pipes=True, cwd=ROOT)
+        try:
+            out, errors = process.communicate(TIMEOUT_S)
+        finally:
+            process.kill()
+        assert (process.returncode, out) == (1, "")
+        assert len(errors.splitlines()) == 1
+        assert what in errors
+        assert "Traceback" not in errors
         if as_json:
-            (line,) = lines_of(done.stderr)
+            (line,) = lines_of(errors)
             assert (line["event"], line["level"]) == ("failed", "error")
             assert what in line["cause"]
 

@@ -189,6 +189,7 @@ def test_ps_worker_run_fresh_refuses_a_center_that_is_there(start_server: StartS
 def test_ma_launch_fresh_tells_the_chief(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text("from ma_client import ClusterSpec\nprint(ClusterSpec.from_env().must_be_new)\n")
     for flags, said in ((["--fresh"], "True"), ([], "False")):
-        command = [sys.executable, "-m", "ps_worker.launch", *flags, "--workers", "1", "--", str(tmp_path / "train.py")]
+        command = [sys.executable, "-m", "ps_worker.launch", "--no-page", *flags, "--workers", "1"]
+        command += ["--", str(tmp_path / "train.py")]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
         assert done.stdout == f"[worker-0] {said}\n"

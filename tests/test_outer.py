@@ -209,7 +209,7 @@ def test_a_16_bit_variable_gains_what_its_master_gathers_in_steps_too_small_for_
 def test_an_outer_step_is_the_same_bits_however_the_model_is_cut(
     outer: OuterOptimizer, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    variables = tuple(Variable(name, name, (1000,)) for name in sorted(DTYPES))
+    variables = tuple(Variable(name, name, (300,)) for name in sorted(DTYPES))
     results = set()
     for size_bytes, block in ((8, 1 << 15), (64, 3), (1024, 1), (1024, 7), (1 << 20, 64), (1 << 20, 1 << 15)):
         monkeypatch.setattr("ps_server.center.center._BLOCK", block)

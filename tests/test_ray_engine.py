@@ -333,6 +333,7 @@ def test_a_host_runs_one_process_at_a_time(tmp_path: Path) -> None:
 # Without a cluster.
 
 
+@pytest.mark.long
 def test_a_local_cluster_is_a_new_one_on_loopback_that_ends_with_the_run(
     ray_environ: dict[str, str], tmp_path: Path
 ) -> None:

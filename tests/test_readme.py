@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from ma_client import ClusterSpec
 from tests.long_plays import long_except
+from tests.prepared import Prepared
+from tests.test_server_process import ServerProcess
 
 ROOT = Path(__file__).parent.parent
 # The gradient is the worker's x, 1 or 2, whatever the weight, so the result tells how many steps each worker made.
@@ -51,8 +53,17 @@ WEIGHTS = {
 def test_the_saved_model_has_every_step_in_it(first: int, second: int, tmp_path: Path) -> None:
     counts = (first, second)
     (tmp_path / "train.py").write_text(PRELUDE.format(counts=counts) + the_model_of_the_readme(), encoding="utf-8")
-    command = [sys.executable, "-m", "ps_worker.launch", "--workers", "2", "--", "train.py"]
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
+    with ServerProcess(num_workers=2) as server:
+        environs = [ClusterSpec((server.address,), 2, index).to_env() for index in range(2)]
+        workers = [
+            Prepared("train", pipes=True, environ={**os.environ, **environ}, cwd=tmp_path, with_torch=True)
+            for environ in environs
+        ]
+        try:
+            printed = [worker.communicate(timeout_s=120) for worker in workers]
+        finally:
+            for worker in workers:
+                worker.kill()
+    assert [worker.returncode for worker in workers] == [0, 0], printed
     saved = torch.load(tmp_path / "model.pt", weights_only=True)
     np.testing.assert_allclose(saved["weight"].item(), WEIGHTS[counts], rtol=1e-5)

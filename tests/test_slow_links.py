@@ -248,6 +248,7 @@ def _play(doing: str, values: int, slow: Path) -> list[object]:
     return [*found, [line for line in by_server if not any(words in line for words in usual)]]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("doing", [INITIALIZE, PUSH, ON_DATA_CONNECTION], ids=lambda doing: str(doing[0]))
 def test_a_model_gets_over_a_slow_link_without_a_break(
     over_a_slow_link: dict[tuple[str, int], Future[list[object]]], doing: tuple[str, int]

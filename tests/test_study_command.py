@@ -11,6 +11,7 @@ import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from study.results import CurvePoint, cheapest_within, results_of
 from study.standing import StudyStanding, standing_of
 from study.tasks import TASKS
 from study.tuning import best_rung, rate_at, rungs_to_try
+from tests.long_plays import long_except
 
 BASE = Arm("digits", "raw", "average", 5, 0.0, 0, steps=10, num_workers=2, measure_every_steps=5)
 SOURCE = "here"
@@ -500,9 +502,12 @@ def test_a_study_that_is_stopped_breaks_off_its_trainings() -> None:
         os.kill(pids[0], 0)
 
 
-def test_the_command_trains_in_processes_and_then_lists_and_writes_the_page(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("in_processes", long_except([False], [False, True]))  # which import torch at a low priority
+def test_the_command_trains_and_then_lists_and_writes_the_page(
+    in_processes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    if not in_processes:
+        monkeypatch.setattr(command, "pool", lambda _: nullcontext(Inline()))
     plan = StudyPlan(PLAN.arms[:3], seeds=(0,), tuning_seed=100)
     monkeypatch.setattr(command, "QUICK", plan)
     monkeypatch.setenv("COLUMNS", "160")

@@ -91,6 +91,7 @@ def test_a_trainer_that_averages_the_gradients_of_several_workers_is_warned_abou
     assert len(list(tmp_path.glob("**/stderr.log"))) == WORKERS
 
 
+@pytest.mark.long
 @without("accelerate")
 def test_a_trainer_sees_one_process_after_what_the_page_says_for_torchrun(start_server: StartServer) -> None:
     page = (ROOT / "docs" / "trainers.md").read_text(encoding="utf-8")

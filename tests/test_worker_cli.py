@@ -20,6 +20,7 @@ from ps_worker.demo.stopping import consequence
 from ps_worker.launch import main as launch_main
 from tests.conftest import StartServer
 from tests.launched import Launched, said
+from tests.prepared import Prepared
 from tests.raw_client import RawClient, until
 from tests.recorded import slurm, torchrun, without_a_cluster
 
@@ -242,16 +243,17 @@ def test_a_signal_ends_a_worker_that_waits_at_the_barrier_which_says_what_follow
     number: signal.Signals, start_server: StartServer
 ) -> None:
     address = start_server(2, rejoin_timeout_s=600.0).address
-    command = [sys.executable, "-m", "ps_worker", "digits", "--ps-hosts", address, "--task-index", "auto"]
-    with RawClient(address) as raw, subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as worker:
+    with RawClient(address) as raw:
+        flags = ("--ps-hosts", address, "--task-index", "auto", "--interval-steps", "10")
+        worker = Prepared("ps_worker", "digits", *flags, pipes=True)
         try:
             until(lambda: raw.worker("worker-0").waiting, "its first round")
             worker.send_signal(number)
-            _, errors = worker.communicate(timeout=TIMEOUT_S)
+            _, errors = worker.communicate(timeout_s=TIMEOUT_S)
         finally:
             worker.kill()
         assert worker.returncode == 128 + number
-        what_follows = "local step 100 of 1200; the server waits for worker-0 until it returns"
+        what_follows = "local step 10 of 1200; the server waits for worker-0 until it returns"
         assert errors.splitlines()[-1:] == [f"ps-worker: stopped by {number.name}; {what_follows}"]
         assert "Traceback" not in errors
         assert raw.worker("worker-0").has_left
@@ -271,11 +273,17 @@ def test_ctrl_c_while_a_worker_starts_is_one_line() -> None:
 
 def test_a_worker_that_waits_for_the_chief_says_so_and_ctrl_c_ends_the_wait(start_server: StartServer) -> None:
     cluster = ["--ps-hosts", start_server(2).address, "--num-workers", "2", "--task-index", "1"]
-    with Launched(["-m", "ps_worker", "digits", *cluster]) as worker:
-        worker.wait_for("ps-worker: waits for worker-0, the chief, to initialize the center (2 s so far)")
-        worker.process.send_signal(signal.SIGINT)
-        assert worker.ended() == 130
-        assert worker.errors[-1] == "ps-worker: stopped by SIGINT; local step 0 of 1200"
+    worker = Prepared("ps_worker", "digits", *cluster, pipes=True)
+    assert worker.stderr is not None
+    try:
+        waits = "ps-worker: waits for worker-0, the chief, to initialize the center (2 s so far)\n"
+        assert waits in iter(worker.stderr.readline, "")
+        worker.send_signal(signal.SIGINT)
+        _, errors = worker.communicate(timeout_s=TIMEOUT_S)
+    finally:
+        worker.kill()
+    assert worker.returncode == 130
+    assert errors.splitlines()[-1] == "ps-worker: stopped by SIGINT; local step 0 of 1200"
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -13,16 +11,25 @@ from pathlib import Path
 import pytest
 
 from ma_client import ParameterServerSession
+from modelaverage.access import handshake
 from modelaverage.errors import InvalidRequestError, ServerUnavailableError
 from ps_server.__main__ import main
 from tests.bad_input.guarded import Job, assert_one_line
+from tests.prepared import Prepared
 
 
-def assert_fails_in_one_line(process: subprocess.CompletedProcess[str], *named: object) -> None:
-    assert process.returncode not in (0, None)
-    assert process.stdout == ""
-    assert process.stderr.endswith("\n")
-    assert_one_line(process.stderr[:-1], *named)
+@pytest.fixture(autouse=True)
+def _one_look_at_why_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether a server wants TLS is asked after the wait for its answer."""
+    monkeypatch.setattr(handshake, "_TIMEOUT_S", 0.3)
+
+
+def assert_fails_in_one_line(ended: tuple[int, str, str], *named: object) -> None:
+    code, out, errors = ended
+    assert code != 0
+    assert out == ""
+    assert errors.endswith("\n")
+    assert_one_line(errors[:-1], *named)
 
 
 @contextmanager
@@ -34,16 +41,19 @@ def deaf() -> Iterator[str]:
         yield f"127.0.0.1:{taken.getsockname()[1]}"
 
 
-def ps_server(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "ps_server", *arguments], capture_output=True, text=True, timeout=20, check=False
-    )
+def ps_server(*arguments: str) -> tuple[int, str, str]:
+    """Exit code, output and errors of the command."""
+    process = Prepared("ps_server", *arguments, pipes=True)
+    try:
+        out, errors = process.communicate(timeout_s=20)
+    finally:
+        process.kill()
+    return process.wait(), out, errors
 
 
 def test_a_port_that_is_taken_is_named() -> None:
     with deaf() as address:
-        process = ps_server("serve", "--num-workers", "2", "--bind", address)
-    assert_fails_in_one_line(process, address)
+        assert_fails_in_one_line(ps_server("serve", "--num-workers", "2", "--bind", address), address)
 
 
 def test_a_port_that_another_parameter_server_has_is_named(job: Job) -> None:

@@ -9,7 +9,7 @@ import pytest
 from tests.groups.ranks import Ranks, started_ranks
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     with started_ranks(tmp_path_factory.mktemp("ranks")) as started:
         yield started

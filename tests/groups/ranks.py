@@ -1,6 +1,7 @@
 """Processes that are ranks of torch.distributed and run what a test gives them, for tests of worker groups.
 
-Starting them takes seconds, so that all tests of a module share them: two workers of two ranks each.
+Starting them takes seconds, so that all tests share them: two workers of two ranks each. They are forks of a process
+that has imported torch for all of them.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ __all__ = ["Rank", "Ranks", "started_ranks"]
 RANKS_PER_WORKER = 2
 WORKERS = 2
 _TIMEOUT_S = 120.0
+_IMPORTED = ["tests.groups.test_rounds", "tests.groups.test_training"]
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ def started_ranks(directory: Path) -> Iterator[Ranks]:
     Args:
         directory: empty; they meet there.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_IMPORTED)
     pipes, processes = list[Connection](), []
     try:
         for rank in range(WORKERS * RANKS_PER_WORKER):

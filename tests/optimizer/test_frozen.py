@@ -88,13 +88,13 @@ def test_a_model_without_frozen_parameters_says_nothing(start_server: StartServe
 
 
 def test_of_a_large_parameter_values_all_over_it_are_compared() -> None:
-    one = torch.zeros(1_000_003)
-    told = digests_of({"base": one})
+    values = torch.zeros(1_000_003)
+    told = digests_of({"base": values})
     assert len(told) == 8
     for place in range(0, 1_000_003, 1_000):
-        other = one.clone()
-        other[place : place + 1_000] = 1.0
-        assert differing({"base": other}, told) == ["base"]
+        values[place : place + 1_000] = 1.0
+        assert differing({"base": values}, told) == ["base"]
+        values[place : place + 1_000] = 0.0
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 5, 2), (1, 40, 1, 40)])

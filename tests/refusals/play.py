@@ -36,6 +36,8 @@ __all__ = ["play"]
 # A play takes some hundredths of a second; one that takes this long hangs, even on a loaded machine.
 LIMIT_S = 30.0
 _PAUSE_S = 0.002
+# How long a client waits for a stranger's answer, which may never come; then it goes on without the connection.
+_ANSWER_S = 0.3
 
 
 class Worker:
@@ -234,11 +236,11 @@ class Worker:
         connection = socket.socket()
         connection.setblocking(False)
         try:
-            await asyncio.wait_for(loop.sock_connect(connection, ("127.0.0.1", offer.port)), 2.0)
+            await asyncio.wait_for(loop.sock_connect(connection, ("127.0.0.1", offer.port)), _ANSWER_S)
             await loop.sock_sendall(connection, hello)
             came = b""
             while len(came) < len(answer):
-                more = await asyncio.wait_for(loop.sock_recv(connection, len(answer) - len(came)), 2.0)
+                more = await asyncio.wait_for(loop.sock_recv(connection, len(answer) - len(came)), _ANSWER_S)
                 if not more:
                     raise ConnectionResetError
                 came += more

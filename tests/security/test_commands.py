@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from ps_server.rules.authorization import Role
-from tests.launched import Launched
+from tests.launched import TIMEOUT_S, Launched
+from tests.prepared import Prepared
 from tests.security.guarded import Files, flags_of, serving
+
+
+def ps_server(*arguments: str) -> tuple[int, list[str], list[str]]:
+    """Exit code and lines of a command."""
+    process = Prepared("ps_server", *arguments, pipes=True)
+    try:
+        out, errors = process.communicate(TIMEOUT_S)
+    finally:
+        process.kill()
+    return process.wait(), out.splitlines(), errors.splitlines()
 
 
 def test_commands_train_show_and_export_over_mutual_tls_with_tokens(files: Files, tmp_path: Path) -> None:
@@ -24,33 +36,38 @@ def test_commands_train_show_and_export_over_mutual_tls_with_tokens(files: Files
     flags += ["--reader-token-file", of_server.reader_token_file]
     reader = flags_of(files.security(Role.READER))
     with serving("--bind", "127.0.0.1:0", *map(str, flags)) as address:
-        train = ["-m", "ps_worker", "digits", "--ps-hosts", address, "--num-workers", "2", "--steps", "20"]
+        train = ["ps_worker", "digits", "--ps-hosts", address, "--num-workers", "2", "--steps", "20"]
         train += ["--interval-steps", "10"]
-        with (
-            Launched([*train, "--task-index", "0", *flags_of(files.security(Role.CHIEF))]) as chief,
-            # The other worker gets its settings from the environment.
-            Launched([*train, "--task-index", "1"], environ=files.security(Role.WORKER).to_env()) as worker,
-        ):
-            assert [chief.ended(), worker.ended()] == [0, 0], chief.printed() + worker.printed()
-        with Launched(["-m", "ps_server", "status", address, "--json", *reader]) as status:
-            assert status.ended() == 0, status.printed()
-            assert json.loads("".join(status.lines))["global_step"] == 2
+        # The other worker gets its settings from the environment.
+        environ = {**os.environ, **files.security(Role.WORKER).to_env()}
+        chief = Prepared(*train, "--task-index", "0", *flags_of(files.security(Role.CHIEF)), pipes=True)
+        worker = Prepared(*train, "--task-index", "1", pipes=True, environ=environ)
+        try:
+            printed = [each.communicate(TIMEOUT_S) for each in (chief, worker)]
+        finally:
+            chief.kill()
+            worker.kill()
+        assert [chief.returncode, worker.returncode] == [0, 0], printed
+        code, lines, errors = ps_server("status", address, "--json", *reader)
+        assert code == 0, errors
+        assert json.loads("".join(lines))["global_step"] == 2
         out = tmp_path / "center.safetensors"
-        with Launched(["-m", "ps_server", "export", address, str(out), *reader]) as export:
-            assert export.ended() == 0, export.printed()
+        code, _, errors = ps_server("export", address, str(out), *reader)
+        assert code == 0, errors
         assert out.stat().st_size > 1000
         for command in (["status", address], ["export", address, str(out)]):
-            without_token = flags_of(files.security(role=None))
-            with Launched(["-m", "ps_server", *command, *without_token]) as refused:
-                assert refused.ended() == 1
-                assert len(refused.errors) == 1
-                assert "no token" in refused.errors[0]
-        with Launched(["-m", "ps_server", "status", address, "--timeout-s", "0.5"]) as refused:
-            assert refused.ended() == 1
-            assert refused.errors == [
+            code, _, errors = ps_server(*command, *flags_of(files.security(role=None)))
+            assert code == 1
+            assert len(errors) == 1
+            assert "no token" in errors[0]
+        assert ps_server("status", address, "--timeout-s", "0.5") == (
+            1,
+            [],
+            [
                 f"ps-server: {address} wants TLS; say which authority signed its certificate "
                 "(Tls(ca_file=...) or MA_TLS_CA)"
-            ]
+            ],
+        )
 
 
 def test_a_script_finds_in_its_environment_what_the_command_was_told(files: Files, tmp_path: Path) -> None:
