@@ -5,6 +5,7 @@ there are processors. Each finished training is kept; the same command makes tho
 takes about two hours on two free processors.
 
     python -m study                  trains what is missing and prints the result
+    python -m study --extended       further arms, too (half an hour more)
     python -m study --quick          few steps, in a directory of its own (three minutes): what it does
     python -m study --list           the plan, and what is missing
     python -m study --page           writes docs/study.md from what is kept, and trains nothing; other arms stay as
@@ -32,7 +33,7 @@ from study.kept import KeptArms
 from study.links import LinkTimes, link_times_path, times_to_loss
 from study.numbers import StudyNumbers
 from study.page import write_page
-from study.plan import FULL, QUICK, StudyPlan
+from study.plan import EXTENDED, FULL, QUICK, StudyPlan
 from study.results import ArmResult, results_of
 from study.standing import StudyStanding, standing_of
 from study.tasks import TASKS
@@ -48,7 +49,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="few arms and steps, and one seed")
+    plans = parser.add_mutually_exclusive_group()
+    plans.add_argument("--quick", action="store_true", help="few arms and steps, and one seed")
+    plans.add_argument(
+        "--extended", action="store_true", help="further arms, too; the page always shows those that exist"
+    )
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument("--list", action="store_true", help="only print the plan and what is missing")
     choice.add_argument("--page", action="store_true", help="only write the page; with --quick beside its trainings")
@@ -57,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         "--processes", type=flag_types.count, default=processors(), metavar="N", help="(%(default)s, the processors)"
     )
     arguments = parser.parse_args(argv)
-    plan = QUICK if arguments.quick else FULL
+    plan = QUICK if arguments.quick else EXTENDED if arguments.extended or arguments.page else FULL
     directory: Path = arguments.runs / "quick" if arguments.quick else arguments.runs
     console = Console()
     try:

@@ -176,7 +176,7 @@ def test_a_server_that_takes_another_pushs_bytes_is_found_out(monkeypatch: pytes
     class AnyNumber:
         size = NUMBER.size
 
-        def unpack(self, _: object) -> AnyNumber:
+        def unpack_from(self, _: object) -> AnyNumber:
             return self
 
         def __eq__(self, _: object) -> bool:

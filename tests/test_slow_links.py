@@ -94,7 +94,22 @@ def test_what_a_link_took_in_an_earlier_push_does_not_count(monkeypatch: pytest.
         pace.begin()
         assert pace.room() <= 1 << 16
         link_takes(monkeypatch, 100_000_000, acknowledged_bytes=(1 << 20) + (1 << 17))
-        assert pace.room() == 1 << 18
+        assert pace.room() == 2_000_000  # what it takes in 20 ms
+
+
+@on_linux
+@pytest.mark.parametrize(
+    ("bytes_per_s", "expected"),
+    [
+        pytest.param(5_000_000, 1 << 18, id="slow links: pieces that are soon sent"),
+        pytest.param(100_000_000, 2_000_000, id="fast ones: what they take in 20 ms"),
+        pytest.param(10_000_000_000, 1 << 22, id="but not without limit"),
+    ],
+)
+def test_pieces_are_larger_on_faster_links(monkeypatch: pytest.MonkeyPatch, bytes_per_s: int, expected: int) -> None:
+    link_takes(monkeypatch, bytes_per_s)
+    with connected() as (ours, _):
+        assert Pace(ours).room() == expected
 
 
 @on_linux

@@ -18,7 +18,7 @@ from study.arm import Absence, Arm, Phase, Variation, arm_from
 from study.kept import KeptArms, Training
 from study.methods import rounds as rounds_module
 from study.methods.rounds import absent_rounds
-from study.plan import FULL, QUICK
+from study.plan import EXTENDED, QUICK
 from study.play import Measured, play
 from study.server import PlayedServer
 from study.tasks import TASKS
@@ -235,7 +235,7 @@ def test_a_first_moment_of_zero_at_every_step_is_training_without_momentum(task:
 # As values.
 
 
-@pytest.mark.parametrize("plan", [FULL, QUICK], ids=["full", "quick"])
+@pytest.mark.parametrize("plan", [EXTENDED, QUICK], ids=["extended", "quick"])
 def test_every_arm_survives_its_file_and_has_one_of_its_own(plan: Any, tmp_path: Path) -> None:
     kept, measured = KeptArms(tmp_path), (Measured(1, 1, 1.0, 1.0, 1, 1),)
     arms = [each.with_rate(0.01, seed) for each in plan.arms for seed in plan.seeds]

@@ -27,7 +27,7 @@ from study.links import LinkTimes, StepTime, link_times_path, steps_to, times_to
 from study.numbers import StudyNumbers
 from study.page import _SHOWN, _series, write_page
 from study.pictures import _look
-from study.plan import FULL, TIMED, PlannedArm, StudyPlan
+from study.plan import EXTENDED, FULL, TIMED, PlannedArm, StudyPlan
 from study.play import Measured
 from study.results import CurvePoint, cheapest_within, results_of
 from study.standing import StudyStanding, standing_of
@@ -156,12 +156,12 @@ def test_the_full_study_fits_two_processors_in_two_hours(tmp_path: Path) -> None
 
 
 def test_names_of_the_plan_are_unique_and_references_come_first() -> None:
-    names = [each.name for each in FULL.arms]
+    names = [each.name for each in EXTENDED.arms]
     assert len(set(names)) == len(names)
-    for index, each in enumerate(FULL.arms):
+    for index, each in enumerate(EXTENDED.arms):
         assert not each.reference or each.reference in names[:index]
         assert not each.beside or each.beside in names[:index]
-    assert FULL.tuning_seed not in FULL.seeds
+    assert EXTENDED.tuning_seed not in EXTENDED.seeds
 
 
 # Going on.
@@ -294,23 +294,23 @@ def test_the_pictures_and_numbers_are_beside_the_page_and_the_same_again(study: 
 
 
 def test_every_arm_of_the_pictures_is_in_the_plan() -> None:
-    assert set(_SHOWN) <= {each.name for each in FULL.arms}
+    assert set(_SHOWN) <= {each.name for each in EXTENDED.arms}
     assert len(_SHOWN) <= 8  # as many lines as look different
 
 
-def test_the_page_of_the_full_plan_has_every_arm_and_says_what_it_is_beside(tmp_path: Path) -> None:
+def test_the_page_of_the_extended_plan_has_every_arm_and_says_what_it_is_beside(tmp_path: Path) -> None:
     kept, sent = KeptArms(tmp_path / "runs"), Measured(100, 1, 3.0, 2.5, 10, 10, 1)
-    while missing := standing_of(FULL, kept, EVERYWHERE).missing:
+    while missing := standing_of(EXTENDED, kept, EVERYWHERE).missing:
         for arm in missing:
             loss = 2.0 + abs(math.log(arm.learning_rate / rate_at(1)))
             kept.keep(Training(arm, SOURCE, 1.0, (sent, replace(sent, step=arm.steps, held_out_loss=loss))))
-    results = results_of(standing_of(FULL, kept, EVERYWHERE))
+    results = results_of(standing_of(EXTENDED, kept, EVERYWHERE))
     names = {name: {arm.planned.template.interval_steps for arm in arms} for name, arms in _series(results)}
     assert names == {"outer step, int4": {25, 50, 55}, "average, int4": {6, 12}}
     write_page(StudyNumbers(EVERYWHERE, results), tmp_path)
     page = (tmp_path / "study.md").read_text(encoding="utf-8")
-    assert rows_of_page(page).keys() >= {each.name for each in FULL.arms}
-    for each in FULL.arms:
+    assert rows_of_page(page).keys() >= {each.name for each in EXTENDED.arms}
+    for each in EXTENDED.arms:
         if each.beside:
             assert f"- *{each.name}*: +0.00 ± 0.00 % from *{each.beside}*" in page
 
