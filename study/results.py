@@ -125,13 +125,16 @@ def results_of(
     ]
 
 
-def cheapest_within(results: Sequence[ArmResult], percent: float, with_played_only: bool) -> ArmResult | None:
-    """The arm that is at most this much worse than synchronous training, in the mean, and has the fewest of its bytes.
-    It has its task, as many workers and steps, equal shards, and no worker was killed. None: there is no such arm.
+def cheapest_within(
+    results: Sequence[ArmResult], percent: float, with_more_steps: bool, with_played_only: bool
+) -> ArmResult | None:
+    """The arm that is at most this much worse than synchronous training, on average, and has the fewest of its bytes.
+    It has its task, as many workers, equal shards, and no worker was killed. None: there is no such arm.
 
     Args:
         results: of a study, its synchronous arm first.
         percent: the bound for the held-out loss.
+        with_more_steps: whether it may have more steps.
         with_played_only: whether it may be an arm that no job can have today.
     """
     first = results[0].planned.template
@@ -139,7 +142,8 @@ def cheapest_within(results: Sequence[ArmResult], percent: float, with_played_on
         each
         for each in results
         if (arm := each.planned.template).task == first.task
-        and (arm.num_workers, arm.steps) == (first.num_workers, first.steps)
+        and arm.num_workers == first.num_workers
+        and (arm.steps == first.steps or (with_more_steps and arm.steps > first.steps))
         and (arm.variation.shards, arm.variation.absence) == (first.variation.shards, None)
         and arm.variation.method == "rounds"
         and (with_played_only or not arm.is_played_only)

@@ -262,9 +262,13 @@ def test_the_page_says_which_arm_has_the_fewest_bytes_within_a_bound(study: Stud
     study.run()
     write_page(StudyNumbers(SOURCES, results_of(study.standing())), tmp_path)
     rows = rows_of_page((tmp_path / "study.md").read_text(encoding="utf-8"))
-    assert rows["2 %"] == ["none that was tried", "the same"]
-    assert rows["3 %"] == ["none that was tried", "the same"]
-    assert rows["5 %"] == ["1/5: average every 5, +3.1 %", "the same"]  # one at +4.6 % has half of the bytes
+    assert rows["2 %"] == ["none that was tried", "the same", "the same"]
+    assert rows["3 %"] == ["none that was tried", "the same", "the same"]
+    assert rows["5 %"] == [
+        "1/5: average every 5, +3.1 %",
+        "the same",
+        "the same",
+    ]  # one at +4.6 % has half of the bytes
 
 
 def test_an_arm_that_no_job_can_have_is_not_among_those_with_the_fewest_bytes(study: Study) -> None:
@@ -273,8 +277,26 @@ def test_an_arm_that_no_job_can_have_is_not_among_those_with_the_fewest_bytes(st
     forgetting = replace(results[2].planned.template, variation=Variation(first_moment=0.5))
     played_only = replace(results[2], planned=replace(results[2].planned, template=forgetting), bytes_part=0.001)
     everything = [*results, played_only]
-    assert cheapest_within(everything, 5.0, with_played_only=False) is results[2]
-    assert cheapest_within(everything, 5.0, with_played_only=True) is played_only
+    assert cheapest_within(everything, 5.0, with_more_steps=True, with_played_only=False) is results[2]
+    assert cheapest_within(everything, 5.0, with_more_steps=True, with_played_only=True) is played_only
+
+
+def test_an_arm_with_more_steps_is_compared_only_where_that_is_said(study: Study) -> None:
+    study.run()
+    results = results_of(study.standing())
+    template = results[2].planned.template
+    arms = {
+        steps: replace(
+            results[2],
+            planned=replace(results[2].planned, template=replace(template, steps=steps)),
+            bytes_part=0.001,
+        )
+        for steps in (2 * template.steps, template.steps // 2)
+    }
+    everything = [*results, *arms.values()]
+    assert cheapest_within(everything, 5.0, with_more_steps=False, with_played_only=False) is results[2]
+    longer = cheapest_within(everything, 5.0, with_more_steps=True, with_played_only=False)
+    assert longer is arms[2 * template.steps]
 
 
 def test_the_pictures_and_numbers_are_beside_the_page_and_the_same_again(study: Study, tmp_path: Path) -> None:
