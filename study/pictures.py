@@ -10,6 +10,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from study.links import TimeToLoss
 from study.results import ArmResult
@@ -124,7 +125,11 @@ def _begun(across: str, up: str) -> tuple[Figure, Axes]:
 
 
 def _finish(figure: Figure, axes: Axes, path: Path) -> None:
-    if axes.get_yscale() == "log":  # less than a decade has no ticks of its own
+    if axes.get_yscale() == "log":
+        low, high = axes.get_ylim()
+        if high < 10 * low:  # less than a decade has no ticks of its own
+            axes.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 2.5, 5, 10]))
+            axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
     with matplotlib.rc_context(_SETTINGS):
