@@ -1,8 +1,10 @@
 """Processes that are forked from a worker, such as torch's DataLoader workers: they print nothing of gRPC's, and cannot
 harm the session of the process that they come from.
 
-gRPC remarks on every fork while it is called in another thread. It reads its settings when it is imported, so this
-module comes before everything that imports it; who imports grpc first sets GRPC_VERBOSITY=ERROR for themselves.
+By default gRPC stops its threads before a fork and starts them again in both processes. If another thread begins a call
+meanwhile, that call may hang (1.85: one of 3,000 forks on a busy machine). Without these handlers a fork leaves the
+calls of its process alone, but the new process cannot use gRPC: it lacks the threads. gRPC reads its settings when it
+is imported, so this module comes before everything that imports it; who imports grpc first sets them for themselves.
 """
 
 from __future__ import annotations
@@ -11,19 +13,33 @@ import os
 
 from modelaverage.errors import ModelAverageError
 
-__all__ = ["OwnProcess"]
+__all__ = ["OwnProcess", "check_not_forked"]
 
-_VERBOSITY = "GRPC_VERBOSITY"
+_SETTINGS = {"GRPC_VERBOSITY": "ERROR", "GRPC_ENABLE_FORK_SUPPORT": "0"}
+_added = {name: value for name, value in _SETTINGS.items() if name not in os.environ}
+_has_fork_support = "GRPC_ENABLE_FORK_SUPPORT" not in _added
+_used_by: int | None = None  # the first process that used gRPC through this package
 
-if _VERBOSITY in os.environ:
-    import grpc
-else:
-    # Only meanwhile: other programs that this one starts are none of our business.
-    os.environ.setdefault(_VERBOSITY, "ERROR")
-    try:
-        import grpc  # noqa: F401
-    finally:
-        os.environ.pop(_VERBOSITY)
+# Only meanwhile: other programs that this one starts are none of our business.
+os.environ.update(_added)
+try:
+    import grpc  # noqa: F401
+finally:
+    for _name in _added:
+        os.environ.pop(_name, None)
+
+
+def check_not_forked() -> None:
+    """Called before gRPC is used. Raises ModelAverageError: this process was forked from one that has used it."""
+    global _used_by
+    if _used_by is None:
+        _used_by = os.getpid()
+    elif _used_by != os.getpid() and not _has_fork_support:
+        raise ModelAverageError(
+            f"this process was forked from process {_used_by}, which calls parameter servers: gRPC does not work in "
+            'it; start it with multiprocessing\'s "spawn" or "forkserver", or before the first session is opened '
+            "there"
+        )
 
 
 class OwnProcess:

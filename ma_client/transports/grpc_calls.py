@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 
+from ma_client.process.forking import check_not_forked
 from ma_client.process.threads import is_about_threads, keep_for_ever, without_thread
 from ma_client.transports.calls import Exchange, Requests
 from ma_client.transports.reach import Reach
@@ -48,6 +49,9 @@ class GrpcCalls:
         address: HOST:PORT or unix:PATH.
         access: how to connect to servers.
         timing: timeouts.
+
+    Raises:
+        ModelAverageError: this process was forked from one that has used gRPC.
     """
 
     def __init__(self, address: str, access: Access, timing: Timing = TIMING) -> None:
@@ -63,6 +67,7 @@ class GrpcCalls:
         self._open_channel()
 
     def _open_channel(self) -> None:
+        check_not_forked()
         self._channel_lacks_thread = self._channel_is_lost = False
         options = [*_options(self._timing), connecting_for(self._reach.attempt_s)]
         self._channel = channel = self._access.channel(self.address, options)
