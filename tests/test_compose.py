@@ -64,6 +64,21 @@ def test_nothing_runs_as_root_or_can_write_outside_its_volumes(project: str) -> 
         assert compose("exec", "-T", "ps", "python", "-c", code) == "10001\nRead-only file system\n"
 
 
+def test_the_page_is_where_the_server_prints_it(project: str) -> None:
+    with Compose(project, {}) as compose:
+        compose.up("ps")
+        until(lambda: "page at " in compose.logs("ps"), "the address of the page")
+        (url,) = re.findall(r"page at (http://\S+)", compose.logs("ps"))
+        assert compose("port", "ps", url.rpartition(":")[2]) == f"127.0.0.1:{url.rpartition(':')[2]}\n"
+        code = (
+            "import urllib.request\n"
+            f"for path in ('/', '/api/status'): print(urllib.request.urlopen({url!r} + path).read().decode())"
+        )
+        shown = compose("exec", "-T", "ps", "python", "-c", code)
+        assert "<title>" in shown
+        assert json.loads(shown.splitlines()[-1])["status"]["phase"]
+
+
 def test_what_is_killed_in_mid_run_comes_back_and_the_run_ends_as_if_nothing_had_been(project: str) -> None:
     with Compose(project, {"ARGS": "--steps 1600 --interval-steps 20"}) as compose:
         compose.up()
