@@ -149,6 +149,51 @@ def test_a_forked_process_prints_nothing_and_harms_nothing(script: str, kind: st
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+OWN = """
+from ma_client import ParameterServerSession
+
+def look(worker_id):
+    with ParameterServerSession([sys.argv[1]], worker_id=worker_id, shared_memory=False) as own:
+        own.status()
+"""
+
+
+@pytest.mark.parametrize(
+    ("opens_before", "support", "works"),
+    [
+        pytest.param(False, "", True, id="forked before the first session"),
+        pytest.param(True, "", False, id="forked after it"),
+        pytest.param(True, "0", False, id="forked after it, without gRPC's handlers"),
+        pytest.param(True, "1", True, id="forked after it, with gRPC's handlers"),
+    ],
+)
+def test_a_forked_process_has_a_session_of_its_own_or_is_told_why_not(
+    opens_before: bool, support: str, works: bool
+) -> None:
+    script = f"""
+import os, sys, warnings
+warnings.simplefilter("ignore", DeprecationWarning)
+if {support!r}:
+    os.environ["GRPC_ENABLE_FORK_SUPPORT"] = {support!r}
+{OWN}
+if {opens_before}:
+    look("parent")
+pid = os.fork()
+if pid == 0:
+    try:
+        look("child")
+    except Exception as error:
+        print(error, flush=True)
+        os._exit(1)
+    os._exit(0)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+    with ServerProcess(num_workers=1) as server:
+        done = plain(script, server.address)
+    assert (done.returncode, done.stderr) == (0 if works else 1, "")
+    assert ("gRPC does not work in it" in done.stdout) is not works
+
+
 @pytest.mark.long
 def test_the_workers_of_a_data_loader_print_nothing() -> None:
     with ServerProcess(num_workers=1) as server:

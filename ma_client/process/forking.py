@@ -17,7 +17,7 @@ __all__ = ["OwnProcess", "check_not_forked"]
 
 _SETTINGS = {"GRPC_VERBOSITY": "ERROR", "GRPC_ENABLE_FORK_SUPPORT": "0"}
 _added = {name: value for name, value in _SETTINGS.items() if name not in os.environ}
-_has_fork_support = "GRPC_ENABLE_FORK_SUPPORT" not in _added
+_has_fork_support = os.environ.get("GRPC_ENABLE_FORK_SUPPORT", "").lower() in ("1", "t", "true", "y", "yes")
 _used_by: int | None = None  # the first process that used gRPC through this package
 
 # Only meanwhile: other programs that this one starts are none of our business.
