@@ -106,7 +106,7 @@ def test_a_name_that_the_format_cannot_hold_is_an_error_and_leaves_nothing(tmp_p
 def test_a_file_that_is_truncated_anywhere_is_refused(kept: bool, tmp_path: Path) -> None:
     path = durable(tmp_path) if kept else write_fresh(tmp_path, small())
     whole = path.read_bytes()
-    for end in reversed(range(len(whole))):  # a file that is written anew goes to the disk at once
+    for end in reversed(range(len(whole))):  # rewriting a file would take a write to the disk each time
         os.truncate(path, end)
         with pytest.raises(CheckpointError):
             read(path)

@@ -59,8 +59,8 @@ _QUEUE_S = 1.0
 _LEAST_QUEUE_BYTES = 64 << 10
 _LEAST_PIECE_BYTES = 16 << 10
 _LONGEST_PAUSE_S, _SHORTEST_PAUSE_S = 0.25, 0.002
-# The most bytes handed over at once: more on a fast link, where each piece costs a look at the link, but never so many
-# that a waiting sender is silent for long. 256 KiB take 4 s at 0.5 Mbit/s.
+# The most bytes handed over at once: more on a fast link, where each piece costs a look at the link; few enough that a
+# waiting sender is not silent for long. 256 KiB take 4 s at 0.5 Mbit/s.
 _MOST_PIECE_BYTES, _MOST_PIECE_S, _LARGEST_PIECE_BYTES = 256 << 10, 0.02, 4 << 20
 
 
