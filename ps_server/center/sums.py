@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from modelaverage.codecs import RAW, Codec
 from modelaverage.manifest import DTYPES, Manifest, Piece
-from modelaverage.outer.base import summed_in
 from ps_server.center.buffers import Buffer
+from ps_server.center.nonfinite import count_nonfinite
 from ps_server.center.uniform import uniform_fragments
 
 __all__ = ["Contribution", "Sums"]
@@ -149,8 +149,8 @@ class Sums:
             _sum(total, values, weights)
             if total_weight != 1.0:
                 np.divide(total, total.dtype.type(total_weight), out=total)
-            if deferred and _count_nonfinite(total):
-                nonfinite.update({c.worker_id: _count_nonfinite(v) for c, v in zip(deferred, values, strict=True)})
+            if deferred and count_nonfinite(total):
+                nonfinite.update({c.worker_id: count_nonfinite(v) for c, v in zip(deferred, values, strict=True)})
         return nonfinite
 
     def _average_whole(
@@ -161,7 +161,7 @@ class Sums:
         self._clear_padding(total, index)
         if total_weight != 1.0:
             np.divide(total, total.dtype.type(total_weight), out=total)
-        if not deferred or not _count_nonfinite(total):
+        if not deferred or not count_nonfinite(total):
             return Counter()
         return Counter({each.worker_id: self._count_in_pieces(index, each) for each in deferred})
 
@@ -179,7 +179,7 @@ class Sums:
     def _count_in_pieces(self, index: int, contribution: Contribution) -> int:
         """How many values, padding not counted, are not finite in a raw contribution."""
         pieces = RAW.decode(self._manifest, index, contribution.data)
-        return sum(map(_count_nonfinite, pieces))
+        return sum(map(count_nonfinite, pieces))
 
     def _add(self, into: Buffer, index: int, contribution: Contribution, first: bool, base: Buffer) -> int:
         nonfinite = 0
@@ -189,11 +189,11 @@ class Sums:
                 values = self._values_whole(index, contribution)
                 _add_weighted(whole[0], values, contribution.weight, first)
                 self._clear_padding(whole[0], index)
-                return self._count_in_pieces(index, contribution) if _count_nonfinite(values) else 0
+                return self._count_in_pieces(index, contribution) if count_nonfinite(values) else 0
         with np.errstate(all="ignore"):
             for total, values in zip(self.of(into, index), self._values(index, contribution, base), strict=True):
                 _add_weighted(total, values, contribution.weight, first)
-                nonfinite += _count_nonfinite(values)
+                nonfinite += count_nonfinite(values)
         return nonfinite
 
     def _values(self, index: int, contribution: Contribution, base: Buffer) -> Sequence[_Array]:
@@ -223,11 +223,3 @@ def _add_weighted(total: _Array, values: _Array, weight: float, first: bool) -> 
         total[...] = weighted
     else:
         np.add(total, weighted, out=total)
-
-
-def _count_nonfinite(values: _Array) -> int:
-    # Almost always the sum is finite, which takes one pass and no memory. A sum of finite values may overflow.
-    with np.errstate(all="ignore"):
-        if np.isfinite(np.add.reduce(values, dtype=summed_in(values.dtype))):
-            return 0
-    return values.size - int(np.count_nonzero(np.isfinite(values)))
