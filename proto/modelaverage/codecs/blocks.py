@@ -19,6 +19,7 @@ BLOCK = 128
 
 _SCALE_BYTES = 4
 _LEAST_SCALE = np.float32(2.0**-126)  # The least normal float32.
+_STARTS = np.arange(0, STEP_ELEMENTS, BLOCK)
 _LARGEST_CHANGE = np.float32(LARGEST["float32"])
 
 _Array = NDArray[np.generic]
@@ -71,7 +72,8 @@ class Blocks(Changes):
             np.subtract(theirs, ours, out=changes.reshape(-1)[: len(ours)])
             # As integers, the bits of magnitudes are in the order of the magnitudes, and NaN is above infinity.
             np.abs(changes, out=work)
-            largest = work.view(np.int32).max(axis=1).view(np.float32)
+            flat = work.view(np.int32).reshape(-1)
+            largest = np.maximum.reduceat(flat, _STARTS[: len(work)]).view(np.float32)  # faster than max(axis=1)
             scale, divisor = _scale_and_divisor(largest, self.levels)
             np.divide(changes, divisor, out=changes)
             np.rint(changes, out=changes)

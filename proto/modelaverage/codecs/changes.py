@@ -36,7 +36,7 @@ LARGEST = {"float32": 3.4028234663852886e38, "bfloat16": 3.3895313892515355e38, 
 HUGE = {"float32": 2.0**100, "bfloat16": 2.0**100, "float16": 2.0**7}
 """A change of this magnitude is treated with care: rounded, it might turn a finite value into an infinite one."""
 
-STEP_ELEMENTS = 1 << 15
+STEP_ELEMENTS = 1 << 16
 """Elements that are coded at once: the temporary arrays fit into the cache of a core."""
 
 _Array = NDArray[np.generic]

@@ -10,6 +10,11 @@ from modelaverage.codecs.blocks import BLOCK, Blocks
 __all__ = ["INT4", "Int4"]
 
 _HALF = BLOCK // 2
+# Eight codes are handled at once, as a word.
+_HALF_WORDS = _HALF // 8
+_BITS = np.uint64(4)
+_LOW_BITS = np.uint64(0x0F0F0F0F0F0F0F0F)
+_SIGN_BITS = np.uint64(0x8888888888888888)
 
 
 class Int4(Blocks):
@@ -25,17 +30,20 @@ class Int4(Blocks):
 
     def pack(self, codes: NDArray[np.int8], packed: NDArray[np.uint8]) -> None:
         """Byte i: element i in the low four bits, element i + 64 in the high ones, both in two's complement."""
-        bits = codes.view(np.uint8)
-        np.left_shift(bits[:, _HALF:], 4, out=packed)
-        np.bitwise_or(packed, bits[:, :_HALF] & np.uint8(15), out=packed)
+        words = codes.view(np.uint64) & _LOW_BITS
+        joined = words[:, _HALF_WORDS:] << _BITS
+        joined |= words[:, :_HALF_WORDS]
+        packed[...] = joined.view(np.uint8)
 
     def unpack(self, packed: NDArray[np.uint8], codes: NDArray[np.int8]) -> None:
-        """Shifts to the right extend the sign."""
-        bytes_ = packed.view(np.int8)
-        low, high = codes[:, :_HALF], codes[:, _HALF:]
-        np.left_shift(bytes_, 4, out=low)
-        np.right_shift(low, 4, out=low)
-        np.right_shift(bytes_, 4, out=high)
+        """Four bits n stand for (n ^ 8) - 8."""
+        words = packed.copy().view(np.uint64)  # a copy is aligned
+        words ^= _SIGN_BITS
+        halves = codes.view(np.uint64)
+        np.bitwise_and(words, _LOW_BITS, out=halves[:, :_HALF_WORDS])
+        words >>= _BITS
+        np.bitwise_and(words, _LOW_BITS, out=halves[:, _HALF_WORDS:])
+        codes -= 8
 
 
 INT4 = Int4()
