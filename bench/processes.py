@@ -2,29 +2,51 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["listening_at", "parameter_server", "peak_bytes", "resident_bytes", "serve_command"]
+__all__ = ["listening_at", "parameter_server", "peak_bytes", "resident_bytes", "running", "serve_command"]
 
 
 @contextmanager
-def parameter_server(num_workers: int, *flags: str, unix_socket: bool = False) -> Iterator[tuple[str, int]]:
-    """Starts a server on a free port or a Unix socket, with these extra flags; gives its address and its pid."""
+def parameter_server(
+    num_workers: int, *flags: str, unix_socket: bool = False, checkout: Path | None = None
+) -> Iterator[tuple[str, int]]:
+    """Starts a server on a free port or a Unix socket, with these extra flags; gives its address and its pid.
+    ``checkout``: whose code it runs; None: this one's."""
     with tempfile.TemporaryDirectory() as directory:
         bind = f"unix:{directory}/socket" if unix_socket else "127.0.0.1:0"
+        with running([*serve_command(bind, num_workers), *flags], checkout) as process:
+            yield listening_at(process), process.pid
+
+
+@contextmanager
+def running(command: Sequence[str], checkout: Path | None = None) -> Iterator[subprocess.Popen[str]]:
+    """Runs a command, in ``checkout`` with its code, and terminates it at the end. Ctrl-C does not reach the command:
+    the process that has started it also ends it."""
+    environ = None
+    if checkout is not None:
+        environ = {**os.environ, "PYTHONPATH": f"{checkout / 'proto'}{os.pathsep}{checkout}"}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the command inherits this
+    try:
         with subprocess.Popen(
-            [*serve_command(bind, num_workers), *flags], stdout=subprocess.PIPE, text=True
+            command, cwd=checkout, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         ) as process:
             try:
-                yield listening_at(process), process.pid
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+                yield process
             finally:
                 process.terminate()
+                process.wait()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def serve_command(bind: str, num_workers: int) -> list[str]:
@@ -33,9 +55,12 @@ def serve_command(bind: str, num_workers: int) -> list[str]:
 
 
 def listening_at(server: subprocess.Popen[str]) -> str:
-    """The address at which a started server listens, once it does."""
+    """The address at which a started server listens, once it does. Raises RuntimeError if it ends before."""
     assert server.stdout is not None
-    return server.stdout.readline().split()[-1]
+    line = server.stdout.readline()
+    if not line:
+        raise RuntimeError("a server has ended before it listened; standard error says why")
+    return line.split()[-1]
 
 
 def resident_bytes(pid: int) -> int:
