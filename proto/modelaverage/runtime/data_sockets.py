@@ -46,7 +46,7 @@ _OPTIONS = (
     (socket.IPPROTO_TCP, "TCP_KEEPCNT", 2),
 )
 # Both measured with `python -m bench.links` at 1 Gbit.
-_WAKE_UP_BYTES = 256 << 10
+_WAKE_UP_BYTES = 1 << 20
 _SHORT_QUEUE_BYTES = 64 << 10  # the kernel doubles it for its own bookkeeping
 _SHORT_WAY_US = 1000
 # Offsets in struct tcp_info (linux/tcp.h). Units are microseconds, bytes, and bytes per second.
