@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -24,11 +24,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from bench.encryption import security_of, server_tls
 from bench.processes import parameter_server
 from bench.turns import WARM_UPS
 
 OPTIMIZER, SESSION = "opt.average()", "push_and_average"
-TRANSPORTS = ("shared memory", "tcp")
+TLS = "tls"
+TRANSPORTS = ("shared memory", "tcp", TLS)
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,17 @@ class Result:
     cpu_ratio: float
 
 
-def work(case: Case, rank: int, rounds: int, address: str, server_pid: int, gloo_port: int, pipe: Connection) -> None:
-    """One worker process: rounds in turns, checked; sends its Sample."""
+def work(
+    case: Case,
+    rank: int,
+    rounds: int,
+    address: str,
+    server_pid: int,
+    ca_file: Path | None,
+    gloo_port: int,
+    pipe: Connection,
+) -> None:
+    """One worker process: rounds in turns, checked; sends its Sample. ``ca_file``: the authority; None: no TLS."""
     os.environ["GRPC_VERBOSITY"] = "NONE"
     import torch
     import torch.distributed as dist
@@ -97,7 +108,11 @@ def work(case: Case, rank: int, rounds: int, address: str, server_pid: int, gloo
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{gloo_port}", rank=rank, world_size=case.workers)
     session = ParameterServerSession(
-        [address], worker_id=f"worker-{rank}", is_chief=rank == 0, shared_memory=case.transport == "shared memory"
+        [address],
+        worker_id=f"worker-{rank}",
+        is_chief=rank == 0,
+        shared_memory=case.transport == "shared memory",
+        security=security_of(ca_file),
     )
     sides: Sides
     if case.call == OPTIMIZER:
@@ -130,11 +145,13 @@ def measure(case: Case, rounds: int) -> Result:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         gloo_port = probe.getsockname()[1]
-    with parameter_server(case.workers) as (address, server_pid):
+    with ExitStack() as stack:
+        flags, ca_file = stack.enter_context(server_tls(case.transport == TLS))
+        address, server_pid = stack.enter_context(parameter_server(case.workers, *flags))
         pipes, processes = [], []
         for rank in range(case.workers):
             ours, theirs = context.Pipe(duplex=False)
-            arguments = (case, rank, rounds, address, server_pid, gloo_port, theirs)
+            arguments = (case, rank, rounds, address, server_pid, ca_file, gloo_port, theirs)
             process = context.Process(target=work, args=arguments)
             process.start()
             theirs.close()

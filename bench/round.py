@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import socket
 import sys
-import tempfile
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -20,9 +19,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from bench.encryption import security_of, server_tls
 from bench.processes import parameter_server, peak_bytes, resident_bytes
 from bench.turns import Turns, over_workers, take_turns, tolerance_of, values_of
-from tests.certificates import Authority
 
 NESTEROV = "sgd:lr=0.7,momentum=0.9,nesterov"
 TRANSPORTS = ("shared memory", "unix socket", "tcp, messages", "tcp")
@@ -83,7 +82,7 @@ def work(
     import torch
     import torch.distributed as dist
 
-    from ma_client import ParameterServerSession, Security, Tls
+    from ma_client import ParameterServerSession
     from modelaverage.outer import AVERAGE, outer_optimizer
 
     torch.set_num_threads(1)
@@ -100,7 +99,7 @@ def work(
         worker_id=f"worker-{rank}",
         is_chief=rank == 0,
         shared_memory=case.transport == "shared memory",
-        security=Security(None if ca_file is None else Tls(ca_file)),
+        security=security_of(ca_file),
     )
     outer = outer_optimizer(case.outer)
     if rank == 0:
@@ -120,17 +119,12 @@ def work(
 
 def measure(case: Case, rounds: int) -> Result:
     """Runs one row."""
-    with tempfile.TemporaryDirectory() as directory:
-        if not case.transport.startswith("tls"):
-            return _measured(case, rounds, (), None)
-        authority = Authority(Path(directory))
-        server = authority.sign("server")
-        flags = ("--tls-cert", str(server.cert), "--tls-key", str(server.key))
-        return _measured(case, rounds, flags, authority.ca)
+    with server_tls(case.transport.startswith("tls")) as (flags, ca_file):
+        return _measured(case, rounds, flags, ca_file)
 
 
 def _measured(case: Case, rounds: int, tls_flags: tuple[str, ...], ca_file: Path | None) -> Result:
-    from ma_client import ParameterServerSession, Security, Tls
+    from ma_client import ParameterServerSession
 
     context = multiprocessing.get_context("spawn")
     with socket.socket() as probe:
@@ -149,8 +143,7 @@ def _measured(case: Case, rounds: int, tls_flags: tuple[str, ...], ca_file: Path
             processes.append(process)
         samples: list[Sample] = [pipe.recv() for pipe in pipes]
         server_extra_bytes = peak_bytes(server_pid, "modelaverage-contribution") - idle_bytes
-        security = Security(None if ca_file is None else Tls(ca_file))
-        with ParameterServerSession([address], worker_id="bench", security=security) as session:
+        with ParameterServerSession([address], worker_id="bench", security=security_of(ca_file)) as session:
             status = session.status()
         for pipe, process in zip(pipes, processes, strict=True):
             pipe.send(None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.average import OPTIMIZER, SESSION, Case, measure, table
+from bench.average import OPTIMIZER, SESSION, TLS, Case, measure, table
 from bench.sides import sizes_of
 
 
@@ -16,8 +16,9 @@ def test_a_model_has_as_many_tensors_and_parameters_as_asked(tensors: int) -> No
 
 @pytest.mark.long
 @pytest.mark.parametrize("call", [OPTIMIZER, SESSION])
-def test_a_row_has_the_costs_of_worker_and_server(call: str) -> None:
-    result = measure(Case(call, "shared memory", 10_000, 4, 2), rounds=1)
+@pytest.mark.parametrize("transport", ["shared memory", TLS])
+def test_a_row_has_the_costs_of_worker_and_server(call: str, transport: str) -> None:
+    result = measure(Case(call, transport, 10_000, 4, 2), rounds=1)
     costs = (result.round_ms, result.gloo_ms, result.worker_cpu_ms, result.server_cpu_ms, result.gloo_cpu_ms)
     assert min(costs) > 0
     assert result.ratio == result.round_ms / result.gloo_ms

@@ -45,7 +45,8 @@ def ParameterServerSession(*args, **kwargs):
 WAITING = """
 import sys
 
-print("started", file=sys.stderr, flush=True)
+sys.stderr.write("started\\n")  # in one write, as two processes share the pipe
+sys.stderr.flush()
 sys.stdin.read()
 """
 
