@@ -109,6 +109,22 @@ def test_bytes_that_come_slowly_are_waited_for(start_server: StartServer, monkey
         assert stopcock.passed == 2
 
 
+def test_the_server_waits_for_bytes_of_which_too_few_have_come_to_wake_it_up(
+    start_server: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stall_timeout_s, model = 1.0, {"w": np.arange(64, dtype=np.float32)}  # one fragment
+    settings = replace(SETTINGS, silence_timeout_s=LONG_S, pause_s=LONG_S)
+    server = start_server(2, stall_timeout_s=stall_timeout_s)
+    with relayed(server.address, monkeypatch, settings, model) as (pair, stopcock):
+        stopcock.up.slow(64, pause_s=0.3)  # five pauses
+        pair.round()  # the relay was already waiting for more bytes at once
+        began_s = time.monotonic()
+        pair.round()
+        assert time.monotonic() - began_s > stall_timeout_s
+        assert pair.transports == ON_DATA
+        assert stopcock.passed == 2
+
+
 def test_a_push_that_times_out_beside_a_silent_connection_is_followed_by_pushes_in_messages(
     start_server: StartServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

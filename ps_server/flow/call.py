@@ -230,6 +230,8 @@ class Call:
     def _look(self) -> None:
         """Fails the call if its client has stalled for too long; otherwise schedules the next check."""
         aside = self._aside
+        if aside is not None:
+            aside.look()
         heard_at_s = self._read_at_s if aside is None else max(self._read_at_s, aside.heard_at_s)
         since_s = [heard_at_s] if self.expecting else []
         aside_at_s = self._aside_began_at_s

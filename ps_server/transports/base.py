@@ -44,6 +44,9 @@ class Aside(Protocol):
     taken_at_s: float
     """When bytes were last sent."""
 
+    def look(self) -> None:
+        """Notes bytes that have moved unseen."""
+
     def stalled(self, why: str) -> ModelAverageError:
         """The error for a push whose bytes stopped moving here."""
 

@@ -36,7 +36,7 @@ class DataConnection:
         self._encrypted = encrypted
         self._stream = connection if encrypted is None else encrypted
         self._worker_id = worker_id
-        self._silence = Silence(notice_s, self._look, self._report)
+        self._silence = Silence(notice_s, self.look, self._report)
         self._peer = "{}:{}".format(*connection.getpeername()[:2])
         self._loop = asyncio.get_running_loop()
         self._room = memoryview(b"")  # the part still to be filled
@@ -98,18 +98,18 @@ class DataConnection:
                 return room_bytes
             await asyncio.sleep(self._pace.pause_s)
 
-    def close(self) -> None:
-        """Ends it."""
-        self._watch_no_longer()
-        self._silence.end()
-        self._socket.close()
-
-    def _look(self) -> None:
+    def look(self) -> None:
         """Notes bytes that have moved unseen."""
         if self._pace.moves():
             self.taken_at_s = self._loop.time()
         if self._is_watched:
             self._read()  # on a slow link, bytes may have arrived below the wake-up threshold
+
+    def close(self) -> None:
+        """Ends it."""
+        self._watch_no_longer()
+        self._silence.end()
+        self._socket.close()
 
     def _report(self, doing: str, silent_s: float) -> None:
         worker, peer = self._worker_id, self._peer

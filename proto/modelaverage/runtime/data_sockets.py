@@ -45,8 +45,9 @@ _OPTIONS = (
     (socket.IPPROTO_TCP, "TCP_KEEPINTVL", 5),
     (socket.IPPROTO_TCP, "TCP_KEEPCNT", 2),
 )
-# Both measured with `python -m bench.links` at 1 Gbit.
+# Measured with `python -m bench.versions` on loopback, and with `python -m bench.links` at 1 Gbit.
 _WAKE_UP_BYTES = 1 << 20
+# Measured with `python -m bench.links` at 1 Gbit.
 _SHORT_QUEUE_BYTES = 64 << 10  # the kernel doubles it for its own bookkeeping
 _SHORT_WAY_US = 1000
 # Offsets in struct tcp_info (linux/tcp.h). Units are microseconds, bytes, and bytes per second.
